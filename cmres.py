@@ -16926,28 +16926,27 @@ SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script
 STYLE = '''
 :root { color-scheme: light dark; --t1: .75rem; --t2: .8125rem; --t3: .9375rem; --t4: 1.125rem;
   --bg: #f5f6f8; --card: #fff; --sunk: #eef1f5; --text: #15202b; --soft: #53606e; --line: #dde3e9;
-  --edge: #7f8c99; --accent: #1a56c4; --on: #fff; --wash: #e8effc; --past: #f5f6f8;
-  --h0: #f0eefa; --h1: #ddd8f3; --h2: #c0b7e8; --h3: #9a8dd6; --h4: #7360be; --h5: #4b3a96;
-  --blue: #1a5fc0; --green: #00765a; --amber: #f3b73e; --amber-ink: #7a4e00; --rust: #b03a00;
-  --grey: #cbd4dd; --on-grey: #26323e; --green-wash: #e0f3ec; --amber-wash: #fdf1d8;
-  --rust-wash: #fbe9e1; --now: #d0310b; --lift: 0 1px 2px #15202b14, 0 6px 20px #15202b0f;
+  --edge: #7f8c99; --accent: #1a56c4; --on: #fff; --wash: #e8effc; --past: #f5f6f8; --h0: #f0eefa;
+  --h1: #ddd8f3; --h2: #c0b7e8; --h3: #9a8dd6; --h4: #7360be; --h5: #4b3a96; --blue: #1a5fc0;
+  --green: #00765a; --amber: #f3b73e; --amber-ink: #7a4e00; --rust: #b03a00; --grey: #cbd4dd;
+  --on-grey: #26323e; --green-wash: #e0f3ec; --amber-wash: #fdf1d8; --rust-wash: #fbe9e1;
+  --now: #d0310b; --lift: 0 1px 2px #15202b14, 0 6px 20px #15202b0f;
   --float: 0 2px 6px #15202b2e, 0 12px 36px #15202b33 }
-@media (prefers-color-scheme: dark) { :root {
-  --bg: #0d1218; --card: #151c25; --sunk: #1c2530; --text: #e7edf3; --soft: #a3b1bf;
-  --line: #29343f; --edge: #6b7b8b; --accent: #86b6ff; --on: #08172e; --wash: #1a2b48;
-  --past: #111820; --h0: #1a1a2c; --h1: #282443; --h2: #3a3266; --h3: #54488f; --h4: #8f80d6;
-  --h5: #b9adf8; --blue: #7fb0f7; --green: #4fcfa4; --amber-ink: #f5c564; --rust: #ff9468;
-  --grey: #3d4956; --on-grey: #e7edf3; --green-wash: #12332a; --amber-wash: #362a10;
-  --rust-wash: #3b2015; --now: #ff7a59; --lift: 0 1px 2px #0006; --float: 0 12px 40px #000c } }
+@media (prefers-color-scheme: dark) {
+  :root { --bg: #0d1218; --card: #151c25; --sunk: #1c2530; --text: #e7edf3; --soft: #a3b1bf;
+    --line: #29343f; --edge: #6b7b8b; --accent: #86b6ff; --on: #08172e; --wash: #1a2b48;
+    --past: #111820; --h0: #1a1a2c; --h1: #282443; --h2: #3a3266; --h3: #54488f; --h4: #8f80d6;
+    --h5: #b9adf8; --blue: #7fb0f7; --green: #4fcfa4; --amber-ink: #f5c564; --rust: #ff9468;
+    --grey: #3d4956; --on-grey: #e7edf3; --green-wash: #12332a; --amber-wash: #362a10;
+    --rust-wash: #3b2015; --now: #ff7a59; --lift: 0 1px 2px #0006; --float: 0 12px 40px #000c }
+}
 * { box-sizing: border-box }
 body { margin: 0; font: var(--t3)/1.45 system-ui, sans-serif; background: var(--bg);
   color: var(--text); overflow-wrap: break-word; font-variant-numeric: tabular-nums }
 h1, h2, h3, p, dl, dd, ul, ol, fieldset, figure { margin: 0; padding: 0 }
 h1 { font-size: 1.5rem; line-height: 1.2; letter-spacing: -.015em }
-h2 { font-size: var(--t4); line-height: 1.3 }
-h3 { font-size: var(--t3) }
-ul, ol { list-style: none }
-a { color: var(--accent) }
+h2 { font-size: var(--t4); line-height: 1.3 } h3 { font-size: var(--t3) }
+ul, ol { list-style: none } a { color: var(--accent) }
 code { font: var(--t2)/1.4 ui-monospace, Menlo, Consolas, monospace }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 4px }
 svg { display: block }
@@ -16955,12 +16954,9 @@ svg { display: block }
 .off { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap }
 .skip:focus { position: fixed; z-index: 9; left: 8px; top: 8px; width: auto; height: auto;
-  clip-path: none; background: var(--card); padding: 8px 12px }
-.soft { color: var(--soft) }
-.small { font-size: var(--t2) }
-.num { text-align: right }
-.sprite { position: absolute; width: 0; height: 0 }
-time { white-space: nowrap }
+  clip-path: none; background: var(--card); padding: 8px 12px } .soft { color: var(--soft) }
+.small { font-size: var(--t2) } .num { text-align: right }
+.sprite { position: absolute; width: 0; height: 0 } time { white-space: nowrap }
 /* frame */
 .top { display: flex; align-items: center; gap: 24px; height: 56px; padding: 0 24px;
   background: var(--card); border-bottom: 1px solid var(--line) }
@@ -16971,10 +16967,8 @@ time { white-space: nowrap }
 .nav a { padding: 6px 12px; border-radius: 8px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .nav a:hover, .bell:hover { background: var(--sunk) }
-.nav a[aria-current] { background: var(--wash); color: var(--accent) }
-.nav .i { display: none }
-.me { display: flex; gap: 12px; align-items: center }
-.me details { position: relative }
+.nav a[aria-current] { background: var(--wash); color: var(--accent) } .nav .i { display: none }
+.me { display: flex; gap: 12px; align-items: center } .me details { position: relative }
 .me summary { list-style: none; cursor: pointer; display: flex; gap: 8px; align-items: center }
 .me summary::-webkit-details-marker { display: none }
 .face { width: 32px; height: 32px; border-radius: 50%; background: var(--wash); font-weight: 700;
@@ -16982,26 +16976,21 @@ time { white-space: nowrap }
 .menu { position: absolute; right: 0; top: 44px; z-index: 9; width: 250px; padding: 12px;
   display: grid; gap: 8px }
 .bell { position: relative; width: 36px; height: 36px; display: grid; place-items: center;
-  color: var(--soft); border-radius: 8px }
-.bell .i { width: 18px; height: 18px }
+  color: var(--soft); border-radius: 8px } .bell .i { width: 18px; height: 18px }
 .bell b { position: absolute; right: 0; top: 0; background: var(--now); color: var(--card);
   font-size: 11px; line-height: 16px; min-width: 16px; text-align: center; border-radius: 8px }
-main { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px }
-main:focus { outline: none }
-main > h1 { margin-bottom: 12px }
-.narrow { max-width: 1000px; margin: 0 auto }
+main { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px } main:focus { outline: none }
+main > h1 { margin-bottom: 12px } .narrow { max-width: 1000px; margin: 0 auto }
 footer { max-width: 1640px; margin: 0 auto; padding: 0 24px 32px; color: var(--soft);
   font-size: var(--t2) }
 footer input { width: 14rem; min-height: 28px }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
-  box-shadow: var(--lift) }
-.pad { padding: 16px 24px }
-.stack > * + * { margin-top: 16px }
+  box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
-.between { justify-content: space-between }
-.grow { flex: 1 1 auto; min-width: 0 }
-.cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px; align-items: start }
+.between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
+.cols > * { min-width: 0 } .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
+  align-items: start }
 /* controls */
 button, .btn, input, select, textarea { font: inherit; color: inherit }
 button, .btn { display: inline-flex; align-items: center; justify-content: center; gap: 6px;
@@ -17010,24 +16999,20 @@ button, .btn { display: inline-flex; align-items: center; justify-content: cente
   color: var(--text) }
 button:hover, .btn:hover { background: var(--sunk) }
 button.main, .btn.main { background: var(--accent); border-color: var(--accent);
-  color: var(--on) }
-button.bad { color: var(--rust) }
-.tiny { min-height: 28px; padding: 0 10px; font-size: var(--t2) }
-.sq { width: 36px; padding: 0 }
+  color: var(--on) } button.bad { color: var(--rust) }
+.tiny { min-height: 28px; padding: 0 10px; font-size: var(--t2) } .sq { width: 36px; padding: 0 }
 input, select, textarea { min-height: 36px; width: 100%; padding: 6px 10px; border-radius: 8px;
   border: 1px solid var(--edge); background: var(--card) }
 textarea { min-height: 64px; resize: vertical }
 ::placeholder { color: var(--soft); opacity: 1 }
 [type=checkbox], [type=radio] { width: 18px; height: 18px; min-height: 0; margin: 0; flex: none;
-  accent-color: var(--accent) }
-label { display: block; min-width: 0 }
+  accent-color: var(--accent) } label { display: block; min-width: 0 }
 label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
   margin-bottom: 4px }
 .tick { display: flex; gap: 8px; align-items: center; padding: 3px 0 }
 .tick > span { font-size: inherit; color: inherit; font-weight: 400; margin: 0 }
-.seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px;
-  overflow-x: auto; max-width: 100%;
-  background: var(--card) }
+.seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
+  max-width: 100%; background: var(--card) }
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
@@ -17039,8 +17024,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
 .ask:focus-within { border-color: var(--accent); box-shadow: 0 0 0 4px var(--wash) }
 .ask input { border: 0; background: none; font-size: var(--t4); min-height: 40px; padding: 0;
   outline: none; text-overflow: ellipsis }
-.ask > .i { width: 18px; height: 18px; color: var(--accent) }
-.ask button { min-height: 40px }
+.ask > .i { width: 18px; height: 18px; color: var(--accent) } .ask button { min-height: 40px }
 .chips { display: flex; flex-wrap: wrap; gap: 8px }
 .chip { display: inline-flex; gap: 6px; align-items: center; min-height: 28px; padding: 0 12px;
   border-radius: 14px; border: 1px solid var(--line); background: var(--card);
@@ -17056,15 +17040,12 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .state { display: inline-flex; gap: 6px; align-items: center; white-space: nowrap;
   font-weight: 600 }
 .reserved, .waiting, .pending { color: var(--blue) }
-.starting, .active, .ending { color: var(--green) }
-.degraded { color: var(--amber-ink) }
-.failed { color: var(--rust) }
-.ended, .cancelled { color: var(--soft) }
+.starting, .active, .ending { color: var(--green) } .degraded { color: var(--amber-ink) }
+.failed { color: var(--rust) } .ended, .cancelled { color: var(--soft) }
 .note, .refused { padding: 12px 16px; border-radius: 8px; border-left: 5px solid var(--green);
   background: var(--green-wash) }
 .refused { border-color: var(--rust); background: var(--rust-wash) }
-.refused:focus { outline: 3px solid var(--rust) }
-.refused .offers { margin-top: 8px }
+.refused:focus { outline: 3px solid var(--rust) } .refused .offers { margin-top: 8px }
 /* plan */
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
   gap: 12px; margin: 12px 0 24px }
@@ -17074,57 +17055,43 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .warn { border-left: 4px solid var(--amber) }
 .bar-top { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center;
   margin: 16px 0 12px }
-.bar-top h1 { margin-right: auto; padding-left: 8px }
-.board { position: relative }
+.bar-top h1 { margin-right: auto; padding-left: 8px } .board { position: relative }
 .head, .res { display: grid; grid-template-columns: 184px minmax(0, 1fr) }
 .head { position: sticky; top: 0; z-index: 3; background: var(--card);
   border-bottom: 1px solid var(--line) }
 .corner { padding: 8px 16px; align-self: end; font-size: var(--t1); color: var(--soft) }
 .cloud { padding: 6px 16px; background: var(--sunk); font-size: var(--t2); font-weight: 600;
   color: var(--soft); border-bottom: 1px solid var(--line) }
-.res { border-bottom: 1px solid var(--line) }
-.res:last-child { border-bottom: 0 }
+.res { border-bottom: 1px solid var(--line) } .res:last-child { border-bottom: 0 }
 .who { padding: 8px 8px 8px 16px; border-right: 1px solid var(--line); font-size: var(--t2);
-  color: var(--soft); min-width: 0 }
-.who h3, .who b { color: var(--text) }
+  color: var(--soft); min-width: 0 } .who h3, .who b { color: var(--text) }
 .who p { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 .who a { display: inline-block; padding: 4px 0 }
 .gauge { width: 110px; height: 5px; margin: 3px 0 2px }
 .plot { width: 100%; touch-action: pan-y; cursor: crosshair; user-select: none }
 .plot text, .head text { font-size: 12px; fill: var(--soft) }
 .head .dom { font-size: 15px; font-weight: 600; fill: var(--text) }
-.head .today { fill: var(--accent) }
-.grid { stroke: var(--line) }
-.off-day { fill: var(--sunk); opacity: .6 }
-.this-day { fill: var(--wash); opacity: .45 }
-.past { fill: var(--past); opacity: .55 }
-.h0 { fill: var(--h0); background: var(--h0) }
-.h1 { fill: var(--h1); background: var(--h1) }
-.h2 { fill: var(--h2); background: var(--h2) }
-.h3 { fill: var(--h3); background: var(--h3) }
-.h4 { fill: var(--h4); background: var(--h4) }
+.head .today { fill: var(--accent) } .grid { stroke: var(--line) }
+.off-day { fill: var(--sunk); opacity: .6 } .this-day { fill: var(--wash); opacity: .45 }
+.past { fill: var(--past); opacity: .55 } .h0 { fill: var(--h0); background: var(--h0) }
+.h1 { fill: var(--h1); background: var(--h1) } .h2 { fill: var(--h2); background: var(--h2) }
+.h3 { fill: var(--h3); background: var(--h3) } .h4 { fill: var(--h4); background: var(--h4) }
 .h5 { fill: var(--h5); background: var(--h5) }
 .cap { stroke: var(--edge); stroke-dasharray: 1 3 }
-.plot .full { fill: var(--h5); font-weight: 700 }
-.plot .m { fill: var(--text) }
+.plot .full { fill: var(--h5); font-weight: 700 } .plot .m { fill: var(--text) }
 .plot .m4, .plot .m5 { fill: var(--card); font-weight: 700 }
 .plot g, .plot > rect, .plot > line, .plot > text, .plot > use { pointer-events: none }
-.plot a { pointer-events: all; cursor: pointer }
-.plot a:focus-visible { outline: none }
-.plot .more text { fill: var(--accent); font-weight: 600 }
-.b { color: var(--card) }
+.plot a { pointer-events: all; cursor: pointer } .plot a:focus-visible { outline: none }
+.plot .more text { fill: var(--accent); font-weight: 600 } .b { color: var(--card) }
 .b rect { fill: var(--blue); stroke: var(--blue); stroke-width: 1.5 }
 .plot .b text { fill: currentColor; font-weight: 600 }
 .plot .b .out, .plot .shut-t, .use text:not(.m) { paint-order: stroke; stroke: var(--card);
   stroke-width: 3px; stroke-linejoin: round }
-.plot .b .out { fill: var(--text); font-weight: 500 }
-.b .sign { pointer-events: none }
+.plot .b .out { fill: var(--text); font-weight: 500 } .b .sign { pointer-events: none }
 .b.active rect, .b.starting rect, .b.ending rect { fill: var(--green); stroke: var(--green) }
-.b.starting .x { fill: url(#stripes); stroke: none }
-.b.ending rect { fill: var(--green-wash) }
+.b.starting .x { fill: url(#stripes); stroke: none } .b.ending rect { fill: var(--green-wash) }
 .b.ending { color: var(--green) }
-.b.degraded rect { fill: var(--amber); stroke: var(--amber-ink) }
-.b.degraded { color: #2e1f00 }
+.b.degraded rect { fill: var(--amber); stroke: var(--amber-ink) } .b.degraded { color: #2e1f00 }
 .b.failed rect { fill: var(--rust); stroke: var(--rust) }
 .b.waiting, .b.pending { color: var(--blue) }
 .b.waiting rect, .b.pending rect { fill: var(--card); stroke-dasharray: 5 3 }
@@ -17136,14 +17103,12 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .b:hover rect { filter: brightness(1.12) }
 .b:focus-visible rect:first-of-type { stroke: var(--text); stroke-width: 3;
   stroke-dasharray: none }
-.b.no rect { fill: var(--rust); stroke: var(--rust) }
-.ghost { opacity: .35 }
+.b.no rect { fill: var(--rust); stroke: var(--rust) } .ghost { opacity: .35 }
 .shut { fill: url(#hatch) }
 .plot .shut-t { fill: var(--rust); font-weight: 600 }
 .hatch { stroke: var(--rust); opacity: .35; stroke-width: 2 }
 .lines { stroke: var(--card); stroke-width: 3; opacity: .45 }
-.now { stroke: var(--now); stroke-width: 2 }
-.now-tag { fill: var(--now) }
+.now { stroke: var(--now); stroke-width: 2 } .now-tag { fill: var(--now) }
 .head .now-t { fill: var(--card); font-size: 11px; font-weight: 700 }
 .drag { fill: var(--accent); fill-opacity: .18; stroke: var(--accent); stroke-width: 1.5 }
 .drag.no { fill: var(--rust); stroke: var(--rust) }
@@ -17159,21 +17124,18 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 12px; font-size: var(--t2);
   color: var(--soft) }
 .legend li { display: flex; gap: 6px; align-items: center }
-.sw { width: 26px; height: 16px; overflow: visible }
-.ramp { width: 90px; height: 12px }
+.sw { width: 26px; height: 16px; overflow: visible } .ramp { width: 90px; height: 12px }
 .agenda, .week { display: none }
 .agenda h2 { font-size: var(--t2); color: var(--soft); padding: 14px 4px 6px; position: sticky;
   top: 0; background: var(--bg); z-index: 1 }
 .agenda a { display: grid; grid-template-columns: 52px 16px minmax(0, 1fr); gap: 0 10px;
   align-items: center; min-height: 52px; padding: 6px 16px; border-top: 1px solid var(--line);
-  text-decoration: none; color: var(--text) }
-.agenda .card > :first-child { border-top: 0 }
+  text-decoration: none; color: var(--text) } .agenda .card > :first-child { border-top: 0 }
 .agenda small { display: block; color: var(--soft) }
 .week a { display: grid; justify-items: center; gap: 2px; padding: 6px 0; border-radius: 8px;
   text-decoration: none; color: var(--soft); font-size: var(--t1) }
 .week b { font-size: var(--t3); color: var(--text) }
-.week a[aria-current] { background: var(--accent) }
-.week a[aria-current] * { color: var(--on) }
+.week a[aria-current] { background: var(--accent) } .week a[aria-current] * { color: var(--on) }
 .week svg { width: 28px; height: 5px }
 /* tables */
 .wrap { overflow-x: auto; position: relative }
@@ -17181,14 +17143,11 @@ table { border-collapse: collapse; width: 100% }
 th { text-align: left; font-size: var(--t1); font-weight: 600; color: var(--soft);
   padding: 8px 10px; border-bottom: 1px solid var(--line) }
 th a { color: inherit; display: inline-block; padding: 5px 0 }
-td { height: 36px; padding: 2px 10px; border-bottom: 1px solid var(--line);
-  font-size: var(--t2) }
+td { height: 36px; padding: 2px 10px; border-bottom: 1px solid var(--line); font-size: var(--t2) }
 tr:last-child > td { border-bottom: 0 }
-tbody tr:hover > td { background: var(--sunk) }
-tr.on > td { background: var(--wash) }
+tbody tr:hover > td { background: var(--sunk) } tr.on > td { background: var(--wash) }
 td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-block;
-  padding: 4px 0 }
-.pick { width: 44px }
+  padding: 4px 0 } .pick { width: 44px }
 .sel { position: sticky; bottom: 8px; z-index: 4; margin-top: 12px; padding: 8px 16px }
 .sel input[name=reason] { flex: 1; min-width: 10rem; width: auto }
 .find { max-width: 22rem; flex: 1 }
@@ -17205,28 +17164,22 @@ td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-bl
 .said .no { background: var(--amber-wash) }
 fieldset { border: 0; border-top: 1px solid var(--line); padding: 12px 0 16px; min-width: 0;
   margin-top: 16px }
-fieldset:first-of-type { border-top: 0; margin-top: 0 }
-legend { font-weight: 650; padding: 0 }
+fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 650; padding: 0 }
 .pickers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 8px }
 .opt { display: flex; gap: 10px; padding: 10px 12px; border: 1px solid var(--edge);
-  border-radius: 8px; cursor: pointer }
-.opt > span { margin: 0; color: var(--text) }
+  border-radius: 8px; cursor: pointer } .opt > span { margin: 0; color: var(--text) }
 .opt small { display: block; font-size: var(--t1); font-weight: 400; color: var(--soft) }
 .opt:has(:checked) { border-color: var(--accent); background: var(--wash) }
 .verdict h2 { display: flex; gap: 8px; align-items: center }
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 16px;
-  font-size: var(--t2) }
-.facts dt { color: var(--soft) }
-.facts dd { overflow-wrap: anywhere }
-.months { display: grid; gap: 12px; align-items: start; overflow-x: auto;
+  font-size: var(--t2) } .facts dt { color: var(--soft) } .facts dd { overflow-wrap: anywhere }
+.months { position: relative; display: grid; gap: 12px; align-items: start; overflow-x: auto;
   grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)) }
 .cal caption { font-weight: 600; font-size: var(--t2); text-align: left }
 .cal th, .cal td { padding: 0; height: 30px; border: 0; text-align: center; font-size: 11px;
-  color: var(--soft) }
-.cal th { height: 20px; font-weight: 500 }
+  color: var(--soft) } .cal th { height: 20px; font-weight: 500 }
 .cal td span { display: grid; place-items: center; height: 28px; border-radius: 6px;
-  line-height: 1; align-content: center; gap: 1px }
-.cal .i { width: 9px; height: 9px }
+  line-height: 1; align-content: center; gap: 1px } .cal .i { width: 9px; height: 9px }
 .cal .ok { background: var(--green-wash); color: var(--green); font-weight: 700 }
 .cal .no { background: var(--rust-wash); color: var(--rust); font-weight: 700 }
 .cal .out { text-decoration: line-through; box-shadow: inset 0 0 0 1px var(--line) }
@@ -17235,8 +17188,7 @@ legend { font-weight: 650; padding: 0 }
 /* one reservation */
 .track { width: 100%; height: 84px }
 .track text { font-size: 12px; fill: var(--soft) }
-.track .run { fill: var(--sunk); stroke: var(--edge) }
-.track .done { fill: var(--green) }
+.track .run { fill: var(--sunk); stroke: var(--edge) } .track .done { fill: var(--green) }
 .log li { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
   font-size: var(--t2) }
 .toast { position: fixed; z-index: 8; left: 50%; bottom: 24px; transform: translateX(-50%);
@@ -17259,19 +17211,17 @@ legend { font-weight: 650; padding: 0 }
 .hero .ask { max-width: 720px; margin: 0 auto; text-align: left }
 .hero .chips { justify-content: center; margin-top: 12px }
 .todo li { display: flex; gap: 12px; align-items: center; padding: 10px 0;
-  border-top: 1px solid var(--line) }
-.todo li:first-child { border: 0 }
+  border-top: 1px solid var(--line) } .todo li:first-child { border: 0 }
 @media (max-width: 1000px) {
-  .cols { grid-template-columns: minmax(0, 1fr) }
-  .booking > :last-child { order: -1 } }
+  .cols { grid-template-columns: minmax(0, 1fr) } .booking > :last-child { order: -1 }
+}
 @media (max-width: 1240px) {
-  .plan { overflow: auto; max-height: 88vh }
-  .board { min-width: 1184px }
+  .plan { overflow: auto; max-height: 88vh } .board { min-width: 1184px }
   .who, .corner { position: sticky; left: 0; background: var(--card); z-index: 2;
-    align-self: stretch } }
+    align-self: stretch }
+}
 @media (max-width: 640px) {
-  .top { padding: 0 16px; gap: 8px }
-  .brand { flex: 1 }
+  .top { padding: 0 16px; gap: 8px } .brand { flex: 1 }
   .wide, .plan, .legend, .tip, .pop, .bar-top .seg, .strip p + p { display: none }
   .nav { position: fixed; z-index: 7; inset: auto 0 0 0; height: 60px; background: var(--card);
     border-top: 1px solid var(--line); gap: 0 }
@@ -17279,35 +17229,28 @@ legend { font-weight: 650; padding: 0 }
     font-size: var(--t1); border-radius: 0 }
   .nav .i { display: block; width: 20px; height: 20px }
   .nav a[aria-current] { background: none; box-shadow: inset 0 2px var(--accent) }
-  main { padding: 16px 16px 96px }
-  footer { padding: 0 16px 96px }
-  .pad { padding: 16px }
-  input, select, textarea, .ask input { font-size: 16px }
-  .agenda { display: block }
+  main { padding: 16px 16px 96px } footer { padding: 0 16px 96px } .pad { padding: 16px }
+  input, select, textarea, .ask input { font-size: 16px } .agenda { display: block }
   .week { display: grid; grid-template-columns: repeat(7, 1fr); padding: 4px; margin: 8px 0 }
   .bar-top h1 { order: -1; width: 100%; padding: 0; font-size: var(--t4) }
-  .hero { padding: 16px 0; background: none }
-  .hero > h2 { font-size: 1.75rem }
-  .toast { bottom: 72px }
-  .sel { bottom: 64px }
+  .hero { padding: 16px 0; background: none } .hero > h2 { font-size: 1.75rem }
+  .toast { bottom: 72px } .sel { bottom: 64px }
   .go { position: sticky; bottom: 60px; background: var(--card); padding: 10px 0; z-index: 3 }
   .log li { grid-template-columns: minmax(0, 1fr); gap: 0 }
   .months { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 190px }
-  .flat thead { display: none }
-  .flat, .flat tbody { display: block }
+  .flat thead { display: none } .flat, .flat tbody { display: block }
   .flat tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 8px 12px;
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
   .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
-    font-size: var(--t1) }
-  .flat td:empty { display: none }
+    font-size: var(--t1) } .flat td:empty { display: none }
   .pick input { width: 24px; height: 24px }
 }
 @media print {
   .top, footer, form, .btn, button, .toast, .seg, .chips, .skip, .noprint { display: none }
   body, .card { background: #fff; color: #000; box-shadow: none }
-  .seats { grid-template-columns: 1fr 1fr }
-  .seat { break-inside: avoid } }
+  .seats { grid-template-columns: 1fr 1fr } .seat { break-inside: avoid }
+}
 '''
 
 SCRIPT = r'''
@@ -17335,7 +17278,8 @@ const watch = (form, verdict) => {
     return new URLSearchParams(all);
   };
   const check = async () => {
-    const turn = ++asked, answer = await fetch(form.dataset.check + '?' + fields()).catch(() => null);
+    const turn = ++asked, path = `${form.dataset.check}?${fields()}`;
+    const answer = await fetch(path).catch(() => null);
     if (turn !== asked) return;
     if (answer && answer.ok) verdict.innerHTML = await answer.text();
     else verdict.textContent = 'It could not be checked. Load the page again.';
@@ -17673,7 +17617,8 @@ href="#s-plan"/></svg>cmres</a>
 % if visit.actor:
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
-<a href="{{href}}" data-key="{{name[0].lower()}}"{{!' aria-current="page"' if href == here else ''}}>{{!visit.sign(name.lower())}}{{name}}</a>
+<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
+{{!visit.sign(name.lower())}}{{name}}</a>
 % end
 </nav>
 <div class="me"><a class="bell" href="/notices"
@@ -17683,7 +17628,8 @@ aria-label="Notices, {{unread}} unread">{{!visit.sign('bell')}}
 % end
 </a>
 <details><summary><span class="face" aria-hidden="true">{{visit.actor.user[:1].upper()}}</span><span
-class="soft small wide"><bdi>{{visit.actor.user}}</bdi> · <bdi>{{visit.actor.project}}</bdi></span><span
+class="soft small wide"><bdi>{{visit.actor.user}}</bdi> ·
+<bdi>{{visit.actor.project}}</bdi></span><span
 class="off">Account</span></summary><div class="menu card">
 <p class="small soft"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>,
 {{visit.actor.role}}</p>
@@ -17710,11 +17656,13 @@ class="off">Account</span></summary><div class="menu card">
 % end
 </main>
 <footer>
-<form method="post" action="/zone" class="line">{{!visit.guard}}<label class="line">Times are in the zone
+<form method="post" action="/zone" class="line">{{!visit.guard}}<label class="line">Times are in
+the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}"><button class="tiny">Change</button></form>
 % if visit.actor:
-<p class="gap">Keys: P plan, R reservations, B book, T today, D W M a day, a week, a month, / the line or
+<p class="gap">Keys: P plan, R reservations, B book, T today, D W M a day, a week, a month, / the
+line or
 the filter.</p>
 % end
 </footer>
@@ -17813,7 +17761,8 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 ''', 'line': '''
 <form class="ask" action="/book">{{!visit.sign('bolt')}}<label class="grow"><span class="off">Book
 in one line</span><input name="q" value="{{typed}}" data-key="/" autocomplete="off"
-placeholder="Try: {{example}}"></label><button class="main">{{'Read' if typed else 'Book'}}</button></form>
+placeholder="Try: {{example}}"></label><button
+class="main">{{'Read' if typed else 'Book'}}</button></form>
 ''', 'first day': '''
 <section class="hero"><h2>VMs, when you need them</h2>
 <p>Say how many and when. They start before your time begins and are deleted when you are done.</p>
@@ -17827,7 +17776,8 @@ placeholder="Try: {{example}}"></label><button class="main">{{'Read' if typed el
 <section class="card pad" aria-label="Set up cmres"><h2>Set up cmres</h2><ul class="todo">
 % for done, words, href, go in steps:
 % state = 'ended' if done else 'reserved'
-<li><span class="state {{state}}">{{!visit.sign(state)}}<span class="off">{{'done' if done else 'to do'}}</span></span>
+<li><span class="state {{state}}">{{!visit.sign(state)}}<span
+class="off">{{'done' if done else 'to do'}}</span></span>
 <span class="grow">{{words}}</span><a class="btn tiny" href="{{href}}">{{go}}</a></li>
 % end
 </ul></section>
@@ -17861,13 +17811,13 @@ class="state {{kind}}">{{!visit.sign(kind)}}</span>{{head}}</h2>
 <a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a>
 <h1>{{span}}</h1>
 <div class="chips"><a class="chip" href="{{way(at=at, mine='')}}"
-{{!'' if mine else 'aria-current="true"'}}>Everyone’s</a>
+{{!mark('aria-current="true"', not mine)}}>Everyone’s</a>
 <a class="chip" href="{{way(at=at, mine='1')}}"
-{{!'aria-current="true"' if mine else ''}}>Only mine</a></div>
+{{!mark('aria-current="true"', mine)}}>Only mine</a></div>
 <div class="seg" role="group" aria-label="How much is shown">
 % for each in ('day', 'week', 'month'):
 <a href="{{way(view=each, at=at)}}" data-key="{{each[0]}}"
-{{!'aria-current="true"' if each == view else ''}}>{{each.capitalize()}}</a>
+{{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div>
 <span class="line wide">
@@ -17880,7 +17830,7 @@ class="state {{kind}}">{{!visit.sign(kind)}}</span>{{head}}</h2>
 </span></div>
 <nav class="week card" aria-label="Days">
 % for day in strip:
-<a href="{{way(view='day', at=day.at)}}"{{!' aria-current="date"' if day.today else ''}}>
+<a href="{{way(view='day', at=day.at)}}"{{!mark('aria-current="date"', day.today)}}>
 <span>{{day.name[:3]}}</span><b>{{day.number}}</b><svg aria-hidden="true"><rect
 class="h1" width="28" height="4" rx="2"/><rect class="h4" width="{{round(28 * day.share)}}"
 height="4" rx="2"/></svg></a>
@@ -17920,7 +17870,8 @@ class="h4" width="{{round(100 * place.share)}}%" height="5" rx="2.5"/></svg>
 <a href="/book?resource={{place.name}}">Book<span class="off"> on {{place.name}}</span></a>
 % end
 </div>
-<svg class="plot" height="{{place.height}}" role="group" aria-label="{{place.name}}: {{place.summary}}"
+<svg class="plot" height="{{place.height}}" role="group"
+aria-label="{{place.name}}: {{place.summary}}"
 data-resource="{{place.name}}" data-first="{{first_minute}}" data-length="{{length}}"
 data-thin="{{thin}}" data-snap="{{snap}}" data-caps="{{place.caps}}" data-steps="{{place.steps}}"
 data-shut="{{place.shut}}"{{' data-writes' if visit.writes else ''}}>
@@ -17937,7 +17888,8 @@ height="{{each.height}}"/>
 % end
 </g>
 % for x, width, words in place.closed:
-<rect class="shut" x="{{x}}%" width="{{width}}%" height="{{place.height}}"><title>{{words}}</title></rect>
+<rect class="shut" x="{{x}}%" width="{{width}}%"
+height="{{place.height}}"><title>{{words}}</title></rect>
 % if view != 'month':
 <text class="shut-t" x="{{x}}%" dx="4" y="13">{{words}}</text>
 % end
@@ -17957,20 +17909,23 @@ x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="{{bar.round}
 <rect class="x" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="4"/>
 % end
 % if bar.inside:
-<svg class="sign" aria-hidden="true" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20">
+<svg class="sign" aria-hidden="true" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%"
+height="20">
 % if bar.sign:
 <use href="#s-{{bar.sign}}" x="4" y="4" width="12" height="12"/>
 % end
 <text x="{{20 if bar.sign else 6}}" y="14.5">{{bar.inside}}</text></svg>
 % end
 % if bar.beside:
-<svg class="sign" aria-hidden="true" x="{{bar.beside_x}}%" y="{{bar.y}}" width="{{bar.beside_width}}%"
+<svg class="sign" aria-hidden="true" x="{{bar.beside_x}}%" y="{{bar.y}}"
+width="{{bar.beside_width}}%"
 height="20"><text class="out" x="4" y="14.5">{{bar.beside}}</text></svg>
 % end
 </a>
 % end
 % for x, words, href in place.more:
-<a class="more" href="{{href}}"><text x="{{x}}%" dx="4" y="{{place.height - 8}}">{{words}}</text></a>
+<a class="more" href="{{href}}"><text x="{{x}}%" dx="4"
+y="{{place.height - 8}}">{{words}}</text></a>
 % end
 <rect class="drag" x="0" y="0" width="0" height="{{place.height}}"/>
 </svg></div>
@@ -17990,7 +17945,8 @@ height="20"><text class="out" x="4" y="14.5">{{bar.beside}}</text></svg>
 <h2>{{day}}</h2><div class="card">
 % for each in lines:
 <a href="{{each.href}}"><span>{{each.start}}<small>{{each.end}}</small></span><span
-class="state {{each.state}}">{{!visit.sign(each.state)}}<span class="off">{{each.state}}</span></span>
+class="state {{each.state}}">{{!visit.sign(each.state)}}<span
+class="off">{{each.state}}</span></span>
 <span><b>{{each.label}}</b><small>{{each.words}}</small></span></a>
 % end
 </div>
@@ -18002,8 +17958,10 @@ class="state {{each.state}}">{{!visit.sign(each.state)}}<span class="off">{{each
 % if legend:
 <ul class="legend">
 % for each in legend:
-<li><svg class="sw b {{each}}" aria-hidden="true"><rect x="1" y="1" width="24" height="14"
-rx="3"/>{{!'' if each == 'other' else f'<use href="#s-{each}" x="7" y="2" width="12" height="12"/>'}}
+<li><svg class="sw b {{each}}" aria-hidden="true"><rect x="1" y="1" width="24" height="14" rx="3"/>
+% if each != 'other':
+<use href="#s-{{each}}" x="7" y="2" width="12" height="12"/>
+% end
 </svg>{{'other people’s' if each == 'other' else each}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
@@ -18021,17 +17979,20 @@ rx="3"/>{{!'' if each == 'other' else f'<use href="#s-{each}" x="7" y="2" width=
 % end
 </p>
 % if left_out:
-<p class="soft small">Only the first {{bars}} reservations are drawn. <a href="/list">The list</a> has
+<p class="soft small">Only the first {{bars}} reservations are drawn. <a href="/list">The list</a>
+has
 them all.</p>
 % end
 ''', 'list': '''
 % if over is not None:
 <div class="line between"><div class="chips" role="group" aria-label="State">
-<a class="chip" href="/list"{{!'' if over or state else ' aria-current="true"'}}>now and to come</a>
+<a class="chip" href="/list"{{!mark('aria-current="true"', not (over or state))}}>now and
+to come</a>
 % for each in states:
-<a class="chip" href="/list?state={{each}}"{{!' aria-current="true"' if each == state else ''}}>{{!visit.state(each)}}</a>
+<a class="chip" href="/list?state={{each}}"{{!mark('aria-current="true"', each == state)}}>
+{{!visit.state(each)}}</a>
 % end
-<a class="chip" href="/list?over=1"{{!' aria-current="true"' if over else ''}}>finished</a></div>
+<a class="chip" href="/list?over=1"{{!mark('aria-current="true"', over)}}>finished</a></div>
 % if visit.writes:
 <a class="btn main" href="/book">Book</a>
 % end
@@ -18039,15 +18000,18 @@ them all.</p>
 % end
 {{!table}}
 % if after:
-<p class="gap"><a href="/list?{{more}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
+<p class="gap"><a href="/list?{{more}}after={{after}}">{{'Earlier' if over else 'Later'}}
+ones</a></p>
 % end
 ''', 'table': '''
 % if lines:
 % if len(lines) > 5:
-<p class="gap noprint"><label class="find"><span class="off">Filter {{name}}</span><input data-find="{{id}}" data-key="/"
+<p class="gap noprint"><label class="find"><span class="off">Filter {{name}}</span><input
+data-find="{{id}}" data-key="/"
 placeholder="Filter" autocomplete="off"></label></p>
 % end
-<div class="card gap wrap" tabindex="0" role="region" aria-label="{{name}}"><table class="flat{{' picks' if picks else ''}}"
+<div class="card gap wrap" tabindex="0" role="region" aria-label="{{name}}"><table
+class="flat{{' picks' if picks else ''}}"
 id="{{id}}"><thead><tr>
 % if picks:
 <th class="pick"><input type="checkbox" aria-label="Select all"></th>
@@ -18065,7 +18029,8 @@ id="{{id}}"><thead><tr>
 % for pick, cells in lines:
 <tr>
 % if picks:
-<td class="pick"><input type="checkbox" name="{{picks}}{{pick}}" value="yes" aria-label="Select {{pick}}"></td>
+<td class="pick"><input type="checkbox" name="{{picks}}{{pick}}" value="yes"
+aria-label="Select {{pick}}"></td>
 % end
 % for (key, head, _, _), cell in zip(heads, cells):
 <td data-name="{{key}}">{{!cell}}</td>
@@ -18081,7 +18046,7 @@ id="{{id}}"><thead><tr>
 % if choices:
 <select name="{{name}}">
 % for each, shown in choices:
-<option value="{{each}}"{{!' selected' if each == value else ''}}>{{shown}}</option>
+<option value="{{each}}"{{!mark('selected', each == value)}}>{{shown}}</option>
 % end
 </select>
 % elif kind == 'area':
@@ -18095,11 +18060,12 @@ id="{{id}}"><thead><tr>
 % end
 ''', 'verdict': '''
 % signs = {'ok': 'ended', 'some': 'degraded', 'no': 'failed'}
+% looks = {'ok': 'active', 'some': 'degraded', 'no': 'failed'}
 % if not kind:
 <p class="soft">{{head}}</p>
 % else:
-<div class="stack{{' refused' if kind == 'no' else ''}}"{{!' tabindex="-1" autofocus role="alert"' if kind == 'no' and focus else ''}}>
-<h2><span class="state {{'active' if kind == 'ok' else signs[kind]}}">{{!visit.sign(signs[kind])}}</span>{{head}}</h2>
+<div class="stack{{mark('refused', kind == 'no')}}"{{!mark(TO_ALERT, focus)}}>
+<h2><span class="state {{looks[kind]}}">{{!visit.sign(signs[kind])}}</span>{{head}}</h2>
 % for each in words:
 <p>{{each}}</p>
 % end
@@ -18144,7 +18110,8 @@ id="{{id}}"><thead><tr>
 </div>
 % end
 % if go:
-<p class="line go gap"><button class="main"{{!' name="fitting" value="yes"' if kind == 'some' and months else ''}}>{{go}}</button>
+<p class="line go gap"><button
+class="main"{{!mark('name="fitting" value="yes"', kind == 'some' and months)}}>{{go}}</button>
 % if waits:
 <button name="wait" value="true">{{waits}}</button>
 % end
@@ -18156,7 +18123,9 @@ id="{{id}}"><thead><tr>
 ''', 'starts': '''
 <div class="pickers" role="radiogroup" aria-label="What starts">
 % for each, shown, small in choices:
-<label class="opt"><input type="radio" name="what" value="{{each}}"{{!' checked' if each == said['what'] else ''}}><span><b>{{shown}}</b><small>{{small}}</small></span></label>
+<label class="opt"><input type="radio" name="what"
+value="{{each}}"{{!mark('checked', each == said['what'])}}><span><b>{{shown}}</b>
+<small>{{small}}</small></span></label>
 % end
 </div>
 <div class="fields gap">
@@ -18171,12 +18140,13 @@ id="{{id}}"><thead><tr>
 % if chips:
 <ul class="said" aria-label="Understood as">
 % for name, value in chips:
-<li class="{{'no' if name in ('not on', 'not understood') else ''}}"><small>{{name}}</small>{{value}}</li>
+<li class="{{mark('no', name.startswith('not '))}}"><small>{{name}}</small>{{value}}</li>
 % end
 </ul>
 % end
 % end
-<form method="post" action="{{action}}" data-check="{{check}}" class="cols gap booking whole">{{!visit.guard}}
+<form method="post" action="{{action}}" data-check="{{check}}"
+class="cols gap booking whole">{{!visit.guard}}
 <div class="card pad">
 % for name, content in groups:
 <fieldset><legend>{{name}}</legend>{{!content}}</fieldset>
@@ -18189,11 +18159,13 @@ id="{{id}}"><thead><tr>
 <option value="{{each}}"></option>
 % end
 </datalist></div>
-<div class="card pad"><div id="verdict" class="verdict" role="status" aria-live="polite">{{!verdict}}</div></div>
+<div class="card pad"><div id="verdict" class="verdict" role="status"
+aria-live="polite">{{!verdict}}</div></div>
 </form>
 % if line:
 <section class="card pad gap" aria-labelledby="find"><h2 id="find">Find a time</h2>
-<form class="ask gap" action="/book"><label class="grow"><span class="off">What is needed, for how long, and before
+<form class="ask gap" action="/book"><label class="grow"><span class="off">What is needed, for how
+long, and before
 when</span><input name="find" value="{{finds}}" placeholder="4 vms for 12h before monday, anywhere"
 autocomplete="off"></label><button class="main">Find</button></form>
 % for href, words, small, go in found:
@@ -18226,14 +18198,18 @@ href="{{href}}">{{go}}<span class="off"> {{words}}</span></a></div>
 {{!share}}
 ''', 'share': '''
 <section class="card pad stack gap" id="share"><h2>Share</h2>
-<form method="post" action="/r/{{found['label']}}/share" class="stack">{{!visit.guard}}<input type="hidden"
+<form method="post" action="/r/{{found['label']}}/share" class="stack">{{!visit.guard}}<input
+type="hidden"
 name="project" value="{{found['project']}}">
 % if link:
-<p class="line"><code>{{link}}</code><button type="button" class="tiny" data-copy="{{link}}">Copy</button>
+<p class="line"><code>{{link}}</code><button type="button" class="tiny"
+data-copy="{{link}}">Copy</button>
 <a href="{{link}}">Open</a></p>
-<p class="soft small">Everybody with this link can see the state, the times and how to log in, and nothing
+<p class="soft small">Everybody with this link can see the state, the times and how to log in, and
+nothing
 else of cmres.</p>
-<label><span>Who sits where, one name a line</span><textarea name="seats" rows="3">{{seats}}</textarea></label>
+<label><span>Who sits where, one name a line</span><textarea name="seats"
+rows="3">{{seats}}</textarea></label>
 <p class="line"><button name="do" value="seats">Save the seats</button>
 <button class="bad" name="do" value="revoke">Revoke the link</button></p>
 % else:
@@ -18245,7 +18221,8 @@ and a line to log in to each.</p>
 ''', 'shared': '''
 <p id="told" class="off" role="status"></p>
 % if drawn:
-<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{drawn[0] + 2}} {{drawn[0] + 2}}" role="img"
+<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{drawn[0] + 2}} {{drawn[0] + 2}}"
+role="img"
 aria-label="QR code of the address of this page"><path d="{{drawn[1]}}"/></svg></figure>
 % end
 <p class="line noprint"><button class="main" data-copy="">Copy all lines</button><button
@@ -18273,7 +18250,8 @@ data-print>Print</button></p>
 % end
 </div>
 % if not lines:
-<p class="soft gap">The VMs have not started yet. This page shows them as soon as they are there.</p>
+<p class="soft gap">The VMs have not started yet. This page shows them as soon as they are
+there.</p>
 % end
 ''', 'live': '''
 <p class="line gap">{{!visit.state(found['state'])}}
@@ -18286,7 +18264,8 @@ data-print>Print</button></p>
 </p>
 <p>{{starts}}</p>
 % if track:
-<svg class="track" role="img" aria-label="{{track[0]}}"><rect class="run" x="2%" width="96%" y="26" height="24"
+<svg class="track" role="img" aria-label="{{track[0]}}"><rect class="run" x="2%" width="96%" y="26"
+height="24"
 rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
 % for x, anchor, y, words in track[2]:
 <text x="{{x}}%" y="{{y}}" text-anchor="{{anchor}}">{{words}}</text>
@@ -18343,7 +18322,7 @@ aria-label="Copy {{line}}">Copy</button></span>
 ''', 'admin': '''
 <nav class="seg" aria-label="Admin">
 % for path, name, number in tabs:
-<a href="/admin{{path}}"{{!' aria-current="page"' if path == here else ''}}>{{name}}{{f' {number}' if number else ''}}</a>
+<a href="/admin{{path}}"{{!mark('aria-current="page"', path == here)}}>{{name}} {{number or ''}}</a>
 % end
 </nav>
 {{!body}}
@@ -18363,8 +18342,10 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 % end
 </form></section>
 ''', 'form': '''
-<details class="card pad gap" id="{{operation}}"{{' open' if opened else ''}}><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}" class="stack gap">{{!visit.guard}}<input type="hidden" name="next"
+<details class="card pad gap"
+id="{{operation}}"{{' open' if opened else ''}}><summary>{{title}}</summary>
+<form method="post" action="/do/{{operation}}" class="stack gap">{{!visit.guard}}<input
+type="hidden" name="next"
 value="{{back}}">
 <input type="hidden" name="once" value="{{once}}">
 % if refusal:
@@ -18376,11 +18357,11 @@ value="{{back}}">
 % if choices:
 <select name="{{name}}">
 % for each in choices:
-<option{{!' selected' if each == value else ''}}>{{each}}</option>
+<option{{!mark('selected', each == value)}}>{{each}}</option>
 % end
 </select>
 % else:
-<input name="{{name}}" value="{{value}}" autocomplete="off"{{!' required' if required else ''}}>
+<input name="{{name}}" value="{{value}}" autocomplete="off"{{!mark('required', required)}}>
 % end
 <small class="soft">{{words}}</small></label>
 % if was is not None:
@@ -18393,24 +18374,32 @@ value="{{back}}">
 % end
 </p></form></details>
 ''', 'many': '''
-<details class="card pad gap" id="many"{{' open' if refusal else ''}}><summary>Make tokens for many people</summary>
+<details class="card pad gap" id="many"{{' open' if refusal else ''}}><summary>Make tokens for many
+people</summary>
 <form method="post" action="/admin/people" class="stack gap">{{!visit.guard}}
 % if refusal:
 <div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
 % end
-<label><span>One person a line: the name, and a project if it is another</span><textarea name="people"
+<label><span>One person a line: the name, and a project if it is another</span><textarea
+name="people"
 rows="5" placeholder="ana&#10;bo, physics" required>{{said.get('people', '')}}</textarea></label>
-<div class="fields"><label><span>Project</span><input name="project" value="{{said.get('project', '')}}"
-required></label><label><span>Role</span><select name="role"><option>user</option><option>reader</option></select></label>
-<label><span>Works for</span><input name="lasts" value="{{said.get('lasts', '90d')}}" required></label></div>
+<div class="fields"><label><span>Project</span><input name="project"
+value="{{said.get('project', '')}}"
+required></label><label><span>Role</span><select
+name="role"><option>user</option><option>reader</option></select></label>
+<label><span>Works for</span><input name="lasts" value="{{said.get('lasts', '90d')}}"
+required></label></div>
 <button class="main">Make tokens, and download them as CSV</button>
-<p class="small soft">Each line of the file has a link to sign in. It is made only now: keep it safe.</p></form></details>
+<p class="small soft">Each line of the file has a link to sign in. It is made only now: keep it
+safe.</p></form></details>
 ''', 'heat': '''
 <section class="gap"><div class="line between"><h2>Used in {{month}}, percent of the capacity</h2>
 <p class="line noprint"><a class="btn tiny" href="?at={{before}}">‹ Before</a>
-<a class="btn tiny" href="?at={{after}}">After ›</a> <a class="btn tiny" href="?at={{at}}&amp;format=csv">CSV</a>
+<a class="btn tiny" href="?at={{after}}">After ›</a> <a class="btn tiny"
+href="?at={{at}}&amp;format=csv">CSV</a>
 <button class="tiny" data-print>Print</button></p></div>
-<div class="card wrap gap" tabindex="0" role="region" aria-label="Used day by day"><table class="heat"><thead><tr>
+<div class="card wrap gap" tabindex="0" role="region" aria-label="Used day by day"><table
+class="heat"><thead><tr>
 <th scope="col">Resource</th>
 % for each in days:
 <th scope="col">{{each}}</th>
@@ -18425,7 +18414,8 @@ required></label><label><span>Role</span><select name="role"><option>user</optio
 % end
 </tbody></table></div></section>
 ''', 'notices': '''
-<form method="post" action="/notices" class="gap">{{!visit.guard}}<input type="hidden" name="seen" value="{{newest}}">
+<form method="post" action="/notices" class="gap">{{!visit.guard}}<input type="hidden" name="seen"
+value="{{newest}}">
 % if unread:
 <button>Mark {{unread}} as read</button>
 % end
@@ -18466,7 +18456,8 @@ DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
          'limit_delete': ('Delete', None, True), 'resource_delete': ('Delete', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
 #: What people can type in one line.
-EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h', '1 vm tomorrow 9:00-11:00')
+EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
+            '1 vm tomorrow 9:00-11:00')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What becomes of VMs at the end.
 ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
@@ -18519,7 +18510,8 @@ TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_us
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
           'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'add': 'is reserved again', 'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
+DONE = {'add': 'is reserved again', 'extend': 'is longer now', 'keep': 'goes on',
+        'skip': 'is left out',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
         'reject': 'is rejected'}
@@ -18542,8 +18534,9 @@ FIELDS = {
     'on_conflict': ('If a date does not fit', 'choice', ''), 'user': ('Owner', 'text', ''),
     'confirm': ('Time to accept what became free', 'text', '30m')}
 FIELD_CHOICES = {
-    'at_end': [('', 'as usual: delete the VMs'), ('delete', 'delete the VMs'), ('stop', 'stop the VMs'),
-               ('shelve', 'shelve the VMs'), ('snapshot', 'save an image of each, then delete')],
+    'at_end': [('', 'as usual: delete the VMs'), ('delete', 'delete the VMs'),
+               ('stop', 'stop the VMs'), ('shelve', 'shelve the VMs'),
+               ('snapshot', 'save an image of each, then delete')],
     'personal': [('', 'the project'), ('true', 'only the owner'), ('false', 'the project')],
     'on_conflict': [('', 'refuse all dates'), ('skip', 'leave it out')]}
 FIELDSETS = {'What': ('label', 'rename', 'resource', 'vms'), 'When': ('start', 'end'),
@@ -18588,7 +18581,12 @@ MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
 
 def render_page(template: str, /, **values) -> str:
     """A template with its values, all of them escaped."""
-    return template_of(template).render(**values).strip('\n')
+    return template_of(template).render(mark=mark, **values).strip('\n')
+
+
+def mark(word: str, holds: Any) -> str:
+    """An attribute, or a class, that an element has where something holds."""
+    return f' {word}' if holds else ''
 
 
 @functools.lru_cache
@@ -19250,7 +19248,8 @@ PHRASES = {name: re.compile(pattern) for name, pattern in {
     'anywhere': r'\b(anywhere|any resource)\b',
     'hold': r'\b(hold(?: capacity)?(?: only)?|capacity only|nothing starts)\b',
     'span': rf'(?<![\d./-])(?:from )?{CLOCKED} ?(?:-|–|to) ?{CLOCKED}(?![\d./-])',
-    'long': r'(?:\bfor )?((?:\b\d+(?:\.\d+)? ?(?:weeks?|days?|d|hours?|hrs?|h|minutes?|mins?|min)\b ?)+)',
+    'long': r'(?:\bfor )?((?:\b\d+(?:\.\d+)? ?'
+            r'(?:weeks?|days?|d|hours?|hrs?|h|minutes?|mins?)\b ?)+)',
     'at': r'(?:\bat )?\b(\d{1,2}:\d\d(?:am|pm)?|\d{1,2}(?:am|pm)|(?<=at )\d{1,2}|noon|midnight)\b',
     'now': r'\b(now)\b'}.items()}
 FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines starting'.split())
@@ -19473,19 +19472,22 @@ class Pages:
         """Gives an application the addresses of all pages."""
         for verb, path, handle in (
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
-                ('POST', '/book', self.add), ('GET', '/book/check', self.check), ('GET', '/book/small', self.small),
+                ('POST', '/book', self.add), ('GET', '/book/check', self.check),
+                ('GET', '/book/small', self.small),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
                 ('GET', '/admin', self.admin), ('GET', '/admin/use', self.use),
                 ('GET', '/admin/<tab>', self.admin), ('POST', '/admin/decide', self.decide),
                 ('POST', '/admin/people', self.people), ('GET', '/tokens', self.tokens),
                 ('GET', '/r/<label>/change', self.change),
-                ('POST', '/r/<label>/change', self.do_change), ('POST', '/r/<label>/share', self.share),
+                ('POST', '/r/<label>/change', self.do_change),
+                ('POST', '/r/<label>/share', self.share),
                 ('GET', '/r/<label>/change/check', self.change_check),
                 ('GET', '/r/<label>/try', self.try_change),
                 ('GET', '/notices', self.notices), ('POST', '/notices', self.mark_read),
                 ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
-        for verb, path, handle in (('GET', '/sign-in', self.ask), ('GET', '/s/<secret>', self.shared),
+        for verb, path, handle in (('GET', '/sign-in', self.ask),
+                                   ('GET', '/s/<secret>', self.shared),
                                    ('GET', '/s/<secret>/live', self.shared_live),
                                    ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-out', self.sign_out),
@@ -19762,8 +19764,9 @@ class Pages:
         inside = 0 <= drawing.now < line.length
         return render_page(
             'plan', visit=visit, first=self.first_day(visit, places) if first else '',
-            line=self.ask_line() if visit.writes else '', cards=self.cards(visit, coming), way=href, counted=counted,
-            before=at_of(line, line.first - (line.after - line.first)), after=at_of(line, line.after),
+            line=self.ask_line() if visit.writes else '', cards=self.cards(visit, coming),
+            way=href, counted=counted, after=at_of(line, line.after),
+            before=at_of(line, line.first - (line.after - line.first)),
             at=at_of(line, line.first), span=named_span(line), mine=kept['mine'], view=line.view,
             zooms=ways, middle=f'{middle:%Y-%m-%dT%H}', strip=drawing.strip(),
             corner={'week': 'Nights are narrow', 'month': 'Least free that day'}.get(line.view, ''),
@@ -19796,9 +19799,8 @@ class Pages:
 
         def starts(each) -> str:
             at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} {f'({each.flavor}, {each.image}) ' if each.image else ''}"
-            return f'{what}on {each.resource}' + (f', start at {visit.plain(at)[-5:]}'
-                                                  if each.image else '')
+            what = f"{counted(each.vms, 'VM')} on {each.resource}"
+            return f'{what}, {each.image} starts at {visit.plain(at)[-5:]}' if each.image else what
 
         def ends(each) -> str:
             left = format_duration(max(60, (each.end - visit.here.now.timestamp()) // 60 * 60))
@@ -20127,7 +20129,8 @@ class Pages:
             return answered(f'does not fit: {error}'[:160], headers=PLAIN_TEXT)
         free = [each['free_vms'] for each in visit.service.usage(
             answer['resource'], answer['start'], answer['end']) if each['free_vms'] is not None]
-        return answered(f'fits, {min(free)} VMs free there now' if free else 'fits', headers=PLAIN_TEXT)
+        words = f'fits, {min(free)} VMs free there now' if free else 'fits'
+        return answered(words, headers=PLAIN_TEXT)
 
     def do_change(self, visit: Visit, label: str, given: dict):
         """Changes a reservation, or says in the same form why not."""
@@ -20184,11 +20187,13 @@ class Pages:
         """
         names, why = self.offered(visit, said['resource'])
 
+        hidden = 'rename' if was is None else 'label'
+
         def fields(of: Iterable[str]) -> str:
             return ''.join(self.field(visit, each, said, names, was) for each in of
-                           if (not only or each in only) and each != ('rename' if was is None else 'label'))
-        groups = [(name, content) for name, those in FIELDSETS.items() if (content := fields(those))]
-        groups = [(name, f'<div class="fields">{content}</div>') for name, content in groups]
+                           if (not only or each in only) and each != hidden)
+        groups = [(name, f'<div class="fields">{content}</div>')
+                  for name, those in FIELDSETS.items() if (content := fields(those))]
         if not only:
             starts = self.starts(visit, said, names, why, was)
             groups[3:3] = [('What starts', starts)]
@@ -20196,7 +20201,8 @@ class Pages:
                            usual_rules=USUAL_RULES,
                            verdict=self.verdict(visit, verdict, whole=True), **values)
 
-    def starts(self, visit: Visit, said: dict, names: dict, why: str, was: dict | None = None, fields: tuple = STARTING) -> str:
+    def starts(self, visit: Visit, said: dict, names: dict, why: str, was: dict | None = None,
+               fields: tuple = STARTING) -> str:
         """What starts: an image in VMs of a flavor, or nothing, said in so many words."""
         choices = [('image', 'VMs of an image', 'they start before the time begins'),
                    ('hold', 'Hold capacity only', 'no VM starts')]
@@ -20235,7 +20241,8 @@ class Pages:
         """What the form says of itself: it fits, or why not and what would; and its button."""
         return render_page('verdict', visit=visit, days=('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat',
                                                          'Sun'), whole=whole,
-                           outcomes=OUTCOMES, **verdict._asdict())
+                           outcomes=OUTCOMES, TO_ALERT='tabindex="-1" autofocus role="alert"',
+                           **verdict._asdict())
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
         """The flavors and images of a resource's cloud, and why there are none."""
@@ -20313,7 +20320,8 @@ class Pages:
         fields, span = line.fields, visit.span(line.start, line.end)
         shown = [('VMs', fields.get('vms')), ('starts', fields.get('image')),
                  ('flavor', fields.get('flavor')), ('on', fields.get('resource')),
-                 ('repeats', fields.get('repeat')), ('first' if 'repeat' in fields else 'when', span),
+                 ('repeats', fields.get('repeat')),
+                 ('first' if 'repeat' in fields else 'when', span),
                  ('until', fields.get('until')), ('times', fields.get('count')),
                  ('not on', fields.get('skip_dates')), ('name', fields.get('label')),
                  ('not understood', line.unknown)]
@@ -20607,7 +20615,8 @@ class Pages:
         there = [each | {'deeds': ['maintenance_delete']}
                  for each in visit.service.maintenance_list()]
         columns = 'id resource start end vms vcpus ram reason change'.split()
-        table = self.table(visit, 'Maintenance', columns, there, given, 'No maintenance is planned.')
+        table = self.table(visit, 'Maintenance', columns, there, given,
+                           'No maintenance is planned.')
         affects = ''
         if 'affects' in typed:
             people = len({each['user'] for each in typed['affects']})
@@ -20852,9 +20861,10 @@ def what_starts(visit: Visit, found: dict) -> str:
     begins = visit.plain(start - timedelta(seconds=found['lead'] or 0))
     until = visit.span(start, end).rpartition(' to ')[2]
     what = found['image'] or found['server']
-    return (f"{counted(found['vms'], 'VM')} ({', '.join(filter(None, (found['flavor'], what)))}) "
-            f"on {found['resource']} start{'s' * (found['vms'] == 1)} on {begins} and "
-            f"{'is' if found['vms'] == 1 else 'are'} {ENDS_SO[found['at_end'] or 'delete']} at {until}.")
+    of = ', '.join(filter(None, (found['flavor'], what)))
+    starts, are = ('starts', 'is') if found['vms'] == 1 else ('start', 'are')
+    return (f"{counted(found['vms'], 'VM')} ({of}) on {found['resource']} {starts} on {begins} and "
+            f"{are} {ENDS_SO[found['at_end'] or 'delete']} at {until}.")
 
 
 def days_left_out(text: str, here: Here) -> str:
@@ -20932,7 +20942,8 @@ def track_of(visit: Visit, found: dict) -> tuple | None:
                                  - now.timestamp()) // 60 * 60))
     words = f'{left} left' if now >= begin else f'starts in {left}'
     return words, round(96 * done, 2), [(2, 'start', 18, visit.plain(begin)),
-                                        (98, 'end', 18, visit.plain(end)), (50, 'middle', 70, words)]
+                                        (98, 'end', 18, visit.plain(end)),
+                                        (50, 'middle', 70, words)]
 
 
 def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
