@@ -4645,11 +4645,11 @@ def add_ends_of_tokens() -> None:
 def add_shares() -> None:
     """Reservations have pages for who has their address."""
     run_all("""
-        CREATE TABLE share (
+        CREATE TABLE IF NOT EXISTS share (
           id INTEGER NOT NULL PRIMARY KEY,
           reservation_id INTEGER NOT NULL REFERENCES reservation (id),
           nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
-        CREATE UNIQUE INDEX share_reservation_id ON share (reservation_id)""")
+        CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -18000,8 +18000,8 @@ to come</a>
 % end
 {{!table}}
 % if after:
-<p class="gap"><a href="/list?{{more}}after={{after}}">{{'Earlier' if over else 'Later'}}
-ones</a></p>
+<p class="gap"><a
+href="/list?{{more}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
 % end
 ''', 'table': '''
 % if lines:
