@@ -20407,7 +20407,7 @@ svg { display: block }
   white-space: nowrap }
 .skip:focus { position: fixed; z-index: 9; left: 8px; top: 8px; width: auto; height: auto;
   clip-path: none; background: var(--card); padding: 8px 12px } .soft { color: var(--soft) }
-.small { font-size: var(--t2) } .num { text-align: right }
+.small { font-size: var(--t2) }
 .sprite { position: absolute; width: 0; height: 0 } time { white-space: nowrap }
 /* frame */
 .top { display: flex; align-items: center; gap: 24px; height: 56px; padding: 0 24px;
@@ -21994,8 +21994,8 @@ TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_us
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
           'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'add': 'is reserved again', 'extend': 'is longer now', 'keep': 'goes on',
-        'skip': 'is left out',
+DONE = {'add': 'is reserved again', 'extend': 'is longer now', 'keep': 'keeps running',
+        'skip': 'is skipped',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
         'reject': 'is rejected'}
@@ -23127,7 +23127,7 @@ class Pages:
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
         query = (f'?{urlencode(typed)}' if request.method == 'POST'
                  else f'?{request.query_string}'.rstrip('?'))
-        aside = request.path.endswith(('/live', '/check'))
+        aside = request.path.endswith(('/live', '/check', '/try', '/small'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
         back = request.path + query if goes else '/'
@@ -24534,7 +24534,7 @@ def told_done(name: str, said: dict, answer) -> str:
     warned = [warning for each in gone for warning in each.get('warnings', ())]
     done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
     return '; '.join([done, *warned]) + (
-        f'; {len(hit)} were in the way: {told}' if hit else '')
+        f'; it affects {told}' if hit else '')
 
 
 def arguments_told(entry: dict) -> list[tuple]:
