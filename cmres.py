@@ -20461,8 +20461,6 @@ textarea { min-height: 64px; resize: vertical }
   accent-color: var(--accent) } label { display: block; min-width: 0 }
 label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
   margin-bottom: 4px }
-.tick { display: flex; gap: 8px; align-items: center; padding: 3px 0 }
-.tick > span { font-size: inherit; color: inherit; font-weight: 400; margin: 0 }
 .seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
   max-width: 100%; background: var(--card) }
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
@@ -20695,7 +20693,7 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
   .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty { display: none }
+    font-size: var(--t1) } .flat td:empty, .flat [data-name=change]::before { display: none }
   .pick input { width: 24px; height: 24px }
 }
 @media print {
@@ -22334,7 +22332,7 @@ def named_span(line: TimeLine) -> str:
     if line.view == 'week':
         return f'{first.day} {first:%b} – {last.day} {last:%b %Y}'
     hours = f', {first:%H:%M} – {line.after:%H:%M}' if line.view == 'hours' else ''
-    return f'{first:%A} {first.day} {first:%B %Y}{hours}'
+    return f'{first:%a} {first.day} {first:%b %Y}{hours}'
 
 
 def read_at(text: str | None) -> datetime | None:
@@ -22605,7 +22603,9 @@ class Drawing:
             json.dumps([[round(at) for at in edges] + [words]
                         for *edges, words in self.changes(changes)]),
             drawn_use(levels, line, line.view == 'month'),
-            drawn_figures(levels, line, self.now, bool(limits)), closed, bars, more, hint,
+            [each for each in drawn_figures(levels, line, self.now, bool(limits))
+             if not any(x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE
+                        for x, _, words in closed)], closed, bars, more, hint,
             max(112, 68 + 25 * (lanes + bool(more))))
 
     def strip(self) -> list[HeadPart]:
