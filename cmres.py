@@ -11428,7 +11428,10 @@ class Admission:
         if first.repeats:
             only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.service.actor.user}']
-        said += dict.fromkeys(warning for each in found
+        # Those without VMs have the same to say.
+        telling = [each for each in found if each.existing]
+        telling += [each for each in found if not each.existing][:1]
+        said += dict.fromkeys(warning for each in telling
                               for warning in self.ends_with(each).get('warnings', ()))
         self.service.tell(now, 'released', '; '.join(said), first, only)
 
