@@ -22770,6 +22770,90 @@ def test_without_a_provider_nobody_is_sent_to_one(world):
     web.get('/sign-in/oidc?code=x&state=y', status=401)
 
 
+#: Where Horizon is that `make test-openstack` has installed, with Blazar's panel.
+HORIZON = Path(CLIENTS).parent / 'horizon'
+HORIZON_SETTINGS = '''
+from openstack_dashboard.settings import *
+DEBUG, ALLOWED_HOSTS, SECRET_KEY, TIME_ZONE = True, ['*'], 50 * 'x', 'UTC'
+SESSION_ENGINE, SESSION_FILE_PATH = 'django.contrib.sessions.backends.file', {folder!r}
+CACHES = {{'default': {{'BACKEND': 'django.core.cache.backends.locmem.LocMemCache'}}}}
+OPENSTACK_KEYSTONE_URL, COMPRESS_ENABLED, STATIC_ROOT = {keystone!r}, False, {folder!r}
+'''
+
+
+class Horizon:
+    """Horizon in a process of its own, as a browser without scripts sees it."""
+
+    def __init__(self, folder, keystone):
+        import requests
+        (folder / 'horizon_here.py').write_text(HORIZON_SETTINGS.format(folder=str(folder), keystone=keystone))
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            self.url = f'http://127.0.0.1:{free.getsockname()[1]}'
+        env = os.environ | {'PYTHONPATH': str(folder), 'DJANGO_SETTINGS_MODULE': 'horizon_here'}
+        self.process = subprocess.Popen(
+            [HORIZON / 'bin/python', '-m', 'django', 'runserver', '--noreload', self.url.removeprefix('http://')],
+            cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=open(folder / 'horizon.log', 'w'))
+        self.browser, self.page = requests.Session(), ''
+
+    def get(self, path):
+        self.page = self.browser.get(self.url + path, timeout=60)
+        self.page.raise_for_status()
+        return self.page.text
+
+    def post(self, path, **form):
+        form['csrfmiddlewaretoken'] = re.search('name="csrfmiddlewaretoken" value="([^"]+)', self.page.text)[1]
+        self.page = self.browser.post(self.url + path, form, headers={'Referer': self.url + path}, timeout=60)
+        self.page.raise_for_status()
+        return self.page.text
+
+    def is_there(self):
+        with contextlib.suppress(OSError):
+            return bool(self.get('/auth/login/'))
+
+
+@openstack
+@real
+@pytest.mark.skipif(not HORIZON.exists(), reason='needs Horizon, from make test-openstack')
+def test_horizons_panel_lists_makes_shows_changes_and_ends_leases(tmp_path, serving):
+    """As a user of the lab; the catalog leads Horizon to cmres."""
+    world, identity = World(tmp_path), sdk('lab-admin').identity
+    world.service.resource_add('lab', cloud=ACCOUNT, vms=40, vcpus=80, ram=10**5)
+    world.service.resource_delete('demo')
+    cmres.close_store()
+    served = serving(keystone=ACCOUNT)
+    cmres.catalog_add(world.config, 'lab-admin', address=served.url)
+    horizon = Horizon(tmp_path, sdk().config.config['auth']['auth_url'])
+    try:
+        until(horizon.is_there)
+        horizon.post('/auth/login/', username='lab-user2', password='lab-user2', region='default', next='/project/leases/',
+                     auth_type='credentials')
+        leases = '/project/leases/'
+        assert horizon.page.url.endswith(leases)
+        horizon.get(f'{leases}create/')
+        now = datetime.now(UTC)
+        start, end = (f'{now + hours(n):%Y-%m-%d %H:%M}' for n in (1, 3))
+        made = horizon.post(f'{leases}create/', name='by Horizon', start_date=start, end_date=end, resource_type='instance',
+                            amount=2, vcpus=1, memory_mb=512, disk_gb=0, affinity='', resource_properties='',
+                            hypervisor_properties='', min_hosts=1, max_hosts=1)
+        id, = set(re.findall(f'{leases}([0-9a-f-]{{36}})/', made))
+        assert 'by Horizon' in made and 'PENDING' in made
+        assert 'virtual:instance' in horizon.get(f'{leases}{id}/')
+        assert horizon.get(f'{leases}calendar/host/')
+        shown = json.loads(horizon.get(f'{leases}calendar/host/resources.json'))
+        assert [(each['hypervisor_hostname'], each['start_date'][:16].replace('T', ' ')) for each in shown['reservations']] == [
+            ('lab', start)]
+        horizon.get(f'{leases}{id}/update')
+        assert 'renamed' in horizon.post(f'{leases}{id}/update', lease_id=id, lease_name='renamed')
+        horizon.post(leases, action=f'leases__delete__{id}')
+        assert 'renamed' not in horizon.get(leases)
+    finally:
+        horizon.process.kill()
+        horizon.process.wait()
+        for each in identity.services(type='reservation'):
+            identity.delete_service(each)
+
+
 # Benchmarks ##################################################################
 #
 # Each figure is a ratio to the least that could be done, measured by turns in one run on the same
@@ -23005,6 +23089,19 @@ def bench_rest(folder: Path) -> None:
             'label': f'x{turn}', 'resource': f'place-{turn % 100}', 'start': cmres.to_plain(start), 'end': '+2h'}),
         lambda turn: ask('POST', '/bare')))
     server.close()
+    cmres.close_store()
+
+
+def bench_keystone(folder: Path) -> None:
+    """A list asked for with a remembered token of Keystone against the same with a token of cmres."""
+    nova = StandIn()
+    world = World(folder, keystone=nova.url)
+    nova.now = lambda: world.now
+    tokens = nova.issue('u-eva', 'p-bio'), world.service.token_add('u-eva', 'p-bio')['token']
+    web = webtest.TestApp(cmres.rest(world.service))
+    show('a list with a remembered token of Keystone', *by_turns(1000, *(
+        lambda turn, token=token: web.get(f'{cmres.BASE}/reservation', headers={'X-Auth-Token': token}) for token in tokens)))
+    nova.stop()
     cmres.close_store()
 
 
@@ -23277,7 +23374,7 @@ def bench_anger(folder: Path) -> None:
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    all_of_them = 'start rest page lists add series claim filter starts idle anger'.split()
+    all_of_them = 'start rest keystone page lists add series claim filter starts idle anger'.split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
