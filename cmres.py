@@ -7195,7 +7195,11 @@ class Keystone:
         url, verify = self.config.keystone, True
         if not is_web(url):
             import openstack
-            entry = openstack.config.OpenStackConfig().get_one(url)
+            known = openstack.config.OpenStackConfig()
+            if url not in known.get_cloud_names():
+                log.warning("setting keystone: '%s' is no address and not in clouds.yaml", url)
+                raise Unavailable(SILENT_KEYSTONE)
+            entry = known.get_one(url)
             url, verify = entry.config['auth']['auth_url'], entry.get_requests_verify_args()[0]
         return re.sub('(/v3)?/*$', '', url), verify
 

@@ -14476,6 +14476,13 @@ def test_while_keystone_is_down_known_tokens_go_on_until_their_end(known, fault)
     known.get(token, status=503)
 
 
+def test_a_keystone_that_is_not_in_clouds_yaml_is_told_in_the_log(known, caplog):
+    known.world.config.take(keystone='nosuch')
+    for _ in range(2):
+        assert known.get('x', status=503)['kind'] == 'Unavailable'
+    assert "setting keystone: 'nosuch' is no address and not in clouds.yaml" in caplog.text
+
+
 def test_tokens_of_cmres_go_on_in_every_header_beside_those_of_keystone(known):
     ours = known.world.service.token_add('eva', 'biology')['token']
     assert known.get(ours) == [] and known.asked() == 0
