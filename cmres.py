@@ -17575,8 +17575,9 @@ def by_token(service: Reservations, request) -> Actor | None:
 
 
 def keystone_token(service: Reservations, request) -> str:
-    """The token of OpenStack that a request has; '' without one."""
-    said = header(request, 'X-Auth-Token').strip()
+    """The token of OpenStack that a request has; '' without one. No password is taken for one."""
+    basic = header(request, 'Authorization').lower().startswith('basic ')
+    said = '' if basic else bearer(request)
     return said if service.config.keystone and not said.startswith(OUR_TOKENS) else ''
 
 

@@ -14405,6 +14405,13 @@ def test_a_token_of_keystone_says_who_asks_by_ids(known):
     assert (made['user'], made['project']) == ('u-eva', 'p-chem')
 
 
+def test_a_token_of_keystone_is_taken_as_a_bearers_too_and_no_password_is_sent_to_keystone(known):
+    token = known.nova.issue()
+    for said, status in ((f'Bearer {token}', 200), (f'Basic {base64.b64encode(f"x:{token}".encode()).decode()}', 401)):
+        known.web.get('/cm/v1.0/reservation', headers={'Authorization': said}, status=status)
+    assert known.asked() == 1
+
+
 def test_ids_that_the_configuration_names_go_by_their_names(known):
     book(known.world.as_user('eva', 'biology'), 'older')
     assert labels(known.get(known.nova.issue('u-eva', 'p-bio'))) == ['older']
