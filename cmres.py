@@ -6412,8 +6412,8 @@ class Cloud:
         """Whether an image is complete; None if it never will be."""
         raise NotImplementedError
 
-    def aggregates(self) -> list[Aggregate]:
-        """All host aggregates; for the operator of a cloud."""
+    def aggregates(self, host: str = '') -> list[Aggregate]:
+        """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
     def lend(self, wanted: dict[str, Lent]) -> None:
@@ -6772,11 +6772,12 @@ class OpenStack(Cloud):
                     or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated'))
             return None if gone else found.status == 'active'
 
-    def aggregates(self):
+    def aggregates(self, host=''):
         with self.calling('list aggregates', sure=True) as cloud:
-            found = [*cloud.compute.aggregates()]
-        return [Aggregate(each.name,
-                          {host: self.host_holds(host) for host in sorted(each.hosts or [])},
+            found = [each for each in cloud.compute.aggregates()
+                     if not host or host in (each.hosts or [])]
+        return [Aggregate(each.name, {one: self.host_holds(one) for one in sorted(each.hosts or [])
+                                      if host in ('', one)},
                           (each.metadata or {}).get('cmres', '')) for each in found]
 
     def host_holds(self, host: str) -> Amount:
@@ -6900,10 +6901,11 @@ class Simulated(Cloud):
     AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'),
                                                  Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
-    def aggregates(self):
+    def aggregates(self, host=''):
         marks = dict(run('SELECT substr(name, 6), value FROM fact '
                          "WHERE name LIKE 'mark-%'").fetchall())
-        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES]
+        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES
+                if not host or host in each.hosts]
 
     def mark(self, aggregate, resource):
         with transaction():
@@ -18506,9 +18508,8 @@ class LeaseView:
         clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
         clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
         for cloud in sorted(clouds):
-            for each in self.asks(cloud, lambda opened: opened.aggregates()):
-                if name in each.hosts:
-                    return cloud, each
+            if found := self.asks(cloud, lambda opened: opened.aggregates(name)):
+                return cloud, found[0]
         raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
                        f"'{name}'. Put it into one first: openstack aggregate add host")
 
