@@ -23699,8 +23699,9 @@ class Pages:
                            for each in ('fault', 'late') if line.get(each))
             return f'<div>{visit.state(value)}{cut_short(more)}</div>'
         if key == 'label' and value:
-            of = (f'<br><span class="soft small"><bdi>{in_html(line["user"])}</bdi> in '
-                  f'<bdi>{in_html(line["project"])}</bdi></span>'
+            user, project = (visit.named(line.get(each, '')) for each in ('user', 'project'))
+            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+                  f'<bdi>{in_html(project)}</bdi></span>'
                   if visit.actor.role == ADMIN and 'user' in line else '')
             href = in_html(visit.href(value, line['project'], line.get('which')))
             return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'

@@ -22941,6 +22941,18 @@ def test_who_has_an_account_of_openstack_signs_in_with_it(visitor_of, nova):
     assert web.get('/list').forms['keystone']
 
 
+def test_the_page_calls_people_by_the_names_that_keystone_tells(visitor_of, nova):
+    web, world = visitor_of
+    web.get('/cm/v1.0/reservation', headers={'X-Auth-Token': nova.issue('u-ann-0f1e', 'p-chem')})
+    book(world.as_user('u-ann-0f1e', 'p-chem'), 'hers')
+    boss = webtest.TestApp(web.app)
+    form = boss.get('/list').forms[0]
+    form['token'] = world.service.token_add('root', 'default', 'admin')['token']
+    form.submit()
+    text = boss.get('/list').text
+    assert 'ann-0f1e</bdi>' in text and 'u-ann-0f1e</bdi>' not in text and 'chem</bdi>' in text
+
+
 def test_while_keystone_is_down_nobody_signs_in_with_it(visitor_of, nova):
     web, _ = visitor_of
     nova.faults['POST /auth/tokens'] = ['500 before']
