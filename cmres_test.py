@@ -22652,7 +22652,7 @@ class TestNovaAsks:
 
 #: Where the programs are that `make test-clients` has installed.
 CLIENTS = os.environ.get('CLIENTS', '')
-blazars = [pytest.mark.clients, pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')]
+installed = pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
 
 
 class Hypervisors(Relay):
@@ -22682,6 +22682,8 @@ def client_run(name, *argv, **environ):
     return subprocess.run([Path(CLIENTS) / name, *argv], env=os.environ | environ, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.clients
+@installed
 @pytest.mark.parametrize('suite, cases', [('leases', 7), ('hosts', 6), ('allocations', 9)])
 def test_blazars_own_suite_passes(front, tmp_path, suite, cases):
     """The gabbits of blazar-tempest-plugin, without the fixture that signs in at Keystone."""
@@ -22720,6 +22722,8 @@ def openstack_cli(commands, **environ):
         yield err if code else json.loads(shown) if shown[:1] in ('{', '[') else out
 
 
+@pytest.mark.clients
+@installed
 def test_all_commands_of_openstack_reservation_work(front):
     reserve = 'reservation lease create --start-date "2050-01-01 10:00" --end-date "2050-01-01 12:00"'
     commands = {
@@ -22753,8 +22757,6 @@ def test_all_commands_of_openstack_reservation_work(front):
     assert said['left'] == said['none'] == [] and 'never' in said['never']
 
 
-for _test in (test_blazars_own_suite_passes, test_all_commands_of_openstack_reservation_work):
-    _test.pytestmark = [*getattr(_test, 'pytestmark', ()), *blazars]
 def test_vms_are_made_in_the_name_of_who_gave_a_credential(far, nova):
     """Theirs are the networks, keys and images; who gave none gets them as before."""
     nova.full, nova.applications['app-1', 's3cret'] = False, 'bio'
@@ -22851,7 +22853,7 @@ def token_from(user, way, **how):
 
 @openstack
 @real
-@pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
+@installed
 def test_a_user_of_the_lab_reserves_machines_that_are_theirs(tmp_path, serving):
     """With their own password, on a resource of another project's account, by `openstack` alone and one credential."""
     world, user = World(tmp_path), sdk('lab-user2')
