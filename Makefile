@@ -15,8 +15,8 @@ serve: $(VENV)/cmres $(BIN)/cmres   ## serve the page and REST, and run the life
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
 	$(PYTEST) -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
-test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
-	CLIENTS=$(wildcard $(abspath $(VENV)-clients)/bin) $(PYTEST) -m openstack cmres_test.py
+test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
+	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m openstack cmres_test.py
 
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py
@@ -49,6 +49,12 @@ $(VENV)-clients/caldav/done: | $(VENV)-clients/done   # python-caldav and its ow
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check caldav==3.6.0 'pytest>=8,<10' pytest-asyncio proxy.py pyfakefs tzlocal vobject
 	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary caldav -d $(@D) caldav==3.6.0
 	mkdir $(@D)/suite && tar xzf $(@D)/caldav-*.tar.gz -C $(@D)/suite --strip-components 1
+	touch $@
+
+$(VENV)-clients/horizon/done: | $(VENV)-clients/done   # OpenStack's dashboard with Blazar's panel
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check horizon~=27.0 blazar-dashboard~=16.0
+	cd $(@D)/lib/python3*/site-packages && cp blazar_dashboard/enabled/_9*.py openstack_dashboard/local/enabled/
 	touch $@
 
 $(BIN)/python:

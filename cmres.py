@@ -6366,8 +6366,8 @@ class Cloud:
         """Whether an image is complete; None if it never will be."""
         raise NotImplementedError
 
-    def aggregates(self) -> list[Aggregate]:
-        """All host aggregates; for the operator of a cloud."""
+    def aggregates(self, host: str = '') -> list[Aggregate]:
+        """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
     def lend(self, wanted: dict[str, Lent]) -> None:
@@ -6726,11 +6726,12 @@ class OpenStack(Cloud):
                     or found.status in ('killed', 'deleted', 'pending_delete', 'deactivated'))
             return None if gone else found.status == 'active'
 
-    def aggregates(self):
+    def aggregates(self, host=''):
         with self.calling('list aggregates', sure=True) as cloud:
-            found = [*cloud.compute.aggregates()]
-        return [Aggregate(each.name,
-                          {host: self.host_holds(host) for host in sorted(each.hosts or [])},
+            found = [each for each in cloud.compute.aggregates()
+                     if not host or host in (each.hosts or [])]
+        return [Aggregate(each.name, {one: self.host_holds(one) for one in sorted(each.hosts or [])
+                                      if host in ('', one)},
                           (each.metadata or {}).get('cmres', '')) for each in found]
 
     def host_holds(self, host: str) -> Amount:
@@ -6854,10 +6855,11 @@ class Simulated(Cloud):
     AGGREGATES = (Aggregate('gpu', dict.fromkeys(('gpu-1', 'gpu-2'),
                                                  Amount(0, 16, 65536, (('CUSTOM_GPU', 4),))), ''),)
 
-    def aggregates(self):
+    def aggregates(self, host=''):
         marks = dict(run('SELECT substr(name, 6), value FROM fact '
                          "WHERE name LIKE 'mark-%'").fetchall())
-        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES]
+        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES
+                if not host or host in each.hosts]
 
     def mark(self, aggregate, resource):
         with transaction():
@@ -7149,7 +7151,11 @@ class Keystone:
         url, verify = self.config.keystone, True
         if not is_web(url):
             import openstack
-            entry = openstack.config.OpenStackConfig().get_one(url)
+            known = openstack.config.OpenStackConfig()
+            if url not in known.get_cloud_names():
+                log.warning("setting keystone: '%s' is no address and not in clouds.yaml", url)
+                raise Unavailable(SILENT_KEYSTONE)
+            entry = known.get_one(url)
             url, verify = entry.config['auth']['auth_url'], entry.get_requests_verify_args()[0]
         return re.sub('(/v3)?/*$', '', url), verify
 
@@ -17534,8 +17540,9 @@ def by_token(service: Reservations, request) -> Actor | None:
 
 
 def keystone_token(service: Reservations, request) -> str:
-    """The token of OpenStack that a request has; '' without one."""
-    said = header(request, 'X-Auth-Token').strip()
+    """The token of OpenStack that a request has; '' without one. No password is taken for one."""
+    basic = header(request, 'Authorization').lower().startswith('basic ')
+    said = '' if basic else bearer(request)
     return said if service.config.keystone and not said.startswith(OUR_TOKENS) else ''
 
 
@@ -18464,9 +18471,8 @@ class LeaseView:
         clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
         clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
         for cloud in sorted(clouds):
-            for each in self.asks(cloud, lambda opened: opened.aggregates()):
-                if name in each.hosts:
-                    return cloud, each
+            if found := self.asks(cloud, lambda opened: opened.aggregates(name)):
+                return cloud, found[0]
         raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
                        f"'{name}'. Put it into one first: openstack aggregate add host")
 
@@ -23637,8 +23643,9 @@ class Pages:
                            for each in ('fault', 'late') if line.get(each))
             return f'<div>{visit.state(value)}{cut_short(more)}</div>'
         if key == 'label' and value:
-            of = (f'<br><span class="soft small"><bdi>{in_html(line["user"])}</bdi> in '
-                  f'<bdi>{in_html(line["project"])}</bdi></span>'
+            user, project = (visit.named(line.get(each, '')) for each in ('user', 'project'))
+            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+                  f'<bdi>{in_html(project)}</bdi></span>'
                   if visit.actor.role == ADMIN and 'user' in line else '')
             href = in_html(visit.href(value, line['project'], line.get('which')))
             return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'

@@ -14409,6 +14409,13 @@ def test_a_token_of_keystone_says_who_asks_by_ids(known):
     assert (made['user'], made['project']) == ('u-eva', 'p-chem')
 
 
+def test_a_token_of_keystone_is_taken_as_a_bearers_too_and_no_password_is_sent_to_keystone(known):
+    token = known.nova.issue()
+    for said, status in ((f'Bearer {token}', 200), (f'Basic {base64.b64encode(f"x:{token}".encode()).decode()}', 401)):
+        known.web.get('/cm/v1.0/reservation', headers={'Authorization': said}, status=status)
+    assert known.asked() == 1
+
+
 def test_ids_that_the_configuration_names_go_by_their_names(known):
     book(known.world.as_user('eva', 'biology'), 'older')
     assert labels(known.get(known.nova.issue('u-eva', 'p-bio'))) == ['older']
@@ -14478,6 +14485,13 @@ def test_while_keystone_is_down_known_tokens_go_on_until_their_end(known, fault)
     known.later(170)
     known.nova.faults['GET /auth/tokens'] = [fault]
     known.get(token, status=503)
+
+
+def test_a_keystone_that_is_not_in_clouds_yaml_is_told_in_the_log(known, caplog):
+    known.world.config.take(keystone='nosuch')
+    for _ in range(2):
+        assert known.get('x', status=503)['kind'] == 'Unavailable'
+    assert "setting keystone: 'nosuch' is no address and not in clouds.yaml" in caplog.text
 
 
 def test_tokens_of_cmres_go_on_in_every_header_beside_those_of_keystone(known):
@@ -22638,7 +22652,7 @@ class TestNovaAsks:
 
 #: Where the programs are that `make test-clients` has installed.
 CLIENTS = os.environ.get('CLIENTS', '')
-blazars = [pytest.mark.clients, pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')]
+installed = pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
 
 
 class Hypervisors(Relay):
@@ -22668,6 +22682,8 @@ def client_run(name, *argv, **environ):
     return subprocess.run([Path(CLIENTS) / name, *argv], env=os.environ | environ, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.clients
+@installed
 @pytest.mark.parametrize('suite, cases', [('leases', 7), ('hosts', 6), ('allocations', 9)])
 def test_blazars_own_suite_passes(front, tmp_path, suite, cases):
     """The gabbits of blazar-tempest-plugin, without the fixture that signs in at Keystone."""
@@ -22706,6 +22722,8 @@ def openstack_cli(commands, **environ):
         yield err if code else json.loads(shown) if shown[:1] in ('{', '[') else out
 
 
+@pytest.mark.clients
+@installed
 def test_all_commands_of_openstack_reservation_work(front):
     reserve = 'reservation lease create --start-date "2050-01-01 10:00" --end-date "2050-01-01 12:00"'
     commands = {
@@ -22739,8 +22757,6 @@ def test_all_commands_of_openstack_reservation_work(front):
     assert said['left'] == said['none'] == [] and 'never' in said['never']
 
 
-for _test in (test_blazars_own_suite_passes, test_all_commands_of_openstack_reservation_work):
-    _test.pytestmark = [*getattr(_test, 'pytestmark', ()), *blazars]
 def test_vms_are_made_in_the_name_of_who_gave_a_credential(far, nova):
     """Theirs are the networks, keys and images; who gave none gets them as before."""
     nova.full, nova.applications['app-1', 's3cret'] = False, 'bio'
@@ -22837,7 +22853,7 @@ def token_from(user, way, **how):
 
 @openstack
 @real
-@pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
+@installed
 def test_a_user_of_the_lab_reserves_machines_that_are_theirs(tmp_path, serving):
     """With their own password, on a resource of another project's account, by `openstack` alone and one credential."""
     world, user = World(tmp_path), sdk('lab-user2')
@@ -22925,6 +22941,18 @@ def test_who_has_an_account_of_openstack_signs_in_with_it(visitor_of, nova):
     assert len([each for each in world.service.token_list() if each['purpose'] == 'signed in at Keystone']) == 1
     world.now += world.config.signed_in + 1
     assert web.get('/list').forms['keystone']
+
+
+def test_the_page_calls_people_by_the_names_that_keystone_tells(visitor_of, nova):
+    web, world = visitor_of
+    web.get('/cm/v1.0/reservation', headers={'X-Auth-Token': nova.issue('u-ann-0f1e', 'p-chem')})
+    book(world.as_user('u-ann-0f1e', 'p-chem'), 'hers')
+    boss = webtest.TestApp(web.app)
+    form = boss.get('/list').forms[0]
+    form['token'] = world.service.token_add('root', 'default', 'admin')['token']
+    form.submit()
+    text = boss.get('/list').text
+    assert 'ann-0f1e</bdi>' in text and 'u-ann-0f1e</bdi>' not in text and 'chem</bdi>' in text
 
 
 def test_while_keystone_is_down_nobody_signs_in_with_it(visitor_of, nova):
@@ -23164,6 +23192,90 @@ def test_without_a_provider_nobody_is_sent_to_one(world):
     web.get('/sign-in/oidc?code=x&state=y', status=401)
 
 
+#: Where Horizon is that `make test-openstack` has installed, with Blazar's panel.
+HORIZON = Path(CLIENTS).parent / 'horizon'
+HORIZON_SETTINGS = '''
+from openstack_dashboard.settings import *
+DEBUG, ALLOWED_HOSTS, SECRET_KEY, TIME_ZONE = True, ['*'], 50 * 'x', 'UTC'
+SESSION_ENGINE, SESSION_FILE_PATH = 'django.contrib.sessions.backends.file', {folder!r}
+CACHES = {{'default': {{'BACKEND': 'django.core.cache.backends.locmem.LocMemCache'}}}}
+OPENSTACK_KEYSTONE_URL, COMPRESS_ENABLED, STATIC_ROOT = {keystone!r}, False, {folder!r}
+'''
+
+
+class Horizon:
+    """Horizon in a process of its own, as a browser without scripts sees it."""
+
+    def __init__(self, folder, keystone):
+        import requests
+        (folder / 'horizon_here.py').write_text(HORIZON_SETTINGS.format(folder=str(folder), keystone=keystone))
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            self.url = f'http://127.0.0.1:{free.getsockname()[1]}'
+        env = os.environ | {'PYTHONPATH': str(folder), 'DJANGO_SETTINGS_MODULE': 'horizon_here'}
+        self.process = subprocess.Popen(
+            [HORIZON / 'bin/python', '-m', 'django', 'runserver', '--noreload', self.url.removeprefix('http://')],
+            cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=open(folder / 'horizon.log', 'w'))
+        self.browser, self.page = requests.Session(), ''
+
+    def get(self, path):
+        self.page = self.browser.get(self.url + path, timeout=60)
+        self.page.raise_for_status()
+        return self.page.text
+
+    def post(self, path, **form):
+        form['csrfmiddlewaretoken'] = re.search('name="csrfmiddlewaretoken" value="([^"]+)', self.page.text)[1]
+        self.page = self.browser.post(self.url + path, form, headers={'Referer': self.url + path}, timeout=60)
+        self.page.raise_for_status()
+        return self.page.text
+
+    def is_there(self):
+        with contextlib.suppress(OSError):
+            return bool(self.get('/auth/login/'))
+
+
+@openstack
+@real
+@pytest.mark.skipif(not HORIZON.exists(), reason='needs Horizon, from make test-openstack')
+def test_horizons_panel_lists_makes_shows_changes_and_ends_leases(tmp_path, serving):
+    """As a user of the lab; the catalog leads Horizon to cmres."""
+    world, identity = World(tmp_path), sdk('lab-admin').identity
+    world.service.resource_add('lab', cloud=ACCOUNT, vms=40, vcpus=80, ram=10**5)
+    world.service.resource_delete('demo')
+    cmres.close_store()
+    served = serving(keystone=ACCOUNT)
+    cmres.catalog_add(world.config, 'lab-admin', address=served.url)
+    horizon = Horizon(tmp_path, sdk().config.config['auth']['auth_url'])
+    try:
+        until(horizon.is_there)
+        horizon.post('/auth/login/', username='lab-user2', password='lab-user2', region='default', next='/project/leases/',
+                     auth_type='credentials')
+        leases = '/project/leases/'
+        assert horizon.page.url.endswith(leases)
+        horizon.get(f'{leases}create/')
+        now = datetime.now(UTC)
+        start, end = (f'{now + hours(n):%Y-%m-%d %H:%M}' for n in (1, 3))
+        made = horizon.post(f'{leases}create/', name='by Horizon', start_date=start, end_date=end, resource_type='instance',
+                            amount=2, vcpus=1, memory_mb=512, disk_gb=0, affinity='', resource_properties='',
+                            hypervisor_properties='', min_hosts=1, max_hosts=1)
+        id, = set(re.findall(f'{leases}([0-9a-f-]{{36}})/', made))
+        assert 'by Horizon' in made and 'PENDING' in made
+        assert 'virtual:instance' in horizon.get(f'{leases}{id}/')
+        assert horizon.get(f'{leases}calendar/host/')
+        shown = json.loads(horizon.get(f'{leases}calendar/host/resources.json'))
+        assert [(each['hypervisor_hostname'], each['start_date'][:16].replace('T', ' ')) for each in shown['reservations']] == [
+            ('lab', start)]
+        horizon.get(f'{leases}{id}/update')
+        assert 'renamed' in horizon.post(f'{leases}{id}/update', lease_id=id, lease_name='renamed')
+        horizon.post(leases, action=f'leases__delete__{id}')
+        assert 'renamed' not in horizon.get(leases)
+    finally:
+        horizon.process.kill()
+        horizon.process.wait()
+        for each in identity.services(type='reservation'):
+            identity.delete_service(each)
+
+
 # Benchmarks ##################################################################
 #
 # Each figure is a ratio to the least that could be done, measured by turns in one run on the same
@@ -23399,6 +23511,19 @@ def bench_rest(folder: Path) -> None:
             'label': f'x{turn}', 'resource': f'place-{turn % 100}', 'start': cmres.to_plain(start), 'end': '+2h'}),
         lambda turn: ask('POST', '/bare')))
     server.close()
+    cmres.close_store()
+
+
+def bench_keystone(folder: Path) -> None:
+    """A list asked for with a remembered token of Keystone against the same with a token of cmres."""
+    nova = StandIn()
+    world = World(folder, keystone=nova.url)
+    nova.now = lambda: world.now
+    tokens = nova.issue('u-eva', 'p-bio'), world.service.token_add('u-eva', 'p-bio')['token']
+    web = webtest.TestApp(cmres.rest(world.service))
+    show('a list with a remembered token of Keystone', *by_turns(1000, *(
+        lambda turn, token=token: web.get(f'{cmres.BASE}/reservation', headers={'X-Auth-Token': token}) for token in tokens)))
+    nova.stop()
     cmres.close_store()
 
 
@@ -23671,7 +23796,7 @@ def bench_anger(folder: Path) -> None:
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    all_of_them = 'start rest page lists add series claim filter starts idle anger'.split()
+    all_of_them = 'start rest keystone page lists add series claim filter starts idle anger'.split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
