@@ -20441,7 +20441,8 @@ footer input { width: 14rem; min-height: 28px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
 .between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
-.cols > * { min-width: 0 } .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
+.cols > * { min-width: 0 }
+.cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
   align-items: start }
 /* controls */
 button, .btn, input, select, textarea { font: inherit; color: inherit }
@@ -21065,6 +21066,7 @@ patternTransform="rotate(45)"><path class="lines" d="M2 0V9"/></pattern></defs>
 <header class="top"><a class="brand" href="/"><svg aria-hidden="true"><use
 href="#s-plan"/></svg>cmres</a>
 % if visit.actor:
+% user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
 <a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
@@ -21077,11 +21079,11 @@ aria-label="Notices, {{unread}} unread">{{!visit.sign('bell')}}
 <b aria-hidden="true">{{unread}}</b>
 % end
 </a>
-<details><summary><span class="face" aria-hidden="true">{{visit.named(visit.actor.user)[:1].upper()}}</span><span
-class="soft small wide"><bdi>{{visit.named(visit.actor.user)}}</bdi> ·
-<bdi>{{visit.named(visit.actor.project)}}</bdi></span><span
+<details><summary><span class="face" aria-hidden="true">{{user[:1].upper()}}</span><span
+class="soft small wide"><bdi>{{user}}</bdi> ·
+<bdi>{{project}}</bdi></span><span
 class="off">Account</span></summary><div class="menu card">
-<p class="small soft"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
+<p class="small soft"><bdi>{{user}}</bdi> in <bdi>{{project}}</bdi>,
 {{visit.actor.role}}</p>
 <a href="/tokens">Tokens</a> <a href="/docs">REST</a>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
@@ -21097,9 +21099,7 @@ class="off">Account</span></summary><div class="menu card">
 <div class="toast" role="status"><span>{{note['words']}}</span>
 % if note.get('undo'):
 <form method="post" action="/do/{{note['undo'][0]}}">{{!visit.guard}}
-% for name, value in note['undo'][1].items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
+{{!hidden(note['undo'][1])}}
 <button>Undo <span class="left">10</span></button></form>
 % end
 </div>
@@ -21120,9 +21120,7 @@ the filter.</p>
 </html>
 ''', 'sign in': '''
 <div class="card pad narrow stack">
-% if refusal:
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 <p>Sign in with the token that an admin gave you.</p>
 <form method="post" action="/sign-in" class="stack">
 <label><span>Token</span>
@@ -21209,7 +21207,7 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
 <p><a href="{{back}}">Back</a></p>
 ''', 'refused': '''
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{sentence}}</p></div>
+{{!alert(sentence)}}
 <p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
 <div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
@@ -21218,9 +21216,7 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 <p><strong>{{each}}.</strong></p>
 % end
 <form method="post" action="/do/{{operation}}" class="line">{{!visit.guard}}
-% for name, value in fields.items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
+{{!hidden(fields)}}
 <input type="hidden" name="sure" value="yes"><button class="bad">Yes, {{words.lower()}}</button>
 <a class="btn" href="{{back}}">No</a></form></div>
 ''', 'line': '''
@@ -21341,9 +21337,8 @@ data-resource="{{place.name}}" data-first="{{first_minute}}" data-length="{{leng
 data-thin="{{thin}}" data-snap="{{snap}}" data-caps="{{place.caps}}" data-steps="{{place.steps}}"
 data-shut="{{place.shut}}"{{' data-writes' if visit.writes else ''}}>
 <use href="#ground" height="100%"/><g class="use">
-% for each in place.used:
-<rect class="h{{each.level}}" x="{{each.x}}%" width="{{each.width}}%" y="{{each.y}}"
-height="{{each.height}}"/>
+% for x, width, y, height, level in place.used:
+<rect class="h{{level}}" x="{{x}}%" width="{{width}}%" y="{{y}}" height="{{height}}"/>
 % end
 % if place.limited and view != 'month':
 <line class="cap" x1="0" x2="100%" y1="18.5" y2="18.5"/>
@@ -21400,19 +21395,15 @@ y="{{place.height - 8}}">{{words}}</text></a>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
 <form id="move" method="post" action="/do/update" hidden>{{!visit.guard}}
-% for each in ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'):
-<input type="hidden" name="{{each}}">
-% end
-<input type="hidden" name="next" value="{{way(at=at)}}"></form>
+{{!hidden(dict.fromkeys(moved, '') | {'next': way(at=at)})}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
 % for day, lines in agenda:
 <h2>{{day}}</h2><div class="card">
-% for each in lines:
-<a href="{{each.href}}"><span>{{each.start}}<small>{{each.end}}</small></span><span
-class="state {{each.state}}">{{!visit.sign(each.state)}}<span
-class="off">{{each.state}}</span></span>
-<span><b>{{each.label}}</b><small>{{each.words}}</small></span></a>
+% for href, start, end, state, label, words in lines:
+<a href="{{href}}"><span>{{start}}<small>{{end}}</small></span><span
+class="state {{state}}">{{!visit.sign(state)}}<span class="off">{{state}}</span></span>
+<span><b>{{label}}</b><small>{{words}}</small></span></a>
 % end
 </div>
 % end
@@ -21645,9 +21636,7 @@ href="{{href}}">{{go}}<span class="off"> {{words}}</span></a></div>
 ''', 'small': '''
 <form method="post" action="/book" data-check="/book/check" class="stack booking">{{!visit.guard}}
 <p class="line between"><b>{{when}}</b><button type="button" class="close tiny">Close</button></p>
-% for name in ('resource', 'start', 'end'):
-<input type="hidden" name="{{name}}" value="{{said[name]}}">
-% end
+{{!hidden({name: said[name] for name in ('resource', 'start', 'end')})}}
 <div class="fields">{{!fields}}</div>
 {{!starts}}
 <div class="verdict" role="status">{{!verdict}}</div>
@@ -21794,9 +21783,7 @@ aria-label="Copy {{line}}">Copy</button></span>
 ''', 'decide': '''
 <section class="gap"><h2>{{title}}</h2>
 <form method="post" action="/admin/decide">{{!visit.guard}}
-% if refusal:
-<div class="refused gap" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 {{!table}}
 % if some:
 <div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
@@ -21813,9 +21800,7 @@ id="{{operation}}"{{' open' if opened else ''}}><summary>{{title}}</summary>
 type="hidden" name="next"
 value="{{back}}">
 <input type="hidden" name="once" value="{{once}}">
-% if refusal:
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 <div class="fields">
 % for name, words, required, choices, value, was in fields:
 <label><span>{{HEADS.get(name) or name.replace('_', ' ').capitalize()}}</span>
@@ -21842,9 +21827,7 @@ value="{{back}}">
 <details class="card pad gap" id="many"{{' open' if refusal else ''}}><summary>Make tokens for many
 people</summary>
 <form method="post" action="/admin/people" class="stack gap">{{!visit.guard}}
-% if refusal:
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 <label><span>One person a line: the name, and a project if it is another</span><textarea
 name="people"
 rows="5" placeholder="ana&#10;bo, physics" required>{{said.get('people', '')}}</textarea></label>
@@ -21898,9 +21881,10 @@ value="{{newest}}">
 <li>There are no notices yet.</li>
 ''', 'programs': '''
 <section class="card pad stack gap"><h2>Calendar programs</h2>
-<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag it,
-and they move. Delete it, and they are cancelled.</p>
-<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a token</p>
+<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag
+it, and they move. Delete it, and they are cancelled.</p>
+<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password:
+a token</p>
 % if makes:
 <form method="post" action="/do/token_add">{{!visit.guard}}<input type="hidden" name="next"
 value="/tokens"><input type="hidden" name="once" value="{{once}}"><input type="hidden" name="scopes"
@@ -21915,9 +21899,7 @@ value="calendar"><input type="hidden" name="purpose" value="calendar program">
 % end
 </ul>
 ''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
-% for name, value in fields.items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
+{{!hidden(fields)}}
 <button class="tiny{{' bad' if bad else ''}}" aria-label="{{words}} {{about}}">{{words}}</button>
 % if field:
 <input name="{{field[0]}}" value="{{field[2]}}" placeholder="{{field[1]}}"
@@ -22064,7 +22046,20 @@ MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
 
 def render_page(template: str, /, **values) -> str:
     """A template with its values, all of them escaped."""
-    return template_of(template).render(mark=mark, **values).strip('\n')
+    helpers = {'mark': mark, 'alert': alert, 'hidden': hidden}
+    return template_of(template).render(**helpers, **values).strip('\n')
+
+
+def alert(words: str) -> str:
+    """Why something was refused, where the focus goes; nothing where nothing was."""
+    return (f'<div class="refused" role="alert" tabindex="-1" autofocus><p>{in_html(words)}</p>'
+            '</div>') if words else ''
+
+
+def hidden(fields: dict) -> str:
+    """Fields of a form that nobody sees."""
+    return ''.join(f'<input type="hidden" name="{in_html(name)}" value="{in_html(value)}">'
+                   for name, value in fields.items())
 
 
 def mark(word: str, holds: Any) -> str:
@@ -22405,26 +22400,19 @@ def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
     return levels
 
 
-class Used(NamedTuple):
-    """How full a resource is for a while, as it is drawn."""
-    x: float
-    width: float
-    y: float
-    height: float
-    level: int
-
-
-def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[Used]:
-    """The levels as shapes: as high and as dark as it is full; in a month one for each day."""
+def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
+    """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
+    width, y, height, level.
+    """
     shapes = []
     for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
         x, width = line.extent(each.at, after)
         level = math.ceil(5 * each.share)
         if month and not each.closed:
-            shapes.append(Used(x, round(width - .12, 2), 8, 26, level))
+            shapes.append((x, round(width - .12, 2), 8, 26, level))
         elif level and width and not each.closed:
             high = max(round(28 * each.share), 2)
-            shapes.append(Used(x, width, 46 - high, high, level))
+            shapes.append((x, width, 46 - high, high, level))
     return shapes
 
 
@@ -22543,23 +22531,13 @@ class Drawn(NamedTuple):
     caps: str
     steps: str
     shut: str
-    used: list[Used]
+    used: list[tuple]
     figures: list[tuple]
     closed: list[tuple]
     bars: list[Bar]
     more: list[tuple]
     hint: int
     height: int
-
-
-class Coming(NamedTuple):
-    """A reservation as a line of the agenda."""
-    href: str
-    start: str
-    end: str
-    state: str
-    label: str
-    words: str
 
 
 class Drawing:
@@ -22699,16 +22677,15 @@ class Drawing:
                 **({'runs': '1'} if running else {})}
         return ''.join(f' data-{name}="{in_html(value)}"' for name, value in said.items())
 
-    def agenda(self, found: list) -> list[tuple[str, list[Coming]]]:
-        """One's own reservations by day."""
+    def agenda(self, found: list) -> list[tuple[str, list[tuple]]]:
+        """One's own reservations by day: address, start, end, state, label, words."""
         days, zone = defaultdict(list), self.visit.zone
         for each in [each for each in found if self.is_own(each)][:60]:
             start, end = (instant(at).astimezone(zone) for at in (each.start, each.end))
             day = f'{start:%a} {start.day} {start:%b}'
             until = f'{end:%H:%M}' if end.date() == start.date() else f'{end:%a %H:%M}'
-            days[day].append(Coming(self.visit.href_of(each), f'{start:%H:%M}', until,
-                                    each.state, each.label,
-                                    f"{counted(each.vms, 'VM')} on {each.resource}"))
+            days[day].append((self.visit.href_of(each), f'{start:%H:%M}', until, each.state,
+                              each.label, f"{counted(each.vms, 'VM')} on {each.resource}"))
         return [*days.items()]
 
 
@@ -23302,6 +23279,7 @@ class Pages:
             way=href, counted=counted, after=at_of(line, line.after),
             before=at_of(line, line.first - (line.after - line.first)),
             at=at_of(line, line.first), span=named_span(line), mine=kept['mine'], view=line.view,
+            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
             zooms=ways, middle=f'{middle:%Y-%m-%dT%H}', strip=drawing.strip(),
             corner={'week': 'Nights are narrow', 'month': 'Least free that day'}.get(line.view, ''),
             grounds=line.grounds(drawing.days), cells=drawing.days,
