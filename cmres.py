@@ -22089,6 +22089,7 @@ class Visit:
     zone: ZoneInfo
     site: ZoneInfo  # in which the service itself lives
     form: str       # what a form of theirs must carry
+    back: str = '/list'  # where the buttons of a table lead back to
 
     def named(self, id: str) -> str:
         """What people call whom OpenStack knows under an id."""
@@ -22179,7 +22180,7 @@ class Visit:
         if 'label' in line and 'project' in line:
             fields = {'label': line['label'], 'project': line['project']}
             stays = line.get('which') or wide and (occurrence or not bad)
-            onward = self.href(*fields.values()) if stays else '/list'
+            onward = self.href(*fields.values()) if stays else self.back
             fields |= {'occurrence': occurrence} if occurrence else {}
             fields |= {'undo': 'true'} if undo else {}
             if name == 'delete':
@@ -23216,8 +23217,11 @@ class Pages:
         """
         made = answered('', 303, {'Location': href})
         if words:
-            note = json.dumps({'words': words[:800], 'undo': undo})
-            self.set_cookie(made, 'note', quote(self.signed('note', note), safe=''), 60)
+            notes = (self.signed('note', json.dumps({'words': words[:800], 'undo': each}))
+                     for each in (undo, None))
+            note = next(filter(lambda note: len(note) < 3900, (quote(each, safe='')
+                                                               for each in notes)), '')
+            self.set_cookie(made, 'note', note, 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -23346,7 +23350,7 @@ class Pages:
         after, over, state = given.get('after', ''), 'over' in given, given.get('state', '')
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
         state = state if state in STATES and not over else ''
-        service = visit.service
+        service, visit.back = visit.service, f'/list?{urlencode(given)}'.rstrip('?')
 
         def lines(after: str, most: int) -> list[dict]:
             return (service.over(after, most) if over
@@ -24498,7 +24502,7 @@ def undo_of_cancel(found: dict, said: dict) -> tuple[str, dict] | None:
     lead = {'lead': f"{found['lead']}s"} if found['lead'] else {}
     wait = {'wait': 'true'} if found['state'] == 'waiting' else {}
     undo = kept | fields | times | lead | wait
-    return ('add', undo) if len(json.dumps(undo)) < 2000 else None
+    return 'add', undo
 
 
 def told_done(name: str, said: dict, answer) -> str:

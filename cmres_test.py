@@ -16848,6 +16848,15 @@ def test_undo_gives_back_what_was_moved_extended_or_skipped(world):
     assert [each['state'] for each in world.service.list('class')] == ['reserved'] * 4
 
 
+def test_a_note_fits_a_cookie_and_goes_without_undo_rather_than_not_at_all(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), start=4, end=5, description='ä "<' * 1000)
+    answer = form_of(visitor.get('/list'), '/do/delete').submit(status=303)
+    assert all(len(each) < 4096 for each in answer.headers.getall('Set-Cookie'))
+    page = answer.follow()
+    assert "'lab' is cancelled" in page.html.text and 'class="left"' not in page
+
+
 def test_notices_are_new_until_they_are_marked_as_read(world):
     visitor = as_visitor(world)
     book(world.as_user(), start=100, end=101)
@@ -16881,6 +16890,7 @@ def test_tables_are_sorted_by_their_heads(world):
     shown = lambda page: [each.text for each in page.html.select('td[data-name=label] a')]  # noqa: E731
     assert shown(page) == ['b', 'c', 'a']
     page = page.click('^Name')
+    assert form_of(page, '/do/extend')['next'].value == '/list?sort=label'  # one stays where one was
     assert shown(page) == ['a', 'b', 'c'] and page.html.find(attrs={'aria-sort': 'ascending'})
     assert shown(page.click('^Name')) == ['c', 'b', 'a'] and shown(page.click('^VMs')) == ['a', 'c', 'b']
 
