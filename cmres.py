@@ -20435,7 +20435,7 @@ main { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px } main:focus {
 main > h1 { margin-bottom: 12px } .narrow { max-width: 1000px; margin: 0 auto }
 footer { max-width: 1640px; margin: 0 auto; padding: 0 24px 32px; color: var(--soft);
   font-size: var(--t2) }
-footer input { width: 14rem; min-height: 28px }
+footer [name=zone] { width: 14rem; min-height: 28px }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
@@ -21007,10 +21007,15 @@ if (left) {
     if (+left.textContent <= 0) { clearInterval(timer); $('.toast').remove(); }
   }, 1000);
 }
+const keys = $('#keys');
+if (keys) {
+  keys.checked = localStorage.getItem('keys') !== 'off';
+  keys.addEventListener('change', () => localStorage.setItem('keys', keys.checked ? 'on' : 'off'));
+}
 addEventListener('keydown', event => {
   if (event.key === 'Escape' && pop) hide(pop, tip);
   const typing = event.target.closest('input, textarea, select');
-  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!keys || !keys.checked || typing || event.ctrlKey || event.metaKey || event.altKey) return;
   const way = $(`[data-key="${CSS.escape(event.key)}"]`);
   if (!way) return;
   event.preventDefault();
@@ -21111,9 +21116,8 @@ the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}"><button class="tiny">Change</button></form>
 % if visit.actor:
-<p class="gap">Keys: P plan, R reservations, B book, T today, D W M a day, a week, a month, / the
-line or
-the filter.</p>
+<p class="gap"><label class="line"><input type="checkbox" id="keys" checked> Keys: P plan, R reservations,
+B book, T today, D W M a day, a week, a month, / the line or the filter</label></p>
 % end
 </footer>
 </body>
@@ -23270,13 +23274,11 @@ class Pages:
             hint = first and place is places[0] and (60 if line.x(drawing.now) < 45 else 10)
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(
                 drawing.resource(place, own, changes[place.name], hint))
-        middle = line.first + (line.after - line.first) / 2
-        today = to_wall(visit.here.now, visit.zone)
-        middle = today if line.first <= today < line.after else middle
-        zoom = VIEWS.index(line.view)
+        today, zoom = to_wall(visit.here.now, visit.zone), VIEWS.index(line.view)
+        inside = line.first <= today < line.after
+        middle = today if inside else line.first + (line.after - line.first) / 2
         ways = [*(VIEWS[zoom - 1:zoom] or ['']), *(VIEWS[zoom + 1:zoom + 2] or [''])]
         states = dict.fromkeys(each.state if drawing.is_own(each) else 'other' for each in found)
-        inside = 0 <= drawing.now < line.length
         return render_page(
             'plan', visit=visit, first=self.first_day(visit, places) if first else '',
             line=self.ask_line() if visit.writes else '', cards=self.cards(visit, coming),
@@ -24302,18 +24304,8 @@ class Pages:
             undo = undo_of_cancel(found, said)
             sure = sure or not found['servers'] and undo
         if name in ASKS and not sure:
-            return self.page(visit, 'Are you sure?', render_page(
-                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
-                back=onward,
-                warnings=self.warned(visit, operation, said) if name == 'delete' else [],
-                about=said.get('label') or said.get('name') or said.get('id'),
-                which=said.get('occurrence')))
-        # What a form has shown and nobody has changed is not asked for.
-        asked = {field: value for field, value in said.items()
-                 if value != '' and not field.startswith('was_')
-                 and said.get(f'was_{field}') != value}
-        if 'tz' in operation.parameters:
-            asked.setdefault('tz', visit.zone.key)
+            return self.are_you_sure(visit, operation, given, said, onward)
+        asked = asked_by(operation, said, visit)
         if once and once in self.sent:  # else loading the answer again makes another secret
             raise Conflict('this form was sent already, and what it made is not shown again; go '
                            'back to the form')
@@ -24326,13 +24318,21 @@ class Pages:
             hit = [each | {'resource': answer['resource']} for each in answer['hit']]
             return self.admin(visit, {}, 'maintenance',
                               said | {'operation': name, 'affects': hit})
+        words = told_done(name, asked, answer)
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
             self.sent.append(once)
             return self.page(visit, 'Done', render_page(
-                'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
-                back=onward))
-        return self.onward(onward, told_done(name, asked, answer),
-                           undo or undo_of(name, said, answer))
+                'secret', words=words, secret=answer[secret.pop()], back=onward))
+        return self.onward(onward, words, undo or undo_of(name, said, answer))
+
+    def are_you_sure(self, visit: Visit, operation: Operation, given: dict, said: dict, back: str):
+        """The question before what can't be undone, with what that would warn of."""
+        name = operation.name
+        return self.page(visit, 'Are you sure?', render_page(
+            'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=back,
+            warnings=self.warned(visit, operation, said) if name == 'delete' else [],
+            about=said.get('label') or said.get('name') or said.get('id'),
+            which=said.get('occurrence')))
 
     def to_cancel(self, visit: Visit, said: dict) -> dict:
         """What a form to cancel is about; without VMs and with Undo, it need not ask first."""
@@ -24345,7 +24345,7 @@ class Pages:
 
     def refused(self, visit: Visit, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and visit.actor.role == ADMIN and FORM_PAGES[name].startswith(back):
+        if name in FORMS and visit.actor.role == ADMIN and FORM_PAGES[name] == back:
             return self.admin(visit, {'edit': said.get('name', '')}, back.rpartition('/')[2],
                               said | {'operation': name}, sentence(str(error)), error.status)
         field = DEEDS.get(name, ('', None))[1]
@@ -24488,6 +24488,14 @@ def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
         before = answer['end'] - parse_duration(said['by'])
         return 'update', kept | {'end': to_plain(before)}
     return None
+
+
+def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
+    """What a form asks for: not what it has shown and nobody has changed."""
+    zone = {'tz': visit.zone.key} if 'tz' in operation.parameters else {}
+    return zone | {field: value for field, value in said.items()
+                   if value != '' and not field.startswith('was_')
+                   and said.get(f'was_{field}') != value}
 
 
 def undo_of_cancel(found: dict, said: dict) -> tuple[str, dict] | None:

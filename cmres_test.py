@@ -17301,6 +17301,12 @@ def test_in_a_browser_a_row_is_one_tab_stop_and_arrows_go_from_bar_to_bar(world,
     assert page.locator('a.b[tabindex="0"]').count() == 1
     page.keyboard.press('Enter')
     expect(page.get_by_role('heading', name='lab-1')).to_be_visible()
+    page.get_by_label('Keys').uncheck()
+    page.get_by_label('Keys').blur()
+    page.keyboard.press('b')
+    page.get_by_label('Keys').check()
+    expect(page.get_by_role('heading', name='lab-1')).to_be_visible()  # keys can be switched off
+    page.get_by_label('Keys').blur()
     page.keyboard.press('b')
     expect(page.get_by_role('heading', name='Book', exact=True)).to_be_visible()
     page.keyboard.press('/')
