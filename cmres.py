@@ -1328,6 +1328,14 @@ class Config:
     keystone_roles: str = setting(
         'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
         'KEYSTONE:CMRES; of several the highest, without any of them none')
+    oidc: str = setting(
+        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
+        'https://login.example.org; needs the package authlib')
+    oidc_client: str = setting('', 'the client id of cmres at that provider')
+    oidc_secret: str = setting('', 'its secret; without one, the client is public')
+    oidc_claims: str = setting(
+        'preferred_username, project, role', 'the claims that say user, project and role there; '
+        'without the last two, people are users of the project default')
     identity_proxies: str = setting(
         '', 'addresses and networks of proxies that say who asks, in the headers of '
         '`identity_header`; they must take those headers out of what their clients send')
@@ -1878,6 +1886,8 @@ WORDS = {
     'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
+    'flavors': 'whether Nova gets a private flavor, with the id of the reservation, for each lease '
+               'of VMs that is active there',
     'following': 'not only that occurrence: all after it too',
     'holidays': 'an .ics file or address; on the days of its all-day events nothing is reserved',
     'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the '
@@ -3520,6 +3530,8 @@ class Resource(Table):
     # JSON: what it holds of other resource classes of Placement; '': none
     classes = peewee.TextField(default='')
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
+    # whether Nova has a flavor for each lease that is active there
+    flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     # JSON: what each of them holds, where they are reserved by name
     named = peewee.TextField(default='')
     # what an event of a calendar program gets that says nothing; without any, no calendar
@@ -4856,6 +4868,7 @@ def add_ends_of_tokens() -> None:
 def add_openstack() -> None:
     """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
     text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
+    add_columns('resource', {'flavors': f'{number} DEFAULT 0'})
     run_all(f"""
         CREATE TABLE IF NOT EXISTS blazar_lease (
           "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
@@ -6269,6 +6282,15 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+class Lent(NamedTuple):
+    """A flavor that a project has for as long as its lease is active; one as `like`, or of sizes."""
+    project: str  # its id
+    vcpus: int
+    ram: int
+    disk: int
+    like: str = ''
+
+
 class Seen(NamedTuple):
     """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
     1970.
@@ -6293,7 +6315,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts'.split())
+                     'aggregates mark hosts lend'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -6411,6 +6433,9 @@ class Cloud:
     def aggregates(self) -> list[Aggregate]:
         """All host aggregates; for the operator of a cloud."""
         raise NotImplementedError
+
+    def lend(self, wanted: dict[str, Lent]) -> None:
+        """Has just these flavors of ours, by their ids; for the operator of a cloud."""
 
     def mark(self, aggregate: str, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
@@ -6816,6 +6841,23 @@ class OpenStack(Cloud):
             identity.update_endpoint(endpoint, url=values['url'])
         else:
             identity.create_endpoint(**values)
+
+    def lend(self, wanted):
+        with self.calling('lend flavors') as cloud:
+            ours = {each.id: each for each in cloud.compute.flavors(is_public=None)
+                    if each.description == self.store}
+            for id in ours.keys() - wanted.keys():
+                cloud.compute.delete_flavor(id, ignore_missing=True)
+            for id in wanted.keys() - ours.keys():
+                self.lend_one(cloud.compute, id, wanted[id])
+
+    def lend_one(self, compute, id: str, lent: Lent) -> None:
+        like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
+        compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
+                              disk=like.disk, is_public=False, description=self.store)
+        if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
+            compute.create_flavor_extra_specs(id, specs)
+        compute.flavor_add_tenant_access(id, lent.project)
 
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
@@ -9096,7 +9138,7 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation',
                     'user_data', 'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision',
                     'revised', 'on_conflict', 'booked_until', 'subscription', 'repeats', 'series',
-                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted'))
+                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted', 'flavors'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -12988,7 +13030,7 @@ class Plan(Operations):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False,
+                      named: bool = None, flavors: bool = None, force: bool = False,
                       dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks
         them for Nova.
@@ -12997,7 +13039,8 @@ class Plan(Operations):
         aggregate's hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a
         difference; with --dry-run that is all that happens. Without --aggregates, those that are
         marked are updated. With --named, a reservation may ask for a host by its name: add ...
-        --host NAME.
+        --host NAME. With --flavors, `openstack server create --flavor RESERVATION_ID` works for
+        leases of VMs there, as with Blazar.
 
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
@@ -13010,6 +13053,7 @@ class Plan(Operations):
         chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
+        wanted |= {'flavors': flavors} if flavors is not None else {}
         with self.writing(dry_run) as now:
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         # outside the transaction: it is a call to the cloud
@@ -13451,7 +13495,7 @@ class Claims(Operations):
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
         taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
-        if found.flavor or found.host:
+        if found.flavor or found.host or found.vcpus or found.ram:
             return taken.within(reserved._replace(classes=tuple((name,
                                                                  dict(reserved.classes).get(name,
                                                                                             0))
@@ -14231,7 +14275,7 @@ class Tokens(Operations):
     @api('POST', '/credential/', made='/credential/')
     def credential_add(self, cloud: Name, application: Name, secret: Name,
                        dry_run: bool = False) -> CredentialAnswer:
-        """Lets your VMs on a cloud be made in your own name: your project, quota, networks and keys.
+        """Lets your VMs on a cloud be made in your name: your project, quota, networks and keys.
 
         Give an application credential of yours. Its secret is kept encrypted, and the key is not in
         the database. What is reserved already uses it for VMs that are not started yet.
@@ -14984,7 +15028,7 @@ class Workers:
             'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll}
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
@@ -15094,6 +15138,9 @@ class Workers:
 
     def do_clear(self, call: Job) -> None:
         self.clouds.open(call.account).delete(call.target)
+
+    def do_lend(self, call: Job) -> None:
+        self.clouds.open(call.account).lend(call.target)
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -15776,11 +15823,53 @@ class Dispatcher:
 # What became of it: the answers of workers are compared with what is written, and written down.
 
 
+class Lender:
+    """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
+
+    def __init__(self, config: Config, workers: Workers):
+        self.config, self.workers = config, workers
+        self.lent: dict[str, dict] = {}  # by cloud, as it has them
+
+    def lend(self, now: float) -> None:
+        """Asks the clouds for what they have otherwise."""
+        places = defaultdict(list)
+        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
+            places[each.cloud].append(each.id)
+        for cloud, ids in places.items():
+            wanted = {each.part: self.flavor_for(each) for each in self.active(ids, now)}
+            if wanted != self.lent.get(cloud):
+                self.workers.submit(('lend', cloud), 'lend', cloud, wanted)
+
+    def active(self, ids: list[int], now: float) -> list:
+        """The parts of leases that are active on some resources, and start nothing themselves."""
+        return rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
+                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN blazar_hold h ON h.reservation = r.id '
+                    'JOIN blazar_lease l ON l.id = h.lease_id '
+                    'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
+                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
+                    """AND o."end" > ? AND r.host = '' AND r.image = ''""",
+                    json.dumps(ids), now, now)
+
+    def flavor_for(self, found) -> Lent:
+        """The flavor of a part of a lease; Nova boots nothing from a disk of nothing."""
+        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
+        project = self.config.read_again().identities.get(found.project, found.project)
+        return Lent(project, found.vcpus // found.vms, found.ram // found.vms,
+                    asked.get('disk_gb') or 1, found.flavor)
+
+    def record(self, result: Job, now: float) -> None:
+        if result.error:  # it is tried again at the next pass that has something to do
+            log.warning('could not lend flavors on %s: %s', result.account, result.error)
+        else:
+            self.lent[result.account] = result.target
+
+
 class Reconciler:
     """Records what calls came to."""
 
     def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
-                 health: Health, post: Post):
+                 health: Health, post: Post, lender: Lender):
         self.config, self.clouds, self.service = service.config, service.clouds, service
         self.leader, self.workers, self.health = leader, workers, health
         # Since when servers were seen to boot, by account.
@@ -15789,7 +15878,7 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look}
+            'look': self.record_look, 'lend': lender.record}
 
     def record(self, now: float) -> None:
         """Writes down the results of the calls that ended since the last pass; they wait until that
@@ -16123,8 +16212,9 @@ class LifeCycle:
         self.post = Post(config, self.workers, self.health)
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
+        self.lender = Lender(config, self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
-                                     self.post)
+                                     self.post, self.lender)
         self.passed = time.monotonic()  # when a pass has worked last
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
@@ -16156,6 +16246,7 @@ class LifeCycle:
             self.drop_staged(now)
             self.planner.plan(now)
             self.dispatcher.call(now)
+            self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
@@ -18087,9 +18178,10 @@ class Blazar:
         parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
                  for each in lease_list(given.get('reservations'), 'reservations')]
         id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
-        lease = {'id': id, 'name': lease_name(given), 'user': view.actor.user,
-                 'project': view.actor.project, 'start': start, 'end': end, 'before_end': before,
-                 'parts': json.dumps(parts), 'added': int(view.acting.clock())}
+        lease = {'id': id, 'name': lease_name(given), 'start': start, 'end': end,
+                 'before_end': before, 'added': int(view.acting.clock())}
+        lease |= {'user': view.actor.user, 'project': view.actor.project,
+                  'parts': json.dumps(parts)}
         if not parts:
             with view.acting.writing():
                 insert(BlazarLease, **lease)
@@ -18115,16 +18207,21 @@ class Blazar:
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
-            new = {name: dates[name] for name in dates} | (
-                {'name': lease_name(given)} if 'name' in given else {}) | (
-                {'before_end': lease_before_end(given, found.start, dates.get('end', found.end))}
-                if 'before_end_date' in given else {})
-            if new:
-                new |= {'changed': int(now)}
-                marks = ', '.join(f'"{name}" = ?' for name in new)
-                run(f'UPDATE blazar_lease SET {marks} WHERE id = ?', *new.values(), id)
+            self.write_changes(found, given, dates, now)
         view.acting.carry_out(deed)
         return {'lease': view.lease(id)}
+
+    def write_changes(self, found, given: dict, dates: dict[str, int], now: float) -> None:
+        """Writes what a lease has otherwise that its reservations don't know; in a transaction."""
+        new = {**dates}
+        if 'name' in given:
+            new['name'] = lease_name(given)
+        if 'before_end_date' in given:
+            new['before_end'] = lease_before_end(given, found.start, dates.get('end', found.end))
+        if new:
+            marks = ', '.join(f'"{name}" = ?' for name in new)
+            run(f'UPDATE blazar_lease SET {marks}, changed = ? WHERE id = ?', *new.values(),
+                int(now), found.id)
 
     def end_lease(self, view: LeaseView, given: dict) -> None:
         """Ends what a lease has, and forgets it."""
@@ -18212,6 +18309,11 @@ class Blazar:
             'private': private, 'created_at': None, 'updated_at': None}}
 
 
+#: What Blazar's clients want to read of a host and cmres does not know.
+LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
+                  'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
+
+
 class LeaseHost(NamedTuple):
     """A host that can be reserved by its name, or a resource as a whole."""
     id: int
@@ -18229,11 +18331,9 @@ class LeaseHost(NamedTuple):
         """It as Blazar's clients read it."""
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
-        return self.extras | {
-            'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name,
-            'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '', **figures,
-            'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': '',
-            'created_at': f'{instant(self.added):{MADE_OUT}}', 'updated_at': None}
+        names = {'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name}
+        made = {'created_at': made_at(self.added), 'updated_at': None}
+        return self.extras | names | figures | made | LIKE_ALL_HOSTS
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
         """Whether all of some conditions hold, each a comparison, a property and a value."""
@@ -18286,21 +18386,25 @@ class LeaseView:
         held = [one for part in parts for one in of_part[part['id']]]
         start, end = lease_window(found, held)
         state = first_state(held) if parts else bare_state(now, start, end)
-        done = LEASE_STATES[state][1] in ('TERMINATED', 'ERROR')
-        events = [('start_lease', start, now >= start), ('end_lease', end, done and now >= start)]
-        if found.before_end:
-            events.append(('before_end_lease', found.before_end, now >= found.before_end))
+        status = LEASE_STATES[state][1]
         made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
-        return {'id': found.id, 'name': found.name, 'user_id': found.user,
-                'project_id': found.project, 'start_date': date_out(start),
-                'end_date': date_out(end), 'trust_id': '', 'status': LEASE_STATES[state][1],
-                'degraded': any(each.state == 'degraded' for each in held), **made,
-                'reservations': [self.part(found, part, of_part[part['id']]) | made
-                                 for part in parts],
-                'events': [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id,
-                            'event_type': kind, 'time': date_out(at),
-                            'status': 'DONE' if done else 'UNDONE', **made}
-                           for kind, at, done in events]}
+        whose = {'user_id': found.user, 'project_id': found.project, 'trust_id': ''}
+        events = self.events(found, start, end, status in ('TERMINATED', 'ERROR'))
+        shown_parts = [self.part(found, part, of_part[part['id']]) | made for part in parts]
+        return {'id': found.id, 'name': found.name, **whose, **made, 'status': status,
+                'start_date': date_out(start), 'end_date': date_out(end),
+                'degraded': any(each.state == 'degraded' for each in held),
+                'reservations': shown_parts, 'events': [each | made for each in events]}
+
+    def events(self, found, start: int, end: int, over: bool) -> list[dict]:
+        """When a lease starts, ends and is announced to end, and whether that is done."""
+        now = self.acting.clock()
+        planned = [('start_lease', start, now >= start), ('end_lease', end, over and now >= start)]
+        if found.before_end:
+            planned.append(('before_end_lease', found.before_end, now >= found.before_end))
+        return [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id, 'event_type': kind,
+                 'time': date_out(at), 'status': 'DONE' if done else 'UNDONE'}
+                for kind, at, done in planned]
 
     def part(self, found, part: dict, held: list) -> dict:
         """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
@@ -18327,9 +18431,10 @@ class LeaseView:
     def live(self, found, part: str = '') -> list:
         """The occurrences of a lease that are not over."""
         which = 'lease_id = ?' + (' AND part = ?' if part else '')
-        ids = [each.reservation for each in rows(f'SELECT reservation FROM blazar_hold '
-                                                 f'WHERE {which}', found.id, *filter(None, [part]))]
-        return self.acting.look.search([self.acting.look.among('o.reservation_id', ids), (NOT_OVER,)])
+        held = rows(f'SELECT reservation FROM blazar_hold WHERE {which}', found.id,
+                    *filter(None, [part]))
+        look, ids = self.acting.look, [each.reservation for each in held]
+        return look.search([look.among('o.reservation_id', ids), (NOT_OVER,)])
 
     def end(self, found) -> None:
         """Ends what a lease has reserved and is not over; inside a transaction."""
@@ -18362,8 +18467,8 @@ class LeaseView:
         other = [name for name in new if name in old and new[name] != old[name]
                  and name != 'amount' and name != 'flavor_id']
         if other:
-            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease and "
-                           'make another')
+            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease "
+                           'and make another')
         if 'amount' in new and new['amount'] != old['amount']:
             for each in self.live(found, old['id']):
                 self.acting.update(each.label, project=found.project, vms=new['amount'])
@@ -18448,14 +18553,19 @@ class LeaseView:
                for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
-            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
-                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
-                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
+            line = self.allocation(each)
             known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
             host = ids.get((each.resource_id, each.host))
             if host and all(known[name] == value for name, value in wanted.items()):
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
+
+    def allocation(self, found) -> dict:
+        """When an occurrence is, and of which lease; what is of none has ids of its own."""
+        lease = found.lease_id or derived_uuid(f'lease {found.reservation_id}')
+        return {'id': found.part or derived_uuid(f'part {found.reservation_id}'),
+                'lease_id': lease, 'start_date': date_out(found.start),
+                'end_date': date_out(found.end)}
 
 
 class LeaseRequests:
@@ -18463,8 +18573,9 @@ class LeaseRequests:
 
     def __init__(self, acting: Reservations, lease: dict, parts: list[dict]):
         self.acting, self.lease, self.asked = acting, lease, [each['asked'] for each in parts]
-        self.common = {name: each.default for name, each in API['add'].parameters.items()} | {
-            'start': instant(lease['start']), 'end': instant(lease['end']), 'resource': ANY}
+        self.common = {name: each.default for name, each in API['add'].parameters.items()}
+        self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
+                        'resource': ANY}
         self.hosts = LeaseView(acting).hosts()
 
     def requests(self) -> list[tuple[Request, list[int]]]:
@@ -18543,12 +18654,13 @@ class LeaseRequests:
 
     def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
         """The smallest flavor in which so much fits."""
-        account = self.acting.clouds.account(cloud, self.lease['project'], self.lease['user'])
-        opened = self.acting.clouds.open(account)
-        sight = self.acting.clouds.sight(account, self.lease['project'])
+        clouds, project = self.acting.clouds, self.lease['project']
+        account = clouds.account(cloud, project, self.lease['user'])
+        opened, sight = clouds.open(account), clouds.sight(account, project)
         there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
-        fits = [(each.flavor, each.name) for each in there if sight.shows('flavor', each)
-                and each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
+        seen = [each for each in there if sight.shows('flavor', each)]
+        fits = [(each.flavor, each.name) for each in seen
+                if each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
         if not fits:
             raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
         return min(fits)[1]
@@ -18700,9 +18812,10 @@ def read_lease_part(given: dict) -> dict:
 
 
 def read_lease_number(name: str, value) -> int:
-    if isinstance(value, bool) or not re.fullmatch('[0-9]{1,9}', f'{0 if value is None else value}'):
+    text = '0' if value is None else f'{value}'
+    if not re.fullmatch('[0-9]{1,9}', text):
         raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
-    return int(value or 0)
+    return int(text)
 
 
 def read_affinity(name: str, value) -> bool | None:
@@ -21147,7 +21260,14 @@ B book, T today, D W M a day, a week, a month, / the line or the filter</label><
 <div><button class="main">Sign in</button></div>
 </form>
 % end
+% if oidc:
+<p><a id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
+% end
 </div>
+''', 'onward': '''<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Signed in</title>
+<meta http-equiv="refresh" content="0;url={{href}}">
+<p><a href="{{href}}">You are signed in. Go on</a></p></html>
 ''', 'docs': '''
 <p class="soft">All that programs can ask for, with a token in the header
 <code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
@@ -22929,12 +23049,87 @@ class CloudNames:
         return thing.name, f"{thing.name} · {counted(size.vcpus, 'vCPU')} · {ram}{others}"
 
 
+class OpenId:
+    """Signing in at a provider of OpenID Connect: the code flow with PKCE."""
+    PATIENT = 5  # seconds
+    ALGORITHMS = ('RS256', 'PS256', 'ES256', 'EdDSA')
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @functools.cached_property
+    def provider(self) -> dict:
+        """What the provider tells of itself."""
+        issuer = self.config.oidc.rstrip('/')
+        found = self.ask(f'{issuer}/.well-known/openid-configuration')
+        if found.get('issuer', '').rstrip('/') != issuer:
+            raise Unavailable(f'{issuer} is another provider than it says')
+        return found
+
+    def ask(self, url: str) -> dict:
+        import requests
+        try:
+            answer = requests.get(url, timeout=self.PATIENT, allow_redirects=False)
+            answer.raise_for_status()
+            return answer.json()
+        except (requests.RequestException, ValueError) as error:
+            log.warning('the OpenID provider: %s', first_line(error))
+            raise Unavailable('the provider does not answer, so you can not sign in there. Try '
+                              'again in a minute') from None
+
+    def client(self, back: str):
+        from authlib.integrations.requests_client import OAuth2Session
+        return OAuth2Session(self.config.oidc_client, self.config.oidc_secret or None,
+                             scope='openid profile', redirect_uri=back,
+                             code_challenge_method='S256', default_timeout=self.PATIENT)
+
+    def begin(self, back: str) -> tuple[str, dict]:
+        """Where to sign in, and what must be known again afterwards."""
+        known = {name: secrets.token_urlsafe(32) for name in ('state', 'nonce', 'verifier')}
+        url, _ = self.client(back).create_authorization_url(
+            self.provider['authorization_endpoint'], state=known['state'], nonce=known['nonce'],
+            code_verifier=known['verifier'])
+        return url, known
+
+    def end(self, back: str, known: dict, said: dict, now: float) -> dict:
+        """The claims of who has signed in; Unauthorized if it isn't what was begun."""
+        import requests
+        from authlib.common.errors import AuthlibBaseError
+        from joserfc.errors import JoseError
+        if not secrets.compare_digest(said.get('state', ''), known['state']) or 'code' not in said:
+            raise Unauthorized(f"you are not signed in: {said.get('error') or 'begin anew'}")
+        try:
+            token = self.client(back).fetch_token(
+                self.provider['token_endpoint'], code=said['code'],
+                code_verifier=known['verifier'])
+            return self.claims(token, known['nonce'], now)
+        except (AuthlibBaseError, JoseError, LookupError, ValueError) as error:
+            log.warning('the OpenID provider: %s', first_line(error))
+            raise Unauthorized('you are not signed in: what the provider says of you is not '
+                               'valid') from None
+        except requests.RequestException as error:
+            raise Unavailable(f'the provider does not answer: {first_line(error)}') from None
+
+    def claims(self, token: dict, nonce: str, now: float) -> dict:
+        """What an ID token says, if it is for us, of this sign-in and still good."""
+        from authlib.oidc.core import CodeIDToken
+        from joserfc import jwk, jwt
+        keys = jwk.KeySet.import_key_set(self.ask(self.provider['jwks_uri']))
+        found = jwt.decode(token['id_token'], keys, algorithms=self.ALGORITHMS)
+        client, issuer = self.config.oidc_client, self.provider['issuer']
+        wanted = {'iss': {'value': issuer}, 'aud': {'value': client}}
+        known = {'nonce': nonce, 'client_id': client, 'access_token': token.get('access_token')}
+        CodeIDToken(found.claims, found.header, wanted, known).validate(now, leeway=60)
+        return found.claims
+
+
 class Pages:
     """The handlers of all pages of a service."""
 
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
+        self.openid = OpenId(service.config)
         self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
         self.key_file = key_file(service.config.database, service.config.key)
         self.read: tuple = (None, [])  # the stamp of that file, and what was in it
@@ -22962,6 +23157,8 @@ class Pages:
                                    ('GET', '/s/<secret>/live', self.shared_live),
                                    ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
+                                   ('GET', '/sign-in/oidc/begin', self.begin_oidc),
+                                   ('GET', '/sign-in/oidc', self.end_oidc),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
@@ -23143,13 +23340,69 @@ class Pages:
         except (Unauthorized, Forbidden) as error:
             return self.not_signed_in(visit, given, error)
         user, project = (service.names_of(each)[0] for each in found.scoped[:2])
-        lasts = min(service.config.signed_in, found.scoped.ends - service.clock())
-        made = self.token_of_session(Actor(user, project, role), service.clock() + lasts)
-        return self.signed_in_as(Actor(user, project, role), made, lasts, given)
+        actor = Actor(user, project, role)
+        return self.known_elsewhere(actor, 'Keystone', found.scoped.ends, given)
 
-    def token_of_session(self, actor: Actor, ends: float) -> str:
+    def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
+        """Begins a session of somebody whom others know, until they do not any more."""
+        now = self.service.clock()
+        lasts = min(self.service.config.signed_in, ends - now)
+        made = self.token_of_session(actor, f'signed in at {where}', now + lasts)
+        return self.signed_in_as(actor, made, lasts, given)
+
+    def back_here(self) -> str:
+        """The address to which a provider sends people back."""
+        import bottle
+        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return f'{there}/sign-in/oidc'
+
+    def begin_oidc(self, visit: Visit, given: dict):
+        """Leads to the provider; a cookie tells afterwards that it was begun here."""
+        if not self.service.config.oidc:
+            raise NotFound('nobody signs in here with OpenID Connect')
+        url, known = self.openid.begin(self.back_here())
+        made = self.onward(url)
+        text = json.dumps(known | {'next': local(given.get('next'))})
+        made.set_cookie('oidc', quote(self.signed('oidc', text), safe=''), path='/sign-in/oidc',
+                        httponly=True, samesite='lax', max_age=600,
+                        secure=self.service.config.address.startswith('https:'))
+        return made
+
+    def end_oidc(self, visit: Visit, given: dict):
+        """Signs in who comes back from the provider."""
+        import bottle
+        known = self.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
+        try:
+            if not known:
+                raise Unauthorized('this sign-in was not begun here, or too long ago')
+            known = json.loads(known)
+            said = self.openid.end(self.back_here(), known, given, self.service.clock())
+            actor = self.claimed(said)
+        except (Unauthorized, Forbidden) as error:
+            return self.not_signed_in(visit, given, error)
+        made = self.known_elsewhere(actor, 'the provider', said['exp'], {'next': known['next']})
+        made.delete_cookie('oidc', path='/sign-in/oidc')
+        # A redirect would still be of the provider's site, to which no strict cookie is sent.
+        made.status, made.body = 200, render_page('onward', href=local(known['next']))
+        del made.headers['Location']
+        return made
+
+    def claimed(self, said: dict) -> Actor:
+        """Who somebody is by their claims; Forbidden without a name."""
+        names = [each.strip() for each in self.service.config.oidc_claims.split(',')]
+        user, project, role = (f"{said.get(name) or ''}" for name in (*names, '', '', '')[:3])
+        if not user:
+            raise Forbidden(f"the provider does not say who you are: the claim '{names[0]}' is "
+                            'missing')
+        if role and role not in ROLES:
+            raise Forbidden(f"the provider says that your role is '{role}'; it must be one of "
+                            f"{', '.join(ROLES)}")
+        return Actor(user, project or 'default', role or USER)
+
+    def token_of_session(self, actor: Actor, purpose: str, ends: float) -> str:
         """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
-        purpose, hash = 'signed in at Keystone', secrets.token_hex(32)
+        hash = secrets.token_hex(32)
         with transaction():
             old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
                       'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
@@ -23170,7 +23423,8 @@ class Pages:
 
     def sign_in_form(self, refusal: str, back: str) -> str:
         return render_page('sign in', refusal=refusal, back=back,
-                           keystone=self.service.config.keystone)
+                           keystone=self.service.config.keystone,
+                           oidc=self.service.config.oidc, query=urlencode({'next': back}))
 
     def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
         """Begins a session of somebody, by the hash of a token."""
@@ -24622,7 +24876,7 @@ NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token '
     'timezone workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
-SECRETS = frozenset(('token', 'webhook', 'webhook_secret'))
+SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 
 class Connections:
@@ -25444,7 +25698,7 @@ def store_migrate(config: Config) -> dict:
 
 
 def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool = False) -> Rows:
-    """Writes into the catalog of a cloud where `openstack reservation`, Horizon and Heat find cmres.
+    """Writes into a cloud's catalog where `openstack reservation`, Horizon and Heat find cmres.
 
     Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
@@ -25701,7 +25955,8 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, alerts, dashboard, container)}
+                      catalog_add, config_show, config_check, event_export, alerts, dashboard,
+                      container)}
 
 
 def in_utc(config: Config) -> None:

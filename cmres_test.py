@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#   "authlib~=1.9",            # signs in at providers, and what a provider of the tests signs with
 #   "axe-playwright-python~=0.1.8",  # what keeps people out of a page
 #   "beautifulsoup4~=4.12",    # the links of a page
 #   "hypothesis>=6.100,<7",    # properties: random sequences against models
@@ -31,6 +32,7 @@ import email.utils
 import functools
 import gc
 import gzip
+import hashlib
 import html
 import http.client
 import http.server
@@ -21438,6 +21440,7 @@ class StandIn(Proxy):
         super().__init__(handler=Answering)
         self.now, self.tokens, self.applications, self.catalog = NOON.timestamp, {}, {}, []
         self.servers, self.ghosts, self.untagged, self.busiest, self.open_now = {}, [], 0, 0, 0
+        self.lent = {}
         self.made, self.flavor_specs, self.full, self.logins = collections.Counter(), True, False, 0
         self.flavors = {'m1.tiny': (1, 512, {}), 'g1': (4, 8192, {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'})}
         self.hidden_flavors = {'chem-only': (1, 512, {})}  # given to another project
@@ -21616,8 +21619,24 @@ class StandIn(Proxy):
 
     def list_flavors(self, user, query, said):
         listed = self.flavors | (self.hidden_flavors if query.get('is_public') == 'None' and user == self.ADMIN else {})
-        return 200, {'flavors': [{'id': name, 'name': name, 'vcpus': vcpus, 'ram': ram} | (
-            {'extra_specs': specs} if self.flavor_specs else {}) for name, (vcpus, ram, specs) in listed.items()]}
+        lent = [each for each in self.lent.values() if user in (self.ADMIN, *each['to'])]
+        return 200, {'flavors': [{'id': name, 'name': name, 'vcpus': vcpus, 'ram': ram, 'disk': 1} | (
+            {'extra_specs': specs} if self.flavor_specs else {}) for name, (vcpus, ram, specs) in listed.items()] + lent}
+
+    def make_flavor(self, user, query, said):
+        self.lent[said['flavor']['id']] = made = said['flavor'] | {'to': [], 'extra_specs': {}}
+        return 200, {'flavor': made}
+
+    def change_flavor(self, user, query, said, id, what):
+        flavor = self.lent[id]
+        if what == 'action':
+            flavor['to'].append(said['addTenantAccess']['tenant'])
+        else:
+            flavor['extra_specs'] = said['extra_specs']
+        return 200, said
+
+    def delete_flavor(self, user, query, said, id):
+        return (202, None) if self.lent.pop(id, None) else (404, self.refusal(404, 'Flavor not found.'))
 
     def show_specs(self, user, query, said, id):
         return 200, {'extra_specs': self.flavors[id][2]}
@@ -21680,6 +21699,8 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('GET /v2.1/servers/detail', 'list_servers'), ('GET /v2.1/servers/([^/]+)', 'show_server'),
     ('POST /v2.1/servers', 'make_server'), ('DELETE /v2.1/servers/([^/]+)', 'delete_server'),
     ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
+    ('POST /v2.1/flavors', 'make_flavor'), ('DELETE /v2.1/flavors/([^/]+)', 'delete_flavor'),
+    ('POST /v2.1/flavors/([^/]+)/(action|os-extra_specs)', 'change_flavor'),
     ('GET /v2.1/flavors/([^/]+)/os-extra_specs', 'show_specs'), ('GET /v2.1/os-keypairs', 'list_keys'),
     ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'mark_aggregate'),
     ('GET /v2/images', 'list_images'), ('GET /v2/images/([^/]+)', 'show_image'),
@@ -22957,6 +22978,206 @@ def test_the_catalog_of_a_real_keystone_tells_where_cmres_is(lab):
     known = lab.clouds.keystone.sign_in('lab-user', 'lab-user', 'lab-project', 'Default')
     assert known.scoped.user == sdk().current_user_id and 'member' in known.scoped.roles
     assert lab.clouds.keystone.sign_in('lab-user', 'lab-user', 'lab-project2', 'Default').refusal
+
+
+def test_a_lease_that_is_active_has_a_flavor_in_nova_where_that_is_wanted(hosts, nova):
+    world = hosts.world
+    object.__setattr__(world.config, 'identities', {'chem': 'p-chem'})
+    lines = world.service.resource_sync('admin', ['gpu'], flavors=True, mode='exclusive')
+    assert {'resource': 'gpu', 'what': 'flavors', 'before': None, 'after': True} in lines
+    ann = hosts.as_user('ann', 'chem', 'user')
+    lease = ann.make(instances(2, vcpus=4, memory_mb=512, disk_gb=7), {
+        'resource_type': 'flavor:instance', 'flavor_id': 'g1', 'amount': 1}, start='now', end='2026-12-01 13:00')
+    ann.make(instances(1), start='2026-12-01 14:00', end='2026-12-01 15:00')
+    live(world, 5)
+    sized, like = (nova.lent[each['flavor_id']] for each in lease['reservations'])
+    assert (sized['vcpus'], sized['ram'], sized['disk'], sized['to']) == (4, 512, 7, ['p-chem'])
+    assert not sized['os-flavor-access:is_public'] and sized['name'] == f"reservation:{lease['reservations'][0]['id']}"
+    assert (like['vcpus'], like['disk']) == (4, 1) and like['extra_specs'] == {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'}
+    claims = [world.service.claim(f'server-{n}', ['gpu'], 'p-chem', vcpus=4, ram=512)[0]['passes'] for n in range(3)]
+    assert claims == [True, True, True]
+    ann.call('DELETE', f"/leases/{lease['id']}", status=204)
+    live(world, 5)
+    assert nova.lent == {}
+    world.at(2.5)
+    assert len(nova.lent) == 1
+    world.at(3.5)
+    assert nova.lent == {}
+
+
+def test_who_has_reserved_vcpus_without_a_flavor_boots_on_them_when_all_is_reserved(hosts):
+    hosts.world.service.resource_sync('admin', ['gpu'], mode='exclusive')
+    hosts.world.service.resource_update('gpu', vcpus=8)
+    ann = hosts.as_user('ann', 'chem', 'user')
+    ann.make(instances(2, vcpus=4, memory_mb=512), start='now', end='2026-12-01 13:00')
+    passes = lambda server, **more: hosts.world.service.claim(server, ['gpu'], 'chem', **more)[0]['passes']  # noqa: E731
+    assert not passes('a', vcpus=9, ram=512) and not passes('a', vcpus=4, ram=2048)
+    assert passes('a', vcpus=4, ram=512) and passes('b', vcpus=4, ram=512) and not passes('c', vcpus=1, ram=1)
+
+
+@openstack
+@real
+def test_a_lease_on_the_lab_lends_a_flavor_while_it_is_active(lab):
+    """Blazar's habit: whoever has reserved boots with the id of the reservation as flavor, and nobody else."""
+    admin, user, name = sdk('lab-admin').compute, sdk('lab-user2'), unique('cmres')
+    aggregate, server = admin.create_aggregate(name=name), None
+    try:
+        admin.add_host_to_aggregate(aggregate, 'lab-compute-1')
+        lab.service.resource_sync('lab-admin', [name], flavors=True)
+        lab.config.take(keystone=ACCOUNT)
+        web = webtest.TestApp(cmres.web(lab.service))
+        end = (datetime.now(UTC) + hours(1)).strftime('%Y-%m-%d %H:%M')
+        said = {'name': name, 'start_date': 'now', 'end_date': end, 'reservations': [instances(
+            1, vcpus=1, memory_mb=512, disk_gb=1, resource_properties=f'["==", "$aggregate", "{name}"]')]}
+        lease = web.post_json('/reservation/v1/leases', said, headers={'X-Auth-Token': user.auth_token}).json['lease']
+        flavor = lease['reservations'][0]['flavor_id']
+        until(lambda: flavor in [each.id for each in user.compute.flavors(is_public=None)])
+        assert flavor not in [each.id for each in sdk().compute.flavors(is_public=None)]
+        image = user.image.find_image('tiny').id
+        server = user.compute.create_server(name=name, flavor_id=flavor, image_id=image, networks='none')
+        assert user.compute.wait_for_server(server).status == 'ACTIVE'
+        web.delete(f"/reservation/v1/leases/{lease['id']}", headers={'X-Auth-Token': user.auth_token}, status=204)
+        until(lambda: flavor not in [each.id for each in admin.flavors(is_public=None)])
+    finally:
+        if server:
+            user.compute.delete_server(server)
+        if 'lab-compute-1' in (admin.get_aggregate(aggregate.id).hosts or []):
+            admin.remove_host_from_aggregate(aggregate, 'lab-compute-1')
+        admin.delete_aggregate(aggregate)
+
+
+class Provider(http.server.ThreadingHTTPServer):
+    """A small provider of OpenID Connect that signs in whoever comes, and checks what it must."""
+
+    def __init__(self):
+        from joserfc import jwk
+        self.key = jwk.RSAKey.generate_key(2048, parameters={'kid': 'one'})
+        self.codes, self.claims, self.other, self.now = {}, {}, {}, time.time
+        super().__init__(('127.0.0.1', 0), ProviderAnswers)
+        self.url = f'http://127.0.0.1:{self.server_port}'
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def authorize(self, url: str) -> dict:
+        """What a browser brings back that was sent to an address."""
+        asked = dict(parse_qsl(urlsplit(url).query))
+        assert (asked['response_type'], asked['client_id'], asked['code_challenge_method']) == ('code', 'cmres', 'S256')
+        code = secrets.token_hex(8)
+        self.codes[code] = asked
+        return {'code': code, 'state': asked['state']}
+
+    def token(self, form: dict) -> tuple[int, dict]:
+        from joserfc import jwt
+        asked = self.codes.pop(form.get('code'), None)  # good once
+        digest = hashlib.sha256(form.get('code_verifier', '').encode()).digest()
+        challenge = base64.urlsafe_b64encode(digest).rstrip(b'=').decode()
+        if not asked or asked['code_challenge'] != challenge or asked['redirect_uri'] != form['redirect_uri']:
+            return 400, {'error': 'invalid_grant'}
+        claims = {'iss': self.url, 'aud': 'cmres', 'sub': 'u1', 'iat': int(self.now()), 'exp': int(self.now()) + 3600,
+                  'nonce': asked['nonce'], 'preferred_username': 'eva', 'project': 'biology'} | self.claims
+        signed = jwt.encode({'alg': 'RS256', 'kid': 'one'}, claims, self.other.get('key', self.key))
+        return 200, {'access_token': 'x', 'token_type': 'Bearer', 'id_token': signed}
+
+
+class ProviderAnswers(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        there = self.server.url
+        self.answer(200, {'keys': [self.server.key.as_dict(private=False)]} if self.path == '/keys' else {
+            'issuer': there, 'authorization_endpoint': f'{there}/authorize', 'token_endpoint': f'{there}/token',
+            'jwks_uri': f'{there}/keys'})
+
+    def do_POST(self):
+        form = dict(parse_qsl(self.rfile.read(int(self.headers['Content-Length'])).decode()))
+        self.answer(*self.server.token(form))
+
+    def answer(self, status, body):
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+@pytest.fixture
+def provider(tmp_path, empty):
+    pytest.importorskip('authlib')
+    shutil.copy(empty, tmp_path)
+    provider = Provider()
+    world = World(tmp_path, oidc=provider.url, oidc_client='cmres', oidc_secret='s3cret')
+    provider.now, provider.world = lambda: world.now, world
+    provider.web = webtest.TestApp(cmres.web(world.service))
+    yield provider
+    provider.shutdown()
+    provider.server_close()
+    cmres.close_store()
+
+
+def sent_to(provider, web=None):
+    """Where a browser is sent that wants to sign in at the provider."""
+    web = web or provider.web
+    return web.get(web.get('/list').html.find(id='oidc')['href'], status=303).location
+
+
+def test_who_signs_in_at_a_provider_comes_back_signed_in(provider):
+    world, web = provider.world, provider.web
+    book(world.as_user(), 'hers')
+    answer = web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=200)
+    assert answer.html.find('a')['href'] == '/list' and 'hers' in web.get('/list')
+    kept, = [each for each in world.service.token_list() if each['purpose'] == 'signed in at the provider']
+    assert (kept['user'], kept['project'], kept['role']) == ('eva', 'biology', 'user')
+    form = next(each for each in web.get('/list').forms.values() if each.action == '/sign-out')
+    form.submit(status=303)
+    assert web.get('/list').html.find(id='oidc')
+    web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=200)
+    world.now += 3601  # no longer than the provider says
+    assert web.get('/list').html.find(id='oidc')
+
+
+@pytest.mark.parametrize('claims', [
+    {'nonce': 'other'}, {'aud': 'other'}, {'iss': 'https://other.example'}, {'exp': 1}, {'iat': 2**33}, {'azp': 'other'}])
+def test_what_a_provider_did_not_say_of_this_sign_in_signs_nobody_in(provider, claims):
+    provider.claims = claims
+    said = provider.web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=401)
+    assert 'not valid' in said.text and provider.web.get('/list').html.find(id='oidc')
+
+
+def test_a_sign_in_is_of_the_browser_that_began_it_and_good_once(provider):
+    from joserfc import jwk
+    web, other = provider.web, webtest.TestApp(provider.web.app)
+    back = provider.authorize(sent_to(provider))
+    assert 'not begun here' in other.get('/sign-in/oidc', back, status=401)
+    assert 'not signed in' in web.get('/sign-in/oidc', back | {'state': 'x'}, status=401)
+    sent_to(provider, other)
+    assert 'not signed in' in other.get('/sign-in/oidc', back, status=401)  # another state, and verifier
+    assert 'denied' in web.get('/sign-in/oidc', {'error': 'denied', 'state': back['state']}, status=401)
+    web.get('/sign-in/oidc', back, status=200)
+    web.get('/sign-in/oidc', back, status=401)
+    thief = webtest.TestApp(provider.web.app)
+    stolen = provider.authorize(sent_to(provider, thief))
+    provider.codes[stolen['code']]['code_challenge'] = 'other'
+    thief.get('/sign-in/oidc', stolen, status=401)
+    provider.other['key'] = jwk.RSAKey.generate_key(2048)
+    thief.get('/sign-in/oidc', provider.authorize(sent_to(provider, thief)), status=401)
+
+
+def test_roles_of_a_provider_are_taken_and_others_refused(provider):
+    provider.claims = {'role': 'reader', 'project': ''}
+    provider.web.get('/sign-in/oidc', provider.authorize(sent_to(provider)), status=200)
+    assert 'default' in provider.web.get('/list') and 'reader' in provider.web.get('/list')
+    for claims in ({'role': 'boss'}, {'preferred_username': ''}):
+        provider.claims, web = claims, webtest.TestApp(provider.web.app)
+        said = web.get('/sign-in/oidc', provider.authorize(sent_to(provider, web)), status=401)
+        assert 'the provider' in said.text
+
+
+def test_without_a_provider_nobody_is_sent_to_one(world):
+    web = webtest.TestApp(cmres.web(world.service))
+    assert not web.get('/list').html.find(id='oidc')
+    web.get('/sign-in/oidc/begin', status=404)
+    web.get('/sign-in/oidc?code=x&state=y', status=401)
 
 
 # Benchmarks ##################################################################
