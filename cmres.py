@@ -21261,7 +21261,7 @@ B book, T today, D W M a day, a week, a month, / the line or the filter</label><
 </form>
 % end
 % if oidc:
-<p><a id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
+<p><a class="btn" id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
 % end
 </div>
 ''', 'onward': '''<!doctype html>
