@@ -22537,7 +22537,11 @@ def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
             shapes.append((x, round(width - .12, 2), 8, 26, level))
         elif level and width and not each.closed:
             high = max(round(28 * each.share), 2)
-            shapes.append((x, width, 46 - high, high, level))
+            looks = (46 - high, high, level)
+            if shapes and shapes[-1][2:] == looks and x - sum(shapes[-1][:2]) < .02:
+                x, *_ = shapes.pop()  # it goes on
+                width = round(line.x(after) - x, 2)
+            shapes.append((x, width, *looks))
     return shapes
 
 

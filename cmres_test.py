@@ -16859,6 +16859,14 @@ def test_a_note_fits_a_cookie_and_goes_without_undo_rather_than_not_at_all(world
     assert "'lab' is cancelled" in page.html.text and 'class="left"' not in page
 
 
+def test_what_looks_the_same_is_drawn_once():
+    line = cmres.TimeLine('week', NOON, zoneinfo.ZoneInfo('UTC'))
+    levels = [cmres.Level(60 * n, share, 9, 0, False) for n, share in enumerate((0.5, 0.501, 0.502, 0, 0.5, 0.9))]
+    shapes = cmres.drawn_use(levels, line, False)
+    assert [(height, level) for *_, height, level in shapes] == [(14, 3), (14, 3), (25, 5)]
+    assert shapes[0][:2] == line.extent(0, 180)
+
+
 def test_notices_are_new_until_they_are_marked_as_read(world):
     visitor = as_visitor(world)
     book(world.as_user(), start=100, end=101)
