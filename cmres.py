@@ -21232,8 +21232,8 @@ the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}"><button class="tiny">Change</button></form>
 % if visit.actor:
-<p class="gap"><label class="line"><input type="checkbox" id="keys" checked> Keys: P plan, R reservations,
-B book, T today, D W M a day, a week, a month, / the line or the filter</label></p>
+<p class="gap"><label class="line"><input type="checkbox" id="keys" checked> Keys: P plan,
+R reservations, B book, T today, D W M a day, a week, a month, / the line or the filter</label></p>
 % end
 </footer>
 </body>
