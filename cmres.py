@@ -20498,13 +20498,14 @@ main { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px } main:focus {
 main > h1 { margin-bottom: 12px } .narrow { max-width: 1000px; margin: 0 auto }
 footer { max-width: 1640px; margin: 0 auto; padding: 0 24px 32px; color: var(--soft);
   font-size: var(--t2) }
-footer input { width: 14rem; min-height: 28px }
+footer [name=zone] { width: 14rem; min-height: 28px }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
 .between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
-.cols > * { min-width: 0 } .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
+.cols > * { min-width: 0 }
+.cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
   align-items: start }
 /* controls */
 button, .btn, input, select, textarea { font: inherit; color: inherit }
@@ -21069,10 +21070,15 @@ if (left) {
     if (+left.textContent <= 0) { clearInterval(timer); $('.toast').remove(); }
   }, 1000);
 }
+const keys = $('#keys');
+if (keys) {
+  keys.checked = localStorage.getItem('keys') !== 'off';
+  keys.addEventListener('change', () => localStorage.setItem('keys', keys.checked ? 'on' : 'off'));
+}
 addEventListener('keydown', event => {
   if (event.key === 'Escape' && pop) hide(pop, tip);
   const typing = event.target.closest('input, textarea, select');
-  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!keys || !keys.checked || typing || event.ctrlKey || event.metaKey || event.altKey) return;
   const way = $(`[data-key="${CSS.escape(event.key)}"]`);
   if (!way) return;
   event.preventDefault();
@@ -21128,6 +21134,7 @@ patternTransform="rotate(45)"><path class="lines" d="M2 0V9"/></pattern></defs>
 <header class="top"><a class="brand" href="/"><svg aria-hidden="true"><use
 href="#s-plan"/></svg>cmres</a>
 % if visit.actor:
+% user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
 <a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
@@ -21140,11 +21147,11 @@ aria-label="Notices, {{unread}} unread">{{!visit.sign('bell')}}
 <b aria-hidden="true">{{unread}}</b>
 % end
 </a>
-<details><summary><span class="face" aria-hidden="true">{{visit.named(visit.actor.user)[:1].upper()}}</span><span
-class="soft small wide"><bdi>{{visit.named(visit.actor.user)}}</bdi> ·
-<bdi>{{visit.named(visit.actor.project)}}</bdi></span><span
+<details><summary><span class="face" aria-hidden="true">{{user[:1].upper()}}</span><span
+class="soft small wide"><bdi>{{user}}</bdi> ·
+<bdi>{{project}}</bdi></span><span
 class="off">Account</span></summary><div class="menu card">
-<p class="small soft"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
+<p class="small soft"><bdi>{{user}}</bdi> in <bdi>{{project}}</bdi>,
 {{visit.actor.role}}</p>
 <a href="/tokens">Tokens</a> <a href="/docs">REST</a>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
@@ -21160,9 +21167,7 @@ class="off">Account</span></summary><div class="menu card">
 <div class="toast" role="status"><span>{{note['words']}}</span>
 % if note.get('undo'):
 <form method="post" action="/do/{{note['undo'][0]}}">{{!visit.guard}}
-% for name, value in note['undo'][1].items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
+{{!hidden(note['undo'][1])}}
 <button>Undo <span class="left">10</span></button></form>
 % end
 </div>
@@ -21174,18 +21179,15 @@ the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
 <input type="hidden" name="next" value="{{back}}"><button class="tiny">Change</button></form>
 % if visit.actor:
-<p class="gap">Keys: P plan, R reservations, B book, T today, D W M a day, a week, a month, / the
-line or
-the filter.</p>
+<p class="gap"><label class="line"><input type="checkbox" id="keys" checked> Keys: P plan,
+R reservations, B book, T today, D W M a day, a week, a month, / the line or the filter</label></p>
 % end
 </footer>
 </body>
 </html>
 ''', 'sign in': '''
 <div class="card pad narrow stack">
-% if refusal:
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 <p>Sign in with the token that an admin gave you.</p>
 <form method="post" action="/sign-in" class="stack">
 <label><span>Token</span>
@@ -21209,7 +21211,7 @@ the filter.</p>
 </form>
 % end
 % if oidc:
-<p><a id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
+<p><a class="btn" id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
 % end
 </div>
 ''', 'onward': '''<!doctype html>
@@ -21279,7 +21281,7 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
 <p><a href="{{back}}">Back</a></p>
 ''', 'refused': '''
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{sentence}}</p></div>
+{{!alert(sentence)}}
 <p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
 <div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
@@ -21288,9 +21290,7 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 <p><strong>{{each}}.</strong></p>
 % end
 <form method="post" action="/do/{{operation}}" class="line">{{!visit.guard}}
-% for name, value in fields.items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
+{{!hidden(fields)}}
 <input type="hidden" name="sure" value="yes"><button class="bad">Yes, {{words.lower()}}</button>
 <a class="btn" href="{{back}}">No</a></form></div>
 ''', 'line': '''
@@ -21411,9 +21411,8 @@ data-resource="{{place.name}}" data-first="{{first_minute}}" data-length="{{leng
 data-thin="{{thin}}" data-snap="{{snap}}" data-caps="{{place.caps}}" data-steps="{{place.steps}}"
 data-shut="{{place.shut}}"{{' data-writes' if visit.writes else ''}}>
 <use href="#ground" height="100%"/><g class="use">
-% for each in place.used:
-<rect class="h{{each.level}}" x="{{each.x}}%" width="{{each.width}}%" y="{{each.y}}"
-height="{{each.height}}"/>
+% for x, width, y, height, level in place.used:
+<rect class="h{{level}}" x="{{x}}%" width="{{width}}%" y="{{y}}" height="{{height}}"/>
 % end
 % if place.limited and view != 'month':
 <line class="cap" x1="0" x2="100%" y1="18.5" y2="18.5"/>
@@ -21470,19 +21469,15 @@ y="{{place.height - 8}}">{{words}}</text></a>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
 <form id="move" method="post" action="/do/update" hidden>{{!visit.guard}}
-% for each in ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'):
-<input type="hidden" name="{{each}}">
-% end
-<input type="hidden" name="next" value="{{way(at=at)}}"></form>
+{{!hidden(dict.fromkeys(moved, '') | {'next': way(at=at)})}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
 % for day, lines in agenda:
 <h2>{{day}}</h2><div class="card">
-% for each in lines:
-<a href="{{each.href}}"><span>{{each.start}}<small>{{each.end}}</small></span><span
-class="state {{each.state}}">{{!visit.sign(each.state)}}<span
-class="off">{{each.state}}</span></span>
-<span><b>{{each.label}}</b><small>{{each.words}}</small></span></a>
+% for href, start, end, state, label, words in lines:
+<a href="{{href}}"><span>{{start}}<small>{{end}}</small></span><span
+class="state {{state}}">{{!visit.sign(state)}}<span class="off">{{state}}</span></span>
+<span><b>{{label}}</b><small>{{words}}</small></span></a>
 % end
 </div>
 % end
@@ -21715,9 +21710,7 @@ href="{{href}}">{{go}}<span class="off"> {{words}}</span></a></div>
 ''', 'small': '''
 <form method="post" action="/book" data-check="/book/check" class="stack booking">{{!visit.guard}}
 <p class="line between"><b>{{when}}</b><button type="button" class="close tiny">Close</button></p>
-% for name in ('resource', 'start', 'end'):
-<input type="hidden" name="{{name}}" value="{{said[name]}}">
-% end
+{{!hidden({name: said[name] for name in ('resource', 'start', 'end')})}}
 <div class="fields">{{!fields}}</div>
 {{!starts}}
 <div class="verdict" role="status">{{!verdict}}</div>
@@ -21864,9 +21857,7 @@ aria-label="Copy {{line}}">Copy</button></span>
 ''', 'decide': '''
 <section class="gap"><h2>{{title}}</h2>
 <form method="post" action="/admin/decide">{{!visit.guard}}
-% if refusal:
-<div class="refused gap" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 {{!table}}
 % if some:
 <div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
@@ -21883,9 +21874,7 @@ id="{{operation}}"{{' open' if opened else ''}}><summary>{{title}}</summary>
 type="hidden" name="next"
 value="{{back}}">
 <input type="hidden" name="once" value="{{once}}">
-% if refusal:
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 <div class="fields">
 % for name, words, required, choices, value, was in fields:
 <label><span>{{HEADS.get(name) or name.replace('_', ' ').capitalize()}}</span>
@@ -21912,9 +21901,7 @@ value="{{back}}">
 <details class="card pad gap" id="many"{{' open' if refusal else ''}}><summary>Make tokens for many
 people</summary>
 <form method="post" action="/admin/people" class="stack gap">{{!visit.guard}}
-% if refusal:
-<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
-% end
+{{!alert(refusal)}}
 <label><span>One person a line: the name, and a project if it is another</span><textarea
 name="people"
 rows="5" placeholder="ana&#10;bo, physics" required>{{said.get('people', '')}}</textarea></label>
@@ -21968,9 +21955,10 @@ value="{{newest}}">
 <li>There are no notices yet.</li>
 ''', 'programs': '''
 <section class="card pad stack gap"><h2>Calendar programs</h2>
-<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag it,
-and they move. Delete it, and they are cancelled.</p>
-<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a token</p>
+<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag
+it, and they move. Delete it, and they are cancelled.</p>
+<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password:
+a token</p>
 % if makes:
 <form method="post" action="/do/token_add">{{!visit.guard}}<input type="hidden" name="next"
 value="/tokens"><input type="hidden" name="once" value="{{once}}"><input type="hidden" name="scopes"
@@ -21985,9 +21973,7 @@ value="calendar"><input type="hidden" name="purpose" value="calendar program">
 % end
 </ul>
 ''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
-% for name, value in fields.items():
-<input type="hidden" name="{{name}}" value="{{value}}">
-% end
+{{!hidden(fields)}}
 <button class="tiny{{' bad' if bad else ''}}" aria-label="{{words}} {{about}}">{{words}}</button>
 % if field:
 <input name="{{field[0]}}" value="{{field[2]}}" placeholder="{{field[1]}}"
@@ -22134,7 +22120,20 @@ MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
 
 def render_page(template: str, /, **values) -> str:
     """A template with its values, all of them escaped."""
-    return template_of(template).render(mark=mark, **values).strip('\n')
+    helpers = {'mark': mark, 'alert': alert, 'hidden': hidden}
+    return template_of(template).render(**helpers, **values).strip('\n')
+
+
+def alert(words: str) -> str:
+    """Why something was refused, where the focus goes; nothing where nothing was."""
+    return (f'<div class="refused" role="alert" tabindex="-1" autofocus><p>{in_html(words)}</p>'
+            '</div>') if words else ''
+
+
+def hidden(fields: dict) -> str:
+    """Fields of a form that nobody sees."""
+    return ''.join(f'<input type="hidden" name="{in_html(name)}" value="{in_html(value)}">'
+                   for name, value in fields.items())
 
 
 def mark(word: str, holds: Any) -> str:
@@ -22164,6 +22163,7 @@ class Visit:
     zone: ZoneInfo
     site: ZoneInfo  # in which the service itself lives
     form: str       # what a form of theirs must carry
+    back: str = '/list'  # where the buttons of a table lead back to
 
     def named(self, id: str) -> str:
         """What people call whom OpenStack knows under an id."""
@@ -22254,7 +22254,7 @@ class Visit:
         if 'label' in line and 'project' in line:
             fields = {'label': line['label'], 'project': line['project']}
             stays = line.get('which') or wide and (occurrence or not bad)
-            onward = self.href(*fields.values()) if stays else '/list'
+            onward = self.href(*fields.values()) if stays else self.back
             fields |= {'occurrence': occurrence} if occurrence else {}
             fields |= {'undo': 'true'} if undo else {}
             if name == 'delete':
@@ -22475,26 +22475,23 @@ def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
     return levels
 
 
-class Used(NamedTuple):
-    """How full a resource is for a while, as it is drawn."""
-    x: float
-    width: float
-    y: float
-    height: float
-    level: int
-
-
-def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[Used]:
-    """The levels as shapes: as high and as dark as it is full; in a month one for each day."""
+def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
+    """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
+    width, y, height, level.
+    """
     shapes = []
     for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
         x, width = line.extent(each.at, after)
         level = math.ceil(5 * each.share)
         if month and not each.closed:
-            shapes.append(Used(x, round(width - .12, 2), 8, 26, level))
+            shapes.append((x, round(width - .12, 2), 8, 26, level))
         elif level and width and not each.closed:
             high = max(round(28 * each.share), 2)
-            shapes.append(Used(x, width, 46 - high, high, level))
+            looks = (46 - high, high, level)
+            if shapes and shapes[-1][2:] == looks and x - sum(shapes[-1][:2]) < .02:
+                x, *_ = shapes.pop()  # it goes on
+                width = round(line.x(after) - x, 2)
+            shapes.append((x, width, *looks))
     return shapes
 
 
@@ -22613,23 +22610,13 @@ class Drawn(NamedTuple):
     caps: str
     steps: str
     shut: str
-    used: list[Used]
+    used: list[tuple]
     figures: list[tuple]
     closed: list[tuple]
     bars: list[Bar]
     more: list[tuple]
     hint: int
     height: int
-
-
-class Coming(NamedTuple):
-    """A reservation as a line of the agenda."""
-    href: str
-    start: str
-    end: str
-    state: str
-    label: str
-    words: str
 
 
 class Drawing:
@@ -22769,16 +22756,15 @@ class Drawing:
                 **({'runs': '1'} if running else {})}
         return ''.join(f' data-{name}="{in_html(value)}"' for name, value in said.items())
 
-    def agenda(self, found: list) -> list[tuple[str, list[Coming]]]:
-        """One's own reservations by day."""
+    def agenda(self, found: list) -> list[tuple[str, list[tuple]]]:
+        """One's own reservations by day: address, start, end, state, label, words."""
         days, zone = defaultdict(list), self.visit.zone
         for each in [each for each in found if self.is_own(each)][:60]:
             start, end = (instant(at).astimezone(zone) for at in (each.start, each.end))
             day = f'{start:%a} {start.day} {start:%b}'
             until = f'{end:%H:%M}' if end.date() == start.date() else f'{end:%a %H:%M}'
-            days[day].append(Coming(self.visit.href_of(each), f'{start:%H:%M}', until,
-                                    each.state, each.label,
-                                    f"{counted(each.vms, 'VM')} on {each.resource}"))
+            days[day].append((self.visit.href_of(each), f'{start:%H:%M}', until, each.state,
+                              each.label, f"{counted(each.vms, 'VM')} on {each.resource}"))
         return [*days.items()]
 
 
@@ -23443,8 +23429,11 @@ class Pages:
         """
         made = answered('', 303, {'Location': href})
         if words:
-            note = json.dumps({'words': words[:800], 'undo': undo})
-            self.set_cookie(made, 'note', quote(self.signed('note', note), safe=''), 60)
+            notes = (self.signed('note', json.dumps({'words': words[:800], 'undo': each}))
+                     for each in (undo, None))
+            note = next(filter(lambda note: len(note) < 3900, (quote(each, safe='')
+                                                               for each in notes)), '')
+            self.set_cookie(made, 'note', note, 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -23493,19 +23482,18 @@ class Pages:
             hint = first and place is places[0] and (60 if line.x(drawing.now) < 45 else 10)
             groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(
                 drawing.resource(place, own, changes[place.name], hint))
-        middle = line.first + (line.after - line.first) / 2
-        today = to_wall(visit.here.now, visit.zone)
-        middle = today if line.first <= today < line.after else middle
-        zoom = VIEWS.index(line.view)
+        today, zoom = to_wall(visit.here.now, visit.zone), VIEWS.index(line.view)
+        inside = line.first <= today < line.after
+        middle = today if inside else line.first + (line.after - line.first) / 2
         ways = [*(VIEWS[zoom - 1:zoom] or ['']), *(VIEWS[zoom + 1:zoom + 2] or [''])]
         states = dict.fromkeys(each.state if drawing.is_own(each) else 'other' for each in found)
-        inside = 0 <= drawing.now < line.length
         return render_page(
             'plan', visit=visit, first=self.first_day(visit, places) if first else '',
             line=self.ask_line() if visit.writes else '', cards=self.cards(visit, coming),
             way=href, counted=counted, after=at_of(line, line.after),
             before=at_of(line, line.first - (line.after - line.first)),
             at=at_of(line, line.first), span=named_span(line), mine=kept['mine'], view=line.view,
+            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
             zooms=ways, middle=f'{middle:%Y-%m-%dT%H}', strip=drawing.strip(),
             corner={'week': 'Nights are narrow', 'month': 'Least free that day'}.get(line.view, ''),
             grounds=line.grounds(drawing.days), cells=drawing.days,
@@ -23572,7 +23560,7 @@ class Pages:
         after, over, state = given.get('after', ''), 'over' in given, given.get('state', '')
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
         state = state if state in STATES and not over else ''
-        service = visit.service
+        service, visit.back = visit.service, f'/list?{urlencode(given)}'.rstrip('?')
 
         def lines(after: str, most: int) -> list[dict]:
             return (service.over(after, most) if over
@@ -24525,18 +24513,8 @@ class Pages:
             undo = undo_of_cancel(found, said)
             sure = sure or not found['servers'] and undo
         if name in ASKS and not sure:
-            return self.page(visit, 'Are you sure?', render_page(
-                'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
-                back=onward,
-                warnings=self.warned(visit, operation, said) if name == 'delete' else [],
-                about=said.get('label') or said.get('name') or said.get('id'),
-                which=said.get('occurrence')))
-        # What a form has shown and nobody has changed is not asked for.
-        asked = {field: value for field, value in said.items()
-                 if value != '' and not field.startswith('was_')
-                 and said.get(f'was_{field}') != value}
-        if 'tz' in operation.parameters:
-            asked.setdefault('tz', visit.zone.key)
+            return self.are_you_sure(visit, operation, given, said, onward)
+        asked = asked_by(operation, said, visit)
         if once and once in self.sent:  # else loading the answer again makes another secret
             raise Conflict('this form was sent already, and what it made is not shown again; go '
                            'back to the form')
@@ -24549,13 +24527,21 @@ class Pages:
             hit = [each | {'resource': answer['resource']} for each in answer['hit']]
             return self.admin(visit, {}, 'maintenance',
                               said | {'operation': name, 'affects': hit})
+        words = told_done(name, asked, answer)
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
             self.sent.append(once)
             return self.page(visit, 'Done', render_page(
-                'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
-                back=onward))
-        return self.onward(onward, told_done(name, asked, answer),
-                           undo or undo_of(name, said, answer))
+                'secret', words=words, secret=answer[secret.pop()], back=onward))
+        return self.onward(onward, words, undo or undo_of(name, said, answer))
+
+    def are_you_sure(self, visit: Visit, operation: Operation, given: dict, said: dict, back: str):
+        """The question before what can't be undone, with what that would warn of."""
+        name = operation.name
+        return self.page(visit, 'Are you sure?', render_page(
+            'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=back,
+            warnings=self.warned(visit, operation, said) if name == 'delete' else [],
+            about=said.get('label') or said.get('name') or said.get('id'),
+            which=said.get('occurrence')))
 
     def to_cancel(self, visit: Visit, said: dict) -> dict:
         """What a form to cancel is about; without VMs and with Undo, it need not ask first."""
@@ -24568,7 +24554,7 @@ class Pages:
 
     def refused(self, visit: Visit, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and visit.actor.role == ADMIN and FORM_PAGES[name].startswith(back):
+        if name in FORMS and visit.actor.role == ADMIN and FORM_PAGES[name] == back:
             return self.admin(visit, {'edit': said.get('name', '')}, back.rpartition('/')[2],
                               said | {'operation': name}, sentence(str(error)), error.status)
         field = DEEDS.get(name, ('', None))[1]
@@ -24713,6 +24699,14 @@ def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
     return None
 
 
+def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
+    """What a form asks for: not what it has shown and nobody has changed."""
+    zone = {'tz': visit.zone.key} if 'tz' in operation.parameters else {}
+    return zone | {field: value for field, value in said.items()
+                   if value != '' and not field.startswith('was_')
+                   and said.get(f'was_{field}') != value}
+
+
 def undo_of_cancel(found: dict, said: dict) -> tuple[str, dict] | None:
     """What has again what is cancelled, if it holds little and is not a whole series."""
     kept = {name: said[name] for name in ('label', 'project', 'next') if said.get(name)}
@@ -24725,7 +24719,7 @@ def undo_of_cancel(found: dict, said: dict) -> tuple[str, dict] | None:
     lead = {'lead': f"{found['lead']}s"} if found['lead'] else {}
     wait = {'wait': 'true'} if found['state'] == 'waiting' else {}
     undo = kept | fields | times | lead | wait
-    return ('add', undo) if len(json.dumps(undo)) < 2000 else None
+    return 'add', undo
 
 
 def told_done(name: str, said: dict, answer) -> str:

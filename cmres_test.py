@@ -16864,6 +16864,23 @@ def test_undo_gives_back_what_was_moved_extended_or_skipped(world):
     assert [each['state'] for each in world.service.list('class')] == ['reserved'] * 4
 
 
+def test_a_note_fits_a_cookie_and_goes_without_undo_rather_than_not_at_all(world):
+    visitor = as_visitor(world)
+    book(world.as_user(), start=4, end=5, description='ä "<' * 1000)
+    answer = form_of(visitor.get('/list'), '/do/delete').submit(status=303)
+    assert all(len(each) < 4096 for each in answer.headers.getall('Set-Cookie'))
+    page = answer.follow()
+    assert "'lab' is cancelled" in page.html.text and 'class="left"' not in page
+
+
+def test_what_looks_the_same_is_drawn_once():
+    line = cmres.TimeLine('week', NOON, zoneinfo.ZoneInfo('UTC'))
+    levels = [cmres.Level(60 * n, share, 9, 0, False) for n, share in enumerate((0.5, 0.501, 0.502, 0, 0.5, 0.9))]
+    shapes = cmres.drawn_use(levels, line, False)
+    assert [(height, level) for *_, height, level in shapes] == [(14, 3), (14, 3), (25, 5)]
+    assert shapes[0][:2] == line.extent(0, 180)
+
+
 def test_notices_are_new_until_they_are_marked_as_read(world):
     visitor = as_visitor(world)
     book(world.as_user(), start=100, end=101)
@@ -16897,6 +16914,7 @@ def test_tables_are_sorted_by_their_heads(world):
     shown = lambda page: [each.text for each in page.html.select('td[data-name=label] a')]  # noqa: E731
     assert shown(page) == ['b', 'c', 'a']
     page = page.click('^Name')
+    assert form_of(page, '/do/extend')['next'].value == '/list?sort=label'  # one stays where one was
     assert shown(page) == ['a', 'b', 'c'] and page.html.find(attrs={'aria-sort': 'ascending'})
     assert shown(page.click('^Name')) == ['c', 'b', 'a'] and shown(page.click('^VMs')) == ['a', 'c', 'b']
 
@@ -17307,6 +17325,12 @@ def test_in_a_browser_a_row_is_one_tab_stop_and_arrows_go_from_bar_to_bar(world,
     assert page.locator('a.b[tabindex="0"]').count() == 1
     page.keyboard.press('Enter')
     expect(page.get_by_role('heading', name='lab-1')).to_be_visible()
+    page.get_by_label('Keys').uncheck()
+    page.get_by_label('Keys').blur()
+    page.keyboard.press('b')
+    page.get_by_label('Keys').check()
+    expect(page.get_by_role('heading', name='lab-1')).to_be_visible()  # keys can be switched off
+    page.get_by_label('Keys').blur()
     page.keyboard.press('b')
     expect(page.get_by_role('heading', name='Book', exact=True)).to_be_visible()
     page.keyboard.press('/')
@@ -21892,7 +21916,8 @@ def test_calendars_name_what_their_user_may(far, nova):
     assert line['why'].endswith(": the cloud lab has no key 'lab-key'")
 
 
-def test_the_page_offers_names_in_sight(far, nova):
+def test_the_page_offers_names_in_sight(far, nova, monkeypatch):
+    monkeypatch.setattr(cmres.CloudNames.of, '__defaults__', (60,))  # it waits for the cloud, however busy this machine is
     offered = {actor: {each['value'] for each in as_visitor(far, *actor).get('/book?resource=lab').html.select(
         '[name=image] option') if each['value']} for actor in (STRANGER, OWNER, ADMIN)}
     assert offered == {STRANGER: {'tiny'}, OWNER: {'tiny', 'bio-private', 'offered'}, ADMIN: {'tiny', 'lab-private'}}
