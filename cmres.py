@@ -128,8 +128,16 @@ class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
 class KeyReused(Error): status = 422     # noqa: E701
-class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
+
+
+class NoCapacity(Conflict):
+    """It does not fit; its `cause` is one of reserved, too_large, maintenance, capacity_change, host
+    and waiting_list.
+    """
+
+    def __init__(self, sentence: str, **details):
+        super().__init__(sentence, **{'cause': 'reserved'} | details)
 
 
 class CloudError(Error):
@@ -2026,7 +2034,7 @@ class Operation:
         return inspect.getdoc(self.method).splitlines()[0]
 
 
-def meaning(operation: Operation, name: str) -> str:
+def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
     return WORDS.get(f'{operation.name}.{name}') or WORDS[name]
 
@@ -2105,7 +2113,8 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     missing = [name for name, each in parameters.items() if each.default is REQUIRED
                and name not in given]
     if missing:
-        raise Invalid(f'The argument {missing[0]} is missing: {meaning(operation, missing[0])}')
+        name = missing[0]
+        raise Invalid(f'The argument {name} is missing: {argument_help(operation, name)}')
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
     read = {}
@@ -2597,7 +2606,7 @@ class KeptAnswer(Answer):
 
 
 class ComingAnswer(Answer):
-    """An occurrence of a series that is not over."""
+    """A current or future occurrence of a series."""
     start: datetime
     end: datetime
     vms: int
@@ -2775,7 +2784,7 @@ class CheckAnswer(Answer):
 
 
 class ClaimAnswer(Answer):
-    """Whether a server may boot on a resource, why, and on which hosts; on any without a list."""
+    """Whether a server may start on a resource, why, and on which hosts (no list: on any)."""
     resource: str
     passes: bool
     why: str
@@ -7088,7 +7097,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
     sentence = legible(notice.sentence)
-    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
+    told = '{what}' in config.texts[notice.code] or sentence in text
+    message.set_content(f'{text}\n' if told else f'{text}\n\n{sentence}\n')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
         server.connect(host, int(port or 25))
@@ -8647,6 +8657,14 @@ class Lack(NamedTuple):
         """Whether it would be too little also if nothing were reserved."""
         return self.need > self.limit - self.less
 
+    @property
+    def cause(self) -> str:
+        """What a refusal calls the reason."""
+        if self.changes and self.alone:
+            return 'maintenance' if self.figure == CLOSED else 'capacity_change'
+        return ('host' if self.figure.startswith(HOST) else 'too_large' if self.alone
+                else 'reserved')
+
 
 def changed_most(changes: list[tuple], begin: int) -> int:
     """The most that changes of capacity take away together at one time from an instant on."""
@@ -9520,7 +9538,7 @@ class Wishes(Service):
             return '', None
         named = json.loads(place.named or '{}')
         if name not in named:
-            raise NotFound(f"the resource '{place.name}' has no host named "
+            raise NotFound(f"Resource '{place.name}' has no host "
                            f"'{name}'{nearest(name, named)}" + (
                            '' if named else ' You cannot reserve single hosts here.'))
         holds = named[name]
@@ -9740,7 +9758,7 @@ class Wishes(Service):
             with undone():
                 wish = self.as_now(getattr(refusal, 'wish', wish))
                 why, more, offers = self.explained(refusal, wish, old, bool(deed))
-                more |= refusal.details | (self.tested(deed, offers) if deed else {})
+                more = refusal.details | more | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
     def explained(self, refusal: NoCapacity, wish: Wish, old,
@@ -9819,23 +9837,23 @@ class Wishes(Service):
         name = wish.resource.name
         if not lack:  # somebody has just given something back
             return A_MOMENT_AGO
-        when = self.config.told_window(*wish.held)
+        when = self.config.told_window(*wish.held, wish.tz)
         if lack.changes and lack.alone:
-            return self.why_less(name, lack, when)
+            return self.why_less(name, lack, when, wish.tz)
         if lack.figure.startswith(HOST):
             return (f"Host '{wish.host}' is already reserved from {when}. Choose another host or "
                     'time.')
         asked, limit = f'You asked for {lack.need}.', quantity(lack.figure, lack.limit)
         if lack.alone:
-            return (f"'{name}' has {limit} in total. {asked} Reserve {lack.limit} or fewer, or "
-                    'choose another resource.')
+            fewer = f'Reserve {lack.limit} or fewer, or choose' if lack.limit else 'Choose'
+            return f"'{name}' has {limit} in total. {asked} {fewer} another resource."
         free = max(lack.limit - lack.used, 0)
         return f"'{name}' has {free} of {limit} free from {when}. {asked}"
 
-    def why_less(self, name: str, lack: Lack, when: str) -> str:
+    def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
         begin, until = lack.changes[0].start, max(each.end for each in lack.changes)
-        changed = self.config.told_window(begin, until)
+        changed = self.config.told_window(begin, until, tz)
         reasons = ', '.join(dict.fromkeys(each.reason for each in lack.changes))
         if lack.figure == CLOSED:
             return f"'{name}' is closed from {changed}: {reasons}. You asked for {when}."
@@ -9857,8 +9875,9 @@ class Wishes(Service):
         """
         changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
                    for each in (lack.changes if lack else ())]
+        cause = {'cause': lack.cause if lack else 'reserved'}
         if not lack or lack.alone:  # it would not fit either if nobody had reserved anything
-            return {'in_the_way': changes[:10]}
+            return {'in_the_way': changes[:10]} | cause
         begin, until = self.to_come(wish)
         where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
             'classes LIKE ?', (f'%"{lack.figure}"%',))
@@ -9877,7 +9896,8 @@ class Wishes(Service):
                    JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
             *(wish.resource.id, until, begin, *values) * 2, own)
-        return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
+        there = [self.seen_in_the_way(each) for each in found[::-1]]
+        return {'in_the_way': changes + there} | cause
 
     def seen_in_the_way(self, found) -> dict:
         """What the actor may see of what holds something; stopped VMs that stay have no end."""
@@ -10089,9 +10109,10 @@ class Limits(Wishes):
             if not near or old and old.start <= now:
                 for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others):
                     if value is not None and not fits_it:
-                        whose = limit.user or limit.project or 'every project'
-                        raise Conflict(f"the limit {name.replace('_', ' ')} of {whose} is {passes}",
-                                       limit=name, value=value, passes=passes)
+                        whose = (f"User '{limit.user}'" if limit.user else
+                                 f"Project '{limit.project or wish.project}'")
+                        raise Conflict(f'{whose} {passes}', cause='limit', limit=name,
+                                       value=value, passes=passes)
 
     def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
         """For each figure of a limit: its name, its value, whether a wish is within it, and what
@@ -10100,23 +10121,29 @@ class Limits(Wishes):
         length, before = wish.end - wish.start, old.end - old.start if old else 0
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
         less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
-        yield 'longest', limit.longest, length <= max(limit.longest or 0,
-                                                      before), in_words_of(limit.longest)
-        moved = not old or wish.start != old.start
+        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), (
+            f'can reserve for at most {in_words_of(limit.longest)}. You asked for '
+            f'{in_words_of(length)}.')
+        moved, at = not old or wish.start != old.start, self.config.told_time
+        last = int(now) + (limit.ahead or 0)
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
-            f'{in_words_of(limit.ahead)}: until {instant(int(now) + (limit.ahead or 0))}')
+            f'can reserve at most {in_words_of(limit.ahead)} ahead. Choose a start before '
+            f'{at(last, wish.tz)}.')
         nearest = now + (limit.least_notice or 0)
         yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
-            f'{in_words_of(limit.least_notice)}: from {instant(int(nearest))}')
+            f'must reserve at least {in_words_of(limit.least_notice)} before the start. Choose a '
+            f'start after {at(nearest, wish.tz)}.')
         if limit.most_vms is not None:
             most = self.most_at_once(limit, wish, old, others)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
-                f'{limit.most_vms}, of which {max(limit.most_vms - most, 0)} are free at that time')
+                f"can use {counted(limit.most_vms, 'VM')} at the same time and already uses {most} "
+                f'then. You asked for {wish.vms}.')
         if limit.vcpu_hours is not None:
             used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
             yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
-                f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
+                f'has {max(limit.vcpu_hours - used, 0):.0f} of {limit.vcpu_hours} vCPU-hours left. '
+                f'This reservation needs {need:.0f}.')
 
     def counted(self, limit, wish: Wish, others: Others | None,
                 of: tuple[str, ...]) -> tuple[str, list]:
@@ -10248,9 +10275,10 @@ class Holding(Limits):
         """Refuses to take, before one that has waited for long, room in its window."""
         first = self.first_in_line(place.id, begin, until, now)
         if first:
-            raise NoCapacity(f"'{place.name}' is kept for a request of {first.vms} vms that waits "
-                             f"since "
-                             f'{instant(first.waiting)}', waits_since=instant(first.waiting))
+            waits, since = counted(first.vms, 'VM'), self.config.told_time(first.waiting)
+            raise NoCapacity(f"'{place.name}' is kept for a request for {waits} that has been on "
+                             f'the waiting list since {since}. Choose another time.',
+                             cause='waiting_list', waits_since=instant(first.waiting))
 
     def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '',
                       *place):
@@ -10748,9 +10776,9 @@ class Series(Holding):
         done = self.reshape(reservation, self.carried_on(head), now, gentle=True, again=False)
         for one in done:
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
-                self.journal(now, 'refused',
-                             f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
-                             f"{one['outcome']}: {one['why']}", reservation,
+                became = 'skipped' if one['outcome'] == 'left out' else 'moved'
+                start = self.config.told_time(one['start'].timestamp(), head.tz)
+                self.journal(now, 'refused', f"{start} is {became}: {one['why']}", reservation,
                              json.loads(head.notify))
 
     def rebook_event(self, reservation: int, wish: Wish, now: float) -> list[dict]:
@@ -10902,7 +10930,8 @@ class Admission(Series):
         self.write_all(reservation, became.changed, now)
         if wish.image and wish.at_end == 'stop':
             self.keep_stopped(reservation, now)
-        what = self.told_series(wish, done) if wish.stretches else f'{wish.vms} vms on {place.name}'
+        what = self.told_series(wish, done) if wish.stretches else (
+            f"{counted(wish.vms, 'VM')} on {place.name}")
         self.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
         if pending and not wish.stretches:
             until = self.config.told_time(pending, wish.tz)
@@ -11213,7 +11242,7 @@ class Waiting(Admission):
                 raise Conflict(f"{who.capitalize()} '{name}' can have "
                                f"{counted(limit.waiting, 'request')} on the waiting list and "
                                f'already has {waits}. Cancel one first.',
-                               limit='waiting', value=limit.waiting, passes=0)
+                               cause='limit', limit='waiting', value=limit.waiting, passes=0)
 
     def admit_waiting(self, now: float) -> bool:
         """Gives room that has become free to those that wait, and frees what waited for a word in
@@ -11533,7 +11562,7 @@ class Approval(Waiting):
             mine = [each for each in pending if each.confirm]
             if not mine:
                 raise Conflict(f"'{label}' must be approved by an admin. You cannot accept it "
-                               'yourself.')
+                               'yourself.', cause='approval')
             for each in mine:
                 self.settle(each, 'accepted', now)
             return self.told_parts(label, pending)
@@ -12434,7 +12463,7 @@ class Requests(Approval):
         projects.
         """
         if not found:
-            which = f' {shown(label)}' if label else ' that matches all of these filters'
+            which = f" '{label}'" if label else ' that matches all of these filters'
             raise NotFound('There is no current or future '
                            f"reservation{which}.")
         if label and len({each.project for each in found}) > 1:
@@ -12802,7 +12831,7 @@ class Plan(Requests):
             release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
-            self.journal(now, 'resource', f'called off {found.reason} {id}')
+            self.journal(now, 'resource', f'cancelled {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
@@ -12827,8 +12856,10 @@ class Plan(Requests):
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'),
                         reason=reason, added=int(now), removed=None)
-            first, last = self.config.told_time(begin), self.config.told_time(until)
-            why = f"{reason} on {name} from {first} to {last}"
+            when = self.config.told_window(begin, until)
+            closes = dict(most.classes).get(CLOSED) == 0
+            what = 'is closed' if closes else 'has another capacity'
+            why = f"'{name}' {what} from {when}: {reason}"
             hit = [self.make_room(each, why, then, now)
                    for each in self.homeless(place, max(begin, int(now)), until)]
             self.journal(now, 'resource', why)
@@ -12870,10 +12901,12 @@ class Plan(Requests):
             self.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
-        outcome = (f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}'
-                   if place else 'left')
-        later = '' if place else ', and VMs that do not run yet start when that is over'
-        self.journal(now, 'maintenance', f'{why}; it is {outcome}{later}', found.reservation,
+        outcome, became = 'left', ('The reservation stays. VMs that do not run yet start when this '
+                                   'is over, so choose another time if you can')
+        if place:
+            outcome = f'moved to {place[0]}, {self.config.told_time(place[1], found.tz)}'
+            became = f'cmres {outcome.replace("moved", "moved it", 1)}'
+        self.journal(now, 'maintenance', f'{why}. {became}', found.reservation,
                      json.loads(found.notify), found.id)
         return line | {'outcome': outcome}
 
@@ -13034,12 +13067,11 @@ class Claims(Plan):
               vcpus: Figure = 0,
               ram: Figure = 0, classes: Classes = None, label: Name = '',
               dry_run: bool = False) -> list[ClaimAnswer]:
-        """Tells on which resources a server may boot, why, and counts it there: what Nova's
-        scheduler asks.
+        """For the Nova scheduler filter: decides on which resources a server may start.
 
-        Who has an active reservation passes as long as fewer machines, vcpus and ram were booted
-        than reserved. Others pass on a shared resource as far as it is free, and stays so for its
-        hold time. Asking again for the same server counts it once.
+        It also counts the server there, until it is gone. A server may start if an active
+        reservation of its project has enough left, or on a shared resource with enough free
+        capacity.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
@@ -13467,17 +13499,17 @@ class Calendars(Claims):
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
             {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname} for each in subscribed]
+            {'shows': urlsplit(each.url).hostname, 'needs_confirmation': each.held}
+            for each in subscribed]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
                       project: Name = '',
                       dry_run: bool = False) -> FeedAnswer:
-        """Makes an address at which any calendar program can subscribe to your reservations, and
-        prints it.
+        """Creates a secret address that shows your reservations to calendar programs.
 
-        The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
-        --resource it shows all of that resource, what is others' as busy only.
+        The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
+        all reservations of that resource; those of other projects only as busy.
 
         Example:
           python cmres.py calendar feed --resource demo
@@ -13497,7 +13529,7 @@ class Calendars(Claims):
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Makes the address of a feed worthless from now on.
+        """Disables the address of a feed at once.
 
         Example:
           python cmres.py calendar revoke 1
@@ -13801,6 +13833,7 @@ class Tokens(Calendars):
         user = user or self.actor.user
         mine = user == self.actor.user
         project = project or (self.actor.project if mine else 'default')
+        role = USER if role == 'member' else role  # Keystone's word
         role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
         self.refuse_for_others(user, project, role)
         self.check_scopes(role, scopes, resource)
@@ -16020,7 +16053,7 @@ class Document:
         found, example = operation.parameters[name], example_of(operation).get(name)
         listed = place == 'query' and name in several(operation)
         schema = LISTED if listed else self.argument(name, found)
-        entry = {'name': name, 'in': place, 'description': meaning(operation, name),
+        entry = {'name': name, 'in': place, 'description': argument_help(operation, name),
                  'schema': schema}
         if example is not None:
             entry['example'] = example.split(',') if listed else example
@@ -16046,7 +16079,7 @@ class Document:
         schema = self.argument(name, parameter)
         if parameter.default is not REQUIRED or name == 'resource':
             schema = {'anyOf': [schema, VALUES[type(None)]]}
-        return schema | {'description': meaning(operation, name)}
+        return schema | {'description': argument_help(operation, name)}
 
     def argument(self, name: str, parameter: inspect.Parameter) -> dict:
         """What an argument takes; one that filters, also what stands for anything."""
@@ -18903,7 +18936,8 @@ class Pages:
         return f'<h2>{name}</h2>{table}' + ''.join(render_page(
             'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
             once=secrets.token_hex(8), fields=[
-                (field, meaning(API[each], field), API[each].parameters[field].default is REQUIRED,
+                (field, argument_help(API[each], field),
+                 API[each].parameters[field].default is REQUIRED,
                  PICKS.get(field))
                 for field in FORMS[each]])
             for each in forms)
@@ -19772,11 +19806,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # when the whole line has been understood: a line with a mistake does nothing. Values stay the text
 # that was typed until `bind` reads them.
 
-GROUPS = {'resource': """What can be reserved: places and their capacities.
+GROUPS = {'resource': """Things that people can reserve, and their capacities.
 
 Example:
   python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Who may use cmres: tokens for programs, and to sign in to the page.
+""", 'token': """Tokens: they sign people in to the page, and programs to REST.
 
 Example:
   python cmres.py token add eva --project biology --role user
@@ -19787,46 +19821,69 @@ Example:
 """, 'limit': """What projects and users may reserve at most.
 
 Example:
-  python cmres.py limit add --project biology --most-vms 20
-""", 'maintenance': """Times at which there is less of a resource, or nothing.
+  python cmres.py limit add --project biology --max-vms 20
+""", 'maintenance': """Maintenances and other capacity changes.
 
 Example:
   python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks'
-""", 'calendar': """Calendars that show reservations, and calendars that make them.
+""", 'calendar': """Calendars that show reservations, and calendars that reserve.
 
 Example:
   python cmres.py calendar feed
-""", 'config': """Settings: whether they are in order, and what is in force.
+""", 'config': """The settings.
 
 Example:
   python cmres.py config show
-""", 'event': """The event log as a whole; `events` shows some of it.
+""", 'event': """The whole event log; `events` shows some of it.
 
 Example:
   python cmres.py event export --since 2027-01-01
-""", 'key': """The key that signs cookies; on this machine only.
+""", 'key': """The key that signs cookies; only on this computer.
 
 Example:
   python cmres.py key rotate
-""", 'store': """The database file: copies, checks, migrations; on this machine only.
+""", 'store': """The database file: copies, checks, updates; only on this computer.
 
 Example:
   python cmres.py store backup cmres-monday.db
 """}
 
-HELP = '''Reservations for virtual machines on OpenStack clouds.
+HELP = """Reserves virtual machines (VMs) on OpenStack: cmres starts and deletes them on time.
 
-Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
-Options may stand anywhere; every command also takes --config FILE, --tz ZONE and --format
-table|json|csv|yaml. Tables take --columns A,B, --sort A or --sort=-A (the last first), --wide (all
-columns, whatever the width), and with --watch they are shown anew every 2 seconds.
-Exit codes: 0 done, 1 refused or failed, 2 wrong use.
+Works on the database in this folder, or with CMRES_URL and CMRES_TOKEN on a server.
+`python cmres.py COMMAND --help` explains a command. Every command also takes --config FILE,
+--tz ZONE and --format table|json|csv|yaml. Tables take --columns A,B, --sort A (or --sort=-A: the
+last first), --wide (all columns) and --watch (again every 2 seconds).
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
 
 Example:
   python cmres.py serve
   python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
   python cmres.py list
-'''
+"""
+
+#: The commands as help lists them.
+SHELVES = {
+    'Reserve': 'add find update extend keep skip delete accept',
+    'Look': 'list show servers events duration usage',
+    'Many at once': 'load import occurrences generate calendar',
+    'For admins': 'approve reject resource maintenance limit token user report punctuality check',
+    'Run cmres': 'serve scheduler tick config store key event claim alerts dashboard container '
+                 'completion'}
+#: The options of a command as its help lists them; what is in none of these comes last.
+KINDS_OF_OPTIONS = {
+    'VMs': 'vms flavor image server network key security_groups user_data metadata classes '
+           'personal',
+    'Start and end': 'start end lead at_end after before by duration',
+    'Series': 'repeat until count skip_dates holidays on_conflict occurrence following',
+    'If the capacity is not free': 'wait accept_within priority partial force affected',
+    'Several resources, whole hosts': 'part host resource cell cloud region aggregate',
+    'Who': 'user project notify reason description'}
+#: What stands for the value of an argument in help, by its type.
+SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
+            Day: 'DATE', Names: 'A,B', Pairs: 'K=V', Classes: 'K=N', Hosts: 'HOST', Zone: 'ZONE',
+            Parts: 'RESOURCE:VMS', File: 'FILE', Ics: 'FILE', Source: 'FILE', Rows: 'FILE',
+            Repeat: 'RULE', Clash: 'ACTION', Text: 'TEXT', Url: 'URL', Cursor: 'LINE', bool: ''}
 
 FORMATS = ('table', 'json', 'jsonl', 'csv', 'yaml')
 #: Other names that people give to options, and of which commands.
@@ -19834,12 +19891,19 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
         '--aggregate': (['resource', 'sync'], '--aggregates'),
         '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
 
+#: Commands of two words that mean another, and those that have a second name.
+PAIRED = {('events', 'export'): ['event', 'export'], ('journal', 'export'): ['event', 'export'],
+          ('calendar', 'preview'): ['occurrences']}
+ALIASES = {'cancel': 'delete', 'delays': 'punctuality', 'demo-data': 'generate'}
+
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change '
                    'fault',
            'delete': 'id label user project resource vms start end state ends_with warnings',
-           'calendar_list': 'id kind user project shows added polled fault held',
-           'hit': 'label user project vms start end outcome',
+           'calendar_list': 'id kind user project shows added polled fault needs_confirmation',
+           'affected': 'label user project vms start end outcome',
+           'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
+                         'max_vcpu_hours max_waiting exempt_within',
            'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
@@ -19884,8 +19948,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     try:
         front = Front(Gate(web(service), service, acts), config)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another "
-                          'with --port') from None
+        raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
+                          'another port.', hint='--port N') from None
     config.take(port=front.port)
     url = f'http://{config.host}:{config.port}'
     told += welcome(service, url) if demo else []
@@ -19906,7 +19970,7 @@ def scheduler(config: Config) -> None:
     in_utc(config)
     told = prepared(config)
     service = local_service(config)
-    first = f'cmres {__version__} runs the life cycle of {config.database}'
+    first = f'cmres {__version__} runs the scheduler of {config.database}'
     print(first, *told, sep='\n', flush=True)
     note_start(service, 'scheduler')
     cycle = LifeCycle(config, service.clouds)
@@ -20024,7 +20088,7 @@ def config_check(config: Config) -> dict:
 def fault_of_folder(config: Config) -> str:
     folder = os.path.dirname(os.path.abspath(config.database))
     fine = os.access(folder, os.W_OK | os.X_OK)
-    return '' if fine else f"database: can't write to its folder '{folder}'"
+    return '' if fine else f"database: cmres cannot write to its folder '{folder}'"
 
 
 def fault_of_key(config: Config) -> str:
@@ -20122,12 +20186,12 @@ def prepared(config: Config) -> list[str]:
     return [MIGRATED.format(**done)] if done else []
 
 
-MIGRATED = "Migrated the database from version {before} to {after}; '{copy}' is a copy of before."
-WORDS |= {'adopt': 'leave them to people for ever', 'delete': 'let the life cycle delete them',
-          'demo': 'make the resource demo and a token, where there are none',
-          'path': 'the name of the file that is the copy',
-          'port': 'port to listen on; 0 takes a free one',
-          'noscheduler': 'leave the life cycle to another process'}
+MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
+WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
+          'demo': 'create the resource demo and a token, if there are none',
+          'path': 'the name of the copy',
+          'port': 'port to listen on; 0: any free port',
+          'noscheduler': 'do not run the scheduler in this process'}
 
 
 def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
@@ -20276,13 +20340,13 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
     while not stop.is_set():
         if not thread or not thread.is_alive():
             if thread:
-                log.error('the life cycle has died; it begins anew')
+                log.error('the scheduler stopped; it starts again')
             thread = threading.Thread(target=cycle.run, args=(stop,), daemon=True)
             thread.start()
         hangs = cycle.age() > LATE
         if hangs and not told:
             where = ''.join(traceback.format_stack(sys._current_frames().get(thread.ident)))
-            log.error('the life cycle has made no pass for %.0f seconds; it is here:\n%s',
+            log.error('the scheduler has done nothing for %.0f seconds; it is here:\n%s',
                       cycle.age(), where)
         told = hangs
         stop.wait(every)
@@ -20304,7 +20368,7 @@ def local_service(config: Config, make: bool = False) -> Reservations:
 def told_made(config: Config) -> str:
     """That a database is made, as people read it."""
     file = key_file(config.database, config.key)
-    return f"Made the database '{config.database}' and its key '{file}'."
+    return f"Created the database '{config.database}' and its key '{file}'."
 
 
 def welcome(service: Reservations, url: str) -> list[str]:
@@ -20312,12 +20376,11 @@ def welcome(service: Reservations, url: str) -> list[str]:
     lines = []
     if not service.resource_list():
         service.resource_add('demo', cloud='simulated', vms=16)
-        lines.append("Made the resource 'demo': 16 vms on the built-in cloud 'simulated'.")
+        lines.append("Created the resource 'demo': 16 VMs on the simulated cloud.")
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
-        lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: '
-                  f'{token}',
-                  f'Sign in with it: {url}/sign-in', 'Try:',
+        lines += [f'Created a token for {service.actor.user} (admin). It is shown only once:',
+                  f'  {token}', f'Sign in with it: {url}/sign-in', 'Or try:',
                   f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 
@@ -20345,24 +20408,21 @@ class Group:
 
 
 class Untyped(str):
-    """The default of an argument as help shows it; what is this was not typed."""
+    """The default of an argument; what is this was not typed."""
 
 
-def command(operation: Operation, helping: bool) -> Callable:
-    """What Fire calls for an operation: the same signature and help, but it only notes the call.
+def command(operation: Operation) -> Callable:
+    """What Fire calls for an operation: the same signature, but it only notes the call.
 
-    Unless Fire is to show help, nothing is required: what is missing is for `bind` to say.
+    Nothing is required: what is missing is for `bind` to say.
     """
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
                                 if not isinstance(value, Untyped)})
     note.__signature__ = inspect.Signature([
-        each.replace(annotation=REQUIRED, default=REQUIRED if helping and each.default is REQUIRED
-                     else Untyped('' if each.default in (None, (), REQUIRED) else each.default))
+        each.replace(annotation=REQUIRED, default=Untyped(''))
         for each in operation.parameters.values()])
-    words = ''.join(f'\n  {name}: {meaning(operation, name)}' for name in operation.parameters)
-    note.__doc__ = inspect.getdoc(operation.method) + (f'\n\nArgs:{words}' if words else '')
     note.__name__, note._operation = operation.name, operation
     return note
 
@@ -20440,27 +20500,32 @@ def take_options(argv: list[str], options: dict) -> list[str]:
             options['follow'] = True
         else:
             rest.append(word)
-    if rest[:2] in (['events', 'export'], ['journal', 'export']):
-        rest[:2] = ['event', 'export']
+    rest[:1] = [ALIASES.get(word, word) for word in rest[:1]]
+    for old, new in PAIRED.items():
+        if rest[:len(old)] == [*old]:
+            rest[:len(old)] = new
+    if rest[:1] == ['scheduler'] and '--once' in rest:
+        rest = ['tick', *(word for word in rest[1:] if word != '--once')]
+    if rest[:1] == ['extend'] and any(word.startswith('--until') for word in rest):
+        rest[0] = 'keep'
     if options.get('format', 'table') not in FORMATS:
-        raise Invalid(f"--format: '{options['format']}' is none of {', '.join(FORMATS)}")
+        raise Invalid(f"'{options['format']}' is not one of {', '.join(FORMATS)}.")
     return rest
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
     """Reads a line and prints what `finish` makes of the call that it is.
 
-    Fire reads it and shows all help; a call that has nothing for Fire to find out is read without
-    it, as to import it costs as much as to list reservations.
+    Fire reads it; a call that has nothing for Fire to find out is read without it, as to import it
+    costs as much as to list reservations.
     """
     # Fire would take -h for a short --holidays.
     argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
         argv = [*argv[1:], '--help']
-    helping = '--help' in argv
     path, here = command_path(commands(lambda operation: operation), argv)
-    if helping or isinstance(here, Group):
-        show_help(path, helping)
+    if '--help' in argv or isinstance(here, Group):
+        show_help(here, path)
     words = plain_flags(here, argv[len(path):])
     call = plain_call(here, words)
     if call is None:
@@ -20469,21 +20534,100 @@ def run_command(argv: list[str], finish: Callable) -> None:
         print(text)
 
 
-def show_help(path: list[str], helping: bool) -> None:
-    """Prints Fire's help for a command or a group, and ends."""
-    import fire
-    from contextlib import redirect_stderr
-    os.environ['PAGER'] = 'cat'
-    tree = commands(functools.partial(command, helping=helping))
-    with redirect_stderr(sys.stdout):
-        fire.Fire(tree, path + ['--', '--help'], 'cmres')
+def show_help(here: Group | Operation, path: list[str]) -> None:
+    """Prints the help of a command, of a group or of all, and ends."""
+    text = (help_of_command(here, path) if isinstance(here, Operation)
+            else help_of_group(here, path))
+    own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it can be started again
+    print(text.replace('python cmres.py', 'cmres') if own else text)
+    raise SystemExit(0)
+
+
+def help_of_group(here: Group, path: list[str]) -> str:
+    """What a group of commands is for, and each of them in a line."""
+    text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
+    usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
+    names = [name for name in dir(here) if name not in ALIASES]
+    shelves = {'Commands': names} if path else {
+        title: words.split() for title, words in SHELVES.items()}
+    lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+                                      for name in shelf if name in names)
+             for title, shelf in shelves.items()]
+    also = [] if path else ['Also: ' + ', '.join(f'{new} (same as {old})'
+                                                 for new, old in ALIASES.items())]
+    return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
+
+
+def first_of(command: Group | Operation) -> str:
+    """The first sentence of the help of a command or a group."""
+    text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
+    return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
+
+
+def help_of_command(operation: Operation, path: list[str]) -> str:
+    """How a command is written, what it does, and its arguments by kind."""
+    text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
+    needed = [name for name, each in operation.parameters.items() if each.default is REQUIRED]
+    words = [called(name, each) for name, each in operation.parameters.items() if name in needed]
+    optional = [name for name in operation.parameters if name not in needed]
+    usage = ' '.join(['Usage: python cmres.py', *path, *words] + ['[options]'] * bool(optional))
+    blocks = [usage, wrapped(text)]
+    if needed:
+        blocks.append('\n'.join(two_columns(f'  {word}', argument_help(operation, name), 16)
+                                for name, word in zip(needed, words)))
+    for title, names in kinds_of(optional).items():
+        blocks.append('\n'.join([title, *(two_columns(
+            f'  {option_in_help(operation, name)}', said_in_help(operation, name), 27)
+            for name in names)]))
+    return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
+
+
+def called(name: str, parameter: inspect.Parameter) -> str:
+    """What stands for an argument that is needed."""
+    is_file = SHOWN_AS.get(parameter.annotation) == 'FILE'
+    return 'FILE' if is_file else name.upper().replace('_', '-')
+
+
+def kinds_of(names: list[str]) -> dict[str, list[str]]:
+    """Options by kind, where there are many."""
+    if len(names) < 9:
+        return {'Options': names} if names else {}
+    found = {title: [name for name in words.split() if name in names]
+             for title, words in KINDS_OF_OPTIONS.items()}
+    rest = [name for name in names if not any(name in each for each in found.values())]
+    return {title: each for title, each in (found | {'Other': rest}).items() if each}
+
+
+def option_in_help(operation: Operation, name: str) -> str:
+    value = SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')
+    return f"--{name.replace('_', '-')} {value}".rstrip()
+
+
+def said_in_help(operation: Operation, name: str) -> str:
+    """What an option means, and its default where there is one."""
+    default = operation.parameters[name].default
+    there = default not in (None, '', (), False) and 'default' not in argument_help(operation, name)
+    return argument_help(operation, name) + (f' (default: {default})' if there else '')
+
+
+def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
+    """A line of help; what is too long for it goes on below, in its column."""
+    lines = textwrap.wrap(right, width - place, break_on_hyphens=False)
+    head = [left.ljust(place) + lines[0]] if len(left) < place else [left, ' ' * place + lines[0]]
+    return '\n'.join(head + [' ' * place + line for line in lines[1:]])
+
+
+def wrapped(text: str, width: int = 80) -> str:
+    """Paragraphs for a terminal of 80 columns."""
+    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width)
+                       for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
     """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
     import fire
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
-    tree = commands(functools.partial(command, helping=False))
+    tree = commands(command)
     # a lone `-` is a word of ours
     fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)
 
@@ -20594,9 +20738,8 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
         new = renamed.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
         word = f"--{new.replace('_', '-')}{equals}{value}" if new else word
         if re.match('-[A-Za-z]|--$', word):
-            raise Invalid(f'{operation.words} has no option {shown(word)}; options begin with two '
-                          'dashes, and what itself begins with a dash is written behind its name: '
-                          '--label=-x')
+            raise Invalid(f'{operation.words} has no option {shown(word)}. Options start with two '
+                          'dashes. Write a value that starts with a dash like this: --label=-x')
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')
@@ -20668,9 +20811,11 @@ CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
 def nothing_taken(name: str, answer) -> Error | None:
     """What a command that took nothing of many ends with."""
     if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
-        return BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+        number = counted(len(answer['events']), 'event')
+        return BadCalendar(f'Nothing was reserved: {number} refused.')
     if name == 'load' and answer.get('refused') and not answer.get('taken'):
-        return Conflict(f"all reservations are refused: {len(answer['refused'])}")
+        number = counted(len(answer['refused']), 'line')
+        return Conflict(f'Nothing was reserved: {number} refused.')
     return None
 
 
@@ -20718,7 +20863,7 @@ def from_file(value: str, kind):
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, 'strerror', None) or 'it is not UTF-8'
-        raise Invalid(f"can't read the file '{value}': {why}") from None
+        raise Invalid(f"Cannot read the file '{value}': {why}.") from None
     return text if kind is File else file_rows(text, value)
 
 
@@ -20733,7 +20878,7 @@ def file_rows(text: str, name: str) -> list[dict]:
         return csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
         kind = name.rpartition('.')[2].upper()
-        raise Invalid(f"'{name}' can't be read as {kind}: {error}") from None
+        raise Invalid(f"cmres cannot read '{name}' as {kind}: {error}") from None
     except Exception as error:  # the YAML parser's own kinds, which are not worth importing it for
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
 
@@ -20759,7 +20904,7 @@ def csv_rows(text: str) -> list[dict]:
              for each in reader]
     for each in lines:
         if '' in each:
-            raise ValueError(f"line {each['line']} has more cells than the first line has names")
+            raise ValueError(f"line {each['line']} has more columns than the header line.")
     return lines
 
 
@@ -20874,21 +21019,29 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if not look.chosen:
         filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
         names = [name for name in look.columns or names if name in filled] or names
-    cells = [[in_cell(line.get(name), zone) for name in names] for line in lines]
+    cells = [[in_table(line.get(name), zone) for name in names] for line in lines]
+    times = {name for name in names if any(isinstance(line.get(name), datetime) for line in lines)}
+    heads = [f'{name} ({zone.key})' if name in times else name for name in names]
     shown = range(len(names))
     if look.width and not look.chosen:
-        shown = fitting(names, cells, look.width)
-    text = drawn([names[each] for each in shown],
+        shown = fitting(names, heads, cells, look.width)
+    text = drawn([heads[each] for each in shown],
                  [[line[each] for each in shown] for line in cells])
     left_out = [name for name in names if names.index(name) not in shown]
-    return text + (f"\nnot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+    return text + (f"\nNot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
 
 
 EMPTY = (None, '', [], {}, ())
+#: Fields that answers have under a new name as well.
+TWINS = LIMIT_FIELDS | {'hit': 'affected', 'held': 'needs_confirmation', 'held_now': 'used_now',
+                        'hold': 'min_free_time'}
 
 
 def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
     """One thing: a line for each field that is not empty, then its lists as tables of their own."""
+    answer = {name: each for name, each in answer.items()
+              if TWINS.get(name) not in answer}
+    said = answer.pop('message', '')
     if len(answer) == 1:
         return '\n'.join(in_cell(each, zone) for each in answer.values())
     inner = {name: each for name, each in answer.items()
@@ -20896,7 +21049,7 @@ def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
     pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
              if name not in inner and each is not False and each not in EMPTY]
     tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
-    return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+    return '\n'.join([said, drawn([], pairs) if pairs else '', *tables]).strip('\n')
 
 
 def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
@@ -20907,12 +21060,23 @@ def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str
                                    else '')
 
 
-def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
+def in_table(value, zone: ZoneInfo) -> str:
+    """A value in a table, where the head of a column says the zone; an hour that comes twice says
+    which it is.
+    """
+    if not isinstance(value, datetime):
+        return in_cell(value, zone)
+    text, local = format_time(value, zone), value.astimezone(zone)
+    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != value.astimezone(UTC)
+    return text if twice else text.rpartition(' ')[0]
+
+
+def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
     """The columns for which a terminal has room: first goes what all lines share, then what matters
     least.
     """
-    widths = [max(map(len, (name, *(line[place] for line in cells))))
-              for place, name in enumerate(names)]
+    widths = [max(map(len, (head, *(line[place] for line in cells))))
+              for place, head in enumerate(heads)]
     shared = {name for place, name in enumerate(names)
               if len(cells) > 1 and len({line[place] for line in cells}) == 1}
     goes = [name for name in LEAST if name in shared] + [name for name in LEAST
@@ -21004,23 +21168,44 @@ def terminal_width() -> int:
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     """What a person reads of an error: its sentence, and of its details what helps to go on."""
     details, lines = error.details, [f'cmres: {error}']
-    for each in details.get('in_the_way', []):
-        who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
-        what = f"{who}{each['vms']} vms" if 'vms' in each else each['reason']
-        until = f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'
-        lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} {until}")
-    offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time',
-              'longest': '{} from that start'}
-    lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
-              for name, text in offers.items() if name in details]
-    lines += [f"  does not fit: {in_cell(each['start'], zone)}: {each['why']}"
+    there = [f"{who_of(each)}{when_of(each, zone)}" for each in details.get('in_the_way', [])
+             if 'vms' in each]
+    lines += listed('Reserved then:', there)
+    lines += listed('You could reserve:', offered(details, zone))
+    lines += [f"  {format_moment(each['start'], zone)}   {each['why']}"
               for each in details.get('conflicts', [])[1:MOST_SHOWN]]
     lines += [f"  line {each['line']}: {each['label']}: {each['error']}"
               for each in details.get('refused', [])]
-    lines += [f"  {each['label']} of {each['user']}, {each['vms']} vms from "
-              f"{in_cell(each['start'], zone)}"
-              for each in details.get('occurrences', [])]
-    return lines
+    lines += listed('Affected:', [f"{who_of(each)}{when_of(each, zone)}"
+                                  for each in details.get('occurrences', [])])
+    return lines + listed('Try:', [details['hint']] if 'hint' in details else [])
+
+
+def listed(title: str, lines: list[str]) -> list[str]:
+    """Lines with a title before the first, all in one column."""
+    return [f"  {'' if number else title:<20}{line}" for number, line in enumerate(lines)]
+
+
+def who_of(taken: dict) -> str:
+    """Whose something is, as far as one may know, and how much it is."""
+    who = f"{taken['label']} ({taken['user']}): " if 'label' in taken else ''
+    return f"{who}{counted(taken['vms'], 'VM')}, "
+
+
+def when_of(taken: dict, zone: ZoneInfo) -> str:
+    if not taken['end']:
+        return f"from {format_moment(taken['start'], zone)} until they are deleted"
+    return format_window(taken['start'], taken['end'], zone)
+
+
+def offered(details: dict, zone: ZoneInfo) -> list[str]:
+    """What a refusal says that would fit."""
+    offers = {'next_start': 'the same from {}', 'most_vms': '{} at that time',
+              'longest': 'from the same start for {}'}
+    values = {'most_vms': lambda number: counted(number, 'VM'),
+              'next_start': lambda moment: format_moment(moment, zone), 'longest': str}
+    return [text.format(values[name](details[name]))
+            for name, text in offers.items() if name in details]
 
 
 if __name__ == '__main__':

@@ -676,7 +676,7 @@ def test_a_new_label_does_not_look_like_an_option(app, path, body):
 def test_nothing_is_renamed_to_what_looks_like_an_option(app):
     app.call('POST', '/reservation/', FINE | {'label': 'lab'})
     for path in ('/reservation/lab', '/resource/demo'):
-        assert 'begins with -' in app.call('PATCH', path, {'rename': '-x'}, status=400).json['error']
+        assert 'starts with -' in app.call('PATCH', path, {'rename': '-x'}, status=400).json['error']
 
 
 def test_a_dash_is_not_given_and_null_neither():
@@ -830,7 +830,7 @@ def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(run, tmp_path):
         code, _, err = run(*command)
         assert code == 1 and 'A newer cmres wrote the database' in err, command
     newer = run('store', 'backup', 'newer.db')
-    assert newer[0] == 0 and 'a newer cmres' in run('store', 'restore', 'newer.db')[2]
+    assert newer[0] == 0 and 'A newer cmres' in run('store', 'restore', 'newer.db')[2]
     assert dump(sqlite3.connect('cmres.db')) == before
 
 
@@ -991,7 +991,7 @@ def lost(serve, name, what):
     assert status == 503 and re.search(what, page)
     soon(lambda: re.search(what, str(serve.ask('GET', '/readyz')[1])))
     assert serve.ask('GET', '/readyz')[0] == 503
-    assert re.search(f"CRITICAL the database file '{name}' {what}", serve.said())
+    assert re.search(f"CRITICAL The database file '{name}' {what}", serve.said())
 
 
 def test_a_store_that_is_removed_while_serving_is_missed_at_once_and_not_made_anew(serving, tmp_path):
@@ -1459,7 +1459,7 @@ def test_a_copy_replaces_nothing_and_a_damaged_one_is_not_restored(run, tmp_path
     run('resource', 'add', 'demo')
     assert run('store', 'backup', 'copy.db')[0] == 0
     code, _, err = run('store', 'backup', 'copy.db')
-    assert code == 1 and "'copy.db' is there already" in err
+    assert code == 1 and "'copy.db' already exists" in err
     data = bytearray(Path('copy.db').read_bytes())
     data[4096:40960] = os.urandom(36864)
     Path('copy.db').write_bytes(data)
@@ -2320,7 +2320,7 @@ def test_a_store_that_kept_resources_by_name_keeps_them_by_id(lan):
     assert [each['resource'] for each in service.limit_list()] == ['demo', '']
     assert (service.calendar_list(), service.report()) == before
     service.resource_update('demo', rename='demo2')
-    with pytest.raises(Conflict, match='the limit most vms'):
+    with pytest.raises(Conflict, match='VMs? at the same time'):
         book(world.as_user(), resource='demo2', vms=3)
     world.now += 60
     assert [(each['resource'], each['refused']) for each in service.report(by_whom='resource')] == [('demo2', 2)]
@@ -2472,7 +2472,7 @@ def test_lead_is_held_too(service):
 def test_vcpus_and_ram_of_the_flavor_count(service):
     service.resource_add('small', cloud='simulated', vcpus=8, ram=40000)
     service.add('a', 'small', NOON, NOON + hours(1), vms=2, flavor='m1.medium')
-    with pytest.raises(NoCapacity, match='has 4 of 8 vcpus free') as refusal:
+    with pytest.raises(NoCapacity, match='has 4 of 8 vCPUs free') as refusal:
         service.add('b', 'small', NOON, NOON + hours(1), vms=3, flavor='m1.medium')
     assert refusal.value.details['most_vms'] == 2
 
@@ -3172,7 +3172,7 @@ def test_a_figure_that_is_not_given_is_unlimited(service):
 
 def test_nothing_fits_on_a_resource_that_holds_none(service):
     service.resource_add('none', vms=0)
-    with pytest.raises(NoCapacity, match="'none' holds at most 0 vms"):
+    with pytest.raises(NoCapacity, match="'none' has 0 VMs in total"):
         book(service, resource='none')
 
 
@@ -3188,9 +3188,9 @@ def test_resources_are_listed_by_place_and_shown_with_what_is_held_now(service):
 
 def test_a_resource_name_is_taken_once_and_is_no_dash(service):
     service.resource_add('india')
-    with pytest.raises(Conflict, match="There is already a resource 'demo' already"):
+    with pytest.raises(Conflict, match="There is already a resource 'demo'"):
         service.resource_add('demo')
-    with pytest.raises(Conflict, match="There is already a resource 'india' already"):
+    with pytest.raises(Conflict, match="There is already a resource 'india'"):
         service.resource_update('demo', rename='india')
     with pytest.raises(Invalid, match='is not a valid name. Use 1 to 64'):
         service.resource_add('-')
@@ -3276,22 +3276,22 @@ def test_a_window_that_touches_another_conflicts_and_back_to_back_fits(service, 
     if fits:
         assert book(service, 'second', start, end, vms=10)['vms'] == 10
     else:
-        with pytest.raises(NoCapacity, match='has 6 of 16 vms free .* 10 are asked for'):
+        with pytest.raises(NoCapacity, match='has 6 of 16 VMs free .* You asked for 10'):
             book(service, 'second', start, end, vms=10)
     assert service.check()['differences'] == 0
 
 
 @pytest.mark.parametrize('given, sentence', [
     ({'start': -1, 'end': 1}, 'is in the past'),
-    ({'start': 2, 'end': 2}, 'is not after the start'),
-    ({'start': 2, 'end': 1}, 'is not after the start'),
+    ({'start': 2, 'end': 2}, 'must be after the start'),
+    ({'start': 2, 'end': 1}, 'must be after the start'),
     ({'image': 'cirros'}, 'An image needs a flavor'),
     ({'image': 'ciros', 'flavor': 'm1.small'}, "The cloud simulated has no image 'ciros'. Did you mean 'cirros'?"),
     ({'flavor': 'm1.smal'}, "has no flavor 'm1.smal'. Did you mean 'm1.small'?"),
     ({'network': 'privat'}, "has no network 'privat'. Did you mean 'private'?"),
     ({'key': 'defalt'}, "has no key 'defalt'. Did you mean 'default'?"),
     ({'security_groups': ['defalt']}, "has no security group 'defalt'. Did you mean 'default'?"),
-    ({'resource': 'bare', 'image': 'cirros', 'flavor': 'm1.small'}, "the resource 'bare' has no cloud"),
+    ({'resource': 'bare', 'image': 'cirros', 'flavor': 'm1.small'}, "Resource 'bare' has no cloud"),
     ({'label': '-'}, "is not a valid name. Use 1 to 64 letters"),
     ({'lead': timedelta(days=30000)}, 'The lead time starts before the year 1970'),
 ])
@@ -3324,8 +3324,8 @@ def test_a_cloud_that_can_not_be_asked_is_told_unless_only_it_knows_what_counts(
     service.resource_add('far', cloud='no-such-cloud', vms=2)
     service.resource_add('counted', cloud='no-such-cloud', vcpus=2)
     found = book(service, resource='far', flavor='f', image='i')
-    assert found['state'] == 'reserved' and 'not checked: the cloud no-such-cloud' in found['warnings'][0]
-    with pytest.raises(cmres.CloudError, match="flavor 'f' cmres needs the size of flavor"):
+    assert found['state'] == 'reserved' and 'cmres could not check the names: The cloud no-such-cloud' in found['warnings'][0]
+    with pytest.raises(cmres.CloudError, match="cmres needs the size of flavor 'f'"):
         book(service, 'other', resource='counted', flavor='f', image='i')
 
 
@@ -3337,7 +3337,7 @@ def test_a_resource_is_found_by_its_place_and_of_several_the_first_by_name_that_
     assert book(service, 'd', resource='-', cloud='simulated', vms=3)['resource'] == 'demo'
     assert book(service, 'e', resource='-', cloud='simulated', vms=3)['resource'] == 'india'
     before = dump()
-    with pytest.raises(NoCapacity, match="'india' has 0 of 4 vms free"):
+    with pytest.raises(NoCapacity, match="'india' has 0 of 4 VMs free"):
         book(service, 'f', resource='-', cloud='simulated', dry_run=True)
     assert dump() == before
     with pytest.raises(NotFound, match='There is no resource in cell c2'):
@@ -3384,7 +3384,7 @@ def test_a_list_holds_what_all_filters_meet(four, filters, found):
 def test_a_list_of_a_label_that_nobody_has_is_refused_and_so_is_an_unknown_state(four):
     with pytest.raises(NotFound, match="There is no reservation 'nobody'"):
         four.list('nobody')
-    with pytest.raises(Invalid, match="'activ' is none of .*. Did you mean 'active'"):
+    with pytest.raises(Invalid, match="'activ' is not one of .*. Did you mean 'active'"):
         four.list(state=['activ'])
 
 
@@ -3452,7 +3452,7 @@ def test_extend_ends_later_and_not_into_others(service):
     book(service, 'wall', 4, 5, vms=10)
     assert service.extend('lab', hours(1))['end'] == NOON + hours(3)
     assert service.extend('lab', hours(1))['end'] == NOON + hours(4)
-    with pytest.raises(NoCapacity, match='has 6 of 16 vms free'):
+    with pytest.raises(NoCapacity, match='has 6 of 16 VMs free'):
         service.extend('lab', timedelta(minutes=1))
 
 
@@ -3461,7 +3461,7 @@ def test_extend_works_until_the_end_and_not_after(world, service):
     world.now = (NOON + hours(2)).timestamp() - 1
     assert service.extend('lab', hours(1))['state'] == 'active'
     world.now += 3601
-    with pytest.raises(NotFound, match="no reservation 'lab' that is not over"):
+    with pytest.raises(NotFound, match="no current or future reservation 'lab'"):
         service.extend('lab', hours(1))
 
 
@@ -3474,7 +3474,7 @@ def test_what_has_begun_keeps_its_start_and_what_its_machines_are_made_of(world,
     service.resource_add('india', cloud='simulated')
     book(service, flavor='m1.small', image='cirros', lead=timedelta(minutes=10), end=3)
     world.now = (NOON + hours(1)).timestamp() - 600
-    with pytest.raises(Conflict, match=f"'lab' has started, so you cannot change its {field.replace('_', ' ')} can't change"):
+    with pytest.raises(Conflict, match=f"'lab' has started, so you cannot change its {field.replace('_', ' ')}"):
         service.update('lab', **{field: value})
 
 
@@ -3498,7 +3498,7 @@ def test_a_delete_frees_the_rest_of_the_window_at_once(world, service):
 
 def test_what_is_over_or_unknown_can_not_be_deleted(four):
     for label in ('over', 'gone', 'nobody'):
-        with pytest.raises(NotFound, match='that is not over'):
+        with pytest.raises(NotFound, match='no current or future'):
             four.delete(label)
 
 
@@ -3512,7 +3512,7 @@ def test_a_delete_by_filter_needs_the_right_count(four, filters, hit):
     hit = hit.split()
     assert labels(four.delete(**filters, dry_run=True)) == hit
     for count in (None, len(hit) + 1):
-        with pytest.raises(Conflict, match=f'This would cancel {len(hit)} reservations; say --count {len(hit)}'):
+        with pytest.raises(Conflict, match=f'This would cancel {len(hit)} reservations?. Nothing was cancelled {len(hit)}'):
             four.delete(**filters, count=count)
     assert len(four.list()) == 4
     assert labels(four.delete(**filters, count=len(hit))) == hit
@@ -3528,7 +3528,7 @@ def test_a_delete_by_filter_hits_only_what_matches_exactly(four, filters):
 
 
 def test_a_delete_of_nothing_in_particular_is_refused(four):
-    with pytest.raises(Invalid, match='say which'):
+    with pytest.raises(Invalid, match='Choose what to cancel'):
         four.delete(count=4)
 
 
@@ -3685,8 +3685,8 @@ def test_by_default_one_refused_line_refuses_all_and_each_is_named_with_its_numb
     code, out, err = filled('add', '--file', 'f.csv')
     assert (code, out) == (1, '')
     said = err.splitlines()
-    assert said[0] == 'cmres: 3 of 5 lines were refused, so nothing was reserved'
-    assert said[1].startswith("  line 3: x2: 'demo' has 13 of 16 vms free")
+    assert said[0] == 'cmres: 3 of 5 lines were refused. Nothing was reserved.'
+    assert said[1].startswith("  line 3: x2: 'demo' has 13 of 16 VMs free")
     assert said[2].startswith("  line 4: x3: start: '+1x' is not a duration")
     assert said[3].startswith("  line 5: x1: the label 'x1' is taken")
     assert filled('list')[1] == 'nothing found\n'
@@ -3703,7 +3703,7 @@ def test_partial_takes_what_fits_and_tells_the_rest(filled):
 def test_partial_names_each_refused_line_with_its_number_and_reason_to_people_too(filled):
     filled.write('f.csv', MIXED)
     out = filled('add', '--file', 'f.csv', '--partial')[1]
-    assert "'+1x' is not a duration" in out and '13 of 16 vms free' in out
+    assert "'+1x' is not a duration" in out and '13 of 16 VMs free' in out
 
 
 def test_partial_tells_the_refused_lines_in_the_order_of_the_file(service):
@@ -3732,8 +3732,8 @@ def test_a_file_that_holds_no_reservations_is_refused(filled, tmp_path, name, te
 
 def test_a_file_that_is_not_there_or_not_text_is_refused(filled, tmp_path):
     (tmp_path / 'f.csv').write_bytes(b'label\n\xff\n')
-    assert filled('add', '--file', 'f.csv') == (2, '', "cmres: can't read the file 'f.csv': it is not UTF-8\n")
-    assert filled('load', 'g.csv') == (2, '', "cmres: can't read the file 'g.csv': No such file or directory\n")
+    assert filled('add', '--file', 'f.csv') == (2, '', "cmres: Cannot read the file 'f.csv': it is not UTF-8\n")
+    assert filled('load', 'g.csv') == (2, '', "cmres: Cannot read the file 'g.csv': No such file or directory\n")
 
 
 # Service: what never is ######################################################
@@ -3878,7 +3878,7 @@ def test_a_dry_run_of_anything_says_what_is_done_then_and_waits_for_nobody(world
 def test_what_waits_does_not_become_a_series(service):
     book(service, vms=16), book(service, 'waits', vms=2, wait=True)
     for dry_run in (True, False):
-        with pytest.raises(Invalid, match='a series can not wait'):
+        with pytest.raises(Invalid, match='A series cannot join the waiting list'):
             service.update('waits', repeat='daily', count=3, dry_run=dry_run)
     service.delete('lab')
     service.admit_waiting(service.clock())
@@ -3996,13 +3996,13 @@ def test_a_change_that_does_not_fit_offers_what_does(service):
 
 def test_what_is_asked_of_a_resource_that_never_holds_as_much_gets_no_next_start(service):
     book(service, vms=10)
-    with pytest.raises(NoCapacity, match="'demo' holds at most 16 vms; 17 are asked for") as refusal:
+    with pytest.raises(NoCapacity, match="'demo' has 16 VMs in total. You asked for 17") as refusal:
         book(service, 'more', vms=17)
     assert refusal.value.details == {'in_the_way': []}  # nobody is, and 6 of 16 is not what is lacking
     service.delete('lab')
-    with pytest.raises(NoCapacity, match="'demo' holds at most 16 vms; 17 are asked for") as refusal:
+    with pytest.raises(NoCapacity, match="'demo' has 16 VMs in total. You asked for 17") as refusal:
         book(service, 'more', vms=17)
-    assert refusal.value.details == {'in_the_way': [], 'most_vms': 16}
+    assert refusal.value.details == {'cause': 'too_large', 'in_the_way': [], 'most_vms': 16}
 
 
 def refusals_and_offers(service, deed, asked: dict) -> dict:
@@ -4134,8 +4134,9 @@ def test_a_series_is_offered_what_all_of_it_can_have(service):
 
 
 @pytest.mark.parametrize('least, sentence', [
-    (4, "'demo' has only 4 of 16 vms from 2026-12-01 13:00 UTC to 2026-12-01 17:00 UTC (lent to physics); 5 are"),
-    (None, "'demo' is closed from 2026-12-01 13:00 UTC to 2026-12-01 17:00 UTC: new disks")])
+    (4, "'demo' has only 4 VMs (normally 16) from Tue 1 Dec 2026, 13:00 to 17:00 (UTC): lent to physics. "
+        'You asked for 5 from Tue 1 Dec 2026, 14:00 to 15:00 (UTC).'),
+    (None, "'demo' is closed from Tue 1 Dec 2026, 13:00 to 17:00 (UTC): new disks. You asked for Tue 1 Dec 2026, 14:00")])
 def test_a_maintenance_is_named_where_it_is_the_reason(app, world, least, sentence):
     book(world.as_user('bob', 'chemistry'), 'innocent', 2, 3, vms=1)
     if least is None:
@@ -4155,7 +4156,7 @@ def test_a_maintenance_is_named_where_it_is_the_reason(app, world, least, senten
 def test_a_loan_and_others_are_named_together_where_it_takes_both(world):
     world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(5), vms=6, reason='lent to physics')
     book(world.as_user(), 'other', 2, 3, vms=4)
-    with pytest.raises(NoCapacity, match="has 2 of 16 vms free") as refusal:
+    with pytest.raises(NoCapacity, match="has 2 of 16 VMs free") as refusal:
         book(world.as_user(), 'lab', 2, 3, vms=3)
     loan, other = refusal.value.details['in_the_way']
     assert (loan['reason'], other['label']) == ('lent to physics', 'other') and refusal.value.details['most_vms'] == 2
@@ -4199,7 +4200,7 @@ def test_parts_of_one_size_that_have_no_room_are_told_how_many_have(world):
     for n in range(20):
         world.service.resource_add(f'p{n:03}', cloud='nimbus', vms=1)
     part = [{'resource': '-', 'cloud': 'nimbus'}] * 32
-    with pytest.raises(NoCapacity, match="20 of the 32 parts of 'exam' have room together from 2026-12-01 13:00 UTC"):
+    with pytest.raises(NoCapacity, match="20 of the 32 parts of 'exam' fit together from Tue 1 Dec 2026, 13:00"):
         book(world.as_user(), 'exam', resource='-', part=part)
     book(world.service, 'busy', 1, 3, resource='p007')
     with pytest.raises(NoCapacity, match='19 of the 20 parts') as refusal:
@@ -4217,7 +4218,7 @@ def test_a_search_that_was_given_up_says_so(world):
     for n in range(14):
         world.service.resource_add(f'p{n:03}', cloud='nimbus', vms=97 + n)
     part = [{'resource': '-', 'cloud': 'nimbus', 'vms': chance.randint(20, 60)} for _ in range(60)]
-    with pytest.raises(NoCapacity, match='no way to reserve all 60 parts together was found in 500 tries; name a res'):
+    with pytest.raises(NoCapacity, match='cmres tried 500 combinations of resources for all 60 parts and none fits. Choose a res'):
         book(world.as_user(), 'exam', resource='-', part=part)
     assert rows_of() == []
 
@@ -4225,7 +4226,7 @@ def test_a_search_that_was_given_up_says_so(world):
 def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
     service.resource_add('india', cloud='simulated', vms=4, ram=4096)
     book(service, resource='india', vms=3)
-    with pytest.raises(NoCapacity, match="'india' holds at most 4096 MiB of ram; 6144 are asked for"):
+    with pytest.raises(NoCapacity, match="'india' has 4096 MiB of RAM in total. You asked for 6144"):
         book(service, 'more', resource='india', vms=3, flavor='m1.small')
 
 
@@ -4239,7 +4240,7 @@ def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(s
 
 def test_a_label_is_taken_in_its_project_until_its_reservation_is_over(world, service):
     book(service)
-    with pytest.raises(Conflict, match="the label 'lab' already has a reservation"):
+    with pytest.raises(Conflict, match="Project 'default' already has a reservation 'lab'"):
         book(service, start=8, end=9)
     book(service, project='bio')
     book(service, 'other', start=8, end=9)
@@ -4261,7 +4262,7 @@ def test_what_is_in_several_projects_must_be_named_with_its_project(service):
     for project in ('bio', 'chem'):
         book(service, project=project)
     for call in (service.show, service.delete, service.duration, service.servers):
-        with pytest.raises(Conflict, match=r"'lab' is in several projects \(bio, chem\); name one with --project"):
+        with pytest.raises(Conflict, match=r"'lab' exists in several projects: bio, chem"):
             call('lab')
     assert [each['project'] for each in service.delete('lab', project='chem')] == ['chem']
     assert service.show('lab')['project'] == 'bio'
@@ -4734,7 +4735,7 @@ def test_a_project_keeps_only_so_much_text(tmp_path):
     for refused in (lambda: book(eva, 'more', 90, 91, description='x' * 60_000),
                     lambda: book(eva, 'waits', 90, 91, user_data='x' * 60_000, wait=True, image='cirros', flavor='m1.tiny'),
                     lambda: eva.update('r3', metadata={'k': 'v' * 200}, user_data='y' * 40_000)):
-        with pytest.raises(cmres.TooLarge, match="the project 'biology' keeps at most 1 MiB"):
+        with pytest.raises(cmres.TooLarge, match="Project 'biology' has more than 1 MiB"):
             refused()
         assert dump() == before
     assert book(eva, 'plain', 90, 91, description='a few words')['state'] == 'reserved'
@@ -5371,7 +5372,7 @@ def test_a_repetition_may_be_said_in_words(app, run, words, rule, days):
     assert {each['start'][11:16] for each in found['occurrences'][:len(days)]} == {'14:00'}
 
 
-NO_REPETITION = 'is not a valid repetition; write daily, weekdays, weekly on tue,thu, every 2 weeks on mon'
+NO_REPETITION = 'is not a valid repetition. Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon'
 
 
 @pytest.mark.parametrize('given, sentence', [
@@ -5387,8 +5388,8 @@ NO_REPETITION = 'is not a valid repetition; write daily, weekdays, weekly on tue
     ({'repeat': 'hourly'}, NO_REPETITION),
     ({'repeat': 'every 0 days'}, 'repeat: INTERVAL=0 is not between 1 and 1000'),
     ({'repeat': 'monthly on 32'}, 'repeat: BYMONTHDAY=32 is not between 1 and 31'),
-    ({'repeat': 'FREQ=HOURLY'}, 'repeat: FREQ=HOURLY is none of DAILY, WEEKLY, MONTHLY, YEARLY'),
-    ({'repeat': 'INTERVAL=2'}, 'repeat: FREQ= is none of DAILY'),
+    ({'repeat': 'FREQ=HOURLY'}, 'repeat: FREQ=HOURLY is not one of DAILY, WEEKLY, MONTHLY, YEARLY'),
+    ({'repeat': 'INTERVAL=2'}, 'repeat: FREQ= is not one of DAILY'),
     ({'repeat': 'FREQ=DAILY;BYEASTER=1'}, 'repeat: "BYEASTER" is not a valid part of an RRULE, or it appears twice'),
     ({'repeat': 'FREQ=DAILY;FREQ=WEEKLY'}, 'it appears twice'),
     ({'repeat': 'FREQ=DAILY;COUNT=0'}, 'repeat: COUNT=0 is not between 1 and 100000'),
@@ -5514,12 +5515,12 @@ def test_a_series_is_refused_as_a_whole_and_all_that_does_not_fit_is_named(servi
         series(service, vms=4)
     assert without_events() == before
     said = str(refusal.value)
-    assert '2 of 53 occurrences do not fit, so nothing was changed; the first from 2026-12-15 14:00 CET' in said
-    assert "'demo' has 2 of 16 vms free" in said and '--on-conflict skip' in said
+    assert '2 of 53 occurrences do not fit. Nothing was changed. First problem: Tue 15 Dec 2026, 14:00 (Europe/Paris)' in said
+    assert "'demo' has 2 of 16 VMs free" in said and '--on-conflict skip' in said
     details = refusal.value.details
     assert [(each['start'], each['end'], each['vms']) for each in details['conflicts']] == [
         (lesson(2), lesson(2, 3), 4), (lesson(3), lesson(3, 3), 4)]
-    assert 'has 3 of 16 vms free' in details['conflicts'][1]['why']
+    assert 'has 3 of 16 VMs free' in details['conflicts'][1]['why']
     assert labels(details['in_the_way']) == ['wall']
     assert service.check()['differences'] == 0
     assert service.events()[-1]['code'] == 'refused'
@@ -5540,7 +5541,7 @@ def test_skip_takes_the_others_and_names_what_is_left_out(service, wall, dry_run
     found = series(service, vms=4, count=4, on_conflict='skip', dry_run=dry_run)
     assert outcomes(found) == ['booked', 'booked', 'left out', 'booked']
     assert ['why' in each for each in found['occurrences']] == [False, False, True, False]
-    assert 'has 2 of 16 vms free' in found['occurrences'][2]['why']
+    assert 'has 2 of 16 VMs free' in found['occurrences'][2]['why']
     assert (dump() == before) == dry_run
     assert starts() == ([] if dry_run else [1, 1 + WEEK, 1 + 3 * WEEK]) and service.check()['differences'] == 0
 
@@ -5924,8 +5925,8 @@ def test_a_plain_reservation_becomes_a_series(world, service):
 def test_what_all_have_in_common_can_not_be_another_for_one(service, change, word):
     series(service, count=5)
     said = refused(lambda: service.update('class', occurrence=lesson(1), **change), Invalid)
-    assert str(said) == (f'the {word} is the same for all occurrences; some alone can have another end, resource, '
-                         'start, vms')
+    assert str(said) == (f'{word.capitalize()} is the same for the whole series. For single occurrences you can change '
+                         'end, resource, start, vms.')
 
 
 def test_an_occurrence_that_is_not_there_is_named(service):
@@ -5933,7 +5934,7 @@ def test_an_occurrence_that_is_not_there_is_named(service):
     for verb in (service.skip, service.delete, lambda *a, **more: service.update(*a, vms=2, **more),
                  lambda *a, **more: service.extend(*a, hours(1), **more)):
         said = refused(lambda: verb('class', occurrence=date(2026, 12, 9)), NotFound)
-        assert str(said) == "'class' has no occurrence that is not over on 2026-12-09"
+        assert str(said) == "'class' has no current or future occurrence on 2026-12-09."
 
 
 def test_an_occurrence_is_named_by_its_date_in_the_zone_of_the_series(service):
@@ -6034,7 +6035,7 @@ def test_without_a_date_the_next_that_was_left_out_comes_back(service):
     assert service.skip('class', undo=True)['start'] == lesson(1)
     assert service.skip('class', undo=True)['start'] == lesson(2)
     said = refused(lambda: service.skip('class', undo=True), NotFound)
-    assert str(said) == "'class' has no occurrence to come that was left out"
+    assert str(said) == "'class' has no skipped occurrence in the future."
 
 
 def test_the_last_that_was_cancelled_comes_back_unless_its_label_is_taken(service):
@@ -6046,7 +6047,7 @@ def test_the_last_that_was_cancelled_comes_back_unless_its_label_is_taken(servic
     service.delete('class')
     book(service, 'plain', 50, 51)
     service.delete('plain')
-    assert "'plain' is no series; reserve it again with `add`" in str(refused(lambda: service.skip('plain', undo=True)))
+    assert "'plain' is not a series. Reserve it again." in str(refused(lambda: service.skip('plain', undo=True)))
 
 
 def test_what_has_no_room_any_more_does_not_come_back(world, service):
@@ -6055,7 +6056,7 @@ def test_what_has_no_room_any_more_does_not_come_back(world, service):
     eva.skip('class', occurrence=date(2026, 12, 8))
     book(service, 'wall', WEEK + 1, WEEK + 2, vms=15)
     said = refused(lambda: eva.skip('class', undo=True), NoCapacity)
-    assert str(said).startswith("what was left out does not fit any more: 'demo' has 1 of 16 vms free")
+    assert str(said).startswith("The skipped occurrence does not fit any more. 'demo' has 1 of 16 VMs free")
     assert [each['vms'] for each in said.details['in_the_way']] == [15]
     service.delete('wall')
     limit = service.limit_add(user='eva', most_vms=1)['id']
@@ -6231,7 +6232,7 @@ def test_a_label_is_taken_until_the_series_is_over(world, service, rule):
     for moment in (0, 49.5, 60, 24 * 300):
         world.at(moment)
         said = refused(lambda: book(service, 'class', 24 * 300 + 1, 24 * 300 + 2), Conflict)
-        assert "the label 'class' is taken" in str(said)
+        assert "already has a reservation 'class'" in str(said)
         assert labels(service.list()) == ['class']
     service.delete('class')
     assert book(service, 'class', 24 * 300 + 1, 24 * 300 + 2)
@@ -6359,7 +6360,7 @@ def test_what_has_no_room_at_the_horizon_is_left_out_and_told(world, service):
     world.at(72)
     assert 1 + YEAR + 24 not in starts() and 1 + YEAR + 48 in starts()
     told = [each['sentence'] for each in service.events('class') if each['code'] == 'refused']
-    assert len(told) == 1 and told[0].startswith("2027-12-03 14:00 CET is left out: 'demo' has 0 of 16 vms free")
+    assert len(told) == 1 and told[0].startswith("Fri 3 Dec 2027, 14:00 (Europe/Paris) is skipped: 'demo' has 0 of 16 VMs free")
     world.at(96.5)
     assert len([each for each in service.events('class', limit=1000) if each['code'] == 'refused']) == 1
     assert service.check()['differences'] == 0
@@ -7148,17 +7149,18 @@ def test_claims_agree_with_counting(world, seed):
 
 
 @pytest.mark.parametrize('limit, asked, value, word', [
-    ({'most_vms': 3}, {'vms': 4}, 3, '3, of which 3 are free at that time'),
-    ({'longest': hours(2)}, {'end': 4}, 7200, '2h'),
-    ({'ahead': hours(5)}, {'start': 6, 'end': 7}, 18000, '5h: until 2026-12-01 17:00:00'),
-    ({'least_notice': hours(2)}, {}, 7200, '2h: from 2026-12-01 14:00:00'),
-    ({'vcpu_hours': 4}, {'vms': 5, 'flavor': 'm1.small'}, 4, '4, of which 4 are left')])
+    ({'most_vms': 3}, {'vms': 4}, 3, 'can use 3 VMs at the same time and already uses 0 then. You asked for 4.'),
+    ({'longest': hours(2)}, {'end': 4}, 7200, 'can reserve for at most 2h. You asked for 3h.'),
+    ({'ahead': hours(5)}, {'start': 6, 'end': 7}, 18000, 'at most 5h ahead. Choose a start before Tue 1 Dec 2026, 17:00'),
+    ({'least_notice': hours(2)}, {}, 7200, 'at least 2h before the start. Choose a start after Tue 1 Dec 2026, 14:00'),
+    ({'vcpu_hours': 4}, {'vms': 5, 'flavor': 'm1.small'}, 4, 'has 4 of 4 vCPU-hours left. This reservation needs 5.')])
 @pytest.mark.parametrize('whose', [{'project': 'biology'}, {'user': 'eva'}, {}, {'project': 'biology', 'resource': 'demo'}])
 def test_a_refusal_names_the_limit_its_value_and_what_would_pass(world, limit, asked, value, word, whose):
     world.service.limit_add(**whose, **limit)
-    with pytest.raises(Conflict, match='the limit ') as refusal:
+    with pytest.raises(Conflict, match="^(User 'eva'|Project 'biology') (can|must|has) ") as refusal:
         book(world.as_user(), **asked)
     assert refusal.value.details['limit'] == next(iter(limit)) and refusal.value.details['value'] == value
+    assert refusal.value.details['cause'] == 'limit'
     assert word in str(refusal.value) and word in refusal.value.details['passes']
     assert labels(world.service.list()) == []
 
@@ -7226,7 +7228,7 @@ def test_an_exemption_is_for_what_is_soon_over(world, limit, end, taken):
     if taken or limit == {'longest': hours(30)} and end < hours(30):
         assert add()['state'] == 'reserved'
     else:
-        with pytest.raises(Conflict, match='the limit'):
+        with pytest.raises(Conflict, match='^(Project|User) '):
             add()
 
 
@@ -7235,23 +7237,23 @@ def test_all_occurrences_of_a_series_count_against_a_limit(world):
     world.service.limit_add(project='biology', vcpu_hours=10)
     book(eva, 'ten', 1, 6, flavor='m1.medium', repeat='daily', count=1)
     eva.delete('ten')
-    with pytest.raises(Conflict, match='the limit vcpu hours of biology is 10'):
+    with pytest.raises(Conflict, match="Project 'biology' has .* of 10 vCPU-hours left"):
         book(eva, 'ser', 1, 3, vms=4, flavor='m1.small', repeat='daily', count=200)
     assert len(book(eva, 'ser', 1, 3, vms=1, flavor='m1.small', repeat='daily', count=5)['occurrences']) == 5
     for more in ({'vms': 2}, {'repeat': 'daily', 'count': 6}, {'end': hours(3)}):
-        with pytest.raises(Conflict, match='the limit vcpu hours'):
+        with pytest.raises(Conflict, match='vCPU-hours left'):
             eva.update('ser', **more)
     done = eva.update('ser', repeat='daily', count=9, on_conflict='skip')['occurrences']
     assert [each['outcome'] for each in done if each['outcome'] != 'unchanged'] == ['left out'] * 4
-    assert all('the limit vcpu hours' in each['why'] for each in done if each['outcome'] == 'left out')
+    assert all('vCPU-hours left' in each['why'] for each in done if each['outcome'] == 'left out')
 
 
 def test_occurrences_that_overlap_count_together_against_a_limit(world):
     world.service.limit_add(project='biology', most_vms=5)
-    with pytest.raises(Conflict, match='the limit most vms of biology is 5, of which 0 are free'):
+    with pytest.raises(Conflict, match="Project 'biology' can use 5 VMs at the same time and already uses 5"):
         book(world.as_user(), 'ser', 1, 71, vms=5, repeat='daily', count=10)
     book(world.as_user(), 'ser', 1, 24, vms=5, repeat='daily', count=10)
-    with pytest.raises(Conflict, match='the limit most vms'):
+    with pytest.raises(Conflict, match='VMs? at the same time'):
         world.as_user().update('ser', end=hours(25))
     world.as_user().update('ser', start=NOON + hours(30))  # a chain of moves: each gives back what the next takes
     assert world.service.check()['differences'] == 0
@@ -7275,7 +7277,7 @@ def test_an_occurrence_beyond_a_limit_is_left_out_when_a_series_is_carried_on_an
     assert [each['start'] for each in left_out] == [NOON + hours(24 * 4 + 1)]
     assert max(each['start'] for each in eva.show('class')['occurrences']) >= NOON + hours(24 * 13)
     told = [each['sentence'] for each in world.service.events('class') if each['code'] == 'refused']
-    assert len(told) == 1 and 'left out: the limit most vms of biology is 8' in told[0]
+    assert len(told) == 1 and "is skipped: Project 'biology' can use 8 VMs" in told[0]
     cmres.close_store()
 
 
@@ -7289,7 +7291,7 @@ def test_what_is_cancelled_counts_no_more(world):
 def test_what_is_too_many_after_a_change_is_refused(world):
     world.service.limit_add(project='biology', most_vms=2)
     book(world.as_user(), vms=2)
-    with pytest.raises(Conflict, match='the limit most vms'):
+    with pytest.raises(Conflict, match='VMs? at the same time'):
         world.as_user().update('lab', vms=3)
     assert world.as_user().show('lab')['vms'] == 2
 
@@ -7314,7 +7316,7 @@ def test_moving_a_reservation_beside_another_is_counted(world):
     world.service.limit_add(project='biology', most_vms=4)
     book(eva, 'one', 1, 2, vms=4)
     book(eva, 'two', 3, 4, vms=4)
-    with pytest.raises(Conflict, match='the limit most vms'):
+    with pytest.raises(Conflict, match='VMs? at the same time'):
         eva.update('one', start=NOON + hours(3))
 
 
@@ -7322,7 +7324,7 @@ def test_moving_a_reservation_beside_another_is_counted(world):
 def test_what_begins_now_is_limited_whatever_the_fraction_of_the_second(world, limit):
     world.now += 0.5
     world.service.limit_add(project='biology', **limit)
-    with pytest.raises(Conflict, match='the limit'):
+    with pytest.raises(Conflict, match='^(Project|User) '):
         world.as_user().add('lab', 'demo', datetime.fromtimestamp(int(world.now), UTC), hours(1), vms=2)
 
 
@@ -7331,13 +7333,13 @@ def test_what_has_begun_does_not_grow_beyond_a_limit(world, change):
     world.service.limit_add(project='biology', most_vms=2, longest=hours(4))
     book(world.as_user(), vms=2)
     world.at(1.5)
-    with pytest.raises(Conflict, match='the limit'):
+    with pytest.raises(Conflict, match='^(Project|User) '):
         world.as_user().update('lab', **change)
 
 
 def test_occurrences_of_a_series_are_limited(world):
     world.service.limit_add(project='biology', most_vms=2)
-    with pytest.raises(Conflict, match='the limit most vms'):
+    with pytest.raises(Conflict, match='VMs? at the same time'):
         book(world.as_user(), repeat='daily', count=3, vms=3)
     assert book(world.as_user(), repeat='daily', count=3, vms=2)['state'] == 'reserved'
 
@@ -7381,10 +7383,10 @@ def test_limits_and_reports_know_a_resource_that_gets_another_name(app, world):
     app.call('PATCH', '/resource/demo', {'rename': 'demo2'})
     assert [each['resource'] for each in app.call('GET', '/limit/').json] == ['demo2'] and limit['resource'] == 'demo'
     for more in ({}, {'repeat': 'daily', 'count': 3}, {'wait': True}):
-        with pytest.raises(Conflict, match='the limit most vms of biology is 2'):
+        with pytest.raises(Conflict, match="Project 'biology' can use 2 VM"):
             book(world.as_user(), resource='demo2', vms=3, **more)
     book(world.as_user(), resource='demo2', vms=2)
-    with pytest.raises(Conflict, match='the limit most vms of biology is 2, of which 0'):
+    with pytest.raises(Conflict, match="Project 'biology' can use 2 VMs at the same time and already uses 2"):
         book(world.as_user(), 'more', resource='demo2')
     world.now += 60
     line, = world.service.report(by_whom='resource')
@@ -7865,13 +7867,13 @@ class Cell:
         """What the model says: the decision, a sentence, the hours afterwards as a factor, the new events."""
         _, grows, factor, code = self.DEEDS[deed]
         if deed == 'renamed':
-            return 'refused', "the label 'taken' is taken", 1, []
+            return 'refused', "already has a reservation 'taken'", 1, []
         if self.rule == 'limit' and grows and factor != 'same':
-            return 'refused', 'the limit vcpu hours of biology is', 1, []
+            return 'refused', "Project 'biology' has ", 1, []
         if self.rule == 'overtaking' and grows:
-            return 'refused', 'is kept for a request of', 1, []
+            return 'refused', 'is kept for a request for', 1, []
         if self.rule == 'server' and grows and self.overlaps(deed):
-            return 'refused', 'the server .* is reserved', 1, []
+            return 'refused', 'Server .* is reserved', 1, []
         if deed in self.NEW:
             return 'pending' if self.resource == 'asks' else 'done', '', self.factor(deed), []
         if self.kind == 'pending' and grows:
@@ -8021,7 +8023,7 @@ def test_what_fits_does_not_wait(world):
 
 
 def test_what_never_fits_does_not_wait(world):
-    with pytest.raises(NoCapacity, match='holds at most 16 vms; 17 are asked for'):
+    with pytest.raises(NoCapacity, match='has 16 VMs in total. You asked for 17'):
         book(world.as_user(), vms=17, wait=True)
 
 
@@ -8049,7 +8051,7 @@ def test_the_higher_priority_goes_first_and_then_the_older(world):
 
 
 def test_only_an_admin_gives_a_priority(world):
-    with pytest.raises(Forbidden, match='only an admin may give a priority'):
+    with pytest.raises(Forbidden, match='Only an admin can give a priority'):
         book(world.as_user(), wait=True, priority=1)
 
 
@@ -8161,7 +8163,7 @@ def test_waiting_requests_are_limited(world):
     full(world)
     world.service.limit_add(project='biology', waiting=1)
     book(world.as_user(), vms=4, wait=True)
-    with pytest.raises(Conflict, match='the limit waiting of biology is 1, and 1 wait already') as refusal:
+    with pytest.raises(Conflict, match="Project 'biology' can have 1 request on the waiting list and already has 1") as refusal:
         book(world.as_user(), 'more', wait=True)
     assert refusal.value.details['limit'] == 'waiting'
 
@@ -8190,7 +8192,7 @@ def test_two_that_wait_do_not_get_beyond_a_limit_together(world):
 
 def test_a_series_does_not_wait(world):
     full(world)
-    with pytest.raises(Invalid, match='a series can not wait'):
+    with pytest.raises(Invalid, match='A series cannot join the waiting list'):
         book(world.as_user(), repeat='daily', count=2, wait=True)
 
 
@@ -8376,7 +8378,7 @@ def test_a_maintenance_that_is_called_off_lets_those_in_that_wait(world):
 
 @pytest.mark.parametrize('given, sentence', [
     ({'then': 'mvoe'}, "affected: 'mvoe' is not one of notify, move, cancel. Did you mean 'move'"),
-    ({'end': NOON - hours(1), 'start': NOON - hours(2)}, 'is not in the future'), ({'end': NOON}, 'is not after the start')])
+    ({'end': NOON - hours(1), 'start': NOON - hours(2)}, 'is not in the future'), ({'end': NOON}, 'must be after the start')])
 def test_a_maintenance_with_a_mistake_is_refused(service, given, sentence):
     with pytest.raises(Invalid, match=sentence):
         service.maintenance_add(**{'resource': 'demo', 'start': NOON + hours(1), 'end': hours(1)} | given)
@@ -8879,17 +8881,17 @@ def test_parts_are_reserved_together_and_answered_one_by_one(world):
 def test_parts_are_reserved_all_or_none(world):
     regions(world, gpu=2, cpu=20)
     before = [each for each in dump() if 'event' not in each]
-    with pytest.raises(NoCapacity, match="'gpu' holds at most 2 vms; 3 are asked for"):
+    with pytest.raises(NoCapacity, match="'gpu' has 2 VMs in total. You asked for 3"):
         book(world.as_user(), 'exam', resource='-', part='cpu:5,gpu:3'.split(','))
     assert [each for each in dump() if 'event' not in each] == before
 
 
 def test_parts_on_one_resource_count_together(world):
     regions(world, gpu=5)
-    with pytest.raises(NoCapacity, match="'gpu' holds at most 5 vms; 6 are asked for"):
+    with pytest.raises(NoCapacity, match="'gpu' has 5 VMs in total. You asked for 6"):
         book(world.as_user(), 'exam', resource='-', part=['gpu:3', 'gpu:3'])
     book(world.service, 'other', start=1, end=3, resource='gpu')
-    with pytest.raises(NoCapacity, match="'gpu' has 4 of 5 vms free .*; 5 are asked for") as refusal:
+    with pytest.raises(NoCapacity, match="'gpu' has 4 of 5 VMs free .*. You asked for 5") as refusal:
         book(world.as_user(), 'exam', resource='-', part=['gpu:3', 'gpu:2'])
     assert refusal.value.details['next_start'] == NOON + hours(3)
     world.service.delete('other')
@@ -8964,7 +8966,7 @@ def test_a_request_is_extended_as_a_whole_or_not_at_all(world):
     book(world.as_user(), 'exam', resource='-', part=['cpu:1', 'gpu:1'])
     book(world.service, 'other', start=2, end=3, resource='gpu', vms=2)
     before = dump()
-    with pytest.raises(NoCapacity, match="'gpu' has 0 of 2 vms free"):
+    with pytest.raises(NoCapacity, match="'gpu' has 0 of 2 VMs free"):
         world.as_user().extend('exam', hours(1))
     assert dump() == before
 
@@ -8973,9 +8975,9 @@ def test_labels_of_requests_and_of_parts_are_taken(world):
     regions(world, gpu=9)
     book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
     for label in ('exam', 'exam-2'):
-        with pytest.raises(Conflict, match=f"the label '{label}' is taken"):
+        with pytest.raises(Conflict, match=f"already has a reservation '{label}'"):
             book(world.as_user(), label, resource='gpu')
-    with pytest.raises(Conflict, match="the label 'exam' is taken"):
+    with pytest.raises(Conflict, match="already has a reservation 'exam'"):
         book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
     world.as_user().delete('exam')
     assert book(world.as_user(), 'exam', resource='gpu')['state'] == 'reserved'
@@ -8985,7 +8987,7 @@ def test_others_do_not_see_the_parts_of_a_request(world):
     regions(world, gpu=9)
     book(world.as_user(), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
     for deed in (lambda s: s.show('exam'), lambda s: s.delete('exam'), lambda s: s.list('exam')):
-        with pytest.raises(NotFound, match="There is no reservation"):
+        with pytest.raises(NotFound, match='There is no (current or future )?reservation'):
             deed(world.as_user('tom', 'physics'))
 
 
@@ -9017,7 +9019,7 @@ def test_parts_on_the_command_line(run):
     assert code == 0, err
     assert [each['resource'] for each in json.loads(out)['parts']] == ['gpu', 'cpu']
     code, _, err = run('add', 'more', '-', '2190-01-01T09:00', '+2h', '--part=gpu:3,cpu:1')
-    assert code == 1 and "'gpu' has 2 of 4 vms free" in err
+    assert code == 1 and "'gpu' has 2 of 4 VMs free" in err
     code, _, err = run('add', 'more', 'gpu', '2190-01-01T09:00', '+2h', '--part=gpu:1')
     assert code == 2 and "a resource or parts, not both: 'gpu'" in err
 
@@ -9094,7 +9096,7 @@ def test_lists_of_hosts_are_spelled_out(text, hosts):
 
 @pytest.mark.parametrize('text', ['m[1-1000]', 'm[1-', 'm[a-b]', 'm[]', 'm 1', 'm[1-50],n[1-60]', '[1-9][1-9][1-9]', '../x'])
 def test_what_is_no_list_of_hosts_is_refused(text):
-    with pytest.raises(ValueError, match='is not such as m01,m02|is no range such as'):
+    with pytest.raises(ValueError, match='is not valid. Write for example m01,m02|is not a range like'):
         cmres.read_hosts(text)
 
 
@@ -9109,10 +9111,10 @@ def test_a_host_is_reserved_as_a_whole_by_its_name(named):
     found = book(named.as_user(), resource='gpu', host='gpu-1', flavor='m1.small', vms=3)
     assert (found['host'], found['vms'], found['vcpus'], found['ram']) == ('gpu-1', 3, 16, 65536)
     assert found['classes'] == {'CUSTOM_GPU': 4, 'host:gpu-1': 1}
-    with pytest.raises(NoCapacity, match="Host 'gpu-1' is already reserved between") as refusal:
+    with pytest.raises(NoCapacity, match="Host 'gpu-1' is already reserved from") as refusal:
         book(named.as_user(), 'more', resource='gpu', host='gpu-1')
     assert refusal.value.details['next_start'] == found['end']
-    with pytest.raises(NoCapacity, match="'gpu' has 16 of 32 vcpus free"):
+    with pytest.raises(NoCapacity, match="'gpu' has 16 of 32 vCPUs free"):
         book(named.as_user(), 'more', resource='gpu', flavor='m1.small', vms=17)
     assert book(named.as_user(), 'more', resource='gpu', host='gpu-2')['state'] == 'reserved'
     assert book(named.as_user(), 'next', start=2, end=3, resource='gpu', host='gpu-1')['state'] == 'reserved'
@@ -9122,12 +9124,12 @@ def test_a_host_is_reserved_as_a_whole_by_its_name(named):
 def test_a_list_of_hosts_is_a_request_of_as_many_parts(named):
     answer = book(named.as_user(), resource='gpu', host='gpu-[1-2]')
     assert [(each['label'], each['host']) for each in answer['parts']] == [('lab-1', 'gpu-1'), ('lab-2', 'gpu-2')]
-    with pytest.raises(NotFound, match="the resource 'gpu' has no host named 'gpu-3'. Did you mean 'gpu-2'"):
+    with pytest.raises(NotFound, match="Resource 'gpu' has no host 'gpu-3'. Did you mean 'gpu-2'"):
         book(named.as_user(), 'more', start=5, end=6, resource='gpu', host='gpu-[2-3]')
 
 
 @pytest.mark.parametrize('wish, sentence', [
-    ({'resource': 'demo', 'host': 'gpu-1'}, "has no host named 'gpu-1'; an admin names hosts with: resource sync --named"),
+    ({'resource': 'demo', 'host': 'gpu-1'}, "has no host 'gpu-1'. You cannot reserve single hosts here."),
     ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.xlarge', 'vms': 3}, "3 machines of m1.xlarge are more than the host"),
     ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'g1.medium', 'vms': 5}, "5 machines of g1.medium are more than the host")])
 def test_a_host_that_is_not_there_or_too_small_is_refused(named, wish, sentence):
@@ -9150,7 +9152,7 @@ def test_a_reserved_host_can_be_longer_moved_and_have_other_machines(named):
 def test_a_series_on_a_host_holds_all_of_it_each_time(named):
     book(named.as_user(), resource='gpu', host='gpu-1', repeat='daily', count=3)
     named.at(25)
-    with pytest.raises(NoCapacity, match="the host 'gpu-1' is reserved"):
+    with pytest.raises(NoCapacity, match="Host 'gpu-1' is already reserved"):
         book(named.as_user(), 'more', start=49, end=50, resource='gpu', host='gpu-1')
     assert named.service.check()['differences'] == 0
 
@@ -9187,7 +9189,7 @@ def test_resource_classes_are_admitted_like_vcpus(world):
     with pytest.raises(NoCapacity, match="'gpu' has 1 of 3 CUSTOM_GPU free") as refusal:
         book(world.as_user(), 'more', resource='gpu', flavor='g1.medium', vms=2)
     assert refusal.value.details['most_vms'] == 1 and refusal.value.details['next_start'] == found['end']
-    with pytest.raises(NoCapacity, match="'gpu' holds at most 3 CUSTOM_GPU; 4 are asked for"):
+    with pytest.raises(NoCapacity, match="'gpu' has 3 CUSTOM_GPU in total. You asked for 4"):
         book(world.as_user(), 'more', resource='gpu', flavor='g1.medium', vms=4)
     assert book(world.as_user(), 'plain', resource='gpu', flavor='m1.small', vms=20)['classes'] == {}
     assert world.service.usage('gpu', NOON, NOON + hours(3))[1]['CUSTOM_GPU'] == 2
@@ -9202,7 +9204,7 @@ def test_resource_classes_are_admitted_like_vcpus(world):
 def test_a_class_that_nothing_limits_is_held_all_the_same(world):
     world.service.resource_add('gpu', cloud='simulated', vms=9)
     book(world.as_user(), resource='gpu', flavor='g1.medium', vms=4)
-    with pytest.raises(Conflict, match='1 occurrences on .gpu. would no longer fit'):
+    with pytest.raises(Conflict, match='1 occurrence on .gpu. would no longer fit'):
         world.service.resource_update('gpu', classes={'CUSTOM_GPU': 3})
     assert world.service.resource_update('gpu', classes={'CUSTOM_GPU': 4})['classes'] == {'CUSTOM_GPU': 4}
     assert world.service.resource_update('gpu', classes={'CUSTOM_GPU': -1})['classes'] == {}
@@ -9211,7 +9213,7 @@ def test_a_class_that_nothing_limits_is_held_all_the_same(world):
 def test_a_maintenance_closes_classes_too_and_a_loan_adds_to_them(world):
     world.service.resource_add('gpu', cloud='simulated', classes={'CUSTOM_GPU': 3})
     world.service.maintenance_add('gpu', NOON, NOON + hours(1))
-    with pytest.raises(NoCapacity, match="'gpu' is closed from 2026-12-01 12:00 UTC to 2026-12-01 13:00 UTC"):
+    with pytest.raises(NoCapacity, match="'gpu' is closed from Tue 1 Dec 2026, 12:00 to 13:00 "):
         book(world.as_user(), start=0.5, end=2, resource='gpu', flavor='g1.medium')
     loan = world.service.resource_capacity('gpu', NOON + hours(4), NOON + hours(6), classes={'CUSTOM_GPU': 5})
     assert book(world.as_user(), start=4, end=6, resource='gpu', flavor='g1.medium', vms=5)['vms'] == 5
@@ -9250,7 +9252,7 @@ def test_classes_that_are_none_are_refused(app, classes):
 def test_a_series_that_goes_to_another_host_holds_that_one(named):
     book(named.as_user(), 'ser', resource='gpu', host='gpu-1', repeat='daily', count=3)
     named.as_user().update('ser', host='gpu-2')
-    with pytest.raises(NoCapacity, match="the host 'gpu-2' is reserved already"):
+    with pytest.raises(NoCapacity, match="Host 'gpu-2' is already reserved"):
         book(named.as_user(), 'other', resource='gpu', host='gpu-2')
     assert book(named.as_user(), 'other', resource='gpu', host='gpu-1')['state'] == 'reserved'
     assert named.service.check()['differences'] == 0
@@ -9287,7 +9289,7 @@ def test_an_admin_means_their_own_reservation_before_the_request_of_others(world
     assert labels(world.service.delete('exam')) == ['exam']
     assert len(world.as_user().list('exam')) == 2
     book(world.as_user('tom', 'physics'), 'exam', resource='-', part=['gpu:1', 'gpu:1'])
-    with pytest.raises(Conflict, match=r"'exam' is in several projects \(biology, physics\); name one with --project"):
+    with pytest.raises(Conflict, match=r"'exam' exists in several projects: biology, physics"):
         world.service.extend('exam', hours(1))
     assert len(world.service.delete('exam', project='physics')) == 2
 
@@ -9301,11 +9303,11 @@ def test_hosts_that_would_be_too_many_or_none_are_refused_at_once(app, text):
 
 def test_a_request_that_never_fits_does_not_wait(world):
     regions(world, a1=5)
-    with pytest.raises(NoCapacity, match="'a1' holds at most 5 vms; 6 are asked for"):
+    with pytest.raises(NoCapacity, match="'a1' has 5 VMs in total. You asked for 6"):
         book(world.as_user(), 'exam', resource='-', part=['a1:3', 'a1:3'], wait=True)
     world.service.limit_add(project='biology', most_vms=4)
     book(world.service, 'full', resource='a1', vms=5)
-    with pytest.raises(Conflict, match='the limit most vms of biology is 4'):
+    with pytest.raises(Conflict, match="Project 'biology' can use 4 VM"):
         book(world.as_user(), 'exam', resource='-', part=['a1:3', 'a1:2'], wait=True)
     book(world.as_user(), resource='a1', vms=1, wait=True)
     with pytest.raises(Conflict):
@@ -9351,7 +9353,7 @@ def test_of_a_request_the_parts_that_wait_for_a_word_are_settled_and_rejected_wi
     eva = world.as_user()
     book(eva, 'exam', start=90, end=91, resource='-', part=['a1:1', 'app:1'])
     assert [each['state'] for each in eva.list('exam')] == ['reserved', 'pending']
-    with pytest.raises(Conflict, match="'exam' waits for an admin, who says: approve exam"):
+    with pytest.raises(Conflict, match="'exam' must be approved by an admin"):
         eva.accept('exam')
     assert world.service.approve('exam')['parts'][0]['label'] == 'exam-2'
     assert [each['state'] for each in eva.list('exam')] == ['reserved', 'reserved']
@@ -9378,7 +9380,7 @@ def test_a_request_is_deleted_by_count_and_by_filters_too(world):
 def test_what_a_request_has_not_as_a_whole_is_changed_part_by_part(world, change):
     regions(world, a1=9)
     book(world.as_user(), 'exam', resource='-', part=['a1:1', 'a1:1'])
-    with pytest.raises(Invalid, match=f'the {min(change)} of a request is changed part by part: exam-1, exam-2'):
+    with pytest.raises(Invalid, match=f'You cannot change {min(change)} for the whole group. Change it for each part: exam-1, exam-2'):
         world.as_user().update('exam', **change)
 
 
@@ -9386,9 +9388,9 @@ def test_a_host_that_has_left_its_aggregate_is_told_of_and_what_it_had_can_chang
     book(named.as_user(), start=0, end=2, resource='gpu', host='gpu-2', vms=2)
     one, = cmres.Simulated.AGGREGATES
     monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (one._replace(hosts={'gpu-1': one.hosts['gpu-1']}),))
-    with pytest.raises(Conflict, match="1 occurrences on 'gpu' would no longer fit"):
+    with pytest.raises(Conflict, match="1 occurrence on 'gpu' would no longer fit"):
         named.service.resource_sync('simulated')
-    with pytest.raises(Conflict, match="1 occurrences on 'gpu' would no longer fit"):
+    with pytest.raises(Conflict, match="1 occurrence on 'gpu' would no longer fit"):
         named.service.resource_sync('simulated', named=False)
     named.service.resource_sync('simulated', force=True)
     assert named.as_user().update('lab', description='x')['host'] == 'gpu-2'
@@ -9416,7 +9418,7 @@ def test_what_placement_has_not_told_of_synced_hosts_is_none(world, monkeypatch)
     plain = cmres.Aggregate('plain', {'p-1': Amount(0, 16, 65536)}, '')
     monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (*cmres.Simulated.AGGREGATES, plain))
     world.service.resource_sync('simulated', ['gpu', 'plain'])
-    with pytest.raises(NoCapacity, match="'plain' holds at most 0 CUSTOM_GPU; 1 are asked for"):
+    with pytest.raises(NoCapacity, match="'plain' has 0 CUSTOM_GPU in total. You asked for 1"):
         book(world.as_user(), resource='plain', flavor='g1.medium')
     book(world.as_user(), start=1, end=2, resource='gpu', flavor='g1.medium')
     assert '*' not in cmres.json_text([world.service.resource_list(), world.service.usage('plain')])
@@ -9475,8 +9477,8 @@ def test_on_the_command_line_options_have_the_names_that_people_give_them(run):
     code, out, _ = run('resource', 'list', '--aggregate=gpu', '--format=json')
     assert code == 0 and json.loads(out)[0]['mode'] == 'shared'
     assert run('report', '--by', 'resource')[0] == 0
-    assert "by_whom: 'place' is none of project, user, resource" in run('report', '--by=place')[2]
-    assert "report has no argument 'to_whom'. Did you mean 'by_whom'" in run('report', '--to-whom=x')[2]
+    assert "group_by: 'place' is not one of project, user, resource" in run('report', '--by=place')[2]
+    assert "report has no argument 'to_whom'" in run('report', '--to-whom=x')[2]
 
 
 def test_on_the_command_line_parts_and_classes_are_read_as_meant(run):
@@ -9629,7 +9631,7 @@ def test_each_part_boots_and_ends_on_its_own(world):
     assert world.there() == ['exam-1-1-1', 'exam-1-1-2', 'exam-2-2-1']
     assert [each['name'] for each in eva.servers('exam')] == world.there()
     assert [each['state'] for each in eva.list('exam')] == ['active', 'active']
-    with pytest.raises(Conflict, match="'exam-1' has started, so you cannot change its image can't change"):
+    with pytest.raises(Conflict, match="'exam-1' has started, so you cannot change its image"):
         eva.update('exam-1', image='debian-12')
     assert {each['end'] for each in eva.keep('exam', hours(1))['parts']} == {NOON + hours(3)}
     eva.delete('exam-1')
@@ -9646,7 +9648,7 @@ def test_parts_and_hosts_may_be_a_series(named):
     assert [len(each['occurrences']) for each in answer['parts']] == [3, 3, 3]
     eva.update('class', occurrence=(NOON + hours(24)).date(), start=NOON + hours(30))
     before = dump()
-    with pytest.raises(NoCapacity, match="'a1' holds at most 2 vms; 3 are asked for"):
+    with pytest.raises(NoCapacity, match="'a1' has 2 VMs in total. You asked for 3"):
         eva.update('class', vms=3)
     assert dump() == before
     with pytest.raises(NoCapacity, match="Host 'gpu-1' is already reserved"):
@@ -9676,7 +9678,7 @@ def test_two_projects_have_requests_of_one_label_and_each_acts_on_its_own(world)
     assert {each['project'] for each in tom.list('exam') + tom.events('exam') + tom.show('exam')['parts']} == {'physics'}
     with pytest.raises(NotFound):
         tom.delete('exam', project='biology')
-    with pytest.raises(Conflict, match="'exam' is in several projects .*; name one with --project"):
+    with pytest.raises(Conflict, match="'exam' exists in several projects: biology, physics"):
         world.service.delete('exam')
     assert {each['project'] for each in world.service.delete('exam', project='physics')} == {'physics'}
     assert {each['project'] for each in world.service.extend('exam', hours(1))['parts']} == {'biology'}
@@ -9687,7 +9689,7 @@ def test_a_part_may_be_renamed_or_ended_alone_and_the_request_goes_on(world):
     eva = world.as_user()
     book(eva, 'exam', resource='-', part=['a1:1', 'a1:2', 'a1:3'])
     assert eva.update('exam-1', rename='first')['request'] == 'exam'
-    with pytest.raises(Conflict, match="the label 'exam' is taken"):
+    with pytest.raises(Conflict, match="already has a reservation 'exam'"):
         eva.update('exam-2', rename='exam')
     eva.delete('exam-3')
     assert book(eva, 'exam-1', resource='a1')['request'] == ''  # nobody has that label any more
@@ -9726,7 +9728,7 @@ def test_parts_stand_in_files_of_all_kinds(run, tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps([{'label': 'j1', 'start': '2190-02-03', 'end': '+1h',
                                                   'part': [{'resource': 'gpu', 'vms': 2}, 'cpu:3']}]))
     code, _, err = run('load', 'a.csv')
-    assert code == 1 and "line 3: c2: 'gpu' holds at most 9 vms; 10 are asked for" in err
+    assert code == 1 and "line 3: c2: 'gpu' has 9 VMs in total. You asked for 10" in err
     assert run('load', 'a.csv', '--partial')[0] == run('load', 'a.yaml')[0] == run('add', '--file', 'a.json')[0] == 0
     listed = json.loads(run('list', '--format=json')[1])
     assert [(each['label'], each['resource'], each['vms']) for each in listed] == [
@@ -9741,7 +9743,7 @@ def test_hosts_on_the_command_line(run):
         assert all(re.search(rf'{label}-{n} .*gpu-{n} ', out) for n in (1, 2))
     code, _, err = run('add', 'd', 'gpu', '2190-01-01', '+8h', '--host=gpu-1')
     assert code == 1 and "Host 'gpu-1' is already reserved" in err
-    assert run('add', 'd', 'gpu', '2190-01-09', '+8h', '--host=[1]')[::2] == (1, "cmres: the resource 'gpu' has no host named '1'\n")
+    assert run('add', 'd', 'gpu', '2190-01-09', '+8h', '--host=[1]')[::2] == (1, "cmres: Resource 'gpu' has no host '1'.\n")
 
 
 def test_parts_hosts_and_classes_are_the_same_for_a_client(named, client):
@@ -9751,7 +9753,7 @@ def test_parts_hosts_and_classes_are_the_same_for_a_client(named, client):
     assert [each['vms'] for each in answer['parts']] == [2, 3] and eva.show('exam') == named.as_user().show('exam')
     node = eva.add('node', 'gpu', NOON + hours(1), hours(2), host='gpu-[1-2]')
     assert [each['classes'] for each in node['parts']] == [{'CUSTOM_GPU': 4, f'host:gpu-{n}': 1} for n in (1, 2)]
-    with pytest.raises(NoCapacity, match="the host 'gpu-2' is reserved already") as refusal:
+    with pytest.raises(NoCapacity, match="Host 'gpu-2' is already reserved") as refusal:
         eva.add('more', 'gpu', NOON + hours(1), hours(2), host=['gpu-2'])
     assert refusal.value.details['next_start'] == NOON + hours(3)
     assert client.resource_add('fpga', classes={'CUSTOM_FPGA': 2})['classes'] == {'CUSTOM_FPGA': 2}
@@ -9764,7 +9766,7 @@ def test_nova_boots_on_the_parts_of_a_request_one_after_the_other(named):
         {'resource': 'gpu', 'host': 'gpu-1', 'vms': 2}, {'resource': 'gpu', 'flavor': 'm1.small', 'vms': 1}])
     there = [named.service.claim(f's{n}', ['gpu'], 'biology', vcpus=1, ram=2048, label='exam')[0] for n in range(4)]
     assert [each['hosts'] for each in there] == [['gpu-1'], ['gpu-1'], ['gpu-2'], None]
-    assert not there[3]['passes'] and "'exam-2' has 1 vms, 1 vcpus and 2048 MiB" in there[3]['why']
+    assert not there[3]['passes'] and "'exam-2' has 1 VMs, 1 vCPUs and 2048 MiB" in there[3]['why']
 
 
 def test_a_feed_shows_each_part(app):
@@ -9850,7 +9852,7 @@ def test_a_request_that_grows_is_approved_anew_as_a_whole(world):
 def test_all_of_a_host_counts_against_a_limit_of_vcpu_hours(named):
     named.service.limit_add(project='biology', vcpu_hours=20)
     before = [each for each in dump() if 'event' not in each]
-    with pytest.raises(Conflict, match='the limit vcpu hours of biology is 20, of which 4 are left'):
+    with pytest.raises(Conflict, match="Project 'biology' has 4 of 20 vCPU-hours left"):
         book(named.as_user(), resource='gpu', host='gpu-[1-2]')
     assert [each for each in dump() if 'event' not in each] == before
     assert book(named.as_user(), resource='gpu', host='gpu-1')['vcpus'] == 16
@@ -9902,10 +9904,10 @@ def test_on_the_command_line_waiting_limits_and_maintenance_read_as_in_the_readm
     code, out, err = run('resource', 'capacity', 'demo', '--from', '2190-01-11T11:00', '--to', '2190-01-12', '--vms', '3')
     assert (code, err) == (0, '') and re.search(r'late .* left', out)
     assert run('maintenance', 'add', 'demo', '2190-01-11', '+1d', '--then', 'delete')[::2] == (
-        2, "cmres: affected: 'delete' is not one of notify, move, cancel\n")
+        2, "cmres: affected: 'delete' is not one of notify, move, cancel.\n")
     run('limit', 'add', '--project', 'biology', '--most-vms', '4')
     assert run('add', 'big', 'demo', '+5d', '+1h', '--vms', '6', '--project', 'biology')[::2] == (
-        1, 'cmres: the limit most vms of biology is 4, of which 4 are free at that time\n')
+        1, "cmres: Project 'biology' can use 4 VMs at the same time and already uses 0 then. You asked for 6.\n")
 
 
 # Service: who may what #######################################################
@@ -9919,7 +9921,7 @@ def test_on_the_command_line_waiting_limits_and_maintenance_read_as_in_the_readm
 def test_nobody_sees_or_changes_what_is_in_another_project(world, name, given):
     book(world.as_user('eva', 'biology'), vms=2)
     before = dump()
-    with pytest.raises(NotFound, match='There is no reservation'):
+    with pytest.raises(NotFound, match='There is no (current or future )?reservation'):
         getattr(world.as_user('bob', 'chemistry'), name)(**{'label': 'lab'} | given)
     assert dump() == before
 
@@ -9961,8 +9963,8 @@ def test_a_project_shares_the_right_to_extend(world):
 
 def test_only_an_admin_reserves_for_others(world, service):
     eva = world.as_user('eva', 'biology')
-    for other, sentence in (({'user': 'bob'}, 'for another user'), ({'project': 'chemistry'}, 'in another project')):
-        with pytest.raises(Forbidden, match=f'only an admin may .*{sentence}'):
+    for other, sentence in (({'user': 'bob'}, 'reserve for yourself'), ({'project': 'chemistry'}, 'work in your own project')):
+        with pytest.raises(Forbidden, match=f'You can only {sentence}'):
             book(eva, **other)
     book(eva)
     with pytest.raises(Forbidden):
@@ -9988,7 +9990,7 @@ def test_each_operation_is_for_its_role_and_those_above(world, name):
             getattr(world.as_user(role=role), name)(**arguments)
             refused = False
         except Exception as error:
-            refused = isinstance(error, Forbidden) and 'needs the role' in str(error)
+            refused = isinstance(error, Forbidden) and 'You need the role' in str(error)
         assert refused is not allowed, role
 
 
@@ -10354,7 +10356,7 @@ def test_a_machine_that_exists_survives_a_cancel(world, owned):
 
 def test_a_machine_that_exists_has_one_reservation_at_a_time(world, owned):
     world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server='mine')
-    with pytest.raises(Conflict, match="is reserved by 'desk' in that time"):
+    with pytest.raises(Conflict, match="is reserved by 'desk' at that time"):
         world.service.add('too', 'demo', NOON + hours(1.5), NOON + hours(3), server=owned)
     world.service.add('then', 'demo', NOON + hours(2), NOON + hours(3), server='mine')
     for moment in (1, 1.01):
@@ -10368,7 +10370,7 @@ def test_a_machine_that_exists_has_one_reservation_at_a_time(world, owned):
 @pytest.mark.parametrize('asked, sentence', [
     ({'server': 'nosuch'}, "has no server 'nosuch'"), ({'server': 'mine', 'vms': 2}, 'an existing server is 1 VM, not 2'),
     ({'server': 'mine', 'image': 'cirros'}, 'Choose an image (for a new VM) or an existing server, not both'),
-    ({'server': 'mine', 'at_end': 'delete'}, "at_end: 'delete' is none of stop, shelve"),
+    ({'server': 'mine', 'at_end': 'delete'}, "at_end: 'delete' is not one of stop, shelve"),
     ({'at_end': 'stopp'}, "at_end: 'stopp' is not one of delete, stop, shelve, snapshot. Did you mean 'stop'?"),
     ({'notify': ['ftp://x']}, "notify: 'ftp://x' is no mail address")])
 def test_what_can_never_end_well_is_refused(world, owned, asked, sentence):
@@ -10379,7 +10381,7 @@ def test_what_can_never_end_well_is_refused(world, owned, asked, sentence):
 def test_keep_lets_it_go_on_if_that_fits(world):
     boot(world, vms=10)
     world.service.add('next', 'demo', NOON + hours(3), NOON + hours(4), vms=10)
-    with pytest.raises(Conflict, match='has not begun'):
+    with pytest.raises(Conflict, match='has not started yet'):
         world.service.keep('lab', hours(1))
     world.at(1)
     assert world.service.keep('lab', NOON + hours(3))['end'] == NOON + hours(3)
@@ -10395,7 +10397,7 @@ def test_skip_leaves_out_what_has_not_begun(world):
     assert world.service.skip('lab')['state'] == 'cancelled'
     boot(world)
     world.at(1)
-    with pytest.raises(Conflict, match='has begun'):
+    with pytest.raises(Conflict, match='has already started'):
         world.service.skip('lab')
 
 
@@ -10470,7 +10472,7 @@ def test_a_webhook_is_told_all_and_signed(tmp_path):
     assert headers['X-Cmres-Signature'] == f'sha256={expected}'
     told = json.loads(body)
     assert told['reservation']['label'] == 'lab' and 'user_data' not in told['reservation']
-    assert re.search(r'all 3 are up, 36s after the start: .*lab-1-2 10\.0\.0\.\d', told['sentence'])
+    assert re.search(r'all 3 VMs are running, 36s after the start: .*lab-1-2 10\.0\.0\.\d', told['sentence'])
     inbox.server.shutdown()
 
 
@@ -10539,7 +10541,7 @@ def test_of_holidays_at_an_address_inside_only_that_is_told(service, monkeypatch
     with pytest.raises(cmres.Unavailable) as refusal:
         book(service, repeat=read_repeat('daily'), count=3, holidays='http://inside.example.org/h.ics')
     assert str(refusal.value).startswith(
-        'the calendar could not be fetched: "inside.example.org" is not the name of a host')
+        'cmres could not read the calendar: "inside.example.org" is not the name of a host')
 
 
 @pytest.mark.parametrize('address', ['1.1.1.1', '2606:4700::1111', '::ffff:1.1.1.1', '64:ff9b::1.1.1.1', '2002:101:101::1'])
@@ -10591,8 +10593,8 @@ def test_a_mail_has_a_date_and_the_times_of_its_reservation(mails):
     world.at(0)
     plain, of_series = came
     assert abs(email.utils.parsedate_to_datetime(plain['Date']).timestamp() - time.time()) < 600
-    assert 'from Tue 1 Dec 2026, 08:00 (America/New_York) to Tue 1 Dec 2026, 09:00 (America/New_York).' in plain.get_content()
-    assert 'from Wed 2 Dec 2026, 13:00 (Europe/Paris) to Wed 2 Dec 2026, 15:00 (Europe/Paris).' in of_series.get_content()
+    assert 'Tue 1 Dec 2026, 08:00 to 09:00 (America/New_York)' in plain.get_content()
+    assert 'Wed 2 Dec 2026, 13:00 to 15:00 (Europe/Paris)' in of_series.get_content()
 
 
 def test_the_times_in_sentences_name_their_zone(tmp_path):
@@ -10600,9 +10602,9 @@ def test_the_times_in_sentences_name_their_zone(tmp_path):
     world.service.resource_update('demo', approval=hours(1))
     book(world.as_user(), 'asks')
     assert world.service.events('asks')[-1]['sentence'] == (
-        'an admin must approve it until Tue 1 Dec 2026, 14:00 (Europe/Paris)')
+        'an admin must approve it before Tue 1 Dec 2026, 14:00 (Europe/Paris)')
     world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(2))
-    assert ("maintenance on demo from Tue 1 Dec 2026, 14:00 (Europe/Paris) to Tue 1 Dec 2026, 15:00 (Europe/Paris)"
+    assert ("'demo' is closed from Tue 1 Dec 2026, 14:00 to 15:00 (Europe/Paris): maintenance"
             in world.service.events('asks')[-1]['sentence'])
     cmres.close_store()
 
@@ -10659,7 +10661,7 @@ def test_owners_hear_at_the_start_that_vms_are_not_there_and_why(heard):
     assert len(told_of(inbox)) == 1  # nothing is told twice, however often it is tried
     object.__setattr__(world.config, 'simulated_vms', 2)
     look_at(world, 1, range(600, 1300, 20))
-    assert [sentence[:17] for _, sentence in told_of(inbox)] == ['1 of 3 VMs are running', '2 of 3 VMs are running']
+    assert [sentence[:6] for _, sentence in told_of(inbox)] == ['1 of 3', '2 of 3']
     object.__setattr__(world.config, 'simulated_vms', 3)
     look_at(world, 1, range(1300, 2000, 20))
     assert [code for code, _ in told_of(inbox)] == ['trouble', 'trouble', 'ready']
@@ -10730,7 +10732,7 @@ def test_vms_that_vanish_are_told_of_once_for_all_and_where_the_new_ones_are(hea
     cmres.SimulatedServer.update(gone=world.now).where(cmres.SimulatedServer.name != 'lab-1-1').execute()
     look_at(world, 1, range(60, 300, 5))
     assert [code for code, _ in told_of(inbox)] == ['ready', 'vanished', 'ready']
-    assert told_of(inbox, 'vanished')[0][1].endswith('are made anew: lab-1-2, lab-1-3')
+    assert told_of(inbox, 'vanished')[0][1].endswith('creates them again: lab-1-2, lab-1-3')
     addresses = [each['addresses'][0] for each in world.service.servers('lab') if each['state'] == 'active']
     assert all(each in told_of(inbox)[2][1] for each in addresses) and '10.0.0.5' in addresses
 
@@ -10741,7 +10743,7 @@ def test_owners_hear_when_vms_were_added_that_are_up(heard):
     look_at(world, 1, (0, 4, 5))
     world.service.update('lab', vms=5)
     look_at(world, 1, range(6, 100, 5))
-    assert [sentence[:13] for _, sentence in told_of(inbox, 'ready')] == ['all 3 are up,', 'all 5 are up ']
+    assert [sentence[:9] for _, sentence in told_of(inbox, 'ready')] == ['all 3 VMs', 'all 5 VMs']
 
 
 @pytest.mark.parametrize('at_end, codes', [
@@ -10766,7 +10768,7 @@ def test_owners_hear_once_of_vms_that_could_not_be_saved_in_time(heard):
     saved, cloud.saved = cloud.saved, lambda image: saved(image) if not image.endswith(slow) else False
     look_at(world, 2, range(0, 700, 10))
     assert [code for code, _ in told_of(inbox)] == ['ready', 'forced', 'snapshot', 'ended']
-    assert 'the agreed snapshot was not done within 10m after the end' in told_of(inbox, 'forced')[0][1]
+    assert 'could not snapshot these VMs within 10m after the end' in told_of(inbox, 'forced')[0][1]
     name, = [each['name'] for each in world.service.servers('lab') if not each['snapshot']]
     assert name in told_of(inbox, 'forced')[0][1] and name not in told_of(inbox, 'snapshot')[0][1]
 
@@ -10800,7 +10802,7 @@ def test_what_ends_before_a_maintenance_does_has_failed_for_it(world):
     look_at(world, 1, (0, 5, 3599))
     look_at(world, 2, (0, 5))
     assert world.there() == [] and world.state('lab') == 'failed'
-    assert "never up: new disks on 'demo' until" in world.service.events('lab')[-1]['sentence']
+    assert "no VM became ready: new disks on 'demo' until" in world.service.events('lab')[-1]['sentence']
 
 
 @pytest.mark.parametrize('close', [
@@ -10842,7 +10844,7 @@ def test_of_what_no_longer_fits_the_latest_added_waits_and_the_others_start(worl
     lower(world.service)
     look_at(world, 1, (0, 4, 5, 100))
     assert [world.state(each) for each in ('first', 'second', 'third')] == ['active', 'starting', 'starting']
-    assert "'demo' has less than is reserved now" in world.service.list('third')[0]['fault']
+    assert "'demo' has less capacity than is reserved now" in world.service.list('third')[0]['fault']
     world.service.delete('first')
     look_at(world, 1, range(101, 200, 10))
     assert [world.state(each) for each in ('second', 'third')] == ['active', 'starting']
@@ -10906,7 +10908,7 @@ def test_owners_hear_that_a_vm_in_error_was_not_saved(heard):
     cmres.run("UPDATE server SET state = 'error'")
     look_at(world, 2, (0, 1))
     assert [code for code, _ in told_of(inbox)] == ['ready', 'forced']
-    assert told_of(inbox, 'forced')[0][1].endswith('with VMs in error, so these are deleted: lab-1-1')
+    assert told_of(inbox, 'forced')[0][1].endswith('could not do the agreed snapshot and deletes them: lab-1-1')
 
 
 @pytest.mark.parametrize('asked, ends_with, warned', [
@@ -10919,7 +10921,7 @@ def test_delete_says_what_becomes_of_vms(heard_owned, asked, ends_with, warned):
     not_begun, = world.service.delete('lab', dry_run=True)
     assert not {'ends_with', 'warnings'} & not_begun.keys()
     look_at(world, 1, (0, 4, 8))
-    warnings = [f"the VMs of 'lab' are deleted; The agreed action at the end ({warned}) is not done."] if warned else []
+    warnings = [f"The VMs of 'lab' are deleted now. The agreed action at the end ({warned}) is not done."] if warned else []
     for dry_run in (True, False):
         gone, = world.service.delete('lab', dry_run=dry_run)
         assert (gone.get('ends_with', ''), gone.get('warnings', [])) == (ends_with, warnings)
@@ -10940,7 +10942,7 @@ def test_whatever_cancels_a_reservation_says_what_becomes_of_its_vms(world):
     boot(world, at_end='snapshot')
     look_at(world, 1, (0, 4, 5))
     world.service.maintenance_add('demo', NOON + hours(1), NOON + hours(2), then='cancel')
-    assert world.service.events('lab')[-1]['sentence'].endswith('; the agreed snapshot is not done')
+    assert world.service.events('lab')[-1]['sentence'].endswith('The agreed action at the end (snapshot) is not done.')
 
 
 @pytest.fixture
@@ -11012,11 +11014,11 @@ def test_mails_beyond_the_rate_of_a_day_are_dropped_and_that_is_said_once(mails)
         book(world.as_user(), f'lab-{number}', number + 99, number + 100, notify=['a@example.org', 'b@example.org'])
     book(world.as_user('tom'), 'tom', 99, 100, notify=['tom@example.org'])
     world.at(0)
-    said = collections.Counter(mail['Subject'] for mail in came)
-    assert said == {'[cmres] lab-0 is reserved': 2, '[cmres] lab-1 is reserved': 2, '[cmres] lab-2 is reserved': 1,
-                    '[cmres] No more mails today': 2, '[cmres] tom is reserved': 1}
+    said = collections.Counter(mail['Subject'].partition(',')[0] for mail in came)
+    assert said == {'[cmres] Reserved: lab-0': 2, '[cmres] Reserved: lab-1': 2, '[cmres] Reserved: lab-2': 1,
+                    '[cmres] No more mails today': 2, '[cmres] Reserved: tom': 1}
     dropped = [(each['label'], each['sentence']) for each in world.as_user().events(limit=100) if each['code'] == 'dropped']
-    assert dropped == [('lab-2', '5 mails were sent for biology/eva today, so no more are sent until '
+    assert dropped == [('lab-2', '5 mails were sent for biology/eva today. No more are sent until '
                         'Wed 2 Dec 2026, 00:00 (UTC); the event log has everything')]
     world.at(12)
     book(world.as_user(), 'next', 20, 21, notify=['a@example.org'])
@@ -11035,7 +11037,7 @@ def test_webhooks_are_told_however_many_mails_there_were(mails, tmp_path):
 
 def test_mails_go_to_allowed_domains_only(mails):
     world, came = mails(mail_domains='example.org, Uni.example')
-    with pytest.raises(Invalid, match="no mails are sent to 'x@evil.example.org'; here they may go to addresses of "):
+    with pytest.raises(Invalid, match="cmres sends no mails to 'x@evil.example.org'. It sends only to addresses of "):
         book(world.as_user(), notify=['x@evil.example.org'])
     book(world.as_user(), notify=['a@EXAMPLE.org', 'b@uni.example'])
     cmres.run("UPDATE reservation SET notify = ?", json.dumps(['x@evil.example.org', 'a@example.org']))  # of older days
@@ -11088,7 +11090,7 @@ def test_the_journal_always_tells_why_it_ended(world):
     why = {label: world.service.events(label)[-1] for label in ('over', 'cancelled', 'skipped', 'failed')}
     assert {label: each['code'] for label, each in why.items()} == {
         'over': 'ended', 'cancelled': 'released', 'skipped': 'released', 'failed': 'failed'}
-    assert why['skipped']['sentence'] == 'skipped by root' and 'never up' in why['failed']['sentence']
+    assert why['skipped']['sentence'] == 'skipped by root' and 'no VM became ready' in why['failed']['sentence']
 
 
 # Life cycle: VMs that stay
@@ -11124,13 +11126,13 @@ def test_stopped_vms_hold_their_capacity_until_they_are_deleted(world, small):
     for hour in (5.1, 5.2):
         world.at(hour)
     assert world.there() == [] and codes(world).count('ended') == 1 and small.check()['differences'] == 0
-    with pytest.raises(NotFound, match="no VM of 'lab' was stopped or shelved"):
+    with pytest.raises(NotFound, match="No VM of 'lab' was stopped or shelved"):
         small.delete('lab', kept=True)
 
 
 def test_what_is_reserved_after_it_keeps_a_reservation_from_staying(world, small):
     book(small, 'later', 5, 6)
-    with pytest.raises(NoCapacity, match='end with --at-end delete or shelve'):
+    with pytest.raises(NoCapacity, match='Let the VMs be deleted or shelved at the end'):
         stays(small)
     assert stays(small, at_end='shelve')['state'] == 'reserved'
     with pytest.raises(NoCapacity):
@@ -11206,7 +11208,7 @@ def test_on_the_command_line_vms_that_stay_are_listed_and_deleted(run):
     run('resource', 'add', 'demo', '--cloud=simulated', '--vms=4')
     code, out, err = run('servers', '--kept')
     assert (code, out.strip()) == (0, 'nothing found')
-    assert run('delete', '--kept', 'lab')[::2] == (1, "cmres: no VM of 'lab' was stopped or shelved at its end and stays\n")
+    assert run('delete', '--kept', 'lab')[::2] == (1, "cmres: No VM of 'lab' was stopped or shelved at its end and still exists.\n")
     assert run('servers')[0] == 2
 
 
@@ -12702,7 +12704,7 @@ def test_a_series_that_can_not_be_carried_on_is_told_and_costs_the_others_nothin
         world.now = NOON.timestamp() + DAY * days
         world.cycle.settle()
         told = [each for each in world.service.events('s44') if each['code'] == 'trouble']
-        assert len(told) == days and 'could not be carried on' in told[0]['sentence']
+        assert len(told) == days and 'could not be continued' in told[0]['sentence']
     assert day(4) in last_days() and len(cmres.rows('SELECT id FROM reservation WHERE label <> ? AND booked_until > ?',
                                                     's44', world.now + 2.9 * DAY)) == 44
 
@@ -12942,7 +12944,7 @@ def test_a_get_of_what_changes_something_is_405_and_changes_nothing(app, verb, p
     answer = app.call(verb, path, status=405)
     assert 'POST' in answer.headers['Allow'] and dump() == before
     right = ' or '.join(each for each in answer.headers['Allow'].split(', ') if each not in ('HEAD', 'OPTIONS'))
-    assert verb == 'HEAD' or answer.json['error'] == f'GET is not possible at this address. Use {right}'
+    assert verb == 'HEAD' or answer.json['error'] == f'GET is not possible at this address. Use {right}.'
 
 
 @pytest.mark.parametrize('verb, path, allow', [
@@ -12965,8 +12967,8 @@ def test_a_wrong_verb_is_405_and_told_which_is_right(app, verb, path, allow):
     (FINE | {'vms': [1]}, 'vms: [1] is not a whole number'), (FINE | {'label': ['x']}, 'label: ["x"] is not text'),
     (FINE | {'label': 5}, 'label: 5 is not text'), (FINE | {'start': 5}, 'start: 5 is not text'),
     (FINE | {'label': None}, 'label is missing'),
-    (FINE | {'metadata': {'a': 5}}, 'metadata: {"a": 5} is not k=v'),
-    (FINE | {'metadata': []}, 'metadata: [] is not k=v'),
+    (FINE | {'metadata': {'a': 5}}, 'metadata: {"a": 5} is not valid. Write k=v'),
+    (FINE | {'metadata': []}, 'metadata: [] is not valid. Write k=v'),
     (FINE | {'security_groups': 5}, 'security_groups: 5 is not a list'),
     (FINE | {'security_groups': [5]}, 'security_groups: 5 is not text'),
     (FINE | {'description': 'a\x00'}, 'The character U+0000'), (FINE | {'user': '\ud800'}, 'The body is not UTF-8'),
@@ -12993,16 +12995,16 @@ def test_wrong_rows_are_refused_in_json(app, rows, status):
     ('/reservation?limit=0', 400, 'limit: 0 is not between'),
     ('/reservation?after=99999999999999999999', 400, 'is not a whole number'),
     ('/reservation?user=a&user=b', 400, 'user was given twice'),
-    ('/reservation?user=%ff', 400, 'the query is not UTF-8'),
+    ('/reservation?user=%ff', 400, 'The query is not UTF-8'),
     ('/reservation?' + '&'.join(f'a{n}=' for n in range(101)), 400, 'more than 100 fields'),
     ('/reservation?user=%00', 400, 'The character U+0000'),
-    ('/reservation/%ff', 400, 'the address is not utf-8'), ('/reservation/a%0ab', 400, 'is not a name of'),
-    ('/reservation/%C3%A9', 400, '"é" is not a name'),
+    ('/reservation/%ff', 400, 'The address is not UTF-8'), ('/reservation/a%0ab', 400, 'is not a valid name'),
+    ('/reservation/%C3%A9', 400, '"é" is not a valid name'),
     ('/reservation/nobody', 404, "There is no reservation 'nobody'"),
     ('/resource/nothing', 404, "There is no resource 'nothing'"),
     ('/nothing', 404, f'There is nothing at {BASE}/nothing. /openapi.json lists all addresses'),
     ('/reservation/lab/a/b', 404, 'There is nothing at'),
-    ("/reservation?user=x'%20OR%201=1--&state=ende", 400, "'ende' is none of")])
+    ("/reservation?user=x'%20OR%201=1--&state=ende", 400, "'ende' is not one of")])
 def test_a_wrong_address_or_query_is_an_error_in_json(app, path, status, sentence):
     answer = app.call('GET', path, status=status)
     assert answer.content_type == 'application/json' and sentence in answer.json['error']
@@ -13060,8 +13062,8 @@ def test_tokens_act_for_their_holders(app):
     eva, reader = app.as_user(), app.as_user('ron', role='reader')
     assert eva.call('POST', SHORT, status=201).json['user'] == 'eva'
     assert labels(reader.call('GET', '/reservation').json) == ['lab'] and len(app.call('GET', '/reservation').json) == 2
-    assert 'needs the role user' in reader.call('DELETE', '/reservation/lab', status=403).json['error']
-    assert 'needs the role admin' in eva.call('POST', '/resource', {'name': 'x'}, 403).json['error']
+    assert 'You need the role user' in reader.call('DELETE', '/reservation/lab', status=403).json['error']
+    assert 'You need the role admin' in eva.call('POST', '/resource', {'name': 'x'}, 403).json['error']
     app.as_user('bob', 'chemistry').call('DELETE', '/reservation/lab', status=404)
 
 
@@ -13193,7 +13195,7 @@ def test_a_slash_at_the_end_makes_no_difference(app, path):
 def test_a_refusal_for_capacity_is_409_with_what_would_fit(app):
     book(app.world.service, vms=10)
     answer = app.call('POST', '/reservation/', FINE | {'label': 'b', 'vms': 10}, 409).json
-    assert answer['kind'] == 'NoCapacity' and 'has 6 of 16 vms free' in answer['error']
+    assert answer['kind'] == 'NoCapacity' and 'has 6 of 16 VMs free' in answer['error']
     assert (answer['details']['next_start'], answer['details']['most_vms']) == ('2026-12-01T14:00:00+00:00', 6)
 
 
@@ -13275,7 +13277,7 @@ def test_of_two_requests_with_one_key_at_the_same_time_one_is_done(app, monkeypa
         return read(self, asked)
     monkeypatch.setattr(cmres.Reservations, 'read_request', read_late)
     answer = app.call('POST', '/reservation/', FINE, 409, Idempotency_Key='k')
-    assert 'send it again' in answer.json['error'] and len(app.call('GET', '/reservation').json) == 1
+    assert 'Send it again' in answer.json['error'] and len(app.call('GET', '/reservation').json) == 1
     assert app.call('POST', '/reservation/', FINE, 201, Idempotency_Key='k').json['label'] == 'lab'
 
 
@@ -13660,7 +13662,7 @@ def test_a_token_ends_at_its_end_and_a_renewed_one_goes_on(world, eva):
     assert eva.call('GET', '/resource/').json
     world.now += 5 * 86400
     told = eva.call('GET', '/resource/', status=401).json['error']
-    assert 'ended on 2026-12-31' in told and 'token renew 1' in told
+    assert 'ended on 2026-12-31' in told and 'Renew it' in told
     world.service.token_renew(1)
     assert world.service.token_list()[0]['ends'] is None and eva.call('GET', '/resource/').json
 
@@ -13683,7 +13685,7 @@ def test_people_make_see_renew_and_revoke_their_own_tokens_only(world, eva):
     renewed = eva.call('POST', f"/token/{mine[1]['id']}/renew").json
     assert renewed['ends'] == '2027-03-01T12:00:00+00:00'
     for verb, path in (('DELETE', '/token/2'), ('POST', '/token/2/renew')):
-        assert 'no token 2' in eva.call(verb, path, status=404).json['error']
+        assert 'no active token with the id 2' in eva.call(verb, path, status=404).json['error']
     for asked, told in (({'user': 'max'}, 'only for yourself'),
                         ({'project': 'maths'}, 'only for yourself'),
                         ({'role': 'admin'}, 'Your role is user'), ({'lasts': '2y'}, None),
@@ -13774,7 +13776,7 @@ def test_who_leaves_has_no_token_no_cookie_no_feed_and_no_subscription(tmp_path)
     with pytest.raises(NotFound):
         world.service.feed(address.split('/')[-2])
     assert cmres.row('SELECT due FROM subscription').due is None
-    with pytest.raises(NotFound, match="'eva' has no token"):
+    with pytest.raises(NotFound, match="'eva' has no active token"):
         world.service.user_end('eva')
     cmres.close_store()
 
@@ -13789,7 +13791,7 @@ def test_nobody_has_more_tokens_feeds_or_subscriptions_than_one_may(tmp_path, wh
     eva = world.as_user()
     for n in range(2):
         make(eva, n)
-    with pytest.raises(cmres.TooMany, match=f'eva has 2 {what}, and no more than 2 are allowed'):
+    with pytest.raises(cmres.TooMany, match=f'eva has 2 {what}, and at most 2 are allowed'):
         make(eva, 3)
     make(world.as_user('max'), 4)
     make(world.as_user(role='admin'), 5)
@@ -13870,7 +13872,7 @@ def test_who_asks_too_often_waits_and_others_do_not(world, gated):
     assert [eva.ask().status_int for _ in range(5)] == [200, 200, 200, 429, 429]
     refused = eva.ask()
     assert refused.headers['Retry-After'] == '20' and refused.json['error'] == (
-        'You have sent more than 3 requests within a minute. Try again in 20s')
+        'You have sent more than 3 requests within a minute. Try again in 20s.')
     assert [max_.ask().status_int, *(admin.ask().status_int for _ in range(9))] == [200] * 10
     world.now += 20
     assert [eva.ask().status_int for _ in range(2)] == [200, 429]
@@ -13900,7 +13902,7 @@ def test_only_a_trusted_proxy_is_believed_whose_request_it_is_and_only_what_it_s
 def test_bytes_and_computing_are_bounded_as_well(world, gated):
     eva = gated(mib_per_user=1, cpu_per_user=1)
     world.service.shares.rates.add('mib_per_user', 'biology/eva', 1.5)
-    assert eva.ask().status_int == 429 and 'more than 1 MiB' in eva.ask().json['error']
+    assert eva.ask().status_int == 429 and 'More than 1 MiB' in eva.ask().json['error']
     world.now += 31
     assert eva.ask().status_int == 200
     world.service.shares.rates.add('cpu_per_user', 'biology/eva', 5)
@@ -14182,7 +14184,7 @@ def as_visitor(world, user='eva', project='biology', role='user'):
 
 
 @pytest.mark.parametrize('asked, said', [
-    ({}, 'It fits'), ({'vms': '17'}, 'holds at most 16'), ({'vms': '9'}, '8 machines then'),
+    ({}, 'It fits'), ({'vms': '17'}, 'has 16 VMs in total'), ({'vms': '9'}, '8 machines then'),
     ({'repeat': 'daily', 'until': '2026-12-05', 'vms': '9'}, 'without the others')])
 def test_the_page_checks_what_is_typed_while_others_write(world, asked, said):
     visitor = as_visitor(world)
@@ -14291,7 +14293,7 @@ def test_the_page_asks_and_warns_of_an_end_that_is_not_done(world):
     book(world.as_user(), flavor='m1.small', image='cirros', at_end='snapshot')
     for moment in (1, 1.01):
         world.at(moment)
-    warning = "the VMs of 'lab' are deleted; the agreed snapshot is not done"
+    warning = "The VMs of 'lab' are deleted now. The agreed action at the end (snapshot) is not done."
     asks = form_of(visitor.get('/list'), '/do/delete').submit()
     assert warning in asks.html.text and len(world.there()) == 1
     assert warning in form_of(asks, '/do/delete').submit(status=303).follow().html.text
@@ -14375,7 +14377,7 @@ def test_a_form_that_is_refused_says_why_and_keeps_what_was_typed(world):
     form = visitor.get('/book?resource=demo').forms[1]
     form['label'], form['vms'], form['description'] = 'lab', '17', 'for <all>'
     page = form.submit(status=409)
-    assert "'demo' holds at most 16 vms; 17 are asked for" in page.html.text
+    assert "'demo' has 16 VMs in total. You asked for 17" in page.html.text
     form = next(each for each in page.forms.values() if 'label' in each.fields)
     assert (form['label'].value, form['description'].value) == ('lab', 'for <all>')
     offer = page.click('16 machines then')
@@ -14392,7 +14394,7 @@ def test_booking_without_scripts(world):
     checked = form.submit('check')
     assert 'It fits: 3 times, the first 1 vms on demo from Wed 2 Dec 09:00 to Wed 2 Dec 11:00' in checked
     page = form.submit(status=303).follow()
-    assert "'lab' is reserved" in page.html.text and 'FREQ=WEEKLY' in page
+    assert "'lab' is reserved" in page.html.text and 'every week' in page
     assert len(world.service.list('lab')) == 3
 
 
@@ -14475,7 +14477,7 @@ def test_admins_look_after_everything_on_one_page(world):
     assert fill('resource_add', name='gpu', vms='4', approval='2d').status_int == 303
     assert 'vms: "many" is not a whole number' in fill('resource_update', name='gpu', vms='many').html.text
     assert fill('maintenance_add', resource='gpu', start='2026-12-24T08:00', end='+2h', reason='disks').status_int == 303
-    assert fill('limit_add', project='biology', most_vms='3').status_int == 303
+    assert fill('limit_add', project='biology', max_vms='3').status_int == 303
     made = fill('token_add', user='ann', role='reader', project='maths')
     assert made.status_int == 200 and 'shown only now' in made and 'cmres_' not in visitor.get('/admin')
     book(world.as_user(), start=1, end=2, resource='gpu')
@@ -14553,7 +14555,7 @@ def test_on_the_page_each_role_can_do_exactly_what_it_can_by_rest(world):
         if name in ('token_add', 'resource_add', 'resource_update', 'maintenance_add', 'limit_add'):
             fields = {**fields, **{'token_add': {'user': 'ada'}, 'resource_add': {'name': 'new'}, 'resource_update': {
                 'name': 'gpu', 'vms': '9'}, 'maintenance_add': {'resource': 'demo', 'start': '+1d', 'end': '+1h'},
-                'limit_add': {'project': 'x', 'most_vms': '3'}}[name]}
+                'limit_add': {'project': 'x', 'max_vms': '3'}}[name]}
         given = {field: value for field, value in fields.items() if value and field != 'once'} | {'dry_run': 'true'}
         for role, visitor in visitors.items():
             page = visitor.get('/')
@@ -14833,7 +14835,7 @@ def test_a_form_that_is_sent_twice_books_once(world):
     form = form_of(as_visitor(world).get('/book?resource=demo'), '/book')
     form['label'] = 'lab'
     form.submit(status=303)
-    assert 'is taken' in form.submit(status=409)
+    assert 'already has a reservation' in form.submit(status=409)
     assert len(world.service.list()) == 1
 
 
@@ -14841,7 +14843,7 @@ def test_who_is_hit_by_a_maintenance_is_told(world):
     book(world.as_user(), 'hit', start=100, end=101)
     visitor = as_visitor(world, 'root', 'default', 'admin')
     form = form_of(visitor.get('/admin'), '/do/maintenance_add')
-    form['resource'], form['start'], form['end'], form['then'] = 'demo', '2026-12-05T10:00', '+24h', 'cancel'
+    form['resource'], form['start'], form['end'], form['affected'] = 'demo', '2026-12-05T10:00', '+24h', 'cancel'
     page = form.submit(status='*')
     page = page.follow() if page.status_int == 303 else page
     assert world.state('hit') == 'cancelled' and 'hit' in page.html.find('main').text
@@ -15098,7 +15100,7 @@ def test_in_a_browser_a_refusal_offers_slots_and_one_is_taken(world, browse):
     expect(page.locator('#verdict')).to_contain_text('It fits')
     page.get_by_label('Label').fill('lab')
     page.get_by_label('Machines').fill('8')
-    expect(page.locator('#verdict')).to_contain_text("'demo' has 6 of 16 vms free")
+    expect(page.locator('#verdict')).to_contain_text("'demo' has 6 of 16 VMs free")
     page.get_by_role('link', name='from Wed 2 Dec 12:00').click()
     expect(page.get_by_label('From')).to_have_value('2026-12-02T12:00')
     expect(page.get_by_label('Label')).to_have_value('lab')
@@ -15410,7 +15412,7 @@ def test_settings_are_read_again_where_they_can_be(folder, tmp_path):
     folder('config.ini', '[cmres]\nnotice = 70\nport = 2\nwebhook_secret = secret\nrequests_per_user = 5\n'
                          '[credentials]\nbiology@simulated = simulated-2\n')
     told = cmres.read_settings_again(config, {'CMRES_PATIENCE': '5'})
-    assert sorted(told) == ['[credentials] has changed', 'notice is 70 now', 'port has changed and needs a restart',
+    assert sorted(told) == ['[credentials] has changed', 'remind_before is 70 now', 'port has changed and needs a restart',
                             'requests_per_user is 5 now', 'webhook_secret is set, but secret now']
     assert (config.remind_before, config.port, config.requests_per_user, config.no_overtaking_after) == (70, 1, 5, 5)
     assert config.credentials == {'biology@simulated': 'simulated-2'}
@@ -15464,7 +15466,7 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     code, out, _ = run('config', 'show', '--format', 'json')
     shown = {each['setting']: (each['value'], each['from'], each['change']) for each in json.loads(out)}
     assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
-    assert shown['notice'] == ('60', 'config.ini', 'SIGHUP') and shown['patience'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
+    assert shown['remind_before'] == ('60', 'config.ini', 'SIGHUP') and shown['no_overtaking_after'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
     assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, but secret'
     assert cmres.NEEDS_RESTART <= SETTINGS.keys()
 
@@ -15670,14 +15672,14 @@ def test_a_client_is_who_its_token_says(client, world):
     eva = Client(client.url, world.service.token_add('eva', 'biology')['token'])
     assert eva.add('lab', 'demo', hours(1), hours(1))['user'] == 'eva'
     for call in (eva.check, lambda: eva.user_end('max'), lambda: eva.resource_delete('demo')):
-        with pytest.raises(Forbidden, match='needs the role admin'):
+        with pytest.raises(Forbidden, match='You need the role admin'):
             call()
     with pytest.raises(Unauthorized, match='not known or was revoked'):
         Client(client.url, 'nobody').list()
 
 
 def test_a_client_without_a_server_says_so():
-    with pytest.raises(Unavailable, match='no answer from http://127.0.0.1:9'):
+    with pytest.raises(Unavailable, match='No answer from http://127.0.0.1:9'):
         Client('http://127.0.0.1:9', 'x', timeout=2).list()
 
 
@@ -15692,7 +15694,7 @@ def test_the_command_line_talks_to_a_server_where_one_is_set(client, world, run,
     monkeypatch.setenv('CMRES_DATABASE', str(tmp_path / 'unused.db'))
     assert run('add', 'lab', 'demo', '2026-12-01T13:00Z', '+1h', '--vms', '10')[0] == 0
     code, out, err = run('add', 'more', 'demo', '2026-12-01T13:00Z', '+1h', '--vms', '10')
-    assert (code, out) == (1, '') and 'would fit:  6 vms at that time' in err
+    assert (code, out) == (1, '') and 'You could reserve:  6 VMs at that time' in err
     assert json.loads(run('list', '--format=json')[1])[0]['label'] == 'lab'
     assert not (tmp_path / 'unused.db').exists()
 
@@ -15798,7 +15800,7 @@ def test_delete_on_the_command_line_warns_of_an_end_that_is_not_done(run):
     assert run('tick')[0] == 0
     for more in ('--dry-run', ''):
         code, out, _ = run('delete', 'lab', *more.split())
-        assert code == 0 and "the VMs of 'lab' are deleted; the agreed stop is not done" in out
+        assert code == 0 and "The VMs of 'lab' are deleted now. The agreed action at the end (stop) is not done." in out
 
 
 def test_an_unknown_command_names_the_nearest(run):
@@ -15895,16 +15897,16 @@ def test_a_refusal_for_capacity_is_told_in_words(filled):
     code, out, err = filled('add', 'more', 'demo', '2190-01-01T09:00Z', '+2h', '--vms=10')
     user = json.loads(filled('show', 'first', '--format=json')[1])['user']
     assert err.splitlines() == [
-        "cmres: 'demo' has 6 of 16 vms free from 2190-01-01 09:00 UTC to 2190-01-01 11:00 UTC; 10 are asked for",
-        f'  in the way: first of {user}, 10 vms from 2190-01-01 10:00 UTC to 2190-01-01 12:00 UTC',
-        '  would fit:  the same from 2190-01-01 12:00 UTC', '  would fit:  6 vms at that time',
-        '  would fit:  1h from that start']
+        "cmres: 'demo' has 6 of 16 VMs free from Fri 1 Jan 2190, 09:00 to 11:00 (UTC). You asked for 10.",
+        f'  Reserved then:      first ({user}): 10 VMs, Fri 1 Jan 2190, 10:00 to 12:00 (UTC)',
+        '  You could reserve:  the same from Fri 1 Jan 2190, 12:00 (UTC)',
+        '                      6 VMs at that time', '                      from the same start for 1h']
 
 
 def test_a_forced_update_lists_on_the_command_line_what_no_longer_fits(filled):
     filled('add', 'lab', 'demo', '+1h', '+1h', '--vms=10')
     code, out, err = filled('resource', 'update', 'demo', '--vms=8')
-    assert code == 1 and '--force' in err and 'lab of ' in err
+    assert code == 1 and '--force' in err and 'lab (' in err
     code, out, err = filled('resource', 'update', 'demo', '--vms=8', '--force')
     assert (code, err) == (0, '') and re.search(r'no_longer_fit:\n.*\n\d+ +lab ', out)
     assert filled('resource', 'update', 'demo', '--vms=unlimited')[0] == 0
@@ -15919,7 +15921,7 @@ def test_user_data_is_the_text_of_a_file(filled, tmp_path):
     (tmp_path / 'boot.sh').write_text('#!/bin/sh\necho 1\n')
     filled('add', 'lab', 'demo', '+1h', '+1h', '--user-data', 'boot.sh')
     assert json.loads(filled('show', 'lab', '--format=json')[1])['user_data'] == '#!/bin/sh\necho 1\n'
-    assert "can't read the file 'none.sh'" in filled('add', 'b', 'demo', '+1h', '+1h', '--user-data=none.sh')[2]
+    assert "Cannot read the file 'none.sh'" in filled('add', 'b', 'demo', '+1h', '+1h', '--user-data=none.sh')[2]
 
 
 def test_token_add_prints_the_token_and_nothing_else(run):
@@ -15977,8 +15979,8 @@ def test_eighty_columns_show_labels_times_and_states_whole(run, tmp_path):
     assert max(map(len, lines)) <= 80 and lines[0].split()[0] == 'label'
     for n, row in enumerate(rows):
         [line] = [line for line in lines if line.split()[:1] == [row['label']]]
-        assert re.search(r' 2100-01-0\d \d\d:00 UTC +2100-01-0\d \d\d:00 UTC +reserved$', line)
-    assert re.fullmatch(r'not shown: .*\bresource\b.* \(--wide shows all\)', lines[-1])
+        assert re.search(r' 2100-01-0\d \d\d:00 +2100-01-0\d \d\d:00 +reserved$', line)
+    assert re.fullmatch(r'Not shown: .*\bresource\b.* \(--wide shows all\)', lines[-1])
     assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--wide', '--limit', '1', columns=300)
     assert 'a-resource-with-a-long-name' in on_terminal(tmp_path, 'list', '--limit', '1', columns=300)
     assert '\x1b' not in run('list')[1] and 'a-resource-with-a-long-name' in run('list')[1]  # what is piped is whole
@@ -16038,7 +16040,7 @@ def test_a_file_of_which_nothing_was_taken_is_a_failure(run, tmp_path):
     run('resource', 'add', 'demo', '--vms', '1')
     (tmp_path / 'rows.csv').write_text('label,resource,start,end,vms\nlab,demo,2100-01-04T09:00,+1h,2\n')
     code, out, err = run('load', 'rows.csv', '--partial')
-    assert code == 1 and 'lab' in out and err == 'cmres: all reservations are refused: 1\n'
+    assert code == 1 and 'lab' in out and err == 'cmres: Nothing was reserved: 1 line refused.\n'
 
 
 def test_the_version_is_told(run):
@@ -16373,7 +16375,7 @@ def test_a_feed_tells_nothing_of_others_but_that_they_are_busy(app, world):
     for word in ('classified', 'mallory', 'chem', 'secrecy', 'm1.', 'debian', 'example.org', 'hidden', 'zoe',
                  'physics', '10.0.0', 'ssh', 'active', str(secret['user'])):
         assert word not in text
-    assert text.count('SUMMARY:busy') == 2 and '1 vms are reserved' in text
+    assert text.count('SUMMARY:busy') == 2 and '1 VM reserved' in text
 
 
 def test_what_others_cancelled_keeps_nobody_from_anything(app, world):
@@ -16911,15 +16913,16 @@ def test_what_is_refused_is_told_with_title_date_and_line(service):
         'LOCATION:1 x m1.small', uid='bad') + asks(13, 14, uid='big', want='99 x m1.small'))
     why = {each['uid']: each['why'] for each in answer['events'] if 'why' in each}
     assert by_uid(answer) == {'good': 'booked', 'bad': 'refused', 'big': 'refused'}
-    assert why['bad'] == ("the event 'Operating systems' of 2027-03-01 (line 12): the time zone \"Customized Time "
-                          'Zone\" is not known, nor described in a way that can be followed')
+    assert why['bad'] == ("the event 'Operating systems' of 2027-03-01 (line 12): The time zone \"Customized Time "
+                          'Zone\" is not known, and the calendar does not describe it.')
     assert why['big'].startswith("the event 'big' of 2026-12-01 (line 21): ") and '16' in why['big']
 
 
 @pytest.mark.parametrize('rule, said', [
-    ('', "'demo' holds at most 16 vms; 99 are asked for"),
-    ('RRULE:FREQ=DAILY;COUNT=3', "3 of 3 occurrences do not fit, so nothing was changed; the first from "
-     "2026-12-01 13:00 UTC: 'demo' holds at most 16 vms; 99 are asked for")])
+    ('', "'demo' has 16 VMs in total. You asked for 99. Reserve 16 or fewer, or choose another resource."),
+    ('RRULE:FREQ=DAILY;COUNT=3', "3 of 3 occurrences do not fit. Nothing was changed. First problem: "
+     "Tue 1 Dec 2026, 13:00 (UTC): 'demo' has 16 VMs in total. You asked for 99. Reserve 16 or fewer, "
+     'or choose another resource.')])
 def test_what_can_be_taken_is_offered_only_where_there_is_some(service, rule, said):
     answer = take(service, asks(13, 14, *filter(None, [rule]), want='99 x m1.small', uid='big'))
     assert answer['events'][0]['why'] == f"the event 'big' of 2026-12-01 (line 4): {said}"
@@ -16930,7 +16933,7 @@ def test_an_import_of_which_all_is_refused_ends_with_1_and_tells_it(app, run, tm
     bad = asks(13, 14, want='99 x m1.small').replace('202612', '219012')
     (tmp_path / 'f.ics').write_bytes(calendar(bad))
     code, out, err = run('import', 'f.ics', '--resource=demo')
-    assert code == 1 and 'refused' in out and err == 'cmres: all events that ask for VMs are refused: 1\n'
+    assert code == 1 and 'refused' in out and err == 'cmres: Nothing was reserved: 1 event refused.\n'
     (tmp_path / 'f.ics').write_bytes(calendar(bad + asks(15, 16, uid='two').replace('202612', '219012')))
     assert run('import', 'f.ics', '--resource=demo')[0] == 0
     (tmp_path / 'f.ics').write_bytes(calendar(asks(15, 16, want='', uid='none')))
@@ -17063,8 +17066,8 @@ def test_of_more_wishes_than_are_taken_at_once_the_others_are_refused_by_themsel
     answer = take(service, body)
     assert [*by_uid(answer).values()] == ['booked'] * 3 + ['refused'] * 2
     assert answer['events'][-1]['why'] == (
-        "the event 'u4' of 2026-12-01 (line 36): Its calendar has more than 3 events that ask for VMs; "
-        'put it into a calendar of its own')
+        "the event 'u4' of 2026-12-01 (line 36): Its calendar has more than 3 events that ask for VMs. "
+        'Put it into a calendar of its own.')
 
 
 @pytest.mark.parametrize('body', [
@@ -19279,7 +19282,7 @@ class StandIn(Proxy):
         return next(each['id'] for each in [*self.images, *getattr(self, 'networks', ())] if each['name'] == name)
 
     def server(self, name, project='lab', tags=(), status='ACTIVE', **more):
-        """A server that is there already."""
+        """A server that already exists."""
         made = {'id': str(uuid.uuid4()), 'name': name, 'tenant_id': project, 'tags': [*tags], 'status': status,
                 'created': datetime.fromtimestamp(self.now(), UTC).strftime('%Y-%m-%dT%H:%M:%SZ'), 'shown': 0,
                 'OS-EXT-SRV-ATTR:host': 'gpu-1', 'addresses': {}} | more
