@@ -12904,7 +12904,7 @@ class Plan(Requests):
         outcome, became = 'left', ('The reservation stays. VMs that do not run yet start when this '
                                    'is over, so choose another time if you can')
         if place:
-            outcome = f'moved to {place[0]}, {self.config.told_time(place[1], found.tz)}'
+            outcome = f'moved to {place[0]} from {self.config.told_time(place[1], found.tz)}'
             became = f'cmres {outcome.replace("moved", "moved it", 1)}'
         self.journal(now, 'maintenance', f'{why}. {became}', found.reservation,
                      json.loads(found.notify), found.id)
@@ -13152,8 +13152,8 @@ class Claims(Plan):
             elif self.has_left(place, each, server, need, now):
                 return each, ''
             else:
-                why = (f"'{each.label}' has {each.vms} VMs, {each.vcpus} vCPUs and {each.ram} "
-                       'MiB, and all of that is in use')
+                has = ', '.join(quantity(name, getattr(each, name)) for name in FIGURES)
+                why = f"'{each.label}' has {has}, and all of that is in use"
         for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
             why = f"'{each.label}' begins at {instant(each.held_from)}"
         return None, why
@@ -13702,9 +13702,9 @@ class Calendars(Claims):
         have, all_of_them = self.live_of(subscription, now), sum(had.values())
         gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
-            raise Held(f'Your calendar no longer contains {gone} of {all_of_them} future '
-                       'occurrences. cmres has cancelled nothing yet. Confirm to cancel them.',
-                       hint=f'calendar confirm {subscription.id}')
+            raise Held(f'Your calendar (number {subscription.id}) no longer contains {gone} of '
+                       f'{all_of_them} future occurrences. cmres has cancelled nothing yet. '
+                       'Confirm to cancel them.', hint=f'calendar confirm {subscription.id}')
 
     def tell_held(self, subscription, why: str, now: float) -> None:
         """Tells the owner of a calendar, once, that it waits for a word."""
