@@ -132,8 +132,8 @@ class Unavailable(Error): status = 503   # noqa: E701
 
 
 class NoCapacity(Conflict):
-    """It does not fit; its `cause` is one of reserved, too_large, maintenance, capacity_change, host
-    and waiting_list.
+    """It does not fit; its `cause` is reserved, too_large, maintenance, capacity_change, host or
+    waiting_list.
     """
 
     def __init__(self, sentence: str, **details):
@@ -2013,7 +2013,7 @@ class Operation:
     def parameters(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.method, eval_str=True)
         return {name: each for name, each in signature.parameters.items()
-                if name not in ('self', 'config')}
+                if name not in ('self', 'config', 'asked')}
 
     @functools.cached_property
     def answers(self):
@@ -2064,10 +2064,20 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
 
 
 def guarded_by_role(method):
-    """Refuses before a call an actor whose role is too small, and one too many that takes long."""
+    """Refuses before a call an actor whose role is too small, and one too many that takes long.
+
+    A method that has the parameter `asked` gets there all its arguments by name.
+    """
+    signature = inspect.signature(method)
+
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         kwargs = with_new_names(method.__name__, kwargs)
+        if 'asked' in signature.parameters:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            kwargs['asked'] = {name: value for name, value in bound.arguments.items()
+                               if name not in ('self', 'asked')}
         needed = API[method.__name__].role
         if ROLES.index(self.actor.role) < ROLES.index(needed):
             raise Forbidden(f"You need the role {needed} for '{API[method.__name__].words}'. Your "
@@ -3231,8 +3241,7 @@ class StoreFile:
         if not state:
             return
         now = self.left_by(state, found)
-        same = last and (last.is_of(state) or
-                         last.is_of(before) and not state.has_copied(before))
+        same = last and (last.is_of(state) or last.is_of(before) and not state.has_copied(before))
         right = not last or last.is_like(found) or (
             last.holds_what(now) if same else
             last.may_become(now, state, written - ends_in_log(self.path, state)))
@@ -3370,13 +3379,10 @@ def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
 
 
 def lock_store(path: str, alone: bool) -> int:
-    """Takes the lock beside a database: alone to replace or migrate it, else together with others.
+    """Takes the lock beside a database: alone to replace or migrate it, else with others.
 
-    The lock ends with the process or when the file descriptor is closed. Whoever comes first
-    forgets what earlier processes knew of the file.
-
-    Raises:
-      Unavailable: others use the database, or one replaces it.
+    It ends with the process or when the file descriptor is closed. Whoever comes first forgets
+    what earlier processes knew of the file. Unavailable: others use it, or one replaces it.
     """
     import fcntl
     try:
@@ -3658,8 +3664,7 @@ ORDERS = {'series': ('reservation_id, due IS NULL, start', ''), 'due': ('due', '
 
 for _name, (_columns, _rows) in ORDERS.items():
     Occurrence.add_index(peewee.SQL(f'CREATE INDEX IF NOT EXISTS occurrence_{_name} ON occurrence '
-                                    f'({_columns})'
-                                    + (f' WHERE {_rows}' if _rows else '')))
+                                    f'({_columns})' + (f' WHERE {_rows}' if _rows else '')))
 # What has ended; where its end is still to come, a wrong clock has ended it.
 Occurrence.add_index(Occurrence.index(
     Occurrence.end, where=Occurrence.due.is_null() & Occurrence.cancelled.is_null(),
@@ -3693,10 +3698,7 @@ class Texts(Table):
 
 
 class Capacity(Table):
-    """A stretch of time in which a resource has another capacity: a maintenance, a loan of nodes.
-
-    It holds the difference, so that admission needs no rule of its own for it.
-    """
+    """A stretch of time in which a resource has another capacity: it holds the difference."""
     resource = peewee.ForeignKeyField(Resource)
     start = peewee.IntegerField()
     end = peewee.IntegerField()
@@ -3719,9 +3721,7 @@ Capacity.add_index(Capacity.index(Capacity.end, where=Capacity.removed.is_null()
 
 
 class Proposal(Table):
-    """A change that would take more of what needs approval: it waits, and what it is about goes on
-    as it is.
-    """
+    """A change that takes more of what needs approval; until it has it, all stays as it is."""
     reservation = peewee.ForeignKeyField(Reservation)
     occurrence = peewee.IntegerField()           # the one that it is told for
     alone = peewee.BooleanField()                # it changes no other
@@ -3738,9 +3738,7 @@ Proposal.add_index(Proposal.index(Proposal.until, name='proposal_until'))
 
 
 class ExtraHold(Table):
-    """What a reservation holds beside its occurrences: what a proposal takes more, or VMs that stay
-    stopped.
-    """
+    """What is held beside occurrences: what a proposal takes more, or VMs that stay stopped."""
     reservation = peewee.ForeignKeyField(Reservation)
     proposal = peewee.ForeignKeyField(Proposal, null=True)  # NULL: for VMs that stay
     resource = peewee.ForeignKeyField(Resource)
@@ -3753,9 +3751,7 @@ class ExtraHold(Table):
 
 
 class Wait(Table):
-    """A resource on which one that waits could be; when to try it again, if nothing is given back
-    there before.
-    """
+    """A resource on which one that waits could be, and when to try that again."""
     reservation = peewee.ForeignKeyField(Reservation)
     resource = peewee.ForeignKeyField(Resource, index=False)
     held_from = peewee.IntegerField()
@@ -4026,24 +4022,20 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
-          Step,
-          Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox, Mailed,
-          Lease, Fact, SimulatedServer]
+          Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox,
+          Mailed, Lease, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
 MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
-    lambda: keep_resource_ids(), lambda: end_left_calendars(),
-    lambda: add_whose(), lambda: add_waits(), lambda: add_sums(), lambda: add_once(),
-    lambda: add_ends_of_tokens()]
+    lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
+    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens()]
 
 
 def long_texts(row: str) -> str:
-    """How many characters of long texts a reservation has; in a trigger, its row before or
-    after.
-    """
+    """How many characters of long texts a reservation has; in a trigger, `row` is NEW or OLD."""
     return f'(length({row}.user_data) + length({row}.description) + length({row}.metadata))'
 
 
@@ -4078,12 +4070,7 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
 
     Args:
       key: the file of the key, if it is not the one beside the database
-      make: false if a database that is not there is not to be made
-
-    Raises:
-      NotFound: there never was one, and none is to be made.
-      Unavailable: the file can't be opened, is gone, or is of something else, of another store or
-        of another version.
+      make: false if a database that is not there is not to be made: NotFound
     """
     close_store()
     if not path:
@@ -4210,11 +4197,7 @@ def known_store(file: str) -> str:
 
 
 def read_key(file: str) -> bytes:
-    """The key that cookies are signed with.
-
-    Raises:
-      Unavailable: the file can't be read, or is no key.
-    """
+    """The key that cookies are signed with; Unavailable if it is none."""
     try:
         with open(file, encoding='ascii') as lines:
             key = bytes.fromhex(lines.readline())
@@ -4268,12 +4251,7 @@ def make_private(path: str) -> None:
 
 
 def copy_store(source: str, target: str) -> None:
-    """Copies a database as it is at one instant, also while others write; whole, or not at all.
-
-    Raises:
-      Conflict: the target is there already.
-      Unavailable: it can't be read or written.
-    """
+    """Copies a database as it is at one instant, also while others write; whole, or not at all."""
     if os.path.exists(target):
         raise Conflict(f"'{target}' already exists. Choose another name.")
     part = f'{target}.{secrets.token_hex(4)}'
@@ -4314,13 +4292,8 @@ def leave_wal(path: str) -> None:
 
 
 def migrate_store(path: str) -> dict | None:
-    """Brings a database of an older version up to this one, after a copy of it was made beside it.
-
-    Returns:
-      the versions before and after and the name of the copy; None if there was nothing to do.
-
-    Raises:
-      Unavailable: other processes use the database, or there is no space for the copy.
+    """Brings an older database up to this version, after a copy of it was made beside it: both
+    versions and the name of the copy; None if there was nothing to do.
     """
     before = version_of(path)
     if not 0 < before < latest_version():
@@ -4360,12 +4333,7 @@ def stamp() -> str:
 
 
 def verify_store(path: str) -> dict:
-    """Reads all of a database file, and tells its version and the number of its reservations.
-
-    Raises:
-      NotFound: there is no such file.
-      Unavailable: it is damaged, or no database of ours; the sentence says what was found.
-    """
+    """Reads all of a database file: its version and number of reservations, or Unavailable."""
     if not os.path.exists(path):
         raise NotFound(f"There is no file '{path}'.")
     try:
@@ -4398,12 +4366,9 @@ def damage_of(connection: sqlite3.Connection, check: str = 'quick_check') -> str
 def restore_store(path: str, copy: str, key: str = '') -> dict:
     """Puts a copy in the place of a database, which is kept beside it.
 
-    Servers made since the copy was written are unknown to it. So the copy notes that it was
-    restored, which keeps them from being deleted until an admin decides, and numbers new servers
-    far behind those that it doesn't know, so that no mark is used twice.
-
-    Raises:
-      Unavailable: the copy is damaged or of a newer cmres, or other processes use the database.
+    Servers made since the copy was written are unknown to it. So it notes that it was restored,
+    which keeps them until an admin decides, and numbers new servers far behind them, so that no
+    mark is used twice.
     """
     found = verify_store(copy)
     if not found['version']:
@@ -4611,9 +4576,7 @@ def add_owners() -> None:
 
 
 def trust_names() -> None:
-    """Version 6: names are looked at with the rights of who asks; what was booked before goes
-    on.
-    """
+    """Version 6: names are looked at with the rights of who asks; what was booked goes on."""
     add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
     run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
              SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
@@ -4636,9 +4599,7 @@ def add_sessions() -> None:
 
 
 def add_ends_of_calls() -> None:
-    """Version 8: calls whose end is not known, how far series are, indexes of what waits or has
-    ended.
-    """
+    """Version 8: calls whose end is not known, how far series are, what waits or has ended."""
     add_columns('server', {'intended': 'REAL'})
     add_columns('reservation', {'carried': 'VARCHAR(255)'})
     run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT "
@@ -4724,8 +4685,7 @@ def add_whose() -> None:
     run('UPDATE occurrence SET (of_project, of_user) = '
         '(SELECT project, user FROM reservation r WHERE r.id = reservation_id)')
     run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = '
-        'reservation_id) '
-        'WHERE reservation_id IS NOT NULL')
+        'reservation_id) WHERE reservation_id IS NOT NULL')
     run('UPDATE occurrence SET told = told | 128 '
         "WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN "
         "(SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL)")
@@ -4904,15 +4864,10 @@ MEMORIES: list = []
 
 @contextmanager
 def transaction(first: bool = False) -> Iterator[None]:
-    """All of it or nothing, on disk when it ends; alone in this process.
-
-    Inside of another, or of a rehearsal, it is a part of that.
+    """All of it or nothing, on disk when it ends; a part of the transaction or rehearsal around it.
 
     Args:
       first: before all others of this process that wait
-
-    Raises:
-      Unavailable: others have been writing for too long, or the file is not there any more.
     """
     if db.in_transaction():
         with Attempt():
@@ -5131,9 +5086,7 @@ def undone() -> Iterator[None]:
 
 
 def run(sql: str, *values) -> sqlite3.Cursor:
-    """Runs one statement on this thread's connection; peewee's kinds of errors, without its
-    cost.
-    """
+    """Runs one statement on this thread's connection, with peewee's kinds of errors."""
     return execute(rehearsed(sql) if rehearsal.on else sql, values)
 
 
@@ -5293,9 +5246,8 @@ def change_occurrence(id: int, now: float, **values) -> None:
 
 
 def journal(config: Config, at: float, actor: str, code: str, sentence: str,
-            reservation: int | None = None,
-            notify: Iterable[str] | None = (), occurrence: int | None = None,
-            **refused) -> None:
+            reservation: int | None = None, notify: Iterable[str] | None = (),
+            occurrence: int | None = None, **refused) -> None:
     """Appends an event, and the notices of it; inside the transaction of what it tells.
 
     Args:
@@ -5423,12 +5375,9 @@ STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'e
 
 def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '',
             fields: str = LISTING) -> list:
-    """Occurrences with their reservation and state, by conditions on o, r and s and then on the
-    state.
-    """
+    """Occurrences with reservation and state, by conditions on o, r and s, then on the state."""
     return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where})) WHERE '
-                f'{state} {tail}',
-                int(now), *values)
+                f'{state} {tail}', int(now), *values)
 
 
 #: What is held before an instant starts at most so much after it; leads are few, and an index knows
@@ -5441,7 +5390,7 @@ def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
     """The first occurrences, (start, id), in that order, by indexes that are in that order already.
 
     Args:
-      ways: the ORDERS to go by, each with a condition that tells which of its rows; they are merged
+      ways: the ORDERS to go by, each with a condition; they are merged
       where: conditions on o, each with the values of its parameters
     """
     count = itertools.count(2)
@@ -5449,26 +5398,20 @@ def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
     # they stand in the text once for each way
     common = re.sub(r'\?(?!1\b)', lambda _: f'?{next(count)}', common)
     ones = ' UNION '.join(f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} '
-                          f'WHERE {condition}{common}'
-                          for way, condition in ways)
+                          f'WHERE {condition}{common}' for way, condition in ways)
     order = 'DESC' if latest else 'ASC'
     return run(f'{ones} ORDER BY 1 {order}, 2 {order} LIMIT {limit}', int(now),
                *given(where)).fetchall()
 
 
 def ids_by(ways: Iterable[tuple[str, str]]) -> str:
-    """The query of the ids of occurrences by some ORDERS, each with a condition without
-    parameters.
-    """
+    """The query of the ids of occurrences by some ORDERS, with conditions without parameters."""
     return ' UNION ALL '.join(f'SELECT o.id FROM occurrence o INDEXED BY occurrence_{way} WHERE '
-                              f'{condition}'
-                              for way, condition in ways)
+                              f'{condition}' for way, condition in ways)
 
 
 def given(where: list) -> list:
-    """The values of the parameters of conditions, each of which stands behind its text, or None
-    behind one without.
-    """
+    """The values of the parameters of conditions; None is behind a text without one."""
     return [value for _, *values in where for value in values if value is not None]
 
 
@@ -5536,9 +5479,7 @@ class Amount(NamedTuple):
             for name, each in self.classes)
 
     def most(self, name: str) -> int | None:
-        """Of a capacity, the figure of a class; what isn't told is unlimited, but each host is
-        there once.
-        """
+        """Of a capacity, a class; what isn't told is unlimited, each host is there once."""
         known = {CLOSED: 0} | dict(self.classes)
         return known.get(name, 1 if name.startswith(HOST) else known.get(OTHERS))
 
@@ -5553,9 +5494,7 @@ class Amount(NamedTuple):
 
     @property
     def tracks(self) -> Iterator[tuple[str, tuple]]:
-        """The step functions that it is a part of: that of the three figures, and one of each
-        class.
-        """
+        """The step functions that it is a part of: of the three figures, and of each class."""
         if any(self[:3]):
             yield '', self[:3]
         for name, each in self.classes:
@@ -5800,8 +5739,7 @@ RAISE_STEPS = of_list(f"""
    WHERE {OF_ITS} AND at > p.begun AND at < p.until""",
                       'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
 DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN '
-                     '(SELECT resource, track, at FROM p)',
-                     'resource', 'track', 'at')
+                     '(SELECT resource, track, at FROM p)', 'resource', 'track', 'at')
 
 
 def step_of(text: str | None) -> tuple | None:
@@ -5882,9 +5820,7 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 
 
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
-    """Lets those be tried again that wait for room on a resource in a window, and those that lacked
-    something else.
-    """
+    """Lets those be tried again that wait for room there, or that lacked something else."""
     if standing().waits:
         run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
             resource, begin, until)
@@ -5902,11 +5838,7 @@ def fits(resource, begin: float, until: float, amount: Amount) -> bool:
 
 
 def admit(resource, begin: int, until: int, amount: Amount, now: float) -> None:
-    """Holds an amount if it fits from now on (the past is no obstacle), by THE RULE.
-
-    Raises:
-      NoCapacity: it doesn't; nothing was changed.
-    """
+    """Holds an amount if it fits from now on (the past is no obstacle), else NoCapacity."""
     if not fits(resource, max(begin, int(now)), until, amount):
         raise NoCapacity('')
     hold(resource.id, begin, until, amount)
@@ -5919,20 +5851,22 @@ def give(pieces: Iterable[Hold]) -> None:
 
 
 def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
-    """Holds all pieces, which don't overlap, if they fit from now on.
+    """Holds pieces, which don't overlap, if they fit from now on, else NoCapacity.
 
     Args:
       given: what the same change has given back before: that much is there
-
-    Raises:
-      NoCapacity: one doesn't; nothing was changed.
     """
-    for each in beyond(pieces, given):
+    refuse_without_room(beyond(pieces, given), now)
+    for each in pieces:
+        hold(*each)
+
+
+def refuse_without_room(pieces: Iterable[Hold], now: float) -> None:
+    """NoCapacity if one of some pieces, which don't overlap, doesn't fit from now on."""
+    for each in pieces:
         place = resource_of(each.resource, removed=True)
         if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
             raise NoCapacity('')
-    for each in pieces:
-        hold(*each)
 
 
 def steps(resource: int, begin: float, until: float,
@@ -5960,8 +5894,7 @@ def peaks(resource: int, begin: int, width: int, number: int,
     """The peaks of so many spans of so many seconds, one after the other."""
     tracks = {track: peaks_of(resource, track, begin, width, number) for track in ('', *classes)}
     return [Amount(*tracks[''][n], tuple((name, tracks[name][n][0]) for name in tracks if name
-                                         and tracks[name][n][0]))
-            for n in range(number)]
+                                         and tracks[name][n][0])) for n in range(number)]
 
 
 def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> list[tuple]:
@@ -5986,9 +5919,7 @@ def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> 
 
 def free_windows(resource, amount: Amount, after: float,
                  before: float) -> Iterator[tuple[float, float]]:
-    """The longest windows [begin, until) within [after, before) in which an amount fits, earliest
-    first.
-    """
+    """The longest [begin, until) within [after, before) in which an amount fits, in order."""
     most = capacity(resource)
     found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
                      free_of(resource.id, CLOSED, (0,), (0,), after, before))
@@ -6032,12 +5963,9 @@ def free_within(resource: int, track: str, rooms: list, after: float,
 
 def next_step(resource: int, track: str, rooms: list, after: float, before: float,
               free: bool) -> float:
-    """The first step in (after, before) within some figures, or with `free` false beyond them; else
-    `before`.
-    """
+    """The first step in (after, before) within some figures, or beyond them; else `before`."""
     within = ' AND '.join(f'{figure} <= ?' for figure, _ in zip(FIGURES, rooms))
-    found = run(f"SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? "
-                f"AND "
+    found = run('SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? AND '
                 f"{'' if free else 'NOT'} ({within}) ORDER BY at LIMIT 1",
                 resource, track, after, before, *rooms).fetchone()
     return found[0] if found else before
@@ -6057,14 +5985,11 @@ def overlaps(ones: Iterator, others: Iterator) -> Iterator[tuple[float, float]]:
 
 
 def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
-    """The step functions as occurrences and changes of capacity give them, canonical: what table
-    `step` must hold.
-    """
+    """The step functions as what is held gives them: what table `step` must hold."""
     changes = defaultdict(lambda: NOTHING)
     held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS '
-                'vcpus, '
-                'held_ram AS ram, held_classes AS classes FROM capacity '
-                'WHERE resource_id = ? AND removed IS NULL', resource)
+                'vcpus, held_ram AS ram, held_classes AS classes FROM capacity WHERE resource_id = '
+                '? AND removed IS NULL', resource)
     for table in ('occurrence', 'extra_hold'):
         held += rows(f'SELECT held_from, held_until, vms, vcpus, ram, classes FROM {table} '
                      'WHERE resource_id = ? AND held_from < held_until', resource)
@@ -6867,6 +6792,7 @@ class Clouds:
 # get mail in the words of the configuration.
 
 GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
+RARELY = 3600  # seconds that pauses grow to before a host is asked again that does not answer
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
 MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
 PER_HOST = 2  # notices that are on their way to one host at the same time
@@ -8606,9 +8532,7 @@ class Wish(NamedTuple):
         return self.takes(self.vms)
 
     def takes(self, vms: int) -> Amount:
-        """What so many machines take: what each does, or the whole of a host that is reserved by
-        name.
-        """
+        """What so many machines take; of a host that is reserved by name, all of it."""
         return self.whole._replace(vms=vms) if self.whole else self.each * vms
 
     @property
@@ -8679,9 +8603,7 @@ def by_line(lines: Iterable[dict]) -> list[dict]:
 
 
 class Request(NamedTuple):
-    """What somebody asks for under one label: its parts, each as the wishes of which the first that
-    fits will do.
-    """
+    """What is asked under one label: parts, each the wishes of which the first that fits does."""
     label: str
     parts: list[list[Wish]]
     wait: bool
@@ -8699,14 +8621,12 @@ class Request(NamedTuple):
 
 
 def for_each_part(method):
-    """Lets an operation on a label act on each part of a request of that label: on all of them, or
-    on none.
-    """
+    """Lets an operation act on each part of a request of a label: on all of them, or on none."""
     @functools.wraps(method)
     def acting(self, *args, **kwargs):
         given = inspect.signature(method).bind(self, *args, **kwargs).arguments
         dry_run = given.get('dry_run', False)
-        parts = self.parts_of(given['label'], given.get('project', ''))
+        parts = self.look.parts_of(given['label'], given.get('project', ''))
         if not parts:
             return method(**given)
         sized = {'vms'} if any(each.host and each.flavor for each in parts) else set()
@@ -8725,7 +8645,7 @@ def for_each_part(method):
                     return answers
                 attempt.undo()  # a part needs approval: so the change of all parts waits for it
             acting = self.acting(self.actor)
-            acting.proposes_all = True
+            acting.bookings.proposes_all = True
             return [method(**each | {'self': acting}) for each in each_given]
         changes = API[method.__name__].changes
         answers = self.carry_out(all_parts, dry_run) if changes else [
@@ -8749,16 +8669,14 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
-          'description',
-          'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
+          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
-               'lead', 'on_conflict',
-               'at_end', 'calendar'}
+               'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
@@ -8769,11 +8687,9 @@ UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation',
-                    'user_data',
-                    'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision', 'revised',
-                    'on_conflict',
-                    'booked_until', 'subscription', 'repeats', 'series', 'waiting', 'confirm',
-                    'pending', 'priority', 'choices', 'named', 'trusted'))
+                    'user_data', 'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision',
+                    'revised', 'on_conflict', 'booked_until', 'subscription', 'repeats', 'series',
+                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -8794,8 +8710,7 @@ BEGUN = ('live', f'o.due IS NOT NULL AND o.start <= ?1 + {LONGEST_LEAD}')
 WAYS = {'waiting': [('series',
                      'o.reservation_id IN (SELECT id FROM reservation WHERE waiting IS NOT NULL)')],
         'pending': [('series', 'o.reservation_id IN (SELECT id FROM reservation WHERE pending IS '
-                               'NOT NULL UNION '
-                               'SELECT reservation_id FROM proposal)')],
+                               'NOT NULL UNION SELECT reservation_id FROM proposal)')],
         'reserved': [('live', 'o.due IS NOT NULL AND o.start >= ?1')],
         **dict.fromkeys(('starting', 'active', 'degraded', 'ending'), [BEGUN]),
         'ended': [('over', 'o.due IS NULL'), BEGUN], 'failed': [('failed', 'o.told & 128'), BEGUN],
@@ -8814,8 +8729,7 @@ PATIENCE = 60  # seconds that a start may lie in the past: slow clocks, slow net
 def told(of, outcome: str, why: str = '') -> dict:
     """What became of one occurrence of a series."""
     return {'start': instant(of.start), 'end': instant(of.end), 'vms': of.vms,
-            'outcome': outcome} | (
-        {'why': why} if why else {})
+            'outcome': outcome} | ({'why': why} if why else {})
 
 
 def without_secrets(found):
@@ -8886,18 +8800,14 @@ def added_host(whole: Amount, name: str) -> Amount:
 
 
 def known_classes(before: str, given: dict | None) -> str:
-    """The classes of a resource, with other figures of some of them; an unlimited one is not
-    counted.
-    """
+    """The classes of a resource with some other figures; an unlimited one is not counted."""
     classes = json.loads(before or '{}') | (given or {})
     return (json.dumps({name: most for name, most in sorted(classes.items()) if most != UNLIMITED})
             if classes else '')
 
 
 def in_brief(field: str, value):
-    """A figure of a resource as a line about its difference shows it: of named hosts only the
-    names.
-    """
+    """A figure as a line about a difference shows it: of named hosts only the names."""
     return ', '.join(json.loads(value)) if field == 'named' and value else value
 
 
@@ -8912,8 +8822,7 @@ def spread(name: str, lateness: list[float]) -> dict:
     """The median, the 95th of a hundred and the worst of some seconds."""
     ordered = sorted(max(each, 0) for each in lateness)
     return {f'{name}_{word}': round(ordered[min(int(len(ordered) * share), len(ordered) - 1)], 3)
-            if ordered else None
-            for word, share in (('median', 0.5), ('95', 0.95), ('worst', 1))}
+            if ordered else None for word, share in (('median', 0.5), ('95', 0.95), ('worst', 1))}
 
 
 class Held(Error):
@@ -8927,9 +8836,8 @@ THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r '
-              'WHERE r.id = x.reservation_id '
-              'AND {})')
+FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
+              'x.reservation_id AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
 OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
@@ -8981,7 +8889,7 @@ A_MOMENT_AGO = 'Somebody changed the resource at the same moment. Try again.'
 
 
 class Service:
-    """The service, on behalf of one actor.
+    """Who asks, when, and of which cmres.
 
     Args:
       clock: seconds since 1970; the one place where time comes from
@@ -8991,8 +8899,7 @@ class Service:
     """
 
     def __init__(self, config: Config, clouds: Clouds, actor: Actor,
-                 clock: Callable[[], float] = time.time,
-                 wake: Callable[[], None] = lambda: None,
+                 clock: Callable[[], float] = time.time, wake: Callable[[], None] = lambda: None,
                  progress: Callable[[list], Iterable] = iter, shares: Shares | None = None):
         self.config, self.clouds, self.actor = config, clouds, actor
         self.clock, self.wake, self.progress = clock, wake, progress
@@ -9018,9 +8925,7 @@ class Service:
 
     @contextmanager
     def writing(self, dry_run: bool = False) -> Iterator[float]:
-        """A transaction that yields its instant and wakes the life cycle when it has changed
-        something.
-        """
+        """A transaction that yields its instant, and wakes the life cycle after it."""
         with rehearsing() if dry_run else transaction():
             self.fence()
             self.wanted()
@@ -9032,8 +8937,7 @@ class Service:
     def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
         """Does something at an instant, all of it or nothing.
 
-        What has no room is refused at once, so that nobody waits while it is explained: why, and
-        what would fit, is found out in a rehearsal.
+        What has no room is refused at once, and explained in a rehearsal: nobody waits for it.
         """
         if dry_run:
             with self.writing(dry_run) as now:
@@ -9055,9 +8959,7 @@ class Service:
         journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
     def resolve(self, start, end) -> tuple[int, int]:
-        """The seconds of a window: a length for a start counts from now, for an end from the
-        start.
-        """
+        """The seconds of a window: a length as start counts from now, as end from the start."""
         start = self.here.now + start if isinstance(start, timedelta) else start
         try:
             end = self.end_after(start, end) if isinstance(end, timedelta) else end
@@ -9070,9 +8972,7 @@ class Service:
         return int(start.timestamp()), int(end.timestamp())
 
     def end_after(self, start: datetime, length: timedelta) -> datetime:
-        """The instant that is so much later: typed days to the same hour of the clocks, hours
-        exactly.
-        """
+        """The instant so much later: typed days by the clocks, hours exactly."""
         zone = getattr(start, 'zone', None) or self.config.zone
         nominal = timedelta(seconds=getattr(length, 'nominal', 0))
         if not nominal:
@@ -9100,24 +9000,34 @@ class Service:
                             'admin.')
         return user, project
 
+
+# Lookup ######################################################################
+#
+# What is there, as far as who asks may see it.
+
+
+class Lookup:
+    """Finds reservations and resources."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
     def visible(self) -> list:
         """The condition that keeps an actor to what is theirs."""
-        own = [] if self.actor.role == ADMIN else [('r.project = ?', self.actor.project)]
+        own = [] if self.service.actor.role == ADMIN else [('r.project = ?',
+                                                            self.service.actor.project)]
         one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
-        return own if self.actor.resource is None else [*own, (one, self.actor.resource)]
+        return own if self.service.actor.resource is None else [*own,
+                                                                (one, self.service.actor.resource)]
 
     def window(self, start, end) -> list:
-        """The conditions on occurrences that overlap a window, either end of which may be
-        missing.
-        """
-        first = self.here.now if isinstance(end, timedelta) else FIRST
-        begin, until = self.resolve(start or first, end or LAST)
+        """The conditions on occurrences that overlap a window, either end of which may lack."""
+        first = self.service.here.now if isinstance(end, timedelta) else FIRST
+        begin, until = self.service.resolve(start or first, end or LAST)
         return ([('o.end > ?', begin)] if start else []) + ([('o.start < ?', until)] if end else [])
 
     def labelled(self, label: str, project: str = '') -> list[int]:
-        """The reservations of a label that they may see, or parts of a request of that label; the
-        latest first.
-        """
+        """The reservations of a label, or parts of such a request; the latest first."""
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
         also = ''.join(f' AND {text}' for text, _ in where)
         return [each.id for each in rows(
@@ -9137,9 +9047,6 @@ class Service:
         """The parts of the request that a label means; none if it means a reservation.
 
         What is not over comes first, then what is one's own, then the latest.
-
-        Raises:
-          Conflict: several projects have a request of that label; the sentence names them.
         """
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
         also, values = ''.join(f' AND {text}' for text, _ in where), [value for _, value in where]
@@ -9149,9 +9056,9 @@ class Service:
             return []
         plain = rows('SELECT id, label, project, over, added FROM reservation r '
                      f'WHERE label = ?{also} ORDER BY id', label, *values)
-        live = [each for each in parts + plain if each.over > self.clock()]
+        live = [each for each in parts + plain if each.over > self.service.clock()]
         meant = live or parts + plain
-        meant = [each for each in meant if each.project == self.actor.project] or meant
+        meant = [each for each in meant if each.project == self.service.actor.project] or meant
         if len({each.project for each in meant}) > 1:
             projects = ', '.join(sorted({each.project for each in meant}))
             raise Conflict(f"'{label}' exists in several projects: {projects}. Choose one.",
@@ -9161,32 +9068,28 @@ class Service:
                 if latest in parts else [])
 
     def search(self, where: list, state: Iterable[str] = (), limit: int = -1,
-               tail: str = 'ORDER BY start, id',
-               fields: str = LISTING) -> list:
+               tail: str = 'ORDER BY start, id', fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
         condition = ' AND '.join(text for text, *_ in where) or '1'
         in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
-        found = listing(self.clock(), condition, (*given(where), *state), in_state,
-                        f'{tail} LIMIT {limit}',
-                        fields)
-        return list(map(without_secrets, found)) if self.actor.role == READER else found
+        found = listing(self.service.clock(), condition, (*given(where), *state), in_state,
+                        f'{tail} LIMIT {limit}', fields)
+        return list(map(without_secrets, found)) if self.service.actor.role == READER else found
 
     def page(self, ways: list, where: list, state: Iterable[str], limit: int, after: str = '',
              latest: bool = False, fields: str = LISTING) -> list:
-        """The first rows of the listing in order of start, or with `latest` in the order from the
-        last one back.
+        """The first rows of the listing in order of start, or with `latest` from the last one back.
 
         Args:
           ways, where: as `walk` takes them
-          state: only these; they are looked at after the walk, some at a time until the page is
-            full
+          state: only these, which are looked at after the walk
           after: the cursor, or the id, of the line behind which it begins
         """
         found, size, beyond = [], min(limit, BATCH), '<' if latest else '>'
         place = self.place_of_cursor(after) if after else None
         while ways and len(found) < limit:
             onward = [(f'(o.start, o.id) {beyond} (?, ?)', *place)] if place else []
-            some = walk(self.clock(), ways, [*where, *onward], size, latest)
+            some = walk(self.service.clock(), ways, [*where, *onward], size, latest)
             found += self.in_order([id for _, id in some], state, fields)
             if len(some) < size or fields is BRIEF and len(found) != len(within_bytes(found)):
                 break
@@ -9194,9 +9097,7 @@ class Service:
         return (within_bytes(found) if fields is BRIEF else found)[:limit]
 
     def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
-        """The listing of occurrences, as far as they are in some states, in the order of their ids
-        here.
-        """
+        """The listing of occurrences, if they are in some states, in the order of their ids."""
         found = self.search([self.among('o.id', ids)], state, tail='', fields=fields) if ids else ()
         lines = {each.id: each for each in found}
         return [lines[id] for id in ids if id in lines]
@@ -9206,10 +9107,8 @@ class Service:
         return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
 
     def place_of_cursor(self, after: str) -> tuple[int, int]:
-        """The start and id behind which a page begins; after an id alone, that one's present
-        start.
-        """
-        start, _, id = read_argument('after', after, Cursor, self.here).rpartition('-')
+        """The start and id behind which a page begins; of an id alone, its present start."""
+        start, _, id = read_argument('after', after, Cursor, self.service.here).rpartition('-')
         if start:
             return int(start), int(id)
         there = row('SELECT start, id FROM occurrence WHERE id = ?', int(id))
@@ -9217,21 +9116,13 @@ class Service:
 
     def ways(self, asked: dict, state: Iterable[str],
              begin: int | None = None) -> list[tuple[str, str]]:
-        """By which indexes a page is found that filters ask for.
-
-        Args:
-          asked: whose and where, as `filtered` has it
-          begin: they end after that; few windows are longer than a day or a month, and indexes have
-            those
-        """
+        """By which indexes a page is found that filters ask for, of what ends after `begin`."""
         found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word])
                              if state else BOTH)
         return found if begin is None else self.overlapping(found, begin, self.within(asked))
 
     def overlapping(self, ways: list, begin: int, also: str) -> list[tuple[str, str]]:
-        """The same ways to what ends after an instant: only a long one of those that start long
-        before does.
-        """
+        """The ways to what ends after an instant; only what is long starts long before it."""
         day, month = begin - DAY, begin - MONTH
         return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{also}'),
                 ('long',
@@ -9265,14 +9156,7 @@ class Service:
     def mine(self, label: str, project: str = '', live: bool = True,
              occurrence: datetime | None = None):
         """The one reservation of that label that the actor means: not over, else (unless `live`)
-        the latest.
-
-        Of a series it is the present or next occurrence, or the one that begins at an instant or on
-        a date.
-
-        Raises:
-          NotFound: there is none that they may see.
-          Conflict: several projects have one; the sentence names them.
+        the latest; of a series the present or next occurrence, or the one at an instant or date.
         """
         where = [('r.label = ?', label), *self.visible(),
                  *([('r.project = ?', project)] if project else [])]
@@ -9280,15 +9164,16 @@ class Service:
                  'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
         found = [self.next_of(each.id)
                  for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
-                                  int(self.clock()))]
-        usable = [each for each in found if each.cancelled is None and each.end > self.clock()]
+                                  int(self.service.clock()))]
+        usable = [each for each in found if each.cancelled is None
+                  and each.end > self.service.clock()]
         if not usable:
             past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
                 raise NotFound(f"There is no {'current or future ' if past else ''}reservation "
                                f"'{label}'.")
             usable = [self.next_of(past.id)]
-        usable = [each for each in usable if each.project == self.actor.project] or usable
+        usable = [each for each in usable if each.project == self.service.actor.project] or usable
         if len(usable) > 1:
             projects = ', '.join(sorted(each.project for each in usable))
             raise Conflict(f"'{label}' exists in several projects: {projects}. Choose one.",
@@ -9299,11 +9184,9 @@ class Service:
         return self.occurrence_at(usable[0], occurrence, live)
 
     def occurrence_at(self, found, asked: Day, live: bool):
-        """The occurrence of the same reservation that begins then, or on that date by the clocks of
-        its series.
-        """
-        zone = read_zone(found.tz or self.config.timezone)
-        begin, until, text = self.span_of(asked, zone)
+        """The occurrence that begins then, or on that date by the clocks of its series."""
+        zone = read_zone(found.tz or self.service.config.timezone)
+        begin, until, text = self.service.span_of(asked, zone)
         there = self.search([('r.id = ?', found.reservation), ('o.start >= ?', begin),
                              ('o.start < ?', until),
                              *([(NOT_OVER, None)] if live else [])], limit=1)
@@ -9314,7 +9197,7 @@ class Service:
 
     def live(self, found, since: str = '') -> list:
         """The occurrences of a reservation that are not over, from a slot on."""
-        if not found.repeats and found.cancelled is None and found.end > self.clock():
+        if not found.repeats and found.cancelled is None and found.end > self.service.clock():
             return [found]
         return self.search([('r.id = ?', found.reservation), (NOT_OVER, None),
                             ('o.slot >= ?', since)])
@@ -9326,7 +9209,7 @@ class Service:
 
     def begun(self, found) -> bool:
         """Whether an occurrence has begun: with machines, from its lead on."""
-        return self.clock() >= (found.held_from if found.runs else found.start)
+        return self.service.clock() >= (found.held_from if found.runs else found.start)
 
     def resource_row(self, name: str):
         """The resource of a name; NotFound names the nearest."""
@@ -9334,7 +9217,7 @@ class Service:
         if not found:
             names = [each.name for each in self.places()]
             raise NotFound(f"There is no resource '{name}'{nearest(name, names)}")
-        if self.actor.resource not in (None, found.id):
+        if self.service.actor.resource not in (None, found.id):
             raise Forbidden(f"This token is only for another resource, not for '{name}'.")
         return found
 
@@ -9345,7 +9228,8 @@ class Service:
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
         given = [(column, value) for column, value in zip(PLACE, place) if value]
-        given += [('id', self.actor.resource)] if self.actor.resource is not None else []
+        given += [('id',
+                   self.service.actor.resource)] if self.service.actor.resource is not None else []
         condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
         return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
                     *(value for _, value in given))
@@ -9387,6 +9271,42 @@ class Service:
             "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id",
             occurrence)]
 
+    def together(self, found) -> list:
+        """A reservation and, if it is a part of a request, the other parts that are not over."""
+        if not found.request:
+            return [found]
+        return self.search([('r.request = ?', found.request), ('r.project = ?', found.project),
+                            (NOT_OVER, None), (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
+
+    def filtered(self, asked: dict) -> tuple[dict, list]:
+        """The filters by whose and where: as `ways` takes them, and as conditions on o."""
+        own = self.service.actor.project if self.service.actor.role != ADMIN else ''
+        conditions = [('o.of_user = ?', asked['user']), ('o.of_project = ?', asked['project']),
+                      ('o.of_project = ?', own)]
+        placed = [(column, asked[column]) for column in PLACE if asked[column]]
+        placed += [('name', asked['resource'])] if asked['resource'] else []
+        placed += [('id',
+                    self.service.actor.resource)] if self.service.actor.resource is not None else []
+        filters = {'user': asked['user'], 'project': asked['project'] or own}
+        if placed:  # also on those that were removed
+            at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
+            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}',
+                                                          *given(placed))]
+        return filters, [condition for condition in conditions if condition[1]]
+
+    def kept_servers(self, label: str, project: str) -> list:
+        """The servers that stay after their end, of a label or all, that the actor may see."""
+        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
+        where += [self.among('r.id', self.labelled(label))] if label else []
+        return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped',
+          'shelved') AS state,
+                               v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
+                          FROM server v JOIN occurrence o ON o.id = v.occurrence_id
+                          JOIN reservation r ON r.id = o.reservation_id
+                         WHERE v.state = 'kept'
+                           AND NOT v.borrowed{''.join(f' AND {text}' for text, _ in where)}
+                         ORDER BY v.id""", *(value for _, value in where))
+
 
 # Wishes ######################################################################
 #
@@ -9394,8 +9314,11 @@ class Service:
 # it doesn't fit: what is in the way, and what would fit instead.
 
 
-class Wishes(Service):
-    """What is asked, resolved: resources, clouds, repetitions; and why it does not fit."""
+class Wishes:
+    """Reads what is asked: resources, clouds, repetitions."""
+
+    def __init__(self, service: Service, look: Lookup):
+        self.service, self.look = service, look
 
     def read_wish(self, asked: dict, old=None, changes: Iterable[str] = (*STORED, *REPEATING),
                   stretches: list[Stretch] = (), key: str = '', place=None) -> Wish:
@@ -9410,11 +9333,11 @@ class Wishes(Service):
         """
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
-        if old and self.actor.role != ADMIN and asked['user'] != old.user:
+        if old and self.service.actor.role != ADMIN and asked['user'] != old.user:
             raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
                             'else.')
-        user, project = (asked['user'], old.project) if old else self.owner(asked)
-        place, warnings = place or self.resource_at(asked), []
+        user, project = (asked['user'], old.project) if old else self.service.owner(asked)
+        place, warnings = place or self.look.resource_at(asked), []
         self.refuse_unbootable(asked, place)
         if 'notify' in changes:
             self.refuse_untellable(asked['notify'])
@@ -9428,15 +9351,12 @@ class Wishes(Service):
             each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
             trusted = self.trusted(asked | {'server': server}, kept, new)
-        wish = Wish(asked['label'], user, project, place, start, end, asked['vms'],
-                    asked['flavor'], asked['image'],
-                    asked['network'], asked['key'], [*asked['security_groups']], asked['user_data'],
-                    dict(asked['metadata'] or {}), server,
-                    asked['at_end'] or ('stop' if server else 'delete'),
-                    [*asked['notify']], lead, asked['description'], bool(asked['personal']),
-                    asked['repeat'],
-                    old.tz if old else '',
-                    asked['on_conflict'], [], each, warnings, *(
+        wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'],
+                    asked['image'], asked['network'], asked['key'], [*asked['security_groups']],
+                    asked['user_data'], dict(asked['metadata'] or {}), server,
+                    asked['at_end'] or ('stop' if server else 'delete'), [*asked['notify']], lead,
+                    asked['description'], bool(asked['personal']), asked['repeat'],
+                    old.tz if old else '', asked['on_conflict'], [], each, warnings, *(
                         (old.host, amount_of(old)) if old and old.host
                         and not {*asks, 'vms'} & set(changes)
                         else self.whole_host(place, asked, each)), trusted=trusted)
@@ -9450,12 +9370,12 @@ class Wishes(Service):
     def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
         """Start and end in seconds; without a new end, one that is moved keeps its length."""
         length = timedelta(seconds=old.end - old.start) if old else None
-        start, end = self.resolve(asked['start'], asked.get('end', length))
-        now = self.clock()
+        start, end = self.service.resolve(asked['start'], asked.get('end', length))
+        now = self.service.clock()
         if start < now - PATIENCE and not (old and start == old.start) and not asked.get('late'):
-            raise Invalid(f'The start ({self.config.told_time(start)}) is in the past.')
+            raise Invalid(f'The start ({self.service.config.told_time(start)}) is in the past.')
         if end <= now:
-            raise Invalid(f'The end ({self.config.told_time(end)}) is not in the future.')
+            raise Invalid(f'The end ({self.service.config.told_time(end)}) is not in the future.')
         if start < lead:
             raise Invalid('The lead time starts before the year 1970.')
         return start, end
@@ -9463,9 +9383,9 @@ class Wishes(Service):
     def refuse_untellable(self, targets: Iterable[str]) -> None:
         """Refuses mail addresses to which nothing would ever be sent."""
         for target in targets:
-            if not self.config.may_tell(target):
-                raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
-                              f'addresses of {self.config.mail_domains}.')
+            if not self.service.config.may_tell(target):
+                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to "
+                              f'addresses of {self.service.config.mail_domains} only')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -9490,11 +9410,9 @@ class Wishes(Service):
                               f"they are over 10")
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
-        """What the resource's cloud knows under the names that are asked for; an unknown one is
-        refused.
+        """What the resource's cloud knows under the names that are asked for.
 
-        If the cloud can't be asked, that goes to `warnings`, unless only it could tell what is
-        needed.
+        If it can't be asked, that goes to `warnings`, unless only it could tell what is needed.
         """
         named = named_by(asked)
         if not named:
@@ -9502,13 +9420,14 @@ class Wishes(Service):
         if not place.cloud:
             raise Invalid(f"Resource '{place.name}' has no cloud that knows the "
                           f"{named[0][0].replace('_', ' ')} '{named[0][1]}'. Remove it.")
-        project = asked.get('project', self.actor.project)
-        account = self.clouds.account(place.cloud, project)
-        admin = self.actor.role == ADMIN
-        sight = self.clouds.sight(account, project, asked.get('trusted', ()), admin)
+        project = asked.get('project', self.service.actor.project)
+        account = self.service.clouds.account(place.cloud, project)
+        admin = self.service.actor.role == ADMIN
+        sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            cloud = self.clouds.open(account)
-            found = self.shares.ask(f'the cloud {account}', lambda: cloud.check(named, sight))
+            cloud = self.service.clouds.open(account)
+            found = self.service.shares.ask(f'the cloud {account}',
+                                            lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
@@ -9525,7 +9444,8 @@ class Wishes(Service):
         """The names that an admin gave a reservation, now or before, as KIND:NAME."""
         fields = {'security_group': 'security_groups'}
         return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
-                self.actor.role == ADMIN and {'resource', fields.get(kind, kind)} & changes)]
+                self.service.actor.role == ADMIN
+                and {'resource', fields.get(kind, kind)} & changes)]
 
     def each_takes(self, found: dict) -> Amount:
         """What one machine takes, of what the cloud told."""
@@ -9560,27 +9480,20 @@ class Wishes(Service):
                        'lead': timedelta(seconds=old.lead), 'start': instant(old.start)}
 
     def carried_on(self, old) -> Wish:
-        """What was wished of a series, as the store has it; nobody is there to be refused
-        anything.
-        """
+        """What was wished of a series, as the store has it; nobody is there to be refused."""
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
         kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
         return Wish(resource=None, start=old.start, end=old.end, vms=old.vms,
-                    stretches=self.stretches(old.reservation),
-                    each=amount_of(old) // old.vms, warnings=[],
-                    whole=amount_of(old) if old.host else None,
+                    stretches=self.look.stretches(old.reservation), each=amount_of(old) // old.vms,
+                    warnings=[], whole=amount_of(old) if old.host else None,
                     **kept | {'on_conflict': clash})
 
     def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
                   changes: Iterable[str]) -> Wish:
-        """A wish with the series that it asks for, which begins with the first slot of its rule.
-
-        Raises:
-          Invalid: there is no such slot, or it can't be both until and a count.
-        """
-        zone = read_zone(asked.get('tz') or wish.tz or self.config.timezone)
+        """A wish with the series that it asks for, which begins with the first slot of its rule."""
+        zone = read_zone(asked.get('tz') or wish.tz or self.service.config.timezone)
         wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash,
-                                                       self.here))
+                                                       self.service.here))
         begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
         first, ends = typed_wall(begins, zone), asked.get('end', instant(wish.end))
         length, exact = typed_length(ends, instant(wish.start), first, zone)
@@ -9596,9 +9509,9 @@ class Wishes(Service):
         rule = local_rule(self.ended_rule(asked, zone), zone)
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
                           skips=skips, exact=exact)
-        slot = next(slots(stretch, self.clock(), LAST.timestamp()), None)
+        slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
         if not slot:
-            begin = self.config.told_time(from_wall(first, zone).timestamp(), zone.key)
+            begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
             raise Invalid(f'The repetition has no occurrence after {begin}.')
         stretches = [*stretches_before(stretches, key), stretch]
         return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key,
@@ -9623,9 +9536,7 @@ class Wishes(Service):
         return cut_stretches(stretches, key, shift=shift, **new)
 
     def planned(self, old, stretches: list[Stretch]) -> tuple[ZoneInfo, datetime]:
-        """The zone of a series, and the wall time at which it has an occurrence, wherever that was
-        moved to.
-        """
+        """The zone of a series, and for when by its clocks an occurrence was planned."""
         stretch, _, _ = self.stretch_of(old, stretches)
         slot = datetime.fromisoformat(old.slot or stretch.start)
         return read_zone(stretch.zone), slot + timedelta(seconds=stretch.shift)
@@ -9641,24 +9552,23 @@ class Wishes(Service):
         if not REPEATING & set(changes):
             return stretches
         zone = read_zone(stretches[-1].zone)
-        skips = self.read_skips(asked, zone, int(self.clock()), warnings)
+        skips = self.read_skips(asked, zone, int(self.service.clock()), warnings)
         ends = {'until', 'count'} & set(changes)
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
             asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule
-                                 else stretch.rule)
-                for stretch in stretches]
+                                 else stretch.rule) for stretch in stretches]
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
         """The rule that is asked for with its end; a date is meant to its last second."""
         # Python may call without `bind`
-        rule = read_argument('repeat', asked['repeat'], Repeat, self.here)
+        rule = read_argument('repeat', asked['repeat'], Repeat, self.service.here)
         until, count = asked.get('until'), asked.get('count')
         if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
             raise Invalid('Choose one end for the series: a last date, a number of occurrences, '
                           'or an end in the RRULE.',
                           hint='--until, --count or an RRULE with UNTIL')
         if until is not None:
-            until = self.here.now + until if isinstance(until, timedelta) else until
+            until = self.service.here.now + until if isinstance(until, timedelta) else until
             last = (datetime.combine(until, datetime.max.time()) if type(until) is date
                     else to_wall(until, zone))
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
@@ -9666,9 +9576,7 @@ class Wishes(Service):
 
     def read_skips(self, asked: dict, zone: ZoneInfo, start: int,
                    warnings: list) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence; holidays are fetched, outside any
-        transaction.
-        """
+        """Days, or wall times, without an occurrence; outside any transaction."""
         skips = []
         for text in asked.get('skip_dates') or ():
             try:
@@ -9683,11 +9591,7 @@ class Wishes(Service):
         return tuple(skips)
 
     def holidays(self, source: str, zone: ZoneInfo, begin: datetime, warnings: list) -> list[str]:
-        """The days of the all-day events of a calendar for ten years; what can't be read is told.
-
-        Raises:
-          BadCalendar: it is none, or nothing in it can be understood.
-        """
+        """The days of a calendar's all-day events for ten years; what can't be read is told."""
         entries = read_calendar(self.fetched(source), 'the calendar of holidays')
         begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
         found, refused = days_of(entries, zone, begin, until)
@@ -9701,8 +9605,8 @@ class Wishes(Service):
         if not re.match('https?://', source):
             return source
         try:
-            status, _, body = self.shares.ask(f'the host {host_of(source)}',
-                                              lambda: fetch(self.config, source, {}))
+            status, _, body = self.service.shares.ask(f'the host {host_of(source)}',
+                                              lambda: fetch(self.service.config, source, {}))
         except (Undelivered, CloudError) as error:
             raise Unavailable(f'cmres could not read the calendar: {error}') from None
         if status != 200:
@@ -9710,11 +9614,7 @@ class Wishes(Service):
         return body.decode('utf8', 'surrogateescape')
 
     def as_now(self, wish: Wish) -> Wish:
-        """A wish with the row of its resource as it is in this transaction.
-
-        Raises:
-          Conflict: it was removed since it was read, or what the cloud told for it is out of date.
-        """
+        """A wish with the row of its resource as it is in this transaction."""
         before = wish.resource
         place = resource_of(before.id)
         if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
@@ -9722,87 +9622,16 @@ class Wishes(Service):
                            'moment. Try again.')
         return wish._replace(resource=place)
 
-    @contextmanager
-    def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
-        """Writes down that a request was refused for want of capacity or by a limit.
 
-        Only the operator is told: who asks has the answer, and may have named anybody to notify.
-        """
-        try:
-            yield
-        except Conflict as refusal:
-            if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
-                with transaction():
-                    sentence = f"'{wish.label}' of {wish.user}: {refusal}"
-                    journal(self.config, self.clock(), wish.user, 'refused', sentence, None,
-                            project=wish.project, resource=wish.resource.id)
-            raise
+class Reasons:
+    """Why something has no room, and what is in its way."""
 
-    @contextmanager
-    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
-        """Makes of a bare NoCapacity one that says why.
-
-        In a rehearsal it also tells what is in the way and what would fit.
-
-        Args:
-          old: the occurrence that was to change
-          deed: does what was asked with another wish, of which one field is otherwise; without it,
-            nothing is offered
-        """
-        try:
-            with Attempt() if rehearsal.on else nullcontext():
-                yield
-        except NoCapacity as refusal:
-            if deed and not rehearsal.on:
-                raise
-            with undone():
-                wish = self.as_now(getattr(refusal, 'wish', wish))
-                why, more, offers = self.explained(refusal, wish, old, bool(deed))
-                more = refusal.details | more | (self.tested(deed, offers) if deed else {})
-                raise NoCapacity(why, **more) from None
-
-    def explained(self, refusal: NoCapacity, wish: Wish, old,
-                  offering: bool) -> tuple[str, dict, dict]:
-        """The sentence of a refusal, what is in the way, and what might be offered, best first."""
-        if wish.stretches:  # a series tells by itself
-            fitting = 0 if old else getattr(refusal, 'most_vms', 0)
-            offers = [(fitting, with_vms(wish, fitting))] if fitting else []
-            return str(refusal), {}, {'most_vms': offers}
-        with undone():
-            if old:  # it is not in its own way
-                give([hold_of(old)])
-            lack, why = self.lack(wish), str(refusal)
-            if not offering:
-                return why or self.why_not(wish, lack), {}, {}
-            more = {} if why else self.in_the_way(wish, lack, old.reservation if old else 0)
-            why = why or self.why_not(wish, lack)
-            later = self.later(wish, getattr(refusal, 'others', ()))
-            return why, more, {
-                'next_start': [*itertools.islice(later, MOST_OFFERS)],
-                'most_vms': [*self.fewer(wish, lack, old)], 'longest': [*self.shorter(wish, old)]}
-
-    def tested(self, deed: Callable[[Wish, str], Any], offers: dict[str, list]) -> dict:
-        """Of each offer the first that would be admitted, decided as a request is."""
-        found = {}
-        for name, candidates in offers.items():
-            for offer, wish in candidates:
-                if self.would_do(deed, wish, OFFERS[name]):
-                    found[name] = offer
-                    break
-        return found
-
-    def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
-        """Whether something can be done; it is undone."""
-        try:
-            with undone():
-                deed(wish, field)
-                return True
-        except Error:
-            return False
+    def __init__(self, service: Service, look: Lookup):
+        self.service, self.look = service, look
 
     def to_come(self, wish: Wish) -> tuple[int, int]:
         """The window that a wish holds, as far as it is not past."""
-        return max(wish.held[0], int(self.clock())), wish.held[1]
+        return max(wish.held[0], int(self.service.clock())), wish.held[1]
 
     def lack(self, wish: Wish) -> Lack | None:
         """What a wish finds too little of in its window; None if its resource has enough."""
@@ -9837,7 +9666,7 @@ class Wishes(Service):
         name = wish.resource.name
         if not lack:  # somebody has just given something back
             return A_MOMENT_AGO
-        when = self.config.told_window(*wish.held, wish.tz)
+        when = self.service.config.told_window(*wish.held, wish.tz)
         if lack.changes and lack.alone:
             return self.why_less(name, lack, when, wish.tz)
         if lack.figure.startswith(HOST):
@@ -9853,7 +9682,7 @@ class Wishes(Service):
     def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
         begin, until = lack.changes[0].start, max(each.end for each in lack.changes)
-        changed = self.config.told_window(begin, until, tz)
+        changed = self.service.config.told_window(begin, until, tz)
         reasons = ', '.join(dict.fromkeys(each.reason for each in lack.changes))
         if lack.figure == CLOSED:
             return f"'{name}' is closed from {changed}: {reasons}. You asked for {when}."
@@ -9863,16 +9692,12 @@ class Wishes(Service):
 
     def in_brief_for_actor(self, found) -> dict:
         """When an occurrence holds how much; whose it is, only for those who may see it."""
-        seen = self.actor.role == ADMIN or found.project == self.actor.project
+        seen = self.service.actor.role == ADMIN or found.project == self.service.actor.project
         fields = ('label', 'user', 'project', 'vms', 'start', 'end')[0 if seen else 3:]
         return {name: value for name, value in public(found).items() if name in fields}
 
     def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
-        """At most ten of what takes the figure that is lacking; of others' only how much and when.
-
-        Args:
-          own: the reservation that was to change, which is not in its own way
-        """
+        """At most ten of what takes what is lacking; of others' only how much and when."""
         changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
                    for each in (lack.changes if lack else ())]
         cause = {'cause': lack.cause if lack else 'reserved'}
@@ -9883,7 +9708,7 @@ class Wishes(Service):
             'classes LIKE ?', (f'%"{lack.figure}"%',))
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} '
                  f'AND o.start < {until} + {LONGEST_LEAD}')
-        near = ids_by(self.overlapping([('place_live', f'1{there}')], begin, there))
+        near = ids_by(self.look.overlapping([('place_live', f'1{there}')], begin, there))
         found = rows(f"""
             SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
               SELECT reservation_id, vms, start, "end" AS until FROM occurrence
@@ -9902,41 +9727,10 @@ class Wishes(Service):
     def seen_in_the_way(self, found) -> dict:
         """What the actor may see of what holds something; stopped VMs that stay have no end."""
         whose = {'label': found.label, 'user': found.user, 'project': found.project}
-        mine = self.actor.role == ADMIN or found.project == self.actor.project
+        mine = self.service.actor.role == ADMIN or found.project == self.service.actor.project
         end = None if found.until >= LAST.timestamp() else instant(found.until)
         when = {'vms': found.vms, 'start': instant(found.start), 'end': end}
         return whose | when if mine else when
-
-    def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
-        """The same later: where there is room, and there when something ends that was in the way.
-
-        Args:
-          others: ids of the resources where the other parts of its request could be
-        """
-        begin, need = max(wish.held[0], int(self.clock())), wish.held[1] - wish.held[0]
-        ends = self.ends_after(wish, begin, others)
-        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
-            inside = [at for at in ends if first < at <= last - need]
-            for at in [int(first), *inside] if last - first >= need else ():
-                start = at + wish.lead
-                yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
-
-    def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
-        """When things end that count against the same limits, wait, or are on some resources."""
-        if not (others or standing().limits or standing().waits):
-            return []
-        most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
-        found = walk(self.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
-        whose = [('project', 'o.of_project = ?', wish.project),
-                 ('user', 'o.of_user = ?', wish.user)]
-        whose += [('place', 'o.resource_id = ?', each) for each in others]
-        for way, condition, value in whose:
-            ways = self.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
-                                    ' AND o.due IS NOT NULL')
-            found += walk(self.clock(), ways, [(condition, value), later], most)
-        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
-                   json.dumps([id for _, id in found]))
-        return sorted({end for end, in ends})[:most]
 
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
@@ -9954,17 +9748,6 @@ class Wishes(Service):
         if offered and (old.vms if old else 0) < min(rooms) < wish.vms:
             yield min(rooms), with_vms(wish, min(rooms))
 
-    def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
-        """The same as long as there is room, if that is longer than what it has already."""
-        begin, _ = self.to_come(wish)
-        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
-        length, before = int(last) - wish.start, old.end - old.start if old else 0
-        if first == begin and before < length < wish.end - wish.start:
-            text = format_duration(length)
-            # As it will be read: days are by the clocks.
-            _, end = self.resolve(instant(wish.start), parse_duration(text))
-            yield text, wish._replace(end=end)
-
 
 # Limits ######################################################################
 #
@@ -9972,11 +9755,9 @@ class Wishes(Service):
 
 
 class Others:
-    """The other occurrences of a series while it is changed, one by one: what counts against
-    limits.
+    """The other occurrences of a series while it is changed: what counts against limits.
 
-    The store has the old of those that are not written yet; here each is what it keeps, then what
-    it gets.
+    Here each is what it keeps, then what it gets; the store has the old of them.
     """
 
     def __init__(self, reservation: int, now: float):
@@ -10018,113 +9799,50 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 LIMIT_FIELDS = RENAMED['limit_add']
 
 
-class Limits(Wishes):
-    """What users and projects may reserve at most."""
+class Limits:
+    """What users and projects may have at most."""
 
-    @api('POST', '/limit/', role=ADMIN, made='/limit/')
-    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
-                  max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
-                  min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
-                  exempt_within: Span = None, dry_run: bool = False) -> LimitAnswer:
-        """Sets a limit for a user or a project.
-
-        Without both, the limit applies to every project that has no limit of its own. With
-        --resource it applies to that resource; otherwise to all resources together. Reservations
-        that start within --exempt-within and take at most a day (`exempt_longest`) have no limit.
-
-        Example:
-          python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
-        """
-        figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
-                   'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
-                   'waiting': max_waiting}
-        if all(each is None for each in figures.values()):
-            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}.")
-        seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
-                   for name, each in figures.items()}
-        with self.writing(dry_run) as now:
-            id = insert(Limit, project=project, user=user, resource=self.id_of(resource),
-                        **seconds, added=int(now),
-                        exempt=int((exempt_within or timedelta(0)).total_seconds()))
-            self.journal(now, 'limit', f"limited {user or project or 'every project'}")
-            return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
-
-    @api('GET', '/limit/')
-    def limit_list(self) -> list[LimitAnswer]:
-        """Lists the limits; only admins see the limits of others.
-
-        Example:
-          python cmres.py limit list
-        """
-        found = rows(f'{LIMITS} ORDER BY l.id')
-        return [self.limit_public(each) for each in found if self.actor.role == ADMIN
-                or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
-
-    @api('DELETE', '/limit/<id>', role=ADMIN)
-    def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
-        """Removes a limit.
-
-        Example:
-          python cmres.py limit delete 1
-        """
-        with self.writing(dry_run) as now:
-            found = row(f'{LIMITS} WHERE l.id = ?', id)
-            if not found:
-                raise NotFound(f'There is no limit {id}.')
-            run('DELETE FROM limits WHERE id = ?', id)
-            remembered.change()
-            run('UPDATE wait SET due = 0 WHERE limited')
-            self.journal(now, 'limit', f'removed limit {id}')
-            return self.limit_public(found)
-
-    def limit_public(self, found) -> dict:
-        """A limit as answers show it: lengths in words."""
-        lengths = ('longest', 'ahead', 'least_notice', 'exempt')
-        return with_twins({
-            name: format_duration(value) if name in lengths and value is not None else value
-            for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
+    def __init__(self, service: Service):
+        self.service = service
 
     def limits_for(self, wish: Wish) -> list:
-        """The limits that a wish is under: of its user, of its project, and of every project if
-        that has none.
-        """
+        """The limits of a wish: of its user, its project, or else of every project."""
         theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '',
                       wish.user, '', wish.project) if standing().limits else ()
         found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
-    def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None) -> None:
+    def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
+                      own: int = 0) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
 
         Args:
-          old: its occurrence as it was, which doesn't count against it; what it had already, it may
-            keep
-          others: the other occurrences of its series as they will be, instead of what the store has
-            of it
+          old: its occurrence as it was, which doesn't count; what it had already, it may keep
+          others: the other occurrences of its series as they will be
+          own: its reservation
         """
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
-                wish.end - wish.start <= self.config.exempt_longest)
+                wish.end - wish.start <= self.service.config.exempt_longest)
             if not near or old and old.start <= now:
-                for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others):
+                for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others, own):
                     if value is not None and not fits_it:
                         whose = (f"User '{limit.user}'" if limit.user else
                                  f"Project '{limit.project or wish.project}'")
                         raise Conflict(f'{whose} {passes}', cause='limit', limit=name,
                                        value=value, passes=passes)
 
-    def beyond(self, limit, wish: Wish, now: float, old, others: Others | None) -> Iterator[tuple]:
-        """For each figure of a limit: its name, its value, whether a wish is within it, and what
-        would be.
-        """
+    def beyond(self, limit, wish: Wish, now: float, old, others: Others | None,
+               own: int) -> Iterator[tuple]:
+        """Of each figure of a limit: name, value, whether a wish is within, what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
         less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
         yield 'longest', limit.longest, length <= max(limit.longest or 0, before), (
             f'can reserve for at most {in_words_of(limit.longest)}. You asked for '
             f'{in_words_of(length)}.')
-        moved, at = not old or wish.start != old.start, self.config.told_time
+        moved, at = not old or wish.start != old.start, self.service.config.told_time
         last = int(now) + (limit.ahead or 0)
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
             f'can reserve at most {in_words_of(limit.ahead)} ahead. Choose a start before '
@@ -10134,7 +9852,7 @@ class Limits(Wishes):
             f'must reserve at least {in_words_of(limit.least_notice)} before the start. Choose a '
             f'start after {at(nearest, wish.tz)}.')
         if limit.most_vms is not None:
-            most = self.most_at_once(limit, wish, old, others)
+            most = self.most_at_once(limit, wish, old, others, own)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
                 f"can use {counted(limit.most_vms, 'VM')} at the same time and already uses {most} "
                 f'then. You asked for {wish.vms}.')
@@ -10147,11 +9865,7 @@ class Limits(Wishes):
 
     def counted(self, limit, wish: Wish, others: Others | None,
                 of: tuple[str, ...]) -> tuple[str, list]:
-        """What counts against a limit, as conditions on some columns and values of theirs.
-
-        Args:
-          of: the columns of user, project, reservation and resource
-        """
+        """What counts against a limit: columns of user, project, reservation and resource."""
         user, project, reservation, resource = of
         wanted = {user: limit.user and wish.user,
                   project: limit.project or not limit.user and wish.project,
@@ -10160,7 +9874,7 @@ class Limits(Wishes):
         conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
         return ' AND '.join(conditions), [*conditions.values()]
 
-    def most_at_once(self, limit, wish: Wish, old, others: Others | None) -> int:
+    def most_at_once(self, limit, wish: Wish, old, others: Others | None, own: int) -> int:
         """How many machines the limited have at most at the same time in the window of a wish."""
         begin, until = wish.held
         where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
@@ -10172,7 +9886,7 @@ class Limits(Wishes):
         found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
                      'AND held_from < ? AND held_until > ? '
                      'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     old.reservation if old and not others else 0).fetchall()
+                     own if old and not others else 0).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -10183,133 +9897,524 @@ class Limits(Wishes):
         where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
         seconds = others.seconds[limit.resource_id] if others else 0
         seconds += run(
-            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o '
-            f'WHERE {where} AND '
-            'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
+            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
+            f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
             int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
         where, values = self.counted(limit, wish, others, OF_EXTRA)
         extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
                     'AND proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
         return (seconds + sum(each for each, in extra)) / 3600
 
+    def refuse_many_waiting(self, wish: Wish) -> None:
+        """Refuses to let a user or a project wait with more requests than a limit says."""
+        for limit in self.limits_for(wish):
+            if limit.waiting is None:
+                continue
+            who, name = ('user', wish.user) if limit.user else ('project', wish.project)
+            waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) "
+                         f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
+                         name, int(self.service.clock())).fetchone()
+            if waits >= limit.waiting:
+                raise Conflict(f"{who.capitalize()} '{name}' can have "
+                               f"{counted(limit.waiting, 'request')} on the waiting list and "
+                               f'already has {waits}. '
+                               'Cancel one first.', limit='waiting', value=limit.waiting, passes=0)
 
-# Holding #####################################################################
+
+# Policy ######################################################################
 #
-# What every reservation, change and occurrence of a series goes through: labels, machines that
-# exist, those that have waited for long, and then THE RULE.
+# Whatever is promised changes by a Change, and each Change goes through `Bookings.commit`: it asks
+# these rules, whoever asks for the change. A rule is told what is and what is to be.
 
 
-class Holding(Limits):
-    """What is taken and written for one occurrence; inside a transaction."""
+class Change(NamedTuple):
+    """One occurrence as it is, and as it is to be."""
+    before: Any        # its row; None: it is new
+    after: Wish | None  # what it is to be, by itself; None: it is given up
+    key: str           # its slot; '' if it is the only one
+    had: list[Hold]    # nothing, if it is new or comes back
+    wants: list[Hold]  # nothing, if it waits
+    columns: dict      # what is written of it that follows from nothing else
 
-    def refuse_many_texts(self, wish: Wish, old=None) -> None:
-        """Refuses what makes the long texts of a project more than it may keep; after they were
-        written.
-        """
-        now, before = (sum(len(text) for text in texts) for texts in (
-            wish.columns(*LONG_TEXTS).values(),
-            [getattr(old, name) for name in LONG_TEXTS] if old else ()))
-        kept = (row('SELECT size FROM texts WHERE project = ?', wish.project)
-                if now > max(before, 1000) else None)
-        most = self.config.project_texts
-        if kept and kept.size > most * 2**20:
-            raise TooLarge(f"Project '{wish.project}' has more than {most} MiB of user data, "
-                           'descriptions and metadata. Shorten some, or ask an admin. (setting '
-                           'project_texts)')
+    @property
+    def growth(self) -> list[Hold]:
+        return beyond(self.wants, self.had)
 
-    def refuse_taken_label(self, wish: Wish, now: float) -> None:
-        """Refuses a label that a reservation or a request of the project has, as long as it is not
-        over.
-        """
-        read_argument('label', wish.label, Label, self.here)  # Python may call without `bind`
-        if row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? UNION ALL '
-               'SELECT id FROM '
-               "reservation WHERE request = ? AND request <> '' AND project = ? AND over > ?",
-               wish.project, wish.label,
-               int(now), wish.label, wish.project, int(now)):
-            raise Conflict(f"Project '{wish.project}' already has a reservation '{wish.label}'. "
-                           'Choose another label.')
+    @property
+    def kept(self) -> list[Hold]:
+        """What it has and goes on to have."""
+        return beyond(self.had, beyond(self.had, self.wants))
 
-    def refuse_taken_resource(self, name: str) -> None:
-        """Refuses the name of a resource that there is."""
-        read_argument('name', name, Label, self.here)
-        if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
-            raise Conflict(f"There is already a resource '{name}'. Choose another name, or update "
-                           'that one.')
+    @property
+    def known(self):
+        """Its row, if what it has already is no news for limits."""
+        there = self.before and self.before.cancelled is None
+        holds = there and self.before.held_until > self.before.held_from
+        return self.before if holds or there and not self.wants else None
 
-    def refuse_shared_server(self, wish: Wish, own: int = 0) -> None:
+
+def change_to(before, after: Wish, now: float, key: str = '', waits: bool = False,
+            **columns) -> Change:
+    """The change of an occurrence to a wish; one that has begun keeps the lead that it had."""
+    had = [hold_of(before)] if before and before.cancelled is None else []
+    begin, _ = after.held
+    if before and before.start == after.start and before.start <= now:
+        begin = min(before.held_from, after.start)
+    hold = Hold(after.resource.id, begin, after.end, after.amount)
+    return Change(before, after, key, had, [] if waits else [hold],
+                  {'held_from': begin, 'held_until': begin if waits else after.end} | columns)
+
+
+def given_up(before, now: float, **columns) -> Change:
+    """The change of an occurrence that ends now, or never begins."""
+    until = min(max(int(now), before.held_from), before.held_until)
+    had = hold_of(before)
+    return Change(before, None, before.slot, [had], [had._replace(until=until)],
+                  {'cancelled': int(now), 'held_until': until, 'due': now} | columns)
+
+
+class View(NamedTuple):
+    """What rules look at beside a change."""
+    now: float
+    own: int  # its reservation; 0: a new one
+    others: Others | None  # the other occurrences that change with it
+    line: tuple  # its place among those that wait, if it waits
+
+
+class Policy:
+    """The rules: each refuses a change with a Conflict, or lets it pass."""
+
+    def __init__(self, service: Service, look: Lookup, limits: Limits, reasons: Reasons):
+        self.service, self.look, self.limits, self.reasons = service, look, limits, reasons
+
+    @property
+    def rules(self) -> tuple[Callable[[Change, View], None], ...]:
+        """What every change must pass, in this order."""
+        return (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
+                self.refuse_overtaking, self.refuse_overbooking)
+
+    def hold_if_allowed(self, change: Change, view: View) -> None:
+        """Raises what the first rule says that is against a change; else it holds what it wants."""
+        for rule in self.rules:
+            rule(change, view)
+        for each in change.growth:
+            hold(*each)
+
+    def refuse_shared_server(self, change: Change, view: View) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
-        begin, until = wish.held
-        other = row('SELECT o.id, r.label, r.project FROM occurrence o '
-                    'JOIN reservation r ON r.id = o.reservation_id WHERE r.server = ? '
-                    "AND r.server <> '' AND o.due IS NOT NULL AND o.held_from < ? AND o.held_until "
-                    "> ? AND r.id <> ?",
-                    wish.server, until, begin, own) if wish.server else None
+        wish = change.after
+        if not wish.server or not change.wants:
+            return
+        other = row('SELECT o.id, r.label, r.project FROM occurrence o JOIN reservation r ON r.id '
+                    "= o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.due IS NOT "
+                    'NULL AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
+                    wish.server, wish.held[1], wish.held[0], view.own)
         if other:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
             raise Conflict(f"Server '{wish.server}' is reserved{whose} at that time. Choose "
                            'another time.',
-                           in_the_way=[self.in_brief_for_actor(self.occurrence(other.id))])
+                           in_the_way=[
+                               self.reasons.in_brief_for_actor(self.look.occurrence(other.id))])
 
-    def stand_in_line(self, reservation: int) -> None:
-        """Notes where one that waits could be, as it is now; one that does so no more makes way for
-        others.
-        """
-        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
-                         reservation):
-            call_waiting(*each)
-        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        remembered.change()
-        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
-                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id WHERE r.id = '
-                    '? AND r.waiting IS NOT NULL AND o.cancelled IS NULL',
-                    reservation)
-        for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
-                                      or [[found.resource_id]]) if found else ():
-            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
-                   until=found.end,
-                   since=found.waiting, limited=False, due=0)
+    def refuse_unlimited(self, change: Change, view: View) -> None:
+        """Refuses what goes beyond a limit."""
+        self.limits.refuse_beyond(change.after, view.now, change.known, view.others, view.own)
 
-    def refuse_overtaking(self, place, begin: int, until: int, now: float) -> None:
-        """Refuses to take, before one that has waited for long, room in its window."""
-        first = self.first_in_line(place.id, begin, until, now)
-        if first:
-            waits, since = counted(first.vms, 'VM'), self.config.told_time(first.waiting)
-            raise NoCapacity(f"'{place.name}' is kept for a request for {waits} that has been on "
-                             f'the waiting list since {since}. Choose another time.',
-                             cause='waiting_list', waits_since=instant(first.waiting))
+    def refuse_never_fitting(self, change: Change, view: View) -> None:
+        """Refuses to wait for what there will never be."""
+        if not change.wants and not change.after.amount.within(self.most_ever(change.after)):
+            raise NoCapacity('')
 
-    def first_in_line(self, resource: int, begin: int, until: int, now: float, before: str = '',
-                      *place):
-        """Who has waited for longer than `patience` for a resource in a window; none beyond a place
-        in the line.
-        """
+    def refuse_overtaking(self, change: Change, view: View) -> None:
+        """Refuses to take what is kept for one that has waited for long."""
+        for each in change.growth:
+            first = self.first_in_line(each, view)
+            if first:
+                name = resource_of(each.resource, removed=True).name
+                waits = counted(first.vms, 'VM')
+                since = self.service.config.told_time(first.waiting)
+                raise NoCapacity(f"'{name}' is kept for a request for {waits} that has been on the "
+                                 f'waiting list since {since}. Choose another time.',
+                                 cause='waiting_list', waits_since=instant(first.waiting))
+
+    def refuse_overbooking(self, change: Change, view: View) -> None:
+        """THE RULE: at no instant from now on is more held than there is."""
+        refuse_without_room(change.growth, view.now)
+
+    def first_in_line(self, wanted: Hold, view: View):
+        """Who has waited for longer than `patience` for room there, and is not behind in line."""
+        before = '''AND NOT w.limited AND w.due > 0 AND r.id <> ?
+                    AND (-r.priority, r.waiting, o.id) < (?, ?, ?)''' if view.line else ''
         return standing().waits and row(f"""
                        SELECT o.vms, r.waiting FROM wait w INDEXED BY wait_since
                          CROSS JOIN reservation r ON r.id = w.reservation_id
                          JOIN occurrence o ON o.reservation_id = r.id
                         WHERE w.resource_id = ? AND w.until > ? AND w.held_from < ?
-                          AND w.since <= ? AND w.until > ?
-                              AND o.cancelled IS NULL {before}
+                          AND w.since <= ? AND w.until > ? AND o.cancelled IS NULL {before}
                         ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
-                   resource, begin, until, now - self.config.no_overtaking_after, int(now), *place)
+                   wanted.resource, wanted.begin, wanted.until,
+                   view.now - self.service.config.no_overtaking_after, int(view.now), *view.line)
 
-    def refuse_overtaken(self, pieces: list[Hold], now: float) -> None:
-        """Refuses to take what is kept for one that has waited for long."""
-        for each in pieces:
-            place = resource_of(each.resource, removed=True)
-            self.refuse_overtaking(place, each.begin, each.until, now)
+    def most_ever(self, wish: Wish) -> Amount:
+        """What a resource holds at most in the window of a wish, loans included."""
+        begin, until = wish.held
+        most, lent = capacity(wish.resource), NOTHING
+        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity '
+                         'WHERE resource_id = ? AND removed IS NULL AND start < ? AND "end" > ?',
+                         wish.resource.id, until, begin):
+            lent += NOTHING.beyond(amount_of(each, 'held_'))
+        return Amount(*(None if each is None else each + more
+                        for each, more in zip(most[:3], lent)), added(most, lent, 1))
+
+    def refuse_taken_label(self, wish: Wish, now: float) -> None:
+        """Refuses a label that something of the project has that is not over."""
+        # Python may call without `bind`
+        read_argument('label', wish.label, Label, self.service.here)
+        if taken_label(wish.project, wish.label, now):
+            raise Conflict(f"Project '{wish.project}' already has a reservation '{wish.label}'. "
+                           'Choose another label.')
+
+    def refuse_taken_resource(self, name: str) -> None:
+        """Refuses the name of a resource that there is."""
+        read_argument('name', name, Label, self.service.here)
+        if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
+            raise Conflict(f"There is already a resource '{name}'. Choose another name, or update "
+                           'that one.')
+
+    def refuse_many_texts(self, wish: Wish, old=None) -> None:
+        """Refuses more long texts than a project may keep; after they were written."""
+        now, before = (sum(map(len, texts)) for texts in (
+            wish.columns(*LONG_TEXTS).values(),
+            [getattr(old, name) for name in LONG_TEXTS] if old else ()))
+        kept = (row('SELECT size FROM texts WHERE project = ?', wish.project)
+                if now > max(before, 1000) else None)
+        most = self.service.config.project_texts
+        if kept and kept.size > most * 2**20:
+            raise TooLarge(f"Project '{wish.project}' has more than {most} MiB of user data, "
+                           'descriptions and metadata. Shorten some, or ask an admin. (setting '
+                           'project_texts)')
+
+    def refuse_fixed(self, old, wish: Wish, asked: Iterable[str]) -> None:
+        """A reservation that has begun keeps what its machines are made of."""
+        if 'calendar' in asked:  # which says all of it; what has begun keeps start and place
+            asked = {*FIXED} - {'start', 'resource', 'lead'}
+        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
+        other = [name for name in FIXED if name in asked and new[name] != (
+            json.loads(getattr(old, name)) if name in JSON else getattr(old, name))]
+        if other and self.look.begun(old):
+            raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
+                           'change; its end, vms, user, description and label can')
+
+
+def taken_label(project: str, label: str, now: float) -> bool:
+    """Whether a reservation or a request that is not over has a label."""
+    return bool(row('SELECT id FROM reservation WHERE project = ? AND label = ? AND over > ? '
+                    "UNION ALL SELECT id FROM reservation WHERE request = ? AND request <> '' "
+                    'AND project = ? AND over > ? LIMIT 1',
+                    project, label, int(now), label, project, int(now)))
+
+
+# Bookings ####################################################################
+#
+# `commit` makes promises otherwise, and nothing else does: of a reservation all changes or none.
+# First each change gives back what it gives up; then, in order, each takes what it wants more, if
+# every rule lets it; then rows are written. What grows and needs an approval is undone, and waits
+# as a proposal, which holds the growth.
+
+
+class Deal(NamedTuple):
+    """What becomes of a reservation: all of it, or nothing."""
+    code: str              # why: the code of its event
+    wish: Wish
+    changes: list[Change]
+    old: Any = None        # the listing of the occurrence that it is told for; None: it is new
+    columns: dict = {}     # what is otherwise of its row
+    stretches: list | None = None  # of its series then, [] of a plain one; None: it ends as before
+    horizon: int = 0       # until when that series is in rows
+    clash: str = ''        # what becomes of an occurrence without room; '': all is refused
+    same: list[dict] = []  # what is told of occurrences that don't change
+    patches: dict = {}     # of occurrences, by id, what nobody is told of: slots
+    asked: Iterable[str] = ()  # the names of what is to be otherwise
+    named: bool = False    # that occurrence was named, so that it changes also if it was alone
+    alone: bool = False    # no other occurrence changes
+
+
+class Made(NamedTuple):
+    """What a deal has made true."""
+    reservation: int
+    done: list[dict]  # of a series, what became of each occurrence, by start
+
+
+#: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
+AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
+
+
+A_SERIES_WAITS = 'A series cannot join the waiting list.'
+RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
+
+
+class Bookings:
+    """Makes promises; inside a transaction."""
+
+    # also what needs no approval by itself: it belongs to a request of which a part does
+    proposes_all = False
+
+    def __init__(self, service: Service, policy: Policy, reasons: Reasons):
+        self.service, self.policy, self.reasons = service, policy, reasons
+
+    def commit(self, deal: Deal, now: float) -> Made | None:
+        """Makes a deal true, or none of it; None: it is proposed, since it needs an approval."""
+        old = deal.old
+        # Another change settles those that were proposed before.
+        if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
+            self.drop_proposals(old.reservation, old.id if deal.alone else None)
+        if not self.may_need_approval(deal):
+            return self.make_true(deal, now)
+        before = self.holds(old.reservation)
+        with Attempt() as attempt:
+            made = self.make_true(deal, now)
+            growth = [each for each in beyond(self.holds(old.reservation), before)
+                      if each.until > now]
+            span = max((resource_of(each.resource, removed=True).approval for each in growth),
+                       default=0)
+            if not growth or not span and not self.proposes_all:
+                return made
+            if old.pending is not None:
+                self.await_approval(old.reservation, int(now) + span, deal.wish, now)
+                return made
+            attempt.undo()
+        last = old.end if deal.alone or not old.repeats else int(LAST.timestamp())
+        until = min(int(now) + span, last) if span else last
+        self.propose(deal, until, growth, now)
+        return None
+
+    def may_need_approval(self, deal: Deal) -> bool:
+        """Whether somebody asks for it who is no admin, where an admin must approve."""
+        old, wish = deal.old, deal.wish
+        if not old or deal.code in AGREED or old.waiting is not None:
+            return False
+        if self.service.actor.role == ADMIN:
+            return False
+        if self.proposes_all or old.repeats or wish.stretches:
+            return self.proposes_all or bool(once(ANY_APPROVAL))
+        places = old.resource_id, wish.resource.id
+        return any(resource_of(id, removed=True).approval for id in places)
+
+    def make_true(self, deal: Deal, now: float) -> Made:
+        """Decides and writes a deal that needs no approval."""
+        old, wish = deal.old, deal.wish
+        if old and deal.asked:
+            self.policy.refuse_fixed(old, wish, deal.asked)
+            if wish.stretches and old.waiting is not None:
+                raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
+        if old and deal.asked and (wish.label, wish.project) != (old.label, old.project):
+            self.policy.refuse_taken_label(wish, now)
+        decided = self.decide_all(deal, now)
+        reservation = old.reservation if old else self.write_new(deal, decided, now)
+        self.write_occurrences(reservation, deal.patches, decided, now)
+        if old:
+            self.write_old(deal, now)
+        if wish.resource and (not old or deal.asked):
+            self.policy.refuse_many_texts(wish, old)
+        if deal.columns.get('waiting') or old and old.waiting is not None:
+            self.stand_in_line(reservation)
+        if wish.image and (old or wish.at_end == 'stop') or old and old.image:
+            gone = [each.had[0] for each in deal.changes if not each.after]
+            self.keep_stopped(reservation, now, gone)
+        done = [*deal.same, *(line for line, _, _ in decided)] if deal.clash else []
+        return Made(reservation, sorted(done, key=lambda line: line['start']))
+
+    def decide_all(self, deal: Deal, now: float) -> list[tuple]:
+        """Holds what a deal's changes want: of each what became of it, its row, its columns."""
+        old, wish, decided, refused = deal.old, deal.wish, [], []
+        own = old.reservation if old else 0
+        others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
+                  if len(deal.changes) > 1 else None)
+        line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
+        view = View(now, own, others, line)
+        for each in deal.changes:
+            give(beyond(each.had, each.wants))
+            if others and each.after:
+                others.put(each.key, each.kept, each.after.start)
+        if others:
+            read_windows((piece for each in deal.changes for piece in each.growth), now)
+        for each in self.service.progress(deal.changes) if others else deal.changes:
+            try:
+                decided.append(self.decide(each, view, deal.clash))
+            except NoCapacity as error:
+                if not deal.clash:
+                    raise
+                refused.append((each.after, error))
+        if refused:
+            raise self.refusal_of(refused, sum(bool(each.after) for each in deal.changes), wish)
+        return decided
+
+    def decide(self, change: Change, view: View, clash: str) -> tuple[dict, Any, dict]:
+        """Holds what one change wants, or what `clash` says is done instead."""
+        old, one = change.before, change.after
+        if not one:
+            return told(old, 'cancelled'), old, change.columns
+        if view.others:
+            view.others.put(change.key, (), one.start)
+        try:
+            self.policy.hold_if_allowed(change, view)
+        except Conflict as error:
+            if not clash:
+                raise
+            return self.decide_otherwise(change, view, clash, error)
+        if view.others:
+            view.others.put(change.key, change.wants, one.start)
+        return (told(one, 'changed' if change.had else 'booked'), old,
+                self.columns_of(change, view.now))
+
+    def decide_otherwise(self, change: Change, view: View, clash: str,
+                         error: Conflict) -> tuple[dict, Any, dict]:
+        """What becomes of an occurrence of a series that has no room, or is beyond a limit."""
+        old, one = change.before, change.after
+        refused = clash == 'refuse'
+        if refused and 'limit' in error.details:
+            raise error
+        lack = self.reasons.lack(one)
+        why = str(error) or self.reasons.why_not(one, lack)
+        if refused:
+            refusal = NoCapacity(why)
+            if rehearsal.on:
+                refusal = NoCapacity(why, **self.reasons.in_the_way(one, lack, view.own))
+                refusal.most_vms = max((vms for vms, _ in self.reasons.fewer(one, lack, old)),
+                                       default=0)
+            raise refusal
+        give(change.kept)
+        if clash.startswith('shift') and isinstance(error, NoCapacity) and (
+                other := self.shifted(change, view, clash)):
+            return told(other.after, 'shifted', why), old, self.columns_of(other, view.now)
+        if self.stays(change, view):
+            return told(old, 'unchanged', why), old, {'altered': True}
+        out = change_to(None, one, view.now, waits=True, **unheld(view.now, old))
+        return told(one, 'left out', why), old, self.columns_of(
+            out._replace(before=old, key=change.key), view.now)
+
+    def shifted(self, change: Change, view: View, clash: str) -> Change | None:
+        """An occurrence moved by as little as possible to where every rule lets it be."""
+        one = change.after
+        most = int(parse_duration(clash.partition('=')[2]).total_seconds())
+        (begin, end), now = one.held, int(view.now)
+        need = end - begin
+        free = free_windows(one.resource, one.amount, max(begin - most, now), begin + most + need)
+        nearest_ones = [min(max(begin, int(first)), int(last) - need)
+                        for first, last in free if last - first >= need]
+        for at in sorted(nearest_ones, key=lambda at: (abs(at - begin), at)):
+            there = one._replace(start=at + one.lead, end=at + need)
+            other = change_to(None, there, now, altered=True, cancelled=None)
+            with suppress(Conflict):
+                self.policy.hold_if_allowed(other, view)
+                if view.others:
+                    view.others.put(change.key, other.wants, there.start)
+                return other._replace(before=change.before, key=change.key)
+        return None
+
+    def stays(self, change: Change, view: View) -> bool:
+        """Holds again what an occurrence had, which has begun or still fits; whether it does."""
+        if not change.had:
+            return False
+        begun = change.before.held_from <= view.now
+        try:
+            take(change.had, view.now, given=change.had if begun else change.kept)
+        except NoCapacity:
+            return False
+        if view.others:
+            view.others.put(change.key, change.had, change.before.start)
+        return True
+
+    def refusal_of(self, refused: list[tuple[Wish, NoCapacity]], number: int,
+                   wish: Wish) -> NoCapacity:
+        """The refusal of a series some occurrences of which have no room."""
+        one, error = refused[0]
+        first = self.service.config.told_time(one.start, wish.stretches[0].zone)
+        text = (f'{len(refused)} of {number} occurrences do not fit. Nothing was changed. '
+                f'First problem: {first}: {error}')
+        hint = {'hint': RESERVE_THE_OTHERS} if len(refused) < number else {}
+        refusal = NoCapacity(
+            text if number > 1 else str(error),
+            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
+                        'why': str(why)} for each, why in refused[:1000]], **error.details | hint)
+        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
+        return refusal
+
+    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
+        """What counts against limits of the occurrences that don't change now."""
+        others = Others(reservation, now)
+        there = standing().limits and reservation and rows(
+            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+            'AND held_until > held_from', reservation)
+        for each in there or ():
+            if each.id not in changing:
+                others.put(each.slot, [hold_of(each)], each.start)
+        return others
+
+    def columns_of(self, change: Change, now: float) -> dict:
+        """What is written of an occurrence that is to be."""
+        old, one, begin = change.before, change.after, change.columns['held_from']
+        if not old:
+            first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
+                         revision=0, revised=int(now), told=0,
+                         due=min(begin, one.start - self.service.config.remind_before))
+        else:
+            again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
+            first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
+        return first | dict(resource=one.resource.id, start=one.start, end=one.end,
+                            **stored(one.amount)) | change.columns
+
+    def write_new(self, deal: Deal, decided: list[tuple], now: float) -> int:
+        """Writes the row of a new reservation; its id."""
+        wish, stretches = deal.wish, deal.stretches or []
+        live = [columns['end'] for _, _, columns in decided if not columns.get('cancelled')]
+        if not live:
+            first = decided[0][0]['why']
+            raise NoCapacity(f"none of {len(decided)} occurrences fits; of the first: {first}",
+                             conflicts=[line for line, _, _ in decided[:1000]])
+        on = goes_on(stretches, deal.horizon)
+        end = int(LAST.timestamp()) if on else max(int(now), *live)
+        return insert(Reservation, **wish.columns(*STORED) | {
+            'origin': '', 'added': int(now), 'changed': int(now), 'priority': 0, 'confirm': 0,
+            'request': '', 'choices': '', 'booked_until': deal.horizon if on else None,
+            'series': stored_stretches(stretches) if stretches else '', 'over': end} | deal.columns)
+
+    def write_old(self, deal: Deal, now: float) -> None:
+        """Writes what is otherwise of a reservation, and until when its label is taken."""
+        columns, id = deal.columns | {'changed': int(now)}, deal.old.reservation
+        if deal.code == 'released' and (deal.old.waiting, deal.old.pending) != (None, None):
+            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
+                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
+                'o.cancelled IS NULL)', id)  # there is nothing left to wait for
+        if deal.stretches is None:
+            change(Reservation, id, **columns)
+            return
+        on = goes_on(deal.stretches, deal.horizon)
+        columns['booked_until'] = deal.horizon if on else None
+        over = """, over = coalesce(?, max(?, coalesce((SELECT min(max("end"), 1 << 62)
+                     FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
+        run(change_text(Reservation, tuple(columns), over), *columns.values(),
+            int(LAST.timestamp()) if on else None, int(now), id, id)
+
+    def write_occurrences(self, reservation: int, patches: dict, decided: list[tuple],
+                          now: float) -> None:
+        """Writes what became of occurrences; what they hold is held already."""
+        insert_many(Occurrence, [{'reservation': reservation} | columns
+                                 for _, old, columns in decided if not old])
+        written = {old.id: columns for _, old, columns in decided if old}
+        for id in patches.keys() - written.keys():
+            change(Occurrence, id, **patches[id])
+        for id, columns in written.items():
+            change_occurrence(id, now, **patches.get(id, {}) | columns)
 
     def holds(self, reservation: int) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
         own = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return [hold_of(each) for each in rows(
-            f'SELECT {own} FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND '
-            f'held_until > held_from '
-            f'UNION ALL SELECT {own} FROM extra_hold WHERE reservation_id = ? AND proposal_id IS '
-            f'NULL',
-            reservation, reservation)]
+            f'SELECT {own} FROM occurrence WHERE reservation_id = ?1 AND due IS NOT NULL '
+            f'AND held_until > held_from UNION ALL SELECT {own} FROM extra_hold '
+            'WHERE reservation_id = ?1 AND proposal_id IS NULL', reservation)]
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -10318,30 +10423,20 @@ class Holding(Limits):
                    held_from=each.begin, held_until=each.until, **stored(each.amount))
 
     def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
-        """Forgets the changes of a reservation, or of one occurrence, that await approval; how many
-        there were.
-
-        What they are about stays as it is.
-        """
+        """Forgets what is proposed of a reservation or one occurrence; how many there were."""
         found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
-                     'occurrence = coalesce(?, '
-                     'occurrence))', reservation, occurrence)
+                     'occurrence = coalesce(?, occurrence))', reservation, occurrence)
         for each in found:
-            give([hold_of(extra)
-                  for extra in rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)])
+            give(map(hold_of, rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)))
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
         return len(found)
 
     def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
-        """Holds what VMs take that are stopped at the end and stay: until the next occurrence, or
-        for good.
+        """Holds what VMs take that stay, stopped: until the next occurrence, or for good.
 
         Args:
           given: what the same change has given back
-
-        Raises:
-          NoCapacity: others have that capacity.
         """
         had = [hold_of(each) for each in rows(
             'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
@@ -10365,17 +10460,14 @@ class Holding(Limits):
         self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
 
     def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
-        """What the VMs of a reservation hold that are stopped or will be, from the end of each
-        occurrence on.
-        """
+        """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
         found = rows("""
             SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
-              AND v.goal = 'stop'
-                                    AND v.state = 'kept' AND NOT v.borrowed) AS stopped
+                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped
               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
-             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL AND (o.cancelled IS NULL
-               OR o.due IS NULL) AND (
-                   o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
+             WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL
+               AND (o.cancelled IS NULL OR o.due IS NULL)
+               AND (o.due IS NOT NULL AND r.at_end = 'stop' OR o.id IN (
                      SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
                        AND NOT borrowed))
              ORDER BY o.start""", reservation)
@@ -10390,145 +10482,158 @@ class Holding(Limits):
                     amount = one if each.host else one * number
                     yield Hold(each.resource_id, each.held_until, until, amount)
 
-    def columns_of(self, wish: Wish, slot: Slot, now: float, new: bool,
-                   held_from: int | None = None,
-                   **more) -> dict:
-        """What is written of an occurrence."""
-        begin = slot.start - wish.lead if held_from is None else held_from
-        first = dict(of_project=wish.project, of_user=wish.user, slot=slot.key, altered=False,
-                     revision=0,
-                     revised=int(now), told=0) if new else {}
-        due = min(begin, slot.start - self.config.remind_before) if new else min(now, begin)
-        return first | dict(
-            resource=slot.resource, start=slot.start, end=slot.end, held_from=begin,
-            held_until=slot.end,
-            due=due, **stored(wish.takes(slot.vms))) | more
+    def erase(self, reservation: int) -> None:
+        """Erases a reservation as if it had never been."""
+        self.drop_proposals(reservation)
+        for table in ('occurrence', 'extra_hold'):
+            held = map(hold_of, rows(f'SELECT * FROM {table} WHERE reservation_id = ?',
+                                     reservation))
+            give(each for each in held if each.begin < each.until)
+        run('DELETE FROM outbox WHERE event_id IN '
+            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
+        for table in ('extra_hold', 'wait', 'event', 'occurrence'):
+            run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
+        run('DELETE FROM reservation WHERE id = ?', reservation)
 
-    def write_occurrence(self, id: int | None, reservation: int, wish: Wish, slot: Slot, now: float,
-                         **more) -> int:
-        """Writes what an occurrence is; what it holds is held already. Tells its id."""
-        columns = self.columns_of(wish, slot, now, id is None, **more)
-        if id is None:
-            return insert(Occurrence, reservation=reservation, **columns)
-        change_occurrence(id, now, **columns)
-        return id
+    def hold_capacity(self, resource: int, begin: int, until: int, more: Amount) -> None:
+        """Holds so much more for a change of capacity, which asks no rule."""
+        hold(resource, begin, until, more)
 
-    def write_all(self, reservation: int, changed: list[tuple[int | None, dict]],
-                  now: float) -> None:
-        """Writes occurrences of a reservation, by id or new; what they hold is held already."""
-        insert_many(Occurrence, [{'reservation': reservation} | columns
-                                 for id, columns in changed if id is None])
-        for id, columns in changed:
-            if id is not None:
-                change_occurrence(id, now, **columns)
+    @contextmanager
+    def as_if_without(self, old) -> Iterator[None]:
+        """Looks at what there would be if an occurrence held nothing."""
+        with undone():
+            if old:
+                give([hold_of(old)])
+            yield
 
-    def grow(self, one: Wish, growth: list[Hold], now: float, old=None,
-             others: Others | None = None,
-             own: int = 0) -> None:
-        """Takes what is wanted more, if every rule lets it: all that is asked for goes through
-        here.
+    def stand_in_line(self, reservation: int) -> None:
+        """Notes where one that waits could be, as it is now; one that waits no more makes way."""
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
+                         reservation):
+            call_waiting(*each)
+        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
+        found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
+                    'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id '
+                    'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
+        for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
+                                      or [[found.resource_id]]) if found else ():
+            insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
+                   until=found.end, since=found.waiting, limited=False, due=0)
 
-        Args:
-          one: what is wanted in all
-          old: its occurrence as it was, if it counts against limits
-          others: the other occurrences of its series
-          own: its reservation
+    def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
+        """Lets a reservation wait for an admin until an instant."""
+        change(Reservation, reservation, pending=until, confirm=0)
+        said = self.service.config.told_time(until, wish.tz)
+        self.service.journal(now, 'pending', f'an admin must approve it before {said}', reservation,
+                     wish.notify)
 
-        Raises:
-          Conflict: a rule is against it (NoCapacity: there is no room); nothing was taken.
-        """
-        self.refuse_shared_server(one, own)
-        self.refuse_beyond(one, now, old, others)
-        self.refuse_overtaken(growth, now)
+    def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
+        """Writes down a change that waits for approval, and holds what it takes more."""
+        # it fits: the deed had that, and at each instant what was or what will be is held
         take(growth, now)
+        old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
+        shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
+                                                       'decide_before': instant(until)}
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
+                    named=deal.named, user=self.service.actor.user, code=deal.code,
+                    asked=json.dumps(asked), wish=stored_wish(wish), until=until,
+                    shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, growth)
+        said = self.service.config.told_time(until, wish.tz)
+        self.service.journal(now, 'pending',
+                             f"an admin must approve the change of {', '.join(asked)} before "
+                             f'{said}; until then everything stays as approved', old.reservation,
+                     wish.notify)
+
+    def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
+        """What would be otherwise, as answers show it."""
+        new = wish.columns(*STORED) | {'resource': wish.resource.name, 'start': instant(wish.start),
+                                       'end': instant(wish.end), 'vms': wish.vms}
+        before = public(old)
+        return {name: value for name, value in new.items()
+                if name in asked or name in OWN and value != before[name]}
+
+
+def unheld(now: float, old=None) -> dict:
+    """What is otherwise of an occurrence that its series goes without: it holds nothing."""
+    return {'cancelled': int(now), 'due': now if old else None}
 
 
 # Series ######################################################################
 #
-# Makes the occurrences of a series what its stretches want, as far as the horizon.
+# What makes the occurrences of a series what its stretches want, as far as the horizon.
 
 
-class Turn(NamedTuple):
-    """An occurrence of a series that is to be otherwise, and its row if there is one."""
-    slot: Slot
-    old: Any
-    had: list[Hold]    # nothing, if it is new or comes back
-    wants: list[Hold]
+class Series:
+    """The deals of series."""
 
-    @property
-    def kept(self) -> list[Hold]:
-        """What it has and goes on to have."""
-        return beyond(self.had, beyond(self.had, self.wants))
+    def __init__(self, service: Service, look: Lookup, wishes: Wishes, bookings: Bookings):
+        self.service, self.look, self.wishes, self.bookings = service, look, wishes, bookings
 
+    def spelled(self, deal: Deal, there: list, now: float, gentle: bool = False,
+                again: bool = True) -> Deal:
+        """A deal with all changes that make of a series what its stretches want.
 
-class Reshaped(NamedTuple):
-    """What a series comes to be."""
-    done: list[dict]  # what became of each occurrence, by start
-    changed: list[tuple[int | None, dict]]  # what is written of occurrences: by id, or a new one
-    horizon: int      # until when they are there
-    freed: list[Hold]
-
-
-class Series(Holding):
-    """The occurrences of series."""
-
-    def reshape(self, reservation: int, wish: Wish, now: float, gentle: bool = False,
-                again: bool = True) -> list[dict]:
-        """Makes the occurrences of a series what its stretches want, as far as the horizon; inside
-        a transaction.
-
-        Raises:
-          NoCapacity: one doesn't fit and all or nothing was asked for; the transaction ends.
-        """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
-                     reservation)
-        became = self.reshaped(reservation, wish, there, now, gentle, again)
-        self.write_all(reservation, became.changed, now)
-        self.close(reservation, wish.stretches, now, became.horizon)
-        self.keep_stopped(reservation, now, became.freed)
-        return became.done
-
-    def reshaped(self, reservation: int, wish: Wish, there: list, now: float, gentle: bool = False,
-                 again: bool = True) -> Reshaped:
-        """Decides what a series becomes, and holds that.
-
-        First all give back what they want no more, then each takes what it wants more, or what
-        --on-conflict says is done. What has begun keeps its start; what was changed, left out or
-        skipped on its own stays as it is.
+        What has begun keeps its start; what was changed, left out or skipped alone stays as it is.
 
         Args:
-          there: the rows of its occurrences
           gentle: what runs goes on, also if it isn't wanted any more
           again: what had no room, or was not wanted for a while, is tried again
         """
+        wish, stretches = deal.wish, deal.wish.stretches
+        there = [each._replace(**deal.patches.get(each.id, {})) for each in there]
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
-        horizon = self.horizon(wish.stretches, now, skipped)
-        earliest = self.earliest(there, wish.stretches, now)
-        wanted = {slot.key: slot for slot in all_slots(wish.stretches, earliest, horizon)}
-        done, todo, changed, freed = [], [], [], []
+        horizon = self.horizon(stretches, now, skipped)
+        earliest = self.earliest(there, stretches, now)
+        wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
+        gone, same, todo = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
                 continue
             slot = self.settled(old, slot, wish, now, gentle, again)
             if slot is None and old.cancelled is None:
-                freed.append(hold_of(old))
-                changed.append((old.id, self.given_up(old, now)))
-                done.append(told(old, 'cancelled'))
+                gone.append(given_up(old, now))
             elif slot and self.differs(old, slot, wish):
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
-                done.append(told(old, 'unchanged'))
+                same.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
         todo.sort(key=lambda each: each[0].start)
-        placed = self.place_all(reservation, wish, todo, now, {id for id, _ in changed})
-        done = sorted([*done, *(line for line, _ in placed)], key=lambda each: each['start'])
-        return Reshaped(done, changed + [each for _, each in placed], horizon, freed)
+        self.refuse_impossible(wish, todo, now)
+        return deal._replace(
+            changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
+            same=same, stretches=stretches, horizon=horizon, clash=wish.on_conflict or 'refuse')
+
+    def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
+        """The change that makes an occurrence be at a slot."""
+        one = wish._replace(resource=resource_of(slot.resource), start=slot.start, end=slot.end,
+                            vms=slot.vms, stretches=[])
+        return change_to(old, one, now, slot.key)
+
+    def refuse_impossible(self, wish: Wish, todo: list[tuple], now: float) -> None:
+        """Refuses what can't be of a series, however much room there is."""
+        if wish.server and any(one.end > after.start
+                               for (one, _), (after, _) in zip(todo, todo[1:])):
+            raise Conflict('Two occurrences overlap, but there is only one server '
+                           f"'{wish.server}'. Make the occurrences shorter.")
+        for slot, old in todo:
+            if resource_of(slot.resource) is None:
+                raise Conflict('The resource of this series was removed. Choose another resource.',
+                               hint='--resource NAME')
+            if old and slot.start != old.start and slot.start < now - PATIENCE:
+                told = functools.partial(self.service.config.told_time, tz=wish.tz)
+                raise Conflict(f'The occurrence of {told(old.start)} would start in the past, at '
+                               f'{told(slot.start)}.')
+
+    def there(self, reservation: int) -> list:
+        """The rows of all occurrences of a reservation."""
+        return rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
 
     def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
-        """From when on slots must be known: one that was moved to later has been planned for
-        earlier.
-        """
+        """From when on slots must be known: one that was moved was planned for earlier."""
         moved = [from_wall(datetime.fromisoformat(old.slot),
                            read_zone(stretches[0].zone)).timestamp()
                  for old in there if old.slot and old.end > now and stretches]
@@ -10539,13 +10644,12 @@ class Series(Holding):
         """Until when a series is in rows: at least its next occurrence is."""
         following = [next((slot.start + 1 for slot in slots(stretch, now, LAST.timestamp())
                            if slot.key not in skipped), 0) for stretch in stretches]
-        return max(int(now) + self.config.horizon * 86400, min(filter(None, following), default=0))
+        return max(int(now) + self.service.config.horizon * 86400,
+                   min(filter(None, following), default=0))
 
     def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool,
                 again: bool) -> Slot | None:
-        """What an occurrence that is not over is to become, of what its series wants; None:
-        cancelled.
-        """
+        """What an occurrence is to become, of what its series wants; None: cancelled."""
         here = Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
         if old.cancelled is not None:
             same = slot and not again and (slot.start, slot.end) == (old.start, old.end)
@@ -10559,242 +10663,33 @@ class Series(Holding):
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
         """Whether an occurrence is otherwise than its series wants it."""
-        return old.cancelled is not None or (old.start, old.end, old.resource_id,
-                                             *amount_of(old)) != (
-            slot.start, slot.end, slot.resource, *wish.takes(slot.vms)) or (
+        is_at = old.start, old.end, old.resource_id, *amount_of(old)
+        wanted = slot.start, slot.end, slot.resource, *wish.takes(slot.vms)
+        return old.cancelled is not None or is_at != wanted or (
             slot.start - wish.lead != old.held_from and not old.altered)
 
-    def given_up(self, old, now: float) -> dict:
-        """Gives back what an occurrence holds that its series goes without; what is written."""
-        until = min(max(int(now), old.held_from), old.held_until)
-        release(old.resource_id, until, old.held_until, amount_of(old))
-        return {'cancelled': int(now), 'held_until': until, 'due': now}
-
-    def place_all(self, reservation: int, wish: Wish, todo: list, now: float,
-                  gone: Iterable[int] = ()) -> list[tuple]:
-        """Holds many occurrences of a series, or refuses all; what became of each, and its row.
-
-        Args:
-          gone: the ids of those that it goes without
-        """
-        done, refused = [], []
-        others = self.others_of(reservation, {*gone, *(old.id for _, old in todo if old)}, now)
-        if (wish.server
-            and any(one.end > after.start for (one, _), (after, _) in zip(todo, todo[1:]))):
-            raise Conflict('Two occurrences overlap, but there is only one server '
-                           f"'{wish.server}'. Make the occurrences shorter.")
-        turns = [Turn(slot, old, [hold_of(old)] if old and old.cancelled is None else [],
-                      [self.hold_at(wish, slot, old, now)]) for slot, old in todo]
-        for turn in turns:
-            give(beyond(turn.had, turn.wants))
-            others.put(turn.slot.key, turn.kept, turn.slot.start)
-        read_windows((piece for turn in turns for piece in beyond(turn.wants, turn.had)), now)
-        for turn in self.progress(turns):
-            try:
-                done.append(self.place(reservation, wish, turn, others, now))
-            except NoCapacity as error:
-                refused.append((turn.slot, error))
-        if refused:
-            raise self.refusal_of(refused, len(turns), wish)
-        return done
-
-    def refusal_of(self, refused: list[tuple[Slot, NoCapacity]], number: int,
-                   wish: Wish) -> NoCapacity:
-        """The refusal of a series some occurrences of which have no room."""
-        slot, error = refused[0]
-        first = self.config.told_time(slot.start, wish.stretches[0].zone)
-        text = (f'{len(refused)} of {number} occurrences do not fit. Nothing was changed. '
-                f'First problem: {first}: {error}')
-        hint = {'hint': RESERVE_THE_OTHERS} if len(refused) < number else {}
-        refusal = NoCapacity(
-            text if number > 1 else str(error),
-            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
-                        'why': str(why)}
-                       for each, why in refused[:1000]], **error.details | hint)
-        refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
-        return refusal
-
-    def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
-        """What counts against limits of the occurrences that stay as they are while others
-        change.
-        """
-        others = Others(reservation, now)
-        there = standing().limits and reservation and rows(
-            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-            'AND held_until > held_from', reservation)
-        for each in there or ():
-            if each.id not in changing:
-                others.put(each.slot, [hold_of(each)], each.start)
-        return others
-
-    def hold_at(self, wish: Wish, slot: Slot, old, now: float) -> Hold:
-        """What an occurrence is to hold; one that has begun keeps the lead that it had."""
-        begun = old and old.start == slot.start and old.start <= now
-        begin = min(old.held_from, slot.start) if begun else slot.start - wish.lead
-        return Hold(slot.resource, begin, slot.end, wish.takes(slot.vms))
-
-    def place(self, reservation: int, wish: Wish, turn: Turn, others: Others, now: float) -> tuple:
-        """Holds one occurrence of a series; what became of it, and its row.
-
-        Raises:
-          NoCapacity: it doesn't fit, and that refuses the whole series.
-        """
-        slot, old, (wants,) = turn.slot, turn.old, turn.wants
-        place = resource_of(slot.resource)
-        if place is None:
-            raise Conflict('The resource of this series was removed. Choose another resource.',
-                           hint='--resource NAME')
-        if old and slot.start != old.start and slot.start < now - PATIENCE:
-            raise Conflict(f'The occurrence of {self.config.told_time(old.start, wish.tz)} would '
-                           f'start in the past, at {self.config.told_time(slot.start, wish.tz)}.')
-        one = wish._replace(resource=place, start=slot.start, end=slot.end, vms=slot.vms,
-                            stretches=[])
-        others.put(slot.key, (), slot.start)
-        try:
-            before = old if turn.had else None
-            self.grow(one, beyond(turn.wants, turn.had), now, before, others, reservation)
-        except Conflict as error:
-            return self.placed_otherwise(reservation, one, turn, others, error, now)
-        keep = {'told': 0, 'altered': old.altered} if old and old.start != slot.start else {}
-        revived = {'cancelled': None} if old and not turn.had else {}
-        others.put(slot.key, turn.wants, slot.start)
-        return told(slot, 'changed' if turn.had else 'booked'), self.row_of(
-            old, one, slot, now, held_from=wants.begin, **keep, **revived)
-
-    def row_of(self, old, one: Wish, slot: Slot, now: float, **more) -> tuple[int | None, dict]:
-        """What is written of an occurrence, by its id if it has one."""
-        return old.id if old else None, self.columns_of(one, slot, now, old is None, **more)
-
-    def placed_otherwise(self, reservation: int, one: Wish, turn: Turn, others: Others,
-                         error: Conflict,
-                         now: float) -> tuple:
-        """What --on-conflict says of an occurrence that has no room."""
-        slot, old = turn.slot, turn.old
-        refused = one.on_conflict in ('', 'refuse')
-        if refused and 'limit' in error.details:
-            raise error
-        lack = self.lack(one)
-        why = str(error) or self.why_not(one, lack)
-        if refused and not rehearsal.on:
-            raise NoCapacity(why)
-        if refused:
-            refusal = NoCapacity(why, **self.in_the_way(one, lack, reservation))
-            refusal.most_vms = max((vms for vms, _ in self.fewer(one, lack, old)), default=0)
-            raise refusal
-        give(turn.kept)
-        full = isinstance(error, NoCapacity)
-        shifted = (self.shifted(one, slot, others, now) if full
-                   and one.on_conflict.startswith('shift') else None)
-        if shifted:
-            holds = [Hold(slot.resource, shifted.start - one.lead, shifted.end, one.amount)]
-            take(holds, now)
-            others.put(slot.key, holds, shifted.start)
-            return told(shifted, 'shifted', why), self.row_of(
-                old, one, shifted, now, altered=True, cancelled=None)
-        if self.stays(turn, now):
-            others.put(slot.key, turn.had, old.start)
-            return told(old, 'unchanged', why), (old.id, {'altered': True})
-        return told(slot, 'left out', why), self.row_of(
-            old, one, slot, now, **self.left_out_as(one, slot, now, old))
-
-    def left_out_as(self, one: Wish, slot: Slot, now: float, old=None) -> dict:
-        """What is otherwise of an occurrence that its series goes without: it holds nothing."""
-        return {'held_until': slot.start - one.lead, 'cancelled': int(now),
-                'due': now if old else None}
-
-    def bring_back(self, id: int, wish: Wish, now: float) -> list[dict]:
-        """Holds an occurrence that its series was left without; inside a transaction.
-
-        Raises:
-          NoCapacity: it doesn't fit.
-        """
-        old = row('SELECT * FROM occurrence WHERE id = ?', id)
-        stretches = [unskipped(each, old.slot) for each in self.stretches(old.reservation_id)]
-        wish = wish._replace(stretches=stretches)
-        change(Reservation, old.reservation_id, series=stored_stretches(stretches))
-        change(Occurrence, id, altered=False)
-        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
-        try:
-            todo = [(slot, old._replace(altered=False))]
-            (done, columns), = self.place_all(old.reservation_id, wish, todo, now)
-        except NoCapacity as refusal:
-            conflict, = refusal.details.pop('conflicts')
-            why = f"The skipped occurrence does not fit any more. {conflict['why']}"
-            raise NoCapacity(why, **refusal.details) from None
-        self.write_all(old.reservation_id, [columns], now)
-        self.close(old.reservation_id, stretches, now, self.horizon(stretches, now))
-        self.keep_stopped(old.reservation_id, now)
-        return [done]
-
-    def stays(self, turn: Turn, now: float) -> bool:
-        """Holds again what an occurrence had, which has begun or still fits; whether it does."""
-        if not turn.had:
-            return False
-        begun = turn.old.held_from <= now
-        try:
-            take(turn.had, now, given=turn.had if begun else turn.kept)
-        except NoCapacity:
-            return False
-        return True
-
-    def shifted(self, one: Wish, slot: Slot, others: Others, now: float) -> Slot | None:
-        """The slot moved by as little as possible to where there is room; None if that is further
-        than it may be, or beyond a limit.
-        """
-        most = int(parse_duration(one.on_conflict.partition('=')[2]).total_seconds())
-        begin, need = slot.start - one.lead, slot.end - slot.start + one.lead
-        earliest = max(begin - most, int(now))
-        nearest_ones = [min(max(begin, int(first)), int(last) - need)
-                        for first, last in free_windows(
-            one.resource, one.amount, earliest, begin + most + need) if last - first >= need]
-        for at in sorted(nearest_ones, key=lambda at: (abs(at - begin), at)):
-            found = slot._replace(start=at + one.lead, end=at + need)
-            try:
-                self.refuse_beyond(one._replace(start=found.start, end=found.end), now, None,
-                                   others)
-                return found
-            except Conflict:
-                continue
-        return None
-
-    def close(self, reservation: int, stretches: list[Stretch], now: float,
-              horizon: int = 0) -> None:
-        """Writes until when a reservation's label is taken, and how far a series is in rows."""
-        on = goes_on(stretches, horizon)
-        run("""UPDATE reservation SET changed = ?2, booked_until = ?3,
-                      over = coalesce(?4, max(?2, coalesce((
-                 SELECT min(max("end"), 1 << 62) FROM occurrence
-                  WHERE reservation_id = ?1 AND cancelled IS NULL), 0)))
-                WHERE id = ?1""", reservation, int(now), horizon if on else None,
-            int(LAST.timestamp()) if on else None)
+    def carry_on(self, head, now: float) -> list[dict]:
+        """Carries a series on as far as the horizon is now, by the zone table as it is now."""
+        deal = Deal('carried on', self.wishes.carried_on(head), [], head)
+        there = self.there(head.reservation)
+        return self.bookings.commit(self.spelled(deal, there, now, gentle=True, again=False),
+                                    now).done
 
     def refresh(self, reservation: int, now: float) -> None:
-        """Carries a series on as far as the horizon is now, by the zone table as it is now; inside
-        a transaction.
-        """
-        head = self.next_of(reservation)
-        done = self.reshape(reservation, self.carried_on(head), now, gentle=True, again=False)
-        for one in done:
+        """Carries a series on, and tells what has no room; inside a transaction."""
+        head = self.look.next_of(reservation)
+        for one in self.carry_on(head, now):
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
                 became = 'skipped' if one['outcome'] == 'left out' else 'moved'
-                start = self.config.told_time(one['start'].timestamp(), head.tz)
-                self.journal(now, 'refused', f"{start} is {became}: {one['why']}", reservation,
-                             json.loads(head.notify))
+                start = self.service.config.told_time(one['start'].timestamp(), head.tz)
+                self.service.journal(now, 'refused', f"{start} is {became}: {one['why']}",
+                                     reservation, json.loads(head.notify))
 
-    def rebook_event(self, reservation: int, wish: Wish, now: float) -> list[dict]:
-        """Makes of a reservation what the event of a calendar says now; inside a transaction."""
-        change(Reservation, reservation, **wish.columns(*STORED),
-               series=stored_stretches(wish.stretches))
-        self.keep_identities(reservation, wish, now)
-        return self.reshape(reservation, wish, now, gentle=True)
-
-    def keep_identities(self, reservation: int, wish: Wish, now: float) -> None:
-        """Gives occurrences whose slots are gone the new slots, first of the same day.
+    def kept_identities(self, there: list, wish: Wish, now: float) -> dict[int, dict]:
+        """New slots for occurrences whose slots are gone, by id; first of the same day.
 
         So an event that is moved is one event in feeds, and no program shows it twice.
         """
-        there = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start',
-                     reservation)
         slots = all_slots(wish.stretches, self.earliest(there, wish.stretches, now),
                           self.horizon(wish.stretches, now))
         wanted, taken = {slot.key for slot in slots}, {old.slot for old in there}
@@ -10807,62 +10702,39 @@ class Series(Holding):
         given = {*pairs.values()}
         rest = [key for key in new if key not in given]
         pairs |= zip((slot for slot in lost if slot not in pairs), rest)
-        for slot, key in pairs.items():
-            change(Occurrence, lost[slot], slot=key)
-
-    def rebook_series(self, old, wish: Wish, now: float, named: bool, moves: bool) -> list[dict]:
-        """Changes a series from one occurrence on; inside a transaction.
-
-        Args:
-          named: that one was named, so that it changes also if it was changed on its own before
-          moves: more than what is told about the series
-        """
-        if not old.repeats:  # it was a plain one: what it has becomes the first of the series
-            first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
-            key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
-            change(Occurrence, old.id, slot=key if self.begun(old) else first.key)
-        if old.altered and named:
-            change(Occurrence, old.id, altered=False)
-        change(Reservation, old.reservation, **wish.columns(*STORED),
-               series=stored_stretches(wish.stretches),
-               changed=int(now))
-        return self.reshape(old.reservation, wish, now) if moves else []
+        return {lost[slot]: {'slot': key} for slot, key in pairs.items()}
 
 
 # Admission ###################################################################
 #
-# Books, changes and cancels whole reservations; of a request all of its parts, or none.
+# What makes, changes and cancels whole reservations; of a request all of its parts, or none.
 
 
 class Spent(NoCapacity):
     """No way was found for all parts of a request in as many tries as are made."""
 
 
-def choose(parts: list[list], take: Callable[[Any, list], Any], kind: Callable[[list], Any]):
+def choose(parts: list[list], book: Callable[[Any, list], Any], kind: Callable[[list], Any]):
     """Takes of each part the first choice that lets the others be taken as well; what that gave.
 
     Parts of one kind are taken one after the other, each from the choice of the one before it on:
-    what had no room for one has none for the next, and to exchange two of them changes nothing. So
-    they need no search.
+    what had no room for one has none for the next, and to exchange two of them changes nothing.
+    A NoCapacity (Spent: too many tries) says as `placed` how many had room together.
 
     Args:
-      take: takes a choice, beside what the parts before it gave
+      book: takes a choice, beside what the parts before it gave
       kind: tells parts apart whose choices differ in what they take
-
-    Raises:
-      NoCapacity: there is no such way, or (Spent) none was found; another Conflict, if it isn't
-        room that is missing. Its `placed` says how many parts had room together.
     """
     numbers: dict = {}
     kinds = [numbers.setdefault(kind(part), len(numbers)) for part in parts]
     order = sorted(range(len(parts)), key=kinds.__getitem__)
     without_search = len(parts) + sum(len(parts[kinds.index(n)]) for n in numbers.values())
     tries = iter(range(MOST_TRIES + without_search))
-    found = chosen([(kinds[n], parts[n]) for n in order], take, tries, [])
+    found = chosen([(kinds[n], parts[n]) for n in order], book, tries, [])
     return [each for _, each in sorted(zip(order, found), key=lambda pair: pair[0])]
 
 
-def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, first: int = 0):
+def chosen(parts: list[tuple], book: Callable, tries: Iterator, taken: list, first: int = 0):
     """What `choose` finds behind what is taken, for the next part from its `first` choice on."""
     (kind, choices), refusals = parts[len(taken)], []
     for n in range(first, len(choices)):
@@ -10871,10 +10743,10 @@ def chosen(parts: list[tuple], take: Callable, tries: Iterator, taken: list, fir
                         'parts and none fits. Choose a resource for each part, or fewer parts.')
         try:
             with Attempt():
-                got = [*taken, take(choices[n], taken)]
+                got = [*taken, book(choices[n], taken)]
                 if len(got) == len(parts):
                     return got
-                return chosen(parts, take, tries, got, n if parts[len(got)][0] == kind else 0)
+                return chosen(parts, book, tries, got, n if parts[len(got)][0] == kind else 0)
         except Spent:
             raise
         except Conflict as refusal:
@@ -10893,58 +10765,33 @@ def kind_of(part: list[Wish]) -> tuple:
     return tuple((wish.resource.id, wish.held, wish.amount, wish.server) for wish in part)
 
 
-class Admission(Series):
+class Admission:
     """Reservations as a whole, and requests of several; inside a transaction."""
 
-    def book(self, wish: Wish, now: float, origin: str = '', request: str = '',
-             **event) -> tuple[int, list]:
-        """Writes a reservation and its occurrences, and holds their amounts; inside a transaction.
+    def __init__(self, look: Lookup, wishes: Wishes, series: Series, reasons: Reasons):
+        self.look, self.wishes, self.series, self.reasons = look, wishes, series, reasons
+        self.service, self.bookings = series.service, series.bookings
+        self.policy = self.bookings.policy
 
-        Args:
-          request: the label of the request of which this is a part
-          origin, event: the digest, `uid` and `subscription` of the event of a calendar that it
-            comes from
-
-        Returns:
-          its id, and of a series what became of each occurrence.
-        """
-        wish = self.as_now(wish)
+    def book(self, wish: Wish, now: float, **columns) -> tuple[int, list]:
+        """Makes a reservation: its id, and of a series what became of each occurrence."""
+        wish = self.wishes.as_now(wish)
         place = wish.resource
-        became = self.reshaped(0, wish, [], now) if wish.stretches else self.single(wish, now)
-        done, live = became.done, [
-            columns['end'] for _, columns in became.changed if not columns.get('cancelled')]
-        if done and not live:
-            first = done[0]['why']
-            raise NoCapacity(f'None of {len(done)} occurrences fits. The first: {first}',
-                             conflicts=done[:1000])
-        on = goes_on(wish.stretches, became.horizon)
-        pending = int(now) + place.approval if place.approval and self.actor.role != ADMIN else None
-        reservation = insert(
-            Reservation, **wish.columns(*STORED), **event, origin=origin, added=int(now),
-            changed=int(now),
-            pending=pending, priority=0, confirm=0, request=request, choices='',
-            series=stored_stretches(wish.stretches) if wish.stretches else '',
-            booked_until=became.horizon if on else None,
-            over=int(LAST.timestamp()) if on else max([int(now), *live]))
-        self.refuse_many_texts(wish)
-        self.write_all(reservation, became.changed, now)
-        if wish.image and wish.at_end == 'stop':
-            self.keep_stopped(reservation, now)
-        what = self.told_series(wish, done) if wish.stretches else (
-            f"{counted(wish.vms, 'VM')} on {place.name}")
-        self.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
+        pending = int(
+            now) + place.approval if place.approval and self.service.actor.role != ADMIN else None
+        deal = Deal('added', wish, [], columns=columns | {'pending': pending})
+        reservation, done = self.bookings.commit(
+            self.series.spelled(deal, [], now) if wish.stretches
+            else deal._replace(changes=[change_to(None, wish, now)]), now)
+        done = done if wish.stretches else []
+        what = (self.told_series(wish, done) if wish.stretches
+                else f"{counted(wish.vms, 'VM')} on {place.name}")
+        self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
         if pending and not wish.stretches:
-            until = self.config.told_time(pending, wish.tz)
-            self.journal(now, 'pending', f'an admin must approve it before {until}', reservation,
-                         wish.notify)
+            until = self.service.config.told_time(pending, wish.tz)
+            self.service.journal(now, 'pending', f'an admin must approve it before {until}',
+                                 reservation, wish.notify)
         return reservation, done
-
-    def single(self, wish: Wish, now: float) -> Reshaped:
-        """Holds the one occurrence of a new reservation."""
-        place = wish.resource
-        self.grow(wish, [Hold(place.id, *wish.held, wish.amount)], now)
-        slot = Slot('', wish.start, wish.end, wish.vms, place.id)
-        return Reshaped([], [self.row_of(None, wish, slot, now)], 0, [])
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
@@ -10954,85 +10801,86 @@ class Admission(Series):
                 f"{counted(len(done) - left_out, 'occurrence')}"
                 f"{f', {left_out} skipped' if left_out else ''}")
 
-    def rebook(self, old, wish: Wish, now: float) -> None:
-        """Makes one occurrence what is wished; inside a transaction."""
-        wish = self.as_now(wish)
-        place = wish.resource
-        wants, growth = [Hold(place.id, *wish.held, wish.amount)], []
-        if old.waiting is None:
-            give(beyond([hold_of(old)], wants))
-            growth = beyond(wants, [hold_of(old)])
-        self.grow(wish, growth, now, old, own=old.reservation)
-        if old.waiting is not None and not wish.amount.within(self.most_ever(wish)):
-            raise NoCapacity('')
-        slot = Slot(old.slot, wish.start, wish.end, wish.vms, place.id)
-        self.write_occurrence(old.id, old.reservation, wish, slot, now, altered=bool(old.repeats),
-                              told=0 if wish.start != old.start
-                              else old.told & ~(ENDING if wish.end != old.end else 0),
-                              **({'held_until': wish.held[0]} if old.waiting is not None else {}))
-        if old.repeats:
-            stretches = self.stretches(old.reservation)
-            self.close(old.reservation, stretches, now, self.horizon(stretches, now))
-        else:
-            change(Reservation, old.reservation, **wish.columns(*STORED), changed=int(now),
-                   over=wish.end)
-        if old.waiting is not None:
-            anew = beyond(wants, [hold_of(old)._replace(until=old.end)])
-            if anew:  # it goes to the end of the line
-                change(Reservation, old.reservation, waiting=int(now))
-            self.stand_in_line(old.reservation)
-        if old.image or wish.image:
-            self.keep_stopped(old.reservation, now)
+    def edit(self, old, wish: Wish, asked: Iterable[str], now: float, code: str = 'updated',
+             named: bool = False, alone: bool = False) -> Deal:
+        """The deal that makes of a reservation what is asked; `code` can be BACK or 'calendar'."""
+        deal = Deal(code, wish, [], old, asked=asked, named=named, alone=alone)
+        if code == BACK:
+            return self.edit_back(deal, now)
+        if wish.stretches:
+            return self.edit_series(deal, now)
+        wish = self.wishes.as_now(wish)
+        waits = old.waiting is not None
+        stretches = self.look.stretches(old.reservation) if old.repeats else []
+        columns = {} if old.repeats else wish.columns(*STORED)
+        if old.choices and {'resource', 'host', 'flavor'} & set(asked):
+            columns['choices'] = ''  # it waits for this one alone
+        wants = Hold(wish.resource.id, *wish.held, wish.amount)
+        if waits and beyond([wants], [hold_of(old)._replace(until=old.end)]):
+            columns['waiting'] = int(now)  # it goes to the end of the line
+        return deal._replace(
+            wish=wish, columns=columns, stretches=stretches,
+            changes=[change_to(old, wish, now, old.slot, waits, altered=bool(old.repeats))],
+            horizon=self.series.horizon(stretches, now) if stretches else 0)
+
+    def edit_series(self, deal: Deal, now: float) -> Deal:
+        """The deal that changes a series, or makes one of a plain reservation."""
+        old, wish, patches = deal.old, deal.wish, {}
+        there = self.series.there(old.reservation)
+        if deal.code == 'calendar':
+            patches = self.series.kept_identities(there, wish, now)
+        elif not old.repeats:  # what it has becomes the first of the series
+            first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
+            key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
+            patches = {old.id: {'slot': key if self.look.begun(old) else first.key}}
+        elif old.altered and deal.named:
+            patches = {old.id: {'altered': False}}
+        deal = deal._replace(patches=patches, columns=deal.columns | wish.columns(*STORED) | {
+            'series': stored_stretches(wish.stretches)})
+        if not SHAPE & set(deal.asked):
+            return deal
+        return self.series.spelled(deal, there, now, gentle=deal.code == 'calendar')
+
+    def edit_back(self, deal: Deal, now: float) -> Deal:
+        """The deal that lets a series have an occurrence again that it was left without."""
+        old, wish = deal.old, deal.wish
+        stretches = [unskipped(each, old.slot) for each in self.look.stretches(old.reservation)]
+        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
+        self.series.refuse_impossible(wish, [(slot, old)], now)
+        one = self.series.change_at(wish, slot, old, now)
+        return deal._replace(
+            changes=[one._replace(columns=one.columns | {'altered': False})], stretches=stretches,
+            columns={'series': stored_stretches(stretches)}, clash='refuse',
+            horizon=self.series.horizon(stretches, now))
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
-        """Cancels occurrences of one reservation: what they held from now on is free; inside a
-        transaction.
-
-        Args:
-          ends: nothing of the series comes after them
-        """
+        """Cancels occurrences of a reservation; `ends`: nothing of its series comes after."""
         if not found:  # it has ended since it was looked for
             return
-        first, freed = found[0], [hold_of(each) for each in found]
+        first, columns = found[0], {}
         for each in found:
             if each.change is not None:
-                self.drop_proposals(each.reservation, each.id)
-            until = min(max(int(now), each.held_from), each.held_until)
-            release(each.resource_id, until, each.held_until, amount_of(each))
-            change_occurrence(each.id, now, cancelled=int(now), held_until=until, due=now,
-                              altered=True)
+                self.bookings.drop_proposals(each.reservation, each.id)
         if first.repeats and ends:
-            stretches = stretches_before(self.stretches(first.reservation),
-                                         min(each.slot for each in found))
-            change(Reservation, first.reservation,
-                   series=stored_stretches(stretches) if stretches else '[]')
-        if first.repeats and not ends:  # so that there is a next one
-            self.reshape(first.reservation, self.carried_on(first), now, gentle=True, again=False)
-        else:
-            self.close(first.reservation, [], now)
-        if (first.waiting, first.pending) != (None, None):  # is there nothing left to wait for?
-            run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
-                'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
-                'o.cancelled IS NULL)',
-                first.reservation)
-        if first.waiting is not None:
-            self.stand_in_line(first.reservation)
-        if first.image:
-            self.keep_stopped(first.reservation, now, freed)
+            left = stretches_before(self.look.stretches(first.reservation),
+                                    min(each.slot for each in found))
+            columns['series'] = stored_stretches(left) if left else '[]'
+        goes_on = first.repeats and not ends
+        self.bookings.commit(Deal('released', self.wishes.carried_on(first),
+                         [given_up(each, now, altered=True) for each in found], first, columns,
+                         stretches=None if goes_on else []), now)
+        if goes_on:  # so that there is a next one
+            self.series.carry_on(first, now)
         only = NONE_OF_THEM
         if first.repeats:
             only = first.id if len(found) == 1 else None
-        said = [why or f'cancelled by {self.actor.user}']
+        said = [why or f'cancelled by {self.service.actor.user}']
         said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
-        self.journal(now, 'released', '; '.join(said), first.reservation, json.loads(first.notify),
-                     only)
+        self.service.journal(now, 'released', '; '.join(said), first.reservation,
+                             json.loads(first.notify), only)
 
     def ends_with(self, found) -> dict:
-        """What becomes of the VMs, if there are any, of an occurrence that is cancelled:
-        `ends_with`, `warnings`.
-
-        A server that its owner had before ends as agreed; all others are deleted.
-        """
+        """What becomes of VMs of what is cancelled: as agreed of a server that was there."""
         if not found.existing:
             return {}
         if found.server or found.at_end in ('', 'delete'):
@@ -11042,11 +10890,9 @@ class Admission(Series):
             f'({found.at_end}) is not done.']}
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
-        """Books all parts of a request: of each its wish, its reservation, and what became of its
-        occurrences.
-        """
+        """Books all parts of a request: each one's wish, reservation, and what became of it."""
         for name in dict.fromkeys([request.label, *(part[0].label for part in request.parts)]):
-            self.refuse_taken_label(request.last._replace(label=name), now)
+            self.policy.refuse_taken_label(request.last._replace(label=name), now)
         try:
             if len(request.parts) == len(request.parts[0]) == 1:
                 return [self.book_part(request.last, '', now)]
@@ -11054,13 +10900,13 @@ class Admission(Series):
                           kind_of)
         except NoCapacity as refusal:
             refusal.wish = self.summed(request, getattr(refusal, 'wish', request.last))
-            if str(refusal) or len(request.parts) == 1 or self.lack(refusal.wish):
+            if str(refusal) or len(request.parts) == 1 or self.reasons.lack(refusal.wish):
                 raise
             raise self.apart(request, refusal) from None
 
     def apart(self, request: Request, refusal: NoCapacity) -> NoCapacity:
         """The refusal of parts of which each would have room, but not all together."""
-        when = self.config.told_window(*refusal.wish.held)
+        when = self.service.config.told_window(*refusal.wish.held)
         answer = NoCapacity(f'Only {refusal.placed} of the {len(request.parts)} parts of '
                             f"'{request.label}' fit together from {when}. Reserve fewer parts, "
                             'smaller parts, or another time.')
@@ -11070,12 +10916,12 @@ class Admission(Series):
 
     def instead(self, request: Request, wish: Wish, field: str, now: float) -> None:
         """Books a request of which each part is otherwise in one field, as a wish is."""
-        def changed(each: Wish) -> Wish:
+        def other(each: Wish) -> Wish:
             return with_vms(each, wish.vms) if field == 'vms' else each._replace(
                 start=wish.start, end=wish.end)
         if field == 'vms' and request.name:
             raise Invalid('An offer of fewer VMs must say for which part.')
-        parts = [[*map(changed, part)] for part in request.parts]
+        parts = [[*map(other, part)] for part in request.parts]
         self.book_all(request._replace(parts=parts), now)
 
     def book_part(self, wish: Wish, name: str, now: float) -> tuple:
@@ -11101,7 +10947,7 @@ class Admission(Series):
     def answer(self, reservation: int, done: Iterable[dict], wish: Wish,
                occurrence: int | None = None) -> dict:
         """What was reserved, of a series the next occurrence and what became of each."""
-        found = self.occurrence(occurrence) if occurrence else self.next_of(reservation)
+        found = self.look.occurrence(occurrence) if occurrence else self.look.next_of(reservation)
         series = ({'booked_until': instant(found.booked_until), 'occurrences': [*done]}
                   if wish.stretches else {})
         shown = public(found)
@@ -11110,13 +10956,39 @@ class Admission(Series):
 
     def in_words(self, shown: dict) -> str:
         """What is agreed now, in a sentence: what starts when, and what becomes of it."""
-        planned = plan_in_words(shown, read_zone(shown['tz'] or self.config.timezone))
+        planned = plan_in_words(shown, read_zone(shown['tz'] or self.service.config.timezone))
         if shown['state'] == 'waiting':
             return f"On the waiting list: {planned['what']}, {planned['when']}."
         series = rule_in_words(shown['repeat']) if shown['repeat'] else ''
         once = f' This is the next one of a series: {series}.' if series else ''
         pending = ' An admin must approve it first.' if shown['state'] == 'pending' else ''
         return planned['message'] + once + pending
+
+    def grant(self, proposal, now: float) -> None:
+        """Makes a change that was proposed."""
+        old = self.look.occurrence(proposal.occurrence)
+        if old.state in OVER and proposal.code != BACK:
+            old = self.look.next_of(proposal.reservation_id)
+        asked, wish = json.loads(proposal.asked), restored_wish(proposal.wish)
+        current = self.wishes.unaltered(old)
+        if proposal.code != 'calendar':
+            wish = wish._replace(**{
+                name: current[name] for name in STORED
+                if name not in (*asked, 'lead', 'repeat', 'tz', 'on_conflict')})
+        self.bookings.drop_proposals(old.reservation,
+                                     proposal.occurrence if proposal.alone else None)
+        deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
+        self.bookings.commit(deal._replace(code='granted'), now)
+
+    def commit_back(self, old, wish: Wish, now: float) -> Made | None:
+        """Lets an occurrence be again that was left out."""
+        try:
+            return self.bookings.commit(self.edit(old, wish, ['occurrence'], now, BACK, True, True),
+                                        now)
+        except NoCapacity as refusal:
+            conflict, = refusal.details.pop('conflicts')
+            why = f"The skipped occurrence does not fit any more. {conflict['why']}"
+            raise NoCapacity(why, **refusal.details) from None
 
 
 # Waiting #####################################################################
@@ -11131,18 +11003,19 @@ def kind_of_waiting(part: list[tuple]) -> tuple:
                  for each, place, amount in part)
 
 
-A_SERIES_WAITS = 'A series cannot join the waiting list.'
-RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
-
-
-class Waiting(Admission):
+class Waiting:
     """Requests that wait for room, and reservations that wait for a word."""
+
+    def __init__(self, admission: Admission):
+        self.admission, self.look, self.wishes = admission, admission.look, admission.wishes
+        self.service, self.bookings = admission.service, admission.bookings
+        self.policy, self.limits = admission.policy, admission.policy.limits
 
     def take(self, request: Request, now: float) -> dict:
         """Books a request, or lines it up if it may wait; inside a transaction."""
         try:
             with Attempt() if request.wait else nullcontext():
-                return self.answer_all(request, self.book_all(request, now))
+                return self.admission.answer_all(request, self.admission.book_all(request, now))
         except NoCapacity:
             if not request.wait:
                 raise
@@ -11152,56 +11025,52 @@ class Waiting(Admission):
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
             raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
-        parts = [[wish for wish in map(self.as_now, part)
-                  if wish.amount.within(self.most_ever(wish))] for part in request.parts]
+        parts = [[wish for wish in map(self.wishes.as_now, part)
+                  if wish.amount.within(self.policy.most_ever(wish))] for part in request.parts]
         without = (part[0] for part, left in zip(request.parts, parts) if not left)
         lacking = next(without, request.last)
         try:
             choose(parts, self.could_be, kind_of)
         except Conflict as refusal:
-            refusal.wish = self.summed(request, lacking)
+            refusal.wish = self.admission.summed(request, lacking)
             raise
         self.refuse_beyond_together([part[0] for part in parts], now)
-        self.refuse_many_waiting(request.last)
-        return self.answer_all(request, [self.wait_for(part, request, now) for part in parts])
+        self.limits.refuse_many_waiting(request.last)
+        return self.admission.answer_all(request,
+                                         [self.wait_for(part, request, now) for part in parts])
 
     def could_be(self, wish: Wish, taken: list[Wish]) -> Wish:
         """A part that fits beside those before it where nothing else is booked, or NoCapacity."""
         beside = [each.amount for each in taken if each.resource.id == wish.resource.id]
-        if not sum(beside, wish.amount).within(self.most_ever(wish)):
+        if not sum(beside, wish.amount).within(self.policy.most_ever(wish)):
             raise NoCapacity('')
         return wish
 
     def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
-        """Refuses what goes beyond a limit, as all parts of a request count: on each resource, and
-        in all.
-        """
+        """Refuses what is beyond a limit together, on each resource and in all."""
         for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: any resource
             there = [wish for wish in wishes if id in (0, wish.resource.id)]
             total = sum((wish.amount for wish in there), NOTHING)
             place = there[0].resource._replace(id=id)
-            self.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total), now)
+            self.limits.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total),
+                                      now)
 
     def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
         """Writes down one part of it, which waits for the first of some resources that has room."""
         wish = wishes[0]
         choices = [[each.resource.id, bool(each.whole), stored(each.whole or each.each)]
                    for each in wishes]
-        reservation = insert(Reservation, **wish.columns(*STORED), series='', origin='',
-                             added=int(now),
-                             changed=int(now), over=wish.end, waiting=int(now),
-                             priority=request.priority,
-                             confirm=request.confirm, request=request.name,
-                             choices=json.dumps(choices) if len(choices) > 1 else '')
-        self.refuse_many_texts(wish)
-        slot = Slot('', wish.start, wish.end, wish.vms, wish.resource.id)
-        self.write_occurrence(None, reservation, wish, slot, now, held_until=wish.held[0])
-        self.stand_in_line(reservation)
-        self.journal(now, 'waiting',
+        made = self.bookings.commit(Deal('waiting', wish, [change_to(None, wish, now, waits=True)],
+                                         columns={
+                                             'waiting': int(now), 'priority': request.priority,
+                                             'confirm': request.confirm, 'request': request.name,
+                                             'choices': json.dumps(choices) if len(choices) > 1
+                                             else ''}), now)
+        self.service.journal(now, 'waiting',
                      f"{counted(wish.vms, 'VM')} on "
                      f"{' or '.join((each.resource.name for each in wishes[:20]))} "
-                     'are not free', reservation, wish.notify)
-        return wish, reservation, []
+                     'are not free', made.reservation, wish.notify)
+        return wish, made.reservation, []
 
     def choices(self, found) -> Iterator[tuple]:
         """The resources on one of which what waits can be, in order, and what it takes there."""
@@ -11211,54 +11080,18 @@ class Waiting(Admission):
             if place := resource_of(resource):
                 yield place, amount
 
-    def most_ever(self, wish: Wish) -> Amount:
-        """What a resource holds at most in the window of a wish, loans included, if nothing is
-        booked.
-        """
-        begin, until = wish.held
-        most, lent = capacity(wish.resource), NOTHING
-        for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity WHERE '
-                         'resource_id = ? '
-                         'AND removed IS NULL AND start < ? AND "end" > ?', wish.resource.id,
-                         until, begin):
-            held = amount_of(each, 'held_')
-            lent -= Amount(*(min(figure, 0) for figure in held[:3]),
-                           tuple(one for one in held.classes if one[1] < 0))
-        return Amount(*(None if each is None else each + more
-                        for each, more in zip(most[:3], lent)),
-                      added(most, lent, 1))
-
-    def refuse_many_waiting(self, wish: Wish) -> None:
-        """Refuses to let a user or a project wait with more requests than a limit says."""
-        for limit in self.limits_for(wish):
-            if limit.waiting is None:
-                continue
-            who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) "
-                        "FROM reservation WHERE "
-                        f'waiting IS NOT NULL AND {who} = ? AND over > ?', name,
-                        int(self.clock())).fetchone()[0]
-            if waits >= limit.waiting:
-                raise Conflict(f"{who.capitalize()} '{name}' can have "
-                               f"{counted(limit.waiting, 'request')} on the waiting list and "
-                               f'already has {waits}. Cancel one first.',
-                               cause='limit', limit='waiting', value=limit.waiting, passes=0)
-
     def admit_waiting(self, now: float) -> bool:
-        """Gives room that has become free to those that wait, and frees what waited for a word in
-        vain.
-
-        Returns:
-          whether those that wait are to be looked at once more, in their order.
+        """Gives room to those that wait, and frees what waited for a word in vain; whether those
+        that wait are to be looked at once more, in their order.
         """
         more = self.admit_in_order(now)
-        for each in self.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
+        for each in self.look.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
                                  (NEXT_OF_ITS, None)]):
             why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
-            for part in self.together(each):
-                self.cancel(self.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal WHERE until '
-                         '<= ?', int(now)):
+            for part in self.look.together(each):
+                self.admission.cancel(self.look.live(part), now, why, ends=True)
+        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
+                         'WHERE until <= ?', int(now)):
             self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
         return more
 
@@ -11276,61 +11109,53 @@ class Waiting(Admission):
             except Conflict as error:
                 self.try_later(request, not isinstance(error, NoCapacity), now)
                 continue
-            if any(each.waiting <= now - self.config.no_overtaking_after for each in request):
+            before = now - self.service.config.no_overtaking_after
+            if any(each.waiting <= before for each in request):
                 return True
         return False
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
-        """Drops what is asked of a reservation and of the other parts of its request, and tells of
-        it.
-        """
-        for part in self.together(self.next_of(reservation)):
-            if self.drop_proposals(part.reservation):
-                self.journal(now, 'rejected', why, part.reservation, json.loads(part.notify))
-
-    def together(self, found) -> list:
-        """A reservation and, if it is a part of a request, the other parts that are not over."""
-        if not found.request:
-            return [found]
-        return self.search([('r.request = ?', found.request), ('r.project = ?', found.project),
-                            (NOT_OVER, None),
-                            (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
+        """Drops what is asked of a reservation and its other parts, and tells of it."""
+        for part in self.look.together(self.look.next_of(reservation)):
+            if self.bookings.drop_proposals(part.reservation):
+                self.service.journal(now, 'rejected', why, part.reservation,
+                                     json.loads(part.notify))
 
     def waiting_requests(self, now: float) -> list[list]:
-        """Some of those that wait and may have room now, in the order in which they get it; parts
-        of one together.
-        """
+        """Some of those that wait and may have room now, in their order; parts together."""
         due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w INDEXED BY wait_due
                          CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
                          ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
-            whole |= {each.id for each in rows("SELECT id FROM reservation WHERE request = ? AND "
-                                               "request <> '' AND "
-                                               'project = ? AND waiting IS NOT NULL', request,
-                                               project)}
+            whole |= {each.id for each in rows(
+                "SELECT id FROM reservation WHERE request = ? AND request <> '' AND project = ? "
+                'AND waiting IS NOT NULL', request, project)}
         found: dict = defaultdict(list)
         theirs = 'SELECT id FROM occurrence INDEXED BY occurrence_series WHERE reservation_id'
-        condition, ids = self.among(theirs, [*whole])
-        for each in self.search([(f'o.id IN ({condition})', ids), ('o.cancelled IS NULL',),
+        condition, ids = self.look.among(theirs, [*whole])
+        for each in self.look.search([(f'o.id IN ({condition})', ids), ('o.cancelled IS NULL',),
                                  ('o.end > ?', int(now))],
                                 tail='ORDER BY priority DESC, waiting, id'):
             found[(each.project, each.request) if each.request else each.id].append(each)
-        self.leave_line(whole
-                        - {each.reservation for request in found.values() for each in request})
+        over = whole - {each.reservation for request in found.values() for each in request}
+        if over:
+            self.leave_line(over)
+            return self.waiting_requests(now)
         return [*found.values()]
 
     def leave_line(self, reservations: Iterable[int]) -> None:
-        """Takes out of the line whose window is over."""
+        """Takes out of the line whose window is over; those that they kept back are called."""
         for each in reservations:
+            for place in rows('SELECT resource_id, held_from, until FROM wait '
+                              'WHERE reservation_id = ?', each):
+                call_waiting(*place)
             run('DELETE FROM wait WHERE reservation_id = ?', each)
             remembered.change()
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
-        """Notes when those that have no room are tried again, if nothing is given back before.
-
-        What is held by others goes by: of a window that has begun, the next change of level may be
-          the one.
+        """Notes when those without room are tried again, if nothing is given back before: of a
+        window that has begun, what is held by others goes by with the next change of level.
         """
         for each in request:
             names = {name for _, amount in self.choices(each) for name in amount.names}
@@ -11345,47 +11170,170 @@ class Waiting(Admission):
         """The next instant at which what is held of a resource changes, before an end."""
         tracks = ('', CLOSED, *names)
         found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?',
-                     resource, track,
-                     now).fetchone()[0] for track in tracks]
+                     resource, track, now).fetchone()[0] for track in tracks]
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
     def let_in(self, found, place, amount: Amount, now: float) -> None:
-        """Gives room on a resource to what waits.
-
-        Raises:
-          NoCapacity: there is no room; another Conflict, if it has come to be beyond a limit.
-        """
-        begin = max(found.held_from, int(now))
-        behind = self.first_in_line(
-            place.id, found.held_from, found.end, now,
-            'AND NOT w.limited AND w.due > 0 AND r.id <> ? AND '
-            '(-r.priority, r.waiting, o.id) < (?, ?, ?)', found.reservation, -found.priority,
-            found.waiting, found.id)
-        if behind or not fits(place, begin, found.end, amount):
-            raise NoCapacity('')
-        wish = self.carried_on(found)._replace(resource=place, each=amount // found.vms)
-        self.refuse_shared_server(wish, found.reservation)
-        self.refuse_beyond(wish, now)
-        hold(place.id, found.held_from, found.end, amount)
-        pending = (int(now) + (place.approval or found.confirm) if place.approval or found.confirm
-                   else None)
-        change(Reservation, found.reservation, waiting=None, pending=pending, changed=int(now),
-               choices='',
-               confirm=0 if place.approval else found.confirm)
-        change(Occurrence, found.id, resource=place.id, **stored(amount), held_until=found.end,
-               due=min(begin, now))
-        self.stand_in_line(found.reservation)
-        self.keep_stopped(found.reservation, now)
+        """Gives room on a resource to what waits, or raises a Conflict."""
+        wish = self.wishes.carried_on(found)._replace(resource=place, each=amount // found.vms,
+                                               whole=amount if found.host else None)
+        held = place.approval or found.confirm
+        pending = int(now) + held if held else None
+        self.bookings.commit(Deal('admitted', wish, [change_to(found, wish, now)], found, {
+            'waiting': None, 'pending': pending, 'choices': '',
+            'confirm': 0 if place.approval else found.confirm}), now)
         whose = ('an admin must approve it' if place.approval
-                 else f'accept it (`accept {found.request or found.label}`)')
-        until = self.config.told_time(pending or now, found.tz)
+                 else f'`accept {found.request or found.label}`')
+        until = self.service.config.told_time(pending or now, found.tz)
         asks = f'the capacity is free now; {whose} before {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted',
             f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
             f'{format_duration(int(now) - found.waiting)}')
-        self.journal(now, code, sentence, found.reservation, json.loads(found.notify))
+        self.service.journal(now, code, sentence, found.reservation, json.loads(found.notify))
+
+
+# Offers ######################################################################
+#
+# What is said of what has no room: why, what is in the way, and what would fit instead, each offer
+# decided like a request.
+
+
+class Offers:
+    """Explains refusals."""
+
+    def __init__(self, service: Service, wishes: Wishes, reasons: Reasons, bookings: Bookings):
+        self.service, self.look, self.wishes = service, reasons.look, wishes
+        self.reasons, self.bookings = reasons, bookings
+
+    @contextmanager
+    def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
+        """Writes down that a request was refused for want of capacity or by a limit.
+
+        Only the operator is told: who asks has the answer, and may have named anybody to notify.
+        """
+        try:
+            yield
+        except Conflict as refusal:
+            if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
+                with transaction():
+                    sentence = f"'{wish.label}' of {wish.user}: {refusal}"
+                    journal(self.service.config, self.service.clock(), wish.user, 'refused',
+                            sentence, None, project=wish.project, resource=wish.resource.id)
+            raise
+
+    @contextmanager
+    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
+        """Makes of a bare NoCapacity one that says why; in a rehearsal also what would fit.
+
+        Args:
+          old: the occurrence that was to change
+          deed: does what was asked with another wish, of which one field is otherwise
+        """
+        try:
+            with Attempt() if rehearsal.on else nullcontext():
+                yield
+        except NoCapacity as refusal:
+            if deed and not rehearsal.on:
+                raise
+            with undone():
+                wish = self.wishes.as_now(getattr(refusal, 'wish', wish))
+                why, more, offers = self.explained(refusal, wish, old, bool(deed))
+                more = refusal.details | more | (self.tested(deed, offers) if deed else {})
+                raise NoCapacity(why, **more) from None
+
+    def explained(self, refusal: NoCapacity, wish: Wish, old,
+                  offering: bool) -> tuple[str, dict, dict]:
+        """The sentence of a refusal, what is in the way, and what might be offered, best first."""
+        if wish.stretches:  # a series tells by itself
+            fitting = 0 if old else getattr(refusal, 'most_vms', 0)
+            offers = [(fitting, with_vms(wish, fitting))] if fitting else []
+            return str(refusal), {}, {'most_vms': offers}
+        with self.bookings.as_if_without(old):  # it is not in its own way
+            lack, why = self.reasons.lack(wish), str(refusal)
+            if not offering:
+                return why or self.reasons.why_not(wish, lack), {}, {}
+            more = {} if why else self.reasons.in_the_way(wish, lack, old.reservation if old else 0)
+            why = why or self.reasons.why_not(wish, lack)
+            later = self.later(wish, getattr(refusal, 'others', ()))
+            return why, more, {
+                'next_start': [*itertools.islice(later, MOST_OFFERS)],
+                'most_vms': [*self.reasons.fewer(wish, lack, old)],
+                'longest': [*self.shorter(wish, old)]}
+
+    def tested(self, deed: Callable[[Wish, str], Any], offers: dict[str, list]) -> dict:
+        """Of each offer the first that would be admitted, decided as a request is."""
+        found = {}
+        for name, candidates in offers.items():
+            for offer, wish in candidates:
+                if self.would_do(deed, wish, OFFERS[name]):
+                    found[name] = offer
+                    break
+        return found
+
+    def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
+        """Whether something can be done; it is undone."""
+        try:
+            with undone():
+                deed(wish, field)
+                return True
+        except Error:
+            return False
+
+    def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
+        """The same later: where there is room, and when something ends that was in the way."""
+        begin, need = max(wish.held[0], int(self.service.clock())), wish.held[1] - wish.held[0]
+        ends = self.ends_after(wish, begin, others)
+        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
+            inside = [at for at in ends if first < at <= last - need]
+            for at in [int(first), *inside] if last - first >= need else ():
+                start = at + wish.lead
+                yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
+
+    def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
+        """When things end that count against the same limits, wait, or are on some resources."""
+        if not (others or standing().limits or standing().waits):
+            return []
+        most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
+        found = walk(self.service.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
+        whose = [('project', 'o.of_project = ?', wish.project),
+                 ('user', 'o.of_user = ?', wish.user)]
+        whose += [('place', 'o.resource_id = ?', each) for each in others]
+        for way, condition, value in whose:
+            ways = self.look.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
+                                    ' AND o.due IS NOT NULL')
+            found += walk(self.service.clock(), ways, [(condition, value), later], most)
+        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+                   json.dumps([id for _, id in found]))
+        return sorted({end for end, in ends})[:most]
+
+    def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
+        """The same as long as there is room, if that is longer than what it has already."""
+        begin, _ = self.reasons.to_come(wish)
+        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
+        length, before = int(last) - wish.start, old.end - old.start if old else 0
+        if first == begin and before < length < wish.end - wish.start:
+            text = format_duration(length)
+            # As it will be read: days are by the clocks.
+            _, end = self.service.resolve(instant(wish.start), parse_duration(text))
+            yield text, wish._replace(end=end)
+
+
+class Operations(Service):
+    """The service with all its parts, each of which has what it uses."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.look = Lookup(self)
+        self.wishes, self.reasons = Wishes(self, self.look), Reasons(self, self.look)
+        self.limits = Limits(self)
+        self.policy = Policy(self, self.look, self.limits, self.reasons)
+        self.bookings = Bookings(self, self.policy, self.reasons)
+        self.series = Series(self, self.look, self.wishes, self.bookings)
+        self.admission = Admission(self.look, self.wishes, self.series, self.reasons)
+        self.waiting = Waiting(self.admission)
+        self.offers = Offers(self, self.wishes, self.reasons, self.bookings)
 
 
 # Approval ####################################################################
@@ -11393,141 +11341,12 @@ class Waiting(Admission):
 # A resource can ask that an admin approves what is reserved there. A new reservation is pending
 # until then. A change of one that is approved takes effect at once as far as it takes nothing more;
 # else it is kept as a proposal, which holds what it takes more, and what was approved goes on
-# unchanged.
-# Approved, the change is made; rejected, or forgotten for as long as the resource says, it is
-# dropped.
+# unchanged. Approved, the change is made; rejected, or forgotten for as long as the resource says,
+# it is dropped.
 
 
-class Approval(Waiting):
-    """Reservations and changes that wait for somebody's word."""
-
-    # also what needs no approval by itself: it belongs to a request of which a part does
-    proposes_all = False
-
-    def unless_it_grows(self, old, wish: Wish, asked: Iterable[str], now: float, code: str,
-                        named: bool,
-                        alone: bool, deed: Callable[[], list]) -> list | None:
-        """Makes a change; one that takes more of what needs approval is proposed instead, and None.
-
-        Args:
-          old: the occurrence that the change is told for, as the store has it
-          asked: the names of what is to be otherwise
-          alone: no other occurrence changes
-          deed: makes the change, and tells what became of each occurrence of a series
-        """
-        # Another change settles those that were proposed before.
-        if SHAPE & set(asked) and (old.change is not None or old.repeats and not alone):
-            self.drop_proposals(old.reservation, old.id if alone else None)
-        if self.actor.role == ADMIN or old.waiting is not None or not (
-                self.proposes_all or self.may_need_approval(old, wish)):
-            return deed()
-        before = self.holds(old.reservation)
-        with Attempt() as attempt:
-            done = deed()
-            growth = [each for each in beyond(self.holds(old.reservation), before)
-                      if each.until > now]
-            span = max((resource_of(each.resource, removed=True).approval
-                        for each in growth), default=0)
-            if not growth or not span and not self.proposes_all:
-                return done
-            if old.pending is not None:
-                self.await_approval(old.reservation, int(now) + span, wish, now)
-                return done
-            attempt.undo()
-        last = old.end if alone or not old.repeats else int(LAST.timestamp())
-        until = min(int(now) + (span or int(LAST.timestamp())), last)
-        self.propose(old, wish, sorted(asked), until, now, code, named, alone, growth)
-        return None
-
-    def may_need_approval(self, old, wish: Wish) -> bool:
-        """Whether a change concerns a resource on which an admin must approve what is reserved."""
-        if old.repeats or wish.stretches:
-            return bool(once(ANY_APPROVAL))
-        places = old.resource_id, wish.resource.id
-        return any(resource_of(id, removed=True).approval for id in places)
-
-    def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
-        """Lets a reservation wait for an admin until an instant."""
-        change(Reservation, reservation, pending=until, confirm=0)
-        said = self.config.told_time(until, wish.tz)
-        self.journal(now, 'pending', f'an admin must approve it before {said}', reservation,
-                     wish.notify)
-
-    def propose(self, old, wish: Wish, asked: list[str], until: int, now: float, code: str,
-                named: bool, alone: bool,
-                growth: list[Hold]) -> None:
-        """Writes down a change that waits for approval, and holds what it takes more."""
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(growth, now)
-        shown = self.shown_change(old, wish, asked) | {'asked_by': self.actor.user,
-                                                       'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=alone,
-                    named=named,
-                    user=self.actor.user, code=code, asked=json.dumps(asked),
-                    wish=stored_wish(wish), until=until,
-                    shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, growth)
-        said = self.config.told_time(until, wish.tz)
-        self.journal(now, 'pending', f"an admin must approve the change of {', '.join(asked)} "
-                                     f'before {said}; '
-                                     'until then everything stays as approved', old.reservation,
-                     wish.notify)
-
-    def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
-        """What would be otherwise, as answers show it."""
-        new = wish.columns(*STORED) | {'resource': wish.resource.name, 'start': instant(wish.start),
-                                       'end': instant(wish.end), 'vms': wish.vms}
-        return {name: new[name] for name in (*STORED, 'resource', 'start', 'end', 'vms')
-                if name in asked or name in OWN and new[name] != public(old)[name]}
-
-    def grant(self, proposal, now: float) -> None:
-        """Makes a change that was proposed."""
-        old = self.occurrence(proposal.occurrence)
-        if old.state in OVER:
-            old = self.next_of(proposal.reservation_id)
-        asked, wish = dict.fromkeys(json.loads(proposal.asked)), restored_wish(proposal.wish)
-        current = self.unaltered(old)
-        wish = wish._replace(**{name: current[name] for name in STORED if name not in asked
-                                and name not in (
-            'lead', 'repeat', 'tz', 'on_conflict')} if not proposal.code == 'calendar' else {})
-        self.drop_proposals(old.reservation, proposal.occurrence if proposal.alone else None)
-        if proposal.code == BACK:
-            self.bring_back(proposal.occurrence, wish, now)
-        elif proposal.code == 'calendar':
-            self.rebook_event(old.reservation, wish, now)
-        else:
-            self.rewrite(old, wish, asked, now, bool(proposal.named))
-
-    def rewrite(self, old, wish: Wish, asked: dict, now: float, named: bool) -> list:
-        """Writes a change of a reservation; inside the transaction that looked whether it is still
-        as it was read.
-        """
-        self.refuse_fixed(old, wish, asked)
-        if wish.stretches and old.waiting is not None:
-            raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
-        # it waits for this one alone
-        if old.choices and asked.keys() & {'resource', 'host', 'flavor'}:
-            change(Reservation, old.reservation, choices='')
-        if (wish.label, wish.project) != (old.label, old.project):
-            self.refuse_taken_label(wish, now)
-        if wish.stretches:
-            done = self.rebook_series(old, wish, now, named, bool(asked.keys() & SHAPE))
-        else:
-            done = self.rebook(old, wish, now) or []
-        self.refuse_many_texts(wish, old)
-        return done
-
-    def refuse_fixed(self, old, wish: Wish, asked: dict) -> None:
-        """A reservation that has begun keeps what its machines are made of."""
-        begun = self.begun(old)
-        kept = {name: json.loads(getattr(old, name)) if name in JSON else getattr(old, name)
-                for name in FIXED}
-        new = {name: getattr(wish, name) for name in FIXED} | {'resource': wish.resource.name}
-        changed = [name for name in FIXED if name in asked and new[name] != kept[name]]
-        if begun and changed:
-            raise Conflict(f"'{old.label}' has started, so you cannot change its "
-                           f"{changed[0].replace('_', ' ')}. You can still change: end, VMs, "
-                           'user, description, label.')
+class Approvals(Operations):
+    """What admins say of what waits for their word."""
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
     def approve(self, label: Label, project: Name = '',
@@ -11542,10 +11361,9 @@ class Approval(Waiting):
             for each in pending:
                 self.settle(each, 'approved', now)
             for proposal, each in proposals:
-                self.grant(proposal, now)
+                self.admission.grant(proposal, now)
                 self.journal(now, 'approved', f'{self.actor.user} approved the change',
-                             each.reservation,
-                             json.loads(each.notify))
+                             each.reservation, json.loads(each.notify))
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
@@ -11580,28 +11398,27 @@ class Approval(Waiting):
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
             why = f"rejected by {self.actor.user}{f': {reason}' if reason else ''}"
-            parts = self.together(pending[0]) if pending else found
+            parts = self.look.together(pending[0]) if pending else found
             for each in parts if pending else ():
-                self.cancel(self.live(each), now, why, ends=True)
+                self.admission.cancel(self.look.live(each), now, why, ends=True)
             for _, each in proposals if not pending else ():
-                self.leave_as_it_was(each.reservation, now, f'the change was {why}')
+                self.waiting.leave_as_it_was(each.reservation, now, f'the change was {why}')
             return self.told_parts(label, parts)
 
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
-        change(Reservation, found.reservation, pending=None, changed=int(now))
+        self.bookings.commit(Deal('granted', self.wishes.carried_on(found), [], found,
+                                  {'pending': None}), now)
         run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
             found.reservation)
         self.journal(now, 'approved', f'{deed} by {self.actor.user}', found.reservation,
                      json.loads(found.notify))
 
     def pending_of(self, label: str, project: str) -> tuple[list, list, list[tuple]]:
-        """What a label means, which of it waits for a word, and the changes of it that do, each
-        with its reservation.
-        """
-        parts = self.parts_of(label, project)
-        found = ([self.mine(each.label, each.project) for each in parts]
-                 or [self.mine(label, project)])
+        """What a label means; what of it waits for a word, and what changes of it do."""
+        parts = self.look.parts_of(label, project)
+        found = ([self.look.mine(each.label, each.project) for each in parts]
+                 or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
             'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
@@ -11610,18 +11427,16 @@ class Approval(Waiting):
         return found, pending, proposals
 
     def awaiting_approval(self) -> list[dict]:
-        """The reservations that are pending, and those of which a change is; as answers show
-        them.
-        """
+        """What is pending, or of which a change is; as answers show it."""
         waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
                  'UNION SELECT reservation_id FROM proposal')
-        return [public(each) for each in self.search(
-            [*self.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None), (NEXT_OF_ITS, None)],
-            limit=1000)]
+        return [public(each) for each in self.look.search(
+            [*self.look.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None),
+             (NEXT_OF_ITS, None)], limit=1000)]
 
     def told_parts(self, label: str, found: list) -> dict:
         """Reservations as they are now: that of a label, or as the parts of a request."""
-        answers = [public(self.occurrence(each.id)) for each in found]
+        answers = [public(self.look.occurrence(each.id)) for each in found]
         return answers[0] if found[0].label == label else {'label': label, 'parts': answers}
 
 
@@ -11658,8 +11473,7 @@ class Staged:
     """What is written in pieces, and is real when the last one is.
 
     Until then nothing starts and nobody is told. It holds its capacity from the first piece on, so
-    that the last can't fail. What is not made real is erased; what a process has left behind that
-    died, the life cycle erases.
+    that the last can't fail. What is not made real is erased, by the life cycle after a crash.
     """
 
     def __init__(self, service: Service, name: str = ''):
@@ -11713,49 +11527,33 @@ class Staged:
 
     def erase(self, reservation: int, now: float) -> None:
         """Erases a reservation as if it had never been; one that has VMs is cancelled."""
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes '
-                    'FROM occurrence WHERE reservation_id = ?', reservation)
-        ids = json.dumps([each.id for each in held])
-        if row('SELECT 1 AS one FROM server '
-               'WHERE occurrence_id IN (SELECT value FROM json_each(?)) LIMIT 1', ids):
-            live = self.service.live(self.service.next_of(reservation))
-            self.service.cancel(live, now, 'not all of the group fitted', True)
-            return
-        give(hold_of(each) for each in held if each.held_from < each.held_until)
-        self.service.drop_proposals(reservation)
-        extra = rows('SELECT * FROM extra_hold WHERE reservation_id = ?', reservation)
-        give(map(hold_of, extra))
-        run('DELETE FROM outbox WHERE event_id IN '
-            '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
-        for table in ('extra_hold', 'wait', 'event', 'occurrence'):
-            run(f'DELETE FROM {table} WHERE reservation_id = ?', reservation)
-        run('DELETE FROM reservation WHERE id = ?', reservation)
+        there = row('SELECT 1 AS one FROM server WHERE occurrence_id IN '
+                    '(SELECT id FROM occurrence WHERE reservation_id = ?) LIMIT 1', reservation)
+        if there:
+            live = self.service.look.live(self.service.look.next_of(reservation))
+            self.service.admission.cancel(live, now, 'not all of the group fitted', True)
+        else:
+            self.service.bookings.erase(reservation)
 
 
-class Requests(Approval):
+class Requests(Operations):
     """The operations on reservations."""
 
     @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
-    @api('POST',
-         '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+    @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
          resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1,
-            flavor: Name = '',
-            image: Name = '', network: Name = '', key: Name = '', security_groups: Names = (),
-            user_data: File = '',
-            metadata: Pairs = None, server: Name = '', at_end: Name = '', notify: Names = (),
-            lead: Span = None,
+            flavor: Name = '', image: Name = '', network: Name = '', key: Name = '',
+            security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
+            server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
             description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '',
-            until: Day = None,
-            count: Count = None,
-            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse',
-            user: Name = '',
-            project: Name = '', cell: Name = '', cloud: Name = '', region: Name = '',
-            aggregate: Name = '',
-            part: Parts = (), host: Hosts = (), wait: bool = False, priority: int = 0,
-            accept_within: Span = None,
-            dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
+            on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
+            cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
+            host: Hosts = (), wait: bool = False, priority: int = 0,
+            accept_within: Span = None, dry_run: bool = False,
+            asked: dict = None) -> BookedAnswer | GroupAnswer:
         """Reserves virtual machines (VMs) from START to END, once or in a series.
 
         cmres starts the VMs at START and deletes them at END, or does what --at-end says. Without
@@ -11777,20 +11575,19 @@ class Requests(Approval):
 
         Example:
           python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
-          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --count 20
+          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20
           python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
-        request = self.read_request({name: value for name, value in locals().items()
-                                     if name != 'self'})
+        request = self.read_request(asked)
         refused = request.last._replace(label=label)
 
         def instead(wish: Wish, field: str) -> None:
-            self.instead(request, wish, field, self.clock())
+            self.admission.instead(request, wish, field, self.clock())
 
         def deed(now: float) -> dict:
-            with self.explaining(request.last, None, instead):
-                return self.take(request, now)
-        with self.recording_refusal(refused, dry_run):
+            with self.offers.explaining(request.last, None, instead):
+                return self.waiting.take(request, now)
+        with self.offers.recording_refusal(refused, dry_run):
             return self.carry_out(deed, dry_run)
 
     def read_request(self, asked: dict) -> Request:
@@ -11801,7 +11598,7 @@ class Requests(Approval):
         names = ([f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1
                  else [asked['label']])
         return Request(asked['label'],
-                       [self.wishes(part | {'label': name}) for part, name in zip(parts, names)],
+                       [self.wishes_of(part | {'label': name}) for part, name in zip(parts, names)],
                        asked['wait'], asked['priority'],
                        int((asked['accept_within'] or timedelta(0)).total_seconds()))
 
@@ -11819,12 +11616,12 @@ class Requests(Approval):
             raise Invalid(f'A group has at most {MOST_PARTS} parts, not {len(parts)}.')
         return parts
 
-    def wishes(self, asked: dict) -> list[Wish]:
+    def wishes_of(self, asked: dict) -> list[Wish]:
         """A wish for each resource that is meant, without those where it could never be."""
-        found, refusal, places = [], None, self.resources_at(asked)
+        found, refusal, places = [], None, self.look.resources_at(asked)
         for place in places:
             try:
-                found.append(self.read_wish(asked | {'resource': place.name}, place=place))
+                found.append(self.wishes.read_wish(asked | {'resource': place.name}, place=place))
             except Error as error:
                 refusal = refusal or error
         if not found:
@@ -11868,12 +11665,7 @@ class Requests(Approval):
         return {'taken': taken, 'refused': by_line(unread + refused)}
 
     def take_in_turns(self, requests: list[tuple], partial: bool) -> tuple[list, list]:
-        """Takes lines, some at a time so that others can write between; what was taken, and what
-        not.
-
-        Raises:
-          NoCapacity: one has no room and that is not allowed, so that none is taken.
-        """
+        """Takes lines, so that others can write between: what was taken, what not."""
         taken, refused, left, staged = [], [], deque(requests), Staged(self)
         try:
             while left:
@@ -11892,17 +11684,12 @@ class Requests(Approval):
         return taken, refused
 
     def take_lines(self, lines: Iterable[tuple], partial: bool, now: float) -> tuple[list, list]:
-        """Takes what fits of some lines; what was taken, and those that are refused, each with why.
-
-        Raises:
-          NoCapacity: one is refused and that is not allowed; a rehearsal goes on and tells them
-            all.
-        """
+        """Takes what fits of some lines: what was taken, and what is refused, each with why."""
         taken, refused = [], []
         for line, request in lines:
             try:
-                with Attempt(), self.explaining(request.last):
-                    taken.append(self.take(request, now))
+                with Attempt(), self.offers.explaining(request.last):
+                    taken.append(self.waiting.take(request, now))
             except Error as error:
                 if not (partial or rehearsal.on):
                     raise NoCapacity('') from error
@@ -11921,8 +11708,7 @@ class Requests(Approval):
 
     @api('POST', '/reservation/generate', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None,
-                 flavor: Name = '',
-                 image: Name = '', dry_run: bool = False) -> LoadedAnswer:
+                 flavor: Name = '', image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, to try things out.
 
         Those that do not fit are left out.
@@ -11930,7 +11716,7 @@ class Requests(Approval):
         Example:
           python cmres.py generate demo --count 20
         """
-        chance, place, now = random.Random(seed), self.resource_row(resource), self.here.now
+        chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
         wanted = [{'label': f'random-{secrets.token_hex(4)}', 'resource': resource,
                    'start': now + timedelta(minutes=15 * chance.randrange(1, 600)),
@@ -11942,10 +11728,9 @@ class Requests(Approval):
     @api('GET', '/reservation/')
     @api('GET', '/reservation/<label>')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
-             cell: Name = '',
-             cloud: Name = '', region: Name = '', aggregate: Name = '', state: Names = (),
-             start: When = None,
-             end: When = None, limit: Page = 100, after: Cursor = '') -> list[ReservationAnswer]:
+             cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+             state: Names = (), start: When = None, end: When = None, limit: Page = 100,
+             after: Cursor = '') -> list[ReservationAnswer]:
         """Lists current and future reservations, the earliest first.
 
         With a label, a state or a time window, finished reservations are listed too. Of a series
@@ -11964,49 +11749,33 @@ class Requests(Approval):
                               {'user': user, 'project': project, 'resource': resource, 'cell': cell,
                                'cloud': cloud, 'region': region, 'aggregate': aggregate},
                               state, start, end, limit, after)
-        if label and not found and not self.labelled(label):
+        if label and not found and not self.look.labelled(label):
             raise NotFound(f"There is no reservation '{label}'.")
         return [public(each) for each in found]
 
     def over(self, before: str, limit: int) -> list[dict]:
         """What has ended or was cancelled and has begun before now, the latest first."""
-        filters, where = self.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        filters, where = self.look.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE),
+                                                          ''))
         begun = [('o.start <= ?', int(self.clock()))]
-        return [public(each) for each in self.page(
-            self.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True,
+        return [public(each) for each in self.look.page(
+            self.look.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True,
             fields=BRIEF)]
 
     def matching(self, label: str, asked: dict, state: Iterable[str], start, end, limit: int,
                  after: str) -> list:
         """A page of what the filters of `list` meet."""
-        where = self.window(start, end)
+        where = self.look.window(start, end)
         if not (label or start or end):
             where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))',))
         if not (label or state or start or end):
             state = [word for word in STATES if word not in OVER]
-        filters, also = self.filtered(asked)
-        ways = self.ways(filters, state, int(where[0][1]) if start else None)
+        filters, also = self.look.filtered(asked)
+        ways = self.look.ways(filters, state, int(where[0][1]) if start else None)
         if label:
-            ways = [('series', f'1{self.within(filters)}')]
-            also.append(self.among('o.reservation_id', self.labelled(label)))
-        return self.page(ways, where + also, state, limit, after, fields=BRIEF)
-
-    def filtered(self, asked: dict) -> tuple[dict, list]:
-        """The filters by whose, and on which resources: as `ways` takes them, and as conditions on
-        o.
-        """
-        own = self.actor.project if self.actor.role != ADMIN else ''
-        conditions = [('o.of_user = ?', asked['user']), ('o.of_project = ?', asked['project']),
-                      ('o.of_project = ?', own)]
-        placed = [(column, asked[column]) for column in PLACE if asked[column]]
-        placed += [('name', asked['resource'])] if asked['resource'] else []
-        placed += [('id', self.actor.resource)] if self.actor.resource is not None else []
-        filters = {'user': asked['user'], 'project': asked['project'] or own}
-        if placed:  # also on those that were removed
-            at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
-            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}',
-                                                          *given(placed))]
-        return filters, [condition for condition in conditions if condition[1]]
+            ways = [('series', f'1{self.look.within(filters)}')]
+            also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
+        return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
 
     @api('GET', '/reservation/<label>/show')
     @for_each_part
@@ -12019,12 +11788,12 @@ class Requests(Approval):
         Example:
           python cmres.py show lab
         """
-        found = self.mine(label, project, live=False, occurrence=occurrence)
+        found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = public(found) | {'user_data': found.user_data,
-                                  'servers': self.servers_of(found.id)}
+                                  'servers': self.look.servers_of(found.id)}
         if not found.repeats:
             return answer
-        comes = self.page([('series', f'o.reservation_id = {found.reservation}')],
+        comes = self.look.page([('series', f'o.reservation_id = {found.reservation}')],
                           [('o."end" > ?', int(self.clock()))], (), 1000, fields=BRIEF)
         fields = ('start', 'end', 'vms', 'resource', 'state')
         return answer | {'on_conflict': found.on_conflict,
@@ -12035,8 +11804,7 @@ class Requests(Approval):
     @api('GET', '/server/')
     @api('GET', '/reservation/<label>/servers')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None,
-                kept: bool = False,
-                tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
+                kept: bool = False, tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the VMs of a reservation: state, addresses and times.
 
         With --kept, it lists the VMs that stayed after their end, stopped or shelved.
@@ -12046,28 +11814,15 @@ class Requests(Approval):
           python cmres.py servers --kept
         """
         if kept:
-            return [public(each) for each in self.kept_servers(label, project)]
+            return [public(each) for each in self.look.kept_servers(label, project)]
         if not label:
             raise Invalid('Choose a reservation by its label, or the VMs that stayed after their '
                           'end.',
                           hint='LABEL or --kept')
-        found = self.parts_of(label, project)
-        return [line for each in found or [None] for line in self.servers_of(self.mine(
+        found = self.look.parts_of(label, project)
+        return [line for each in found or [None] for line in self.look.servers_of(self.look.mine(
             each.label if each else label, each.project if each else project, live=False,
             occurrence=occurrence).id)]
-
-    def kept_servers(self, label: str, project: str) -> list:
-        """The servers that stay after their end, of a label or all, that the actor may see."""
-        where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
-        where += [self.among('r.id', self.labelled(label))] if label else []
-        return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped',
-          'shelved') AS state,
-                               v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
-                          FROM server v JOIN occurrence o ON o.id = v.occurrence_id
-                          JOIN reservation r ON r.id = o.reservation_id
-                         WHERE v.state = 'kept'
-                           AND NOT v.borrowed{''.join(f' AND {text}' for text, _ in where)}
-                         ORDER BY v.id""", *(value for _, value in where))
 
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
@@ -12077,25 +11832,22 @@ class Requests(Approval):
         Example:
           python cmres.py duration lab
         """
-        found = self.mine(label, project, live=False)
+        found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
         return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
 
     @api('PATCH', '/reservation/<label>')
     @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
-               vms: Count = None,
-               flavor: Name = None, image: Name = None, network: Name = None, key: Name = None,
-               security_groups: Names = None, user_data: File = None, metadata: Pairs = None,
-               at_end: Name = None,
-               notify: Names = None, lead: Span = None, description: Text = None,
-               personal: bool = None,
-               host: Name = None, repeat: Repeat = None, until: Day = None, count: Count = None,
-               skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
-               occurrence: Day = None,
+               vms: Count = None, flavor: Name = None, image: Name = None, network: Name = None,
+               key: Name = None, security_groups: Names = None, user_data: File = None,
+               metadata: Pairs = None, at_end: Name = None, notify: Names = None, lead: Span = None,
+               description: Text = None, personal: bool = None, host: Name = None,
+               repeat: Repeat = None, until: Day = None, count: Count = None,
+               skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
+               user: Name = None, rename: NewLabel = None, occurrence: Day = None,
                following: bool = False, tz: Zone = '', project: Name = '',
-               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+               dry_run: bool = False, asked: dict = None) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start moves the reservation; a new end makes it longer or shorter. A reservation that
@@ -12108,10 +11860,9 @@ class Requests(Approval):
           python cmres.py update lab --start 2026-12-01T10:00 --vms 5
           python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
-        asked = {name: value for name, value in locals().items() if value is not None
-                 and name not in (
-            'self', 'label', 'rename', 'project', 'dry_run', 'occurrence', 'following')
-                 and (name, value) != ('tz', '')}
+        apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following')
+        asked = {name: value for name, value in asked.items()
+                 if value is not None and name not in apart and (name, value) != ('tz', '')}
         if following and not occurrence:
             raise Invalid('Choose the occurrence after which everything changes.',
                           hint='--occurrence DATE')
@@ -12121,8 +11872,7 @@ class Requests(Approval):
     @api('POST', '/reservation/<label>/extend')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None,
-               tz: Zone = '',
-               dry_run: bool = False) -> BookedAnswer | GroupAnswer:
+               tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Makes a reservation longer; works until its end.
 
         Of a series, only the current or next occurrence.
@@ -12160,17 +11910,14 @@ class Requests(Approval):
         return self.prolong(label, project, None, end, 'kept', dry_run)
 
     def prolong(self, label: str, project: str, occurrence: Day | None,
-                end: Callable[[Any], datetime], code: str,
-                dry_run: bool) -> dict:
-        """Lets the present, next or a certain occurrence end at another instant.
-
-        No cloud need be asked, so all of it is done in the one transaction.
-        """
+                end: Callable[[Any], datetime], code: str, dry_run: bool) -> dict:
+        """Lets an occurrence end at another instant; no cloud is asked, so in one transaction."""
         def deed(now: float) -> dict:
-            old = self.mine(label, project, occurrence=occurrence)
+            old = self.look.mine(label, project, occurrence=occurrence)
             asked = {'end': end(old)}
             place = resource_of(old.resource_id)
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked, place=place)
+            wish = self.wishes.read_wish(self.wishes.unaltered(old) | asked, old, asked,
+                                         place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
         return self.carry_out(deed, dry_run)
@@ -12191,45 +11938,44 @@ class Requests(Approval):
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
         with self.writing(dry_run) as now:
-            found = self.mine(label, project, occurrence=occurrence)
+            found = self.look.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
                 coming = [('r.id = ?', found.reservation), (NOT_OVER, None),
                           ('o.held_from > ?', now)]
-                found = (self.search(coming, limit=1) or [found])[0]
+                found = (self.look.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
                 raise Conflict(f"'{label}' has already started and cannot be skipped. Cancel it "
                                'to end it now.',
                                hint=f'delete {label}')
-            self.cancel([found], now, f'skipped by {self.actor.user}')
-            return public(self.occurrence(found.id))
+            self.admission.cancel([found], now, f'skipped by {self.actor.user}')
+            return public(self.look.occurrence(found.id))
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
         def deed(now: float) -> dict:
-            found = self.mine(label, project, live=False)
+            found = self.look.mine(label, project, live=False)
             slot, old = self.left_out(found, occurrence, now)
             if found.over <= now:
-                self.refuse_taken_label(self.carried_on(found), now)
+                self.policy.refuse_taken_label(self.wishes.carried_on(found), now)
             place = resource_of(slot.resource, removed=True)
-            wish = self.carried_on(found)._replace(
+            wish = self.wishes.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
-            id = old.id if old else self.write_occurrence(
-                None, found.reservation, wish, slot, now, **self.left_out_as(wish, slot, now))
-            done = self.unless_it_grows(
-                self.occurrence(id), wish, {'occurrence': None}, now, BACK, named=True, alone=True,
-                deed=functools.partial(self.bring_back, id, wish, now))
-            if done is not None:
+            if not old:  # it was never there
+                gone = self.series.change_at(wish, slot, None, now)
+                gone = gone._replace(wants=[], columns=gone.columns | unheld(now))
+                self.bookings.commit(Deal('left out', wish, [gone], found), now)
+            id = row('SELECT id FROM occurrence WHERE reservation_id = ? AND slot = ?',
+                     found.reservation, slot.key).id
+            if self.admission.commit_back(self.look.occurrence(id), wish, now):
                 why = f'{self.actor.user} restored the occurrence of '
                 self.journal(now, 'updated', why + self.config.told_time(slot.start),
                              found.reservation, wish.notify, id)
-            return public(self.occurrence(id))
+            return public(self.look.occurrence(id))
         return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
-        """The occurrence that a series was left without, as it has it now, and its row if any.
-
-        Args:
-          asked: on which date or when it would be; without it, the next that has a row
+        """The occurrence that a series was left without at an instant or on a date, else next; and
+        its row if any.
         """
         if not found.repeats:
             raise Conflict(f"'{found.label}' is not a series. Reserve it again.")
@@ -12239,8 +11985,8 @@ class Requests(Approval):
         there = {each.slot: each for each in rows(
             'SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ?',
             found.reservation, int(now))}
-        stretches = [each._replace(skips=()) for each in self.stretches(found.reservation)]
-        last = max(self.horizon(stretches, now), until if asked else 0, begin + 1)
+        stretches = [each._replace(skips=()) for each in self.look.stretches(found.reservation)]
+        last = max(self.series.horizon(stretches, now), until if asked else 0, begin + 1)
         for slot in all_slots(stretches, now, last):
             old = there.get(slot.key)
             meant = begin <= slot.start < until or old and begin <= old.start < until
@@ -12252,12 +11998,7 @@ class Requests(Approval):
 
     def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
               occurrence: datetime | None = None, alone: bool = True) -> dict:
-        """The one way to change a reservation: release and hold anew in one transaction.
-
-        Args:
-          occurrence: of a series, the one that is meant; without one, all that has not begun
-          alone: nothing after that occurrence
-        """
+        """Changes a reservation, whose cloud is asked before; `alone`: no later occurrence."""
         if not asked.keys() - {'tz'}:
             raise Invalid('Choose what to change.',
                           hint='for example --end or --vms')
@@ -12267,11 +12008,12 @@ class Requests(Approval):
             only = alone and bool(occurrence) and bool(old.repeats)
             self.refuse_common(old, asked, occurrence, only)
             stretches = [] if only else stretches
-            wish = self.read_wish(self.unaltered(old) | asked, old, asked, stretches, key)
+            wish = self.wishes.read_wish(self.wishes.unaltered(old) | asked, old, asked, stretches,
+                                         key)
             named = bool(occurrence) and not only
 
             def deed(now: float) -> dict | None:
-                current, series = self.occurrence(old.id), self.stretches(old.reservation)
+                current, series = self.look.occurrence(old.id), self.look.stretches(old.reservation)
                 if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
                         stretches and series != stretches):
                     return None
@@ -12284,25 +12026,23 @@ class Requests(Approval):
 
     def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool,
                 only: bool) -> dict:
-        """Changes what was read in the same transaction, all of it or nothing, and answers.
-
-        What changes nothing is told to nobody.
+        """Changes what was read in the same transaction, and answers; nothing if all is the same.
 
         Args:
           named: it was named, so that it changes also if it was changed on its own before
           only: no other occurrence changes
         """
         def changed(wish: Wish, *otherwise: str) -> list | None:
-            new = asked | dict.fromkeys(otherwise)
-            return self.unless_it_grows(old, wish, new, now, code, named, only,
-                                        lambda: self.rewrite(old, wish, new, now, named))
+            made = self.bookings.commit(self.admission.edit(old, wish, {*asked, *otherwise}, now,
+                                                            code, named, only), now)
+            return made and made.done
         done, same = [], not (old.repeats or wish.stretches) and self.is_as_wished(old, wish)
         if not same:
-            with self.explaining(wish, old, changed):
+            with self.offers.explaining(wish, old, changed):
                 done, same = self.unless_same(old, wish, functools.partial(changed, wish))
         if done is not None and not same:
             self.tell_change(old, wish, asked, done, code, now)
-        return self.answer(old.reservation, done or [], wish, old.id if only else None)
+        return self.admission.answer(old.reservation, done or [], wish, old.id if only else None)
 
     def is_as_wished(self, old, wish: Wish) -> bool:
         """Whether a plain reservation is already what is wished."""
@@ -12333,19 +12073,17 @@ class Requests(Approval):
                           f"occurrences you can change {', '.join(sorted(OWN))}.")
 
     def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
-        """The occurrence that a change is told for, the stretches of its series, and from which
-        slot they change.
-        """
-        old = self.mine(label, project, occurrence=occurrence)
+        """The occurrence that a change is told for, its stretches, the slot from which on."""
+        old = self.look.mine(label, project, occurrence=occurrence)
         key = old.slot
         # all that has not begun
         if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):
-            coming = self.search([('r.id = ?', old.reservation), (NOT_OVER, None),
+            coming = self.look.search([('r.id = ?', old.reservation), (NOT_OVER, None),
                                   ('o.held_from > ?', self.clock())])
             # One that was moved on its own is no measure for the others.
             old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
-        return old, self.stretches(old.reservation), key
+        return old, self.look.stretches(old.reservation), key
 
     def as_stored(self, reservation: int) -> tuple:
         """All of a reservation that somebody could change, wherever its stretches are cut."""
@@ -12355,15 +12093,13 @@ class Requests(Approval):
         return (found._replace(changed=0, series=stretches),
                 rows('SELECT slot, altered, resource_id, start, "end", held_from, held_until, vms, '
                      'vcpus, ram, classes, cancelled FROM occurrence WHERE reservation_id = ? '
-                     'ORDER BY id',
-                     reservation))
+                     'ORDER BY id', reservation))
 
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
         self.journal(now, code,
                      f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
-                     old.reservation, wish.notify,
-                     NONE_OF_THEM if done or not old.repeats else
+                     old.reservation, wish.notify, NONE_OF_THEM if done or not old.repeats else
                      None if wish.stretches else old.id)
 
     @api('DELETE', '/reservation/<label>')
@@ -12375,12 +12111,9 @@ class Requests(Approval):
     @api('POST',
          '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
-               cell: Name = '',
-               cloud: Name = '', region: Name = '', aggregate: Name = '', vms: Count = None,
-               start: When = None,
-               end: When = None, count: Count = None, occurrence: Day = None,
-               following: bool = False,
-               kept: bool = False, tz: Zone = '',
+               cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
+               vms: Count = None, start: When = None, end: When = None, count: Count = None,
+               occurrence: Day = None, following: bool = False, kept: bool = False, tz: Zone = '',
                dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
@@ -12393,8 +12126,7 @@ class Requests(Approval):
           python cmres.py delete --resource demo --user eva --dry-run
         """
         asked = {'user': user, 'project': project, 'resource': resource, 'cell': cell,
-                 'cloud': cloud,
-                 'region': region, 'aggregate': aggregate}
+                 'cloud': cloud, 'region': region, 'aggregate': aggregate}
         if not any([label, vms, start, end, *asked.values()]):
             raise Invalid('Choose what to cancel: a label, or filters.',
                           hint='for example --resource and --user')
@@ -12408,25 +12140,25 @@ class Requests(Approval):
                           hint='LABEL --occurrence DATE, and --following if you want')
         with self.writing(dry_run) as now:
             if occurrence:
-                found = [self.mine(each, project, occurrence=occurrence) for each in (
-                    [part.label for part in self.parts_of(label, project)] or [label])]
+                found = [self.look.mine(each, project, occurrence=occurrence) for each in (
+                    [part.label for part in self.look.parts_of(label, project)] or [label])]
                 for each in found:
-                    self.cancel(self.live(each, each.slot) if following else [each], now,
-                                ends=following)
+                    self.admission.cancel(self.look.live(each, each.slot) if following else [each],
+                                          now, ends=following)
             else:
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
-                    self.cancel(self.live(each), now, ends=True)
-            lines = in_lines(self.in_order([each.id for each in found]))
-            return [line | self.ends_with(each) for line, each in zip(lines, found)]
+                    self.admission.cancel(self.look.live(each), now, ends=True)
+            lines = in_lines(self.look.in_order([each.id for each in found]))
+            return [line | self.admission.ends_with(each) for line, each in zip(lines, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
         if not label:
             raise Invalid('Choose a reservation by its label.')
         with self.writing(dry_run) as now:
-            found = self.kept_servers(label, project)
+            found = self.look.kept_servers(label, project)
             projects = sorted({each.project for each in found})
             if len(projects) > 1:
                 raise Conflict(f"'{label}' exists in several projects: {', '.join(projects)}. "
@@ -12438,7 +12170,7 @@ class Requests(Approval):
             for each in () if rehearsal.on else found:
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
-                self.count_stopped(reservation, now)
+                self.bookings.count_stopped(reservation, now)
             self.journal(now, 'released',
                          f"{self.actor.user} deletes {counted(len(found), 'VM')} that stayed "
                          'after the end: '
@@ -12447,25 +12179,20 @@ class Requests(Approval):
             return [public(each) for each in found]
 
     def next_that_meet(self, label: str, asked: dict, exact: list) -> list:
-        """Of each reservation that is not over and meets filters, the present or next
-        occurrence.
-        """
-        filters, where = self.filtered(asked)
+        """Of each reservation that meets filters, the present or next occurrence."""
+        filters, where = self.look.filtered(asked)
         where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
-        ways = self.ways_by(filters, BOTH[:1])
+        ways = self.look.ways_by(filters, BOTH[:1])
         if label:
-            ways = [('series', f'1{self.within(filters)}')]
-            where.append(self.among('o.reservation_id', self.labelled(label)))
-        return self.page(ways, where, (), 2**31)
+            ways = [('series', f'1{self.look.within(filters)}')]
+            where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
+        return self.look.page(ways, where, (), 2**31)
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
-        """Refuses a delete that would hit none, another number than was said, or several
-        projects.
-        """
+        """Refuses a delete of none, of another number than said, or in several projects."""
         if not found:
             which = f" '{label}'" if label else ' that matches all of these filters'
-            raise NotFound('There is no current or future '
-                           f"reservation{which}.")
+            raise NotFound(f'There is no current or future reservation{which}.')
         if label and len({each.project for each in found}) > 1:
             projects = ', '.join(sorted({each.project for each in found}))
             found[:] = [each for each in found if each.project == self.actor.project]
@@ -12490,12 +12217,12 @@ class Requests(Approval):
         Example:
           python cmres.py find demo 2h --vms 4
         """
-        place = self.resource_row(resource)
+        place = self.look.resource_row(resource)
         if duration < timedelta(seconds=1):
             raise Invalid('duration: a free slot has at least one second.')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
-        amount = self.each_takes(self.ask_cloud(place, {'flavor': flavor}, [])) * vms
+        amount = self.wishes.each_takes(self.wishes.ask_cloud(place, {'flavor': flavor}, [])) * vms
         need, ahead = duration.total_seconds(), (lead or timedelta(0)).total_seconds()
         slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
                  if last - first >= need + ahead)
@@ -12512,13 +12239,12 @@ class Requests(Approval):
         Example:
           python cmres.py usage demo --end +1d
         """
-        place = self.resource_row(resource)
+        place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
         levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
         return [{'start': instant(at), 'end': instant(after), **in_figures(held),
                  'free_vms': 0 if dict(held.classes).get(CLOSED) else None if place.vms is None else
-                 place.vms - held.vms}
-                for (at, held), (after, _) in zip(levels, levels[1:])]
+                 place.vms - held.vms} for (at, held), (after, _) in zip(levels, levels[1:])]
 
 
 # Plan ########################################################################
@@ -12527,16 +12253,77 @@ class Requests(Approval):
 # up.
 
 
-class Plan(Requests):
-    """The operations on resources and their capacity."""
+class Plan(Operations):
+    """The operations on resources, their capacity over time, and limits."""
+
+    @api('POST', '/limit/', role=ADMIN, made='/limit/')
+    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
+                  max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
+                  min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
+                  exempt_within: Span = None, dry_run: bool = False) -> LimitAnswer:
+        """Sets a limit for a user or a project.
+
+        Without both, the limit applies to every project that has no limit of its own. With
+        --resource it applies to that resource; otherwise to all resources together. Reservations
+        that start within --exempt-within and take at most a day (`exempt_longest`) have no limit.
+
+        Example:
+          python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
+        """
+        figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
+                   'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
+                   'waiting': max_waiting}
+        if all(each is None for each in figures.values()):
+            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}.")
+        seconds = {name: int(each.total_seconds()) if isinstance(each, timedelta) else each
+                   for name, each in figures.items()}
+        with self.writing(dry_run) as now:
+            id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
+                        **seconds, added=int(now),
+                        exempt=int((exempt_within or timedelta(0)).total_seconds()))
+            self.journal(now, 'limit', f"limited {user or project or 'every project'}")
+            return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
+
+    @api('GET', '/limit/')
+    def limit_list(self) -> list[LimitAnswer]:
+        """Lists the limits; only admins see the limits of others.
+
+        Example:
+          python cmres.py limit list
+        """
+        found = rows(f'{LIMITS} ORDER BY l.id')
+        return [self.limit_public(each) for each in found if self.actor.role == ADMIN
+                or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
+
+    @api('DELETE', '/limit/<id>', role=ADMIN)
+    def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
+        """Removes a limit.
+
+        Example:
+          python cmres.py limit delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = row(f'{LIMITS} WHERE l.id = ?', id)
+            if not found:
+                raise NotFound(f'There is no limit {id}.')
+            run('DELETE FROM limits WHERE id = ?', id)
+            remembered.change()
+            run('UPDATE wait SET due = 0 WHERE limited')
+            self.journal(now, 'limit', f'removed limit {id}')
+            return self.limit_public(found)
+
+    def limit_public(self, found) -> dict:
+        """A limit as answers show it: lengths in words."""
+        lengths = ('longest', 'ahead', 'least_notice', 'exempt')
+        return with_twins({
+            name: format_duration(value) if name in lengths and value is not None else value
+            for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
 
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
-                     aggregate: Name = '',
-                     vms: Most = UNLIMITED, vcpus: Most = UNLIMITED, ram: Most = UNLIMITED,
-                     classes: Classes = None,
-                     mode: Name = '', min_free_time: Span = None, approval: Span = None,
-                     no_show: Span = None,
+                     aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
+                     ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
+                     min_free_time: Span = None, approval: Span = None, no_show: Span = None,
                      dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
@@ -12547,14 +12334,13 @@ class Plan(Requests):
           python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
         """
         with self.writing(dry_run) as now:
-            self.refuse_taken_resource(name)
+            self.policy.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
             lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show)
             self.refuse_idle(self.read_mode(mode), lengths)
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
-                   **figures,
-                   mode=self.read_mode(mode), **lengths,
+                   **figures, mode=self.read_mode(mode), **lengths,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
@@ -12567,7 +12353,8 @@ class Plan(Requests):
         Example:
           python cmres.py resource list --cloud simulated
         """
-        return [self.resource_public(each) for each in self.places(cell, cloud, region, aggregate)]
+        return [self.resource_public(each)
+                for each in self.look.places(cell, cloud, region, aggregate)]
 
     @api('GET', '/resource/<name>')
     def resource_show(self, name: Label) -> ResourceNowAnswer:
@@ -12576,17 +12363,16 @@ class Plan(Requests):
         Example:
           python cmres.py resource show demo
         """
-        found = self.resource_row(name)
+        found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
         used = in_figures(held)
         return self.resource_public(found) | {'held_now': used, 'used_now': used}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
-                        cloud: Name = None,
-                        region: Name = None, aggregate: Name = None, vms: Most = None,
-                        vcpus: Most = None,
-                        ram: Most = None, classes: Classes = None, mode: Name = None,
+                        cloud: Name = None, region: Name = None, aggregate: Name = None,
+                        vms: Most = None, vcpus: Most = None, ram: Most = None,
+                        classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, force: bool = False,
                         dry_run: bool = False) -> ResourceChangedAnswer:
@@ -12599,8 +12385,7 @@ class Plan(Requests):
           python cmres.py resource update demo --vms 8 --dry-run
         """
         asked = {'name': rename or None, 'cell': cell, 'cloud': cloud, 'region': region,
-                 'aggregate': aggregate,
-                 'vms': vms, 'vcpus': vcpus, 'ram': ram,
+                 'aggregate': aggregate, 'vms': vms, 'vcpus': vcpus, 'ram': ram,
                  'mode': mode if mode is None else self.read_mode(mode),
                  **self.read_seconds(**{field: length for field, length in (
                      ('hold', min_free_time), ('approval', approval), ('no_show', no_show))
@@ -12608,16 +12393,16 @@ class Plan(Requests):
         new = {field: None if value == UNLIMITED else value for field, value in asked.items()
                if value is not None}
         with self.writing(dry_run) as now:
-            found = self.resource_row(name)
+            found = self.look.resource_row(name)
             if new.keys() & {'mode', *ASKED_BY_NOVA}:
                 self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
             if rename and rename != name:
-                self.refuse_taken_resource(rename)
+                self.policy.refuse_taken_resource(rename)
             if classes:
                 new['classes'] = known_classes(found.classes, classes)
             if new:
                 change(Resource, found.id, **new)
-            before, found = found, self.resource_row(rename or name)
+            before, found = found, self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
             homeless = (self.no_longer_fitting(found, now)
                         if lowered(capacity(before), capacity(found)) else [])
@@ -12637,8 +12422,9 @@ class Plan(Requests):
           python cmres.py resource delete demo
         """
         with self.writing(dry_run) as now:
-            found = self.resource_row(name)
-            busy = self.page([('place_live', f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
+            found = self.look.resource_row(name)
+            busy = self.look.page([('place_live',
+                                    f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
                              [('o.held_until > ?', int(now))], (), limit=100)
             needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND "
                           "series LIKE ? LIMIT 100",
@@ -12716,11 +12502,8 @@ class Plan(Requests):
             if each.mark != name else [])]
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
-                 force: bool,
-                 now: float) -> tuple[str, list[dict]]:
-        """Makes or updates the resource of an aggregate; its name, and a line for each
-        difference.
-        """
+                 force: bool, now: float) -> tuple[str, list[dict]]:
+        """Makes or updates the resource of an aggregate; its name, a line a difference."""
         found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
                     cloud, aggregate.name)
         if wanted:
@@ -12735,7 +12518,7 @@ class Plan(Requests):
             new['named'] = '' if named is False else json.dumps(hosts)
         if not found:
             name = calendar_name(aggregate.name)
-            self.refuse_taken_resource(name)
+            self.policy.refuse_taken_resource(name)
             insert(Resource, **({'name': name, 'cell': '', 'cloud': cloud, 'region': '',
                                  'aggregate': aggregate.name,
                                  'vms': None, 'mode': '', 'named': '', 'added': int(now),
@@ -12744,16 +12527,14 @@ class Plan(Requests):
             self.journal(now, 'resource',
                          f"added the resource '{name}' from the aggregate '{aggregate.name}'")
             return name, [{'resource': name, 'what': field, 'before': None,
-                           'after': in_brief(field, value)}
-                          for field, value in new.items()]
+                           'after': in_brief(field, value)} for field, value in new.items()]
         lines = [{'resource': found.name, 'what': field,
-                  'before': in_brief(field, getattr(found, field)),
-                  'after': in_brief(field, value)}
+                  'before': in_brief(field, getattr(found, field)), 'after': in_brief(field, value)}
                  for field, value in new.items() if getattr(found, field) != value]
         if lines:
             change(Resource, found.id, **new)
-            self.rehold_changes(self.resource_row(found.name), now)
-            homeless = self.no_longer_fitting(self.resource_row(found.name), now)
+            self.rehold_changes(self.look.resource_row(found.name), now)
+            homeless = self.no_longer_fitting(self.look.resource_row(found.name), now)
             homeless += self.without_host(found, new, now)
             if homeless and not force:
                 raise Conflict(f"{counted(len(homeless), 'occurrence')} on '{found.name}' would "
@@ -12765,9 +12546,8 @@ class Plan(Requests):
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
-                          vcpus: Most = None,
-                          ram: Most = None, classes: Classes = None, reason: Text = '',
-                          affected: Name = 'notify',
+                          vcpus: Most = None, ram: Most = None, classes: Classes = None,
+                          reason: Text = '', affected: Name = 'notify',
                           dry_run: bool = False) -> CapacityChangeAnswer:
         """Changes the capacity of a resource from START to END, for example for borrowed nodes.
 
@@ -12787,8 +12567,7 @@ class Plan(Requests):
 
     @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
-                        affected: Name = 'notify',
-                        dry_run: bool = False) -> CapacityChangeAnswer:
+                        affected: Name = 'notify', dry_run: bool = False) -> CapacityChangeAnswer:
         """Closes a resource from START to END. Nothing new can be reserved or started in this time.
 
         --affected says what happens to affected reservations. With --dry-run you see them first.
@@ -12807,9 +12586,8 @@ class Plan(Requests):
           python cmres.py maintenance list
         """
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
-                     'c.classes, c.reason '
-                     'FROM capacity c JOIN resource s ON s.id = c.resource_id WHERE c.removed IS '
-                     'NULL AND c.end > ? '
+                     'c.classes, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
+                     'WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
         lines = [public(each) for each in found]
@@ -12828,7 +12606,8 @@ class Plan(Requests):
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
             if not found:
                 raise NotFound(f'There is no maintenance {id}.')
-            release(found.resource_id, found.start, found.end, amount_of(found, 'held_'))
+            self.bookings.hold_capacity(found.resource_id, found.start, found.end,
+                               NOTHING - amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'cancelled {found.reason} {id}')
@@ -12841,7 +12620,7 @@ class Plan(Requests):
             raise Invalid(f"affected: '{then}' is not one of "
                           f"{', '.join(THEN)}{nearest(then, THEN)}")
         with self.writing(dry_run) as now:
-            place = self.resource_row(name)
+            place = self.look.resource_row(name)
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
@@ -12852,10 +12631,9 @@ class Plan(Requests):
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
                                'Set one first.',
                                hint=f'resource update {name} --vms N')
-            hold(place.id, begin, until, held)
+            self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
-                        **stored(held, 'held_'),
-                        reason=reason, added=int(now), removed=None)
+                        **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
             when = self.config.told_window(begin, until)
             closes = dict(most.classes).get(CLOSED) == 0
             what = 'is closed' if closes else 'has another capacity'
@@ -12867,9 +12645,7 @@ class Plan(Requests):
                     'reason': reason, 'hit': hit, 'affected': hit}
 
     def difference(self, place, most: Amount) -> Amount:
-        """What must be held so that a resource has another capacity; an unlimited figure stays
-        so.
-        """
+        """What must be held for another capacity; an unlimited figure stays so."""
         always, told = capacity(place), dict(most.classes)
         return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
                         for each, wanted in zip(always[:3], most)),
@@ -12878,27 +12654,22 @@ class Plan(Requests):
                          if told.get(name, each) not in (UNLIMITED, each))))
 
     def rehold_changes(self, place, now: float) -> None:
-        """Lets changes of capacity be what they were meant to be, after the capacity itself has
-        changed.
-        """
+        """Lets changes of capacity be what they were meant to be, after that has changed."""
         call_waiting(place.id)
         for each in rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL AND '
-                         '"end" > ?',
-                         place.id, int(now)):
+                         '"end" > ?', place.id, int(now)):
             held = self.difference(place, amount_of(each))
-            release(place.id, each.start, each.end, amount_of(each, 'held_'))
-            hold(place.id, each.start, each.end, held)
+            self.bookings.hold_capacity(place.id, each.start, each.end,
+                               held - amount_of(each, 'held_'))
             change(Capacity, each.id, **stored(held, 'held_'))
         self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves or cancels an occurrence for which there is no room any more, or only tells its
-        owner.
-        """
+        """Moves or cancels an occurrence that has no room any more, or tells its owner."""
         line = {name: value for name, value in public(found).items() if name in (
             'label', 'user', 'project', 'vms', 'start', 'end')}
         if then == 'cancel':
-            self.cancel([found], now, why)
+            self.admission.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome, became = 'left', ('The reservation stays. VMs that do not run yet start when this '
@@ -12911,56 +12682,46 @@ class Plan(Requests):
         return line | {'outcome': outcome}
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
-        """Moves an occurrence that has not begun to another resource of its cloud, else to later:
-        where it is now.
-        """
+        """Moves what has not begun elsewhere in its cloud, else to later: where it is now."""
         if now >= found.held_from or found.server:
             return None
-        amount, need = amount_of(found), found.held_until - found.held_from
         here = resource_of(found.resource_id, removed=True)
-        release(here.id, found.held_from, found.held_until, amount)
-        others = [each for each in self.places() if each.cloud == here.cloud and each.id != here.id
-                  and not found.host
-                  and not each.approval and each.mode == here.mode]
-        place = next((each for each in others
-                      if fits(each, found.held_from, found.held_until, amount)
-                      and self.within_limits(found, each, found.start, now)), None)
-        first = found.held_from if place else next((int(first) for first, last in free_windows(
-            here, amount, found.held_from, LAST.timestamp()) if last - first >= need), None)
-        if (first is None or not place
-            and not self.within_limits(found, here, first + found.lead, now)):
-            hold(here.id, found.held_from, found.held_until, amount)
-            return None
-        self.drop_proposals(found.reservation)
-        place, start = place or here, first + found.lead
-        hold(place.id, first, first + need, amount)
-        change(Occurrence, found.id, resource=place.id, start=start,
-               end=start + found.end - found.start,
-               held_from=first,
-               held_until=first + need, due=min(now, first), told=0, altered=bool(found.repeats))
-        if not found.repeats:
-            change(Reservation, found.reservation, over=start + found.end - found.start)
-        return place.name, start
+        others = [each for each in self.look.places() if each.cloud == here.cloud
+                  and each.id != here.id
+                  and not found.host and not each.approval and each.mode == here.mode]
+        wish = self.wishes.carried_on(found)
+        for place in others:
+            if self.moved_to(found, wish._replace(resource=place), now):
+                return place.name, found.start
+        with self.bookings.as_if_without(found):
+            need = found.held_until - found.held_from
+            first = next((int(first) for first, last in free_windows(
+                here, amount_of(found), found.held_from, LAST.timestamp()) if last - first >= need),
+                None)
+        start = found.start if first is None else first + found.lead
+        later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
+        if first is not None and self.moved_to(found, later, now):
+            return here.name, start
+        return None
 
-    def within_limits(self, found, place, start: int, now: float) -> bool:
-        """Whether an occurrence may be on a resource from an instant on: by the limits of its
-        owner, and in its turn.
-        """
-        wish = self.carried_on(found)._replace(resource=place, start=start,
-                                               end=start + found.end - found.start)
+    def moved_to(self, found, wish: Wish, now: float) -> bool:
+        """Moves an occurrence to where it is wished to be, if every rule lets it."""
+        deal = Deal('maintenance', wish, [change_to(
+            found, wish._replace(stretches=[]), now, found.slot, told=0,
+            altered=bool(found.repeats))], found, stretches=None if found.repeats else [])
         try:
-            self.refuse_beyond(wish, now, found)
-            self.refuse_overtaken([Hold(place.id, *wish.held, wish.amount)], now)
-            return True
+            with Attempt():
+                self.bookings.commit(deal, now)
+                self.bookings.drop_proposals(found.reservation)
+                return True
         except Conflict:
             return False
 
     def without_host(self, place, new: dict, now: float) -> list[dict]:
         """What is reserved on hosts that a resource has no more, or no more by their names."""
         left = json.loads(new.get('named', place.named) or '{}')
-        found = self.search([('o.resource_id = ?', place.id), ("r.host <> ''", None),
-                             (NOT_OVER, None),
-                             ('o.held_until > ?', int(now))], limit=1000)
+        found = self.look.search([('o.resource_id = ?', place.id), ("r.host <> ''", None),
+                             (NOT_OVER, None), ('o.held_until > ?', int(now))], limit=1000)
         return [public(each) for each in found if each.host not in left]
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
@@ -12968,10 +12729,8 @@ class Plan(Requests):
         return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
 
     def homeless(self, place, begin: int, until: int) -> list:
-        """Of the occurrences where more is held than there is, as many of the latest added as must
-        go.
-        """
-        return self.in_order(self.must_go(place, begin, until))
+        """Where more is held than there is, as many of the latest added as must go."""
+        return self.look.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
         """The ids of those."""
@@ -12980,11 +12739,9 @@ class Plan(Requests):
         if all(held.within(most) for held in levels.values()):
             return []
         held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
-                    'occurrence '
-                    f'WHERE resource_id = ? AND due IS NOT NULL AND start < ? + {LONGEST_LEAD} AND '
-                    f'held_until > ? '
-                    'AND held_from < ? AND held_until > held_from ORDER BY +id DESC', place.id,
-                    until, begin, until)
+                    'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
+                    f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
+                    'held_from ORDER BY +id DESC', place.id, until, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of
         # it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])}
@@ -13059,13 +12816,12 @@ class Plan(Requests):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
-class Claims(Plan):
-    """What may be booted through Nova."""
+class Claims(Operations):
+    """What may be booked through Nova."""
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
-              vcpus: Figure = 0,
-              ram: Figure = 0, classes: Classes = None, label: Name = '',
+              vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
               dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
@@ -13089,11 +12845,8 @@ class Claims(Plan):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str,
-                 project: str, user: str, now: float) -> dict:
-        """Whether a server may boot on one resource, why, and on which of its hosts; if so, it
-        counts from now on.
-        """
+                 label: str, project: str, user: str, now: float) -> dict:
+        """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
             why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
@@ -13112,18 +12865,15 @@ class Claims(Plan):
         classes = stored(need)['classes']
         if not rehearsal.on:
             run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, '
-                'classes, at, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) '
-                'ON CONFLICT (resource_id, server) DO UPDATE SET '
-                'occurrence = excluded.occurrence, vcpus = excluded.vcpus, ram = excluded.ram, '
-                'classes = excluded.classes, due = excluded.due', place.id,
+                'classes, at, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, '
+                'server) DO UPDATE SET occurrence = excluded.occurrence, vcpus = excluded.vcpus, '
+                'ram = excluded.ram, classes = excluded.classes, due = excluded.due', place.id,
                 found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
                 now, now + self.config.lost_answer_wait)
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
-        """The hosts on which a server may boot; None: any. One that is reserved by name is its
-        owner's alone.
-        """
+        """The hosts on which a server may boot, None: any; a named one is its owner's alone."""
         if found and found.host:
             return [host for host in json.loads(place.hosts) if host == found.host]
         if not place.named:
@@ -13131,15 +12881,13 @@ class Claims(Plan):
         until = found.end if found else now + max(place.hold, 1)
         taken = {each.host for each in rows(
             'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE '
-            'o.resource_id = ? AND '
-            f"o.due IS NOT NULL AND r.host <> '' AND o.start < ? + {LONGEST_LEAD} AND o.held_from "
-            f"< ? "
-            'AND o.held_until > ? AND o.held_until > o.held_from', place.id, until, until, now)}
+            "o.resource_id = ? AND o.due IS NOT NULL AND r.host <> '' AND o.start < ? + "
+            f'{LONGEST_LEAD} AND o.held_from < ? AND o.held_until > ? AND o.held_until > '
+            'o.held_from', place.id, until, until, now)}
         return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str,
-                 now: float) -> tuple[Any, str]:
+                 label: str, now: float) -> tuple[Any, str]:
         """The occurrence on which a server may boot, or None and why there is none."""
         named = f'{shown(label)} ' if label else ''
         why = f"project {projects[0]} has no active reservation {named}on '{place.name}'"
@@ -13159,22 +12907,17 @@ class Claims(Plan):
         return None, why
 
     def booked_by(self, projects: list[str], label: str, place, after: float, until: float) -> list:
-        """What projects have booked on a resource that is held from an instant in (after, until]
-        on.
-        """
+        """What projects have booked on a resource that is held from (after, until] on."""
         marks = ', '.join('?' * len(projects))
         # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that
         # anybody has reserved.
         return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
                     'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? '
-                    'AND o.due IS NOT NULL '
-                    f'AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} '
-                    'AND o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND '
-                    'r.waiting IS NULL '
-                    'AND r.pending IS NULL '
-                    f"AND r.project IN "
+                    f'AND o.due IS NOT NULL AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} AND '
+                    'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
+                    'NULL AND r.pending IS NULL AND r.project IN '
                     f"({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY "
-                    f"+o.start",
+                    '+o.start',
                     place.id, after, until, after, until, *projects, *([label] if label else []))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
@@ -13192,23 +12935,18 @@ class Claims(Plan):
         """What other servers than this one have claimed and still use."""
         where = f'FROM claim WHERE {condition} AND due IS NOT NULL AND server <> ?'
         total = Amount(*run(f'SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) '
-                            f'{where}',
-                            value, server).fetchone())
+                            f'{where}', value, server).fetchone())
         for (classes,) in run(f"SELECT classes {where} AND classes <> ''", value,
                               server).fetchall():
             total += Amount(classes=tuple(sorted(json.loads(classes).items())))
         return total
 
     def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
-        """Whether there is room that nobody has reserved from now for the hold time of a
-        resource.
-        """
+        """Whether there is room from now for the hold time of a resource."""
         others = self.claimed('resource_id = ? AND occurrence IS NULL', place.id, server)
         for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM '
-                         'occurrence o '
-                         'WHERE o.id IN (SELECT occurrence FROM claim WHERE resource_id = ? AND '
-                         'due IS NOT NULL)',
-                         place.id):
+                         'occurrence o WHERE o.id IN (SELECT occurrence FROM claim WHERE '
+                         'resource_id = ? AND due IS NOT NULL)', place.id):
             held = NOTHING if each.cancelled is not None or each.end <= now else amount_of(each)
             # what is there and nobody holds
             beyond = self.claimed('occurrence = ?', each.id, server) - held
@@ -13234,16 +12972,15 @@ def repeats(booking: Booking) -> bool:
     return any(not stretch.single for stretch in booking.stretches)
 
 
-class Calendars(Claims):
+class Calendars(Operations):
     """Imports, subscriptions and feeds."""
 
     @api('POST', '/reservation/import')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
-                network: Name = '',
-                key: Name = '', vms: Count = 1, at_end: Name = '', notify: Names = (),
-                on_conflict: Clash = 'refuse',
-                tz: Zone = '', user: Name = '', project: Name = '',
-                dry_run: bool = False) -> ImportAnswer:
+                network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
+                notify: Names = (), on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
+                project: Name = '', dry_run: bool = False,
+                asked: dict = None) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its location,
@@ -13256,17 +12993,10 @@ class Calendars(Claims):
         Example:
           python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
-        said = {name: value for name, value in locals().items()
-                if name not in ('self', 'file', 'dry_run')}
-        return self.take_calendar(file, said, dry_run)
+        return self.take_calendar(file, asked, dry_run)
 
     def take_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
-        """Reserves what the events of a calendar ask for, and of a subscription cancels what is
-        gone.
-
-        Args:
-          said: what the events don't say, named as in `import`
-        """
+        """Reserves what a calendar asks for, and of a subscription cancels what is gone."""
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
         owner, entries = self.owner(said), read_calendar(text, 'the calendar')
         groups = by_uid(wishful(entries))
@@ -13343,11 +13073,7 @@ class Calendars(Claims):
 
     def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
                       subscription, now: float) -> list[dict]:
-        """What became of each event; inside a transaction.
-
-        Raises:
-          Held: of a subscription more than half would go, and nothing was done.
-        """
+        """What became of each event; Held where of a subscription more than half would go."""
         self.refuse_unsubscribed(subscription)
         had = self.live_of(subscription, now)
         done = [self.take_booking(*line, owner, subscription, now) for line in lines]
@@ -13356,10 +13082,7 @@ class Calendars(Claims):
         return done
 
     def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
-        """Bookings with their wishes, or with the errors that refuse them.
-
-        Asks clouds, so outside any transaction. What doesn't repeat is read first.
-        """
+        """Bookings with their wishes, or with the errors that refuse them; what is plain first."""
         lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
@@ -13383,45 +13106,39 @@ class Calendars(Claims):
         if booking.error:
             raise BadCalendar(booking.error)
         now = self.clock()
-        coming = all_slots(booking.stretches, now, self.horizon(booking.stretches, now))
+        coming = all_slots(booking.stretches, now, self.series.horizon(booking.stretches, now))
         if booking.cancelled or not coming:
             return None, []
         asked = said | want._asdict() | {
             'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '',
-            'metadata': None, 'server': '', 'personal': False, 'lead': None,
-            'description': booking.summary[:1000], 'repeat': booking.stretches[0].rule,
-            'late': True}
+            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None,
+            'server': '', 'personal': False, 'lead': None, 'description': booking.summary[:1000],
+            'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
                           'default resource.',
                           hint='--resource NAME')
-        wish = self.read_wish(asked, changes=())
+        wish = self.wishes.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
 
     def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None,
-                     owner: tuple[str, str],
-                     subscription,
-                     now: float) -> dict:
-        """What became of an event: booked, changed, unchanged, cancelled, refused, or nothing
-        because it is past.
-        """
+                     owner: tuple[str, str], subscription, now: float) -> dict:
+        """What became of an event: one of `booked`, `changed`, `refused` and so on."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
         if error:
             return line | {'outcome': 'refused', 'why': booking.why(error)}
         source = subscription.id if subscription else None
         known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
-                    'subscription IS ? '
-                    'ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
+                    'subscription IS ? ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not subscription  # else what runs goes on
-            gone = ([each for each in self.live(self.next_of(known.id)) if stops
-                     or not self.begun(each)] if live else [])
+            gone = ([each for each in self.look.live(self.look.next_of(known.id)) if stops
+                     or not self.look.begun(each)] if live else [])
             if gone:
-                self.cancel(gone, now, 'cancelled in the calendar', ends=True)
+                self.admission.cancel(gone, now, 'cancelled in the calendar', ends=True)
                 return line | {'outcome': 'cancelled', 'label': known.label}
             return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
         asked = (name for name in STORED if name not in ('label', 'trusted'))
@@ -13430,7 +13147,7 @@ class Calendars(Claims):
             # it is spelled out, further than before
             if live and known.series != stored_stretches(wish.stretches):
                 change(Reservation, known.id, series=stored_stretches(wish.stretches))
-                self.refresh(known.id, now)
+                self.series.refresh(known.id, now)
             return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
                 {} if live else {'why': 'it was cancelled in cmres'})
         try:
@@ -13444,35 +13161,31 @@ class Calendars(Claims):
                    now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
         if known:
-            head = self.next_of(known.id)
+            head = self.look.next_of(known.id)
             wish = wish._replace(label=known.label)
-            self.refuse_fixed(head, wish, {name: 1 for name in FIXED
-                                           if name not in ('start', 'resource', 'lead')})
             change(Reservation, known.id, origin=origin)
-            done = self.unless_it_grows(head, wish, {'calendar': 1}, now, 'calendar', False, False,
-                                        lambda: self.rebook_event(known.id, wish, now))
-            if done is None:
+            made = self.bookings.commit(self.admission.edit(head, wish, ['calendar'], now,
+                                                            'calendar'), now)
+            if not made:
                 return {'label': wish.label, 'outcome': 'pending',
                         'why': 'an admin must approve the change'}
+            done = made.done
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
                          NONE_OF_THEM)
         else:
             wish = wish._replace(label=self.free_label(wish, now))
-            _, done = self.book(wish, now, uid=booking.uid, subscription=source, origin=origin)
+            _, done = self.admission.book(wish, now, uid=booking.uid, subscription=source,
+                                          origin=origin)
         left_out = [each for each in done if each['outcome'] in ('left out', 'shifted')]
         return {'label': wish.label, 'outcome': 'changed' if known else 'booked',
-                'start': instant(wish.start),
-                'vms': wish.vms, 'flavor': wish.flavor, 'count': len(done)} | (
-                {'occurrences': left_out} if left_out else {})
+                'start': instant(wish.start), 'vms': wish.vms, 'flavor': wish.flavor,
+                'count': len(done)} | ({'occurrences': left_out} if left_out else {})
 
     def free_label(self, wish: Wish, now: float) -> str:
         """The label of a wish, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
             label = f'{wish.label}-{number}' if number > 1 else wish.label
-            return bool(row(
-                'SELECT id FROM reservation WHERE project = ? AND over > ? AND label = ? UNION ALL '
-                'SELECT id FROM reservation WHERE project = ? AND over > ? AND request = ? '
-                "AND request <> '' LIMIT 1", *(wish.project, int(now), label) * 2))
+            return taken_label(wish.project, label, now)
         last = free = 1
         while taken(free):
             last, free = free, 2 * free
@@ -13504,8 +13217,7 @@ class Calendars(Claims):
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
-                      project: Name = '',
-                      dry_run: bool = False) -> FeedAnswer:
+                      project: Name = '', dry_run: bool = False) -> FeedAnswer:
         """Creates a secret address that shows your reservations to calendar programs.
 
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
@@ -13519,13 +13231,13 @@ class Calendars(Claims):
         with self.writing(dry_run) as now:
             self.refuse_one_more('feeds', user, project)
             insert(Feed, user=user, project=project, whole_project=whole_project,
-                   resource=self.id_of(resource), hash=hashed(secret), added=int(now), revoked=None)
+                   resource=self.look.id_of(resource), hash=hashed(secret), added=int(now),
+                   revoked=None)
             self.journal(now, 'calendar', f'created a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
         served = f'http://{self.config.host}:{self.config.port}'
         return {'user': user, 'project': project} if dry_run else {
-            'feed': f"{self.config.public_url.rstrip('/') or served}"
-                    f'/calendar/{secret}/{name}.ics'}
+            'feed': f"{self.config.public_url.rstrip('/') or served}/calendar/{secret}/{name}.ics"}
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
@@ -13543,12 +13255,10 @@ class Calendars(Claims):
 
     @api('POST', '/calendar/subscription/', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '',
-                           image: Name = '',
-                           network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
-                           notify: Names = (),
-                           on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
-                           project: Name = '',
-                           dry_run: bool = False) -> CalendarAnswer:
+                           image: Name = '', network: Name = '', key: Name = '', vms: Count = 1,
+                           at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
+                           tz: Zone = '', user: Name = '', project: Name = '',
+                           dry_run: bool = False, asked: dict = None) -> CalendarAnswer:
         """Subscribes to a calendar: cmres reserves, moves and cancels VMs when its events change.
 
         cmres reads it every five minutes (`calendar_poll`). Its events ask for VMs as those of
@@ -13559,10 +13269,9 @@ class Calendars(Claims):
         Example:
           python cmres.py calendar subscribe https://example.org/secret/eva.ics --resource demo
         """
-        said = {name: value for name, value in locals().items()
-                if name not in ('self', 'url', 'dry_run')}
+        said = {name: value for name, value in asked.items() if name not in ('url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
-        said['resource'] = self.id_of(resource) or 0
+        said['resource'] = self.look.id_of(resource) or 0
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or '', parts.port or 443
@@ -13575,16 +13284,13 @@ class Calendars(Claims):
             raise Invalid(f'url: {error}') from None
         with self.writing(dry_run) as now:
             if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due '
-                   'IS NOT NULL',
-                   url, said['user'], said['project']):
+                   'IS NOT NULL', url, said['user'], said['project']):
                 raise Conflict('You have already subscribed to this calendar.',
                                hint='calendar list')
             self.refuse_one_more('subscriptions', said['user'], said['project'])
             id = insert(Subscription, user=said['user'], project=said['project'], url=url,
-                        defaults=json.dumps(said),
-                        notify=json.dumps([*notify]), added=int(now), due=now, etag='',
-                        modified='', fault='', held='',
-                        refused='{}',
+                        defaults=json.dumps(said), notify=json.dumps([*notify]), added=int(now),
+                        due=now, etag='', modified='', fault='', held='', refused='{}',
                         confirmed=False, tries=0)
             self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
         return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
@@ -13608,9 +13314,8 @@ class Calendars(Claims):
         """
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
-        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True,
-                                         etag='', modified='',
-                                         due=self.clock())
+        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='',
+                                         modified='', due=self.clock())
 
     def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
         """Changes a subscription of one's own, and tells which it was."""
@@ -13629,12 +13334,7 @@ class Calendars(Claims):
         return found
 
     def poll(self, subscription) -> dict:
-        """Looks at a calendar that somebody subscribed to, and books what it asks; what to remember
-        of it.
-
-        Raises:
-          Error: it could not be read, and nothing was changed.
-        """
+        """Looks at a subscribed calendar, and books what it asks; what to remember of it."""
         headers = {'If-None-Match': subscription.etag, 'If-Modified-Since': subscription.modified}
         # what is spelled out must go on
         if int(subscription.polled or 0) // 86400 != int(self.clock()) // 86400:
@@ -13658,11 +13358,7 @@ class Calendars(Claims):
         return kept | ({} if answer.get('held') else {'confirmed': False})
 
     def defaults_of(self, subscription) -> dict:
-        """What the events of a subscribed calendar don't say; its resource under its present name.
-
-        Raises:
-          NotFound: that was removed.
-        """
+        """What the events of a subscribed calendar don't say, its resource by its present name."""
         said = json.loads(subscription.defaults)
         found = row('SELECT name, removed FROM resource WHERE id = ?', said['resource'])
         if found and found.removed:
@@ -13686,19 +13382,18 @@ class Calendars(Claims):
         uids, done = {each.uid for each in wanted}, []
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.search([('r.id = ?', each.id),
+            coming = [] if each.uid in uids else self.look.search([('r.id = ?', each.id),
                                                               (NOT_OVER, None),
                                                               ('o.held_from > ?', now)])
             if coming:
-                self.cancel(coming, now, 'the event was removed from the calendar', ends=True)
+                self.admission.cancel(coming, now, 'the '
+                                                   'event was removed from the calendar', ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
                              'label': each.label})
         return done
 
     def ask_before_most_goes(self, subscription, had: dict[int, int], now: float) -> None:
-        """Raises Held where a calendar would cancel most of what it had, and nobody has said that
-        this is meant.
-        """
+        """Raises Held where most of a calendar would go, and nobody has said so."""
         have, all_of_them = self.live_of(subscription, now), sum(had.values())
         gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
@@ -13726,21 +13421,17 @@ class Calendars(Claims):
 
     def feed(self, secret: str) -> tuple[str, Any]:
         """The name and the row of the feed at a secret address; NotFound if there is none."""
-        found = row('SELECT f.*, s.name AS resource FROM feed f '
-                    'LEFT JOIN resource s ON s.id = f.resource_id '
-                    'WHERE hash = ? AND revoked IS NULL', hashed(secret))
+        found = row('SELECT f.*, s.name AS resource FROM feed f LEFT JOIN resource s ON s.id = '
+                    'f.resource_id WHERE hash = ? AND revoked IS NULL', hashed(secret))
         if not found:
             raise NotFound('There is no calendar at this address.')
         return (found.resource
                 or f"{found.project if found.whole_project else found.user} on cmres", found)
 
     def feed_events(self, feed) -> tuple[list[Shown], float]:
-        """What a feed shows, and until when it holds: what ended in the last 31 days, and all that
-        is to come.
-
-        What is others' is shown as busy only.
-        """
-        found = self.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1, fields=FOR_FEEDS)
+        """What a feed shows, others' as busy only, and until when that holds."""
+        found = self.look.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1,
+                               fields=FOR_FEEDS)
         servers: dict = defaultdict(list)
         for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
                          "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
@@ -13759,23 +13450,20 @@ class Calendars(Claims):
         uid, words = f'more-{first.start}@{self.clouds.store}', 'more reservations follow'
         return Shown(uid, first.start, first.end, 0, first.start, words,
                      f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. The page and the '
-                     'list of reservations show the others.',
-                     '', 'TENTATIVE')
+                     'list of reservations show the others.', '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
         own = not feed.resource_id and not feed.whole_project
         asked = dict.fromkeys((*PLACE, 'resource'), '') | {
             'user': feed.user if own else '', 'project': '' if feed.resource_id else feed.project}
-        filters, where = self.acting(Actor('', '', ADMIN)).filtered(asked)
+        filters, where = self.acting(Actor('', '', ADMIN)).look.filtered(asked)
         filters |= {'places': [feed.resource_id]} if feed.resource_id else {}
         begin = int(self.clock()) - MONTH
-        return self.ways(filters, (), begin), [*where, ('o."end" > ?', begin)]
+        return self.look.ways(filters, (), begin), [*where, ('o."end" > ?', begin)]
 
     def feed_digest(self, feed) -> str:
-        """Changes whenever something that a feed shows does; that costs much less than to write the
-        feed.
-        """
+        """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
         return hashed(str(run('SELECT id, revision, revised FROM occurrence '
                               'WHERE id IN (SELECT value FROM json_each(?))',
@@ -13788,8 +13476,7 @@ class Calendars(Claims):
         revision, revised = found.revision + len(passed), max([found.revised, *passed])
         if found.project != feed.project:
             return Shown(uid, found.start, found.end, revision, revised, 'busy',
-                         f"{counted(found.vms, 'VM')} reserved",
-                         found.resource, 'CONFIRMED')
+                         f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
         lines += [self.config.login_command.replace('{address}', address) for address in addresses]
@@ -13813,7 +13500,7 @@ FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
 
 
-class Tokens(Calendars):
+class Tokens(Operations):
     """Tokens, and what ends with the last one of a person; see Service."""
 
     @api('POST', '/token/', role=READER, made='/token/')
@@ -13843,7 +13530,7 @@ class Tokens(Calendars):
             ends = self.end_of_token(lasts, now)
             insert(Token, user=user, project=project, role=role, hash=hashed(token),
                    added=int(now), purpose=purpose, ends=ends, scopes=','.join(scopes),
-                   resource=self.id_of(resource))
+                   resource=self.look.id_of(resource))
             until = f' until {self.config.told_time(ends)}' if ends else ''
             only = ', '.join([*scopes, *filter(None, [resource])])
             self.journal(now, 'token', f'created a token for {user} in {project} as '
@@ -13998,10 +13685,8 @@ class Tokens(Calendars):
                           'one first.')
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, and the subscriptions of who may not book.
-
-        Returns:
-          what has ended, as the end of a sentence.
+        """Ends the feeds of who has no token any more, the subscriptions of who may not book; the
+        end of a sentence that says so.
         """
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
@@ -14059,8 +13744,8 @@ HOURS = f'''
          max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
 
 
-class Reservations(Tokens):
-    """The whole service, on behalf of one actor; see Service for its arguments."""
+class Records(Operations):
+    """What was."""
 
     @api('GET', '/event/')
     @api('GET', '/reservation/<label>/events')
@@ -14077,7 +13762,7 @@ class Reservations(Tokens):
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
         where = [('e.id > ?', after)]
         if label:
-            where.append(self.among('e.reservation_id', self.labelled(label, project)))
+            where.append(self.look.among('e.reservation_id', self.look.labelled(label, project)))
         else:
             own = self.actor.project if self.actor.role != ADMIN else ''
             where += [('e.project = ? AND e.reservation_id > 0', each) for each in (project, own)
@@ -14107,7 +13792,7 @@ class Reservations(Tokens):
           python cmres.py punctuality --since 2026-11-01
         """
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
-        where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.visible()]
+        where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
               v.ready - v.planned AS ready,
@@ -14129,9 +13814,8 @@ class Reservations(Tokens):
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
                 'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name,
-                            'tries': each.tries,
-                            'planned': instant(each.planned), 'fault': each.fault}
-                           for each in failed[-100:]]}
+                            'tries': each.tries, 'planned': instant(each.planned),
+                            'fault': each.fault} for each in failed[-100:]]}
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
@@ -14153,15 +13837,15 @@ class Reservations(Tokens):
         now = self.clock()
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = ' AND '.join(['1', *(text for text, _ in self.visible())])
+        own = ' AND '.join(['1', *(text for text, _ in self.look.visible())])
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
-        ways = self.ways({'user': '', 'project': ''}, (), first)
+        ways = self.look.ways({'user': '', 'project': ''}, (), first)
         begun = f'AND o.start < {last} + {LONGEST_LEAD}'
         near = ids_by((way, f'{which} {begun}') for way, which in ways)
         hours = HOURS.format(by=columns[by_whom], own=own, near=near)
         for name, *figures in run(hours, first, last, last, first,
-                                  *(value for _, value in self.visible()), now, now):
+                                  *(value for _, value in self.look.visible()), now, now):
             lines[name] |= zip(told, figures)
         self.add_forgotten(lines, by_whom, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
@@ -14169,21 +13853,17 @@ class Reservations(Tokens):
                    'resource': f"coalesce({name_then}, '')"}[by_whom]
         mine = '' if self.actor.role == ADMIN else 'AND project = ?'
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
-                               f"project <> '' "
-                               'AND reservation_id IS NULL AND at >= ? '
-                               f'AND at < ? {mine} GROUP BY 1', first, last,
+                               "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
+                               f'{mine} GROUP BY 1', first, last,
                                *([self.actor.project] if mine else [])):
             lines[name]['refused'] += count
         return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3),
-                 'used_hours': round(each['used'], 3),
-                 'unused_hours': round(each['unused'], 3), 'refused': int(each['refused']),
-                 'late_worst': round(each['late_worst'], 3)}
+                 'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
+                 'refused': int(each['refused']), 'late_worst': round(each['late_worst'], 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
-        """Adds what is kept of forgotten days to the lines of a report; of a day that is cut, its
-        share.
-        """
+        """Adds forgotten days to the lines of a report; of one that is cut, its share."""
         own = '' if self.actor.role == ADMIN else 'AND project = ?'
         by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
               else by_whom)
@@ -14199,10 +13879,8 @@ class Reservations(Tokens):
             lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
 
     def forget(self, now: float, most: int = 200) -> int:
-        """Forgets some of what has been over for longer than `retention`, and keeps its sums; how
-        much it was.
-
-        The newest row of each table stays, so that no id is ever given twice. Inside a transaction.
+        """Forgets some of what has been over for longer than `retention`; how much. The newest row
+        of each table stays, so that no id is ever given twice.
         """
         before = int(now) - self.config.retention * DAY
         old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
@@ -14226,14 +13904,13 @@ class Reservations(Tokens):
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
-            release(each.resource_id, each.start, each.end, amount_of(each, 'held_'))
+            self.bookings.hold_capacity(each.resource_id, each.start, each.end,
+                               NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
         return len(old) + len(events) + gone + len(changes)
 
     def forget_occurrence(self, old) -> None:
-        """Forgets one occurrence with its servers and claims, and its reservation if it was the
-        last.
-        """
+        """Forgets one occurrence, and its reservation if it was the last."""
         self.tally(old)
         release(old.resource_id, old.held_from, old.held_until, amount_of(old))
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
@@ -14256,9 +13933,7 @@ class Reservations(Tokens):
             run('DELETE FROM event WHERE id = ?', each.id)
 
     def tally(self, old) -> None:
-        """Adds what an occurrence held, and what ran of that, to the sums of its days; as HOURS
-        reckons.
-        """
+        """Adds what an occurrence held, and what ran of that, to its days; as HOURS reckons."""
         ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
                     'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
                *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT '
@@ -14270,13 +13945,10 @@ class Reservations(Tokens):
             reserved = old.vms * (last - first)
             used = sum(max(min(end, last) - max(begin, first), 0) for begin, end, _ in ran)
             self.count((day, old.of_project, old.of_user, old.resource_id), reserved=reserved,
-                       used=used,
-                       unused=max(reserved - used, 0), late=max(late, 0))
+                       used=used, unused=max(reserved - used, 0), late=max(late, 0))
 
     def count(self, whose: tuple, **figures: float) -> None:
-        """Adds figures to the sums of a day, project, user and resource; of how late, the worst
-        counts.
-        """
+        """Adds figures to the sums of a day, project, user and resource; lateness: the worst."""
         figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
         run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
             'late) '
@@ -14284,6 +13956,10 @@ class Reservations(Tokens):
             'reserved = reserved + excluded.reserved, used = used + excluded.used, '
             'unused = unused + excluded.unused, refused = refused + excluded.refused, '
             'late = max(late, excluded.late)', *whose, *figures.values())
+
+
+class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
+    """The whole service, on behalf of one actor; see Service for its arguments."""
 
 
 # Life cycle ##################################################################
@@ -14725,7 +14401,8 @@ class LifeCycle:
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
                 'id FROM occurrence '
                 f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ?) WHERE due IS NOT NULL', pause)
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
+                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
             for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
                              'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
@@ -14844,7 +14521,7 @@ class LifeCycle:
         """Carries one series on; one that can't be is told of, and is tried again the next day."""
         try:
             with self.acting():
-                self.service.refresh(reservation, now)
+                self.service.series.refresh(reservation, now)
                 change(Reservation, reservation, carried=stamp)
         # that is wrong with the store, or with all
         except (peewee.OperationalError, Unavailable, LostLease):
@@ -14872,7 +14549,7 @@ class LifeCycle:
         self.line_moves = False
         if any(self.is_due(each, now) for each in ('wait', 'pending', 'proposal')):
             with self.acting():
-                self.line_moves = self.service.admit_waiting(now)
+                self.line_moves = self.service.waiting.admit_waiting(now)
 
     def drop_staged(self, now: float) -> None:
         """Erases some of what a process had begun to write, and has not gone on with."""
@@ -14913,7 +14590,7 @@ class LifeCycle:
         for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
             self.plan_server(occurrence, n, now, before)
         if stopped:
-            self.service.count_stopped(occurrence.reservation_id, now)
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
         for server in servers:
             if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
                 change(Server, server.id, goal='up', state='kept', due=None)
@@ -15036,8 +14713,8 @@ class LifeCycle:
             return False
         begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
         if now >= begun + occurrence.no_show:
-            found = self.service.occurrence(occurrence.id)
-            self.service.cancel([found], now,
+            found = self.service.look.occurrence(occurrence.id)
+            self.service.admission.cancel([found], now,
                                 'nobody started a VM in it within '
                                 f'{format_duration(occurrence.no_show)}')
             return True
@@ -15177,14 +14854,13 @@ class LifeCycle:
             self.tell_end(occurrence, now)
         if occurrence.at_end == 'stop':
             change(Occurrence, occurrence.id, due=None)
-            self.service.count_stopped(occurrence.reservation_id, now)
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
         return None
 
     def tell_end(self, occurrence, now: float) -> None:
         if occurrence.idle:
-            self.service.cancel([self.service.occurrence(occurrence.id)], now, 'no capacity '
-                                                                               'became free '
-                                                                               'before its end')
+            found = self.service.look.occurrence(occurrence.id)
+            self.service.admission.cancel([found], now, 'no capacity became free before its end')
             return
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
                     'occurrence_id = ?',
@@ -15473,9 +15149,9 @@ class LifeCycle:
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
         if (notice.occurrence or 0) > 0:
-            found = next(iter(self.service.in_order([notice.occurrence])), None)
+            found = next(iter(self.service.look.in_order([notice.occurrence])), None)
         elif notice.reservation_id:
-            found = self.service.next_of(notice.reservation_id)
+            found = self.service.look.next_of(notice.reservation_id)
         deliver(self.config, notice, public(found) if found else {})
 
     def do_trace(self, call: Job) -> dict[str, str | None]:
@@ -15597,9 +15273,14 @@ class LifeCycle:
             self.note(now, 'trouble', f'{server.name}: {fault}', server)
             self.look_again(server.occurrence_id, now)
 
-    def pause(self, failures: int) -> float:
-        most = min(self.config.retry_first * 2 ** min(failures - 1, 20), self.config.retry_max)
-        return most * random.uniform(0.8, 1.2)
+    def pause(self, failures: int, longest: float = 0) -> float:
+        """The seconds before something is tried again that has failed so often.
+
+        Args:
+          longest: seconds that it grows to; 0: those of the setting `retry_most`
+        """
+        pause = self.config.retry_first * 2 ** min(failures - 1, 20)
+        return min(pause, longest or self.config.retry_max) * random.uniform(0.8, 1.2)
 
     def retry_after(self, error: Exception) -> float:
         """The seconds that a cloud asks us to wait; 0 if it doesn't."""
@@ -15645,14 +15326,37 @@ class LifeCycle:
         self.calm_until = 0.0
         if not error:
             change(Outbox, notice.id, due=None, fault='')
-        elif now - notice.at > GIVE_UP:
-            change(Outbox, notice.id, due=None, fault=f'given up: {error}'[:500])
-            log.warning('gave up sending %s the '
-                        'notification of event %s: %s', notice.target, notice.event, error)
-        else:
-            tries = notice.tries + 1
-            change(Outbox, notice.id, tries=tries, due=now + self.pause(tries),
-                   fault=str(error)[:500])
+            if notice.tries:
+                self.hurry_to(host_of(notice.target), now)
+            return
+        tries = notice.tries + 1
+        due = now + self.pause(tries, RARELY)
+        if now - notice.at > GIVE_UP:
+            self.give_up_telling(notice, error, now)
+            # What comes after it goes to the same dead end, so it need not be tried as often anew.
+            run('UPDATE outbox SET tries = ?, due = ? WHERE id = (SELECT min(id) FROM outbox WHERE '
+                'due IS NOT NULL AND target = ? AND owner = ?)',
+                tries, due, notice.target, notice.owner)
+            return
+        change(Outbox, notice.id, tries=tries, due=due, fault=str(error)[:500])
+
+    def give_up_telling(self, notice, error: Exception, now: float) -> None:
+        """Gives up a notice, and what else waits for the same target for as long."""
+        given_up = run(
+            'UPDATE outbox SET due = NULL, fault = ? WHERE id IN (SELECT n.id FROM outbox n '
+            'JOIN event e ON e.id = n.event_id WHERE n.due IS NOT NULL AND n.target = ? '
+            'AND n.owner = ? AND e.at < ?)', f'given up: {error}'[:500], notice.target,
+            notice.owner, now - GIVE_UP).rowcount
+        log.warning('gave up telling %s of event %s%s: %s', notice.target, notice.event,
+                    f' and {given_up - 1} others' if given_up > 1 else '', error)
+
+    def hurry_to(self, host: str, now: float) -> None:
+        """Lets all notices go out that wait because of a host, or of our mail server, that is well
+        again.
+        """
+        for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
+            if host_of(each.target) == host:
+                change(Outbox, each.id, due=now)
 
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
@@ -15688,7 +15392,7 @@ class LifeCycle:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
         subscription, error = result.target, result.error
         tries = subscription.tries + 1 if error else 0
-        pause = max(self.config.calendar_poll, self.pause(tries) if error else 0)
+        pause = max(self.config.calendar_poll, self.pause(tries, RARELY) if error else 0)
         fault = {'fault': self.fault(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
             self.service.journal(now, 'trouble',
@@ -15716,7 +15420,7 @@ class LifeCycle:
                 if (not found and server.account == account and server.uid in gone
                     and not server.borrowed):
                     change(Server, server.id, state='deleted', deleted=now)
-                    self.service.count_stopped(server.reservation_id, now)
+                    self.service.bookings.count_stopped(server.reservation_id, now)
                 continue
             if found:
                 self.record_seen(server, found, now)
@@ -16475,7 +16179,7 @@ def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
 
 def tag_of(acting: Reservations, bound: dict) -> str:
     """An ETag of what people did to a reservation: it stays while only its VMs change."""
-    newest = acting.newest_deed(bound['label'], bound.get('project', ''))
+    newest = acting.look.newest_deed(bound['label'], bound.get('project', ''))
     return f'"{newest}"' if newest else ''
 
 
@@ -16708,26 +16412,45 @@ def health_handler(service: Reservations) -> Callable:
 class Line:
     """Requests that wait for a thread: next is one of whom the fewest are being answered.
 
-    So who sends many at once waits for their own, and others pass.
+    Nobody has more than an equal share of the threads, counted with one who may come next. So who
+    sends many at once waits for their own, and who sends the first finds a thread free.
+
+    Args:
+      threads: how many there are
+      call: wakes one of them; `waitress` calls all of this under a lock of its own
     """
 
-    def __init__(self):
+    def __init__(self, threads: int, call: Callable[[], None]):
+        self.threads, self.call = threads, call
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
     def __len__(self):
         return len(self.waiting)
 
+    def __bool__(self):
+        """Whether there is something to do for this thread, which has done what it had."""
+        self.answered.pop(threading.get_ident(), None)
+        return self.next() is not None
+
+    def next(self) -> tuple | None:
+        """What is to be answered next, if any of it may be now."""
+        under_way = Counter(self.answered.values())
+        everybody = {name for name, _ in self.waiting} | {*under_way}
+        share = max(self.threads // (len(everybody) + 1), 1)
+        first = min(self.waiting, key=lambda each: under_way[each[0]], default=None)
+        return first if first and under_way[first[0]] < share else None
+
     def append(self, channel) -> None:
         self.waiting.append((whose(channel), channel))
 
     def popleft(self):
-        """What this thread answers next; what it has answered before is done."""
-        self.answered.pop(threading.get_ident(), None)
-        under_way = Counter(self.answered.values())
-        name, channel = next_ = min(self.waiting, key=lambda each: under_way[each[0]])
+        """What this thread answers next."""
+        name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
+        if self.next():
+            self.call()
         return channel
 
 
@@ -16741,7 +16464,7 @@ def fair_dispatcher(threads: int):
     """The threads of `waitress`, with a line of ours before them."""
     from waitress.task import ThreadedTaskDispatcher
     made = ThreadedTaskDispatcher()
-    made.queue = Line()
+    made.queue = Line(threads, made.queue_cv.notify)
     made.set_thread_count(threads)
     return made
 
@@ -18298,7 +18021,7 @@ class Visit:
         """What this person can do to a reservation."""
         asks = []
         if found['state'] == 'pending' or 'change' in found:
-            held = self.service.occurrence(found['id'])
+            held = self.service.look.occurrence(found['id'])
             asks = (['accept'] if held.confirm else ['approve', 'reject']
                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
@@ -18585,7 +18308,7 @@ class Pages:
         begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp())
                       for each in (first, after))
         page = int(given['page']) if re.fullmatch('[0-9]{1,4}', given.get('page', '')) else 0
-        places = sorted(visit.service.places(),
+        places = sorted(visit.service.look.places(),
                         key=lambda each: (each.cloud, each.region, each.name))
         shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
         found = self.on_plan(visit, shown, begin, end)
@@ -18611,12 +18334,12 @@ class Pages:
 
     def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        filters, where = visit.service.filtered(dict.fromkeys(('user', 'project', 'resource',
-                                                               *PLACE), ''))
+        filters, where = visit.service.look.filtered(
+            dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
         filters |= {'places': [each.id for each in places]}
         where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
-        return visit.service.page(visit.service.ways(filters, (), begin), where, (), MOST_BARS + 1,
-                                  fields=BRIEF)
+        ways = visit.service.look.ways(filters, (), begin)
+        return visit.service.look.page(ways, where, (), MOST_BARS + 1, fields=BRIEF)
 
     def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str,
              found: list) -> Drawn:
@@ -18743,7 +18466,8 @@ class Pages:
         """The page with the form."""
         names, why = self.offered(visit, said['resource'])
         return self.page(visit, 'Book', render_page(
-            'book', visit=visit, said=said, places=[each.name for each in visit.service.places()],
+            'book', visit=visit, said=said,
+            places=[each.name for each in visit.service.look.places()],
             ends=ENDS, usual_rules=USUAL_RULES, names=names, why=why, more=MORE,
             verdict=self.verdict(**checked)), status)
 
@@ -18775,7 +18499,7 @@ class Pages:
         end = (read_argument('end', given['end'], When, visit.here) if given.get('end')
                else timedelta(hours=1))
         end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
-        places = visit.service.places()
+        places = visit.service.look.places()
         return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
                                              'vms': '1'} | {
             name: given[name] for name in BOOKING if given.get(name)} | {

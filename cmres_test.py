@@ -161,6 +161,12 @@ class World:
         return sorted(server.name for server in self.clouds.open('simulated').present())
 
 
+@pytest.fixture(scope='session', autouse=True)
+def quick_disk():
+    """Only programs that tests start wait for the disk: that is most of what a commit costs."""
+    cmres.db._pragmas = [(name, 'off' if name == 'synchronous' else value) for name, value in cmres.db._pragmas]
+
+
 @pytest.fixture(scope='session')
 def empty(tmp_path_factory):
     """A store that is made once: copying it is faster than making one for each test."""
@@ -249,6 +255,56 @@ def test_no_two_things_of_a_module_have_one_name():
                 [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
                 [target.id for target in getattr(each, 'targets', ()) if isinstance(target, ast.Name)]))
         assert [name for name, number in names.items() if number > 1 and not name.startswith('_')] == []
+
+
+def calls_in(function):
+    """What a function calls, by name, and the statements of SQL in it."""
+    called = collections.defaultdict(list)
+    for each in ast.walk(function):
+        if isinstance(each, ast.Call):
+            called[getattr(each.func, 'id', getattr(each.func, 'attr', ''))].append(each)
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            called['SQL'].append(' '.join(each.value.split()))
+    return called
+
+
+def test_promises_are_made_in_one_place():
+    holding = {'hold', 'release', 'give', 'take', 'admit', 'change_occurrence', 'insert_many', 'write_steps'}
+    loose = {'told', 'due', 'up_told', 'up_check', 'revision', 'revised'}  # no hold, window or state
+    makers = {}
+    for part in ast.parse(MODULE.read_text()).body:
+        for each in part.body if isinstance(part, ast.ClassDef) else [part]:
+            if not isinstance(each, ast.FunctionDef):
+                continue
+            called = calls_in(each)
+            found = {name for name in holding & called.keys() for call in called[name] if isinstance(call.func, ast.Name)}
+            for name in 'change', 'insert':
+                for call in called[name]:
+                    table = getattr(call.args[0], 'id', '') if call.args else ''
+                    if table == 'ExtraHold' or table == 'Occurrence' and {more.arg for more in call.keywords} - loose:
+                        found.add(f'{name} {table}')
+            for text in called['SQL']:
+                written = re.match(r'(INSERT INTO|DELETE FROM|UPDATE) (occurrence|extra_hold|step)\b', text)
+                columns = re.findall(r'(\w+) = ', text.partition(' SET ')[2].partition(' WHERE ')[0]) if written else ()
+                if written and (written[1] != 'UPDATE' or {*columns} - loose):
+                    found.add(f'{written[1]} {written[2]}')
+            if found:
+                makers.setdefault(part.name, {})[each.name] = found
+    # Migrations, and what is forgotten long after its end, promise nothing.
+    for name in ('add_up_told', 'add_whose'):
+        makers.pop(name, None)
+    assert makers.pop('Records', {}).keys() <= {'forget_occurrence'}
+    primitives = {'Ledger', 'release', 'give', 'take', 'admit'}
+    assert makers.keys() - primitives == {'Bookings', 'Policy'}
+    assert makers['Policy'].keys() == {'hold_if_allowed'}
+    # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
+    assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take', 'admit'}} == {
+        'stays', 'keep_stopped', 'propose', 'hold_capacity'}
+    bookings = next(each for each in ast.parse(MODULE.read_text()).body if getattr(each, 'name', '') == 'Bookings')
+    users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
+             for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
+    assert users == {'hold_if_allowed': {'decide', 'shifted'}, 'decide_all': {'make_true'},
+                     'write_occurrences': {'make_true'}, 'make_true': {'commit'}, 'stays': {'decide_otherwise'}}
 
 
 def test_a_section_uses_only_those_above_it():
@@ -2373,7 +2429,7 @@ def brute_force_windows(held: dict, begin: int, until: int, need: tuple) -> tupl
 def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
     """THE RULE against a model that looks at every instant; refusals and the kept usage as well."""
     chance, held, refused = random.Random(20), {}, 0
-    place = world.service.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
+    place = world.service.look.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
     for turn in range(4000):
         if held and chance.random() < 0.45:
             begin, until, amount = held.pop(chance.choice(list(held)))
@@ -3781,7 +3837,7 @@ def furnished(world) -> World:
     book(eva, 'other', start=7, end=8, resource='frees')
     book(eva, 'offered', start=7, end=8, resource='frees', wait=True, confirm=hours(1))
     service.delete('other')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     service.limit_add(user='bob', most_vms=1)
     service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
@@ -3881,7 +3937,7 @@ def test_what_waits_does_not_become_a_series(service):
         with pytest.raises(Invalid, match='A series cannot join the waiting list'):
             service.update('waits', repeat='daily', count=3, dry_run=dry_run)
     service.delete('lab')
-    service.admit_waiting(service.clock())
+    service.waiting.admit_waiting(service.clock())
     assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
 
 
@@ -4232,9 +4288,9 @@ def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
 
 def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service):
     asked = {name: each.default for name, each in API['add'].parameters.items()}
-    wish = service.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
+    wish = service.wishes.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
                                       'end': NOON + hours(2)})
-    with pytest.raises(NoCapacity), service.explaining(wish):
+    with pytest.raises(NoCapacity), service.offers.explaining(wish):
         raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
 
 
@@ -4958,25 +5014,62 @@ def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
     assert seen[:4] == [1, 2, 3, 4]
 
 
+def channel_of(user: str):
+    """A connection with a request of a user, as `waitress` has them."""
+    request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
+    return types.SimpleNamespace(requests=[request], addr=('::1', 1))
+
+
+class Takers:
+    """Threads that take requests from a line and keep them until `gone`."""
+
+    def __init__(self, threads: int, *users: str):
+        self.line = cmres.Line(threads, lambda: self.called.append(1))
+        self.called, self.answered, self.gone = [], [], threading.Event()
+        for user in users:
+            self.line.append(channel_of(user))
+
+    def answer(self):
+        self.answered.append(self.line.popleft().requests[0].headers['AUTHORIZATION'])
+        self.gone.wait()
+
+    def take(self, number: int):
+        for _ in range(number):
+            threading.Thread(target=self.answer, daemon=True).start()
+            until(lambda had=len(self.answered): len(self.answered) > had - 1)
+            until(lambda: len(self.answered) == len(self.line.answered))
+
+
 def test_next_is_answered_who_has_the_fewest_requests_under_way():
-    line, answered = cmres.Line(), []
+    them = Takers(12, 'bad', 'bad', 'bad', 'worse', 'worse', 'good')
+    for number in range(1, 6):
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert them.answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(them.line) == 1
+    them.gone.set()
 
-    def channel(user):
-        request = types.SimpleNamespace(headers={'AUTHORIZATION': user})
-        return types.SimpleNamespace(requests=[request], addr=('::1', 1))
-    waits = [channel(user) for user in ('bad', 'bad', 'bad', 'worse', 'worse', 'good')]
-    for each in waits:
-        line.append(each)
 
-    def answers():
-        answered.append(line.popleft().requests[0].headers['AUTHORIZATION'])
-        gone.wait()
-    gone, threads = threading.Event(), [threading.Thread(target=answers) for _ in range(5)]
-    for number, each in enumerate(threads, 1):
-        each.start()
-        until(lambda: len(answered) == number)
-    assert answered == ['bad', 'worse', 'good', 'bad', 'worse'] and len(line) == 1
-    gone.set()
+def test_nobody_has_more_threads_than_a_share_that_leaves_one_for_who_comes():
+    them = Takers(8, *['bad'] * 6)
+    for number in range(1, 5):
+        assert them.line
+        them.take(1)
+        until(lambda: len(them.answered) == number)
+    assert not them.line and len(them.line) == 2  # four of eight are theirs, the others are free
+    them.line.append(channel_of('good'))
+    assert them.line and them.line.next()[0] == 'good'
+    them.gone.set()
+
+
+def test_a_thread_that_is_done_frees_its_share_and_wakes_others_for_what_may_follow():
+    line = cmres.Line(4, lambda: woken.append(1))
+    woken: list = []
+    for user in ('one', 'two', 'two'):
+        line.append(channel_of(user))
+    line.popleft()
+    assert woken  # `two` may be answered as well
+    assert line   # this thread asks again: what it had is done
+    assert [line.popleft().requests[0].headers['AUTHORIZATION'] for _ in range(2)] == ['two'] * 2
 
 
 # Service: series #############################################################
@@ -6411,7 +6504,7 @@ def test_carrying_on_again_on_the_same_day_changes_nothing(world, service):
     assert [line for line in dump() if 'INTO "lease"' not in line] == before
     for id in (1, 2):
         with cmres.transaction():
-            service.refresh(id, world.now)
+            service.series.refresh(id, world.now)
     assert (len(starts()), len(starts('other'))) == (367, 53) and service.check()['differences'] == 0
 
 
@@ -6488,7 +6581,7 @@ def test_what_was_changed_on_its_own_or_has_begun_or_is_over_stays_when_a_zone_c
     before = [(each.start, each.end) for each in rows_of()]
     government()
     with cmres.transaction():
-        service.refresh(1, world.now)
+        service.series.refresh(1, world.now)
     after = [(each.start, each.end) for each in rows_of()]
     assert after[:7] == before[:7] and after[7][0] == before[7][0] and after[8:10] == before[8:10]
     assert [a - b for (a, _), (b, _) in zip(after[10:], before[10:])] == [-3600] * 2
@@ -8764,7 +8857,7 @@ def test_any_sequence_of_waiting_limits_and_capacities_is_as_lists_would_have_it
         waits = {each['label'] for each in world.service.list(state=['waiting'])}
         assert waits == {entry[4] for entry in plan.line if entry[3][2] > plan.now}
         for at in range(plan.now, plan.now + 24):
-            assert cmres.level(world.service.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
+            assert cmres.level(world.service.look.resource_row('demo').id, (NOON + hours(at)).timestamp()).vms == (
                 plan.held(at) + 16 - plan.room(at))
     cmres.close_store()
 
@@ -8809,7 +8902,7 @@ for n in range(30):
         service.delete(here[0])
         mine.remove(here[0])
     with cmres.transaction():
-        service.admit_waiting(now[0])
+        service.waiting.admit_waiting(now[0])
 print('done')
 """
 
@@ -8845,20 +8938,45 @@ def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(worl
     assert let_in > 1 and world.service.check()['differences'] == 0
 
 
-def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(tmp_path):
-    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+@pytest.fixture
+def lined(tmp_path):
+    """A resource of ten of which seven are reserved until the tenth hour, and whoever waits keeps others back."""
     world = World(tmp_path, patience=0.0)
     world.service.resource_add('ten', vms=10)
-    book(world.service, 'all', resource='ten', vms=7)
-    for label, vms, priority in (('large', 5, 1), ('kept', 2, 1)):
-        book(world.service, label, resource='ten', vms=vms, priority=priority, wait=True)
-    world.service.admit_waiting(world.now)
-    for label, priority in (('early', 2), ('late', 0)):
-        book(world.service, label, resource='ten', vms=1, priority=priority, wait=True)
-    world.cycle.settle()
-    assert [world.state(label) for label in ('early', 'large', 'kept', 'late')] == [
-        'reserved', 'waiting', 'waiting', 'waiting']
+    book(world.service, 'all', 0, 10, resource='ten', vms=7)
+
+    def wait(label, vms, priority, *window):
+        book(world.service, label, *window or (1, 2), resource='ten', vms=vms, priority=priority, wait=True)
+    world.wait = wait
+    yield world
     cmres.close_store()
+
+
+def admit(world) -> None:
+    """Lets the line move on, as the life cycle does."""
+    while world.service.waiting.admit_waiting(world.now):
+        pass
+
+
+def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(lined):
+    """Two that come late are called, one before and one behind those that wait: these are not called then."""
+    lined.wait('large', 5, 1)
+    lined.wait('kept', 2, 1)
+    admit(lined)
+    lined.wait('early', 1, 2)
+    lined.wait('late', 1, 0)
+    admit(lined)
+    assert [lined.state(label) for label in ('early', 'large', 'kept', 'late')] == [
+        'reserved', 'waiting', 'waiting', 'waiting']
+
+
+def test_who_leaves_the_line_when_its_window_is_over_calls_those_that_it_kept_back(lined):
+    lined.wait('large', 5, 1, 1, 2)
+    lined.wait('kept', 2, 0, 1, 9)
+    lined.at(1)
+    assert lined.state('kept') == 'waiting'
+    lined.at(2)
+    assert lined.state('kept') == 'active'
 
 
 # Parts, hosts and resource classes
@@ -10494,6 +10612,70 @@ def test_a_notice_is_tried_until_it_arrives_and_follows_no_redirect(tmp_path):
     assert inbox.codes() == ['added'] * 3
     assert cmres.rows('SELECT tries, due, fault FROM outbox') == [(2, None, '')]
     inbox.server.shutdown()
+
+
+def refusing(monkeypatch, said, *dead):
+    """Lets notices fail that go to some targets, and counts them."""
+    def deliver(config, notice, about):
+        said.append((notice.target, notice.event))
+        if notice.target in dead:
+            raise cmres.Undelivered('refused')
+    monkeypatch.setattr(cmres, 'deliver', deliver)
+
+
+def told_for(world, length: float, step=60):
+    """Lets passes be made for so many hours, one a minute."""
+    for _ in range(int(length * 3600 / step)):
+        world.now += step
+        world.cycle.settle()
+
+
+def test_a_target_that_is_dead_is_asked_seldom_and_told_at_once_when_it_is_well(world, monkeypatch):
+    dead, said = ['http://dead.example.org'], []
+    refusing(monkeypatch, said, *dead)
+    for number in range(5):
+        book(world.as_user(), f'lab-{number}', 200 + number, 201 + number, notify=dead)
+    told_for(world, 6)
+    assert len(said) < 20
+    said.clear()
+    told_for(world, 6)
+    assert len(said) <= 8 and {event for _, event in said} == {said[0][1]}
+    refusing(monkeypatch, said)
+    told_for(world, 1.3)
+    assert not cmres.rows('SELECT id FROM outbox WHERE due IS NOT NULL')
+
+
+def test_what_comes_after_a_notice_that_was_given_up_is_tried_as_seldom(world, monkeypatch):
+    dead, said = ['http://dead.example.org'], []
+    refusing(monkeypatch, said, *dead)
+    for number in range(3):
+        book(world.as_user(), f'lab-{number}', 200 + number, 201 + number, notify=dead)
+    world.now += 80 * 3600
+    book(world.as_user(), 'new', 300, 301, notify=dead)
+    told_for(world, 1, 10)
+    given_up, waits = cmres.row('SELECT count(*) AS n FROM outbox WHERE due IS NULL').n, cmres.rows(
+        'SELECT tries FROM outbox WHERE due IS NOT NULL')
+    assert given_up == 3 and len(waits) == 1 and len(said) < 12
+    said.clear()
+    told_for(world, 3)
+    assert len(said) <= 4
+
+
+def test_whoever_is_well_again_gets_what_waited_for_it_of_all_owners(world, monkeypatch):
+    dead, said = 'http://dead.example.org', []
+    refusing(monkeypatch, said, f'{dead}/a', f'{dead}/b', 'http://other.example.org')
+    for user, target in (('ann', f'{dead}/a'), ('tom', f'{dead}/b'), ('eva', 'http://other.example.org')):
+        book(world.as_user(user), user, 200, 201, notify=[target])
+    told_for(world, 5)
+    refusing(monkeypatch, said, 'http://other.example.org')
+    first = cmres.row("SELECT min(due) AS due FROM outbox WHERE due IS NOT NULL AND target LIKE ?", f'{dead}%').due
+    said.clear()
+    world.now = first
+    world.cycle.settle()
+    world.cycle.settle()
+    assert {target for target, _ in said} >= {f'{dead}/a', f'{dead}/b'}
+    left = cmres.rows('SELECT target FROM outbox WHERE due IS NOT NULL')
+    assert {each.target for each in left} <= {'http://other.example.org'}
 
 
 def test_a_notice_does_not_reach_into_private_networks(world):
@@ -12195,12 +12377,12 @@ def test_a_notice_that_waits_is_not_delayed_by_a_clock_that_is_set_back(tmp_path
     def refuse(*_):
         raise cmres.Undelivered('refused')
     monkeypatch.setattr(cmres, 'deliver', refuse)
-    book = world.service.add('lab', 'demo', NOON + hours(5), NOON + hours(6))
-    assert book
+    book(world.service, start=5, end=6)
     live(world, 300)
+    tries = cmres.row('SELECT tries FROM outbox').tries
     world.now -= 3600
     monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: sent.append(notice.code))
-    live(world, 400)
+    live(world, world.config.retry_first * 2 ** tries + 60)
     assert sent == ['added']
 
 
@@ -14430,7 +14612,7 @@ def test_cells_fill_a_time_line_also_where_clocks_change(view, zone, at):
 
 
 def test_peaks_are_those_of_each_span(world):
-    chance, place = random.Random(5), world.service.resource_row('demo')
+    chance, place = random.Random(5), world.service.look.resource_row('demo')
     for _ in range(60):
         begin = chance.randrange(0, 900)
         cmres.hold(place.id, begin, begin + chance.randrange(1, 200), Amount(*(chance.randrange(1, 5) for _ in range(3))))
