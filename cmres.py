@@ -1575,12 +1575,12 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     twins = {name[6:].lower(): text for name, text in environ.items()
              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
-    twins = with_new_names('setting', twins)
-    said = with_new_names('setting', sections['cmres'])
-    texts = said | twins
-    sources = {name: f'CMRES_{name.upper()}' if name in twins else path for name in texts}
-    old = [name for name in (*sections['cmres'], *(each[6:].lower() for each in environ))
-           if name in RENAMED['setting']]
+    renamed = RENAMED['setting']
+    old = [name for name in (*sections['cmres'], *twins) if name in renamed]
+    sources = {renamed.get(name, name): path for name in sections['cmres']} | {
+        renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
+    texts = (with_new_names('setting', sections['cmres'])
+             | with_new_names('setting', twins))
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
@@ -9437,7 +9437,7 @@ class Wishes:
             if asked.get('server'):
                 raise CloudError(f"{str(error).rstrip('.')}. cmres must find the server "
                                  f"'{asked['server']}' first. Try again later.") from None
-            warnings.append(f'not checked: {error}')
+            warnings.append(f'cmres could not check the names: {error}')
             return {}
 
     def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:

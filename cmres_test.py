@@ -403,7 +403,7 @@ def test_without_a_setting_a_command_line_reads_and_shows_times_of_the_machine(r
 @pytest.mark.parametrize('text, why', [
     ('01/02/2026 9:00', r"'01/02/2026' can mean 1 Feb 2026 or 2 Jan 2026. Write 2026-02-01 or 2026-01-02"),
     ('mon 1 dec 2026 9:00', "1 Dec 2026 is a Tuesday, not 'mon'"),
-    ('2026-12-01 09:00 EST', r'Clocks in Europe/Paris do not show EST at 2026-12-01 09:00; write the zone: '
+    ('2026-12-01 09:00 EST', r'Clocks in Europe/Paris do not show EST at 2026-12-01 09:00. Write the time zone: '
                              r'2026-12-01 09:00 \(Europe/Paris\)'),
     ('2026-12-01 09:00 CEST', 'do not show CEST')])
 def test_a_time_that_may_be_two_or_none_is_refused_with_what_to_write(text, why):
@@ -582,7 +582,7 @@ def test_words_that_can_not_be_filled_in_are_refused_at_the_start(folder, text, 
 def test_words_may_have_every_field_of_an_answer(folder, world):
     """Also braces as such, and formats."""
     fields = {*cmres.public(cmres.listing(0, tail='LIMIT 1')[0])} if book(world.service) else set()
-    assert cmres.TEXT_FIELDS == fields | {'sentence', 'message', 'actor'}
+    assert cmres.TEXT_FIELDS == fields | {'sentence', 'message', 'actor', 'when', 'what', 'then', 'link'}
     text = ' '.join(f'{{{each}}}' for each in cmres.TEXT_FIELDS)
     assert load_config(folder('c.ini', f'[texts]\nended = {text} {{{{}}}} {{label:>9}}\n'), {}).texts['ended']
     for each in cmres.TEXTS.values():
@@ -945,21 +945,21 @@ def test_nothing_migrates_a_store_that_an_older_program_serves(run, tmp_path):
 def test_tick_migrates_and_says_so(run, tmp_path):
     from_dump(tmp_path / 'cmres.db', FROZEN['plan'])
     code, _, err = run('tick')
-    assert code == 0 and 'Migrated the database from version 1 to' in err and 'is a copy of before' in err
+    assert code == 0 and 'Updated the database from version 1 to' in err and 'is a copy of before' in err
 
 
 def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tmp_path):
     serve = serving()
-    assert "Made the database 'cmres.db' and its key 'cmres.db.key'" in serve.said()
-    assert "Made the resource 'demo'" in serve.said() and serve.token
+    assert "Created the database 'cmres.db' and its key 'cmres.db.key'" in serve.said()
+    assert "Created the resource 'demo'" in serve.said() and serve.token
     assert serve.ask('GET', '/resource/')[1][0]['name'] == 'demo'
     (other := tmp_path / 'other').mkdir()
     (other / 'config.ini').write_text('[cmres]\nport = 0\n')
     furnished = serving(folder=other)
-    assert 'Made the database' in furnished.said() and 'demo' not in furnished.said() and not furnished.token
+    assert 'Created the database' in furnished.said() and 'demo' not in furnished.said() and not furnished.token
     furnished.stop()
     shown = serving('--demo', folder=other)
-    assert "Made the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
+    assert "Created the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
 
 
 @pytest.mark.parametrize('command', [
@@ -978,7 +978,7 @@ def test_what_does_not_begin_anything_makes_no_store(run, tmp_path, command):
 def test_what_an_operator_begins_with_makes_a_store_and_says_so(run, tmp_path, command):
     os.remove('cmres.db')
     code, out, err = run(*command.split())
-    assert (code, err) == (0, "Made the database 'cmres.db' and its key 'cmres.db.key'.\n") and out
+    assert (code, err) == (0, "Created the database 'cmres.db' and its key 'cmres.db.key'.\n") and out
     assert run(*command.split())[2] != err and run('list')[0] == 0
     cmres.close_store()
     for name in [name for name in os.listdir() if name.startswith('cmres.db') and not name.endswith('.key')]:
@@ -1525,7 +1525,7 @@ def test_a_copy_replaces_nothing_and_a_damaged_one_is_not_restored(run, tmp_path
         assert code == 1 and "'copy.db' is damaged" in err
     assert Path('cmres.db').read_bytes() == before and "There is no file 'none.db'" in run('store', 'restore', 'none.db')[2]
     Path('text').write_text('this is no database ' * 300)
-    assert 'damaged or no database' in run('store', 'verify', 'text')[2]
+    assert 'damaged or not a database' in run('store', 'verify', 'text')[2]
 
 
 def test_a_store_that_is_served_is_not_restored_over(serving, tmp_path):
@@ -7005,8 +7005,8 @@ def test_a_label_of_another_resource_lets_nobody_boot(world):
 
 
 @pytest.mark.parametrize('at, allowed, word', [
-    (0.99, False, 'begins at'), (1, True, 'reserved'), (1.99, True, 'reserved'), (2, False, 'no reservation|ended'),
-    (9, False, 'no reservation|ended')])
+    (0.99, False, 'begins at'), (1, True, 'reserved'), (1.99, True, 'reserved'), (2, False, 'no active reservation|ended'),
+    (9, False, 'no active reservation|ended')])
 @pytest.mark.parametrize('passed', [True, False])
 def test_nobody_boots_before_from_or_from_to_on_whether_or_not_the_life_cycle_has_looked(world, at, allowed, word, passed):
     guarded(world, start=1, end=2)
@@ -11203,11 +11203,11 @@ def test_mails_beyond_the_rate_of_a_day_are_dropped_and_that_is_said_once(mails)
                     '[cmres] No more mails today': 2, '[cmres] Reserved: tom': 1}
     dropped = [(each['label'], each['sentence']) for each in world.as_user().events(limit=100) if each['code'] == 'dropped']
     assert dropped == [('lab-2', '5 mails were sent for biology/eva today. No more are sent until '
-                        'Wed 2 Dec 2026, 00:00 (UTC). The event log has everything')]
+                        'Wed 2 Dec 2026, 00:00 (UTC). The event log has everything.')]
     world.at(12)
     book(world.as_user(), 'next', 20, 21, notify=['a@example.org'])
     world.at(12)
-    assert '[cmres] next is reserved' in [mail['Subject'] for mail in came]
+    assert any('Reserved: next' in mail['Subject'] for mail in came)
 
 
 def test_webhooks_are_told_however_many_mails_there_were(mails, tmp_path):
@@ -13182,7 +13182,7 @@ def test_wrong_rows_are_refused_in_json(app, rows, status):
     ('/reservation?user=%ff', 400, 'The query is not UTF-8'),
     ('/reservation?' + '&'.join(f'a{n}=' for n in range(101)), 400, 'more than 100 fields'),
     ('/reservation?user=%00', 400, 'The character U+0000'),
-    ('/reservation/%ff', 400, 'The address is not UTF-8'), ('/reservation/a%0ab', 400, 'is not a valid name'),
+    ('/reservation/%ff', 400, 'the address is not utf-8'), ('/reservation/a%0ab', 400, 'is not a valid name'),
     ('/reservation/%C3%A9', 400, '"é" is not a valid name'),
     ('/reservation/nobody', 404, "There is no reservation 'nobody'"),
     ('/resource/nothing', 404, "There is no resource 'nothing'"),
@@ -15596,7 +15596,7 @@ def test_settings_are_read_again_where_they_can_be(folder, tmp_path):
     folder('config.ini', '[cmres]\nnotice = 70\nport = 2\nwebhook_secret = secret\nrequests_per_user = 5\n'
                          '[credentials]\nbiology@simulated = simulated-2\n')
     told = cmres.read_settings_again(config, {'CMRES_PATIENCE': '5'})
-    assert sorted(told) == ['[credentials] has changed', 'remind_before is 70 now', 'port has changed and needs a restart',
+    assert sorted(told) == ['[credentials] has changed', 'port has changed and needs a restart', 'remind_before is 70 now',
                             'requests_per_user is 5 now', 'webhook_secret is set, but secret now']
     assert (config.remind_before, config.port, config.requests_per_user, config.no_overtaking_after) == (70, 1, 5, 5)
     assert config.credentials == {'biology@simulated': 'simulated-2'}
@@ -15656,9 +15656,9 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
 
 
 @pytest.mark.parametrize('text, sentence', [
-    ('', ''), ('notice = soon', "Setting remind_before: 'soon' is not a number"), ('metrics = all', "'all' is none of token, open, off"),
-    ('log_format = xml', "'xml' is none of text, json"), ('trusted_proxies = proxy', "'proxy' is not an address or a network"),
-    ('database = nowhere/cmres.db', "database: can't write to its folder"), ('webhook = hook', "webhook: 'hook' is not an http(s) address"),
+    ('', ''), ('notice = soon', "Setting remind_before: 'soon' is not a number"), ('metrics = all', "'all' is not one of token, open, off"),
+    ('log_format = xml', "'xml' is not one of text, json"), ('trusted_proxies = proxy', "'proxy' is not an address or a network"),
+    ('database = nowhere/cmres.db', "database: cmres cannot write to its folder"), ('webhook = hook', "webhook: 'hook' is not an http(s) address"),
     ('mail_server = host:smtp', "mail_server: 'host:smtp' is not HOST:PORT"), ('key = config.ini', "key: Cannot read the key")])
 def test_settings_are_checked_before_anything_starts(run, tmp_path, text, sentence):
     (tmp_path / 'config.ini').write_text(f'[cmres]\n{text}\n')
@@ -16796,7 +16796,7 @@ def test_a_feed_that_has_too_much_to_show_says_so(app, world, monkeypatch):
     monkeypatch.setattr(cmres, 'MOST_SHOWN_BY_FEED', 3)
     book(world.service, repeat='daily', count=5)
     found = check_by_the_rules(fetch(app, feed(app)).body)
-    assert [each['SUMMARY'] for each in found] == ['lab', 'lab', 'lab', 'more is reserved from here on']
+    assert [each['SUMMARY'] for each in found] == ['lab', 'lab', 'lab', 'more reservations follow']
     assert found[-1]['DTSTART'] == '20261204T130000Z'
 
 
@@ -19822,7 +19822,7 @@ def test_a_change_names_no_more_than_a_booking(far, nova, change):
     far.service.update('lab', **change)  # what an admin gives it, it keeps, also when others change
     assert mallory.update('lab', flavor='g1', vms=2)['vms'] == 2
     far.service.resource_add('low', cloud='admin', vms=40)
-    with pytest.raises(Invalid, match='the cloud admin has no'):  # on another cloud, a name is another thing
+    with pytest.raises(Invalid, match='The cloud admin has no'):  # on another cloud, a name is another thing
         mallory.update('lab', resource='low')
 
 
@@ -19834,7 +19834,7 @@ def test_calendars_name_what_their_user_may(far, nova):
     line, = mallory.import_(event.format('b', 'lab-private'))['events']
     assert line['outcome'] == 'refused' and line['why'].endswith(": The cloud lab has no image 'lab-private'.")
     line, = mallory.import_(event.format('c', 'tiny'), key='lab-key')['events']
-    assert line['why'].endswith(": The cloud lab has no key 'lab-key'")
+    assert line['why'].endswith(": The cloud lab has no key 'lab-key'.")
 
 
 def test_the_page_offers_names_in_sight(far, nova):
