@@ -9384,8 +9384,8 @@ class Wishes:
         """Refuses mail addresses to which nothing would ever be sent."""
         for target in targets:
             if not self.service.config.may_tell(target):
-                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to "
-                              f'addresses of {self.service.config.mail_domains} only')
+                raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
+                              f'addresses of {self.service.config.mail_domains}.')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -10103,8 +10103,9 @@ class Policy:
         other = [name for name in FIXED if name in asked and new[name] != (
             json.loads(getattr(old, name)) if name in JSON else getattr(old, name))]
         if other and self.look.begun(old):
-            raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
-                           'change; its end, vms, user, description and label can')
+            field = other[0].replace('_', ' ')
+            raise Conflict(f"'{old.label}' has started, so you cannot change its {field}. You can "
+                           'still change: end, VMs, user, description, label.')
 
 
 def taken_label(project: str, label: str, now: float) -> bool:
@@ -10371,7 +10372,7 @@ class Bookings:
         live = [columns['end'] for _, _, columns in decided if not columns.get('cancelled')]
         if not live:
             first = decided[0][0]['why']
-            raise NoCapacity(f"none of {len(decided)} occurrences fits; of the first: {first}",
+            raise NoCapacity(f"None of {len(decided)} occurrences fits. The first: {first}",
                              conflicts=[line for line, _, _ in decided[:1000]])
         on = goes_on(stretches, deal.horizon)
         end = int(LAST.timestamp()) if on else max(int(now), *live)
