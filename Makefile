@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-PYTEST  = $(BIN)/python -m pytest -q -o markers='openstack: needs a cloud, named by OS_CLOUD'
+MARKERS = "markers=openstack: needs a cloud, named by OS_CLOUD$$(printf '\n%s' 'clients: needs programs of others')"
+PYTEST  = $(BIN)/python -m pytest -q -o $(MARKERS)
 
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
@@ -12,16 +13,19 @@ serve: $(VENV)/cmres $(BIN)/cmres   ## serve the page and REST, and run the life
 	$(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
-	$(PYTEST) -n 4 --dist worksteal -m 'not openstack' cmres_test.py  # more than cores: many wait
+	$(PYTEST) -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
 test-openstack: $(VENV)/cmres_test   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
-	$(PYTEST) -m openstack cmres_test.py
+	CLIENTS=$(wildcard $(abspath $(VENV)-clients)/bin) $(PYTEST) -m openstack cmres_test.py
+
+test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
+	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py
 
 bench: $(VENV)/cmres_test   ## print how fast it is, as ratios measured side by side
 	$(BIN)/python cmres_test.py
 
 clean:           ## remove the environment and what tests left
-	rm -rf $(VENV) .pytest_cache .hypothesis __pycache__
+	rm -rf $(VENV) $(VENV)-clients .pytest_cache .hypothesis __pycache__
 
 # A stamp holds the dependencies of a script's head: pip runs when they change, not at every edit.
 $(VENV)/%: %.py FORCE | $(BIN)/python
@@ -34,7 +38,20 @@ $(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled 
 	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom cmres import main\nsys.exit(main())\n' \
 	  '$(abspath $(BIN))/python' '$(CURDIR)' > $@ && chmod +x $@
 
+$(VENV)-clients/done: | $(BIN)/python   # an environment of their own; the suite needs no tempest
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check python-openstackclient~=10.5 python-blazarclient~=4.6 gabbi~=4.2
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps blazar-tempest-plugin==0.19.0
+	touch $@
+
+$(VENV)-clients/caldav/done: | $(VENV)-clients/done   # python-caldav and its own suite
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check caldav==3.6.0 'pytest>=8,<10' pytest-asyncio proxy.py pyfakefs tzlocal vobject
+	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary caldav -d $(@D) caldav==3.6.0
+	mkdir $(@D)/suite && tar xzf $(@D)/caldav-*.tar.gz -C $(@D)/suite --strip-components 1
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-.PHONY: help serve test test-openstack bench clean FORCE
+.PHONY: help serve test test-openstack test-clients bench clean FORCE

@@ -45,13 +45,15 @@ The file reads from top to bottom; a section uses only the sections above it:
   Waiting, Requests, Plan             the waiting list; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Life cycle                          what makes it so
-  Document, REST, Gate, Page          the faces on the web, and what stands before them
+  Document, REST, Gate                the faces on the web, and what stands before them
+  Blazar, CalDAV, Page                its REST; calendar programs; what people see in a browser
   Serving, Client, Command line       sockets; Python elsewhere; the shell
   Nova filter                         what nova-scheduler loads from this file
 """
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import difflib
@@ -65,6 +67,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -84,7 +87,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
-from html import unescape
+from html import escape, unescape
 from types import UnionType
 from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
                     get_args, get_origin, get_type_hints)
@@ -798,9 +801,10 @@ def checked_rule(rule: str) -> str:
 def read_until(text: str) -> datetime | None:
     """The last instant of a rule as it stands there, a day to its end; None if it is none."""
     whole = text if 'T' in text else f'{text}T235959'
+    if len(whole) not in (15, 16) or whole.startswith('0'):  # it is written as a year of 4 digits
+        return None
     try:
-        return (datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S')
-                if len(whole) in (15, 16) else None)
+        return datetime.strptime(whole.removesuffix('Z'), '%Y%m%dT%H%M%S')
     except ValueError:
         return None
 
@@ -1285,6 +1289,8 @@ def with_new_names(where: str, given: dict) -> dict:
     return found
 
 
+READER, USER, ADMIN = 'reader', 'user', 'admin'
+ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 #: What has a name on a cloud.
 KINDS = ('flavor', 'image', 'network', 'key', 'security_group', 'server')
 #: The notifications for people: the first line is the subject.
@@ -1325,7 +1331,7 @@ TEXTS = {
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
     'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
-    'image network key security_groups metadata server at_end notify vcpus ram classes lead '
+    'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
     'description personal repeat tz start end cancelled added changed up fault request host '
     'state when what then link').split())
 
@@ -1376,6 +1382,18 @@ class Config:
     trusted_proxies: str = setting(
         '127.0.0.1, ::1', 'addresses and networks of proxies; their last entry in X-Forwarded-For '
                           'counts for limits and the log, and for nothing else')
+    keystone: str = setting(
+        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
+        'address such as https://cloud.example.org/identity')
+    keystone_roles: str = setting(
+        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
+        'KEYSTONE:CMRES; of several the highest, without any of them none')
+    identity_proxies: str = setting(
+        '', 'addresses and networks of proxies that say who asks, in the headers of '
+        '`identity_header`; they must take those headers out of what their clients send')
+    identity_header: str = setting(
+        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
+        'X-Remote-Project, X-Remote-Role')
     metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
                            '(everybody) or off (nobody)')
     log_format: str = setting('text', 'format of the log: text or json')
@@ -1431,17 +1449,26 @@ class Config:
     horizon: int = setting(366,
                            'days ahead for which the occurrences of a series are reserved', 1,
                            3660)
+    invitations_per_day: int = setting(
+        200, 'mails that invite people to what one user has reserved, within a day', 0)
     calendar_poll: float = setting(300.0, 'seconds between '
                                           'two readings of a subscribed calendar', 0.1)
+    caldav_refusal: str = setting(
+        'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
+        'stays and says so) or 403 (the program is refused)')
+    caldav_busy: bool = setting(
+        False, 'whether the calendar of a resource shows what others have reserved, as busy')
+    caldav_events: int = setting(
+        20000, 'events that one user may keep in a calendar; 0: any number', 0)
     public_url: str = setting('',
                            'address of this server for people, for links, for example '
                            'https://cmres.example.org')
-    session_length: float = setting(43200.0, 'seconds after which people must sign in to the page '
-                                             'again', 0.1)
+    session_length: float = setting(43200.0, 'seconds after '
+                                        'which people must sign in to the page again', 0.1)
     login_command: str = setting('ssh {address}',
                          'how people log in to a VM; their calendar shows it')
-    no_overtaking_after: float = setting(86400.0, 'seconds on the waiting list after which no '
-                                                  'later request may go first', 0.0)
+    no_overtaking_after: float = setting(
+        86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
     exempt_longest: float = setting(
         86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
     delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
@@ -1490,13 +1517,28 @@ class Config:
         """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
         return read_networks(self.trusted_proxies)
 
+    @property
+    def served(self) -> str:
+        """The address of `serve`, for people."""
+        return self.address.rstrip('/') or f'http://{self.host}:{self.port}'
+
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
-        import ipaddress
-        with suppress(ValueError):
-            found = ipaddress.ip_address(peer)
-            return any(found in each for each in self.proxies)
-        return False
+        return is_among(peer, self.proxies)
+
+    def tells_who(self, peer: str) -> bool:
+        """Whether an address is that of a proxy that says who asks."""
+        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The setting `keystone_roles`, one by one; Invalid if one of them is none."""
+        pairs = [each.partition(':') for each in self.keystone_roles.replace(' ', '').split(',')]
+        for name, _, role in pairs:
+            if not name or role not in ROLES:
+                raise Invalid(f"setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
+                              f"such as member:user; the roles here are {', '.join(ROLES)}")
+        return {name: role for name, _, role in pairs}
 
     def check_choices(self) -> None:
         """Invalid if a setting that is one of some words is another."""
@@ -1517,6 +1559,10 @@ class Config:
     def told_time(self, seconds: float, tz: str = '') -> str:
         """An instant as sentences tell it: in the zone of a reservation, else of the service."""
         return format_moment(instant(seconds), read_zone(tz or self.timezone))
+
+    def logins(self, addresses: Iterable[str]) -> list[str]:
+        """How to log in to VMs, as calendars tell it."""
+        return [self.login.replace('{address}', each) for each in addresses]
 
     def take(self, **values) -> None:
         """Changes settings for all who have this object."""
@@ -1541,11 +1587,21 @@ class Config:
 
 
 #: Settings that are one of some words.
-WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json')}
+WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
+            'caldav_refusal': ('mark', '403')}
+
+
+def is_among(address: str, networks: list) -> bool:
+    """Whether an address is in one of some networks."""
+    import ipaddress
+    with suppress(ValueError):
+        found = ipaddress.ip_address(address)
+        return any(found in each for each in networks)
+    return False
 
 
 @functools.lru_cache
-def read_networks(text: str) -> list:
+def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
     import ipaddress
     found = []
@@ -1553,7 +1609,7 @@ def read_networks(text: str) -> list:
         try:
             found.append(ipaddress.ip_network(each, strict=False))
         except ValueError:
-            raise Invalid(f"Setting trusted_proxies: '{each}' is not an address or a network like "
+            raise Invalid(f"Setting {setting}: '{each}' is not an address or a network like "
                           '10.0.0.0/8.') from None
     return found
 
@@ -1592,7 +1648,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
                     old_names=tuple(old))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.proxies, config.check_choices()
+    config.zone, config.common, config.proxies, config.roles, config.check_choices()
+    config.tells_who('')
     return config
 
 
@@ -1875,6 +1932,7 @@ WORDS = {
     'after': 'earliest start',
     'list.after': 'show the lines after this one: START/ID of the last line, or its id',
     'events.after': 'show the events after this id',
+    'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
     'at_end': 'what happens to the VMs at the end: delete, stop, shelve or snapshot (save an image '
               'of each VM, then delete the VM)',
@@ -1890,6 +1948,11 @@ WORDS = {
     'dry_run': 'show the result; change nothing',
     'duration': 'length of the time window, for example 2h, 90min, 1.5h or 1d12h',
     'end': 'end time, or duration such as +2h; 17:00 is the next one after the start',
+    'default_flavor': 'the flavor of the VMs that an event without words gets, which is drawn in '
+                      'the calendar of the resource',
+    'default_image': 'their image',
+    'default_vms': 'how many they are; 0: the resource has no calendar to draw in',
+    'invite': 'mail addresses that get it as an event for their calendars, with commas between',
     'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of each VM, by name or id; its vCPUs and RAM count',
     'find.flavor': 'flavor of each VM',
@@ -1964,6 +2027,9 @@ WORDS = {
     'security_groups': 'security groups of the VMs (comma-separated)',
     'scopes': 'what the token is good for: read, claim, calendar; default: everything',
     'seed': 'the same number gives the same reservations',
+    'application': 'id of an application credential of yours: openstack application credential '
+                   'create cmres',
+    'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
     'server': 'use this existing server (name or id) instead of an image; cmres starts and stops '
               'it and never deletes it',
@@ -1992,8 +2058,6 @@ WORDS = {
 }
 
 REQUIRED = inspect.Parameter.empty
-READER, USER, ADMIN = 'reader', 'user', 'admin'
-ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 
 
 @dataclasses.dataclass
@@ -2063,6 +2127,14 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
     return publish
 
 
+def refuse_to(actor: Actor, operation: Operation) -> None:
+    """Forbidden for who may not call an operation: by their role, or by their token."""
+    if ROLES.index(actor.role) < ROLES.index(operation.role):
+        raise Forbidden(f"You need the role {operation.role} for '{operation.words}'. Your role is "
+                        f'{actor.role}. Ask an admin.')
+    actor.refuse_out_of_scope(operation)
+
+
 def guarded_by_role(method):
     """Refuses before a call an actor whose role is too small, and one too many that takes long.
 
@@ -2078,11 +2150,7 @@ def guarded_by_role(method):
             bound.apply_defaults()
             kwargs['asked'] = {name: value for name, value in bound.arguments.items()
                                if name not in ('self', 'asked')}
-        needed = API[method.__name__].role
-        if ROLES.index(self.actor.role) < ROLES.index(needed):
-            raise Forbidden(f"You need the role {needed} for '{API[method.__name__].words}'. Your "
-                            f'role is {self.actor.role}. Ask an admin.')
-        self.actor.refuse_out_of_scope(API[method.__name__])
+        refuse_to(self.actor, API[method.__name__])
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
@@ -2534,6 +2602,7 @@ class ReservationAnswer(Answer):
     server: str
     at_end: str
     notify: list[str]
+    invite: list[str]
     vcpus: int
     ram: int
     classes: dict[str, int]
@@ -2722,6 +2791,9 @@ class ResourceAnswer(Answer):
     hold: int
     approval: int
     no_show: int
+    default_flavor: str
+    default_image: str
+    default_vms: int
     hosts: list[str]
     added: datetime
     min_free_time: int
@@ -2910,6 +2982,16 @@ class TokenAnswer(Answer):
     ends: datetime | None
     last_used: datetime | None
     revoked: datetime | None
+
+
+class CredentialAnswer(Answer):
+    """Whose VMs are made in their own name on which cloud; not the secret."""
+    id: int
+    user: str
+    project: str
+    cloud: str
+    application: str
+    added: datetime
 
 
 class NewTokenAnswer(Answer):
@@ -3560,6 +3642,10 @@ class Resource(Table):
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     # JSON: what each of them holds, where they are reserved by name
     named = peewee.TextField(default='')
+    # what an event of a calendar program gets that says nothing; without any, no calendar
+    default_flavor = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    default_image = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    default_vms = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -3582,6 +3668,8 @@ class Reservation(Table):
     server = peewee.CharField()
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
+    # JSON: mail addresses that get it as an event for their calendars
+    invite = peewee.TextField(default='[]', constraints=[peewee.SQL("DEFAULT '[]'")])
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
     repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
@@ -3957,6 +4045,53 @@ Subscription.add_index(Subscription.index(Subscription.due, where=Subscription.d
                                           name='subscription_due'))
 
 
+class CalendarObject(Table):
+    """What a calendar program has put into one of its calendars, or had: it is a reservation."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    calendar = peewee.IntegerField()  # the id of its resource; 0: of no one
+    name = peewee.CharField()         # of the file, which the program chose
+    uid = peewee.CharField()
+    text = peewee.TextField()         # as the person wrote it
+    shown = peewee.TextField()        # the same with what cmres says of it; '': nothing
+    etag = peewee.CharField()         # of what is shown
+    rev = peewee.IntegerField(index=True)  # grows with every change of any of them
+    first = peewee.IntegerField()     # when its first occurrence starts
+    last = peewee.IntegerField()      # when its last one ends, as far as that is known
+    reservation = peewee.IntegerField(null=True, column_name='reservation_id')
+    why = peewee.TextField()          # JSON: by slot what was refused, and why
+    changed = peewee.IntegerField()
+    gone = peewee.IntegerField(null=True)  # when it was deleted
+
+
+CalendarObject.add_index(CalendarObject.index(
+    CalendarObject.user, CalendarObject.project, CalendarObject.calendar, CalendarObject.name,
+    unique=True, name='calendar_object_named'))
+for _name, _field in (('uid', CalendarObject.uid), ('rev', CalendarObject.rev),
+                      ('until', CalendarObject.last)):
+    CalendarObject.add_index(CalendarObject.index(
+        CalendarObject.user, CalendarObject.project, CalendarObject.calendar, _field,
+        name=f'calendar_object_by_{_name}'))
+CalendarObject.add_index(CalendarObject.index(
+    CalendarObject.reservation, where=CalendarObject.reservation.is_null(False),
+    name='calendar_object_of'))
+CalendarObject.add_index(CalendarObject.index(
+    CalendarObject.gone, where=CalendarObject.gone.is_null(False), name='calendar_object_gone'))
+
+
+class CalendarProperty(Table):
+    """What a calendar program keeps with a calendar, such as its colour."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    calendar = peewee.IntegerField()
+    name = peewee.CharField()
+    value = peewee.TextField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('user', 'project', 'calendar', 'name')
+        without_rowid = True
+
+
 class Event(Table):
     at = peewee.DoubleField()
     actor = peewee.CharField()
@@ -3981,6 +4116,8 @@ class Outbox(Table):
     tries = peewee.IntegerField(default=0)
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
     fault = peewee.TextField(default='')
+    # it is a calendar event for somebody who may have no account; a trigger wrote it
+    invites = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
 
 
 Outbox.add_index(Outbox.index(Outbox.event, name='outbox_event'))
@@ -3994,11 +4131,62 @@ class Mailed(Table):
     number = peewee.IntegerField()
 
 
+class Uninvited(Table):
+    """Somebody who wants no invitations any more, by the hash of their mail address."""
+    hash = peewee.CharField(primary_key=True)
+    at = peewee.IntegerField()
+
+
 class Lease(Table):
     """Who may act for the life cycle, and until when unless they say so again."""
     name = peewee.CharField(primary_key=True)
     holder = peewee.CharField()
     until = peewee.DoubleField()
+
+
+class BlazarLease(Table):
+    """What somebody has reserved in the words of OpenStack's Blazar: parts under one name."""
+    id = peewee.CharField(primary_key=True)  # a UUID
+    name = peewee.CharField()                # two may have the same
+    user = peewee.CharField()
+    project = peewee.CharField(index=True)
+    start = peewee.IntegerField()            # these two are of the reservations, if it has any
+    end = peewee.IntegerField(index=True)
+    before_end = peewee.IntegerField(null=True)
+    parts = peewee.TextField()               # JSON: of each its UUID, and what was asked
+    added = peewee.IntegerField()
+    changed = peewee.IntegerField(null=True)
+
+
+class BlazarHold(Table):
+    """A reservation that is of a part of a lease."""
+    reservation = peewee.IntegerField(primary_key=True)
+    lease_id = peewee.CharField(index=True)
+    part = peewee.CharField()  # its UUID
+
+
+class HostProperty(Table):
+    """What an operator says of a host that can be reserved by its name; host 0: who may see it."""
+    host = peewee.IntegerField()
+    name = peewee.CharField()
+    value = peewee.CharField()
+
+    class Meta:
+        primary_key = peewee.CompositeKey('host', 'name')
+        without_rowid = True
+
+
+class Credential(Table):
+    """What lets cmres make the VMs of somebody on a cloud in their own name; encrypted."""
+    user = peewee.CharField()
+    project = peewee.CharField()
+    cloud = peewee.CharField()
+    name = peewee.CharField()     # of the application credential: its id
+    secret = peewee.TextField()
+    added = peewee.IntegerField()
+
+    class Meta:
+        indexes = ((('user', 'project', 'cloud'), True),)
 
 
 class Fact(Table):
@@ -4022,8 +4210,9 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
-          Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, Event, Outbox,
-          Mailed, Lease, Fact, SimulatedServer]
+          Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, CalendarObject,
+          CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease, BlazarHold,
+          HostProperty, Credential, Fact, SimulatedServer]
 
 #: What brings an older store up to the models above, one function a version. None reads the models,
 #: which tell of today: each names its tables and columns.
@@ -4031,7 +4220,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
-    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens()]
+    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
+    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations()]
 
 
 def long_texts(row: str) -> str:
@@ -4041,7 +4231,7 @@ def long_texts(row: str) -> str:
 
 #: What keeps the owners of occurrences as their reservations have them, and counts texts.
 #: Version 13 made them; a version with others drops these.
-TRIGGERS = TRIGGERS_OF_13 = (f'''
+TRIGGERS_OF_13 = (f'''
   CREATE TRIGGER IF NOT EXISTS reservation_texts AFTER INSERT ON reservation WHEN {long_texts('NEW')} > 1000 BEGIN
     INSERT INTO texts VALUES (NEW.project, {long_texts('NEW')})
       ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
@@ -4063,6 +4253,20 @@ TRIGGERS = TRIGGERS_OF_13 = (f'''
     WHEN (NEW.project, NEW.user) <> (OLD.project, OLD.user) BEGIN
     UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user WHERE reservation_id = NEW.id;
   END''')
+
+
+#: What writes down that those hear of an event who are invited to what it tells of.
+INVITES_OF_18 = '''
+  CREATE TRIGGER IF NOT EXISTS event_invites AFTER INSERT ON event
+    WHEN NEW.reservation_id IS NOT NULL AND NEW.code IN (
+      'added', 'updated', 'kept', 'admitted', 'approved', 'maintenance', 'ready', 'released')
+  BEGIN
+    INSERT INTO outbox (event_id, target, owner, tries, due, fault, invites)
+      SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', 1
+        FROM reservation r JOIN json_each(r.invite)
+       WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
+  END'''
+TRIGGERS = (*TRIGGERS_OF_13, INVITES_OF_18)
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4214,6 +4418,13 @@ def read_keys(file: str) -> list[bytes]:
         older = [line.split() for line in lines.read().splitlines()[2:]]
     good = [bytes.fromhex(key) for key, until in older if int(until) > time.time()]
     return [read_key(file), *good]
+
+
+def all_keys(file: str) -> list[bytes]:
+    """The key and all those before it that its file still has."""
+    with open(file, encoding='ascii') as lines:
+        older = [line.split()[0] for line in lines.read().splitlines()[2:]]
+    return [read_key(file), *map(bytes.fromhex, older)]
 
 
 def rotate_key(file: str, until: int) -> int:
@@ -4754,6 +4965,66 @@ def add_ends_of_tokens() -> None:
           WHERE due IS NOT NULL""")
 
 
+def add_openstack() -> None:
+    """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
+    text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
+    run_all(f"""
+        CREATE TABLE IF NOT EXISTS blazar_lease (
+          "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
+          "start" {number}, "end" {number}, "before_end" INTEGER, "parts" TEXT NOT NULL,
+          "added" {number}, "changed" INTEGER);
+        CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
+        CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
+        CREATE TABLE IF NOT EXISTS blazar_hold (
+          "reservation" {number} PRIMARY KEY, "lease_id" {text}, "part" {text});
+        CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
+        CREATE TABLE IF NOT EXISTS host_property (
+          "host" {number}, "name" {text}, "value" {text}, PRIMARY KEY ("host", "name"))
+          WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS credential (
+          "id" {number} PRIMARY KEY, "user" {text}, "project" {text}, "cloud" {text},
+          "name" {text}, "secret" TEXT NOT NULL, "added" {number});
+        CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
+          ON credential ("user", "project", "cloud")""")
+
+
+def add_calendar_objects() -> None:
+    """Version 17: what calendar programs write, and what a resource gives to who asks for nothing."""
+    name = "VARCHAR(255) NOT NULL DEFAULT ''"
+    add_columns('resource', {'default_flavor': name, 'default_image': name,
+                             'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
+    run_all("""
+        CREATE TABLE IF NOT EXISTS calendar_object (
+          id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
+          project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
+          uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
+          etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
+          last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
+          changed INTEGER NOT NULL, gone INTEGER);
+        CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
+        CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
+          ON calendar_object (user, project, calendar, name);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_uid ON calendar_object (user, project, calendar, uid);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_rev ON calendar_object (user, project, calendar, rev);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_until ON calendar_object (user, project, calendar, last);
+        CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
+          WHERE reservation_id IS NOT NULL;
+        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone) WHERE gone IS NOT NULL;
+        CREATE TABLE IF NOT EXISTS calendar_property (
+          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
+          name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
+          PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""")
+
+
+def add_invitations() -> None:
+    """Version 18: people without an account get reservations as events of their calendars."""
+    add_columns('reservation', {'invite': "TEXT NOT NULL DEFAULT '[]'"})
+    add_columns('outbox', {'invites': 'INTEGER NOT NULL DEFAULT 0'})
+    run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
+        'at INTEGER NOT NULL)')
+    run(INVITES_OF_18)
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -4964,7 +5235,7 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'feed', 'subscription'), ()) | {
+                           'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -5329,7 +5600,7 @@ LISTING = '''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -5538,6 +5809,11 @@ def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
         return some
     return [piece for resource in dict.fromkeys(each.resource for each in some)
             for piece in beyond_at(resource, some, others)]
+
+
+def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
+    """The holds of some that are not past."""
+    return [each for each in pieces if each.until > now]
 
 
 def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
@@ -6118,6 +6394,12 @@ class Seen(NamedTuple):
 GONE = ('deleted', 'soft_deleted')
 
 
+def cloud_of(account: str) -> str:
+    """The entry of clouds.yaml of an account, which may be somebody's own on that cloud."""
+    return account.partition(OF_PERSON)[0]
+
+
+OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
                      'aggregates mark hosts'.split())
 calling = threading.local()  # whether this thread is in such a call already
@@ -6130,7 +6412,7 @@ def measured(call: Callable) -> Callable:
         if getattr(calling, 'now', False):
             return call(self, *args, **options)
         calling.now, began = True, time.monotonic()
-        labels = {'cloud': self.account, 'verb': call.__name__, 'result': 'ok'}
+        labels = {'cloud': cloud_of(self.account), 'verb': call.__name__, 'result': 'ok'}
         try:
             return call(self, *args, **options)
         except Exception as error:
@@ -6335,15 +6617,33 @@ class OpenStack(Cloud):
 
     def log_in(self):
         import openstack
-        if self.account not in openstack.config.OpenStackConfig().get_cloud_names():
-            raise UnknownCloud(f'The cloud {self.account} is not in clouds.yaml.', sure=True)
-        connection = openstack.connect(cloud=self.account, api_timeout=self.config.call_timeout,
+        known, entry = openstack.config.OpenStackConfig(), cloud_of(self.account)
+        if entry not in known.get_cloud_names():
+            raise UnknownCloud(f'The cloud {entry} is not in clouds.yaml.', sure=True)
+        how = {'cloud': entry}
+        if self.account != entry:
+            how = self.as_person(known.get_one(entry))
+        connection = openstack.connect(**how, api_timeout=self.config.call_timeout,
                                        app_name='cmres')
         door = self.door()
         for scheme in ('http://', 'https://'):
             connection.session.session.mount(scheme, door)
         connection.compute.get_endpoint_data()  # negotiates versions before threads do
         return connection
+
+    def as_person(self, entry) -> dict:
+        """How to log in to the cloud of an entry with the application credential of a person."""
+        found = row('SELECT name, secret FROM credential WHERE id = ?',
+                    int(self.account.partition(OF_PERSON)[2]))
+        if not found:
+            raise CloudError(f'the credential for {self.account} was taken away', sure=True)
+        auth = {'auth_url': entry.config['auth']['auth_url'],
+                'application_credential_id': found.name,
+                'application_credential_secret': decrypted(self.config, found.secret)}
+        same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
+                if entry.config.get(name) is not None}
+        return same | {'auth': auth, 'auth_type': 'v3applicationcredential',
+                       'load_yaml_config': False, 'load_envvars': False}
 
     def door(self):
         """What all requests go through: a connection for each thread, and a look at the time."""
@@ -6598,6 +6898,33 @@ class OpenStack(Cloud):
             found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
             cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
 
+    def register(self, address: str, dry_run: bool) -> list[dict]:
+        """Writes into the catalog where Blazar's clients find cmres; a line for each difference."""
+        with self.calling('change its catalog') as cloud:
+            identity, region = cloud.identity, cloud.config.get_region_name()
+            service = next(identity.services(type='reservation'), None)
+            there = {each.interface: each for each in identity.endpoints(service_id=service.id)
+                     if each.region_id == region} if service else {}
+            lines = [] if service else [{'what': 'service', 'before': None, 'after': 'cmres'}]
+            other = [each for each in ('public', 'internal', 'admin')
+                     if each not in there or there[each].url != address]
+            lines += [{'what': f'{each} endpoint', 'after': address,
+                       'before': there[each].url if each in there else None} for each in other]
+            if not dry_run:
+                service = service or identity.create_service(
+                    type='reservation', name='cmres', description='Reservations of VMs and hosts')
+                for each in other:
+                    self.point(identity, there.get(each), service_id=service.id, url=address,
+                               interface=each, region_id=region)
+        return lines
+
+    def point(self, identity, endpoint, **values) -> None:
+        """Makes an endpoint of the catalog, or gives one another address."""
+        if endpoint:
+            identity.update_endpoint(endpoint, url=values['url'])
+        else:
+            identity.create_endpoint(**values)
+
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
 
@@ -6729,6 +7056,34 @@ class Simulated(Cloud):
         return self.clock() >= found.saved if found and found.saved else None
 
 
+def is_simulated(cloud: str) -> bool:
+    """Whether a cloud is one inside the store."""
+    return cloud == 'simulated' or cloud.startswith('simulated-')
+
+
+def cipher(config: Config):
+    """What encrypts with the key of the store, and reads what was so with those before it."""
+    from base64 import urlsafe_b64encode
+    from cryptography.fernet import Fernet, MultiFernet
+    keys = all_keys(key_file(config.database, config.key))
+    return MultiFernet([Fernet(urlsafe_b64encode(hashlib.sha256(b'credential ' + key).digest()))
+                        for key in keys])
+
+
+def decrypted(config: Config, secret: str) -> str:
+    """A secret as it was given.
+
+    Raises:
+      CloudError: it was encrypted with another key.
+    """
+    from cryptography.fernet import InvalidToken
+    try:
+        return cipher(config).decrypt(secret.encode()).decode()
+    except InvalidToken:
+        raise CloudError('the secret of this credential was encrypted with a key that is gone: add '
+                         'it again', sure=True) from None
+
+
 class Clouds:
     """Finds the account that serves a project on a cloud, and keeps it open."""
 
@@ -6737,9 +7092,13 @@ class Clouds:
         self.opened: dict[str, Cloud] = {}
         self.lock = threading.Lock()
 
-    def account(self, cloud: str, project: str) -> str:
-        """The project's own entry of clouds.yaml, else the resource's."""
-        return self.config.read_again().credentials.get(f'{project}@{cloud}', cloud)
+    def account(self, cloud: str, project: str, user: str = '') -> str:
+        """A person's own, else the project's own entry of clouds.yaml, else the resource's."""
+        own = user and not is_simulated(cloud) and row(
+            'SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+            user, project, cloud)
+        return f'{cloud}{OF_PERSON}{own.id}' if own else (
+            self.config.read_again().credentials.get(f'{project}@{cloud}', cloud))
 
     def sight(self, account: str, project: str, trusted: Iterable[str] = (),
               admin: bool = False) -> Sight:
@@ -6749,13 +7108,18 @@ class Clouds:
           trusted: KIND:NAME of what the reservation was given by an admin
           admin: an admin asks, who may name all of it; else that takes an account of one's own
         """
-        all_own = admin or self.owners(account) == {project}
+        all_own = admin or OF_PERSON in account or self.owners(account) == {project}
         return Sight(project, all_own, self.config.common | {*trusted})
 
     def owners(self, account: str) -> set[str]:
         """The projects for which it was written down as their own account."""
         return {key.rpartition('@')[0] for key, entry in self.config.credentials.items()
                 if entry == account}
+
+    @functools.cached_property
+    def keystone(self) -> Keystone:
+        """What knows the tokens of OpenStack."""
+        return Keystone(self.config, self.clock)
 
     @functools.cached_property
     def store(self) -> str:
@@ -6769,7 +7133,9 @@ class Clouds:
         clouds = {each.cloud
                   for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
         known = self.config.read_again().credentials
-        return clouds | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
+        own = {f'{each.cloud}{OF_PERSON}{each.id}'
+               for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
+        return clouds | own | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -6778,9 +7144,149 @@ class Clouds:
             return self.opened[account]
 
     def make(self, account: str) -> Cloud:
-        if account == 'simulated' or account.startswith('simulated-'):
+        if is_simulated(account):
             return Simulated(account, self.store, self.config, self.clock)
         return OpenStack(account, self.store, self.config)
+
+
+class Scoped(NamedTuple):
+    """What Keystone says of a token: whose it is, and for which project."""
+    user: str
+    project: str  # '' of a token for the whole system
+    names: tuple[str, str]  # of both, for people
+    roles: frozenset[str]
+    ends: float
+
+
+class Told(NamedTuple):
+    """What is known of a token, or why it is refused, and until when nobody asks again."""
+    scoped: Scoped | None
+    refusal: Error | None
+    fresh: float
+
+
+class Keystone:
+    """Tells who has a token, asking with that token itself, and remembers it for a while.
+
+    No header says that access rules are known here (OpenStack-Identity-Access-Rules), so Keystone
+    refuses application credentials that have some: what they forbid, cmres could not tell.
+    """
+    FRESH, REFUSED = 120, 10  # seconds that an answer, and a refusal, is remembered
+    SHUT = 10    # seconds that nobody else waits for a Keystone that has not answered
+    PATIENT = 5  # seconds that one waits
+    MOST = 10_000  # tokens that are remembered
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self.config, self.clock, self.lock = config, clock, threading.Lock()
+        self.known: dict[str, Told] = {}  # by the hash of the token
+        self.names: dict[str, str] = {}  # by id, for people
+        self.shut = 0.0  # until then nobody asks
+
+    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+        """Who has a token. While Keystone does not answer, those who were known go on.
+
+        Args:
+          ask: calls what may take long
+
+        Raises:
+          Unauthorized: Keystone does not know it, or it is for no project.
+          Unavailable: Keystone does not answer.
+        """
+        key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
+        found = self.known.get(key)
+        ended = found and found.scoped and found.scoped.ends <= now
+        if not found or found.fresh <= now or ended:
+            known = found and found.scoped and not ended
+            found = self.asked(key, token, ask) if now >= self.shut or not known else found
+        if found.refusal:
+            raise found.refusal
+        return found.scoped
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+        """What Keystone says now; what it said before, if it does not answer."""
+        before = self.known.get(key)
+        try:
+            if self.clock() < self.shut:
+                raise Unavailable(SILENT_KEYSTONE)
+            found = ask(lambda: self.look(token))
+        except (CloudError, TooMany, Unavailable):
+            if before and before.scoped and before.scoped.ends > self.clock():
+                return before
+            raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
+        with self.lock:
+            if len(self.known) >= self.MOST:
+                self.known.pop(next(iter(self.known)))
+            self.known.pop(key, None)  # the latest come last
+            self.known[key] = found
+        return found
+
+    def look(self, token: str) -> Told:
+        """What Keystone says of a token."""
+        return self.answer('GET', 'Keystone does not know this token, or it has ended. Get a new '
+                           'one: openstack token issue',
+                           headers={'X-Auth-Token': token, 'X-Subject-Token': token})
+
+    def sign_in(self, user: str, password: str, project: str, domain: str) -> Told:
+        """What Keystone says of a password, for a project of a name."""
+        where = {'domain': {'name': domain}}
+        identity = {'methods': ['password'],
+                    'password': {'user': {'name': user, 'password': password} | where}}
+        return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
+                           f"project '{project}'", json={'auth': {
+                               'identity': identity, 'scope': {'project': {'name': project} | where}}})
+
+    def answer(self, verb: str, refusal: str, **what) -> Told:
+        """What Keystone answers; Unavailable if that is nothing of use."""
+        import requests
+        url, verify = self.door
+        try:
+            answer = self.session.request(
+                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                allow_redirects=False, **what)
+            if answer.status_code in (401, 403, 404):
+                return self.refused(refusal)
+            answer.raise_for_status()
+            return self.read(answer.json()['token'])
+        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+            self.shut = self.clock() + self.SHUT
+            log.warning('Keystone at %s: %s', url, first_line(error))
+            raise Unavailable(SILENT_KEYSTONE) from None
+
+    def read(self, said: dict) -> Told:
+        """What Keystone says, as it is remembered."""
+        user, project = said['user'], said.get('project')
+        if not project and not said.get('system'):
+            return self.refused('this token is for no project. Get one that is for yours: '
+                                'openstack --os-project-name PROJECT token issue')
+        project = project or {'id': '', 'name': 'system'}
+        ends = datetime.fromisoformat(said['expires_at']).timestamp()
+        roles = frozenset(each['name'] for each in said['roles'])
+        scoped = Scoped(user['id'], project['id'], (user['name'], project['name']), roles, ends)
+        self.names[user['id']], self.names[project['id']] = scoped.names
+        return Told(scoped, None, min(ends, self.clock() + self.FRESH))
+
+    def refused(self, sentence: str) -> Told:
+        return Told(None, Unauthorized(sentence), self.clock() + self.REFUSED)
+
+    @functools.cached_property
+    def session(self):
+        """What requests go through."""
+        import requests
+        return requests.Session()
+
+    @functools.cached_property
+    def door(self) -> tuple[str, Any]:
+        """Its address without the version, and how its certificate is verified."""
+        url, verify = self.config.keystone, True
+        if not is_web(url):
+            import openstack
+            entry = openstack.config.OpenStackConfig().get_one(url)
+            url, verify = entry.config['auth']['auth_url'], entry.get_requests_verify_args()[0]
+        return re.sub('(/v3)?/*$', '', url), verify
+
+
+SILENT_KEYSTONE = ('Keystone does not answer, so your token can not be checked. Try again in a '
+                   'minute; tokens of cmres itself work meanwhile')
 
 
 # Notices #####################################################################
@@ -6799,7 +7305,7 @@ PER_HOST = 2  # notices that are on their way to one host at the same time
 MOST_FETCHED = 2**24  # bytes of it: a calendar
 
 NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
-                    e.sentence, e.reservation_id, e.occurrence
+                    e.sentence, e.reservation_id, e.occurrence, n.invites
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
@@ -7009,22 +7515,54 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    if not config.mail_server:
-        raise ValueError('The setting mail_server is empty.')
-    import smtplib
+    """Sends a notice as a mail."""
+    subject, _, text = notice_text(config, notice, about).partition('\n')
+    sentence = legible(notice.sentence)
+    message = mail_to(config, notice, subject)
+    told = '{what}' in config.texts[notice.code] or sentence.rstrip('.') in text
+    message.set_content(f'{text}\n' if told else f'{text}\n\n{sentence}\n')
+    post_mail(config, message)
+
+
+def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
+                    stop: str) -> None:
+    """Sends a mail with an event for a calendar (RFC 6047).
+
+    Args:
+      stop: the address at which its reader says that no more are wanted
+
+    Raises:
+      Undelivered: it was not accepted.
+    """
+    message = mail_to(config, notice, subject)
+    message['List-Unsubscribe'] = f'<{stop}>'
+    message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
+    message.add_alternative(event, subtype='calendar', params={'method': method})
+    try:
+        post_mail(config, message)
+    except (OSError, ValueError) as error:
+        raise Undelivered(f'{type(error).__name__}: {error}') from None
+
+
+def mail_to(config: Config, notice, subject: str):
+    """A mail for the target of a notice, without a text."""
     from email.message import EmailMessage
     from email.utils import formatdate
-    host, _, port = config.mail_server.partition(':')
     message = EmailMessage()
-    subject, _, text = notice_text(config, notice, about).partition('\n')
     message['From'], message['To'] = config.mail_from, notice.target
     message['Subject'] = f'[cmres] {subject}'
     message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
-    sentence = legible(notice.sentence)
-    told = '{what}' in config.texts[notice.code] or sentence in text
-    message.set_content(f'{text}\n' if told else f'{text}\n\n{sentence}\n')
+    return message
+
+
+def post_mail(config: Config, message) -> None:
+    """Hands a mail to the server of the configuration."""
+    if not config.mail_server:
+        raise ValueError('The setting mail_server is empty.')
+    import smtplib
+    host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
         server.connect(host, int(port or 25))
@@ -8211,13 +8749,14 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want) -> list[Booking]:
+             defaults: Want, usual: Want | None = None) -> list[Booking]:
     """What the events of calendars want, those that want nothing left out unread.
 
     Args:
       groups: the events by UID
       owner: the zone of times without one
       begin, until: the window that a series in a zone of its own making is spelled out for
+      usual: what an event wants that says nothing
     """
     found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
     for group in simple_first(groups.values()):
@@ -8225,19 +8764,20 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more)
+        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more, usual)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
 
 
 def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want, budget: Budget, too_many: bool = False) -> Booking | None:
+               defaults: Want, budget: Budget, too_many: bool = False,
+               usual: Want | None = None) -> Booking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
         with naming(head), budget.event(may_repeat(group)):
-            wants = wants_of(group, defaults)
+            wants = wants_of(group, defaults, usual)
             group = [each for each in group if each.line in wants]
             if not group:
                 return None
@@ -8258,13 +8798,14 @@ def title_of(entry: Entry) -> str:
     return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
 
 
-def wants_of(group: list[Entry], defaults: Want) -> dict[int, Want]:
+def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> dict[int, Want]:
     """What events want, by their lines; exceptions as their series unless they say."""
     wants: dict[int, Want] = {}
     head = group[0]
     for entry in group:
         with naming(entry):
-            if want := want_of(entry, wants.get(head.line, defaults)) or wants.get(head.line):
+            said = want_of(entry, wants.get(head.line, defaults))
+            if want := said or wants.get(head.line) or usual:
                 wants[entry.line] = want
     kinds = {want._replace(vms=1) for want in wants.values()}
     if len(kinds) > 1:
@@ -8432,6 +8973,26 @@ def event_text(shown: Shown) -> str:
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
+def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
+                    more: list[tuple[int, int]]) -> str:
+    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
+
+    Args:
+      host: the mail address of who invites
+      more: the further windows of a series
+    """
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
+            f'METHOD:{method}')
+    event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
+    people = (f'ORGANIZER:mailto:{host}',
+              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
+    spans = [f'{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
+             for first, last in more]
+    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
+    return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
+                    'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+
+
 def escaped(text: str) -> str:
     """A TEXT (RFC 5545, 3.3.11), which has no control characters but tabs."""
     text = re.sub(r'([\\;,])', r'\\\1', legible(text.replace('\r\n', '\n')))
@@ -8526,6 +9087,7 @@ class Wish(NamedTuple):
     host: str = ''               # all of it is reserved, by its name
     whole: Amount | None = None  # what it holds
     trusted: list = []           # KIND:NAME that an admin gave it
+    invite: list = []            # mail addresses
 
     @property
     def amount(self) -> Amount:
@@ -8669,7 +9231,7 @@ CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
 FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
-          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted')
+          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
@@ -8680,7 +9242,7 @@ SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', '
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'addresses', 'hosts', 'classes', 'named',
+JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts', 'classes', 'named',
                   'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
@@ -8718,6 +9280,8 @@ WAYS = {'waiting': [('series',
 MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
+MOST_INVITED = 200  # people to one reservation
+MAIL_ADDRESS = re.compile(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
@@ -8754,9 +9318,12 @@ def cut_short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f'{text[:most - 3]}...'
 
 
-def with_twins(answer: dict, twins: dict) -> dict:
-    """An answer that shows fields under their new names as well."""
-    return answer | {new: answer[old] for old, new in twins.items() if old in answer}
+def grouped(found: Iterable, name: str) -> list[list]:
+    """Rows with the same value of a column together."""
+    groups: dict = defaultdict(list)
+    for each in found:
+        groups[getattr(each, name)].append(each)
+    return [*groups.values()]
 
 
 def in_lines(found: Iterable) -> list[dict]:
@@ -8851,6 +9418,7 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+OUR_TOKENS = 'cmres_'  # how they begin
 #: Of a token t: it is in force at an instant.
 IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
 TOKEN = ('SELECT t.id, t.user, t.project, t.role, t.scopes, t.resource_id, t.ends, t.revoked '
@@ -8862,7 +9430,11 @@ STILL = {'tokens': 'revoked IS NULL', 'feeds': 'revoked IS NULL',
 
 def token_of(secret: str, now: float):
     """The row of a token; Unauthorized if it is nobody's, revoked or over."""
-    found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
+    return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', hashed(secret)), now)
+
+
+def token_in_force(found, now: float):
+    """The row of a token that is good for something; Unauthorized of any other, and of none."""
     if not found or found.revoked is not None:
         raise Unauthorized('This token is invalid or was revoked. Ask an admin for a new token.')
     if found.ends is not None and found.ends <= now:
@@ -9294,6 +9866,13 @@ class Lookup:
                                                           *given(placed))]
         return filters, [condition for condition in conditions if condition[1]]
 
+    def kept_of(self, reservation: int, over_at: float = 2**62) -> int:
+        """How many VMs of a reservation that is over by then were stopped or shelved, and stay."""
+        return run('SELECT count(*) FROM reservation r '
+                   'JOIN occurrence o ON o.reservation_id = r.id '
+                   "JOIN server v ON v.occurrence_id = o.id WHERE r.id = ? AND r.over <= ? "
+                   "AND v.state = 'kept' AND NOT v.borrowed", reservation, over_at).fetchone()[0]
+
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
@@ -9341,14 +9920,17 @@ class Wishes:
         self.refuse_unbootable(asked, place)
         if 'notify' in changes:
             self.refuse_untellable(asked['notify'])
+        self.refuse_uninvitable(asked.get('invite') or ())
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & set(changes):
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
             trusted = asked['trusted']
         else:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
-            found = self.ask_cloud(place, asked | {'project': project, 'trusted': kept}, warnings)
-            each, server = self.each_takes(found), found['server'].id if 'server' in found else ''
+            found = self.ask_cloud(place, asked | {'user': user, 'project': project,
+                                                  'trusted': kept}, warnings)
+            each = asked.get('each') or self.each_takes(found)
+            server = found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
             trusted = self.trusted(asked | {'server': server}, kept, new)
         wish = Wish(asked['label'], user, project, place, start, end, asked['vms'], asked['flavor'],
@@ -9359,7 +9941,8 @@ class Wishes:
                     old.tz if old else '', asked['on_conflict'], [], each, warnings, *(
                         (old.host, amount_of(old)) if old and old.host
                         and not {*asks, 'vms'} & set(changes)
-                        else self.whole_host(place, asked, each)), trusted=trusted)
+                        else self.whole_host(place, asked, each)), trusted=trusted,
+                    invite=[*(asked.get('invite') or ())])
         if stretches and not {'repeat'} & set(changes):
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
@@ -9386,6 +9969,17 @@ class Wishes:
             if not self.service.config.may_tell(target):
                 raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
                               f'addresses of {self.service.config.mail_domains}.')
+
+    def refuse_uninvitable(self, people: Iterable[str]) -> None:
+        """Refuses to invite many, or who has no mail address to which mails may go."""
+        if len(people) > MOST_INVITED:
+            raise Invalid(f'invite: at most {MOST_INVITED} people can be invited')
+        for each in people:
+            if not MAIL_ADDRESS.fullmatch(each):
+                raise Invalid(f'invite: {shown(each)} is no mail address such as ann@example.org')
+            if not self.service.config.may_tell(each):
+                raise Invalid(f"invite: no mails are sent to '{each}'; here they may go to "
+                              f'addresses of {self.service.config.mail_domains} only')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -9421,7 +10015,8 @@ class Wishes:
             raise Invalid(f"Resource '{place.name}' has no cloud that knows the "
                           f"{named[0][0].replace('_', ' ')} '{named[0][1]}'. Remove it.")
         project = asked.get('project', self.service.actor.project)
-        account = self.service.clouds.account(place.cloud, project)
+        user = asked.get('user', self.service.actor.user)
+        account = self.service.clouds.account(place.cloud, project, user)
         admin = self.service.actor.role == ADMIN
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
@@ -9838,12 +10433,13 @@ class Limits:
         """Of each figure of a limit: name, value, whether a wish is within, what would be."""
         length, before = wish.end - wish.start, old.end - old.start if old else 0
         stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
-        less = stays and old.start <= wish.start and wish.end <= old.end and wish.vms <= old.vms
-        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), (
-            f'can reserve for at most {in_words_of(limit.longest)}. You asked for '
-            f'{in_words_of(length)}.')
-        moved, at = not old or wish.start != old.start, self.service.config.told_time
-        last = int(now) + (limit.ahead or 0)
+        within = stays and old.start <= wish.start and wish.end <= old.end and (
+            old.start <= now or old.held_from <= wish.held[0])
+        less = within and wish.vms <= old.vms
+        cheaper = within and wish.amount.vcpus <= old.vcpus
+        yield 'longest', limit.longest, length <= max(limit.longest or 0,
+                                                      before), in_words_of(limit.longest)
+        moved = not old or wish.start != old.start
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
             f'can reserve at most {in_words_of(limit.ahead)} ahead. Choose a start before '
             f'{at(last, wish.tz)}.')
@@ -9859,9 +10455,8 @@ class Limits:
         if limit.vcpu_hours is not None:
             used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
-            yield 'vcpu_hours', limit.vcpu_hours, less or used + need <= limit.vcpu_hours, (
-                f'has {max(limit.vcpu_hours - used, 0):.0f} of {limit.vcpu_hours} vCPU-hours left. '
-                f'This reservation needs {need:.0f}.')
+            yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
+                f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
 
     def counted(self, limit, wish: Wish, others: Others | None,
                 of: tuple[str, ...]) -> tuple[str, list]:
@@ -9886,7 +10481,7 @@ class Limits:
         found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
                      'AND held_from < ? AND held_until > ? '
                      'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     own if old and not others else 0).fetchall()
+                     own).fetchall()
         found += others.holding(limit.resource_id, begin, until) if others else []
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
@@ -10106,6 +10701,11 @@ class Policy:
             field = other[0].replace('_', ' ')
             raise Conflict(f"'{old.label}' has started, so you cannot change its {field}. You can "
                            'still change: end, VMs, user, description, label.')
+        made_of = [name for name in other if name not in ('resource', 'start', 'lead')]
+        if made_of and self.look.kept_of(old.reservation):
+            raise Conflict(f"VMs of '{old.label}' stay and start again, so its "
+                           f"{made_of[0].replace('_', ' ')} can't change; "
+                           f'`delete --kept {old.label}` deletes them')
 
 
 def taken_label(project: str, label: str, now: float) -> bool:
@@ -10147,12 +10747,26 @@ class Made(NamedTuple):
     done: list[dict]  # of a series, what became of each occurrence, by start
 
 
+def last_of(deal: Deal) -> int:
+    """Until when a change can be made: a start changes before it, and nothing ends in the past."""
+    old, wish = deal.old, deal.wish
+    if old.repeats and not deal.alone:
+        return int(LAST.timestamp())
+    return min(old.end, wish.end, old.end if wish.start == old.start else old.held_from)
+
+
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
 AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
 
 
+A_CHANGE_WAITS = 'an admin must approve the change'
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
+
+
+STOPPED_KEEP = ('Stopped VMs keep their capacity after the end until you delete them, and that '
+                'capacity is already reserved by others. Let the VMs be deleted or shelved at the '
+                'end.')
 
 
 class Bookings:
@@ -10172,21 +10786,22 @@ class Bookings:
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
-        before = self.holds(old.reservation)
+        ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
         with Attempt() as attempt:
             made = self.make_true(deal, now)
-            growth = [each for each in beyond(self.holds(old.reservation), before)
-                      if each.until > now]
-            span = max((resource_of(each.resource, removed=True).approval for each in growth),
+            runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+            growth = still_to_come(beyond(runs + stands, ran + stood), now)
+            # VMs that run take more than those that only stay stopped
+            more = still_to_come(beyond(runs, ran), now) + growth
+            span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
-            if not growth or not span and not self.proposes_all:
+            if not more or not span and not self.proposes_all:
                 return made
             if old.pending is not None:
                 self.await_approval(old.reservation, int(now) + span, deal.wish, now)
                 return made
             attempt.undo()
-        last = old.end if deal.alone or not old.repeats else int(LAST.timestamp())
-        until = min(int(now) + span, last) if span else last
+        until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
         self.propose(deal, until, growth, now)
         return None
 
@@ -10211,18 +10826,20 @@ class Bookings:
                 raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
         if old and deal.asked and (wish.label, wish.project) != (old.label, old.project):
             self.policy.refuse_taken_label(wish, now)
-        decided = self.decide_all(deal, now)
-        reservation = old.reservation if old else self.write_new(deal, decided, now)
-        self.write_occurrences(reservation, deal.patches, decided, now)
-        if old:
-            self.write_old(deal, now)
+        stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
+        gone = [each.had[0] for each in deal.changes if not each.after]
+        with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
+            decided = self.decide_all(deal, now)
+            reservation = old.reservation if old else self.write_new(deal, decided, now)
+            self.write_occurrences(reservation, deal.patches, decided, now)
+            if old:
+                self.write_old(deal, now)
+        if stops and not old:
+            self.keep_stopped(reservation, now)
         if wish.resource and (not old or deal.asked):
             self.policy.refuse_many_texts(wish, old)
         if deal.columns.get('waiting') or old and old.waiting is not None:
             self.stand_in_line(reservation)
-        if wish.image and (old or wish.at_end == 'stop') or old and old.image:
-            gone = [each.had[0] for each in deal.changes if not each.after]
-            self.keep_stopped(reservation, now, gone)
         done = [*deal.same, *(line for line, _, _ in decided)] if deal.clash else []
         return Made(reservation, sorted(done, key=lambda line: line['start']))
 
@@ -10409,13 +11026,12 @@ class Bookings:
         for id, columns in written.items():
             change_occurrence(id, now, **patches.get(id, {}) | columns)
 
-    def holds(self, reservation: int) -> list[Hold]:
+    def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
-        own = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return [hold_of(each) for each in rows(
-            f'SELECT {own} FROM occurrence WHERE reservation_id = ?1 AND due IS NOT NULL '
-            f'AND held_until > held_from UNION ALL SELECT {own} FROM extra_hold '
-            'WHERE reservation_id = ?1 AND proposal_id IS NULL', reservation)]
+            'SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
+            'WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from', reservation)
+            ] + (self.stopped_held(reservation) if stopped else [])
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -10433,15 +11049,53 @@ class Bookings:
             run('DELETE FROM proposal WHERE id = ?', each.id)
         return len(found)
 
+    @contextmanager
+    def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
+        """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
+        in its way, since it starts them again. Afterwards what stays of them is held.
+
+        Args:
+          gone: what else the change gives back
+
+        Raises:
+          NoCapacity: others have that capacity.
+        """
+        had = self.stopped_held(reservation)
+        before = self.holds(reservation) if had else []
+        give(had)
+        yield
+        if not had:
+            self.keep_stopped(reservation, now, gone)
+            return
+        wants = sorted(self.stopped_holds(reservation, now))
+        for each in wants:
+            hold(*each)
+        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
+        if not all(fits(resource_of(each.resource, removed=True), max(each.begin, int(now)),
+                        each.until, NOTHING) for each in still_to_come(growth, now)):
+            raise NoCapacity(STOPPED_KEEP)
+        self.write_stopped(reservation, had, wants)
+
+    def stopped_held(self, reservation: int) -> list[Hold]:
+        """What is held for VMs of a reservation that are stopped at its ends."""
+        return [hold_of(each) for each in rows(
+            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+            reservation)]
+
+    def write_stopped(self, reservation: int, had: list[Hold], wants: list[Hold]) -> None:
+        """Writes down what is held for stopped VMs, where that is otherwise than before."""
+        if wants != sorted(had):
+            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+                reservation)
+            self.hold_beside(reservation, None, wants)
+
     def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
         """Holds what VMs take that stay, stopped: until the next occurrence, or for good.
 
         Args:
           given: what the same change has given back
         """
-        had = [hold_of(each) for each in rows(
-            'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
-            reservation)]
+        had = self.stopped_held(reservation)
         wants = sorted(self.stopped_holds(reservation, now))
         if wants == sorted(had):
             return
@@ -10449,12 +11103,8 @@ class Bookings:
         try:
             take(beyond(wants, had), now, given)
         except NoCapacity:
-            raise NoCapacity('Stopped VMs keep their capacity after the end until you delete '
-                             'them, and that capacity is already reserved by others. Let the VMs '
-                             'be deleted or shelved at the end.',
-                             hint='--at-end delete, or --at-end shelve') from None
-        run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL', reservation)
-        self.hold_beside(reservation, None, wants)
+            raise NoCapacity(STOPPED_KEEP) from None
+        self.write_stopped(reservation, had, wants)
 
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
@@ -10464,7 +11114,9 @@ class Bookings:
         """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
         found = rows("""
             SELECT o.*, r.host, (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
-                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped
+                     AND v.goal = 'stop' AND v.state = 'kept' AND NOT v.borrowed) AS stopped,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                     AND v.goal = 'up' AND v.state <> 'deleted') AS up
               FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
              WHERE r.id = ? AND r.image <> '' AND r.waiting IS NULL
                AND (o.cancelled IS NULL OR o.due IS NULL)
@@ -10472,10 +11124,14 @@ class Bookings:
                      SELECT occurrence_id FROM server WHERE state = 'kept' AND goal = 'stop'
                        AND NOT borrowed))
              ORDER BY o.start""", reservation)
-        for each, after in zip(found, [*found[1:], None]):
+        lacks = {each.id: each.vms - each.up for each in found}  # VMs that each still starts
+        for number, each in enumerate(found):
+            after = next((one for one in found[number + 1:] if one.held_until > now), None)
             there = each.vms if each.due is not None else each.stopped
-            starts_them = after and after.held_from > now and after.resource_id == each.resource_id
-            again = min(there, after.vms) if starts_them else 0
+            starts_them = after and after.resource_id == each.resource_id
+            again = min(there, lacks[after.id]) if starts_them else 0
+            if again:
+                lacks[after.id] -= again
             one = amount_of(each) if each.host else amount_of(each) // each.vms
             for number, until in ((again, after.held_from if again else 0),
                                   (there - again, int(LAST.timestamp()))):
@@ -10502,10 +11158,10 @@ class Bookings:
 
     @contextmanager
     def as_if_without(self, old) -> Iterator[None]:
-        """Looks at what there would be if an occurrence held nothing."""
+        """Looks at what there would be if an occurrence and its stopped VMs held nothing."""
         with undone():
             if old:
-                give([hold_of(old)])
+                give([hold_of(old), *self.stopped_held(old.reservation)])
             yield
 
     def stand_in_line(self, reservation: int) -> None:
@@ -10589,6 +11245,11 @@ class Series:
         horizon = self.horizon(stretches, now, skipped)
         earliest = self.earliest(there, stretches, now)
         wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
+        reach, known = self.reach(wish, now), {old.slot for old in there}
+        near = {key: slot for key, slot in wanted.items() if slot.start <= reach or key in known}
+        takes_some = deal.code == 'carried on' or (wish.on_conflict or 'refuse') != 'refuse'
+        if takes_some and near and len(near) < len(wanted):  # the time of the others comes
+            wanted, horizon = near, int(reach) + 1
         gone, same, todo = [], [], []
         for old in there:
             slot = wanted.pop(old.slot, None)
@@ -10607,6 +11268,14 @@ class Series:
         return deal._replace(
             changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
             same=same, stretches=stretches, horizon=horizon, clash=wish.on_conflict or 'refuse')
+
+    def reach(self, wish: Wish, now: float) -> float:
+        """Until when the limits of a wish let anything begin."""
+        places = filter(None, {resource_of(each.resource) for each in wish.stretches})
+        limits_for = self.bookings.policy.limits.limits_for
+        ahead = [limit.ahead for place in places for limit in limits_for(
+            wish._replace(resource=place)) if limit.ahead is not None]
+        return min([now + each for each in ahead], default=LAST.timestamp())
 
     def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
         """The change that makes an occurrence be at a slot."""
@@ -10704,6 +11373,22 @@ class Series:
         rest = [key for key in new if key not in given]
         pairs |= zip((slot for slot in lost if slot not in pairs), rest)
         return {lost[slot]: {'slot': key} for slot, key in pairs.items()}
+
+    def following(self, there: list, before: list[Stretch], wish: Wish, now: float) -> list[int]:
+        """The occurrences that were changed on their own, and that their calendar has moved."""
+        there = [each for each in there if each.altered and each.end > now]
+        if not there:
+            return []
+        window = there[0].start - MONTH, max(each.end for each in there) + MONTH
+        old, new = ({slot.key: slot for slot in all_slots(stretches, *window)}
+                    for stretches in (before, wish.stretches))
+        moved = []
+        for each in there:
+            slot = new.get(each.slot)
+            was = old.get(each.slot, slot) if each.cancelled is None else each
+            if slot and (was.start, was.end) != (slot.start, slot.end):
+                moved.append(each.id)
+        return moved
 
 
 # Admission ###################################################################
@@ -10830,6 +11515,9 @@ class Admission:
         there = self.series.there(old.reservation)
         if deal.code == 'calendar':
             patches = self.series.kept_identities(there, wish, now)
+            before = self.look.stretches(old.reservation)
+            patches |= {id: patches.get(id, {}) | {'altered': False}
+                        for id in self.series.following(there, before, wish, now)}
         elif not old.repeats:  # what it has becomes the first of the series
             first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
             key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
@@ -10876,14 +11564,18 @@ class Admission:
         if first.repeats:
             only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.service.actor.user}']
-        said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
+        said += dict.fromkeys(warning for each in found
+                              for warning in self.ends_with(each).get('warnings', ()))
         self.service.journal(now, 'released', '; '.join(said), first.reservation,
                              json.loads(first.notify), only)
 
     def ends_with(self, found) -> dict:
         """What becomes of VMs of what is cancelled: as agreed of a server that was there."""
         if not found.existing:
-            return {}
+            there = found.repeats and self.look.kept_of(found.reservation, self.service.clock())
+            return {'warnings': [f"{there} VMs of '{found.label}' that were stopped or shelved "
+                                 f"before stay; `delete --kept {found.label}` deletes them"]
+                    } if there else {}
         if found.server or found.at_end in ('', 'delete'):
             return {'ends_with': found.at_end or 'delete'}
         return {'ends_with': 'delete', 'warnings': [
@@ -10980,6 +11672,9 @@ class Admission:
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
         self.bookings.commit(deal._replace(code='granted'), now)
+        if proposal.code == 'calendar':  # what the calendar says is agreed to
+            run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
+                'WHERE id = ?', old.reservation)
 
     def commit_back(self, old, wish: Wish, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
@@ -11362,7 +12057,8 @@ class Approvals(Operations):
             for each in pending:
                 self.settle(each, 'approved', now)
             for proposal, each in proposals:
-                self.admission.grant(proposal, now)
+                with self.offers.explaining(restored_wish(proposal.wish), each):
+                    self.admission.grant(proposal, now)
                 self.journal(now, 'approved', f'{self.actor.user} approved the change',
                              each.reservation, json.loads(each.notify))
             return self.told_parts(label, pending or found)
@@ -11547,9 +12243,10 @@ class Requests(Operations):
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1,
             flavor: Name = '', image: Name = '', network: Name = '', key: Name = '',
             security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
-            server: Name = '', at_end: Name = '', notify: Names = (), lead: Span = None,
-            description: Text = '', personal: bool = False, repeat: Repeat = '', tz: Zone = '',
-            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
+            server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
+            lead: Span = None, description: Text = '', personal: bool = False,
+            repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
             host: Hosts = (), wait: bool = False, priority: int = 0,
@@ -11579,17 +12276,34 @@ class Requests(Operations):
           python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20
           python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
-        request = self.read_request(asked)
-        refused = request.last._replace(label=label)
+        return self.reserve([self.read_request(asked)], dry_run)
+
+    def reserve(self, requests: list[Request], dry_run: bool = False,
+                also: Callable[[dict], None] = lambda answer: None) -> dict:
+        """Takes the first of some requests that fits; of the last one a refusal tells why.
+
+        Args:
+          also: done with the answer, in the same transaction
+        """
+        last = requests[-1]
 
         def instead(wish: Wish, field: str) -> None:
-            self.admission.instead(request, wish, field, self.clock())
+            self.admission.instead(last, wish, field, self.clock())
 
         def deed(now: float) -> dict:
-            with self.offers.explaining(request.last, None, instead):
-                return self.waiting.take(request, now)
-        with self.offers.recording_refusal(refused, dry_run):
+            with self.offers.explaining(last.last, None, instead):
+                answer = self.take_first(requests, now)
+            also(answer)
+            return answer
+        with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
             return self.carry_out(deed, dry_run)
+
+    def take_first(self, requests: list[Request], now: float) -> dict:
+        """Takes the first of some requests that fits; inside a transaction."""
+        for request in requests[:-1]:
+            with suppress(NoCapacity), Attempt():
+                return self.waiting.take(request, now)
+        return self.waiting.take(requests[-1], now)
 
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
@@ -11842,8 +12556,8 @@ class Requests(Operations):
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
                vms: Count = None, flavor: Name = None, image: Name = None, network: Name = None,
                key: Name = None, security_groups: Names = None, user_data: File = None,
-               metadata: Pairs = None, at_end: Name = None, notify: Names = None, lead: Span = None,
-               description: Text = None, personal: bool = None, host: Name = None,
+               metadata: Pairs = None, at_end: Name = None, notify: Names = None,
+               invite: Names = None, lead: Span = None, description: Text = None, personal: bool = None, host: Name = None,
                repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
                user: Name = None, rename: NewLabel = None, occurrence: Day = None,
@@ -12325,7 +13039,8 @@ class Plan(Operations):
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
                      ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
-                     dry_run: bool = False) -> ResourceNowAnswer:
+                     default_flavor: Name = '', default_image: Name = '',
+                     default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
         With --classes, other resource classes of Placement count, too. Flavors name them in their
@@ -12340,8 +13055,11 @@ class Plan(Operations):
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
             lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show)
             self.refuse_idle(self.read_mode(mode), lengths)
+            drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
+                                      cloud, default_flavor=default_flavor or None,
+                                      default_image=default_image or None, default_vms=default_vms)
             insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
-                   **figures, mode=self.read_mode(mode), **lengths,
+                   **figures, mode=self.read_mode(mode), **lengths, **drawn,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name)
@@ -12375,8 +13093,9 @@ class Plan(Operations):
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
-                        approval: Span = None, no_show: Span = None, force: bool = False,
-                        dry_run: bool = False) -> ResourceChangedAnswer:
+                        approval: Span = None, no_show: Span = None, default_flavor: Name = None,
+                        default_image: Name = None, default_vms: Figure = None,
+                        force: bool = False, dry_run: bool = False) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
         If existing reservations no longer fit, the change needs --force. It cancels nothing; the
@@ -12397,6 +13116,9 @@ class Plan(Operations):
             found = self.look.resource_row(name)
             if new.keys() & {'mode', *ASKED_BY_NOVA}:
                 self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
+            new |= self.read_default(found._asdict(), new.get('cloud', found.cloud),
+                                     default_flavor=default_flavor, default_image=default_image,
+                                     default_vms=default_vms)
             if rename and rename != name:
                 self.policy.refuse_taken_resource(rename)
             if classes:
@@ -12426,7 +13148,7 @@ class Plan(Operations):
             found = self.look.resource_row(name)
             busy = self.look.page([('place_live',
                                     f'o.resource_id = {found.id} AND o.due IS NOT NULL')],
-                             [('o.held_until > ?', int(now))], (), limit=100)
+                             [('o.held_until > max(?, o.held_from)', int(now))], (), limit=100)
             needed = rows("SELECT label FROM reservation WHERE series <> '' AND over > ? AND "
                           "series LIKE ? LIMIT 100",
                           int(now),
@@ -12447,6 +13169,18 @@ class Plan(Operations):
         """Lengths as the store has them; none is 0."""
         return {name: int((length or timedelta(0)).total_seconds())
                 for name, length in lengths.items()}
+
+    def read_default(self, before: dict, cloud: str, **asked) -> dict:
+        """The VMs that an event without words gets, as far as they are to be otherwise."""
+        new = {name: value for name, value in asked.items() if value is not None}
+        if new.get('default_flavor') and 'default_vms' not in new:
+            new['default_vms'] = before['default_vms'] or 1
+        values = before | new
+        if new and values['default_image'] and not values['default_flavor']:
+            raise Invalid('default_image: an image needs a flavor to start it with')
+        if new and values['default_flavor'] and not cloud:
+            raise Invalid('default_flavor: the resource has no cloud that would know it')
+        return new
 
     def read_mode(self, mode: str) -> str:
         """The mode of a resource as the store has it."""
@@ -12635,12 +13369,13 @@ class Plan(Operations):
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
-            when = self.config.told_window(begin, until)
-            closes = dict(most.classes).get(CLOSED) == 0
-            what = 'is closed' if closes else 'has another capacity'
-            why = f"'{name}' {what} from {when}: {reason}"
-            hit = [self.make_room(each, why, then, now)
-                   for each in self.homeless(place, max(begin, int(now)), until)]
+            first, last = self.config.told_time(begin), self.config.told_time(until)
+            why = f"{reason} on {name} from {first} to {last}"
+            homeless = self.homeless(place, max(begin, int(now)), until)
+            # of a series all at once: after each cancelling it is carried on
+            for those in grouped(homeless, 'reservation') if then == 'cancel' else ():
+                self.admission.cancel(those, now, why)
+            hit = [self.make_room(each, why, then, now) for each in homeless]
             self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                     'reason': reason, 'hit': hit, 'affected': hit}
@@ -12666,11 +13401,10 @@ class Plan(Operations):
         self.let_start(place.id, now)
 
     def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves or cancels an occurrence that has no room any more, or tells its owner."""
+        """Moves an occurrence that has no room any more, or tells its owner; what became of it."""
         line = {name: value for name, value in public(found).items() if name in (
             'label', 'user', 'project', 'vms', 'start', 'end')}
         if then == 'cancel':
-            self.admission.cancel([found], now, why)
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome, became = 'left', ('The reservation stays. VMs that do not run yet start when this '
@@ -12734,30 +13468,41 @@ class Plan(Operations):
         return self.look.in_order(self.must_go(place, begin, until))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those."""
+        """The ids of those. What is not approved yet goes first; what fits after all, since an
+        earlier one had to go, stays.
+        """
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
         if all(held.within(most) for held in levels.values()):
             return []
-        held = rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
-                    'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
-                    f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
-                    'held_from ORDER BY +id DESC', place.id, until, begin, until)
+        held = rows('SELECT NULL AS id, resource_id, held_from, held_until, vms, vcpus, ram, '
+                    'classes FROM extra_hold WHERE resource_id = ? AND proposal_id IS NOT NULL '
+                    'AND held_until > ? AND held_from < ?', place.id, begin, until)
+        held += rows('SELECT id, resource_id, held_from, held_until, vms, vcpus, ram, classes FROM '
+                     'occurrence WHERE resource_id = ? AND due IS NOT NULL AND start < ? + '
+                     f'{LONGEST_LEAD} AND held_until > ? AND held_from < ? AND held_until > '
+                     'held_from ORDER BY +id DESC', place.id, until, begin, until)
         # Between two cuts the same occurrences hold, so that what one of them gives back is all of
         # it there.
         cuts = sorted({*levels, *(min(max(at, begin), until) for each in held for at in each[2:4])}
                       - {until})
         there = list(itertools.accumulate((levels.get(at)
                                            for at in cuts), lambda before, after: after or before))
-        found = []
+        gone = []
         for each in held:
             touched = range(bisect_left(cuts, max(each.held_from, begin)),
                             bisect_left(cuts, each.held_until))
             if not all(there[n].within(most) for n in touched):
-                found.append(each.id)
+                gone.append((each.id, amount_of(each), touched))
                 for n in touched:
                     there[n] -= amount_of(each)
-        return found
+        must = []
+        for id, amount, touched in reversed(gone):
+            fits_again = all((there[n] + amount).within(most) for n in touched)
+            for n in touched if fits_again else ():
+                there[n] += amount
+            must += [] if fits_again or id is None else [id]
+        return must[::-1]
 
     def waits_for(self, place, now: float) -> tuple[str, int, set | None]:
         """Why VMs of a resource can't start now, until when, and of which occurrences; None: all.
@@ -13036,7 +13781,7 @@ class Calendars(Operations):
             *owner, subscription.id if subscription else None, int(self.clock()))}
         try:
             names = {name for cloud in self.clouds_of(said)
-                     for name in self.flavor_names(self.clouds.account(cloud, owner[1]))}
+                     for name in self.flavor_names(self.clouds.account(cloud, owner[1], owner[0]))}
         except CloudError:
             return wanted
         close = {guess for guess in {each.guess for each in wanted}
@@ -13128,11 +13873,25 @@ class Calendars(Operations):
                      owner: tuple[str, str], subscription, now: float) -> dict:
         """What became of an event: one of `booked`, `changed`, `refused` and so on."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
-        if error:
-            return line | {'outcome': 'refused', 'why': booking.why(error)}
+        try:
+            if error:
+                raise error
+            return line | self.taken(booking, wish, owner, subscription, now)
+        except Error as refusal:
+            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
+
+    def taken(self, booking: Booking, wish: Wish | None, owner: tuple[str, str], subscription,
+              now: float, again: bool = True) -> dict:
+        """The same of an event that was understood; inside a transaction.
+
+        Args:
+          again: one that was cancelled here is booked again, though it says what it said
+
+        Raises:
+          Error: it is refused, and nothing was changed.
+        """
         source = subscription.id if subscription else None
-        known = row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
-                    'subscription IS ? ORDER BY id DESC LIMIT 1', booking.uid, *owner[::-1], source)
+        known = self.booked_as(booking.uid, owner, source)
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not subscription  # else what runs goes on
@@ -13140,23 +13899,41 @@ class Calendars(Operations):
                      or not self.look.begun(each)] if live else [])
             if gone:
                 self.admission.cancel(gone, now, 'cancelled in the calendar', ends=True)
-                return line | {'outcome': 'cancelled', 'label': known.label}
-            return line | {'outcome': 'past' if not booking.cancelled else 'cancelled'}
-        asked = (name for name in STORED if name not in ('label', 'trusted'))
+                return {'outcome': 'cancelled', 'label': known.label}
+            return {'outcome': 'past' if not booking.cancelled else 'cancelled'}
+        asked = [name for name in STORED if name not in ('label', 'trusted', 'invite')]
+        asked += ['invite'] if wish.invite else []
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
-        if known and known.origin == origin and (live or subscription):
-            # it is spelled out, further than before
-            if live and known.series != stored_stretches(wish.stretches):
-                change(Reservation, known.id, series=stored_stretches(wish.stretches))
-                self.series.refresh(known.id, now)
-            return line | {'outcome': 'unchanged' if live else 'left out', 'label': known.label} | (
-                {} if live else {'why': 'it was cancelled in cmres'})
-        try:
-            with Attempt():
-                return line | self.book_event(booking, wish, known if live else None, origin,
-                                              source, now)
-        except Error as refusal:
-            return line | {'outcome': 'refused', 'why': booking.why(refusal)}
+        as_before = known and known.origin.split(' ')[-1] == origin and (
+            self.as_asked_before(known, wish, live, subscription or not again, now))
+        if as_before:
+            return {'label': known.label} | as_before
+        with Attempt():
+            return self.book_event(booking, wish, known if live else None, origin, source, now)
+
+    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None):
+        """The newest reservation that the event of a UID has made; None if there is none."""
+        return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
+                   'subscription IS ? ORDER BY id DESC LIMIT 1', uid, *owner[::-1], source)
+
+    def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
+        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
+        anew.
+        """
+        if not live:
+            cancelled = {'outcome': 'left out', 'why': 'it was cancelled in cmres'}
+            return cancelled if subscription else {}
+        if ' ' in known.origin:  # not agreed to, when it was asked for
+            waits = row('SELECT id FROM proposal WHERE reservation_id = ?', known.id)
+            if waits:
+                return {'outcome': 'unchanged', 'why': A_CHANGE_WAITS}
+            refused = {'outcome': 'unchanged', 'why': 'no admin has approved the change'}
+            return refused if subscription else {}
+        spelled_out = any('/' in each for each in wish.stretches[0].dates)
+        if spelled_out and known.series != stored_stretches(wish.stretches):  # further than before
+            change(Reservation, known.id, series=stored_stretches(wish.stretches))
+            self.series.refresh(known.id, now)
+        return {'outcome': 'unchanged'}
 
     def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None,
                    now: float) -> dict:
@@ -13164,12 +13941,13 @@ class Calendars(Operations):
         if known:
             head = self.look.next_of(known.id)
             wish = wish._replace(label=known.label)
-            change(Reservation, known.id, origin=origin)
             made = self.bookings.commit(self.admission.edit(head, wish, ['calendar'], now,
                                                             'calendar'), now)
+            # what is not agreed to stands behind what is
+            agreed = '' if made else f"{known.origin.split(' ')[0]} "
+            change(Reservation, known.id, origin=agreed + origin)
             if not made:
-                return {'label': wish.label, 'outcome': 'pending',
-                        'why': 'an admin must approve the change'}
+                return {'label': wish.label, 'outcome': 'pending', 'why': A_CHANGE_WAITS}
             done = made.done
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
                          NONE_OF_THEM)
@@ -13177,7 +13955,7 @@ class Calendars(Operations):
             wish = wish._replace(label=self.free_label(wish, now))
             _, done = self.admission.book(wish, now, uid=booking.uid, subscription=source,
                                           origin=origin)
-        left_out = [each for each in done if each['outcome'] in ('left out', 'shifted')]
+        left_out = [each for each in done if each.get('why')]
         return {'label': wish.label, 'outcome': 'changed' if known else 'booked',
                 'start': instant(wish.start), 'vms': wish.vms, 'flavor': wish.flavor,
                 'count': len(done)} | ({'occurrences': left_out} if left_out else {})
@@ -13236,9 +14014,8 @@ class Calendars(Operations):
                    revoked=None)
             self.journal(now, 'calendar', f'created a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
-        served = f'http://{self.config.host}:{self.config.port}'
         return {'user': user, 'project': project} if dry_run else {
-            'feed': f"{self.config.public_url.rstrip('/') or served}/calendar/{secret}/{name}.ics"}
+            'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
@@ -13480,7 +14257,7 @@ class Calendars(Operations):
                          f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
-        lines += [self.config.login_command.replace('{address}', address) for address in addresses]
+        lines += self.config.logins(addresses)
         lines += [f'key pair: {found.key}'] if found.key and addresses else []
         lines += [found.fault] if found.fault else []
         return Shown(uid, found.start, found.end, revision, revised, found.label,
@@ -13525,7 +14302,7 @@ class Tokens(Operations):
         role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
         self.refuse_for_others(user, project, role)
         self.check_scopes(role, scopes, resource)
-        token = f'cmres_{secrets.token_urlsafe(32)}'
+        token = OUR_TOKENS + secrets.token_urlsafe(32)
         with self.writing(dry_run) as now:
             self.refuse_one_more('tokens', user, project)
             ends = self.end_of_token(lasts, now)
@@ -13675,6 +14452,66 @@ class Tokens(Operations):
                             for each in sorted({each.project for each in found}))
             self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
         return {'user': user, 'tokens': len(found)}
+
+    @api('POST', '/credential/', made='/credential/')
+    def credential_add(self, cloud: Name, application: Name, secret: Name,
+                       dry_run: bool = False) -> CredentialAnswer:
+        """Lets your VMs on a cloud be made in your own name: your project, quota, networks and keys.
+
+        Give an application credential of yours. Its secret is kept encrypted, and the key is not in
+        the database. What is reserved already uses it for VMs that are not started yet.
+
+        Example:
+          python cmres.py credential add chameleon 8f2c... SECRET
+        """
+        if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
+            raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+        mine = {'user': self.actor.user, 'project': self.actor.project, 'cloud': cloud}
+        with self.writing(dry_run) as now:
+            values = {'name': application, 'added': int(now),
+                      'secret': cipher(self.config).encrypt(secret.encode()).decode()}
+            old = row('SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
+                      *mine.values())
+            if old:  # VMs that were made with it go on
+                change(Credential, old.id, **values)
+                self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
+            id = old.id if old else insert(Credential, **mine, **values)
+            self.journal(now, 'token', f'gave a credential for {cloud}')
+        return {'id': id, **mine, 'application': application, 'added': instant(int(now))}
+
+    @api('GET', '/credential/')
+    def credential_list(self) -> list[CredentialAnswer]:
+        """Lists your credentials, as an admin all.
+
+        Example:
+          python cmres.py credential list
+        """
+        own, values = self.own_tokens()
+        return [public(each) for each in rows(
+            'SELECT id, user, project, cloud, name AS application, added FROM credential t '
+            f'WHERE {own} ORDER BY id', *values)]
+
+    @api('DELETE', '/credential/<id>')
+    def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
+        """Takes a credential away: what starts from now on is made as it is for your project.
+
+        Example:
+          python cmres.py credential delete 1
+        """
+        with self.writing(dry_run) as now:
+            found = [each for each in self.credential_list() if each['id'] == id]
+            if not found:
+                raise NotFound(f'there is no credential {id}')
+            account = f"{found[0]['cloud']}{OF_PERSON}{id}"
+            busy = rows("SELECT name FROM server WHERE account = ? AND state <> 'deleted' "
+                        'LIMIT 100', account)
+            if busy:
+                raise Conflict(f'{len(busy)} VMs were made with credential {id}, and nothing else '
+                               'can delete them. Cancel their reservations first',
+                               servers=[each.name for each in busy])
+            run('DELETE FROM credential WHERE id = ?', id)
+            self.journal(now, 'token', f"took the credential for {found[0]['cloud']} away")
+            return found[0]
 
     def refuse_one_more(self, what: str, user: str, project: str) -> None:
         """TooMany if a user has as many tokens, feeds or subscriptions as one may."""
@@ -13908,7 +14745,9 @@ class Records(Operations):
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
-        return len(old) + len(events) + gone + len(changes)
+        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+                     f'WHERE "end" < ? LIMIT {most})', before).rowcount
+        return len(old) + len(events) + gone + len(changes) + leases
 
     def forget_occurrence(self, old) -> None:
         """Forgets one occurrence, and its reservation if it was the last."""
@@ -13923,6 +14762,7 @@ class Records(Operations):
                                     'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -13963,11 +14803,7 @@ class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records
     """The whole service, on behalf of one actor; see Service for its arguments."""
 
 
-# Life cycle ##################################################################
-#
-# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
-# It records the calls that ended, plans servers for what has begun, gives them up for what is
-# over, and hands the next calls to workers. One thread thinks and writes; workers only call.
+# Servers ######################################################################
 #
 # A server is made like this, so that a crash at any point neither loses nor doubles it:
 #
@@ -13976,17 +14812,7 @@ class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records
 #   (3) the answer is written. Where (3) is missing, a look at the cloud finds the server by its
 #       mark, or, once it can't come any more, finds that there is none: then from (1), a new mark.
 #
-# When can't it come any more? A call has `call_timeout` from the instant that a worker begins it,
-# and from the request that makes the server once more; where that is over it is fenced, so that
-# what it has not asked for by then it never will. Calls of another process began before it lost
-# the lease. From the latest end that is possible, `settle` goes by before a look is believed.
-#
-# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
-# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
-#
 # What a server needs next follows from its goal and its state alone; `due` only says when to ask.
-# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
-# is looked at in every transaction and before every call, and who lost it does nothing more.
 
 UNDER_WAY = {'delete': 'deleting', 'start': 'starting', 'stop': 'stopping', 'shelve': 'shelving',
              'snapshot': 'saving'}
@@ -14002,9 +14828,7 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 # it is gone, or it stays as its owner wished and is no longer ours to watch
 FINAL = ('deleted', 'kept')
-DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 CALM = 60  # seconds that another number of servers must be up before it is told
-TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
 DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
@@ -14027,6 +14851,19 @@ SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups,
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
                  JOIN resource s ON s.id = o.resource_id'''
+
+
+#: How an invitation begins, by the code of its event.
+INVITED = {'added': 'Invitation', 'approved': 'Invitation', 'admitted': 'Invitation',
+           'ready': 'Ready'}
+
+
+def stop_link(config: Config, address: str) -> str:
+    """Where somebody says, without an account, that they want no more invitations."""
+    import hmac
+    key = read_keys(key_file(config.database, config.key))[0]
+    sign = hmac.new(key, f'stop\0{address}'.encode(), 'sha256').hexdigest()[:32]
+    return f"{config.served}/invitations/{quote(address, safe='@')}/{sign}"
 
 
 UNKNOWN = ('the VM {} on {} is unknown since the database was restored: `store orphans` lists '
@@ -14054,23 +14891,94 @@ def server_name(label: str, number: str) -> str:
     return (word or 'vm') + number
 
 
-class LostLease(Error):
-    """Another scheduler acts now; this one must not."""
+def named(found: list, most: int = 5) -> str:
+    """The names of some rows, as a sentence lists them."""
+    names = ', '.join(each.name for each in found[:most])
+    return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
-@dataclasses.dataclass(eq=False)
-class Job:
-    """What a worker is to do, and once that ended, when, and its answer or its error."""
-    key: tuple
-    verb: str
-    account: str
-    target: Any
-    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
-    fenced: bool = False        # its time is over, and it must not make anything any more
-    began: float = 0.0
-    ended: float = 0.0
-    answer: Any = None
-    error: Exception | None = None
+def is_due(what: str, now: float) -> bool:
+    """Whether anything of a kind is due."""
+    table, column, which = DUE[what]
+    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
+                    now))
+
+
+def those_due(what: str, query: str, now: float, tail: str = '') -> list:
+    """The rows of a query that are due as one kind."""
+    _, column, which = DUE[what]
+    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
+
+
+def has_arrived(under_way: str, state: str) -> bool:
+    """Whether a cloud's state is what was asked for."""
+    return state in ARRIVED.get(under_way, ())
+
+
+def next_call(server) -> str:
+    """What a server needs next."""
+    if server.state == 'planned':
+        return 'boot' if server.goal == 'up' else 'drop'
+    if server.state == UNDER_WAY['snapshot']:
+        return 'verify'
+    if server.state in UNDER_WAY.values() or not server.uid:
+        return 'look'
+    if server.goal == 'up' and server.state in DOWN and (server.borrowed or not server.ready):
+        return 'start'
+    if server.goal == 'up' and server.borrowed:
+        return 'look'
+    if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
+        return 'delete'
+    if server.state in ENDS_FROM.get(server.goal, ()):
+        return server.goal
+    arrived = has_arrived(UNDER_WAY.get(server.goal, ''), server.state)
+    asleep = server.state in WAKES and not arrived
+    return 'start' if server.goal in ENDS_FROM and asleep else 'look'
+
+
+def known_on(account: str) -> list[str]:
+    """The servers that must be there on an account."""
+    return [each.uid for each in rows(
+        "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
+        "AND (goal = 'up' OR borrowed) UNION ALL "
+        "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed",
+        account, account)]
+
+
+def wished_pause(error: Exception) -> float:
+    """The seconds that a cloud asks us to wait; 0 if it doesn't."""
+    text = getattr(error, 'details', {}).get('retry_after') or '0'
+    return min(float(text), 3600) if re.fullmatch(r'[0-9]{1,9}', str(text)) else 0
+
+
+def fault_of(error: Exception) -> str:
+    return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
+
+
+def note_of(config: Config, now: float, code: str, sentence: str, about,
+         notify: Iterable[str] | None = None) -> None:
+    """An event of one server, which is only logged: `tell_up` tells of all of them together."""
+    occurrence = getattr(about, 'occurrence_id', about.id)
+    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
+            occurrence)
+
+
+def tell_of(config: Config, now: float, code: str, sentence: str, about) -> None:
+    """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+    note_of(config, now, code, sentence, about, json.loads(about.notify))
+
+
+def look_again(occurrence: int, now: float) -> None:
+    """Lets this pass plan an occurrence whose servers are no longer as they were."""
+    run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
+
+
+# Clock ########################################################################
+#
+# Two clocks must agree before anything ends: the wall clock and the uptime. One that jumps ahead is
+# doubted, and until something confirms it a pass goes by the instant to which the uptime leads.
+
+DRIFT = 1e-4  # seconds by which two clocks may part in one, without either being wrong
 
 
 class Trust(NamedTuple):
@@ -14082,30 +14990,6 @@ class Trust(NamedTuple):
     uptime: float
     doubted: float | None = None  # another offset
     since: float = 0.0            # the uptime at which that was first seen, or contradicted last
-
-
-class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
-    left alone.
-    """
-    failures: int = 0
-    last: float = 0
-    until: float = 0
-    fault: str = ''
-
-
-def grouped(found: Iterable, name: str) -> list[list]:
-    """Rows with the same value of a column together."""
-    groups: dict = defaultdict(list)
-    for each in found:
-        groups[getattr(each, name)].append(each)
-    return [*groups.values()]
-
-
-def named(found: list, most: int = 5) -> str:
-    """The names of some rows, as a sentence lists them."""
-    names = ', '.join(each.name for each in found[:most])
-    return f'{names} and {len(found) - most} more' if len(found) > most else names
 
 
 def seconds_up() -> float:
@@ -14122,308 +15006,20 @@ def boot_id() -> str:
         return secrets.token_hex(8)
 
 
-class LifeCycle:
-    """Boots what has begun, ends what is over, and looks whether it is so.
+class Clocks:
+    """What time it is, by a wall clock that may be wrong and an uptime that is not.
 
     Args:
       clock: seconds since 1970, by a clock that people and programs may set
       uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
     """
 
-    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+    def __init__(self, config: Config, clock: Callable[[], float],
                  uptime: Callable[[], float] | None = None):
-        self.config, self.clouds, self.clock = config, clouds, clock
+        self.config, self.clock = config, clock
         self.uptime = uptime or (seconds_up if clock is time.time else lambda: self.clock())
         self.boot, self.trust, self.asked = boot_id(), None, float('-inf')
-        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
-        self.leased_until = self.latest = 0.0
-        self.wake = threading.Event()
-        self.passed = time.monotonic()  # when a pass has worked last
-        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
-        self.hanging: set[Job] = set()      # calls that workers have although their time is over
-        # whether a call may go on is decided by one thread at a time
-        self.fence = threading.Lock()
-        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
-        self.pools: dict[str, ThreadPoolExecutor] = {}
-        self.breakers: dict[str, Breaker] = defaultdict(Breaker)
-        # Since when servers were seen to boot, by account.
-        self.building: dict[str, dict] = defaultdict(dict)
-        self.service = Reservations(config, clouds, Actor('cmres', 'default', ADMIN), self.now)
-        self.service.fence = self.refuse_without_lease
-        self.stale = False  # whether series are still to be carried on
-        self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.line_moves = False  # whether those that wait are to be looked at once more
-        self.soonest = 0.0  # when something is due next
-        self.seen: tuple | None = None  # the state of the store in which that was so
-        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
-        self.zones, self.fresh_until = '', 0.0
-        self.reported: set[str] = set()  # orphans that wait for an admin
-        self.tidied = 0.0  # when old things were last looked for
-
-    # Repeating
-
-    def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded
-        by a later one.
-        """
-        if not self.lead(now):
-            self.forget()
-            return False
-        now = self.believed()  # we may have been frozen since
-        if now < self.latest - 2:
-            log.warning('the clock was set back by %.0f seconds', self.latest - now)
-            self.pull_forward(now)
-            self.sweep()
-        self.latest = now
-        self.record(now)
-        self.give_up()
-        self.refresh(now)
-        self.dropping = self.line_moves = False
-        if self.has_work(now):
-            self.admit_waiting(now)
-            self.drop_staged(now)
-            self.plan(now)
-            self.call(now)
-            self.soonest, self.seen = self.next_due(now), None
-        self.tidy(now)
-        return True
-
-    def settle(self) -> bool:
-        """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
-        acting = self.converge(self.clock())
-        while acting and (self.goes_on or self.under_way()):
-            self.wake.wait(0 if self.goes_on else 1)
-            self.wake.clear()
-            acting = self.converge(self.clock())
-        return acting
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the next pass has something to do at once."""
-        return self.stale or self.dropping or self.line_moves
-
-    def under_way(self) -> bool:
-        """Whether a call may still end in time: a worker has it, or will be free for it."""
-        hanging = Counter(call.account for call in self.hanging)
-        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
-
-    def has_work(self, now: float) -> bool:
-        """Whether anything is due; asked anew only where somebody has written since."""
-        state = state_of_store()
-        if state != self.seen:
-            self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
-
-    def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is
-        planned.
-        """
-        due = row(SOONEST, after).due
-        return float('inf') if due is None else due
-
-    def is_due(self, what: str, now: float) -> bool:
-        """Whether anything of a kind is due."""
-        table, column, which = DUE[what]
-        return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
-                        now))
-
-    def those_due(self, what: str, query: str, now: float, tail: str = '') -> list:
-        """The rows of a query that are due as one kind."""
-        _, column, which = DUE[what]
-        return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
-
-    def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until
-        `stop` is set.
-        """
-        import schedule
-        beat = schedule.Scheduler()
-        # other processes may change the store; clocks may be set
-        beat.every(1).seconds.do(lambda: None)
-        beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
-        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
-        while not stop.is_set():
-            wait = self.guarded_pass()
-            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
-        self.guarded(self.finish)
-
-    def rest(self, wait: float, beat) -> float:
-        """Waits until the next pass is due; 0, so that nothing else is waited for."""
-        # `schedule` goes by a clock that may be set
-        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))
-        self.wake.clear()
-        beat.run_pending()
-        return 0
-
-    def guarded_pass(self) -> float:
-        """One pass that survives whatever happens; the seconds until the next one is due."""
-        return self.guarded(self.one_pass)
-
-    def one_pass(self) -> float:
-        acts = self.converge(self.clock())
-        self.passed = time.monotonic()
-        if not acts:
-            return 1
-        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.goes_on else self.soonest - self.now()
-
-    def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
-        wait.
-        """
-        try:
-            return deed()
-        except LostLease as error:
-            log.warning('%s', error)
-        except (Unavailable, *STORE_ERRORS) as error:
-            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
-                log.exception('this run failed because of a mistake in cmres; the next one starts '
-                              'in a second')
-            else:
-                log.warning('waiting: %s', refusal)
-        except Exception:  # whatever it is, the next pass may do better; people wait for machines
-            log.exception('this run failed; the next one starts in a second')
-        return 1
-
-    def age(self) -> float:
-        """The seconds since a pass has worked, be it that another scheduler acts."""
-        return time.monotonic() - self.passed
-
-    def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at
-        once.
-        """
-        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
-        with self.fence:  # no worker begins anything after another process has begun to act
-            self.leased_until = 0.0
-        self.guarded(self.hand_over)
-        for pool in self.pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def wait_for_calls(self, until: float) -> None:
-        while self.flying and time.monotonic() < until and self.lead(self.clock()):
-            self.wake.wait(0.1)
-            self.wake.clear()
-            self.record(self.now())
-
-    def hand_over(self) -> None:
-        """Gives the lease back, and what no worker has begun to who acts next."""
-        with transaction(first=True):
-            if run('UPDATE lease SET until = ? WHERE holder = ?', self.now(), self.name).rowcount:
-                for call in self.flying.values():
-                    if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None,
-                               due=self.now())
-
-    # Who acts
-
-    def lead(self, now: float) -> bool:
-        """Whether this process may act: it has the lease, renews it, or takes one that ran out."""
-        left, whole = self.leased_until - now, self.config.leader_timeout
-        if whole / 2 < left <= whole:
-            return True
-        if self.held_by_another(now):
-            self.leased_until = 0.0
-            return False
-        with transaction(first=True):
-            now = self.clock()  # we may have been frozen since; nobody else writes from here on
-            if self.held_by_another(now):
-                return False
-            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
-                'UPDATE '
-                'SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.leader_timeout)
-            if taken_over or not self.trust:
-                self.recall()
-            self.judge()
-            if taken_over:  # whoever made the calls that are under way may never tell of them
-                self.bound_calls(self.now())
-                self.pull_forward(self.now())
-        self.leased_until = now + self.config.leader_timeout
-        if taken_over:
-            self.sweep()
-        return True
-
-    def held_by_another(self, now: float) -> bool:
-        found = row('SELECT holder, until FROM lease')
-        # One that ends further ahead than any lease was made before the clock was set back.
-        return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.leader_timeout)
-
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """A transaction of the process that has the lease; LostLease for any other."""
-        with transaction(first=True):
-            self.refuse_without_lease()
-            yield
-
-    def refuse_without_lease(self) -> None:
-        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-            self.leased_until = 0.0
-            raise LostLease('another scheduler is the leader now; this one waits')
-
-    def forget(self) -> None:
-        """What ended is for the process to find out that acts now."""
-        while not self.results.empty():
-            self.ended.append(self.results.get())
-        self.forget_calls()
-
-    def forget_calls(self) -> None:
-        for result in self.ended:
-            self.hanging.discard(result)
-            if self.flying.get(result.key) is result:
-                del self.flying[result.key]
-        self.ended.clear()
-
-    def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may
-        appear.
-        """
-        latest = now + self.config.call_timeout
-        with self.acting():
-            run('UPDATE server SET called = ? '
-                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            # A second snapshot would make a second image.
-            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
-                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
-            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
-
-    def pull_forward(self, now: float) -> None:
-        """Lets nothing wait for an instant that an older clock or another process has reckoned."""
-        latest, pause = max(self.latest, now), now + self.config.retry_max
-        longest = now + self.config.call_timeout
-        with self.acting():
-            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
-                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
-                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
-                pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
-                'id FROM occurrence '
-                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
-                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
-            run('UPDATE wait SET due = 0 WHERE due > 0')
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
-                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
-                             'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0, up_told=None)
-                self.journal(now, 'clock', 'a wrong clock ended it too early; it continues', each)
-        self.breakers.clear()
-        self.latest = now
-
-    def sweep(self) -> None:
-        """Looks at every account, also for servers of ours that nothing in the store tells of."""
-        if self.clock() < self.leased_until:
-            for account in self.clouds.accounts():
-                self.submit(('look', account), 'look', account, self.known(account))
-
-    def check_file(self) -> None:
-        """Looks for damage in the database file, aside; /readyz tells what was found."""
-        self.submit(('integrity',), 'integrity', ' store', store_file.path)
-
-    # What time it is
+        self.latest = 0.0  # by which instant a pass has acted last
 
     def now(self) -> float:
         """Seconds since 1970 by the wall clock; while that is doubted, by the uptime."""
@@ -14474,569 +15070,148 @@ class LifeCycle:
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
-    def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is
-        doubted.
-        """
-        trust, now = self.judged()
-        if trust.doubted != (self.trust and self.trust.doubted):
-            with self.acting():
-                self.judge()
+    def confirm(self, result: Job, now: float) -> None:
+        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
+        trust, said = self.trust, result.answer
+        slack = self.config.leader_timeout + result.ended - result.began
+        if said is None or trust.doubted is None or said < trust.offset - slack:
+            return
+        up = self.uptime()
+        if abs(said - trust.doubted) <= slack:
+            self.judge(Trust(self.boot, trust.doubted, up))
         else:
-            self.trust = trust
-        if trust.doubted is None:
-            return now
-        if self.uptime() >= self.asked + self.config.lost_answer_wait / 3:
-            self.asked = self.uptime()
-            for account in self.clouds.accounts():
-                self.submit(('time', account), 'time', account, None)
-        return now
+            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
 
-    # What is wanted
 
-    def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so
-        that none is long.
-        """
-        if now < self.fresh_until:
-            return
-        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
-        done = fact('refreshed') == stamp
-        if stamp != self.zones:
-            ZoneInfo.clear_cache()  # the files may be others than when this process began
-            self.zones = stamp
-        stale = [] if done else rows(
-            "SELECT id FROM reservation WHERE series <> '' AND over > ? "
-            'AND carried IS NOT ? LIMIT 20',
-            int(now), stamp)
-        for each in stale:
-            self.carry_on(each.id, stamp, now)
-        self.stale = bool(stale)
-        if not stale:
-            self.fresh_until = (now // 86400 + 1) * 86400
-        if not stale and not done:
-            with self.acting():
-                note_fact('refreshed', stamp)
+# Leadership ###################################################################
+#
+# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
+# is looked at in every transaction and before every call, and who lost it does nothing more.
 
-    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
-        """Carries one series on; one that can't be is told of, and is tried again the next day."""
-        try:
-            with self.acting():
-                self.service.series.refresh(reservation, now)
-                change(Reservation, reservation, carried=stamp)
-        # that is wrong with the store, or with all
-        except (peewee.OperationalError, Unavailable, LostLease):
-            raise
-        except Exception as error:
-            log.warning('the series of reservation %s could not be continued: %s', reservation,
-                        error,
-                        exc_info=not isinstance(error, Error))
-            with self.acting():
-                change(Reservation, reservation, carried=stamp)
-                journal(self.config, now, 'cmres', 'trouble',
-                        'the series could not be '
-                        f'continued: {self.fault(error)}'[:1000], reservation)
 
-    def tidy(self, now: float) -> None:
-        """While no call is under way, forgets a little of what is long over."""
-        if self.flying:
-            return
-        if not self.tidied <= now < self.tidied + 600:
-            with self.acting():
-                forgotten = self.service.forget(now)
-            self.tidied = 0.0 if forgotten else now
+class LostLease(Error):
+    """Another scheduler acts now; this one must not."""
 
-    def admit_waiting(self, now: float) -> None:
-        self.line_moves = False
-        if any(self.is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            with self.acting():
-                self.line_moves = self.service.waiting.admit_waiting(now)
 
-    def drop_staged(self, now: float) -> None:
-        """Erases some of what a process had begun to write, and has not gone on with."""
-        left = self.those_due('staged', 'SELECT f.name FROM fact f', now)
-        self.dropping = bool(left)
-        for each in left:
-            with self.acting():
-                Staged(self.service, each.name).drop_some(now)
+class Leadership:
+    """Whether this process may act."""
 
-    def plan(self, now: float) -> None:
-        """Writes down the servers that occurrences want now, and gives up those they don't."""
-        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
-               's.cloud, '
-               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
-               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
-               'JOIN resource s ON s.id = o.resource_id')
-        if self.is_due('occurrence', now):
-            with self.acting():
-                is_aside, _ = not_real_yet()
-                for occurrence in self.those_due('occurrence', due, now):
-                    if not is_aside(occurrence.reservation_id):
-                        self.plan_one(occurrence, now)
+    def __init__(self, config: Config, clocks: Clocks):
+        self.config, self.clocks = config, clocks
+        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.leased_until = 0.0
 
-    def plan_one(self, occurrence, now: float) -> None:
-        over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
-        # Machines that are there stay, also where the clock was set back to before their start.
-        runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
-            servers or now >= occurrence.held_from)
-        wanted = occurrence.vms if runs else 0
-        missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
-        if missing and self.still_stopping(occurrence):  # a series starts those again
-            change(Occurrence, occurrence.id, due=now + self.config.poll_changing)
-            return
-        stopped = self.stopped_before(occurrence) if missing else []
-        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
-            self.plan_server(occurrence, n, now, before)
-        if stopped:
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
-        for server in servers:
-            if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
-                change(Server, server.id, goal='up', state='kept', due=None)
-            elif server.n > wanted:
-                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
-        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
-        if over and now >= occurrence.end + self.config.end_grace:
-            self.force(occurrence, now)
-        if over and not occurrence.told & FOREIGN:
-            occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
-            self.end_foreign(occurrence, now)
-        if over and not occurrence.told & LEFT:
-            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
-        if not over and self.release_unused(occurrence, now):
-            return
-        if wanted:
-            occurrence = self.tell_up(occurrence, now)
-        told = self.announce(occurrence, over, now)
-        due = self.next_look(occurrence, over, now)
-        # `next_look` may have told that it failed.
-        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
-            'id = ?',
-            FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+    def has_time(self, now: float) -> bool:
+        """Whether the lease is this process' at an instant, as it knows by itself."""
+        return self.leased_until - self.config.leader_timeout <= now < self.leased_until
 
-    def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
-        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
-        `before`.
-        """
-        borrowed = bool(occurrence.server)
-        number = f'-{occurrence.id}-{n}'
-        # One that was there has a name of its own, which the first look tells.
-        values = dict(name=occurrence.server or server_name(occurrence.label, number),
-                      uid=occurrence.server or None, tries=0,
-                      state='unknown' if borrowed else 'planned', begun=None,
-                      account=self.clouds.account(occurrence.cloud, occurrence.project))
-        if before:
-            # from now on it is the new row's
-            change(Server, before.id, state='deleted', deleted=now)
-            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
-                          account=before.account)
-        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
-               borrowed=borrowed,
-               failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
-               # What was asked for after the start can't be ready at the start.
-               planned=max(occurrence.start, occurrence.changed), **values)
-
-    def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
-        shelved.
-        """
-        return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
-                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
-                        "AND NOT v.borrowed "
-                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
-                        occurrence.reservation_id, occurrence.id))
-
-    def stopped_before(self, occurrence) -> list:
-        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
-        account.
-        """
-        account = self.clouds.account(occurrence.cloud, occurrence.project)
-        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
-                    "v.occurrence_id = o.id "
-                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
-                    "v.borrowed "
-                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
-                    occurrence.reservation_id, occurrence.resource_id, account)
-
-    def goal_after(self, occurrence, server, over: bool) -> str:
-        """What becomes of a server that is up no longer; one that never was up is not worth
-        keeping.
-        """
-        if server.borrowed:
-            return occurrence.at_end
-        asked = (over and occurrence.cancelled is None and server.ready
-                 and server.state not in ('error', 'deleting'))
-        return occurrence.at_end if asked else 'delete'
-
-    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
-        """Tells of servers that were up once and are in error at the end: nothing can be done."""
-        lost = [each for each in servers
-                if each.state == 'error' and each.ready and not each.borrowed]
-        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
-            self.journal(now, 'forced', 'these VMs are in error, so cmres could not do the agreed '
-                                        f'{occurrence.at_end} '
-                                        f'and deletes them: {named(lost)}', occurrence)
-
-    def handed_on(self, occurrence, now: float) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must not be
-        stopped between.
-        """
-        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
-                        'o.reservation_id '
-                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
-                        "NULL AND o.due IS NOT NULL "
-                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
-                        now, now))
-
-    def force(self, occurrence, now: float) -> None:
-        """Deletes after the grace time what could not be stopped, shelved or saved: others were
-        promised its place.
-        """
-        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
-                    "NOT borrowed "
-                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
-        for server in late:  # an image that is not complete by now never will be
-            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
-        if late:
-            self.journal(now, 'forced', f'cmres could not {occurrence.at_end} these VMs within '
-                                        f'{format_duration(self.config.end_grace)} after the end '
-                                        f'and deletes them: {named(late)}', occurrence)
-
-    def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, one without machines on which nobody has booted any; whether
-        it did.
-        """
-        boots = occurrence.image or occurrence.server or occurrence.idle
-        if not occurrence.no_show or not occurrence.mode or boots or row(
-                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
-            return False
-        begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
-        if now >= begun + occurrence.no_show:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now,
-                                'nobody started a VM in it within '
-                                f'{format_duration(occurrence.no_show)}')
-            return True
-        if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = self.config.told_time(begun + occurrence.no_show)
-            self.journal(now, 'unused', 'nobody has started a VM in it; cmres cancels it at '
-                                        f'{until} if it stays unused', occurrence)
-            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
-                   due=begun + occurrence.no_show)
-            return True
-        return False
-
-    def end_foreign(self, occurrence, now: float) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
-        """
-        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
-                       'AND c.server NOT IN '
-                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
-                       occurrence.id, occurrence.id)
-        if foreign:
-            deed = 'are deleted' if self.config.delete_user_started else 'continue to run'
-            self.journal(now, 'foreign',
-                         f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
-                         f"{', '.join((each.server for each in foreign))}", occurrence)
-        for each in foreign if self.config.delete_user_started else ():
-            self.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
-
-    def tell_up(self, occurrence, now: float):
-        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
-
-        That all are up is told at once the first time, and from the start on that some are not, if
-        it is known why. Any other change is told when it has lasted for CALM.
-        """
-        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
-        lacking = [each for each in servers if each.state != 'active']
-        up = len(servers) - len(lacking)
-        full = up >= occurrence.vms
-        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
-            return occurrence._replace(up_check=None)
-        reason = any(each.fault or self.by_hand(each) for each in lacking)
-        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
-        check = now if first else occurrence.up_check or now + CALM
-        if check > now:
-            return occurrence._replace(up_check=check)
-        if full:
-            self.tell_ready(occurrence, servers, now)
-        else:
-            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
-            self.journal(now, code, f'{up} of {occurrence.vms} VMs are running; '
-                                    f'{self.why_not_up(lacking)}', occurrence)
-        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
-        return occurrence._replace(up_told=up, up_check=None, told=told)
-
-    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
-        """Whether what was told last is that so many servers are up."""
-        if occurrence.up_told is None:
-            return False
-        short = bool(occurrence.told & SHORT)
-        return not short and occurrence.up_told >= occurrence.vms if full else (
-            short and occurrence.up_told == up)
-
-    def tell_ready(self, occurrence, servers: list, now: float) -> None:
-        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
-        when = ' again' if occurrence.told & READY else f', {late} after the start'
-        there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
-        self.journal(now, 'ready', f"all {counted(len(servers), 'VM')} "
-                                   f'are running{when}: {there}', occurrence)
-
-    def by_hand(self, server) -> bool:
-        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
-        return server.state in WAKES and bool(server.ready) and not server.borrowed
-
-    def why_not_up(self, servers: list) -> str:
-        """The reasons for which servers are not up, each with those that it concerns."""
-        reasons: dict = defaultdict(list)
-        for each in servers:
-            stopped = self.by_hand(each) and (
-                f'{each.state}; somebody stopped them, so cmres does not start them: openstack '
-                f'server {WAKES[each.state]} NAME')
-            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
-            reasons[stopped or fault].append(each)
-        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
-
-    def tell_left(self, occurrence, now: float) -> int:
-        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
-        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
-                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
-                    occurrence.id)
-        if any(each.state not in FINAL and each.goal != 'delete' for each in left):
-            return 0
-        saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
-        if saved:
-            self.journal(now, 'snapshot', f'saved: {saved}', occurrence)
-        for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
-            how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
-            self.journal(now, 'stopped', f'{how} and not deleted: {named(stay)}', occurrence)
-        return LEFT
-
-    def announce(self, occurrence, over: bool, now: float) -> int:
-        """Tells of a start or an end that comes soon, once; what was told so far."""
-        soon, ending = self.notice_times(occurrence)
-        if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
-            self.journal(now, 'soon', f'starts in {format_duration(occurrence.start - now)}',
-                         occurrence)
-            return occurrence.told | SOON
-        if not over and not occurrence.told & ENDING and ending <= now:
-            self.journal(now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
-                         occurrence)
-            return occurrence.told | ENDING
-        return occurrence.told
-
-    def notice_times(self, occurrence) -> tuple[float, float]:
-        """When a start and an end are announced; the end of a short window, in its middle."""
-        length = occurrence.end - occurrence.start
-        before = self.config.remind_before
-        return occurrence.start - before, occurrence.end - min(before, length / 2)
-
-    def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and nothing is left to
-        do.
-        """
-        if not over:
-            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end,
-                     *(max(occurrence.start, occurrence.changed) + each
-                       for each in (occurrence.no_show // 2, occurrence.no_show)),
-                     occurrence.up_check or 0)
-            return min(each for each in comes if each > now)
-        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
-               "LIMIT 1",
-               occurrence.id):
-            return now + self.config.poll_changing
-        if occurrence.cancelled is None:
-            self.tell_end(occurrence, now)
-        if occurrence.at_end == 'stop':
-            change(Occurrence, occurrence.id, due=None)
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
-        return None
-
-    def tell_end(self, occurrence, now: float) -> None:
-        if occurrence.idle:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now, 'no capacity became free before its end')
-            return
-        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
-                    'occurrence_id = ?',
-                    occurrence.id)
-        if (occurrence.image or occurrence.server) and not found.ever:
-            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
-            fault = (found.fault or '').rstrip('.') or 'the scheduler of cmres did not run'
-            self.journal(now, 'failed', f'no VM became ready: {fault}', occurrence)
-        else:
-            self.journal(now, 'ended', 'reached its end', occurrence)
-
-    def journal(self, now: float, code: str, sentence: str, about) -> None:
-        """An event of the life cycle, about a row that tells its reservation and whom to notify."""
-        self.note(now, code, sentence, about, json.loads(about.notify))
-
-    def note(self, now: float, code: str, sentence: str, about,
-             notify: Iterable[str] | None = None) -> None:
-        """An event of one server, which is only logged: `tell_up` tells of all of them together."""
-        occurrence = getattr(about, 'occurrence_id', about.id)
-        journal(self.config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
-                occurrence)
-
-    def look_again(self, occurrence: int, now: float) -> None:
-        """Lets this pass plan an occurrence whose servers are no longer as they were."""
-        run('UPDATE occurrence SET due = ? WHERE id = ? AND due > ?', now, occurrence, now)
-
-    # What to do
-
-    def call(self, now: float) -> None:
-        """Hands the calls that are due to workers, each after its intent is written."""
-        servers = self.those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-        due = [server for server in servers if not self.busy(('server', server.id))]
-        notices = self.next_notices(now)
-        polls = self.those_due(
-            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
-        claims: dict = defaultdict(list)
-        for each in self.those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                                   'ON s.id = c.resource_id', now, 'LIMIT 100'):
-            claims[each.cloud].append(each.server)
-        looks, calls, waits = set(), [], {}
-        if due:
-            with self.acting():
-                for server in due:
-                    # the call was given up, or never reached a worker
-                    if server.intended is not None:
-                        late = (f'the cloud {server.account} did not answer within '
-                                f'{self.config.call_timeout:g} seconds')
-                        change(Server, server.id, intended=None, called=now, fault=late)
-                    verb = 'look' if self.left_alone(server, now) else self.next_call(server)
-                    starts = verb in ('boot', 'start') and server.goal == 'up'
-                    if starts and self.must_wait(server, waits, now):
-                        continue
-                    looks |= {server.account} if verb == 'look' else set()
-                    calls += self.intend(verb, server, now) if verb != 'look' else []
-        for verb, server in calls:
-            self.submit(('server', server.id), verb, server.account, server)
-        for account in looks:
-            if self.breakers[account].until <= now:
-                self.submit(('look', account), 'look', account, self.known(account))
-        for notice in notices:
-            self.submit(('notice', notice.target, notice.owner), 'notice', ' notices', notice)
-        for account, uids in claims.items():
-            self.submit(('claims', account), 'trace', account, uids)
-        # one at a time of each host: one that is slow holds no more than a worker
-        for each in polls:
-            self.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
-
-    def next_notices(self, now: float) -> list:
-        """The notices that go out now: by turns of their owners, and few to one host at a time.
-
-        Each target is told in order, one notice of an owner after another. An owner has a quarter
-        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
-        """
-        under_way = [key for key in self.flying if key[0] == 'notice' and self.busy(key)]
-        if len(under_way) >= self.config.workers:
-            return []
-        owners = Counter(key[2] for key in under_way)
-        hosts = Counter(host_of(key[1]) for key in under_way)
-        if now < self.calm_until:  # nothing has changed for those that had to wait
-            return []
-        _, is_aside = not_real_yet()
-        heads = [each for each in self.those_due('notice', NOTICES, now, 'ORDER BY n.id')
-                 if not is_aside(each.event)]
-        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
-        chosen: list = []
-        while queues and len(under_way) + len(chosen) < self.config.workers:
-            owner = min(queues, key=owners.__getitem__)
-            full = owners[owner] >= max(self.config.workers // 4, 1)
-            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
-            notice = next(may_go, None)
-            if notice is None:
-                del queues[owner]
-                continue
-            chosen.append(notice)
-            owners[owner] += 1
-            hosts[host_of(notice.target)] += 1
-        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
-        return chosen
-
-    def has_room(self, notice, hosts: Counter) -> bool:
-        """Whether a notice can go out while so many are on their way; the operator's can."""
-        if self.busy(('notice', notice.target, notice.owner)):
-            return False
-        host = host_of(notice.target)
-        most = PER_HOST if host else max(self.config.workers // 2, 1)
-        return not notice.owner or hosts[host] < most
-
-    def left_alone(self, server, now: float) -> bool:
-        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
-        it is over.
-        """
-        breaker = self.breakers[server.account]
-        if breaker.failures < TRIPS and breaker.until <= now:
-            return False
-        change(Server, server.id, due=max(breaker.until, now + self.config.poll_changing),
-               fault=breaker.fault[:500])
-        if server.fault != breaker.fault[:500]:
-            self.look_again(server.occurrence_id, now)
-        return True
-
-    def must_wait(self, server, waits: dict, now: float) -> bool:
-        """Whether a server can't start since its resource is closed or has less than is booked.
+    def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
+        """Whether this process may act: it has the lease, renews it, or takes one that ran out.
 
         Args:
-          waits: by resource, what is known of that in this pass
+          inherit: what is to be written by who takes over
+
+        Returns:
+          whether it may act, and whether it has just taken over.
         """
-        if server.resource_id not in waits:
-            place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
-            waits[place.id] = self.service.waits_for(place, now)
-        why, until, which = waits[server.resource_id]
-        if which is not None and server.occurrence_id not in which:
-            return False
-        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
-        if server.fault != why[:500]:
-            self.look_again(server.occurrence_id, now)
-        return True
+        if self.has_time(now) and now < self.leased_until - self.config.leader_timeout / 2:
+            return True, False
+        if self.held_by_another(now):
+            self.leased_until = 0.0
+            return False, False
+        with transaction(first=True):
+            now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
+            if self.held_by_another(now):
+                return False, False
+            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
+            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
+                'UPDATE SET holder = excluded.holder, until = excluded.until',
+                'scheduler', self.name, now + self.config.leader_timeout)
+            if taken_over or not self.clocks.trust:
+                self.clocks.recall()
+            self.clocks.judge()
+            if taken_over:
+                inherit()
+        self.leased_until = now + self.config.leader_timeout
+        return True, taken_over
 
-    def next_call(self, server) -> str:
-        """What a server needs next."""
-        if server.state == 'planned':
-            return 'boot' if server.goal == 'up' else 'drop'
-        if server.state == UNDER_WAY['snapshot']:
-            return 'verify'
-        if server.state in UNDER_WAY.values() or not server.uid:
-            return 'look'
-        if server.goal == 'up' and server.state in DOWN and (server.borrowed or not server.ready):
-            return 'start'
-        if server.goal == 'up' and server.borrowed:
-            return 'look'
-        if server.goal == 'delete' or server.goal == 'up' and server.state == 'error':
-            return 'delete'
-        if server.state in ENDS_FROM.get(server.goal, ()):
-            return server.goal
-        arrived = self.arrived(UNDER_WAY.get(server.goal, ''), server.state)
-        asleep = server.state in WAKES and not arrived
-        return 'start' if server.goal in ENDS_FROM and asleep else 'look'
+    def held_by_another(self, now: float) -> bool:
+        found = row('SELECT holder, until FROM lease')
+        # One that ends further ahead than any lease was made before the clock was set back.
+        return (bool(found) and found.holder != self.name
+                and now < found.until <= now + 2 * self.config.leader_timeout)
 
-    def intend(self, verb: str, server, now: float) -> list:
-        """Writes what will be done; the calls that it takes."""
-        if verb == 'drop':
-            change(Server, server.id, state='deleted', deleted=now, due=None)
-            return []
-        change(Server, server.id, intended=now, due=now + self.config.call_timeout)
-        if verb == 'boot':
-            server = server._replace(tries=server.tries + 1)
-            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
-        return [(verb, server)]
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """A transaction of the process that has the lease; LostLease for any other."""
+        with transaction(first=True):
+            self.refuse()
+            yield
 
-    def known(self, account: str) -> list[str]:
-        """The servers that must be there on an account."""
-        return [each.uid for each in rows(
-            "SELECT uid FROM server WHERE account = ? AND due IS NOT NULL AND uid IS NOT NULL "
-            "AND (goal = 'up' OR borrowed) UNION ALL "
-            "SELECT uid FROM server WHERE account = ? AND state = 'kept' AND NOT borrowed",
-            account, account)]
+    def refuse(self) -> None:
+        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
+            self.leased_until = 0.0
+            raise LostLease('another scheduler is the leader now; this one waits')
+
+    def bound_calls(self, now: float) -> None:
+        """Notes when the calls of who acted before will have ended; until then a server may
+        appear.
+        """
+        latest = now + self.config.call_timeout
+        with self.acting():
+            run('UPDATE server SET called = ? '
+                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
+            # A second snapshot would make a second image.
+            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
+                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
+            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
+
+
+# Workers ######################################################################
+#
+# Workers only call clouds and hosts. When can a call not come any more? It has `call_timeout` from
+# the instant that a worker begins it, and from the request that makes the server once more; where
+# that is over it is fenced, so that what it has not asked for by then it never will. Calls of
+# another process began before it lost the lease. From the latest end that is possible, `settle`
+# goes by before a look is believed.
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """What a worker is to do, and once that ended, when, and its answer or its error."""
+    key: tuple
+    verb: str
+    account: str
+    target: Any
+    taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
+    fenced: bool = False        # its time is over, and it must not make anything any more
+    began: float = 0.0
+    ended: float = 0.0
+    answer: Any = None
+    error: Exception | None = None
+
+
+class Workers:
+    """The calls that are under way, in threads of their own."""
+
+    def __init__(self, config: Config, clouds: Clouds, service: Reservations, clocks: Clocks,
+                 leader: Leadership):
+        self.config, self.clouds, self.service = config, clouds, service
+        self.clocks, self.leader = clocks, leader
+        self.wake = threading.Event()       # set when a call has ended
+        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
+        self.hanging: set[Job] = set()      # calls that workers have although their time is over
+        # whether a call may go on is decided by one thread at a time
+        self.fence = threading.Lock()
+        self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.ended: list[Job] = []          # calls that ended, which is not on disk yet
+        self.pools: dict[str, ThreadPoolExecutor] = {}
+        self.deeds = {
+            'boot': self.do_boot, 'delete': self.do_delete, 'start': self.do_start,
+            'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
+            'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
+            'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
+            'time': self.do_time, 'poll': self.do_poll}
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
@@ -15061,7 +15236,7 @@ class LifeCycle:
         with self.fence:
             for key, call in [*self.flying.items()]:
                 call.fenced = (call.taken is not None
-                               and self.uptime() >= call.taken + self.config.call_timeout)
+                               and self.clocks.uptime() >= call.taken + self.config.call_timeout)
                 if call.fenced:
                     self.hanging.add(self.flying.pop(key))
 
@@ -15073,8 +15248,8 @@ class LifeCycle:
           CloudError: its time is over already; what it was going to ask for has not been asked.
         """
         with self.fence:
-            up, now = self.uptime(), self.clock()
-            if not self.leased_until - self.config.leader_timeout <= now < self.leased_until:
+            up, now = self.clocks.uptime(), self.clocks.clock()
+            if not self.leader.has_time(now):
                 raise LostLease('the time for this call ran out before it began')
             if (call.fenced or call.taken is not None
                 and up >= call.taken + self.config.call_timeout):
@@ -15087,13 +15262,13 @@ class LifeCycle:
         """A worker's whole job: one call, if it is not too late for it; the next pass records
         it.
         """
-        call.began = self.now()
+        call.began = self.clocks.now()
         try:
             self.go_on(call)
-            call.answer = getattr(self, f'do_{call.verb}')(call)
+            call.answer = self.deeds[call.verb](call)
         except Exception as caught:  # the pass that records it decides what it means
             call.error = caught
-        call.ended = self.now()
+        call.ended = self.clocks.now()
         self.results.put(call)
         self.wake.set()
 
@@ -15153,7 +15328,38 @@ class LifeCycle:
             found = next(iter(self.service.look.in_order([notice.occurrence])), None)
         elif notice.reservation_id:
             found = self.service.look.next_of(notice.reservation_id)
+        if notice.invites:
+            self.invite(notice)
+            return
         deliver(self.config, notice, public(found) if found else {})
+
+    def invite(self, notice) -> None:
+        """Sends somebody a reservation as it is now, as an event for their calendar."""
+        found = self.service.look.next_of(notice.reservation_id)
+        coming = rows('SELECT id, start, "end" FROM occurrence WHERE reservation_id = ? '
+                      'AND cancelled IS NULL AND "end" > ? ORDER BY start LIMIT 366',
+                      notice.reservation_id, int(self.service.clock()))
+        unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
+        if unwanted or not found or not coming and found.cancelled is None:
+            return
+        addresses = [each for one in rows(
+            "SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
+            "AND goal = 'up' ORDER BY n", found.id) for each in json.loads(one.addresses)]
+        lines = [found.description, *self.config.logins(addresses)]
+        lines += [f'key pair: {found.key}'] if found.key and addresses else []
+        first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
+        state = 'CANCELLED' if not coming else (
+            'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+        shown = Shown(f'reservation-{found.reservation}@{self.clouds.store}', first.start,
+                      first.end, 0, int(notice.at), found.label, '\n'.join(filter(None, lines)),
+                      found.resource, state)
+        event = invitation_text(method, notice.event, shown, self.config.mail_from, notice.target,
+                                [(each.start, each.end) for each in coming[1:]])
+        when = self.config.told_time(first.start, found.tz)
+        word = 'Cancelled' if not coming else INVITED.get(notice.code, 'Changed')
+        send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
+                        '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
+                        method, event, stop_link(self.config, notice.target))
 
     def do_trace(self, call: Job) -> dict[str, str | None]:
         return self.clouds.open(call.account).hosts(call.target)
@@ -15161,7 +15367,7 @@ class LifeCycle:
     def do_time(self, call: Job) -> float | None:
         """By how much the clock of a cloud is ahead of the uptime."""
         said = self.clouds.open(call.account).time()
-        return None if said is None else said - self.uptime()
+        return None if said is None else said - self.clocks.uptime()
 
     def do_poll(self, call: Job) -> dict:
         with acting_for(call.target.user):
@@ -15170,109 +15376,48 @@ class LifeCycle:
     def mark(self, server) -> str:
         return f'{self.clouds.store}-{server.id}-{server.tries}'
 
-    # What became of it
+    def under_way(self) -> bool:
+        """Whether a call may still end in time: a worker has it, or will be free for it."""
+        hanging = Counter(call.account for call in self.hanging)
+        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
 
-    def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass; they wait until that
-        has worked.
-        """
+    def forget(self) -> None:
+        """What ended is for the process to find out that acts now."""
         while not self.results.empty():
-            result = self.results.get()
-            # The clock may have been set back since.
-            result.began, result.ended = min(result.began, now), min(result.ended, now)
-            self.ended.append(result)
-        if not self.ended:
-            return
-        breakers = dict(self.breakers)
-        with self.acting():
-            for result in self.ended:
-                self.note_health(result, now)
-                if result.error and not isinstance(result.error, Error):
-                    log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
-                self.record_alone(result, now)
-        for account in breakers.keys() | self.breakers.keys():
-            self.tell_health(account, breakers.get(account, Breaker()), self.breakers[account])
+            self.ended.append(self.results.get())
         self.forget_calls()
 
-    def record_alone(self, result: Job, now: float) -> None:
-        """Records one result; one that can't be recorded costs the others nothing, and a look finds
-        out later.
-        """
-        try:
-            with Attempt():
-                self.record_one(result, now)
-        except (*STORE_ERRORS, LostLease):
-            raise
-        except Exception:
-            log.exception('the result of %s for %s could not be recorded', result.verb,
-                          result.account)
+    def forget_calls(self) -> None:
+        for result in self.ended:
+            self.hanging.discard(result)
+            if self.flying.get(result.key) is result:
+                del self.flying[result.key]
+        self.ended.clear()
 
-    def record_one(self, result: Job, now: float) -> None:
-        if result.key[0] != 'server':
-            if not isinstance(result.error, LostLease):  # else it is due still
-                getattr(self, f'record_{result.verb}')(result, now)
-            return
-        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state in FINAL or server.tries != result.target.tries:
-            return
-        change(Server, server.id, intended=None)
-        if isinstance(result.error, LostLease):
-            change(Server, server.id, due=now,
-                   **({'state': 'planned'} if result.verb == 'boot' else {}))
-        elif result.verb == 'boot':
-            self.record_boot(server, result, now)
-        elif result.error:
-            # A server that can't do that is in another state than was thought: a look tells which.
-            otherwise = getattr(result.error, 'details', {}).get('status') == 409
-            self.put_off(server, self.fault(result.error), now, self.retry_after(result.error),
-                         called=result.ended, **({'state': 'unknown'} if otherwise else {}))
-        elif result.verb == 'verify':
-            self.record_verify(server, result.answer, now)
-        else:
-            saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
-                     if result.verb == 'snapshot' else {})
-            change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
-                   due=now + self.config.poll_changing, **saved)
 
-    def record_boot(self, server, result: Job, now: float) -> None:
-        begun, error = result.began, result.error
-        if not error:
-            due = now + self.config.poll_changing if server.goal == 'up' else now
-            # it was given up too early
-            state = 'build' if server.state == 'planned' else server.state
-            change(Server, server.id, state=state, uid=result.answer, begun=begun,
-                   called=result.ended, due=due)
-        elif isinstance(error, Error) and getattr(error, 'sure', True):
-            self.put_off(server, str(error), now, self.retry_after(error), state='planned',
-                         begun=begun,
-                         called=result.ended)
-        elif not server.uid:  # a look has not found it yet
-            self.tell_trouble(server, self.fault(error), now)
-            change(Server, server.id, fault=self.fault(error)[:500], begun=begun,
-                   called=result.ended,
-                   due=result.ended + self.config.lost_answer_wait)
+# Health #######################################################################
+#
+# A cloud that fails again and again is left alone for a while, longer and longer.
 
-    def record_verify(self, server, complete: bool | None, now: float) -> None:
-        if complete:
-            change(Server, server.id, goal='delete', state='active', due=now)
-            self.look_again(server.occurrence_id, now)
-        elif complete is None:
-            self.put_off(server, f'the image {server.snapshot} was not completed', now,
-                         state='active')
-        else:
-            change(Server, server.id, due=now + self.config.poll_changing)
+TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
-    def put_off(self, server, fault: str, now: float, at_least: float = 0, **values) -> None:
-        """Tries again after a pause that grows with each failure in a row."""
-        failures = server.failures + 1
-        change(Server, server.id, failures=failures, fault=fault[:500],
-               due=now + max(self.pause(failures), at_least), **values)
-        self.tell_trouble(server, fault, now)
 
-    def tell_trouble(self, server, fault: str, now: float) -> None:
-        if not server.failures or fault[:500] != server.fault:
-            self.note(now, 'trouble', f'{server.name}: {fault}', server)
-            self.look_again(server.occurrence_id, now)
+class Breaker(NamedTuple):
+    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
+    left alone.
+    """
+    failures: int = 0
+    last: float = 0
+    until: float = 0
+    fault: str = ''
+
+
+class Health:
+    """How the clouds are, by what their calls have come to."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.breakers: dict[str, Breaker] = defaultdict(Breaker)
 
     def pause(self, failures: int, longest: float = 0) -> float:
         """The seconds before something is tried again that has failed so often.
@@ -15283,15 +15428,7 @@ class LifeCycle:
         pause = self.config.retry_first * 2 ** min(failures - 1, 20)
         return min(pause, longest or self.config.retry_max) * random.uniform(0.8, 1.2)
 
-    def retry_after(self, error: Exception) -> float:
-        """The seconds that a cloud asks us to wait; 0 if it doesn't."""
-        text = getattr(error, 'details', {}).get('retry_after') or '0'
-        return min(float(text), 3600) if re.fullmatch(r'[0-9]{1,9}', str(text)) else 0
-
-    def fault(self, error: Exception) -> str:
-        return str(error) if isinstance(error, Error) else f'{type(error).__name__}: {error}'
-
-    def note_health(self, result: Job, now: float) -> None:
+    def note(self, result: Job, now: float) -> None:
         """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
         before, error = self.breakers[result.account], result.error
         if not (isinstance(error, CloudError) and error.ill):
@@ -15301,28 +15438,81 @@ class LifeCycle:
         # Calls that fail side by side are one failure: they met the same moment.
         failures = before.failures + (result.began > before.last)
         pause = self.pause(failures - TRIPS + 1) if failures >= TRIPS else 0
-        until = now + max(pause, self.retry_after(error))
+        until = now + max(pause, wished_pause(error))
         self.breakers[result.account] = Breaker(
             failures, max(before.last, result.ended), max(before.until, until), str(error))
 
-    def tell_health(self, account: str, before: Breaker, after: Breaker) -> None:
+    def tell(self, account: str, before: Breaker, after: Breaker) -> None:
         if before.failures < TRIPS <= after.failures:
             log.warning('cloud %s: several errors in a '
                         'row. cmres waits before it asks again', account)
         if after.failures < TRIPS <= before.failures:
             log.warning('cloud %s works again', account)
 
-    def record_clear(self, result: Job, now: float) -> None:
-        if result.error:
-            log.warning('could not remove the server %s, '
-                        'which no reservation needs: %s', result.target,
-                        result.error)
 
-    def record_integrity(self, result: Job, now: float) -> None:
-        if not result.error:
-            note_check(now, result.answer)
+class Post:
+    """Which notices go out, and what becomes of them."""
 
-    def record_notice(self, result: Job, now: float) -> None:
+    def __init__(self, config: Config, workers: Workers, health: Health):
+        self.config, self.workers, self.health = config, workers, health
+        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
+
+    def next_notices(self, now: float) -> list:
+        """The notices that go out now: by turns of their owners, and few to one host at a time.
+
+        Each target is told in order, one notice of an owner after another. An owner has a quarter
+        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
+        """
+        under_way = [key for key in self.workers.flying if key[0] == 'notice']
+        if len(under_way) >= self.config.workers:
+            return []
+        owners = Counter(key[2] for key in under_way)
+        hosts = Counter(host_of(key[1]) for key in under_way)
+        if now < self.calm_until:  # nothing has changed for those that had to wait
+            return []
+        _, is_aside = not_real_yet()
+        heads = [each for each in those_due('notice', NOTICES, now, 'ORDER BY n.id')
+                 if not is_aside(each.event)]
+        queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
+        chosen: list = []
+        while queues and len(under_way) + len(chosen) < self.config.workers:
+            owner = min(queues, key=owners.__getitem__)
+            full = owners[owner] >= max(self.config.workers // 4, 1)
+            may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
+            notice = next(may_go, None)
+            if notice is None:
+                del queues[owner]
+                continue
+            if notice.invites and self.is_invited_enough(notice, now):
+                continue
+            chosen.append(notice)
+            owners[owner] += 1
+            hosts[host_of(notice.target)] += 1
+        self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
+        return chosen
+
+    def is_invited_enough(self, notice, now: float) -> bool:
+        """Drops an invitation where as many were sent for a user today as may be."""
+        if notice.tries:
+            return False
+        with transaction():
+            total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
+                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
+                         'number = 1 + iif(day = excluded.day, number, 0) RETURNING number',
+                         f'{notice.owner} invites', int(now // 86400)).fetchone()
+            if enough := total > self.config.invitations_per_day:
+                change(Outbox, notice.id, due=None, fault='too many invitations today')
+        return enough
+
+    def has_room(self, notice, hosts: Counter) -> bool:
+        """Whether a notice can go out while so many are on their way; the operator's can."""
+        if self.workers.busy(('notice', notice.target, notice.owner)):
+            return False
+        host = host_of(notice.target)
+        most = PER_HOST if host else max(self.config.workers // 2, 1)
+        return not notice.owner or hosts[host] < most
+
+    def record(self, result: Job, now: float) -> None:
         notice, error = result.target, result.error
         self.calm_until = 0.0
         if not error:
@@ -15331,7 +15521,7 @@ class LifeCycle:
                 self.hurry_to(host_of(notice.target), now)
             return
         tries = notice.tries + 1
-        due = now + self.pause(tries, RARELY)
+        due = now + self.health.pause(tries, RARELY)
         if now - notice.at > GIVE_UP:
             self.give_up_telling(notice, error, now)
             # What comes after it goes to the same dead end, so it need not be tried as often anew.
@@ -15359,6 +15549,593 @@ class LifeCycle:
             if host_of(each.target) == host:
                 change(Outbox, each.id, due=now)
 
+
+# Planner ######################################################################
+#
+# What is wanted: of each occurrence that is due, the servers that it wants now, what is told of it,
+# and when it is to be looked at again. It writes, and calls no cloud.
+
+
+class Planner:
+    """Plans occurrences."""
+
+    def __init__(self, config: Config, clouds: Clouds, service: Reservations, leader: Leadership,
+                 workers: Workers):
+        self.config, self.clouds, self.service = config, clouds, service
+        self.leader, self.workers = leader, workers
+
+    def plan(self, now: float) -> None:
+        """Writes down the servers that occurrences want now, and gives up those they don't."""
+        due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
+               's.cloud, '
+               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
+               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+               'JOIN resource s ON s.id = o.resource_id')
+        if is_due('occurrence', now):
+            with self.leader.acting():
+                is_aside, _ = not_real_yet()
+                for occurrence in those_due('occurrence', due, now):
+                    if not is_aside(occurrence.reservation_id):
+                        self.plan_one(occurrence, now)
+
+    def plan_one(self, occurrence, now: float) -> None:
+        """Plans one occurrence: its servers first, then what is told of it."""
+        over = occurrence.cancelled is not None or now >= occurrence.end
+        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
+                       "WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        # Machines that are there stay, also where the clock was set back to before their start.
+        runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
+            servers or now >= occurrence.held_from)
+        wanted = occurrence.vms if runs else 0
+        missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
+        if missing and self.still_stopping(occurrence):  # a series starts those again
+            change(Occurrence, occurrence.id, due=now + self.config.poll_changing)
+            return
+        self.plan_servers(occurrence, missing, now)
+        self.let_go(occurrence, [each for each in servers if each.n > wanted], over, now)
+        if over:
+            occurrence = self.wind_up(occurrence, now)
+        elif self.release_unused(occurrence, now):
+            return
+        if wanted:
+            occurrence = self.tell_up(occurrence, now)
+        told = self.announce(occurrence, over, now)
+        due = self.next_look(occurrence, over, now)
+        # `next_look` may have told that it failed.
+        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
+            'id = ?',
+            FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+
+    def plan_servers(self, occurrence, missing: list[int], now: float) -> None:
+        """Writes down the servers of some numbers: those first that a series has stopped before."""
+        stopped = self.stopped_before(occurrence) if missing else []
+        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
+            self.plan_server(occurrence, n, now, before)
+        if stopped:
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+
+    def let_go(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Gives up servers that are wanted no longer."""
+        for server in servers:
+            if server.borrowed and self.handed_on(occurrence, now):
+                change(Server, server.id, goal='up', state='kept', due=None)
+            else:
+                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
+        self.tell_in_error(occurrence, servers, over, now)
+
+    def wind_up(self, occurrence, now: float):
+        """What is to be done and told once it is over; the occurrence with what was told."""
+        if now >= occurrence.end + self.config.end_grace:
+            self.force(occurrence, now)
+        told = occurrence.told
+        if not told & FOREIGN:
+            self.end_foreign(occurrence, now)
+        if not told & LEFT:
+            told |= self.tell_left(occurrence, now)
+        return occurrence._replace(told=told | FOREIGN)
+
+    def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
+        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
+        `before`.
+        """
+        borrowed = bool(occurrence.server)
+        number = f'-{occurrence.id}-{n}'
+        # One that was there has a name of its own, which the first look tells.
+        values = dict(name=occurrence.server or server_name(occurrence.label, number),
+                      uid=occurrence.server or None, tries=0,
+                      state='unknown' if borrowed else 'planned', begun=None,
+                      account=self.clouds.account(occurrence.cloud, occurrence.project,
+                                                  occurrence.of_user))
+        if before:
+            # from now on it is the new row's
+            change(Server, before.id, state='deleted', deleted=now)
+            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
+                          account=before.account)
+        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
+               borrowed=borrowed,
+               failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
+               # What was asked for after the start can't be ready at the start.
+               planned=max(occurrence.start, occurrence.changed), **values)
+
+    def still_stopping(self, occurrence) -> bool:
+        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
+        shelved.
+        """
+        return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
+                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
+                        "AND NOT v.borrowed "
+                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
+                        occurrence.reservation_id, occurrence.id))
+
+    def stopped_before(self, occurrence) -> list:
+        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
+        account.
+        """
+        account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
+        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
+                    "v.occurrence_id = o.id "
+                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
+                    "v.borrowed "
+                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
+                    occurrence.reservation_id, occurrence.resource_id, account)
+
+    def goal_after(self, occurrence, server, over: bool) -> str:
+        """What becomes of a server that is up no longer; one that never was up is not worth
+        keeping.
+        """
+        if server.borrowed:
+            return occurrence.at_end
+        asked = (over and occurrence.cancelled is None and server.ready
+                 and server.state not in ('error', 'deleting'))
+        return occurrence.at_end if asked else 'delete'
+
+    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Tells of servers that were up once and are in error at the end: nothing can be done."""
+        lost = [each for each in servers
+                if each.state == 'error' and each.ready and not each.borrowed]
+        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
+            tell_of(self.config, now, 'forced', 'these VMs are in error, so cmres could not do '
+                                                f'the agreed {occurrence.at_end} and deletes '
+                                                f'them: {named(lost)}', occurrence)
+
+    def handed_on(self, occurrence, now: float) -> bool:
+        """Whether the next reservation of the same machine has begun, so that it must not be
+        stopped between.
+        """
+        return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
+                        'o.reservation_id '
+                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
+                        "NULL AND o.due IS NOT NULL "
+                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
+                        now, now))
+
+    def force(self, occurrence, now: float) -> None:
+        """Deletes after the grace time what could not be stopped, shelved or saved: others were
+        promised its place.
+        """
+        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
+                    "NOT borrowed "
+                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
+        for server in late:  # an image that is not complete by now never will be
+            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
+        if late:
+            tell_of(self.config, now, 'forced', f'cmres could not {occurrence.at_end} these VMs '
+                                                f'within {format_duration(self.config.end_grace)} '
+                                                'after the '
+                                                f'end and deletes them: {named(late)}', occurrence)
+
+    def release_unused(self, occurrence, now: float) -> bool:
+        """Warns of, and then releases, one without machines on which nobody has booted any; whether
+        it did.
+        """
+        boots = occurrence.image or occurrence.server or occurrence.idle
+        if not occurrence.no_show or not occurrence.mode or boots or row(
+                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
+            return False
+        begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
+        if now >= begun + occurrence.no_show:
+            found = self.service.look.occurrence(occurrence.id)
+            self.service.admission.cancel([found], now,
+                                'nobody started a VM in it within '
+                                f'{format_duration(occurrence.no_show)}')
+            return True
+        if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
+            until = self.config.told_time(begun + occurrence.no_show)
+            tell_of(self.config, now, 'unused', 'nobody has started a VM in it; cmres cancels it '
+                                                f'at {until} if it stays unused', occurrence)
+            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
+                   due=begun + occurrence.no_show)
+            return True
+        return False
+
+    def end_foreign(self, occurrence, now: float) -> None:
+        """Reports machines that people booted by themselves on what is over now; deletes them if
+        that is set.
+        """
+        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
+                       'AND c.server NOT IN '
+                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
+                       occurrence.id, occurrence.id)
+        if foreign:
+            deed = 'are deleted' if self.config.delete_user_started else 'go on'
+            tell_of(self.config, now, 'foreign',
+                         f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
+                         f"{', '.join((each.server for each in foreign))}", occurrence)
+        for each in foreign if self.config.delete_user_started else ():
+            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+
+    def tell_up(self, occurrence, now: float):
+        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
+
+        That all are up is told at once the first time, and from the start on that some are not, if
+        it is known why. Any other change is told when it has lasted for CALM.
+        """
+        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
+                       "WHERE occurrence_id = ? AND goal = 'up' "
+                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        lacking = [each for each in servers if each.state != 'active']
+        up = len(servers) - len(lacking)
+        full = up >= occurrence.vms
+        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
+            return occurrence._replace(up_check=None)
+        reason = any(each.fault or self.by_hand(each) for each in lacking)
+        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
+        check = now if first else occurrence.up_check or now + CALM
+        if check > now:
+            return occurrence._replace(up_check=check)
+        if full:
+            self.tell_ready(occurrence, servers, now)
+        else:
+            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
+            tell_of(self.config, now, code, f'{up} of {occurrence.vms} VMs are running; '
+                                            f'{self.why_not_up(lacking)}', occurrence)
+        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
+        return occurrence._replace(up_told=up, up_check=None, told=told)
+
+    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
+        """Whether what was told last is that so many servers are up."""
+        if occurrence.up_told is None:
+            return False
+        short = bool(occurrence.told & SHORT)
+        return not short and occurrence.up_told >= occurrence.vms if full else (
+            short and occurrence.up_told == up)
+
+    def tell_ready(self, occurrence, servers: list, now: float) -> None:
+        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
+        when = ' again' if occurrence.told & READY else f', {late} after the start'
+        there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
+        tell_of(self.config, now, 'ready', f"all {counted(len(servers), 'VM')} are running{when}: "
+                                           f'{there}', occurrence)
+
+    def by_hand(self, server) -> bool:
+        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
+        return server.state in WAKES and bool(server.ready) and not server.borrowed
+
+    def why_not_up(self, servers: list) -> str:
+        """The reasons for which servers are not up, each with those that it concerns."""
+        reasons: dict = defaultdict(list)
+        for each in servers:
+            stopped = self.by_hand(each) and (
+                f'{each.state}; somebody stopped them, so cmres does not start them: openstack '
+                f'server {WAKES[each.state]} NAME')
+            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
+            reasons[stopped or fault].append(each)
+        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
+
+    def tell_left(self, occurrence, now: float) -> int:
+        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
+        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
+                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
+                    occurrence.id)
+        if any(each.state not in FINAL and each.goal != 'delete' for each in left):
+            return 0
+        saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
+        if saved:
+            tell_of(self.config, now, 'snapshot', f'saved: {saved}', occurrence)
+        for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
+            how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
+            tell_of(self.config, now, 'stopped', f'{how} and not deleted: {named(stay)}',
+                    occurrence)
+        return LEFT
+
+    def announce(self, occurrence, over: bool, now: float) -> int:
+        """Tells of a start or an end that comes soon, once; what was told so far."""
+        soon, ending = self.notice_times(occurrence)
+        if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
+            tell_of(self.config, now, 'soon',
+                    f'starts in {format_duration(occurrence.start - now)}', occurrence)
+            return occurrence.told | SOON
+        if not over and not occurrence.told & ENDING and ending <= now:
+            tell_of(self.config, now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
+                         occurrence)
+            return occurrence.told | ENDING
+        return occurrence.told
+
+    def notice_times(self, occurrence) -> tuple[float, float]:
+        """When a start and an end are announced; the end of a short window, in its middle."""
+        length = occurrence.end - occurrence.start
+        before = self.config.remind_before
+        return occurrence.start - before, occurrence.end - min(before, length / 2)
+
+    def next_look(self, occurrence, over: bool, now: float) -> float | None:
+        """When an occurrence must be planned again; never, once it is over and nothing is left to
+        do.
+        """
+        if not over:
+            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
+                     occurrence.end,
+                     *(max(occurrence.start, occurrence.changed) + each
+                       for each in (occurrence.no_show // 2, occurrence.no_show)),
+                     occurrence.up_check or 0)
+            return min(each for each in comes if each > now)
+        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
+               "LIMIT 1",
+               occurrence.id):
+            return now + self.config.poll_changing
+        if occurrence.cancelled is None:
+            self.tell_end(occurrence, now)
+        if occurrence.at_end == 'stop':
+            change(Occurrence, occurrence.id, due=None)
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+        return None
+
+    def tell_end(self, occurrence, now: float) -> None:
+        if occurrence.idle:
+            found = self.service.look.occurrence(occurrence.id)
+            self.service.admission.cancel([found], now, 'no capacity became free before its end')
+            return
+        found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
+                    'occurrence_id = ?',
+                    occurrence.id)
+        if (occurrence.image or occurrence.server) and not found.ever:
+            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
+            fault = (found.fault or '').rstrip('.') or 'the scheduler of cmres did not run'
+            tell_of(self.config, now, 'failed', f'no VM became ready: {fault}', occurrence)
+        else:
+            tell_of(self.config, now, 'ended', 'reached its end', occurrence)
+
+
+# Dispatcher ###################################################################
+#
+# What is to be done: the calls that are due are handed to workers, each after its intent is
+# written.
+
+
+class Dispatcher:
+    """Hands calls to workers."""
+
+    def __init__(self, service: Reservations, leader: Leadership, workers: Workers,
+                 health: Health, post: Post):
+        self.config, self.service, self.leader = service.config, service, leader
+        self.workers, self.health, self.post = workers, health, post
+
+    def call(self, now: float) -> None:
+        """Hands the calls that are due to workers."""
+        self.call_for_servers(now)
+        for notice in self.post.next_notices(now):
+            key = 'notice', notice.target, notice.owner
+            self.workers.submit(key, 'notice', ' notices', notice)
+        self.trace_claims(now)
+        # one at a time of each host: one that is slow holds no more than a worker
+        for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
+                              'ORDER BY u.due'):
+            self.workers.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
+
+    def call_for_servers(self, now: float) -> None:
+        """Hands on what servers need next, each call after its intent is written."""
+        servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
+        due = [server for server in servers if not self.workers.busy(('server', server.id))]
+        needs: list[tuple] = []
+        if due:
+            waits: dict = {}
+            with self.leader.acting():
+                for server in due:
+                    needs += self.needs(server, waits, now)
+        looks = {server.account for verb, server in needs if verb == 'look'}
+        for verb, server in needs:
+            if verb != 'look':
+                self.workers.submit(('server', server.id), verb, server.account, server)
+        for account in looks:
+            if self.health.breakers[account].until <= now:
+                self.workers.submit(('look', account), 'look', account, known_on(account))
+
+    def needs(self, server, waits: dict, now: float) -> list[tuple]:
+        """The calls that a server needs now, each a verb and the server as it is then."""
+        if server.intended is not None:  # the call was given up, or never reached a worker
+            late = (f'the cloud {server.account} did not answer within '
+                    f'{self.config.call_timeout:g} seconds')
+            change(Server, server.id, intended=None, called=now, fault=late)
+        verb = 'look' if self.left_alone(server, now) else next_call(server)
+        starts = verb in ('boot', 'start') and server.goal == 'up'
+        if starts and self.must_wait(server, waits, now):
+            return []
+        return [(verb, server)] if verb == 'look' else self.intend(verb, server, now)
+
+    def trace_claims(self, now: float) -> None:
+        """Lets clouds be asked whether servers are still there that people have booted."""
+        claims: dict = defaultdict(list)
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
+                              'ON s.id = c.resource_id', now, 'LIMIT 100'):
+            claims[each.cloud].append(each.server)
+        for account, uids in claims.items():
+            self.workers.submit(('claims', account), 'trace', account, uids)
+
+    def left_alone(self, server, now: float) -> bool:
+        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
+        it is over.
+        """
+        breaker = self.health.breakers[server.account]
+        if breaker.failures < TRIPS and breaker.until <= now:
+            return False
+        change(Server, server.id, due=max(breaker.until, now + self.config.poll_changing),
+               fault=breaker.fault[:500])
+        if server.fault != breaker.fault[:500]:
+            look_again(server.occurrence_id, now)
+        return True
+
+    def must_wait(self, server, waits: dict, now: float) -> bool:
+        """Whether a server can't start since its resource is closed or has less than is booked.
+
+        Args:
+          waits: by resource, what is known of that in this pass
+        """
+        if server.resource_id not in waits:
+            place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
+            waits[place.id] = self.service.waits_for(place, now)
+        why, until, which = waits[server.resource_id]
+        if which is not None and server.occurrence_id not in which:
+            return False
+        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
+        if server.fault != why[:500]:
+            look_again(server.occurrence_id, now)
+        return True
+
+    def intend(self, verb: str, server, now: float) -> list:
+        """Writes what will be done; the calls that it takes."""
+        if verb == 'drop':
+            change(Server, server.id, state='deleted', deleted=now, due=None)
+            return []
+        change(Server, server.id, intended=now, due=now + self.config.call_timeout)
+        if verb == 'boot':
+            server = server._replace(tries=server.tries + 1)
+            change(Server, server.id, state='build', tries=server.tries, uid=None, begun=now)
+        return [(verb, server)]
+
+
+# Reconciler ###################################################################
+#
+# What became of it: the answers of workers are compared with what is written, and written down.
+
+
+class Reconciler:
+    """Records what calls came to."""
+
+    def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
+                 health: Health, post: Post):
+        self.config, self.clouds, self.service = service.config, service.clouds, service
+        self.leader, self.workers, self.health = leader, workers, health
+        # Since when servers were seen to boot, by account.
+        self.building: dict[str, dict] = defaultdict(dict)
+        self.reported: set[str] = set()  # orphans that wait for an admin
+        self.deeds = {
+            'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
+            'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
+            'look': self.record_look}
+
+    def record(self, now: float) -> None:
+        """Writes down the results of the calls that ended since the last pass; they wait until that
+        has worked.
+        """
+        while not self.workers.results.empty():
+            result = self.workers.results.get()
+            # The clock may have been set back since.
+            result.began, result.ended = min(result.began, now), min(result.ended, now)
+            self.workers.ended.append(result)
+        if not self.workers.ended:
+            return
+        breakers = dict(self.health.breakers)
+        with self.leader.acting():
+            for result in self.workers.ended:
+                self.health.note(result, now)
+                if result.error and not isinstance(result.error, Error):
+                    log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
+                self.record_alone(result, now)
+        for account in breakers.keys() | self.health.breakers.keys():
+            before, after = breakers.get(account, Breaker()), self.health.breakers[account]
+            self.health.tell(account, before, after)
+        self.workers.forget_calls()
+
+    def record_alone(self, result: Job, now: float) -> None:
+        """Records one result; one that can't be recorded costs the others nothing, and a look finds
+        out later.
+        """
+        try:
+            with Attempt():
+                self.record_one(result, now)
+        except (*STORE_ERRORS, LostLease):
+            raise
+        except Exception:
+            log.exception('the result of %s for %s could not be recorded', result.verb,
+                          result.account)
+
+    def record_one(self, result: Job, now: float) -> None:
+        if result.key[0] != 'server':
+            if not isinstance(result.error, LostLease):  # else it is due still
+                self.deeds[result.verb](result, now)
+            return
+        server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
+        if server.state in FINAL or server.tries != result.target.tries:
+            return
+        change(Server, server.id, intended=None)
+        if isinstance(result.error, LostLease):
+            change(Server, server.id, due=now,
+                   **({'state': 'planned'} if result.verb == 'boot' else {}))
+        elif result.verb == 'boot':
+            self.record_boot(server, result, now)
+        elif result.error:
+            # A server that can't do that is in another state than was thought: a look tells which.
+            otherwise = getattr(result.error, 'details', {}).get('status') == 409
+            self.put_off(server, fault_of(result.error), now, wished_pause(result.error),
+                         called=result.ended, **({'state': 'unknown'} if otherwise else {}))
+        elif result.verb == 'verify':
+            self.record_verify(server, result.answer, now)
+        else:
+            saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
+                     if result.verb == 'snapshot' else {})
+            change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
+                   due=now + self.config.poll_changing, **saved)
+
+    def record_boot(self, server, result: Job, now: float) -> None:
+        begun, error = result.began, result.error
+        if not error:
+            due = now + self.config.poll_changing if server.goal == 'up' else now
+            # it was given up too early
+            state = 'build' if server.state == 'planned' else server.state
+            change(Server, server.id, state=state, uid=result.answer, begun=begun,
+                   called=result.ended, due=due)
+        elif isinstance(error, Error) and getattr(error, 'sure', True):
+            self.put_off(server, str(error), now, wished_pause(error), state='planned',
+                         begun=begun,
+                         called=result.ended)
+        elif not server.uid:  # a look has not found it yet
+            self.tell_trouble(server, fault_of(error), now)
+            change(Server, server.id, fault=fault_of(error)[:500], begun=begun,
+                   called=result.ended,
+                   due=result.ended + self.config.lost_answer_wait)
+
+    def record_verify(self, server, complete: bool | None, now: float) -> None:
+        if complete:
+            change(Server, server.id, goal='delete', state='active', due=now)
+            look_again(server.occurrence_id, now)
+        elif complete is None:
+            self.put_off(server, f'the image {server.snapshot} was not completed', now,
+                         state='active')
+        else:
+            change(Server, server.id, due=now + self.config.poll_changing)
+
+    def put_off(self, server, fault: str, now: float, at_least: float = 0, **values) -> None:
+        """Tries again after a pause that grows with each failure in a row."""
+        failures = server.failures + 1
+        change(Server, server.id, failures=failures, fault=fault[:500],
+               due=now + max(self.health.pause(failures), at_least), **values)
+        self.tell_trouble(server, fault, now)
+
+    def tell_trouble(self, server, fault: str, now: float) -> None:
+        if not server.failures or fault[:500] != server.fault:
+            note_of(self.config, now, 'trouble', f'{server.name}: {fault}', server)
+            look_again(server.occurrence_id, now)
+
+    def record_clear(self, result: Job, now: float) -> None:
+        if result.error:
+            log.warning('could not remove the server %s, '
+                        'which no reservation needs: %s', result.target,
+                        result.error)
+
+    def record_integrity(self, result: Job, now: float) -> None:
+        if not result.error:
+            note_check(now, result.answer)
+
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count as long as their servers are there, on a host of the resource."""
         if result.error:
@@ -15377,24 +16154,12 @@ class LifeCycle:
                 change(Claim, claim.id, due=None if elsewhere else later,
                        gone=now if elsewhere else None)
 
-    def record_time(self, result: Job, now: float) -> None:
-        """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
-        trust, said = self.trust, result.answer
-        slack = self.config.leader_timeout + result.ended - result.began
-        if said is None or trust.doubted is None or said < trust.offset - slack:
-            return
-        up = self.uptime()
-        if abs(said - trust.doubted) <= slack:
-            self.judge(Trust(self.boot, trust.doubted, up))
-        else:
-            self.judge(trust._replace(offset=min(max(said, trust.offset), trust.doubted), since=up))
-
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
         subscription, error = result.target, result.error
         tries = subscription.tries + 1 if error else 0
-        pause = max(self.config.calendar_poll, self.pause(tries, RARELY) if error else 0)
-        fault = {'fault': self.fault(error)[:500]} if error else {'fault': ''} | result.answer
+        pause = max(self.config.calendar_poll, self.health.pause(tries, RARELY) if error else 0)
+        fault = {'fault': fault_of(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
             self.service.journal(now, 'trouble',
                                  f'calendar {subscription.id} of {subscription.user}: {error}')
@@ -15410,37 +16175,44 @@ class LifeCycle:
             run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
                 pause, account, pause)
             return
-        answer, gone = result.answer
-        seen = {each.uid: each for each in answer}
-        vanished, matched = [], self.matched(seen)
-        builds = {each.mark for each in answer if each.state == 'build'}
-        self.building[account] = {each: since for each, since in self.building[account].items()
-                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+        seen = {each.uid: each for each in result.answer[0]}
+        self.forget_builds(account, seen)
+        matched, vanished = self.matched(seen), []
         for server, found in matched:
-            if server.state in FINAL:
-                if (not found and server.account == account and server.uid in gone
-                    and not server.borrowed):
-                    change(Server, server.id, state='deleted', deleted=now)
-                    self.service.bookings.count_stopped(server.reservation_id, now)
-                continue
-            if found:
-                self.record_seen(server, found, now)
-            elif server.account == account and (server.uid in gone or not server.uid
-                                                or server.goal != 'up'
-                                                and not server.borrowed):
-                vanished += self.record_missing(server, result.began, now)
+            vanished += self.compare(server, found, result, now)
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.poll_running, account)
         self.clear_orphans(account, orphans_in(seen, matched), now)
 
+    def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
+        """Forgets since when servers boot that boot no longer."""
+        builds = {each.mark for each in seen.values() if each.state == 'build'}
+        self.building[account] = {each: since for each, since in self.building[account].items()
+                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+
+    def compare(self, server, found: Seen | None, result: Job, now: float) -> list:
+        """Records what a look at its cloud shows of a server, if anything; it, if it vanished."""
+        here, gone = server.account == result.account, server.uid in result.answer[1]
+        if server.state in FINAL:
+            if not found and here and gone and not server.borrowed:
+                change(Server, server.id, state='deleted', deleted=now)
+                self.service.bookings.count_stopped(server.reservation_id, now)
+            return []
+        if found:
+            self.record_seen(server, found, now)
+            return []
+        may_be_gone = gone or not server.uid or server.goal != 'up' and not server.borrowed
+        return self.record_missing(server, result.began, now) if here and may_be_gone else []
+
     def matched(self, seen: dict[str, Seen]) -> list[tuple]:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)")
         return [(server, seen.get(server.uid) or (
-            None if server.borrowed else marked.get(self.mark(server)))) for server in known]
+            None if server.borrowed else marked.get(self.workers.mark(server))))
+            for server in known]
 
     def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
@@ -15449,7 +16221,7 @@ class LifeCycle:
             if each.uid in left or now - each.made < self.config.orphan_grace:
                 continue
             if not restored:
-                self.submit(('clear', each.uid), 'clear', account, each.uid)
+                self.workers.submit(('clear', each.uid), 'clear', account, each.uid)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
                 self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
@@ -15458,50 +16230,56 @@ class LifeCycle:
         """A server that is there: adopt it, and go on from the state that it is in."""
         if server.borrowed and seen.name not in ('', server.name):
             change(Server, server.id, name=seen.name)
-        if server.state in UNDER_WAY.values() and not self.arrived(server.state, seen.state):
-            stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
-            state = (('error' if server.state == 'deleting' else seen.state) if stuck
-                     else server.state)
-            again = now if stuck else now + self.config.poll_changing
-            change(Server, server.id, state=state, due=again)
+        if server.state in UNDER_WAY.values() and not has_arrived(server.state, seen.state):
+            self.record_delay(server, seen, now)
         elif server.goal == 'up' and seen.state == 'active':
-            if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
-                if not server.ready:
-                    METRICS.observe('start_delay_seconds', now - server.planned,
-                                    cloud=server.account)
-                change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now,
-                       fault='', failures=0,
-                       addresses=json.dumps(seen.addresses))
-                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
-                    int(now),
-                    server.occurrence_id)
-                self.look_again(server.occurrence_id, now)
-        elif server.goal in ('stop', 'shelve') and self.arrived(UNDER_WAY[server.goal], seen.state):
+            self.record_up(server, seen, now)
+        elif server.goal in ('stop', 'shelve') and has_arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
             late = f'it was not ready within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
-            self.look_again(server.occurrence_id, now)
+            look_again(server.occurrence_id, now)
         else:
-            later = now + self.config.poll_changing
-            known = server.uid and server.state == seen.state  # then its instant is set already
-            calls = self.next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
-            change(Server, server.id, uid=seen.uid, state=seen.state,
-                   fault=seen.fault[:500] or server.fault,
-                   due=max(server.due or 0, later) if known else now if calls else later)
-            if not known:
-                self.look_again(server.occurrence_id, now)
+            self.record_state(server, seen, now)
+
+    def record_delay(self, server, seen: Seen, now: float) -> None:
+        """What was asked for is not so yet; after a while it is asked for once more."""
+        if now < server.called + self.config.call_timeout:
+            change(Server, server.id, due=now + self.config.poll_changing)
+            return
+        state = 'error' if server.state == 'deleting' else seen.state
+        change(Server, server.id, state=state, due=now)
+
+    def record_up(self, server, seen: Seen, now: float) -> None:
+        """It is up; what is shown of it changes only if that is news."""
+        if server.state == 'active' and server.addresses == json.dumps(seen.addresses):
+            return
+        if not server.ready:
+            METRICS.observe('start_delay_seconds', now - server.planned, cloud=server.account)
+        change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now,
+               fault='', failures=0, addresses=json.dumps(seen.addresses))
+        run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
+            int(now), server.occurrence_id)
+        look_again(server.occurrence_id, now)
+
+    def record_state(self, server, seen: Seen, now: float) -> None:
+        """It is in a state from which it goes on by itself, or that calls for something."""
+        later = now + self.config.poll_changing
+        known = server.uid and server.state == seen.state  # then its instant is set already
+        calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
+        change(Server, server.id, uid=seen.uid, state=seen.state,
+               fault=seen.fault[:500] or server.fault,
+               due=max(server.due or 0, later) if known else now if calls else later)
+        if not known:
+            look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
         first = self.building[server.account].setdefault((server.id, server.tries),
                                                          time.monotonic())
         return time.monotonic() >= first + self.config.boot_timeout
-
-    def arrived(self, under_way: str, state: str) -> bool:
-        """Whether a cloud's state is what was asked for."""
-        return state in ARRIVED.get(under_way, ())
 
     def record_missing(self, server, looked: float, now: float) -> list:
         """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
@@ -15544,11 +16322,318 @@ class LifeCycle:
         for those in grouped(servers, 'occurrence_id'):
             id = those[0].occurrence_id
             again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            self.note(now, 'vanished', 'the cloud lost these VMs and everything on them; cmres '
-                                       f'creates them again: {named(those)}', those[0],
-                      None if again else json.loads(those[0].notify))
+            note_of(self.config, now, 'vanished', 'the cloud lost these VMs and everything on '
+                                                  'them; cmres '
+                                                  f'creates them again: {named(those)}', those[0],
+                    None if again else json.loads(those[0].notify))
             change(Occurrence, id, up_told=None)  # so that it is told when they are up
-            self.look_again(id, now)
+            look_again(id, now)
+
+
+# Life cycle ###################################################################
+#
+# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
+# It records the calls that ended, plans servers for what has begun, gives them up for what is
+# over, and hands the next calls to workers. One thread thinks and writes.
+
+
+class LifeCycle:
+    """Boots what has begun, ends what is over, and looks whether it is so.
+
+    Args:
+      clock: seconds since 1970, by a clock that people and programs may set
+      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
+    """
+
+    def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
+                 uptime: Callable[[], float] | None = None):
+        self.config, self.clouds = config, clouds
+        self.clocks = Clocks(config, clock, uptime)
+        self.leader = Leadership(config, self.clocks)
+        actor = Actor('cmres', 'default', ADMIN)
+        self.service = service = Reservations(config, clouds, actor, self.clocks.now)
+        service.fence = self.leader.refuse
+        self.workers = Workers(config, clouds, service, self.clocks, self.leader)
+        self.wake, self.health = self.workers.wake, Health(config)
+        self.post = Post(config, self.workers, self.health)
+        self.planner = Planner(config, clouds, service, self.leader, self.workers)
+        self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
+        self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
+                                     self.post)
+        self.passed = time.monotonic()  # when a pass has worked last
+        self.stale = False  # whether series are still to be carried on
+        self.dropping = False  # whether more is to be dropped that was begun and not ended
+        self.line_moves = False  # whether those that wait are to be looked at once more
+        self.soonest = 0.0  # when something is due next
+        self.seen: tuple | None = None  # the state of the store in which that was so
+        self.zones, self.fresh_until = '', 0.0
+        self.tidied = 0.0  # when old things were last looked for
+
+    def converge(self, now: float) -> bool:
+        """One pass, if this process may act; calls that it begins go on after it and are recorded
+        by a later one.
+        """
+        if not self.lead(now):
+            self.workers.forget()
+            return False
+        now = self.believed()  # we may have been frozen since
+        if now < self.clocks.latest - 2:
+            log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
+            self.pull_forward(now)
+            self.sweep()
+        self.clocks.latest = now
+        self.reconciler.record(now)
+        self.workers.give_up()
+        self.refresh(now)
+        self.dropping = self.line_moves = False
+        if self.has_work(now):
+            self.admit_waiting(now)
+            self.drop_staged(now)
+            self.planner.plan(now)
+            self.dispatcher.call(now)
+            self.soonest, self.seen = self.next_due(now), None
+        self.tidy(now)
+        return True
+
+    def settle(self) -> bool:
+        """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
+        acting = self.converge(self.clocks.clock())
+        while acting and (self.goes_on or self.workers.under_way()):
+            self.wake.wait(0 if self.goes_on else 1)
+            self.wake.clear()
+            acting = self.converge(self.clocks.clock())
+        return acting
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next pass has something to do at once."""
+        return self.stale or self.dropping or self.line_moves
+
+    def has_work(self, now: float) -> bool:
+        """Whether anything is due; asked anew only where somebody has written since."""
+        state = state_of_store()
+        if state != self.seen:
+            self.seen, self.soonest = state, self.next_due()
+        return self.soonest <= now
+
+    def next_due(self, after: float = -1) -> float:
+        """When, after an instant, the next pass has something to do; infinity if nothing is
+        planned.
+        """
+        due = row(SOONEST, after).due
+        return float('inf') if due is None else due
+
+    def run(self, stop: threading.Event) -> None:
+        """Passes at every instant that is due, at every change, and at least every second, until
+        `stop` is set.
+        """
+        import schedule
+        beat = schedule.Scheduler()
+        # other processes may change the store; clocks may be set
+        beat.every(1).seconds.do(lambda: None)
+        beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
+        beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        while not stop.is_set():
+            wait = self.guarded_pass()
+            stop.wait(self.guarded(lambda: self.rest(wait, beat)))
+        self.guarded(self.finish)
+
+    def rest(self, wait: float, beat) -> float:
+        """Waits until the next pass is due; 0, so that nothing else is waited for."""
+        # `schedule` goes by a clock that may be set
+        self.wake.wait(max(min(wait, beat.idle_seconds, 1), 0))
+        self.wake.clear()
+        beat.run_pending()
+        return 0
+
+    def guarded_pass(self) -> float:
+        """One pass that survives whatever happens; the seconds until the next one is due."""
+        return self.guarded(self.one_pass)
+
+    def one_pass(self) -> float:
+        acts = self.converge(self.clocks.clock())
+        self.passed = time.monotonic()
+        if not acts:
+            return 1
+        # What was due already is done, or waits for a call, and each of them wakes us when it ends.
+        return 0 if self.goes_on else self.soonest - self.clocks.now()
+
+    def guarded(self, deed: Callable[[], float]) -> float:
+        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
+        wait.
+        """
+        try:
+            return deed()
+        except LostLease as error:
+            log.warning('%s', error)
+        except (Unavailable, *STORE_ERRORS) as error:
+            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
+                log.exception('this run failed because of a mistake in cmres; the next one starts '
+                              'in a second')
+            else:
+                log.warning('waiting: %s', refusal)
+        except Exception:  # whatever it is, the next pass may do better; people wait for machines
+            log.exception('this run failed; the next one starts in a second')
+        return 1
+
+    def age(self) -> float:
+        """The seconds since a pass has worked, be it that another scheduler acts."""
+        return time.monotonic() - self.passed
+
+    def finish(self, patience: float = 5) -> None:
+        """Lets calls that are under way end and records them; then another scheduler may act at
+        once.
+        """
+        self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
+        with self.workers.fence:  # no worker begins anything after another process has begun to act
+            self.leader.leased_until = 0.0
+        self.guarded(self.hand_over)
+        for pool in self.workers.pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def wait_for_calls(self, until: float) -> None:
+        while self.workers.flying and time.monotonic() < until and self.lead(self.clocks.clock()):
+            self.wake.wait(0.1)
+            self.wake.clear()
+            self.reconciler.record(self.clocks.now())
+
+    def hand_over(self) -> None:
+        """Gives the lease back, and what no worker has begun to who acts next."""
+        with transaction(first=True):
+            now = self.clocks.now()
+            if run('UPDATE lease SET until = ? WHERE holder = ?', now, self.leader.name).rowcount:
+                for call in self.workers.flying.values():
+                    if call.verb == 'boot' and call.taken is None:
+                        change(Server, call.target.id, state='planned', intended=None, due=now)
+
+    def lead(self, now: float) -> bool:
+        """Whether this process may act; who has just taken over looks at everything."""
+        acts, taken_over = self.leader.lead(now, self.inherit)
+        if taken_over:
+            self.sweep()
+        return acts
+
+    def inherit(self) -> None:
+        """Whoever made the calls that are under way may never tell of them."""
+        self.leader.bound_calls(self.clocks.now())
+        self.pull_forward(self.clocks.now())
+
+    def pull_forward(self, now: float) -> None:
+        """Lets nothing wait for an instant that an older clock or another process has reckoned."""
+        latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
+        longest = now + self.config.call_timeout
+        with self.leader.acting():
+            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
+                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
+                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
+                pause, longest, now, longest, now)
+            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+                'id FROM occurrence '
+                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
+                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
+            run('UPDATE wait SET due = 0 WHERE due > 0')
+            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
+                             'AND o.cancelled IS NULL AND o."end" > ?', now):
+                change(Occurrence, each.id, due=now, told=0, up_told=None)
+                tell_of(self.config, now, 'clock',
+                        'a wrong clock ended it too early; it continues', each)
+        self.health.breakers.clear()
+        self.clocks.latest = now
+
+    def sweep(self) -> None:
+        """Looks at every account, also for servers of ours that nothing in the store tells of."""
+        if self.clocks.clock() < self.leader.leased_until:
+            for account in self.clouds.accounts():
+                self.workers.submit(('look', account), 'look', account, known_on(account))
+
+    def check_file(self) -> None:
+        """Looks for damage in the database file, aside; /readyz tells what was found."""
+        self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
+
+    def believed(self) -> float:
+        """The instant by which a pass acts; asks the clouds for theirs while the clock is
+        doubted.
+        """
+        trust, now = self.clocks.judged()
+        if trust.doubted != (self.clocks.trust and self.clocks.trust.doubted):
+            with self.leader.acting():
+                self.clocks.judge()
+        else:
+            self.clocks.trust = trust
+        if trust.doubted is None:
+            return now
+        if self.clocks.uptime() >= self.clocks.asked + self.config.lost_answer_wait / 3:
+            self.clocks.asked = self.clocks.uptime()
+            for account in self.clouds.accounts():
+                self.workers.submit(('time', account), 'time', account, None)
+        return now
+
+    def refresh(self, now: float) -> None:
+        """Carries series on, once a day and when the zone table is another; some in each pass, so
+        that none is long.
+        """
+        if now < self.fresh_until:
+            return
+        stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
+        done = fact('refreshed') == stamp
+        if stamp != self.zones:
+            ZoneInfo.clear_cache()  # the files may be others than when this process began
+            self.zones = stamp
+        stale = [] if done else rows(
+            "SELECT id FROM reservation WHERE series <> '' AND over > ? "
+            'AND carried IS NOT ? LIMIT 20',
+            int(now), stamp)
+        for each in stale:
+            self.carry_on(each.id, stamp, now)
+        self.stale = bool(stale)
+        if not stale:
+            self.fresh_until = (now // 86400 + 1) * 86400
+        if not stale and not done:
+            with self.leader.acting():
+                note_fact('refreshed', stamp)
+
+    def carry_on(self, reservation: int, stamp: str, now: float) -> None:
+        """Carries one series on; one that can't be is told of, and is tried again the next day."""
+        try:
+            with self.leader.acting():
+                self.service.series.refresh(reservation, now)
+                change(Reservation, reservation, carried=stamp)
+        # that is wrong with the store, or with all
+        except (peewee.OperationalError, Unavailable, LostLease):
+            raise
+        except Exception as error:
+            log.warning('the series of reservation %s could not be continued: %s', reservation,
+                        error,
+                        exc_info=not isinstance(error, Error))
+            with self.leader.acting():
+                change(Reservation, reservation, carried=stamp)
+                journal(self.config, now, 'cmres', 'trouble',
+                        f'the series could not be continued: {fault_of(error)}'[:1000], reservation)
+
+    def tidy(self, now: float) -> None:
+        """While no call is under way, forgets a little of what is long over."""
+        if self.workers.flying:
+            return
+        if not self.tidied <= now < self.tidied + 600:
+            with self.leader.acting():
+                forgotten = self.service.forget(now)
+            self.tidied = 0.0 if forgotten else now
+
+    def admit_waiting(self, now: float) -> None:
+        self.line_moves = False
+        if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            with self.leader.acting():
+                self.line_moves = self.service.waiting.admit_waiting(now)
+
+    def drop_staged(self, now: float) -> None:
+        """Erases some of what a process had begun to write, and has not gone on with."""
+        left = those_due('staged', 'SELECT f.name FROM fact f', now)
+        self.dropping = bool(left)
+        for each in left:
+            with self.leader.acting():
+                Staged(self.service, each.name).drop_some(now)
 
 
 # Document ####################################################################
@@ -15685,6 +16770,7 @@ TAGS = {
     'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
     'punctuality': 'how late VMs were', 'report': 'start delays of VMs',
     'check': 'tokens', 'token': 'who may ask',
+    'credential': 'in whose name VMs are made',
     'user': 'people who leave', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
@@ -16012,6 +17098,18 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
       told: words what never reaches one of its handlers
       visitor: tells who is signed in to the page, by the cookie of a request
     """
+    app = health_of(service, told)
+    for operation in API.values():
+        for verb, path, fixed in operation.routes:
+            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
+    for path in FEEDS:
+        app.route(path, 'GET', feed_handler(service))
+    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+    return app
+
+
+def health_of(service: Reservations, told: Callable | None = None):
+    """The WSGI application that tells how a service is, and nothing else."""
     import bottle
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
@@ -16020,14 +17118,8 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
-    for operation in API.values():
-        for verb, path, fixed in operation.routes:
-            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     app.route('/healthz', 'GET', health_handler(service))
-    for path in FEEDS:
-        app.route(path, 'GET', feed_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route('/openapi.json', 'GET', document_handler(service, visitor))
     app.route(METRICS_PATH, 'GET', no_metrics)
     return app
 
@@ -16618,13 +17710,28 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Whose token a request has; who only reads may have signed in to the page instead."""
-    secret = bearer(request)
-    if not secret and visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
+    """Who sends a request, by the first way that it goes.
+
+    Args:
+      visitor: tells who has signed in to the page, which is enough to read
+
+    Raises:
+      Unauthorized: it goes none of these ways.
+    """
+    for way in WAYS_IN:
+        if actor := way(service, request):
+            return actor
+    if visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
         return actor
-    if not secret:
-        raise Unauthorized("Please authenticate. Send the header 'Authorization: Bearer TOKEN'. "
-                           'An admin can create a token for you.')
+    raise Unauthorized("Please authenticate. Send the header 'Authorization: Bearer TOKEN'. An "
+                       'admin can create a token for you.')
+
+
+def by_token(service: Reservations, request) -> Actor | None:
+    """Who has the token of a request: Bearer, X-Auth-Token, or the password of HTTP Basic."""
+    secret = bearer(request)
+    if not secret or secret == keystone_token(service, request):
+        return None
     try:
         found = token_of(secret, service.clock())
     except Unauthorized:
@@ -16634,10 +17741,80 @@ def who_asks(service: Reservations, request, visitor: Callable | None = None) ->
     return bearer_of(found)
 
 
+def keystone_token(service: Reservations, request) -> str:
+    """The token of OpenStack that a request has; '' without one."""
+    said = header(request, 'X-Auth-Token').strip()
+    return said if service.config.keystone and not said.startswith(OUR_TOKENS) else ''
+
+
+def by_keystone(service: Reservations, request) -> Actor | None:
+    """Whom Keystone knows by the token of a request: by ids, as names can be given anew."""
+    if not (token := keystone_token(service, request)):
+        return None
+    ask = functools.partial(ask_keystone, service, token)
+    try:
+        found = service.clouds.keystone.told(token, ask)
+    except Unauthorized:
+        note_wrong(service, request.environ)
+        raise
+    return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
+
+
+def ask_keystone(service: Reservations, whose: str, call: Callable):
+    """What Keystone answers; only a few wait for that at the same time."""
+    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+        return service.shares.ask('Keystone', call)
+
+
+def role_of(service: Reservations, found: Scoped) -> str:
+    """The highest role here that somebody's roles in Keystone give; Forbidden if none does."""
+    roles = service.config.roles
+    mine = [roles[each] for each in found.roles & roles.keys()]
+    if not mine:
+        raise Forbidden(f"you have none of the roles {', '.join(roles)} in {found.names[1]}, so "
+                        'you can do nothing here. Ask an admin of that project')
+    return max(mine, key=ROLES.index)
+
+
+def by_proxy(service: Reservations, request) -> Actor | None:
+    """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
+    begin = service.config.identity_header
+    user = header(request, f'{begin}-User')
+    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+        return None
+    project = header(request, f'{begin}-Project') or 'default'
+    role = header(request, f'{begin}-Role') or USER
+    if role not in ROLES:
+        raise Forbidden(f"the proxy says that your role is '{role}'; it must be one of "
+                        f"{', '.join(ROLES)}")
+    return let_in(service, request, user, project, role)
+
+
+class Caller(NamedTuple):
+    """Somebody who asks without a token of ours, in the fields of one."""
+    id: int | None
+    user: str
+    project: str
+    role: str
+    ends: int | None = None
+
+
+def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
+    """Somebody whom others know, under the names of [identities] if their ids stand there."""
+    user, project = service.names_of(user)[0], service.names_of(project)[0]
+    note_caller(service, request.environ, Caller(None, user, project, role))
+    return Actor(user, project, role)
+
+
+#: By what somebody is known who sends a request; each tells nobody if there is no such thing in it.
+WAYS_IN: tuple[Callable, ...] = (by_token, by_keystone, by_proxy)
+
+
 def note_caller(service: Reservations, environ: dict, found) -> None:
     """Notes of a request who sends it; TooMany if they do so too often."""
     environ['cmres.token'] = found
-    service.shares.uses.note(found.id, service.clock())
+    if found.id is not None:
+        service.shares.uses.note(found.id, service.clock())
     if found.role != ADMIN:  # theirs are the programs of the operator, such as Nova's filter
         name = f'{found.project}/{found.user}'
         service.shares.rates.take('requests_per_user', name)
@@ -16665,9 +17842,18 @@ def while_there(environ: dict) -> Callable[[], None]:
 
 def bearer(request) -> str:
     """The token of a request; '' without one."""
-    scheme, _, token = header(request, 'Authorization').partition(' ')
-    token = token if scheme.lower() == 'bearer' else ''
-    return (token or header(request, 'X-Auth-Token')).strip()
+    scheme, _, said = header(request, 'Authorization').partition(' ')
+    how = {'bearer': str, 'basic': basic_password}.get(scheme.lower())
+    return (how and how(said) or header(request, 'X-Auth-Token')).strip()
+
+
+def basic_password(said: str) -> str:
+    """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
+    from base64 import b64decode
+    try:
+        return b64decode(said, validate=True).decode().partition(':')[2]
+    except ValueError:
+        return ''
 
 
 def read_query(request, several: Iterable[str] = ()) -> dict:
@@ -16930,7 +18116,7 @@ class StoreMetrics:
             try:
                 with db.connection_context():
                     self.count_events()
-                    for account in self.service.clouds.accounts():
+                    for account in {*map(cloud_of, self.service.clouds.accounts())}:
                         METRICS.begin('start_delay_seconds', cloud=account)
                     found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
@@ -16988,7 +18174,7 @@ class StoreMetrics:
         sizes = [os.path.getsize(each) for each in (path, f'{path}-wal') if os.path.exists(each)]
         yield 'store_bytes', (), sum(sizes)
         yield 'disk_free_bytes', (), disk_free(path)
-        for account, breaker in [*self.cycle.breakers.items()] if self.cycle else ():
+        for account, breaker in [*self.cycle.health.breakers.items()] if self.cycle else ():
             if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
                 continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
@@ -17003,6 +18189,2417 @@ def resident() -> int:
             return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except OSError:
         return 0
+
+
+# Blazar ######################################################################
+#
+# The reservation API of OpenStack's Blazar, for its clients. It admits nothing itself: a lease is
+# read as a request of `add`, and all else is done by the operations of the same name.
+#
+#   lease                  a request under one label, with all of its parts or none; its UUID and
+#                          its name, which need not be unique, stand in blazar_lease
+#   reservation            a part: its UUID stands there too, its reservations here in blazar_hold
+#     virtual:instance     `amount` VMs of so many vcpus and so much memory, on whatever resource
+#     flavor:instance      `amount` VMs of a flavor
+#     physical:host        as many hosts by name as fit, from `max` down to `min`: one each
+#   resource_properties    where it may be, and with $image what is started there
+#   dates, state           of the reservations: PENDING until the start, ACTIVE, TERMINATED; a lease
+#                          without reservations has dates of its own
+#   host                   a host that can be reserved by its name; else a resource as a whole
+#
+# Someone who extends or deletes the reservations of a lease otherwise changes the lease.
+
+BLAZAR = '/reservation'
+DATE_IN, DATE_OUT, MADE_OUT = '%Y-%m-%d %H:%M', '%Y-%m-%dT%H:%M:%S.%f', '%Y-%m-%d %H:%M:%S'
+#: What a part of a lease is at each state of an occurrence of its reservations, and the lease.
+LEASE_STATES = {
+    'failed': ('error', 'ERROR'), 'starting': ('active', 'STARTING'),
+    'ending': ('active', 'TERMINATING'), 'active': ('active', 'ACTIVE'),
+    'degraded': ('active', 'ACTIVE'), 'reserved': ('pending', 'PENDING'),
+    'pending': ('pending', 'PENDING'), 'waiting': ('pending', 'PENDING'),
+    'ended': ('deleted', 'TERMINATED'), 'cancelled': ('deleted', 'TERMINATED')}
+LEASE_ORDER = [*LEASE_STATES]  # of several parts, the first of these is what the lease is
+#: The fields of each type of reservation, and what reads them.
+LEASE_FIELDS = {
+    'virtual:instance': {'amount': int, 'vcpus': int, 'memory_mb': int, 'disk_gb': int,
+                         'affinity': bool, 'resource_properties': str},
+    'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
+                        'resource_properties': str},
+    'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
+                      'resource_properties': str, 'before_end': str}}
+LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
+                  'disk_gb'}
+AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+#: What resource_properties can say of a reservation itself, not of a host.
+LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
+LEASE_PLACES = ('resource', *PLACE)
+COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
+            '<=': operator.le, '>': operator.gt, '<': operator.lt}
+MOST_LEASES = 10_000  # that one list has
+
+
+class Blazar:
+    """The handlers of the API."""
+
+    def __init__(self, service: Reservations):
+        self.service = service
+
+    def mount(self, app) -> None:
+        """Gives an application all addresses."""
+        for path in ('', '/versions'):
+            app.route(BLAZAR + path, 'GET', self.answering(self.versions, status=300, free=True))
+        for verb, path, handle, needed, status in (
+                ('GET', '/leases', self.list_leases, 'list', 200),
+                ('POST', '/leases', self.make_lease, 'add', 201),
+                ('GET', '/leases/<id>', self.show_lease, 'list', 200),
+                ('PUT', '/leases/<id>', self.change_lease, 'update', 200),
+                ('DELETE', '/leases/<id>', self.end_lease, 'delete', 204),
+                ('GET', '/os-hosts', self.list_hosts, 'resource_list', 200),
+                ('POST', '/os-hosts', self.add_host, 'resource_sync', 201),
+                ('GET', '/os-hosts/allocations', self.list_allocations, 'resource_list', 200),
+                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list', 200),
+                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync', 200),
+                ('GET', '/os-hosts/<id:int>', self.show_host, 'resource_list', 200),
+                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync', 200),
+                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync', 204),
+                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list',
+                 200)):
+            app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
+
+    def answering(self, handle: Callable, needed: str = '', status: int = 200,
+                  free: bool = False) -> Callable:
+        """A handler: who asks, what is asked, the answer or what Blazar's clients read of none.
+
+        Args:
+          needed: the operation that one must be allowed to call for that
+          free: nobody need say who they are
+        """
+        import bottle
+
+        def handler(**path):
+            request = bottle.request
+            try:
+                if free:
+                    return sent(json_text(handle()), status, UNKEPT)
+                acting = self.service.acting(who_asks(self.service, request))
+                acting.wanted = while_there(request.environ)
+                with acting.shares.answering(acting.actor.user):
+                    self.refuse(acting, needed)
+                    given = read_body(request, MOST_BODY) | path
+                    if request.method == 'GET':
+                        given |= read_query(request)
+                    answer = handle(LeaseView(acting), given)
+            except Error as error:
+                body = in_blazars_words(error_body(error), error.status)
+                return sent(json_text(body), error.status, UNKEPT | headers_of(error))
+            text = '' if status == 204 else json_text(answer)
+            return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
+        return handler
+
+    def refuse(self, acting: Reservations, needed: str) -> None:
+        """Forbidden for who may not do so much here."""
+        refuse_to(acting.actor, API[needed])
+        if acting.actor.resource is not None:
+            raise Forbidden('this token is only for one resource, and leases are of all')
+
+    def versions(self) -> dict:
+        import bottle
+        there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
+                              'max_version': '1.0', 'links': [
+                                  {'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}
+
+    # Leases
+
+    def list_leases(self, view: LeaseView, given: dict) -> dict:
+        own, values = ('1', ()) if view.actor.role == ADMIN else ('project = ?',
+                                                                  (view.actor.project,))
+        return {'leases': view.leases(rows(
+            f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
+            *values))}
+
+    def show_lease(self, view: LeaseView, given: dict) -> dict:
+        return {'lease': view.lease(given['id'])}
+
+    def make_lease(self, view: LeaseView, given: dict) -> dict:
+        """Reserves all parts of a lease, or none."""
+        import uuid
+        start, end = read_lease_dates(given, view.acting.clock())
+        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
+                 for each in lease_list(given.get('reservations'), 'reservations')]
+        id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
+        lease = {'id': id, 'name': lease_name(given), 'user': view.actor.user,
+                 'project': view.actor.project, 'start': start, 'end': end, 'before_end': before,
+                 'parts': json.dumps(parts), 'added': int(view.acting.clock())}
+        if not parts:
+            with view.acting.writing():
+                insert(BlazarLease, **lease)
+            return {'lease': view.lease(id)}
+        requests = LeaseRequests(view.acting, lease, parts).requests()
+
+        def also(answer: dict) -> None:
+            if not rehearsal.on:
+                insert(BlazarLease, **lease)
+                view.hold(id, parts, requests, answer)
+        view.acting.reserve([request for request, _ in requests], also=also)
+        return {'lease': view.lease(id)}
+
+    def change_lease(self, view: LeaseView, given: dict) -> dict:
+        """Changes a lease: its name, its dates, the number of what its parts have."""
+        id, now = given['id'], view.acting.clock()
+        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
+                 if given.get(f'{name}_date') is not None}
+
+        def deed(now: float) -> None:
+            found = view.row(id)
+            before = view.shown(found)
+            view.change_dates(found, dates)
+            for each in lease_list(given.get('reservations'), 'reservations'):
+                view.change_part(found, before, each)
+            new = {name: dates[name] for name in dates} | (
+                {'name': lease_name(given)} if 'name' in given else {}) | (
+                {'before_end': lease_before_end(given, found.start, dates.get('end', found.end))}
+                if 'before_end_date' in given else {})
+            if new:
+                new |= {'changed': int(now)}
+                marks = ', '.join(f'"{name}" = ?' for name in new)
+                run(f'UPDATE blazar_lease SET {marks} WHERE id = ?', *new.values(), id)
+        view.acting.carry_out(deed)
+        return {'lease': view.lease(id)}
+
+    def end_lease(self, view: LeaseView, given: dict) -> None:
+        """Ends what a lease has, and forgets it."""
+        def deed(now: float) -> None:
+            found = view.row(given['id'])
+            view.end(found)
+            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
+            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
+        view.acting.carry_out(deed)
+
+    # Hosts
+
+    def list_hosts(self, view: LeaseView, given: dict) -> dict:
+        return {'hosts': [host.shown for host in view.hosts()]}
+
+    def show_host(self, view: LeaseView, given: dict) -> dict:
+        return {'host': view.host(given['id']).shown}
+
+    def add_host(self, view: LeaseView, given: dict) -> dict:
+        """Lets a host of an aggregate be reserved by its name."""
+        name = given.get('name') or given.get('id')
+        if not isinstance(name, str):
+            raise Invalid('Missing parameter name')
+        extras = read_extras({key: value for key, value in given.items()
+                              if key not in ('name', 'id')})
+        if any(host.name == name for host in view.hosts()):
+            raise Conflict(f"the host '{name}' can be reserved already")
+        cloud, aggregate = view.aggregate_of(name)
+        there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
+        place = view.sync(cloud, aggregate._replace(hosts=there))
+        if aggregate.mark != place:
+            view.asks(cloud, lambda opened: opened.mark(aggregate.name, place))
+        view.set_extras(host_id(cloud, name), extras)
+        return {'host': view.host(host_id(cloud, name)).shown}
+
+    def change_host(self, view: LeaseView, given: dict) -> dict:
+        """Says more of a host, or something else; null says it no more."""
+        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
+        if not extras:
+            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
+        view.host(given['id'])
+        view.set_extras(given['id'], extras)
+        return {'host': view.host(given['id']).shown}
+
+    def remove_host(self, view: LeaseView, given: dict) -> None:
+        """Lets a host no more be reserved by its name."""
+        host = view.host(given['id'])
+        left = view.named(host.cloud, host.aggregate)
+        if not left.pop(host.name, None):
+            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
+        if left:
+            view.sync(host.cloud, Aggregate(host.aggregate, left, ''))
+        else:
+            view.acting.resource_delete(host.resource)
+        view.set_extras(host.id, dict.fromkeys(host.extras))
+
+    def list_allocations(self, view: LeaseView, given: dict) -> dict:
+        return {'allocations': view.allocations(given)}
+
+    def show_allocation(self, view: LeaseView, given: dict) -> dict:
+        id = f"{view.host(given.pop('id')).id}"
+        found = [each for each in view.allocations(given) if each['resource_id'] == id]
+        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
+
+    def list_properties(self, view: LeaseView, given: dict) -> dict:
+        """What can be asked of hosts; with `detail` also which values there are."""
+        hidden, values = view.hidden(), defaultdict(set)
+        for host in view.hosts():
+            for name, value in host.extras.items():
+                values[name].add(value)
+        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
+        detail = read_bool(given.get('detail', '0'))
+        return {'resource_properties': [{'property': name} | ({
+            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
+            for name in sorted(shown)]}
+
+    def hide_property(self, view: LeaseView, given: dict) -> dict:
+        """Shows a property to everybody or hides it from lists."""
+        name, private = given['name'], read_bool(given.get('private', False))
+        if not any(name in host.extras for host in view.hosts()):
+            raise NotFound(f"no host has a property '{name}'")
+        view.set_extras(0, {name: 'private' if private else None})
+        return {'resource_property': {
+            'id': name, 'resource_type': 'physical:host', 'property_name': name,
+            'private': private, 'created_at': None, 'updated_at': None}}
+
+
+class LeaseHost(NamedTuple):
+    """A host that can be reserved by its name, or a resource as a whole."""
+    id: int
+    name: str
+    resource: str
+    cloud: str
+    aggregate: str
+    holds: dict     # figures, by their names
+    extras: dict
+    added: int
+    whole: bool     # it is the resource
+
+    @property
+    def shown(self) -> dict:
+        """It as Blazar's clients read it."""
+        figures = {name: self.holds.get(figure) or 0 for name, figure in (
+            ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
+        return self.extras | {
+            'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name,
+            'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '', **figures,
+            'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': '',
+            'created_at': f'{instant(self.added):{MADE_OUT}}', 'updated_at': None}
+
+    def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
+        """Whether all of some conditions hold, each a comparison, a property and a value."""
+        there = self.shown | {'resource': self.resource, 'cloud': self.cloud,
+                              'aggregate': self.aggregate}
+        return all(name in there and is_compared(comparison, f'{there[name]}', value)
+                   for comparison, name, value in conditions)
+
+
+class LeaseView:
+    """Leases and hosts as one actor sees and changes them."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.actor = acting, acting.actor
+
+    # Leases
+
+    def row(self, id: str):
+        """The row of a lease; NotFound if there is none, Forbidden if it is of another project."""
+        found = row('SELECT * FROM blazar_lease WHERE id = ?', id)
+        if not found:
+            raise NotFound(f"there is no lease {shown(id)}")
+        if self.actor.role != ADMIN and found.project != self.actor.project:
+            raise Forbidden('this lease is of another project')
+        return found
+
+    def lease(self, id: str) -> dict:
+        return self.shown(self.row(id))
+
+    def shown(self, found) -> dict:
+        return self.leases([found])[0]
+
+    def leases(self, found: list) -> list[dict]:
+        """Leases as Blazar's clients read them."""
+        ids = json.dumps([each.id for each in found])
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN (SELECT value FROM json_each(?))',
+                     ids)
+        among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
+        there = {each.reservation: each for each in listing(
+            self.acting.clock(), among[0], among[1:], fields=BRIEF)} if holds else {}
+        of_part = defaultdict(list)
+        for each in holds:
+            if each.reservation in there:
+                of_part[each.part].append(there[each.reservation])
+        return [self.with_parts(each, of_part) for each in found]
+
+    def with_parts(self, found, of_part: dict) -> dict:
+        """A lease with its parts, and what was reserved for each."""
+        now, parts = self.acting.clock(), json.loads(found.parts)
+        held = [one for part in parts for one in of_part[part['id']]]
+        start, end = lease_window(found, held)
+        state = first_state(held) if parts else bare_state(now, start, end)
+        done = LEASE_STATES[state][1] in ('TERMINATED', 'ERROR')
+        events = [('start_lease', start, now >= start), ('end_lease', end, done and now >= start)]
+        if found.before_end:
+            events.append(('before_end_lease', found.before_end, now >= found.before_end))
+        made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
+        return {'id': found.id, 'name': found.name, 'user_id': found.user,
+                'project_id': found.project, 'start_date': date_out(start),
+                'end_date': date_out(end), 'trust_id': '', 'status': LEASE_STATES[state][1],
+                'degraded': any(each.state == 'degraded' for each in held), **made,
+                'reservations': [self.part(found, part, of_part[part['id']]) | made
+                                 for part in parts],
+                'events': [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id,
+                            'event_type': kind, 'time': date_out(at),
+                            'status': 'DONE' if done else 'UNDONE', **made}
+                           for kind, at, done in events]}
+
+    def part(self, found, part: dict, held: list) -> dict:
+        """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
+        asked, state = part['asked'], LEASE_STATES[first_state(held)][0]
+        of_type = {name: asked.get(name) for name in LEASE_FIELDS[asked['resource_type']]}
+        if 'amount' in of_type and held:
+            of_type['amount'] = held[0].vms
+        if asked['resource_type'] != 'physical:host':
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': None, 'server_group_id': None}
+        return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
+                          'resource_type': asked['resource_type'], 'status': state,
+                          'missing_resources': False, 'resources_changed': False}
+
+    def hold(self, id: str, parts: list[dict], requests: list[tuple], answer: dict) -> None:
+        """Writes down which reservations are of which part; inside a transaction."""
+        answers = answer.get('parts', [answer])
+        sizes = next(sizes for request, sizes in requests if len(request.parts) == len(answers))
+        whose = [part['id'] for part, size in zip(parts, sizes) for _ in range(size)]
+        for each, part in zip(answers, whose):
+            made = row('SELECT reservation_id AS id FROM occurrence WHERE id = ?', each['id'])
+            run('INSERT INTO blazar_hold (reservation, lease_id, part) VALUES (?, ?, ?)',
+                made.id, id, part)
+
+    def live(self, found, part: str = '') -> list:
+        """The occurrences of a lease that are not over."""
+        which = 'lease_id = ?' + (' AND part = ?' if part else '')
+        ids = [each.reservation for each in rows(f'SELECT reservation FROM blazar_hold '
+                                                 f'WHERE {which}', found.id, *filter(None, [part]))]
+        return self.acting.look.search([self.acting.look.among('o.reservation_id', ids), (NOT_OVER,)])
+
+    def end(self, found) -> None:
+        """Ends what a lease has reserved and is not over; inside a transaction."""
+        held = self.live(found)
+        if held:
+            self.acting.delete(held[0].request or held[0].label, project=found.project)
+
+    def change_dates(self, found, dates: dict[str, int]) -> None:
+        """Moves a lease, lets it last longer or ends it; inside a transaction."""
+        held, now = self.live(found), self.acting.clock()
+        if not held or not dates:
+            return
+        if dates.get('end', LAST.timestamp()) <= now:
+            self.end(found)
+            return
+        old = {'start': held[0].start, 'end': held[0].end}
+        new = {name: instant(at) for name, at in dates.items() if at != old[name]}
+        if new:
+            new = {'end': instant(old['end'])} | new
+            self.acting.update(held[0].request or held[0].label, project=found.project, **new)
+
+    def change_part(self, found, before: dict, given: dict) -> None:
+        """Changes how much a part of a lease has; inside a transaction."""
+        there = {each['id']: each for each in before['reservations']}
+        old = there.get(given.get('id'))
+        if not old:
+            raise Invalid(f"this lease has no reservation {shown(given.get('id'))}")
+        new = read_lease_part({name: old[name] for name in LEASE_FIELDS[old['resource_type']]}
+                              | {'resource_type': old['resource_type']} | given)
+        other = [name for name in new if name in old and new[name] != old[name]
+                 and name != 'amount' and name != 'flavor_id']
+        if other:
+            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease and "
+                           'make another')
+        if 'amount' in new and new['amount'] != old['amount']:
+            for each in self.live(found, old['id']):
+                self.acting.update(each.label, project=found.project, vms=new['amount'])
+
+    # Hosts
+
+    def hosts(self) -> list[LeaseHost]:
+        """All hosts that can be reserved by their names; of resources without such, themselves."""
+        extras = defaultdict(dict)
+        for each in rows('SELECT * FROM host_property WHERE host > 0'):
+            extras[each.host][each.name] = each.value
+        found = []
+        for place in self.acting.look.places():
+            named = json.loads(place.named or '{}')
+            for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
+                id = host_id(place.cloud if named else f'resource {place.id}', name)
+                figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
+                found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
+                                       figures | extras[id], place.added, not named))
+        return found
+
+    def host(self, id: int) -> LeaseHost:
+        found = [each for each in self.hosts() if each.id == id]
+        if not found:
+            raise NotFound(f'there is no host {id}')
+        return found[0]
+
+    def named(self, cloud: str, aggregate: str) -> dict[str, Amount]:
+        """The hosts of an aggregate that can be reserved by their names, and what each holds."""
+        place = row('SELECT named FROM resource WHERE cloud = ? AND aggregate = ? '
+                    'AND removed IS NULL', cloud, aggregate)
+        there = json.loads(place.named or '{}') if place else {}
+        return {name: Amount(0, holds.pop('vcpus'), holds.pop('ram'), tuple(sorted(holds.items())))
+                for name, holds in there.items()}
+
+    def sync(self, cloud: str, aggregate: Aggregate) -> str:
+        """Makes the resource of an aggregate have these hosts; its name."""
+        return self.acting.carry_out(lambda now: self.acting.sync_one(
+            cloud, aggregate, {}, True, False, now)[0])
+
+    def asks(self, cloud: str, call: Callable):
+        """What a cloud answers."""
+        opened = self.acting.clouds.open(cloud)
+        return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
+
+    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
+        """The cloud and the aggregate that have a host of a name."""
+        config = self.acting.config
+        clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
+        clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
+        for cloud in sorted(clouds):
+            for each in self.asks(cloud, lambda opened: opened.aggregates()):
+                if name in each.hosts:
+                    return cloud, each
+        raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
+                       f"'{name}'. Put it into one first: openstack aggregate add host")
+
+    def hidden(self) -> set[str]:
+        """The properties that lists leave out."""
+        return {each.name for each in rows('SELECT name FROM host_property WHERE host = 0')}
+
+    def set_extras(self, id: int, extras: dict) -> None:
+        """Writes properties of a host; None takes one away."""
+        with self.acting.writing():
+            for name, value in extras.items():
+                run('DELETE FROM host_property WHERE host = ? AND name = ?', id, name)
+                if value is not None:
+                    run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)',
+                        id, name, value)
+
+    def allocations(self, given: dict) -> list[dict]:
+        """Which host is reserved when, from now on; of a certain lease or reservation, ever."""
+        wanted = {name: given[name] for name in ('lease_id', 'reservation_id') if given.get(name)}
+        found = rows(
+            'SELECT o.reservation_id, o.resource_id, o.start, o."end", r.host, h.lease_id, h.part '
+            'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+            'LEFT JOIN blazar_hold h ON h.reservation = r.id '
+            f'WHERE o.due IS NOT NULL AND o."end" > ? AND o.cancelled IS NULL AND r.waiting IS NULL'
+            f' ORDER BY o.start LIMIT {MOST_LEASES}', 0 if wanted else int(self.acting.clock()))
+        places = {each.name: each.id for each in self.acting.look.places()}
+        ids = {(places[each.resource], '' if each.whole else each.name): each.id
+               for each in self.hosts()}
+        lines = defaultdict(list)
+        for each in found:
+            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
+                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
+                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
+            known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
+            host = ids.get((each.resource_id, each.host))
+            if host and all(known[name] == value for name, value in wanted.items()):
+                lines[host].append(line)
+        return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
+
+
+class LeaseRequests:
+    """A lease as requests of `add`, of which the first that fits is taken."""
+
+    def __init__(self, acting: Reservations, lease: dict, parts: list[dict]):
+        self.acting, self.lease, self.asked = acting, lease, [each['asked'] for each in parts]
+        self.common = {name: each.default for name, each in API['add'].parameters.items()} | {
+            'start': instant(lease['start']), 'end': instant(lease['end']), 'resource': ANY}
+        self.hosts = LeaseView(acting).hosts()
+
+    def requests(self) -> list[tuple[Request, list[int]]]:
+        """Each with how many of its parts are of which part of the lease."""
+        spans = [(each['min'], each['max']) if 'max' in each else (1, 1) for each in self.asked]
+        label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
+        for fewer in range(max(most - least for least, most in spans) + 1):
+            sizes = [max(least, most - fewer) for least, most in spans]
+            total = sum(sizes)
+            if total <= MOST_PARTS:
+                names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
+                each = [choice for size, choice in zip(sizes, choices) for _ in range(size)]
+                wishes = [[wish._replace(label=name) for wish in choice]
+                          for name, choice in zip(names, each)]
+                found.append((Request(label, wishes, False, 0, 0), sizes))
+        if not found:
+            raise Invalid(f'a lease has at most {MOST_PARTS} hosts')
+        return found
+
+    def label(self) -> str:
+        """The name of a lease as a label; with a part of its id if that is taken."""
+        name = self.lease['name']
+        if not re.fullmatch('[A-Za-z0-9._][A-Za-z0-9._-]{0,59}', name) or name in NO_LABELS:
+            name = calendar_name(name)
+        taken = taken_label(self.lease['project'], name, self.acting.clock())
+        return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
+
+    def choices(self, asked: dict) -> list[Wish]:
+        """The wishes for one part, wherever it could be; the reason if that is nowhere."""
+        conditions = read_properties(asked['resource_properties'])
+        conditions += read_properties(asked.get('hypervisor_properties', ''))
+        words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
+        if any(name in LEASE_WORDS and comparison not in ('=', '==')
+               for comparison, name, _ in conditions):
+            raise Invalid('what is started is said with ==, such as ["==", "$image", "ubuntu"]')
+        rest = [each for each in conditions if each[1] not in LEASE_WORDS]
+        found, refusal = [], None
+        for place in self.options(asked, rest):
+            try:
+                found.append(self.acting.wishes.read_wish(self.wish(asked, words, place)))
+            except Error as error:
+                refusal = refusal or error
+        if not found:
+            raise refusal or Conflict('no resource here is such as was asked for')
+        return found
+
+    def options(self, asked: dict, conditions: list) -> Iterator[dict]:
+        """Where a part could be: on a host, or on a resource."""
+        if asked['resource_type'] == 'physical:host':
+            for host in self.hosts:
+                if not host.whole and host.meets(conditions):
+                    yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
+            return
+        for name in {each[1] for each in conditions} - {*LEASE_PLACES}:
+            raise Invalid(f"resource_properties: '{name}' is none of "
+                          f"{', '.join((*LEASE_WORDS, *LEASE_PLACES))}"
+                          f'{nearest(name, (*LEASE_WORDS, *LEASE_PLACES))}')
+        for place in self.acting.look.places():
+            there = {'resource': place.name} | {each: getattr(place, each) for each in PLACE}
+            if all(is_compared(comparison, there[name], value)
+                   for comparison, name, value in conditions):
+                yield {'resource': place.name, 'cloud_': place.cloud}
+
+    def wish(self, asked: dict, words: dict, place: dict) -> dict:
+        """The arguments of `add` for a part that is at a place."""
+        cloud = place.pop('cloud_')
+        given = self.common | words | place | {'vms': asked.get('amount', 1)}
+        each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
+        if asked['resource_type'] == 'flavor:instance':
+            return given | {'flavor': asked['flavor_id']}
+        if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
+            if not given['image']:
+                return given | {'each': Amount(1, *each)}
+            given['flavor'] = self.flavor(cloud, *each)
+        return given
+
+    def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
+        """The smallest flavor in which so much fits."""
+        account = self.acting.clouds.account(cloud, self.lease['project'], self.lease['user'])
+        opened = self.acting.clouds.open(account)
+        sight = self.acting.clouds.sight(account, self.lease['project'])
+        there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
+        fits = [(each.flavor, each.name) for each in there if sight.shows('flavor', each)
+                and each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
+        if not fits:
+            raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
+        return min(fits)[1]
+
+
+def in_blazars_words(body: dict, status: int) -> dict:
+    """A refusal with what Blazar's clients read of one."""
+    return body | {'error_code': status, 'error_message': body['error'], 'error_name': status}
+
+
+def derived_uuid(text: str) -> str:
+    """A UUID that is the same whenever it is asked for."""
+    import uuid
+    return f'{uuid.uuid5(uuid.NAMESPACE_OID, f"{store_file.store} {text}")}'
+
+
+def host_id(cloud: str, name: str) -> int:
+    """The number of a host: clients take nothing else for an id."""
+    return int(hashed(f'{cloud}/{name}')[:12], 16)
+
+
+def date_out(at: int) -> str:
+    return f'{instant(at):{DATE_OUT}}'
+
+
+def made_at(at: int | None) -> str | None:
+    return at and f'{instant(at):{MADE_OUT}}'
+
+
+def lease_window(found, held: list) -> tuple[int, int]:
+    """From when until when a lease is: as its reservations are, if it has any."""
+    if not held:
+        return found.start, found.end
+    ends = [min(each.end, each.cancelled or each.end) for each in held]
+    return min(each.start for each in held), max(ends)
+
+
+def first_state(held: list) -> str:
+    """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
+    return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
+
+
+def bare_state(now: float, start: int, end: int) -> str:
+    """What a lease without reservations would be if it had some."""
+    return 'reserved' if now < start else 'active' if now < end else 'ended'
+
+
+def is_compared(comparison: str, there: str, value: str) -> bool:
+    """Whether a comparison holds: of numbers, else of texts."""
+    try:
+        return COMPARED[comparison](float(there), float(value))
+    except ValueError:
+        return COMPARED[comparison](there, value)
+
+
+def read_properties(text: str) -> list[tuple[str, str, str]]:
+    """The conditions in resource_properties, each a comparison, a property and a value."""
+    try:
+        said = json.loads(text or '[]')
+        each = said[1:] if said and said[0] == 'and' else [said] if said else []
+        found = [(comparison, name.removeprefix('$'), f'{value}')
+                 for comparison, name, value in each if COMPARED[comparison]]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Invalid(f'Malformed requirements {shown(text)}: write ["==", "$image", "ubuntu"], '
+                      'and several as ["and", [...], [...]]') from None
+    return found
+
+
+def read_extras(given: dict) -> dict:
+    """The properties of a host that are given."""
+    for name, value in given.items():
+        if len(name) > 64:
+            raise Invalid(f'Extra capability key too long: {shown(name)} has more than 64 '
+                          'characters')
+        if value is not None:
+            given[name] = read_str(value if isinstance(value, str) else json.dumps(value))
+    return given
+
+
+def lease_list(value, name: str) -> list[dict]:
+    """A list of objects in a body."""
+    if value is not None and not (isinstance(value, list) and all(
+            isinstance(each, dict) for each in value)):
+        raise Invalid(f'{name}: {shown(value)} is not a list of objects')
+    return value or []
+
+
+def lease_name(given: dict) -> str:
+    """The name of a lease."""
+    name = given.get('name')
+    if not isinstance(name, str) or not name.strip():
+        raise Invalid('Missing parameter name')
+    if len(name) > 80:
+        raise Invalid(f'name: {shown(name)} has more than 80 characters')
+    return read_str(name)
+
+
+def lease_date(value, now: float) -> int:
+    """An instant as Blazar's clients write it."""
+    if value == 'now':
+        return int(now)
+    try:
+        return int(datetime.strptime(value, DATE_IN).replace(tzinfo=UTC).timestamp())
+    except (ValueError, TypeError):
+        raise Invalid(f'{value} is an invalid date. Required format: {DATE_IN}') from None
+
+
+def read_lease_dates(given: dict, now: float) -> tuple[int, int]:
+    """The window that a new lease asks for."""
+    for name in ('name', 'start_date', 'end_date'):
+        if given.get(name) is None:
+            raise Invalid(f'Missing parameter {name}')
+    start, end = (lease_date(given[name], now) for name in ('start_date', 'end_date'))
+    if start < now - PATIENCE:
+        raise Invalid('Start date must be later than current date.')
+    if end <= start:
+        raise Invalid('End date must be later than start date.')
+    return start, end
+
+
+def lease_before_end(given: dict, start: int, end: int) -> int | None:
+    """When somebody wants to be reminded of the end."""
+    if not given.get('before_end_date'):
+        return None
+    at = lease_date(given['before_end_date'], start)
+    if not start < at < end:
+        raise Forbidden('Datetime is out of lease limits')
+    return at
+
+
+def read_lease_part(given: dict) -> dict:
+    """What a part of a lease asks for, by the fields of its type."""
+    kind = given.get('resource_type')
+    if kind not in LEASE_FIELDS:
+        raise Invalid('Missing parameter resource_type' if kind is None else
+                      f'The {kind} resource type is not supported here; there are '
+                      f"{', '.join(LEASE_FIELDS)}")
+    read = {'resource_type': kind}
+    for name, of_type in LEASE_FIELDS[kind].items():
+        value = given.get(name)
+        if value is None and name not in LEASE_OPTIONAL:
+            raise Invalid(f'Missing parameter {name}')
+        read[name] = LEASE_READERS[of_type](name, value)
+    if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
+        raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
+    if read.get('amount', 1) < 1:
+        raise Invalid(f"amount: {read['amount']} is less than 1")
+    return read
+
+
+def read_lease_number(name: str, value) -> int:
+    if isinstance(value, bool) or not re.fullmatch('[0-9]{1,9}', f'{0 if value is None else value}'):
+        raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
+    return int(value or 0)
+
+
+def read_affinity(name: str, value) -> bool | None:
+    """Whether all are to be on one host; clients have many ways to say that it is all the same."""
+    word = f"{'' if value is None else value}".lower()
+    if word not in AFFINITIES:
+        raise Invalid(f'{name}: {shown(value)} is none of True, False and None')
+    return AFFINITIES[word]
+
+
+LEASE_READERS = {int: read_lease_number, bool: read_affinity,
+                 str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
+
+
+# CalDAV ######################################################################
+#
+# Calendars that programs write to (RFC 4791, RFC 6578): an event is a reservation, made, changed
+# and cancelled by what `import` and subscriptions go through.
+#
+# The text of a program is kept as it came. It is shown with what cmres has to say of it: in a block
+# of the description, before the title, as a status, as the time at which it really is. When it
+# comes back, what we said is taken out of it again, and nothing else. So nobody's words are lost.
+#
+# What is shown is written down with a number that grows with every change of any of them, and by
+# that number an index tells what is new. The event log tells which reservations have changed since
+# the last request of any program; only what shows these is written anew.
+
+DAV = '/dav'
+MOST_OBJECT = 2**16  # bytes of an event with its exceptions
+MOST_DEPTH = 20      # of elements in one another
+MOST_ELEMENTS = 20_000
+MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
+CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
+LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
+FORGOTTEN = 'calendars forgotten'  # the fact: the last number of which nothing is known any more
+NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
+              'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
+              'V': 'urn:cmres'}
+PREFIXES = {f'{{{space}}}': f'{prefix}:' for prefix, space in NAMESPACES.items()}
+DECLARED = ' '.join(f'xmlns:{prefix}="{space}"' for prefix, space in NAMESPACES.items())
+#: What a program may keep with a calendar.
+STORED_PROPERTIES = frozenset(
+    ('D:displayname', 'A:calendar-color', 'A:calendar-order', 'C:calendar-timezone'))
+DAV_VERBS = 'OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, REPORT'
+REPORTS = ('C:calendar-query', 'C:calendar-multiget', 'C:free-busy-query', 'D:sync-collection')
+READS = ('read', 'read-current-user-privilege-set')
+WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
+ICS = 'text/calendar; charset=utf-8'
+#: What we say before a title; what has the second word there is cancelled.
+TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
+                   r'NOT CHANGED\\?, still \d+ VMs?): ')
+OPENS, CLOSES = '[cmres] ', '[end of cmres]'
+BLOCK = re.compile(r'\A\[cmres\] .*?\[end of cmres\](?:\\[nN])?|'
+                   r'(?:\\[nN])?\[cmres\] .*?(?:\[end of cmres\]|\Z)', re.S)
+MADE = 'X-CMRES-MADE'  # has an exception that only we have made
+#: What XML can't hold, and no calendar has.
+NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
+
+
+class Refused(Error):
+    """A condition of CalDAV that is not met, by the name of its element (RFC 4791, 1.3)."""
+
+    def __init__(self, status: int, element: str, sentence: str, **details):
+        super().__init__(sentence, **details)
+        self.status, self.element = status, element
+
+
+class Component:
+    """A VEVENT as its lines, each with its folds and its end."""
+
+    def __init__(self, lines: list[str]):
+        self.lines = lines
+
+    def find(self, name: str) -> int | None:
+        """Which of its own lines is the first of a property."""
+        depth = 0
+        for number, line in enumerate(self.lines):
+            word = re.match('[A-Za-z0-9-]*', line)[0].upper()
+            depth += (word == 'BEGIN') - (word == 'END')
+            if depth == 1 and word == name:
+                return number
+        return None
+
+    def read(self, name: str) -> tuple[str, str]:
+        """Parameters and value of a property as they are written; both '' without it."""
+        number = self.find(name)
+        found = number is not None and read_property(unfolded_line(self.lines[number]))
+        return found[1:] if found else ('', '')
+
+    def put(self, name: str, value: str) -> None:
+        """Gives a property another value; its parameters stay, but another form of its text."""
+        parameters = re.sub('(?i);ALTREP="[^"]*"', '', self.read(name)[0])
+        self.put_line(name, folded(f'{name}{parameters}:{value}'))
+
+    def put_line(self, name: str, line: str) -> None:
+        """Puts a line in the place of that of a property, or before the parts; '' takes it out."""
+        number = self.find(name)
+        if number is not None:
+            self.lines[number:number + 1] = [line] if line else []
+        elif line:
+            inner = (n for n, each in enumerate(self.lines[1:], 1)
+                     if each[:6].upper() == 'BEGIN:' or each[:4].upper() == 'END:')
+            self.lines.insert(next(inner), line)
+
+    def line(self, name: str) -> str:
+        """The line of a property as it stands there; '' without it."""
+        number = self.find(name)
+        return '' if number is None else self.lines[number]
+
+    def take_out(self, *names: str) -> None:
+        """Takes out all lines of some properties."""
+        for name in names:
+            while self.find(name) is not None:
+                self.put_line(name, '')
+
+    @property
+    def key(self) -> str:
+        """Which occurrence of its series it is, as it is written; '' for the series."""
+        return self.read('RECURRENCE-ID')[1].strip()
+
+    def says(self) -> tuple:
+        """What a person can have changed of it; of one that is cancelled, when it would be."""
+        names = ['STATUS', 'DTSTART', 'DTEND', 'DURATION']
+        if self.read('STATUS')[1].strip().upper() != 'CANCELLED':
+            names += ['SUMMARY', 'DESCRIPTION', 'LOCATION']
+        return tuple(self.read(name)[1] for name in names)
+
+
+def content_lines(text: str) -> list[str]:
+    """The content lines of a calendar, each with its folds and its end."""
+    return [each for each in re.split(r'(?<=\n)(?![ \t])', text) if each]
+
+
+def unfolded_line(line: str) -> str:
+    return re.sub(r'\r?\n[ \t]', '', line).rstrip('\r\n')
+
+
+def components(text: str) -> list[Component]:
+    """A calendar cut into its events and what stands between them."""
+    found = [Component([])]
+    for line in content_lines(text):
+        word = line.strip().upper()
+        if word == 'BEGIN:VEVENT':
+            found.append(Component([]))
+        found[-1].lines.append(line)
+        if word == 'END:VEVENT':
+            found.append(Component([]))
+    return [each for each in found if each.lines]
+
+
+def events_in(parts: list[Component]) -> list[Component]:
+    return [each for each in parts if each.lines[0].strip().upper() == 'BEGIN:VEVENT']
+
+
+def joined(parts: Iterable[Component]) -> str:
+    return ''.join(line for each in parts for line in each.lines)
+
+
+class Remark(NamedTuple):
+    """What cmres says of an event, or of one occurrence of it."""
+    title: str = ''  # stands before its own
+    first: str = ''  # before its description
+    after: str = ''  # behind it
+    cancelled: bool = False
+    window: tuple[int, int] | None = None  # when it really is
+
+    def write(self, event: Component, form: Form) -> None:
+        """Writes it into an event."""
+        if self.window:
+            for name, at in zip(('DTSTART', 'DTEND'), self.window):
+                event.put_line(name, form.line(name, at))
+            event.take_out('DURATION')
+        if self.title:
+            event.put('SUMMARY', escaped(f'{self.title}: ') + event.read('SUMMARY')[1])
+        if self.cancelled:
+            event.put('STATUS', 'CANCELLED')
+        if self.first or self.after:
+            said = [block(each) if each else '' for each in (self.first, self.after)]
+            said.insert(1, event.read('DESCRIPTION')[1])
+            event.put('DESCRIPTION', '\\n'.join(filter(None, said)))
+
+
+def block(text: str) -> str:
+    """What cmres says in a description, so that it finds it again."""
+    return escaped(f'{OPENS}{text}\n{CLOSES}')
+
+
+class Form:
+    """How times are written in a series: as its first start is."""
+
+    def __init__(self, head: Component, zone: tzinfo):
+        self.parameters, value = head.read('DTSTART')
+        self.zone, self.whole = zone, 'T' not in value.upper()
+        self.instant = value.strip().upper().endswith('Z') or zone is UTC and (
+            'TZID' in self.parameters.upper())
+
+    def line(self, name: str, at: int) -> str:
+        """The line of a time."""
+        wall = to_wall(instant(at), self.zone)
+        if self.whole and wall.time() == datetime.min.time():
+            return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
+        if self.whole or self.instant:
+            return f'{name}:{instant(at):%Y%m%dT%H%M%SZ}\r\n'
+        return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
+
+    def key(self, slot: str) -> str:
+        """The line that names an occurrence by its slot."""
+        at = int(from_wall(datetime.fromisoformat(slot), self.zone).timestamp())
+        return self.line('RECURRENCE-ID', at)
+
+
+def exception_of(head: Component, form: Form, slot: Slot) -> Component:
+    """An occurrence of a series as an event of its own, without alarms."""
+    start = next((n for n, each in enumerate(head.lines[1:], 1) if each[:6].upper() == 'BEGIN:'),
+                 len(head.lines) - 1)
+    made = Component([*head.lines[:start], head.lines[-1]])
+    made.take_out('RRULE', 'RDATE', 'EXDATE', 'EXRULE', 'DURATION')
+    made.put_line('RECURRENCE-ID', form.key(slot.key))
+    made.put_line(MADE, f'{MADE}:1\r\n')
+    for name, at in (('DTSTART', slot.start), ('DTEND', slot.end)):
+        made.put_line(name, form.line(name, at))
+    return made
+
+
+def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
+                 keys: dict[str, str], zone: tzinfo) -> str:
+    """A calendar with what cmres says of it, by slots; '' is all of it.
+
+    Args:
+      keys: the slots that exceptions have there, by what they are written as
+    """
+    if not remarks:
+        return text
+    parts = components(text)
+    events = events_in(parts)
+    head = events[0]
+    form, plain = Form(head, zone), Component([*head.lines])
+    there = {keys.get(each.key, ''): each for each in events}
+    there.setdefault('', head)
+    for slot, remark in remarks.items():
+        if slot not in there:
+            there[slot] = exception_of(plain, form, slots[slot])
+            parts.insert(parts.index(events[-1]) + 1, there[slot])
+            events.append(there[slot])
+        remark.write(there[slot], form)
+    return joined(parts)
+
+
+def without_remarks(text: str, shown: str = '', before: str = '') -> str:
+    """A calendar without what cmres has said in it.
+
+    Args:
+      shown: what the program was shown
+      before: what a person had written before that
+    """
+    parts = components(text)
+    was, own = ({each.key: each for each in events_in(components(each))}
+                for each in (shown, before))
+    for event in events_in(parts):
+        known = was.get(event.key)
+        # One that only we have made; who moves a series gives its exceptions new names.
+        if event.key not in own and (
+                event.says() == known.says() if known else event.line(MADE)):
+            parts.remove(event)
+        else:
+            event.take_out(MADE)
+            take_remarks_out(event, known, own.get(event.key))
+    return joined(parts)
+
+
+def take_remarks_out(event: Component, known: Component | None, own: Component | None) -> None:
+    """Takes out of an event what cmres has said in it."""
+    title, text = (event.read(name)[1] for name in ('SUMMARY', 'DESCRIPTION'))
+    rest, found = BLOCK.sub('', text), TITLE.match(title)
+    ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
+    if rest != text:
+        put_back(event, own, 'DESCRIPTION', rest)
+    if ours:
+        put_back(event, own, 'SUMMARY', title[len(found[0]):])
+    if ours and found[1] and event.read('STATUS')[1].strip().upper() == 'CANCELLED':
+        event.put_line('STATUS', own.line('STATUS') if own else '')
+
+
+def put_back(event: Component, own: Component | None, name: str, value: str) -> None:
+    """Gives a property the value that is a person's, as they had written it if it is the same."""
+    if own and own.read(name)[1] == value:
+        event.put_line(name, own.line(name))
+    elif value:
+        event.put(name, value)
+    else:
+        event.put_line(name, '')
+
+
+class Folder(NamedTuple):
+    """A calendar: of a resource, or (id 0) of all of them."""
+    id: int
+    name: str
+    usual: Want | None = None  # what an event gets that says nothing
+
+
+ALL = Folder(0, 'all')
+
+
+class Understood(NamedTuple):
+    """A calendar object that was read."""
+    text: str
+    booking: Booking
+    entries: list[Entry]
+    zone: ZoneInfo       # of times that name none
+
+    @property
+    def here(self) -> tzinfo:
+        """The zone by which its slots are named."""
+        return read_zone(self.booking.stretches[0].zone) if self.booking.stretches else self.zone
+
+    def keys(self) -> dict[str, str]:
+        """The slots of its exceptions, by what they are written as."""
+        if self.booking.error:
+            return {}
+        clock = clock_of(self.entries, self.zone)
+        return {each.one('RECURRENCE-ID')[1].strip(): self.slot_of(each, clock)
+                for each in self.entries if each.exception}
+
+    def slot_of(self, entry: Entry, clock: Clock) -> str:
+        named = clock.slot(entry.moment('RECURRENCE-ID'))
+        if clock.here is self.here or getattr(clock.here, 'key', '') == self.here.key:
+            return named.isoformat()
+        return to_wall(from_wall(named, clock.here), self.here).isoformat()
+
+    def guests(self) -> list[str]:
+        """The mail addresses of who is invited, but not of who invites."""
+        lines = [read_property(unfolded_line(line)) for event in events_in(components(self.text))
+                 for line in event.lines if GUEST.match(line)]
+        found = {name: [value.strip().lower().removeprefix('mailto:')
+                        for kind, _, value in filter(None, lines) if kind == name]
+                 for name in ('ATTENDEE', 'ORGANIZER')}
+        return [each for each in dict.fromkeys(found['ATTENDEE'])
+                if '@' in each and each not in found['ORGANIZER']]
+
+    def slots(self, begin: float, until: float) -> dict[str, Slot]:
+        """What it wants of a window, by slots; what takes long to follow is left out."""
+        try:
+            with Budget().event(True):
+                found = all_slots(self.booking.stretches, begin, until)
+            return {slot.key: slot for slot in found}
+        except (Error, ValueError, OverflowError):
+            return {}
+
+    def span(self, until: float) -> tuple[int, int]:
+        """When its first occurrence starts and its last one ends, as far as that can be told."""
+        try:
+            stretches = self.booking.stretches
+            with Budget().event(True):
+                found = all_slots(stretches, 0, until)
+                last = LAST.timestamp() if goes_on(stretches, until) else found[-1].end
+            return found[0].start, int(last)
+        except (Error, LookupError, ValueError, OverflowError):
+            return 0, int(LAST.timestamp())
+
+
+class Shelf:
+    """The calendars of one user in one project, and what is in them."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.whose = acting, tuple(acting.actor[:2])
+
+    def folders(self) -> list[Folder]:
+        """Of each resource that has VMs for who says nothing, and one for all."""
+        found = [Folder(each.id, each.name,
+                        Want(each.default_vms, each.default_flavor, each.default_image, each.name))
+                 for each in self.acting.look.places() if each.default_vms]
+        return [*found, ALL]
+
+    def folder(self, name: str) -> Folder:
+        found = next((each for each in self.folders() if each.name == name), None)
+        if not found:
+            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
+                           'resource VMs for events that say nothing (default_vms)')
+        return found
+
+    def find(self, folder: Folder, name: str):
+        """What a calendar has under a name; None if nothing."""
+        return row('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
+                   'AND calendar = ? AND name = ? AND gone IS NULL', *self.whose, folder.id, name)
+
+    def all(self, folder: Folder, since: int = -1, until: float = 0) -> list:
+        """What is in a calendar and does not end before an instant, by name."""
+        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
+                    'AND calendar = ? AND gone IS NULL AND last > ? ORDER BY name',
+                    *self.whose, folder.id, since)
+
+    def changed(self, folder: Folder, since: int, most: int) -> list:
+        """What has changed or was deleted after a number."""
+        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
+                    f'AND calendar = ? AND rev > ? ORDER BY rev LIMIT {most}',
+                    *self.whose, folder.id, since)
+
+    def newest(self, folder: Folder) -> int:
+        return row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
+                   'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id).rev
+
+    def token(self, folder: Folder) -> str:
+        """What is another as soon as anything in a calendar is, as a URI."""
+        seen = self.acting.config.caldav_busy and row('SELECT max(id) AS id FROM event').id or 0
+        store = self.acting.clouds.store
+        return f'urn:cmres:sync:{store}:{folder.id}:{self.newest(folder)}:{seen}'
+
+    def since(self, folder: Folder, token: str) -> tuple[int, int]:
+        """The numbers of the last change and event of a token.
+
+        Raises:
+          Refused: it is none of ours, or so old that what was deleted since is forgotten.
+        """
+        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{folder.id}:')
+        found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
+        numbers = tuple(map(int, found.groups())) if found else (-1, 0)
+        forgotten = int(fact(FORGOTTEN) or 0)
+        if not forgotten <= numbers[0] <= self.newest(folder):
+            raise Refused(403, 'D:valid-sync-token', 'this token is not of this calendar, or is '
+                          'too old. Ask without a token for all that is there')
+        return numbers
+
+    def write(self, folder: Folder, name: str, **values) -> None:
+        """Writes an object, or some columns of it; it is another one for all programs then."""
+        whose = dict(zip(('user', 'project'), self.whose)) | {'calendar': folder.id, 'name': name}
+        rev = row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
+        there = row('SELECT id FROM calendar_object WHERE user = ? AND project = ? '
+                    'AND calendar = ? AND name = ?', *whose.values())
+        values |= {'rev': rev, 'changed': int(self.acting.clock())}
+        if there:
+            change(CalendarObject, there.id, **values)
+        else:
+            insert(CalendarObject, **whose, **values)
+
+    def properties(self, folder: Folder) -> dict[str, str]:
+        """What a program keeps with a calendar."""
+        return {each.name: each.value for each in rows(
+            'SELECT name, value FROM calendar_property WHERE user = ? AND project = ? '
+            'AND calendar = ?', *self.whose, folder.id)}
+
+    def keep_property(self, folder: Folder, name: str, value: str | None) -> None:
+        run('DELETE FROM calendar_property WHERE user = ? AND project = ? AND calendar = ? '
+            'AND name = ?', *self.whose, folder.id, name)
+        if value is not None:
+            insert(CalendarProperty, **dict(zip(('user', 'project'), self.whose)),
+                   calendar=folder.id, name=name, value=value)
+
+    def zone(self, folder: Folder) -> ZoneInfo:
+        """The zone of times that name none: that of the calendar, else that of the service."""
+        described = self.properties(folder).get('C:calendar-timezone', '')
+        named = re.search(r'(?mi)^TZID[^:\n]*:\s*(\S+)\s*$', described)
+        return named and table_zone(named[1]) or self.acting.config.zone
+
+    def understand(self, folder: Folder, text: str) -> Understood:
+        """What an object asks for.
+
+        Raises:
+          Refused: it is not what a calendar object may be (RFC 4791, 4.1).
+        """
+        entries = read_calendar(text, 'the event')
+        kinds = kinds_in(text)
+        if not entries or kinds - {'VEVENT', 'VTIMEZONE'}:
+            raise Refused(403, 'C:supported-calendar-component',
+                          'only events are reserved here, no tasks and nothing else')
+        groups = by_uid(entries)
+        if len(groups) > 1 or METHOD_LINE.search(text):
+            raise Refused(403, 'C:valid-calendar-object-resource',
+                          'one event is needed with the exceptions of it, and no METHOD')
+        (uid, group), = groups.items()
+        now, zone = self.acting.here.now, self.zone(folder)
+        until = now + timedelta(days=self.acting.config.horizon)
+        wanted = bookings({uid: group}, zone, now, until, folder.usual or Want(), folder.usual
+                          or Want())
+        if not wanted:
+            raise Refused(403, 'C:valid-calendar-object-resource',
+                          'this event is of a feed of cmres: what it shows is reserved already')
+        return Understood(text, wanted[0], group, zone)
+
+
+GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
+METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
+
+
+def kinds_in(text: str) -> set[str]:
+    """Which kinds of components a calendar has."""
+    depth, kinds = 0, set()
+    for begins, kind in re.findall(r'(?mi)^(BEGIN|END):(\S*)', text):
+        depth += 1 if begins.upper() == 'BEGIN' else -1
+        if depth == 2 and begins.upper() == 'BEGIN':
+            kinds.add(kind.upper())
+    return kinds
+
+
+class Teller:
+    """What cmres says of the event of an object, as its reservation is now."""
+
+    def __init__(self, acting: Reservations, found, event: Understood):
+        self.acting, self.event, self.why = acting, event, json.loads(found.why)
+        self.id = found.reservation_id
+        self.all = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', self.id)
+        self.slots = self.planned()
+
+    def planned(self) -> dict[str, Slot]:
+        """What the event itself says, around what there is."""
+        if not self.all:
+            return {}
+        return self.event.slots(self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+
+    def remarks(self) -> dict[str, Remark]:
+        """What there is to say, by slots; '' is the event or all of its series."""
+        live = [each for each in self.all if each.cancelled is None]
+        if self.event.booking.cancelled:
+            return {}
+        if not live:
+            return {'': self.of_none()} if self.all or self.why else {}
+        current = self.acting.look.next_of(self.id)
+        whole = self.of_stay(current) or Remark()
+        found = {} if whole.title else {
+            each.slot: remark for each in self.all if each.slot in self.slots
+            and (remark := self.of_one(each, self.slots[each.slot]))}
+        whole = found.pop('', whole)
+        whole = whole._replace(after='\n'.join(filter(None, (whole.after, self.state(current)))))
+        return found | ({'': whole} if whole != Remark() else {})
+
+    def of_none(self) -> Remark:
+        """Nothing is reserved."""
+        if not self.all or '' in self.why:
+            return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
+        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
+                   "('released', 'rejected', 'maintenance') ORDER BY id DESC LIMIT 1", self.id)
+        return Remark('CANCELLED', last.sentence if last else 'it was cancelled', cancelled=True)
+
+    def of_stay(self, current) -> Remark | None:
+        """What is reserved stays as it was, since a change was refused or waits for an approval."""
+        why = self.why.get('') or (current.change is not None and self.why.get('approval'))
+        if not why:
+            return None
+        slot = self.slots.get(current.slot)
+        moved = not slot or (slot.start, slot.end) != (current.start, current.end)
+        still = (f'MOVED, still {self.clock(current.start)}' if moved
+                 else f'CHANGED, still {counted_vms(current.vms)}')
+        return Remark(f'NOT {still}', why)
+
+    def of_one(self, there, slot: Slot) -> Remark | None:
+        """What is otherwise of an occurrence than the event says."""
+        if there.cancelled is not None:
+            why = self.why.get(there.slot, '' if there.altered else 'there was no free capacity')
+            if why:
+                return Remark('NOT RESERVED', why, cancelled=True)
+            return Remark('CANCELLED', 'this occurrence was cancelled', cancelled=True)
+        window = there.start, there.end
+        if window == (slot.start, slot.end):
+            return None
+        if there.slot in self.why:
+            return Remark(f'NOT MOVED, still {self.clock(there.start)}', self.why[there.slot])
+        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
+                   "('updated', 'maintenance', 'kept') ORDER BY id DESC LIMIT 1", self.id)
+        return Remark(after=f"Moved: {last.sentence if last else 'in cmres'}", window=window)
+
+    def clock(self, at: int) -> str:
+        return f'{to_wall(instant(at), self.event.here):%a %H:%M}'
+
+    def state(self, current) -> str:
+        """How its VMs are and how to log in; of a series, those of now or of the next time."""
+        config = self.acting.config
+        if current.pending is not None and current.state == 'pending':
+            until = config.told_time(current.pending, self.event.here.key)
+            return f'An admin must approve it until {until}.'
+        if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
+            return ''
+        found = rows("SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
+                     "AND goal = 'up' ORDER BY n", current.id)
+        addresses = [each for one in found for each in json.loads(one.addresses)]
+        when = format_time(instant(current.start), self.event.here)
+        lines = [f"{when + ': ' if current.repeats else ''}{current.state}",
+                 *config.logins(addresses),
+                 f'key pair: {current.key}' if current.key and addresses else '', current.fault]
+        return '\n'.join(filter(None, lines))
+
+
+def counted_vms(number: int) -> str:
+    return f"{number} VM{'s' * (number != 1)}"
+
+
+class Keeper:
+    """What keeps objects and reservations together, for one who acts."""
+
+    def __init__(self, acting: Reservations):
+        self.acting, self.shelf = acting, Shelf(acting)
+
+    def refresh(self) -> None:
+        """Writes anew what is shown of reservations that have changed since the last time."""
+        seen = int(fact(LOOKED_AT) or 0)
+        newest = row('SELECT coalesce(max(id), 0) AS id FROM event').id
+        if newest <= seen:
+            return
+        changed = self.changed_between(seen, newest)
+        if changed or newest - seen > 1000:
+            with transaction():
+                note_fact(LOOKED_AT, f'{newest}')
+                for each in self.changed_between(seen, newest):
+                    self.show_anew(each)
+
+    def changed_between(self, seen: int, newest: int) -> list:
+        """The objects of which events tell that came after one, until another."""
+        return rows('SELECT c.* FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id '
+                    'IN (SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
+                    'AND e.reservation_id IS NOT NULL)', seen, newest)
+
+    def show_anew(self, found) -> None:
+        """Writes what is shown of an object if it is another than before."""
+        owner = Actor(found.user, found.project, USER)
+        shelf = Shelf(self.acting.acting(owner))
+        place = row('SELECT name FROM resource WHERE id = ?', found.calendar)
+        folder = Folder(found.calendar, place.name if place else ALL.name)
+        shown = shown_text(shelf, found, shelf.understand(folder, found.text))
+        if shown != (found.shown or found.text):
+            shelf.write(folder, found.name, shown='' if shown == found.text else shown,
+                        etag=etag_of(shown))
+
+    def put(self, folder: Folder, name: str, data: bytes, look: Callable) -> tuple[bool, str]:
+        """Makes a reservation of what a program sends, or changes it.
+
+        Returns:
+          whether it is new, and its ETag if it is shown as it was sent.
+        """
+        had = self.shelf.find(folder, name)
+        look(had)
+        sent_text = object_text(data)
+        text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
+        event = self.shelf.understand(folder, text)
+        self.refuse_other_uid(folder, name, event.booking.uid, had)
+        try:
+            shown = self.reserve(folder, name, event, had, look)
+        except (Changed, Refused, Unavailable, TooMany):
+            raise
+        except Error as refusal:
+            shown = self.refuse(folder, name, event, had, look, refusal)
+        return not had, etag_of(shown) if shown == sent_text else ''
+
+    def refuse_other_uid(self, folder: Folder, name: str, uid: str, had) -> None:
+        """Refuses a UID that another object of the calendar has (RFC 4791, 5.3.2.1)."""
+        other = row('SELECT name FROM calendar_object WHERE user = ? AND project = ? '
+                    'AND calendar = ? AND uid = ? AND name <> ? AND gone IS NULL LIMIT 1',
+                    *self.shelf.whose, folder.id, uid, name)
+        if other or had and had.uid != uid:
+            raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
+                          href=(other or had).name)
+        most = self.acting.config.caldav_events
+        if not had and 0 < most <= len(rows(
+                f'SELECT 1 AS one FROM calendar_object WHERE user = ? AND project = ? AND '
+                f'calendar = ? AND last > -1 AND gone IS NULL LIMIT {most}', *self.shelf.whose,
+                folder.id)):
+            raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
+                          'as it may have. Delete old ones first')
+
+    def reserve(self, folder: Folder, name: str, event: Understood, had, look: Callable) -> str:
+        """Books what an event asks for, and keeps its text; what is shown of it then.
+
+        Raises:
+          Error: it is refused, and nothing was changed.
+        """
+        acting, booking = self.acting, event.booking
+        guests = [each for each in event.guests() if MAIL_ADDRESS.fullmatch(each)
+                  and acting.config.may_tell(each)]
+        said = said_by(booking) | {'invite': guests[:MOST_INVITED]}
+        (_, wish, error), = acting.read_bookings([booking], said, event.zone)
+        if error:
+            raise error
+        with acting.writing() as now:
+            look(self.shelf.find(folder, name))
+            self.refuse_past(booking, wish, had)
+            self.refuse_begun(event, had, now)
+            done = acting.taken(booking, wish, self.shelf.whose, None, now,
+                                again=not had or had.reservation_id is None)
+            booked = done['outcome'] not in ('past', 'cancelled')
+            return self.keep(folder, name, event, had, self.whys(event, done, had), booked)
+
+    def refuse_past(self, booking: Booking, wish: Wish | None, had) -> None:
+        """Refuses to move what is reserved to where it can't be any more."""
+        if wish or booking.cancelled or repeats(booking) or not had:
+            return
+        if row('SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
+               int(self.acting.clock())):
+            raise Invalid('its time is past. Move it to a time to come, or delete it')
+
+    def refuse_begun(self, event: Understood, had, now: float) -> None:
+        """Refuses to move what has begun to later: of that, the end can change."""
+        known = had and had.reservation_id and row(
+            'SELECT slot, start, "end" FROM occurrence INDEXED BY occurrence_series WHERE '
+            'reservation_id = ? AND (due IS NULL) = 0 AND start <= ? AND held_until > ? '
+            'AND cancelled IS NULL', had.reservation_id, int(now), int(now))
+        slot = known and event.slots(known.start - MONTH, known.end + 12 * MONTH).get(known.slot)
+        if slot and slot.start > now:
+            raise Conflict('it has begun, so only its end can be changed')
+
+    def whys(self, event: Understood, done: dict, had) -> dict[str, str]:
+        """By slots why occurrences found no room, of what became of an event."""
+        if done['outcome'] in ('pending', 'unchanged') and done.get('why'):
+            waits = done['outcome'] == 'pending' or done['why'] == A_CHANGE_WAITS
+            return {'approval' if waits else '': done['why']}
+        old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
+        left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
+        known = left and self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
+        there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
+                     '(SELECT value FROM json_each(?))', known.id, json.dumps([*left])) if left else ()
+        return {slot: why for slot, why in old.items() if slot} | {
+            each.slot: left[each.start] for each in there if each.slot}
+
+    def keep(self, folder: Folder, name: str, event: Understood, had, why: dict,
+             booked: bool) -> str:
+        """Writes an object; what is shown of it. Inside a transaction."""
+        uid = event.booking.uid
+        known = self.acting.booked_as(uid, self.shelf.whose, None) if booked else None
+        id = known.id if known else had.reservation_id if had else None
+        if id is not None:  # it may have been moved here from another calendar
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+        first, last = event.span(self.acting.clock() + self.acting.config.horizon * DAY)
+        values = {'uid': uid, 'text': event.text, 'reservation': id, 'why': json.dumps(why),
+                  'first': first, 'last': last, 'gone': None, 'shown': '', 'etag': ''}
+        self.shelf.write(folder, name, **values)
+        found = self.shelf.find(folder, name)
+        shown = shown_text(self.shelf, found, event)
+        change(CalendarObject, found.id, shown='' if shown == event.text else shown,
+               etag=etag_of(shown))
+        return shown
+
+    def refuse(self, folder: Folder, name: str, event: Understood, had, look: Callable,
+               refusal: Error) -> str:
+        """Keeps an event that can't be reserved, with a remark that says why."""
+        why = f'{self.explained(event, had, refusal)}'.removeprefix(f'{event.booking.name}: ')
+        why = why[:1].upper() + why[1:]
+        if self.acting.config.caldav_refusal == '403':
+            raise Refused(403, 'V:no-capacity' if isinstance(refusal, NoCapacity)
+                          else 'V:not-reserved', why)
+        with self.acting.writing() as now:
+            look(self.shelf.find(folder, name))
+            live = had and had.reservation_id is not None and row(
+                'SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
+                int(now))
+            if not live and had:
+                had = had._replace(reservation_id=None)
+            return self.keep(folder, name, event, had, {'': why}, False)
+
+    def explained(self, event: Understood, had, refusal: Error) -> Error:
+        """A refusal for want of capacity, with what would fit instead."""
+        acting, booking = self.acting, event.booking
+        if not isinstance(refusal, NoCapacity) or repeats(booking):
+            return refusal
+        (_, wish, _), = acting.read_bookings([booking], said_by(booking), event.zone)
+        plain = wish._replace(stretches=[], repeat='')
+        known = had and had.reservation_id and acting.look.next_of(had.reservation_id)
+        live = known if known and known.cancelled is None and known.end > acting.clock() else None
+
+        def deed(wish: Wish, field: str):
+            now = acting.clock()
+            if live:
+                wish = wish._replace(label=live.label)
+                return acting.bookings.commit(acting.admission.edit(
+                    live._replace(repeats=0), wish, ['calendar'], now), now)
+            return acting.admission.book(
+                wish._replace(label=acting.free_label(wish, now)), now)
+        try:
+            with acting.shares.paced(), acting.writing(dry_run=True):
+                with acting.offers.explaining(plain, live, deed):
+                    deed(plain, '')
+        except NoCapacity as told_more:
+            return type(refusal)(in_other_words(told_more, event.here), **told_more.details)
+        except Error:
+            pass
+        return refusal
+
+    def delete(self, folder: Folder, name: str, look: Callable) -> None:
+        """Cancels what an event has reserved, and forgets its text."""
+        acting = self.acting
+        with acting.writing() as now:
+            found = self.shelf.find(folder, name)
+            look(found)
+            if not found:
+                raise NotFound('there is no such event, or no longer')
+            known = found.reservation_id and acting.look.next_of(found.reservation_id)
+            if known:
+                acting.admission.cancel(acting.look.live(known), now, 'deleted in the calendar', ends=True)
+            self.shelf.write(folder, name, gone=int(now), text='', shown='', etag='',
+                             reservation=None)
+
+
+def shown_text(shelf: Shelf, found, event: Understood) -> str:
+    """What is shown of an object."""
+    teller = Teller(shelf.acting, found, event)
+    remarks = teller.remarks()
+    keys = event.keys() if remarks else {}
+    return with_remarks(event.text, remarks, teller.slots, keys, event.here)
+
+
+def said_by(booking: Booking) -> dict:
+    """What an event of a calendar program doesn't say, named as in `import`."""
+    return Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': '',
+                               'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+
+
+def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
+    """The sentence of a refusal, with what would fit."""
+    offers = {'next_start': lambda at: f'from {format_time(at, zone)}',
+              'most_vms': lambda number: f'with {counted_vms(number)}',
+              'longest': lambda length: f'for {length}'}
+    found = [say(refusal.details[name]) for name, say in offers.items()
+             if refusal.details.get(name)]
+    return f"{refusal}.\nIt would fit: {'; '.join(found)}." if found else f'{refusal}.'
+
+
+def object_text(data: bytes) -> str:
+    """The text of a calendar object.
+
+    Raises:
+      Refused: it is too large or no text.
+    """
+    if len(data) > MOST_OBJECT:
+        raise Refused(403, 'C:max-resource-size', f'an event has at most {MOST_OBJECT} bytes')
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Refused(403, 'C:valid-calendar-data', 'the event is not UTF-8') from None
+    if NO_XML.search(text):
+        raise Refused(403, 'C:valid-calendar-data', 'the event has control characters')
+    return text
+
+
+def etag_of(text: str) -> str:
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+
+
+class Item(NamedTuple):
+    """What stands in a calendar, as programs see it."""
+    name: str
+    etag: str
+    text: str
+    gone: bool = False
+    writable: bool = True
+
+
+def item_of(found) -> Item:
+    return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
+
+
+NO_DOCTYPE = 'the XML has a document type or entities, which are not read here'
+
+
+class Tree:
+    """Builds the elements of a body, which has no document type, few elements and little depth."""
+
+    def __init__(self):
+        from xml.etree.ElementTree import TreeBuilder
+        self.builder, self.depth, self.number = TreeBuilder(), 0, 0
+        self.data, self.close = self.builder.data, self.builder.close
+
+    def doctype(self, *_) -> None:
+        raise Invalid(NO_DOCTYPE)
+
+    def start(self, tag: str, attributes: dict) -> None:
+        self.depth, self.number = self.depth + 1, self.number + 1
+        if self.depth > MOST_DEPTH or self.number > MOST_ELEMENTS:
+            raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep, or more than '
+                          f'{MOST_ELEMENTS}')
+        self.builder.start(tag, attributes)
+
+    def end(self, tag: str) -> None:
+        self.depth -= 1
+        self.builder.end(tag)
+
+
+def read_xml(data: bytes):
+    """The root of a body; None of an empty one.
+
+    Raises:
+      Invalid: it is no XML, or more than is read here.
+    """
+    from xml.etree import ElementTree
+    if not data.strip():
+        return None
+    if b'<!DOCTYPE' in data:  # the parser tells of it later
+        raise Invalid(NO_DOCTYPE)
+    try:
+        parser = ElementTree.XMLParser(target=Tree())
+        parser.feed(data)
+        return parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise Invalid(f'the body is not XML: {first_line(error)}') from None
+
+
+def xml_text(text: str) -> str:
+    """A text as XML holds it, also its carriage returns."""
+    return escape(NO_XML.sub('\ufffd', text), quote=False).replace('\r', '&#13;')
+
+
+def short_name(tag: str) -> str:
+    """A name of XML with our prefix; the whole of it if it is of another space."""
+    space, brace, name = tag.rpartition('}')
+    return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
+
+
+def empty_element(tag: str) -> str:
+    name = short_name(tag)
+    if name != tag:
+        return f'<{name}/>'
+    space, _, name = tag.rpartition('}')
+    return f'<X:{name} xmlns:X="{escape(space[1:])}"/>' if space else f'<{name} xmlns=""/>'
+
+
+def propstat(elements: list[str], status: str) -> str:
+    return (f"<D:propstat><D:prop>{''.join(elements)}</D:prop>"
+            f'<D:status>HTTP/1.1 {status}</D:status></D:propstat>')
+
+
+def response_text(href: str, values: dict, wanted: list[str] | None) -> str:
+    """What is said of one address: the properties that are wanted, and those that it has not.
+
+    Args:
+      values: properties by short names, as XML or as what makes that
+      wanted: None for those that all may want
+    """
+    if wanted is None:
+        wanted = [name for name in values if name != 'C:calendar-data']
+    found, missing = [], []
+    for tag in wanted:
+        name = short_name(tag)
+        if name in values:
+            value = values[name]
+            found.append(f'<{name}>{value() if callable(value) else value}</{name}>')
+        else:
+            missing.append(empty_element(tag))
+    text = propstat(found, '200 OK') if found or not missing else ''
+    text += propstat(missing, '404 Not Found') if missing else ''
+    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
+
+
+def gone_text(href: str) -> str:
+    return (f'<D:response><D:href>{href}</D:href><D:status>HTTP/1.1 404 Not Found</D:status>'
+            '</D:response>')
+
+
+def elements(names: Iterable[str], around: str = '{}') -> str:
+    return ''.join(around.format(f'<{name}/>') for name in names)
+
+
+def href_of(*names: str) -> str:
+    return '/'.join([DAV, *(quote(each, safe="@:!$'()*,;=~+") for each in names)])
+
+
+class Query:
+    """A filter of `calendar-query` (RFC 4791, 9.7), as far as it is followed here."""
+
+    def __init__(self, root, zone: ZoneInfo, budget: Budget):
+        self.zone, self.budget = zone, budget
+        self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
+        inner = [each for part in self.parts for each in part[3]]
+        spans = [span for _, _, span, _, _ in inner if span]
+        self.begin, self.until = spans[0] if spans else (-1, int(LAST.timestamp()))
+
+    def read(self, element) -> tuple:
+        """A filter of components: their name, whether none may be there, when, with what."""
+        span = element.find(full_name('C:time-range'))
+        properties = [self.read_property(each)
+                      for each in element.iterfind(full_name('C:prop-filter'))]
+        return (element.get('name', '').upper(),
+                element.find(full_name('C:is-not-defined')) is not None,
+                None if span is None else read_range(span),
+                [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))],
+                properties)
+
+    def read_property(self, element) -> tuple:
+        """A filter of a property: its name, whether it may not be there, and a text in it."""
+        if {short_name(each.tag) for each in element} - {'C:text-match', 'C:is-not-defined'}:
+            raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
+        match = element.find(full_name('C:text-match'))
+        if match is not None and match.get('collation', 'i;ascii-casemap') not in COLLATIONS:
+            raise Refused(403, 'C:supported-collation', f"texts are compared by {COLLATIONS}")
+        return (element.get('name', '').upper(),
+                element.find(full_name('C:is-not-defined')) is not None, match)
+
+    def takes(self, item: Item) -> bool:
+        return all(self.is_met(part, item) for part in self.parts)
+
+    def is_met(self, part: tuple, item: Item) -> bool:
+        """Whether an object is what a filter of whole calendars wants."""
+        name, absent, _, inner, properties = part
+        if name != 'VCALENDAR' or absent:
+            return absent and name != 'VCALENDAR'
+        events = events_in(components(item.text))
+        return all(self.is_in(each, events, item) for each in inner) and not properties
+
+    def is_in(self, part: tuple, events: list[Component], item: Item) -> bool:
+        """Whether one of the events of an object is what a filter wants."""
+        name, absent, span, inner, properties = part
+        if name != 'VEVENT':
+            return absent
+        found = [each for each in events if all(has_property(each, one) for one in properties)
+                 and all(self.has_alarm(each, one, item) for one in inner)]
+        if absent or not found:
+            return absent and not found
+        return not span or any(True for _ in self.occurrences(item.text, *span))
+
+
+    def has_alarm(self, event: Component, part: tuple, item: Item) -> bool:
+        """Whether an event has a component in it, in a window where it is an alarm."""
+        name, absent, span, _, _ = part
+        if name != 'VALARM' or absent or not span:
+            there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
+            return there != absent
+        return any(span[0] <= at < span[1] for at in self.alarms(event, item.text, *span))
+
+    def occurrences(self, text: str, begin: int, until: int) -> Iterator[dict]:
+        """The occurrences of an event in a window; {} where that can't be told."""
+        for group in by_uid(read_calendar(text)).values():
+            try:
+                with naming(group[0]), self.budget.event(may_repeat(group)):
+                    yield from group_occurrences(group, self.zone, instant(begin), instant(until))
+            except BadCalendar:
+                yield {}
+
+    def alarms(self, event: Component, text: str, begin: int, until: int) -> Iterator[int]:
+        """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
+        lines = [read_property(unfolded_line(each)) for each in event.lines]
+        for _, parameters, value in (each for each in lines if each and each[0] == 'TRIGGER'):
+            with suppress(Error, ValueError, OverflowError):
+                if not value.strip('+- ').upper().startswith('P'):
+                    yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
+                    continue
+                offset = int(read_length(value.strip('+- ')).total_seconds())
+                offset = -offset if value.startswith('-') else offset
+                side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
+                for each in self.occurrences(text, max(begin - offset - 1, 0), until - offset + 1):
+                    yield int(each[side].timestamp()) + offset if each else begin
+
+
+COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+
+
+def has_property(event: Component, wanted: tuple) -> bool:
+    """Whether an event has a property as a filter wants it."""
+    name, absent, match = wanted
+    there = event.find(name) is not None
+    if absent or match is None or not there:
+        return there != absent and (there or absent)
+    value, text = unescaped(event.read(name)[1]), match.text or ''
+    if match.get('collation') != 'i;octet':
+        value, text = value.casefold(), text.casefold()
+    return (text in value) != (match.get('negate-condition') == 'yes')
+
+
+def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until: int) -> str:
+    """An event as its occurrences in a window, each by itself and in UTC (RFC 4791, 9.6.5)."""
+    events = events_in(components(text))
+    (group,) = by_uid(entries).values()
+    if not may_repeat(group):
+        return text
+    table, clock = timetable(group, zone), clock_of(group, zone)
+    own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
+           for entry, event in zip(entries, events) if entry.exception}
+    form = Form(events[0], table.zone)
+    form.instant = not form.whole
+    found = []
+    for slot in table.slots(begin, until):
+        made = exception_of(events[0], form, slot)
+        if slot.key in own:
+            taken = own[slot.key].lines
+            own_one = Component([*taken])
+            own_one.take_out('DURATION')
+            for name in ('RECURRENCE-ID', 'DTSTART', 'DTEND'):
+                own_one.put_line(name, made.line(name))
+            made = own_one
+        made.take_out(MADE)
+        found.append(joined([made]))
+    return f"{HEAD_OF_BUSY}{''.join(found)}END:VCALENDAR\r\n"
+
+
+def full_name(name: str) -> str:
+    """A name with one of our prefixes as the parser has it."""
+    prefix, _, rest = name.partition(':')
+    return f'{{{NAMESPACES[prefix]}}}{rest}'
+
+
+def read_range(element) -> tuple[int, int]:
+    """The window of a time-range; without an end, two years from its start on."""
+    found = []
+    for name in ('start', 'end'):
+        text = element.get(name)
+        match = MOMENT.fullmatch(text or '')
+        if text is not None and not (match and match[7]):
+            raise Refused(403, 'C:valid-filter', f'{name}: {shown(text)} is not such as '
+                          '20270301T090000Z')
+        try:
+            found.append(int(read_moment(text, '', Frame(b'')).at(UTC).timestamp())
+                         if text else None)
+        except Invalid as error:
+            raise Refused(403, 'C:valid-filter', f'{name}: {error}') from None
+    begin, until = found
+    begin = 0 if begin is None else begin
+    until = min(begin + 2 * 366 * DAY if until is None else until, int(LAST.timestamp()))
+    return begin, max(until, begin)
+
+
+class Dav:
+    """One request of a calendar program."""
+
+    def __init__(self, acting: Reservations, request, path: str):
+        self.acting, self.request = acting, request
+        self.keeper = Keeper(acting)
+        self.shelf = self.keeper.shelf
+        self.names = [each for each in path.split('/') if each]
+        self.user = acting.actor.user
+        self.budget = Budget()  # for all that is followed of series
+        self.window: tuple[int, int] | None = None  # events are asked for as what occurs in it
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        return self.shelf.folder(self.names[1])
+
+    def answer(self):
+        """The answer of a verb at the address."""
+        verb = self.request.method
+        if self.names and self.names[0] != self.user:
+            raise Refused(403, 'D:need-privileges', 'this address is of somebody else')
+        if len(self.names) > 3:
+            raise NotFound('there is nothing at this address')
+        if len(self.names) > 1:
+            self.folder  # there must be one
+        if verb in ('MKCALENDAR', 'MKCOL'):
+            raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
+                          'resource, and no others can be made here')
+        if verb not in DAV_VERBS.split(', '):
+            raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
+        if verb in ('PUT', 'DELETE', 'PROPPATCH'):
+            self.refuse_reader()
+        self.keeper.refresh()
+        return getattr(self, verb.lower().replace('head', 'get'))()
+
+    @functools.cached_property
+    def writes(self) -> bool:
+        """Whether who asks may change anything."""
+        try:
+            self.acting.actor.refuse_out_of_scope(API[may(self.acting.actor)[1]])
+        except Forbidden:
+            return False
+        return self.acting.actor.role != READER
+
+    def refuse_reader(self) -> None:
+        if not self.writes:
+            raise Refused(403, 'D:need-privileges', 'your token lets you read calendars only')
+
+    def body(self):
+        return read_xml(whole_body(self.request))
+
+    # What there is.
+
+    def values(self) -> dict:
+        """Properties of the address, of a calendar or of what is above them."""
+        level, me = len(self.names), f'<D:href>{href_of(self.user)}/</D:href>'
+        values = {'D:current-user-principal': me, 'D:principal-URL': me, 'D:owner': me,
+                  'D:principal-collection-set': f'<D:href>{DAV}/</D:href>',
+                  'C:calendar-home-set': me, 'C:calendar-user-address-set': me,
+                  'D:resourcetype': '<D:collection/>', 'D:displayname': 'cmres',
+                  'D:current-user-privilege-set': self.privileges(False),
+                  'D:supported-report-set': ''}
+        if level == 1:
+            values |= {'D:resourcetype': '<D:collection/><D:principal/>',
+                       'D:displayname': xml_text(self.user)}
+        return values
+
+    def privileges(self, writable: bool) -> str:
+        names = READS + (WRITES if writable and self.writes else ())
+        return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+
+    def values_of_folder(self, folder: Folder) -> dict:
+        """Properties of a calendar."""
+        token, kept = self.shelf.token(folder), self.shelf.properties(folder)
+        reports = elements(REPORTS, '<D:supported-report><D:report>{}</D:report>'
+                                    '</D:supported-report>')
+        name = folder.name if folder.id else 'all resources'
+        return self.values() | {
+            'D:resourcetype': '<D:collection/><C:calendar/>', 'D:displayname': xml_text(name),
+            'D:current-user-privilege-set': self.privileges(True),
+            'D:supported-report-set': reports, 'D:sync-token': token, 'CS:getctag': token,
+            'D:getetag': f'"{token}"', 'D:getcontenttype': ICS,
+            'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
+            'C:supported-calendar-data':
+                '<C:calendar-data content-type="text/calendar" version="2.0"/>',
+            'C:supported-collation-set': ''.join(
+                f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
+            'C:max-resource-size': f'{MOST_OBJECT}',
+            'C:calendar-description': xml_text(self.description(folder)),
+        } | {name: xml_text(value) for name, value in kept.items()}
+
+    def description(self, folder: Folder) -> str:
+        """What people read of a calendar."""
+        if not folder.usual:
+            return ('Each event is a reservation. Write what it is for in the first line of its '
+                    'description, such as: 2 x m1.small cirros on demo')
+        usual = ' '.join(filter(None, (folder.usual.flavor, folder.usual.image)))
+        return (f'Each event reserves {counted_vms(folder.usual.vms)} {usual}'.rstrip()
+                + f' on {folder.name}, or what the first line of its description says, such as: '
+                  '2 x m1.small')
+
+    def values_of_item(self, item: Item) -> dict:
+        """Properties of what stands in a calendar."""
+        return {'D:getetag': item.etag, 'D:resourcetype': '',
+                'D:getcontenttype': f'{ICS}; component=VEVENT',
+                'D:getcontentlength': lambda: f'{len(item.text.encode())}',
+                'D:current-user-privilege-set': lambda: self.privileges(item.writable),
+                'D:owner': f'<D:href>{href_of(self.user)}/</D:href>',
+                'D:current-user-principal': f'<D:href>{href_of(self.user)}/</D:href>',
+                'C:calendar-data': lambda: xml_text(self.text_of(item))}
+
+    def text_of(self, item: Item) -> str:
+        """The text of an object as a report asks for it."""
+        if not self.window:
+            return item.text
+        try:
+            entries = read_calendar(item.text)
+            with naming(entries[0]), self.budget.event(True):
+                return expanded(item.text, entries, self.shelf.zone(self.folder), *self.window)
+        except BadCalendar:
+            return item.text
+
+    def href(self, item: Item) -> str:
+        return href_of(self.user, self.folder.name, item.name)
+
+    def response(self, item: Item, wanted: list[str] | None) -> str:
+        return response_text(self.href(item), self.values_of_item(item), wanted)
+
+    def item(self, name: str) -> Item:
+        """What the calendar has under a name; NotFound if nothing."""
+        found = self.shelf.find(self.folder, name)
+        busy = self.busy_named(name)
+        if not found and not busy:
+            raise NotFound('there is no such event, or no longer')
+        return item_of(found) if found else busy
+
+    def items(self, begin: int = -1) -> list[Item]:
+        """All that the calendar has and does not end before an instant."""
+        return [*map(item_of, self.shelf.all(self.folder, begin)), *self.busy(begin)]
+
+    # What others have reserved.
+
+    def busy(self, begin: int = -1, reservations: list[int] | None = None) -> list[Item]:
+        """What is reserved there beside what stands in the calendar, of the last month on."""
+        folder, acting = self.folder, self.acting
+        if not folder.id or not acting.config.caldav_busy:
+            return []
+        since = max(begin, int(acting.clock()) - MONTH)
+        only = [acting.look.among('o.reservation_id', reservations)] if reservations is not None else []
+        asked = dict.fromkeys((*PLACE, 'resource', 'user', 'project'), '')
+        asked['places'] = [folder.id]
+        found = acting.look.page(acting.look.ways(asked, (), since),
+                            [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose), *only], (),
+                            limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
+        return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
+
+    def busy_named(self, name: str) -> Item | None:
+        """What is reserved there, by the name under which it is shown."""
+        match = BUSY_NAME.fullmatch(name)
+        found = match and row('SELECT reservation_id AS id FROM occurrence WHERE id = ?',
+                              int(match[1]))
+        return next((each for each in self.busy(-1, [found.id]) if each.name == name), None) \
+            if found else None
+
+    def busy_item(self, found) -> Item:
+        """A reservation that the calendar only shows: whose it is, only for its own project."""
+        class Whose(NamedTuple):
+            project: str
+        shown = self.acting.feed_event(found._replace(now=0), Whose(self.shelf.whose[1]), [])
+        text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
+        return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
+
+    # Verbs.
+
+    def propfind(self):
+        depth = header(self.request, 'Depth', '0').strip().lower()
+        if depth == 'infinity':
+            raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
+        if depth not in ('0', '1'):
+            raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
+        root = self.body()
+        wanted = wanted_in(root, 'D:propfind')
+        names = root is not None and root.find(full_name('D:propname')) is not None
+        found = [*self.listed(depth == '1')]
+        if names:
+            found = [(href, dict.fromkeys(values, '')) for href, values in found]
+        return multistatus(response_text(href, values, wanted) for href, values in found)
+
+    def listed(self, deep: bool) -> Iterator[tuple[str, dict]]:
+        """The address, and with `deep` what is in it: each with its properties."""
+        level = len(self.names)
+        here = href_of(*self.names)
+        if level == 3:
+            item = self.item(self.names[2])
+            yield self.href(item), self.values_of_item(item)
+            return
+        yield f'{here}/', self.values_of_folder(self.folder) if level == 2 else self.values()
+        if deep and level == 0:
+            self.names.append(self.user)
+            yield from self.listed(False)
+        elif deep and level == 1:
+            for each in self.shelf.folders():
+                yield f'{href_of(self.user, each.name)}/', self.values_of_folder(each)
+        elif deep:
+            yield from ((self.href(each), self.values_of_item(each)) for each in self.items())
+
+    def proppatch(self):
+        root = self.body()
+        if root is None or short_name(root.tag) != 'D:propertyupdate':
+            raise Invalid('the body should be a D:propertyupdate')
+        kept, refused = [], []
+        with self.acting.writing():
+            for deed in root:
+                for each in deed.iterfind(f"{full_name('D:prop')}/*"):
+                    done = self.keep_property(each, short_name(deed.tag) == 'D:set')
+                    (kept if done else refused).append(empty_element(each.tag))
+        text = propstat(kept, '200 OK') if kept else ''
+        text += propstat(refused, '403 Forbidden') if refused else ''
+        here = href_of(*self.names) + '/' * (len(self.names) < 3)
+        return multistatus([f'<D:response><D:href>{here}</D:href>{text}</D:response>'])
+
+    def keep_property(self, element, sets: bool) -> bool:
+        """Keeps a property with the calendar, if that may be."""
+        name, value = short_name(element.tag), ''.join(element.itertext())
+        if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
+            return False
+        self.shelf.keep_property(self.folder, name, value if sets else None)
+        return True
+
+    def get(self):
+        if len(self.names) < 3:
+            raise Refused(405, 'D:supported-method', 'this is the address for calendar programs, '
+                          f'which ask with PROPFIND and REPORT; use one of {DAV_VERBS}')
+        item = self.item(self.names[2])
+        same = item.etag in header(self.request, 'If-None-Match')
+        return sent('' if same else item.text, 304 if same else 200, DAV_HEADERS | {
+            'Content-Type': ICS, 'ETag': item.etag})
+
+    def put(self):
+        self.refuse_no_object()
+        look, data = condition(self.request), self.request.body.read(MOST_OBJECT + 1)
+        try:
+            new, etag = self.keeper.put(self.folder, self.names[2], data, look)
+        except BadCalendar as error:
+            raise Refused(403, 'C:valid-calendar-data', f'{error}') from None
+        return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
+
+    def delete(self):
+        if len(self.names) < 3:
+            raise Refused(403, 'D:need-privileges', 'only events can be deleted')
+        self.refuse_no_object()
+        self.keeper.delete(self.folder, self.names[2], condition(self.request))
+        return sent('', 204, DAV_HEADERS)
+
+    def refuse_no_object(self) -> None:
+        """Refuses to write where no event is, or one that is only shown."""
+        if len(self.names) < 3:
+            raise Refused(405, 'D:supported-method', 'events are put into a calendar by a name of '
+                          'their own')
+        name = self.names[2]
+        if BUSY_NAME.fullmatch(name) and self.busy_named(name):
+            raise Refused(403, 'D:need-privileges', 'this event shows what is reserved elsewhere')
+        if len(name) > 255:
+            raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
+
+    def report(self):
+        root = self.body()
+        name = short_name(root.tag) if root is not None else ''
+        if name not in REPORTS or len(self.names) < 2:
+            raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
+        window = root.find('/'.join(map(full_name, ('D:prop', 'C:calendar-data', 'C:expand'))))
+        self.window = window if window is None else read_range(window)
+        return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
+
+    def calendar_multiget(self, root):
+        wanted, found = wanted_in(root), []
+        hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
+        for href in dict.fromkeys(hrefs):
+            names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
+            try:
+                if names[:2] != self.names[:2] or len(names) != 3:
+                    raise NotFound(href)
+                found.append(self.response(self.item(names[2]), wanted))
+            except NotFound:
+                found.append(gone_text(xml_text(href)))
+        return multistatus(found)
+
+    def calendar_query(self, root):
+        wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
+        if asked is None:
+            raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
+        with self.acting.shares.computing():
+            query = Query(asked, self.shelf.zone(self.folder), self.budget)
+            return multistatus(self.response(each, wanted) for each in self.items(query.begin)
+                               if query.takes(each))
+
+    def sync_collection(self, root):
+        wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
+        most = (root.findtext(f"{full_name('D:limit')}/{full_name('D:nresults')}") or '').strip()
+        most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
+        now, since = self.shelf.token(self.folder), (0, 0)
+        if token:
+            since = self.shelf.since(self.folder, token)
+        found = self.shelf.changed(self.folder, since[0], most + 1)
+        texts = [self.changed_text(item_of(each), wanted) for each in found[:most]
+                 if token or each.gone is None]
+        if len(found) > most:  # the rest comes after the token that is told now
+            now = re.sub(r'\d+(?=:\d+$)', f'{found[most - 1].rev}', now)
+            now = re.sub(r'\d+$', f'{since[1]}', now)
+            texts.append(f'<D:response><D:href>{href_of(*self.names)}/</D:href><D:status>'
+                         'HTTP/1.1 507 Insufficient Storage</D:status></D:response>')
+        else:
+            texts += [self.changed_text(each, wanted) for each in self.busy_since(token, since[1])]
+        return multistatus(texts, f'<D:sync-token>{now}</D:sync-token>')
+
+    def changed_text(self, item: Item, wanted: list[str] | None) -> str:
+        return gone_text(self.href(item)) if item.gone else self.response(item, wanted)
+
+    def busy_since(self, token: str, event: int) -> list[Item]:
+        """What is otherwise since an event of that which is only shown."""
+        if not self.folder.id or not self.acting.config.caldav_busy:
+            return []
+        if not token:
+            return self.busy()
+        ids = [each.reservation_id for each in rows(
+            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
+            'AND reservation_id IS NOT NULL', event)]
+        now = {each.name: each for each in self.busy(-1, ids)}
+        there = {f'busy-{each.id}.ics' for each in rows(
+            'SELECT id FROM occurrence o WHERE reservation_id IN (SELECT value FROM json_each(?)) '
+            f'AND {NOT_MINE}', json.dumps(ids), *self.shelf.whose)}
+        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
+
+    def free_busy_query(self, root):
+        element = root.find(full_name('C:time-range'))
+        if element is None or not self.folder.id:
+            raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
+                          'a time-range')
+        begin, until = read_range(element)
+        place = self.acting.look.resource_row(self.folder.name)
+        stamps = [f'{instant(each):%Y%m%dT%H%M%SZ}' for each in (
+            int(self.acting.clock()), begin, until)]
+        lines = ['BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
+                 'BEGIN:VFREEBUSY', *map(':'.join, zip(('DTSTAMP', 'DTSTART', 'DTEND'), stamps)),
+                 *busy_lines(place, self.folder.usual.vms, begin, until),
+                 'END:VFREEBUSY', 'END:VCALENDAR']
+        return sent(''.join(map(folded, lines)), 200, DAV_HEADERS | {'Content-Type': ICS})
+
+
+#: Of an occurrence o: it is of no event of a user's calendars.
+NOT_MINE = ('NOT EXISTS (SELECT 1 FROM calendar_object c WHERE c.user = ? AND c.project = ? '
+            'AND c.reservation_id = o.reservation_id)')
+BUSY_NAME = re.compile(r'busy-(\d{1,15})\.ics')
+HEAD_OF_BUSY = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
+DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
+                        'DAV': '1, 3, calendar-access'}
+
+
+def busy_lines(place, number: int, begin: int, until: int) -> list[str]:
+    """When a resource has no room for so many VMs, and when it is held in part."""
+    full = [*spans_between(free_windows(place, Amount(number), begin, until), begin, until)]
+    steps = run("SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
+                'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall()
+    held = sum(level(place.id, begin)[:3])
+    edges = [(begin, held), *steps, (until, 0)]
+    partly = [(at, after) for (at, much), (after, _) in itertools.pairwise(edges) if much > 0]
+    lines = [(first, last, 'BUSY') for first, last in full]
+    for first, last in joined_spans(partly):
+        lines += [(left, right, 'BUSY-TENTATIVE')
+                  for left, right in spans_between(full, first, last)]
+    return [f'FREEBUSY;FBTYPE={kind}:{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
+            for first, last, kind in sorted(lines)]
+
+
+def spans_between(spans: Iterable[tuple], begin: int, until: int) -> Iterator[tuple[int, int]]:
+    """What of a window is in none of some spans, which are in order."""
+    for first, last in spans:
+        if begin < min(first, until):
+            yield begin, int(min(first, until))
+        begin = max(begin, int(last))
+    if begin < until:
+        yield begin, until
+
+
+def joined_spans(spans: Iterable[tuple]) -> list[tuple[int, int]]:
+    """Spans in order, those made one that touch."""
+    found: list = []
+    for first, last in spans:
+        if found and found[-1][1] == first:
+            first = found.pop()[0]
+        found.append((first, last))
+    return found
+
+
+def condition(request) -> Callable:
+    """What refuses a request that was meant for another state of an object (RFC 9110, 13.1)."""
+    match, none = (header(request, name).strip() for name in ('If-Match', 'If-None-Match'))
+
+    def names(wanted: str, found) -> bool:
+        tags = [each.strip().removeprefix('W/') for each in wanted.split(',')]
+        return bool(found) and (wanted == '*' or found.etag in tags)
+
+    def look(found) -> None:
+        if match and not names(match, found):
+            raise Changed('the event was changed or deleted since you read it')
+        if none and names(none, found):
+            raise Changed('there is such an event already')
+    return look
+
+
+def wanted_in(root, name: str = '') -> list[str] | None:
+    """The properties that a body asks for, each once; None for those that all may want."""
+    if root is None:
+        return None
+    if name and short_name(root.tag) != name:
+        raise Invalid(f'the body should be a {name}')
+    prop = root.find(full_name('D:prop'))
+    return [*dict.fromkeys(each.tag for each in prop)] if prop is not None else (
+        None if name else [])
+
+
+def multistatus(parts: Iterable[str], more: str = ''):
+    text = ''.join(parts)
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus {DECLARED}>{text}{more}'
+                '</D:multistatus>', 207, DAV_HEADERS)
+
+
+def dav_refusal(error: Error):
+    """What says to a program why something is not done, and in words to its user."""
+    name = getattr(error, 'element', '')
+    inner = ''
+    if href := error.details.get('href'):
+        inner = f'<D:href>{xml_text(href)}</D:href>'
+    element = f'<{name}>{inner}</{name}>' if name else ''
+    headers = headers_of(error)
+    if error.status == 401:
+        headers = {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'}
+    if error.status == 405:
+        headers = {'Allow': DAV_VERBS}
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:error {DECLARED}>'
+                f'{xml_text(str(error))}{element}</D:error>', error.status, DAV_HEADERS | headers)
+
+
+class Programs:
+    """Who answers calendar programs, and who they act for."""
+    MOST = 10_000  # tokens that are remembered
+
+    def __init__(self, service: Reservations):
+        self.service, self.known = service, {}
+
+    def answer(self, path: str = ''):
+        import bottle
+        request = bottle.request
+        if request.method == 'OPTIONS':
+            return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
+        try:
+            acting = self.service.acting(self.who(request))
+            acting.wanted = while_there(request.environ)
+            acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
+            with acting.shares.answering(acting.actor.user):
+                return Dav(acting, request, path).answer()
+        except Error as error:
+            return dav_refusal(error)
+
+    def elsewhere(self):
+        """Where programs find all of this (RFC 6764)."""
+        return sent('', 301, DAV_HEADERS | {'Location': f'{DAV}/'})
+
+    def who(self, request) -> Actor:
+        """Whose token a request has as its password; who has none is no attacker."""
+        secret = bearer(request) or password_of(header(request, 'Authorization'))
+        if not secret:
+            raise Unauthorized('sign in with your name and, as password, a token of cmres')
+        try:
+            found = self.token(hashed(secret))
+        except Unauthorized:
+            note_wrong(self.service, request.environ)
+            raise
+        note_caller(self.service, request.environ, found)
+        return bearer_of(found)
+
+    def token(self, digest: str):
+        """The row of a token, by its id where it was found a short while ago."""
+        now = self.service.clock()
+        id, until = self.known.get(digest, (0, 0))
+        if time.monotonic() < until:
+            return token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), now)
+        found = token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), now)
+        if len(self.known) >= self.MOST:
+            self.known.clear()
+        self.known[digest] = found.id, time.monotonic() + CHECKED_FOR
+        return found
+
+
+def may(actor: Actor) -> tuple[str, str]:
+    """What a token must be good for, to look at calendars and to write to them."""
+    return ('calendar_list', 'import_') if actor.resource is None else ('list', 'add')
+
+
+def password_of(text: str) -> str:
+    """The password of an Authorization header; '' without one."""
+    scheme, _, given = text.partition(' ')
+    if scheme.lower() != 'basic':
+        return ''
+    try:
+        return base64.b64decode(given.strip(), validate=True).decode().partition(':')[2]
+    except ValueError:
+        return ''
+
+
+#: How a person adds the calendars to a program.
+HOW_TO_ADD = {
+    'Thunderbird': 'New Calendar, On the Network; type your user name and the address, Find '
+                   'Calendars, and the token as the password.',
+    'Apple Calendar': 'Settings, Internet Accounts (on iPhone: Apps, Calendar, Calendar Accounts), '
+                      'Add Other Account, CalDAV, Manual; the address is the server. It must '
+                      'begin with https.',
+    'Evolution': 'New, Calendar, type CalDAV; type the address and your user name, Find '
+                 'Calendars, and the token as the password.',
+    'DAVx5 (Android)': 'Add account, Login with URL and user name; the address is the base URL.',
+    'khal': 'with vdirsyncer: a storage of the type caldav with url, username and password.'}
+
+
+def mount_caldav(app, service: Reservations) -> None:
+    """Adds the addresses for calendar programs to an application."""
+    programs = Programs(service)
+    app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
+    for path in (DAV, f'{DAV}/<path:path>'):
+        app.route(path, 'ANY', programs.answer)
+    for verb in ('GET', 'POST'):
+        app.route('/invitations/<address>/<sign>', verb, uninviting(service))
+
+
+def uninviting(service: Reservations) -> Callable:
+    """Answers who wants no more invitations: with a button, and when it is pressed."""
+    import bottle
+
+    def handle(address: str, sign: str):
+        here = stop_link(service.config, address)
+        if not secrets.compare_digest(here.rpartition('/')[2].encode(), sign.encode()):
+            return refused(NotFound('this address is not one that cmres has sent'))
+        if bottle.request.method == 'POST':
+            with transaction():
+                run('INSERT OR IGNORE INTO uninvited (hash, at) VALUES (?, ?)',
+                    hashed(address.lower()), int(service.clock()))
+            said = f'No more invitations are sent to {escape(address)}.'
+        else:
+            said = (f'<form method="post"><button>Send no more invitations to {escape(address)}'
+                    '</button></form>')
+        return sent(f'<!doctype html><title>cmres</title><p>{said}</p>', 200, UNKEPT | {
+            'Content-Type': 'text/html; charset=utf-8',
+            'Content-Security-Policy': "default-src 'none'; form-action 'self'"})
+    return handle
 
 
 # Page ########################################################################
@@ -17284,7 +20881,7 @@ defer></script>
 <a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
 % end
 </nav>
-<span class="soft small"><bdi>{{visit.actor.user}}</bdi> in <bdi>{{visit.actor.project}}</bdi>,
+<span class="soft small"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
 {{visit.actor.role}}</span>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
 % end
@@ -17319,6 +20916,21 @@ defer></script>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
+% if keystone:
+<p>Or with your account of OpenStack. Your password goes to Keystone and is kept nowhere.</p>
+<form method="post" action="/sign-in/keystone" id="keystone" class="fields">
+<label>User
+<input name="user" autocomplete="username" required></label>
+<label>Password
+<input name="password" type="password" autocomplete="current-password" required></label>
+<label>Project
+<input name="project" required></label>
+<label>Domain
+<input name="domain" value="Default" required></label>
+<input type="hidden" name="next" value="{{back}}">
+<div><button class="main">Sign in</button></div>
+</form>
+% end
 </div>
 ''', 'docs': '''
 <p class="soft">All that programs can ask for, with a token in the header
@@ -17793,6 +21405,22 @@ value="{{visit.home}}">
 <span class="soft small">{{words}}</span></label>
 % end
 </div><p><button class="main">{{title}}</button></p></form></details>
+''', 'programs': '''
+<h2>Calendar programs</h2>
+<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag it,
+and they move. Delete it, and they are cancelled.</p>
+<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a token</p>
+% if makes:
+<form method="post" action="/do/token_add">{{!visit.guard}}<input type="hidden" name="next"
+value="/tokens"><input type="hidden" name="once" value="{{once}}"><input type="hidden" name="scopes"
+value="calendar"><input type="hidden" name="purpose" value="calendar program">
+<button>Make a token for a calendar program</button></form>
+% end
+<ul>
+% for name, words in ways.items():
+<li><strong>{{name}}</strong>: {{words}}</li>
+% end
+</ul>
 ''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
@@ -17931,6 +21559,10 @@ class Visit:
     zone: ZoneInfo
     site: ZoneInfo  # in which the service itself lives
     form: str       # what a form of theirs must carry
+
+    def named(self, id: str) -> str:
+        """What people call whom OpenStack knows under an id."""
+        return self.service.clouds.keystone.names.get(id, id)
 
     @property
     def home(self) -> str:
@@ -18091,6 +21723,7 @@ class Pages:
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
                                    ('POST', '/sign-in', self.sign_in),
+                                   ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
@@ -18230,31 +21863,75 @@ class Pages:
         aside = request.path.endswith(('/live', '/check'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
-        return self.page(visit, 'Sign in', render_page(
-            'sign in', refusal='', back=request.path + query if goes else '/'), status)
+        back = request.path + query if goes else '/'
+        return self.page(visit, 'Sign in', self.sign_in_form('', back), status)
 
     def ask(self, visit: Visit, given: dict):
         """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
-        return self.page(visit, 'Sign in', render_page('sign in', refusal='', back='/'))
+        return self.page(visit, 'Sign in', self.sign_in_form('', '/'))
 
     def sign_in(self, visit: Visit, given: dict):
         """Signs in by a token, for as long as `signed_in` says."""
-        import bottle
         token = given.get('token', '').strip()
         try:
             self.refuse_programs(actor := actor_of(token, self.service.clock()))
         except (Unauthorized, Forbidden) as error:
-            if isinstance(error, Unauthorized):
-                note_wrong(self.service, bottle.request.environ)
-            return self.page(visit, 'Sign in', render_page(
-                'sign in', refusal=str(error), back=local(given.get('next'))), 401)
-        session, lasts = secrets.token_urlsafe(24), self.service.config.session_length
-        made = self.onward(local(given.get('next')))
+            return self.not_signed_in(visit, given, error)
+        return self.signed_in_as(actor, hashed(token), self.service.config.session_length, given)
+
+    def sign_in_at_keystone(self, visit: Visit, given: dict):
+        """Signs in by a password of OpenStack, which goes to Keystone and nowhere else."""
+        service, said = self.service, {name: given.get(name, '').strip()
+                                       for name in ('user', 'project', 'domain')}
+        try:
+            if not service.config.keystone or not all(said.values()):
+                raise Unauthorized('say who you are, in which project and domain')
+            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
+                password=given.get('password', ''), **said))
+            if found.refusal:
+                raise found.refusal
+            role = role_of(service, found.scoped)
+        except (Unauthorized, Forbidden) as error:
+            return self.not_signed_in(visit, given, error)
+        user, project = (service.names_of(each)[0] for each in found.scoped[:2])
+        lasts = min(service.config.session_length, found.scoped.ends - service.clock())
+        made = self.token_of_session(Actor(user, project, role), service.clock() + lasts)
+        return self.signed_in_as(Actor(user, project, role), made, lasts, given)
+
+    def token_of_session(self, actor: Actor, ends: float) -> str:
+        """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
+        purpose, hash = 'signed in at Keystone', secrets.token_hex(32)
+        with transaction():
+            old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
+                      'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
+            if old:
+                change(Token, old.id, role=actor.role, ends=max(int(ends), old.ends))
+                return old.hash
+            insert(Token, user=actor.user, project=actor.project, role=actor.role, hash=hash,
+                   added=int(self.service.clock()), purpose=purpose, ends=int(ends), scopes='')
+        return hash
+
+    def not_signed_in(self, visit: Visit, given: dict, error: Error):
+        """The form to sign in, and why that was not done."""
+        import bottle
+        if isinstance(error, Unauthorized):
+            note_wrong(self.service, bottle.request.environ)
+        return self.page(visit, 'Sign in', self.sign_in_form(str(error), local(given.get('next'))),
+                         401)
+
+    def sign_in_form(self, refusal: str, back: str) -> str:
+        return render_page('sign in', refusal=refusal, back=back,
+                           keystone=self.service.config.keystone)
+
+    def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
+        """Begins a session of somebody, by the hash of a token."""
+        import bottle
+        session, made = secrets.token_urlsafe(24), self.onward(local(given.get('next')))
         with transaction():
             run('DELETE FROM session WHERE until <= ?', int(self.service.clock()))
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
-                hashed(session), int(self.service.clock() + lasts), hashed(token))
+                hashed(session), int(self.service.clock() + lasts), token)
             where = bottle.request.environ.get('cmres.address') or 'an unknown address'
             journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
                     f'{actor.user} in {actor.project} signed in from {where}')
@@ -18484,7 +22161,7 @@ class Pages:
         if not visit.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
         clouds, project = self.service.clouds, visit.actor.project
-        account = clouds.account(place.cloud, project)
+        account = clouds.account(place.cloud, project, visit.actor.user)
         sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
         return self.names.of(account, sight)
 
@@ -18650,8 +22327,11 @@ class Pages:
                if not each['revoked'] and (each['user'], each['project']) == me]
         deeds = () if visit.actor.scopes else ('token_renew', 'token_revoke')
         forms = () if visit.actor.scopes else ('token_add',)
+        programs = render_page(
+            'programs', visit=visit, address=f'{self.service.config.served}{DAV}/',
+            makes=bool(forms), once=secrets.token_hex(8), ways=HOW_TO_ADD)
         return self.page(visit, 'Tokens', self.section(
-            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms))
+            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms) + programs)
 
     def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
                 forms: tuple) -> str:
@@ -18909,6 +22589,8 @@ def web(service: Reservations):
     def told(failure):
         request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
         for_people = 'text/html' in header(request, 'Accept')
+        if sentence and request.path.startswith(BLAZAR):
+            return json_text(in_blazars_words(json.loads(sentence), failure.status_code))
         if not sentence or not for_people or request.path.startswith((BASE, '/calendar/')):
             return sentence
         for name, value in SAFE.items():
@@ -18918,6 +22600,8 @@ def web(service: Reservations):
         return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
                            here='', version=LOOK, back='/')
     app = rest(service, told, lambda request: pages.visit(request).actor)
+    mount_caldav(app, service)
+    Blazar(service).mount(app)
     pages.mount(app)
     return app
 
@@ -19539,6 +23223,14 @@ Example:
 
 Example:
   python cmres.py token add eva --project biology --role user
+""", 'credential': """In whose name VMs are made: yours, with an application credential of yours.
+
+Example:
+  python cmres.py credential add chameleon 8f2c... SECRET
+""", 'catalog': """Where OpenStack's own tools find cmres.
+
+Example:
+  python cmres.py catalog add chameleon --dry-run
 """, 'user': """People who leave.
 
 Example:
@@ -19670,12 +23362,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     acts = None if noscheduler else cycle
-    try:
-        front = Front(Gate(web(service), service, acts), config)
-    except (OSError, ValueError) as error:
-        raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
-                          'another port.', hint='--port N') from None
-    config.take(port=front.port)
+    front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
     told += welcome(service, url) if demo else []
     print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
@@ -19684,7 +23371,18 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         front.run()
 
 
-def scheduler(config: Config) -> None:
+def listening(app: Callable, config: Config) -> Front:
+    """The sockets of a server; the setting `port` is the one that it has then."""
+    try:
+        front = Front(app, config)
+    except (OSError, ValueError) as error:
+        raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
+                          'another port.', hint='--port N') from None
+    config.take(port=front.port)
+    return front
+
+
+def scheduler(config: Config, port: int = None) -> None:
     """Runs only the scheduler, until you stop it: it starts and ends VMs.
 
     With --once it runs once, like `tick`.
@@ -19695,12 +23393,17 @@ def scheduler(config: Config) -> None:
     in_utc(config)
     told = prepared(config)
     service = local_service(config)
+    cycle = LifeCycle(config, service.clouds)
+    service.wake, service.age, front = cycle.wake.set, cycle.age, None
+    if port is not None:
+        config.take(port=port)
+        front = listening(Gate(health_of(service), service, cycle), config)
+        told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
     first = f'cmres {__version__} runs the scheduler of {config.database}'
     print(first, *told, sep='\n', flush=True)
     note_start(service, 'scheduler')
-    cycle = LifeCycle(config, service.clouds)
-    with running(cycle, Housekeeper(service, cycle)) as stop:
-        stop.wait()
+    with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
+        front.run() if front else stop.wait()
 
 
 def tick(config: Config) -> None:
@@ -19771,6 +23474,25 @@ def store_migrate(config: Config) -> dict:
                     'result': 'nothing to do'}
 
 
+def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool = False) -> Rows:
+    """Writes into the catalog of a cloud where `openstack reservation`, Horizon and Heat find cmres.
+
+    Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
+    changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
+    that of the setting `address`.
+
+    Example:
+      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    """
+    address = address or config.public_url
+    if not is_web(address):
+        raise Invalid('say how people reach `serve`: --address https://cmres.example.org, or the '
+                      'setting `address`')
+    if is_simulated(cloud):
+        raise Invalid(f'the cloud {cloud} has no catalog')
+    return OpenStack(cloud, '', config).register(f"{address.rstrip('/')}{BLAZAR}/v1", dry_run)
+
+
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
@@ -19782,7 +23504,12 @@ def key_rotate(config: Config) -> dict:
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
-    return {'file': file, 'keys': rotate_key(file, until), 'old_until': instant(until)}
+    keys = rotate_key(file, until)
+    open_store(config.database, config.key, make=False)
+    with transaction():
+        for each in rows('SELECT id, secret FROM credential'):
+            change(Credential, each.id, secret=cipher(config).rotate(each.secret).decode())
+    return {'file': file, 'keys': keys, 'old_until': instant(until)}
 
 
 def config_show(config: Config) -> Rows:
@@ -19901,7 +23628,7 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
         seen = {each.uid: each for each in cycle.clouds.open(account).servers()}
         found += [{'cloud': account, 'id': each.uid, 'state': each.state,
                    'added': instant(each.made), 'addresses': each.addresses}
-                  for each in orphans_in(seen, cycle.matched(seen)) if each.uid not in adopted()]
+                  for each in orphans_in(seen, cycle.reconciler.matched(seen)) if each.uid not in adopted()]
     return found
 
 
@@ -20008,7 +23735,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      config_show, config_check, event_export, alerts, dashboard, container)}
+                      catalog_add, config_show, config_check, event_export, alerts, dashboard, container)}
 
 
 def in_utc(config: Config) -> None:
@@ -20100,7 +23827,8 @@ def welcome(service: Reservations, url: str) -> list[str]:
     """Makes a resource and a token where there are none, and tells so."""
     lines = []
     if not service.resource_list():
-        service.resource_add('demo', cloud='simulated', vms=16)
+        service.resource_add('demo', cloud='simulated', vms=16, default_flavor='m1.small',
+                             default_image='cirros')
         lines.append("Created the resource 'demo': 16 VMs on the simulated cloud.")
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
