@@ -101,6 +101,10 @@ import peewee
 
 __version__ = '0.1'
 
+#: What programs import from here.
+__all__ = ['Client', 'Error', 'Invalid', 'Unauthorized', 'Forbidden', 'NotFound', 'Conflict',
+           'NoCapacity', 'Unavailable', 'CloudError', 'ReservationFilter']
+
 log = logging.getLogger('cmres')
 
 
@@ -1520,7 +1524,7 @@ class Config:
     @property
     def served(self) -> str:
         """The address of `serve`, for people."""
-        return self.address.rstrip('/') or f'http://{self.host}:{self.port}'
+        return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
@@ -1536,7 +1540,7 @@ class Config:
         pairs = [each.partition(':') for each in self.keystone_roles.replace(' ', '').split(',')]
         for name, _, role in pairs:
             if not name or role not in ROLES:
-                raise Invalid(f"setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
+                raise Invalid(f"Setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
                               f"such as member:user; the roles here are {', '.join(ROLES)}")
         return {name: role for name, _, role in pairs}
 
@@ -1562,7 +1566,7 @@ class Config:
 
     def logins(self, addresses: Iterable[str]) -> list[str]:
         """How to log in to VMs, as calendars tell it."""
-        return [self.login.replace('{address}', each) for each in addresses]
+        return [self.login_command.replace('{address}', each) for each in addresses]
 
     def take(self, **values) -> None:
         """Changes settings for all who have this object."""
@@ -2151,6 +2155,7 @@ def guarded_by_role(method):
             kwargs['asked'] = {name: value for name, value in bound.arguments.items()
                                if name not in ('self', 'asked')}
         refuse_to(self.actor, API[method.__name__])
+        self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
@@ -2522,6 +2527,7 @@ READERS = {
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
     'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
+    'latest_end '
     'next_start planned polled ready revoked start until'.split())
 
 
@@ -2803,11 +2809,13 @@ class ResourceNowAnswer(ResourceAnswer):
     """A resource, and how much of it is used now."""
     held_now: dict[str, int]
     used_now: dict[str, int]
+    warnings: NotRequired[list[str]]
 
 
 class ResourceChangedAnswer(ResourceAnswer):
     """A resource that was changed, and what no longer fits."""
     no_longer_fit: list[ReservationAnswer]
+    warnings: NotRequired[list[str]]
 
 
 class DifferenceAnswer(Answer):
@@ -9035,7 +9043,7 @@ SCOPES: dict[str, Callable[[Operation], bool]] = {
     'calendar': lambda operation: operation.name.startswith(('calendar_', 'import_'))}
 #: What a token for one resource is good for: what looks at resources one by one.
 ON_ONE_RESOURCE = frozenset(
-    'add list show servers duration update extend keep skip delete accept find usage resource_list '
+    'add list show servers duration update extend keep end skip delete accept find usage resource_list '
     'resource_show'.split())
 
 
@@ -9326,6 +9334,11 @@ def grouped(found: Iterable, name: str) -> list[list]:
     return [*groups.values()]
 
 
+def with_twins(answer: dict, twins: dict) -> dict:
+    """An answer that shows fields under their new names as well."""
+    return answer | {new: answer[old] for old, new in twins.items() if old in answer}
+
+
 def in_lines(found: Iterable) -> list[dict]:
     """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
     return [public(each._replace(description=cut_short(each.description),
@@ -9480,6 +9493,7 @@ class Service:
         self.fence: Callable[[], None] = lambda: None
         # Called before a change and before it is written; raises if nobody wants it any more.
         self.wanted: Callable[[], None] = lambda: None
+        self.reason = ''  # why somebody changes what may be others'
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -9783,6 +9797,11 @@ class Lookup:
         """Whether an occurrence has begun: with machines, from its lead on."""
         return self.service.clock() >= (found.held_from if found.runs else found.start)
 
+    def refuse_unknown_resource(self, name: str) -> None:
+        """NotFound if there never was a resource of a name; it names the nearest."""
+        if not row('SELECT id FROM resource WHERE name = ? LIMIT 1', name):
+            self.resource_row(name)
+
     def resource_row(self, name: str):
         """The resource of a name; NotFound names the nearest."""
         found = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
@@ -9912,7 +9931,8 @@ class Wishes:
         """
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
-        if old and self.service.actor.role != ADMIN and asked['user'] != old.user:
+        own = old and self.service.actor.user == old.user
+        if old and self.service.actor.role != ADMIN and asked['user'] != old.user and not own:
             raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
                             'else.')
         user, project = (asked['user'], old.project) if old else self.service.owner(asked)
@@ -9929,7 +9949,9 @@ class Wishes:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
             found = self.ask_cloud(place, asked | {'user': user, 'project': project,
                                                   'trusted': kept}, warnings)
-            each = asked.get('each') or self.each_takes(found)
+            by_hand = tuple(sorted((asked.get('classes') or {}).items()))
+            each = (asked.get('each') or self.each_takes(found)) + Amount(classes=by_hand)
+            warnings += [] if old else self.unheld_classes(place, each)
             server = found['server'].id if 'server' in found else ''
             new = set(changes) if old else {'resource'}
             trusted = self.trusted(asked | {'server': server}, kept, new)
@@ -9965,21 +9987,25 @@ class Wishes:
 
     def refuse_untellable(self, targets: Iterable[str]) -> None:
         """Refuses mail addresses to which nothing would ever be sent."""
+        config = self.service.config
         for target in targets:
-            if not self.service.config.may_tell(target):
+            if not config.may_tell(target):
                 raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
-                              f'addresses of {self.service.config.mail_domains}.')
+                              f'addresses of {config.mail_domains}.')
+            if '@' in target and not is_web(target) and not config.mail_server:
+                raise Invalid(f"notify: cmres cannot send mails to '{target}': no mail server is "
+                              'set. An admin can set one (setting mail_server).')
 
     def refuse_uninvitable(self, people: Iterable[str]) -> None:
         """Refuses to invite many, or who has no mail address to which mails may go."""
         if len(people) > MOST_INVITED:
-            raise Invalid(f'invite: at most {MOST_INVITED} people can be invited')
+            raise Invalid(f'invite: You can invite at most {MOST_INVITED} people.')
         for each in people:
             if not MAIL_ADDRESS.fullmatch(each):
-                raise Invalid(f'invite: {shown(each)} is no mail address such as ann@example.org')
+                raise Invalid(f'invite: {shown(each)} is not a mail address like ann@example.org.')
             if not self.service.config.may_tell(each):
-                raise Invalid(f"invite: no mails are sent to '{each}'; here they may go to "
-                              f'addresses of {self.service.config.mail_domains} only')
+                raise Invalid(f"invite: cmres sends no mails to '{each}'. It sends only to "
+                              f'addresses of {self.service.config.mail_domains}.')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -10041,6 +10067,12 @@ class Wishes:
         return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
                 self.service.actor.role == ADMIN
                 and {'resource', fields.get(kind, kind)} & changes)]
+
+    def unheld_classes(self, place, each: Amount) -> list[str]:
+        """That a resource has more than a reservation asks for: GPUs, say."""
+        names = [name for name in json.loads(place.classes or '{}') if name not in each.names]
+        return [f"'{place.name}' also has {' and '.join(names)}. This reservation has 0 of "
+                'them.'] if names else []
 
     def each_takes(self, found: dict) -> Amount:
         """What one machine takes, of what the cloud told."""
@@ -10437,9 +10469,11 @@ class Limits:
             old.start <= now or old.held_from <= wish.held[0])
         less = within and wish.vms <= old.vms
         cheaper = within and wish.amount.vcpus <= old.vcpus
-        yield 'longest', limit.longest, length <= max(limit.longest or 0,
-                                                      before), in_words_of(limit.longest)
-        moved = not old or wish.start != old.start
+        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), (
+            f'can reserve for at most {in_words_of(limit.longest)}. You asked for '
+            f'{in_words_of(length)}.')
+        moved, at = not old or wish.start != old.start, self.service.config.told_time
+        last = int(now) + (limit.ahead or 0)
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
             f'can reserve at most {in_words_of(limit.ahead)} ahead. Choose a start before '
             f'{at(last, wish.tz)}.')
@@ -10456,7 +10490,8 @@ class Limits:
             used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
             yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
-                f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
+                f'has {max(limit.vcpu_hours - used, 0):.0f} of {limit.vcpu_hours} vCPU-hours left. '
+                f'This reservation needs {need:.0f}.')
 
     def counted(self, limit, wish: Wish, others: Others | None,
                 of: tuple[str, ...]) -> tuple[str, list]:
@@ -11563,7 +11598,8 @@ class Admission:
         only = NONE_OF_THEM
         if first.repeats:
             only = first.id if len(found) == 1 else None
-        said = [why or f'cancelled by {self.service.actor.user}']
+        service = self.service
+        said = [why or service.because(f'cancelled by {service.actor.user}')]
         said += dict.fromkeys(warning for each in found
                               for warning in self.ends_with(each).get('warnings', ()))
         self.service.journal(now, 'released', '; '.join(said), first.reservation,
@@ -11965,6 +12001,7 @@ class Offers:
             for offer, wish in candidates:
                 if self.would_do(deed, wish, OFFERS[name]):
                     found[name] = offer
+                    found |= {'latest_end': instant(wish.end)} if name == 'longest' else {}
                     break
         return found
 
@@ -12249,7 +12286,7 @@ class Requests(Operations):
             skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
-            host: Hosts = (), wait: bool = False, priority: int = 0,
+            host: Hosts = (), classes: Classes = None, wait: bool = False, priority: int = 0,
             accept_within: Span = None, dry_run: bool = False,
             asked: dict = None) -> BookedAnswer | GroupAnswer:
         """Reserves virtual machines (VMs) from START to END, once or in a series.
@@ -12456,17 +12493,22 @@ class Requests(Operations):
         Example:
           python cmres.py list --resource demo --state starting,active
         """
-        for word in state:
-            if word not in STATES:
-                raise Invalid(f"state: '{word}' is not one of "
-                              f"{', '.join(STATES)}{nearest(word, STATES)}")
+        self.refuse_unknown_states(state)
         found = self.matching(label,
                               {'user': user, 'project': project, 'resource': resource, 'cell': cell,
                                'cloud': cloud, 'region': region, 'aggregate': aggregate},
                               state, start, end, limit, after)
         if label and not found and not self.look.labelled(label):
             raise NotFound(f"There is no reservation '{label}'.")
+        if resource and not found:
+            self.look.refuse_unknown_resource(resource)
         return [public(each) for each in found]
+
+    def refuse_unknown_states(self, state: Iterable[str]) -> None:
+        for word in state:
+            if word not in STATES:
+                raise Invalid(f"state: '{word}' is not one of "
+                              f"{', '.join(STATES)}{nearest(word, STATES)}")
 
     def over(self, before: str, limit: int) -> list[dict]:
         """What has ended or was cancelled and has begun before now, the latest first."""
@@ -12561,7 +12603,7 @@ class Requests(Operations):
                repeat: Repeat = None, until: Day = None, count: Count = None,
                skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
                user: Name = None, rename: NewLabel = None, occurrence: Day = None,
-               following: bool = False, tz: Zone = '', project: Name = '',
+               following: bool = False, tz: Zone = '', project: Name = '', reason: Text = '',
                dry_run: bool = False, asked: dict = None) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
@@ -12575,7 +12617,7 @@ class Requests(Operations):
           python cmres.py update lab --start 2026-12-01T10:00 --vms 5
           python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
-        apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following')
+        apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following', 'reason')
         asked = {name: value for name, value in asked.items()
                  if value is not None and name not in apart and (name, value) != ('tz', '')}
         if following and not occurrence:
@@ -12601,6 +12643,24 @@ class Requests(Operations):
                           'example +1h.')
         return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
                             'updated', dry_run)
+
+    @api('POST', '/reservation/<label>/end')
+    @for_each_part
+    def end(self, label: Label, project: Name = '', dry_run: bool = False) -> (
+            BookedAnswer | GroupAnswer):
+        """Ends a running reservation now, with its agreed action at the end.
+
+        Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
+
+        Example:
+          python cmres.py end lab
+        """
+        def now_on(old) -> datetime:
+            if self.clock() < old.start:
+                raise Conflict(f"'{label}' has not started yet. Cancel it instead.",
+                               hint=f'delete {label}')
+            return instant(int(self.clock()) + 1)
+        return self.prolong(label, project, None, now_on, 'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
@@ -12812,10 +12872,32 @@ class Requests(Operations):
 
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
-        self.journal(now, code,
-                     f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
-                     old.reservation, wish.notify, NONE_OF_THEM if done or not old.repeats else
+        what = self.in_words_changed(old, wish, asked)
+        tells = wish.notify if self.actor.user != old.user or code != 'updated' else None
+        self.journal(now, code, self.because(f'{self.actor.user} changed {what}'),
+                     old.reservation, tells, NONE_OF_THEM if done or not old.repeats else
                      None if wish.stretches else old.id)
+
+    def because(self, sentence: str) -> str:
+        """A sentence with the reason that was given for the change, if there is one."""
+        return f'{sentence}: {self.reason}' if self.reason else sentence
+
+    def in_words_changed(self, old, wish: Wish, asked: dict) -> str:
+        """What is otherwise in a reservation, old and new."""
+        before, after = public(old), wish.columns(*STORED) | {
+            'resource': wish.resource.name, 'start': instant(wish.start),
+            'end': instant(wish.end), 'vms': wish.vms}
+        zone = read_zone(wish.tz or self.config.timezone)
+
+        def shown(value) -> str:
+            moment = isinstance(value, datetime)
+            return format_moment(value, zone) if moment else cut_short(in_cell(value, zone), 60)
+        told = ('start', 'end', 'vms', 'resource', 'flavor', 'image', 'user', 'label', 'at_end')
+        changed = [f"{name.replace('_', ' ')} from {shown(before[name]) or 'none'} to "
+                   f"{shown(after[name]) or 'none'}"
+                   for name in told if name in asked and before[name] != after[name]]
+        rest = sorted(asked.keys() - {'tz', *told})
+        return ', '.join([*changed, *rest]) or ', '.join(sorted(asked.keys() - {'tz'}))
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -12828,7 +12910,8 @@ class Requests(Operations):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
                cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                vms: Count = None, start: When = None, end: When = None, count: Count = None,
-               occurrence: Day = None, following: bool = False, kept: bool = False, tz: Zone = '',
+               state: Names = (), occurrence: Day = None, following: bool = False,
+               kept: bool = False, reason: Text = '', tz: Zone = '',
                dry_run: bool = False) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
@@ -12842,7 +12925,8 @@ class Requests(Operations):
         """
         asked = {'user': user, 'project': project, 'resource': resource, 'cell': cell,
                  'cloud': cloud, 'region': region, 'aggregate': aggregate}
-        if not any([label, vms, start, end, *asked.values()]):
+        self.refuse_unknown_states(state)
+        if not any([label, vms, start, end, state, *asked.values()]):
             raise Invalid('Choose what to cancel: a label, or filters.',
                           hint='for example --resource and --user')
         if kept:
@@ -12862,6 +12946,7 @@ class Requests(Operations):
                                           now, ends=following)
             else:
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
+                found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.admission.cancel(self.look.live(each), now, ends=True)
@@ -13062,7 +13147,17 @@ class Plan(Operations):
                    **figures, mode=self.read_mode(mode), **lengths, **drawn,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
-            return self.resource_show(name)
+            return self.resource_show(name) | self.unknown_cloud(cloud)
+
+    def unknown_cloud(self, cloud: str | None) -> dict:
+        """A warning if clouds.yaml does not name a cloud: nothing could start there."""
+        if not cloud or cloud.startswith('simulated'):
+            return {}
+        from openstack.config import OpenStackConfig
+        known = OpenStackConfig().get_cloud_names()
+        return {} if cloud in known else {'warnings': [
+            f"The cloud '{cloud}' is not in clouds.yaml, so no VM can start there."
+            f"{nearest(cloud, known).strip('.')}"]}
 
     @api('GET', '/resource/')
     def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
@@ -13135,7 +13230,8 @@ class Plan(Operations):
                                hint=FORCE, occurrences=homeless)
             self.journal(now, 'resource',
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
-            return self.resource_public(found) | {'no_longer_fit': homeless}
+            return self.resource_public(found) | {
+                'no_longer_fit': homeless} | self.unknown_cloud(cloud)
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
@@ -13154,8 +13250,13 @@ class Plan(Operations):
                           int(now),
                           f'%"resource":{found.id},%')  # a series may come back to it
             if busy or needed:
-                raise Conflict(f"'{name}' still has reservations; delete or move them first",
-                               labels=sorted({each.label for each in busy + needed}))
+                labels = sorted({each.label for each in busy + needed})
+                live = needed or any(each.state not in OVER for each in busy)
+                why = ('current or future reservations' if live
+                       else 'VMs of finished reservations, which are being deleted')
+                then = 'Cancel or move them first.' if live else 'Try again in a minute.'
+                raise Conflict(f"'{name}' still has {why}: {', '.join(labels[:20])}. {then}",
+                               labels=labels)
             change(Resource, found.id, removed=int(now))
             self.journal(now, 'resource', f"removed the resource '{name}'")
             return self.resource_public(found)
@@ -13369,8 +13470,10 @@ class Plan(Operations):
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
-            first, last = self.config.told_time(begin), self.config.told_time(until)
-            why = f"{reason} on {name} from {first} to {last}"
+            when = self.config.told_window(begin, until)
+            closes = dict(most.classes).get(CLOSED) == 0
+            what = 'is closed' if closes else 'has another capacity'
+            why = f"'{name}' {what} from {when}: {reason}"
             homeless = self.homeless(place, max(begin, int(now)), until)
             # of a series all at once: after each cancelling it is carried on
             for those in grouped(homeless, 'reservation') if then == 'cancel' else ():
@@ -19748,12 +19851,13 @@ def said_by(booking: Booking) -> dict:
 
 def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
     """The sentence of a refusal, with what would fit."""
-    offers = {'next_start': lambda at: f'from {format_time(at, zone)}',
+    offers = {'next_start': lambda at: f'from {format_moment(at, zone)}',
               'most_vms': lambda number: f'with {counted_vms(number)}',
               'longest': lambda length: f'for {length}'}
     found = [say(refusal.details[name]) for name, say in offers.items()
              if refusal.details.get(name)]
-    return f"{refusal}.\nIt would fit: {'; '.join(found)}." if found else f'{refusal}.'
+    said = f"{str(refusal).rstrip('.')}."
+    return f"{said}\nIt would fit: {'; '.join(found)}." if found else said
 
 
 def object_text(data: bytes) -> str:
@@ -23057,15 +23161,43 @@ class Client:
     """A cmres server as if it were here: the methods, signatures, answers and errors of
     Reservations.
 
+    `with Client() as cmres: ...` works as well; `list` gives all pages.
+
     Args:
-      url: where the server is, such as http://127.0.0.1:8080
-      token: as `token add` printed it
+      url: where the server is, such as http://127.0.0.1:8080; else CMRES_URL
+      token: as `token add` printed it; else CMRES_TOKEN
       timeout: seconds to wait for an answer
+
+    Raises:
+      Invalid: the address or the token is missing, or it is no address of a server.
     """
 
-    def __init__(self, url: str, token: str, timeout: float = 60):
-        self.url, self.token, self.timeout = url.rstrip('/'), token, timeout
+    def __init__(self, url: str = '', token: str = '', timeout: float = 60):
+        url = url or os.environ.get('CMRES_URL', '')
+        self.token, self.timeout = token or os.environ.get('CMRES_TOKEN', ''), timeout
+        self.url = server_address(url)
+        if not self.token:
+            raise Invalid('The token is missing. Give one, or set CMRES_TOKEN. `token add` '
+                          'prints one.')
         self.token_ends = ''  # its id and its end, if that is near
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Nothing stays open between two calls."""
+
+    def __repr__(self) -> str:
+        return f'Client({self.url!r})'
+
+    def __iter__(self) -> Iterator[Answer]:
+        return self.all()
+
+    def all(self, **filters) -> Iterator[Answer]:
+        """All reservations that `list` would show page by page."""
+        while found := self.list(**filters):
+            yield from found
+            filters['after'] = cursor_of(found[-1])
 
     def call(self, operation: Operation, given: dict):
         """One operation over HTTP.
@@ -23114,6 +23246,21 @@ class Client:
         except (ValueError, KeyError, AttributeError):
             return Unavailable(f'{self.url} answered {answer.status} {answer.reason}. This is not '
                                'cmres.')
+
+
+def server_address(url: str) -> str:
+    """The address of a server without a slash at its end; Invalid if it is none."""
+    if not url:
+        raise Invalid('The address of the server is missing. Give one like '
+                      'http://127.0.0.1:8080, or set CMRES_URL.')
+    parts = urlsplit(url if '://' in url else f'http://{url}')
+    if parts.scheme not in ('http', 'https') or not parts.hostname or '://' not in url:
+        raise Invalid(f"'{url}' is not the address of a server. Write for example "
+                      f'http://{parts.hostname or "127.0.0.1"}:{parts.port or 8080}.')
+    if parts.path.rstrip('/') or parts.query:
+        raise Invalid(f"'{url}' has a path. Write only the address of the server: "
+                      f'{parts.scheme}://{parts.netloc}.')
+    return f'{parts.scheme}://{parts.netloc}'
 
 
 def client_method(operation: Operation) -> Callable:
@@ -23281,10 +23428,11 @@ Example:
 
 #: The commands as help lists them.
 SHELVES = {
-    'Reserve': 'add find update extend keep skip delete accept',
+    'Reserve': 'add find update extend keep end skip delete accept',
     'Look': 'list show servers events duration usage',
     'Many at once': 'load import occurrences generate calendar',
-    'For admins': 'approve reject resource maintenance limit token user report punctuality check',
+    'For admins': 'approve reject resource maintenance limit token user credential catalog report '
+                  'punctuality check',
     'Run cmres': 'serve scheduler tick config store key event claim alerts dashboard container '
                  'completion'}
 #: The options of a command as its help lists them; what is in none of these comes last.
@@ -23364,7 +23512,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     acts = None if noscheduler else cycle
     front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
-    told += welcome(service, url) if demo else []
+    told += [channels(config), *(welcome(service, url) if demo else [])]
     print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
     note_start(service, 'serve')
     with running(acts, Housekeeper(service, acts, front), front.leave):
@@ -23817,6 +23965,14 @@ def local_service(config: Config, make: bool = False) -> Reservations:
                         progress=progress_bar)
 
 
+def channels(config: Config) -> str:
+    """Where notifications go, as people read it."""
+    mail = (f'mails through {config.mail_server}' if config.mail_server
+            else 'no mails (the setting mail_server is empty)')
+    also = f', and everything to {host_of(config.webhook)}' if config.webhook else ''
+    return f'Notifications: {mail}; webhooks{also}.'
+
+
 def told_made(config: Config) -> str:
     """That a database is made, as people read it."""
     file = key_file(config.database, config.key)
@@ -23926,6 +24082,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
     except KeyboardInterrupt:
+        print('cmres: Interrupted. A change is made as a whole or not at all: `events` shows it.',
+              file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -24006,8 +24164,8 @@ def help_of_group(here: Group, path: list[str]) -> str:
     lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
                                       for name in shelf if name in names)
              for title, shelf in shelves.items()]
-    also = [] if path else ['Also: ' + ', '.join(f'{new} (same as {old})'
-                                                 for new, old in ALIASES.items())]
+    also = [] if path else [wrapped('Also: ' + ', '.join(
+        f'{new} (same as {old})' for new, old in ALIASES.items()))]
     return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
 
 
@@ -24317,7 +24475,36 @@ def from_file(value: str, kind):
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, 'strerror', None) or 'it is not UTF-8'
         raise Invalid(f"Cannot read the file '{value}': {why}.") from None
-    return text if kind is File else file_rows(text, value)
+    return text if kind is File else loadable(file_rows(text, value))
+
+
+#: What `list` shows of a reservation and `add` takes.
+LOADABLE = frozenset(API['add'].parameters) | {'line'}
+
+
+def loadable(lines: list[dict]) -> list[dict]:
+    """Lines without columns that `add` does not know, which are named, and without blank ones."""
+    if not all(isinstance(each, dict) for each in lines):
+        return lines  # the service says what is wrong with them
+    listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
+    unknown = {name for each in lines for name in each if name not in LOADABLE} if listed else set()
+    if unknown:
+        print(f"Ignored columns: {', '.join(sorted(unknown))}", file=sys.stderr)
+    lines = [{name: as_typed(name, value) for name, value in each.items() if name not in unknown}
+             for each in lines]
+    return [each for each in lines if any(value not in ('', None) for name, value in each.items()
+                                          if name != 'line')]
+
+
+def as_typed(name: str, value):
+    """A cell of `list --format csv` as `add` takes it: lists as JSON, the lead in seconds."""
+    if isinstance(value, str) and value[:1] in ('[', '{') and name in (
+            'security_groups', 'notify', 'invite', 'metadata', 'classes'):
+        with suppress(ValueError):
+            return json.loads(value) or ''
+    if name == 'lead' and isinstance(value, str) and value.isdecimal():
+        return f'{value}s'
+    return value
 
 
 def file_rows(text: str, name: str) -> list[dict]:
@@ -24654,9 +24841,10 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
     """What a refusal says that would fit."""
     offers = {'next_start': 'the same from {}', 'most_vms': '{} at that time',
-              'longest': 'from the same start for {}'}
-    values = {'most_vms': lambda number: counted(number, 'VM'),
-              'next_start': lambda moment: format_moment(moment, zone), 'longest': str}
+              'latest_end': 'from the same start until {}'}
+    moment = functools.partial(format_moment, zone=zone)
+    values = {'most_vms': lambda number: counted(number, 'VM'), 'next_start': moment,
+              'latest_end': moment}
     return [text.format(values[name](details[name]))
             for name, text in offers.items() if name in details]
 

@@ -21,6 +21,7 @@ need a real cloud, named by OS_CLOUD, and are skipped where there is none.
 """
 
 import ast
+import inspect
 import asyncio
 import base64
 import collections
@@ -137,7 +138,7 @@ class World:
     """A store, a simulated cloud, a service and a life cycle under one clock that tests set."""
 
     def __init__(self, path, **settings):
-        settings = cmres.with_new_names('setting', settings)
+        settings = {'mail_server': '127.0.0.1:9'} | cmres.with_new_names('setting', settings)
         self.config = cmres.Config(database=str(path / 'cmres.db'), **settings)
         cmres.open_store(self.config.database)
         self.revive(NOON.timestamp())
@@ -10082,7 +10083,7 @@ def test_an_earlier_start_of_vms_counts_against_a_limit(world):
     eva = world.as_user()
     book(eva, 'before', 1, 3, vms=3, flavor='m1.small')
     book(eva, 'after', 3, 5, vms=3, flavor='m1.small', image='cirros')
-    with pytest.raises(Conflict, match='limit most vms'):
+    with pytest.raises(Conflict, match='can use 5 VMs at the same time'):
         eva.update('after', lead=hours(1))
 
 
@@ -10172,7 +10173,7 @@ def test_a_change_that_was_to_end_before_its_approval_ends_nothing(world):
     world.at(1)
     world.as_user().update('lab', vms=4, end=NOON + hours(2))
     world.at(2.5)
-    with pytest.raises(Conflict, match='waits for nobody'):
+    with pytest.raises(Conflict, match='There is nothing to approve'):
         world.service.approve('lab', project='biology')
     world.at(3)
     assert world.state('lab') == 'active' and len(world.there()) == 2
@@ -10189,7 +10190,7 @@ def test_an_approval_for_which_there_is_no_room_any_more_says_so(world):
     running_with_approval(world)
     world.as_user().extend('lab', hours(2))
     world.service.maintenance_add('demo', NOON + hours(5), NOON + hours(6))
-    with pytest.raises(NoCapacity, match="'demo' is closed from 2026-12-01 17:00 UTC to 2026-12-01 18:00 UTC"):
+    with pytest.raises(NoCapacity, match="'demo' is closed from Tue 1 Dec 2026, 17:00 to 18:00 "):
         world.service.approve('lab', project='biology')
 
 
@@ -10296,7 +10297,7 @@ def test_a_series_goes_on_under_a_limit_of_how_far_ahead_it_may_be(tmp_path, emp
     eva = world.as_user()
     book(eva, 'before', 3, 4, repeat='daily', count=8)
     world.service.limit_add(project='biology', ahead=hours(72))
-    with pytest.raises(Conflict, match='limit ahead'):
+    with pytest.raises(Conflict, match='can reserve at most 3d ahead'):
         book(eva, 'all', 1, 2, repeat='daily')
     book(eva, 'lab', 1, 2, repeat='daily', on_conflict='skip')
     for day in range(1, 8):
@@ -10316,7 +10317,7 @@ def test_what_is_not_approved_yet_makes_nothing_go_that_is(world, then):
     eva.update('lab', vms=16)
     answer = world.service.resource_capacity('demo', NOON + hours(1), NOON + hours(2), vms=8, then=then)
     assert answer['hit'] == [] and world.service.list('lab')[0]['change']['vms'] == 16
-    with pytest.raises(NoCapacity, match='has only 8 of 16 vms'):
+    with pytest.raises(NoCapacity, match='has only 8 VMs .normally 16.'):
         world.service.approve('lab', project='biology')
     world.at(1)
     world.at(1.1)
@@ -13166,7 +13167,7 @@ def test_a_life_cycle_that_died_begins_anew_and_one_that_hangs_is_told(world, ap
     cycle.run = dying
     with in_thread(cycle, lambda stop: cmres.keep_running(cycle, stop, every=0.02)):
         wait_for(lambda: not deaths and cycle.leader.leased_until, seconds=60)
-        assert 'the life cycle has died' in caplog.text
+        assert 'the scheduler stopped' in caplog.text
         wait_for(lambda: app.web.get('/healthz').json['last_pass'] < 30)
         cycle.converge = lambda now: (hung.set(), hang.wait(120), converge(now))[-1]
         assert hung.wait(60)
@@ -13910,12 +13911,13 @@ def test_what_makes_something_says_so_and_where_it_is(app):
         assert 'Location' not in app.call('POST', path, body | other | {'dry_run': True}, 200).headers
 
 
-def test_the_readme_lists_every_address():
-    listed = set()
-    for verbs, path in re.findall(r'^\| ([A-Z]+(?: or [A-Z]+)?) `(/[^`]*)`', (MODULE.parent / 'README.md').read_text(), re.M):
-        listed |= {(verb, path) for verb in verbs.split(' or ')}
-    assert listed - {('GET', cmres.METRICS_PATH)} == {
-        (verb, path) for operation in API.values() for verb, path, _ in operation.routes}
+def test_the_readme_begins_with_a_start_for_each_reader():
+    lines = (MODULE.parent / 'README.md').read_text().splitlines()
+    starts = [lines.index(f'## {title}') for title in ('Try it', 'I teach', 'I compute', 'I operate a cloud', 'Words')]
+    assert starts == sorted(starts) and starts[-1] < 150
+    assert (MODULE.parent / '.github' / 'plan.png').stat().st_size < 200_000
+    heads = {re.sub('[^a-z0-9 -]', '', line[3:].lower()).replace(' ', '-') for line in lines if line.startswith('## ')}
+    assert {*re.findall(r'\]\(#([a-z-]+)\)', '\n'.join(lines))} <= heads
 
 
 # Shares ######################################################################
@@ -14519,9 +14521,9 @@ def test_a_proxy_says_who_asks_and_nobody_else_can(tmp_path, empty):
 
 
 @pytest.mark.parametrize('setting, value, sentence', [
-    ('KEYSTONE_ROLES', 'member:boss', "setting keystone_roles: 'member:boss' is not KEYSTONE:CMRES"),
-    ('KEYSTONE_ROLES', 'member', "setting keystone_roles: 'member:' is not"),
-    ('IDENTITY_PROXIES', 'proxy', "setting identity_proxies: 'proxy' is no address")])
+    ('KEYSTONE_ROLES', 'member:boss', "Setting keystone_roles: 'member:boss' is not KEYSTONE:CMRES"),
+    ('KEYSTONE_ROLES', 'member', "Setting keystone_roles: 'member:' is not"),
+    ('IDENTITY_PROXIES', 'proxy', "Setting identity_proxies: 'proxy' is not an address or a network")])
 def test_settings_of_identities_are_checked_when_they_are_read(setting, value, sentence):
     with pytest.raises(Invalid) as refusal:
         load_config(environ={f'CMRES_{setting}': value})
@@ -15263,7 +15265,7 @@ def test_what_finds_no_room_is_marked_and_says_what_would_fit(dav, world):
     assert 'ETag' not in answer.headers
     (event,) = dav.shown('a')
     assert event['STATUS'] == 'CANCELLED' and event['SUMMARY'] == 'NOT RESERVED: Lesson'
-    assert "'demo' has 1 of 16 vms free" in event['DESCRIPTION'] and 'It would fit: from 2026-12-01 16:00 UTC' in event['DESCRIPTION']
+    assert "'demo' has 1 of 16 VMs free" in event['DESCRIPTION'] and 'It would fit: from Tue 1 Dec 2026, 16:00 (UTC)' in event['DESCRIPTION']
     assert event['DESCRIPTION'].endswith('\n4 x m1.small\nHello') and labels(world.service.list()) == ['big']
     world.service.delete('big')
     dav.put('a', dav.get('a').replace('T140000Z', 'T141500Z'))
@@ -15295,7 +15297,7 @@ def test_each_occurrence_that_finds_no_room_is_marked_by_itself(dav, world):
     dav.put('a', drawn('one', '20261201T140000Z', '20261201T150000Z', 'RRULE:FREQ=DAILY;COUNT=4'))
     master, left = dav.shown('a')
     assert master['SUMMARY'] == 'Lesson' and 'STATUS' not in master
-    assert left['RECURRENCE-ID'].dt == NOON + hours(26) and left['STATUS'] == 'CANCELLED' and 'vms free' in left['DESCRIPTION']
+    assert left['RECURRENCE-ID'].dt == NOON + hours(26) and left['STATUS'] == 'CANCELLED' and 'VMs free' in left['DESCRIPTION']
     assert reserved_at(world) == [NOON + hours(n) for n in (2, 50, 74)]
     text = dav.get('a')
     dav.put('a', text)
@@ -15497,7 +15499,7 @@ def test_a_program_can_be_refused_instead(dav, world):
     book(world.service, 'big', 2, 4, vms=15)
     before = dump()
     answer = dav.put('a', drawn(), 403)
-    assert "'demo' has 1 of 16 vms free" in answer.text and 'no-capacity' in answer.text and dump() == before
+    assert "'demo' has 1 of 16 VMs free" in answer.text and 'no-capacity' in answer.text and dump() == before
 
 
 def test_the_calendar_of_all_resources_wants_to_be_told(dav, world):
@@ -15506,7 +15508,7 @@ def test_the_calendar_of_all_resources_wants_to_be_told(dav, world):
     assert [(each['resource'], each['vms'], each['image']) for each in world.service.list()] == [('demo', 3, 'cirros')]
     dav.put('b', drawn('two'), calendar='all')
     (event,) = dav.shown('b', 'all')
-    assert event['SUMMARY'].startswith('NOT RESERVED') and 'no resource is named' in event['DESCRIPTION'].lower()
+    assert event['SUMMARY'].startswith('NOT RESERVED') and 'names no resource' in event['DESCRIPTION'].lower()
     token, _ = dav.changes(calendar='demo')
     dav.put('c', drawn('one', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:3 x m1.small cirros'))  # dragged to another calendar
     dav.ask('DELETE', 'all/a.ics', status=204)
@@ -17835,12 +17837,14 @@ def test_readme_shows_what_its_commands_print(tmp_path, monkeypatch, run):
         elif not re.search('chameleon|add (class|typo) gpu|servers class|my-workstation', line):
             for given in next((each for start, each in GIVEN.items() if start in line), ()):
                 assert run(*given)[0] == 0
-            code, out, err = run(*shlex.split(line.removeprefix('python cmres.py ')))
+            code, out, err = run(*shlex.split(re.sub('^(python cmres.py|cmres) ', '', line)))
             if shown.strip():
                 compared += 1
-                end = masked(shown.split('...\n')[-1])  # what is left out there
                 whole = masked(out + err)
-                same = whole[-len(end):] == end if '...\n' in shown else whole == end
+                start, left_out, end = map(masked, re.split(r'^(\.\.\.)$', shown, flags=re.M)) if '...' in shown.split(
+                    '\n') else (masked(shown), [], [])
+                same = whole == start if '...' not in shown.split('\n') else (
+                    whole[:len(start)] == start and (not end or whole[-len(end):] == end))
                 wrong += [] if same else [(line, out + err)]
             else:
                 assert code == 0, (line, err)
@@ -17901,6 +17905,251 @@ def test_events_can_be_followed_as_they_come(run, tmp_path):
     assert 'added  lab  1 vms on demo' in follower.stdout.readline()
     follower.send_signal(2)
     assert follower.wait(10) == 130
+
+
+RETIRED = re.compile(r"\b(machines?|places?|rooms?|boots?|booted|booting|hits?|held|told|lets|homeless|journal|wish(es)?|"
+                     r"stretch(es)?|tracks?|figures?|leases?|not over|a word|worthless|in vain|life cycle)\b", re.I)
+
+
+def public_sentences():
+    """All that people read of the program, but the page."""
+    tree = ast.parse(MODULE.read_text())
+    page = next(n for n, line in enumerate(MODULE.read_text().splitlines(), 1) if line.startswith('# Page ###'))
+    ends = next(n for n, line in enumerate(MODULE.read_text().splitlines(), 1) if line.startswith('# Serving ###'))
+    for node in ast.walk(tree):
+        says = isinstance(node, ast.Raise) or isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
+            node.func.attr in ('journal', 'note', 'warning', 'error', 'info', 'critical'))
+        if says and not page < node.lineno < ends:
+            for each in ast.walk(node):
+                if isinstance(each, ast.Constant) and isinstance(each.value, str) and ' ' in each.value:
+                    yield each.value
+    for name, operation in (cmres.API | cmres.LOCAL).items():
+        yield inspect.getdoc(operation.method)
+    for answer in vars(cmres).values():
+        if isinstance(answer, type) and issubclass(answer, cmres.Answer):
+            yield inspect.getdoc(answer)
+    yield from cmres.WORDS.values()
+    yield from cmres.MEANS.values()
+    yield from cmres.TEXTS.values()
+    yield from cmres.GROUPS.values()
+    yield from cmres.TAGS.values()
+    yield from cmres.MEASURED.values()
+    yield from (field.metadata['why'] for field in SETTINGS.values())
+    yield from (text for name, text in vars(cmres).items() if isinstance(text, str) and ' ' in text
+                and name != '__doc__' and not re.search('SELECT|CREATE|DROP|FROM step|track = |{{|%', text))
+    yield re.sub('^#held.*', '', (MODULE.parent / 'config.example.ini').read_text(), flags=re.M)
+
+
+def test_no_public_sentence_has_a_word_that_was_retired():
+    texts = [re.sub(r'`[^`]*`|\b\w+_\w+\b|--[\w-]+|virtual machines', '', each) for each in public_sentences()]
+    found = {text: RETIRED.findall(text) for text in texts if RETIRED.search(text)}
+    assert len(texts) > 700 and not found, '\n'.join(f'{[w[0] for w in words]}: {text[:150]}' for text, words in found.items())
+
+
+# Words, and hints that only the command line prints
+
+
+def test_numbers_have_their_nouns():
+    assert [cmres.counted(n, 'VM') for n in (0, 1, 2)] == ['0 VMs', '1 VM', '2 VMs']
+    assert [cmres.quantity(name, 1) for name in ('vms', 'vcpus', 'ram', 'CUSTOM_GPU')] == [
+        '1 VM', '1 vCPU', '1 MiB of RAM', '1 CUSTOM_GPU']
+
+
+@pytest.mark.parametrize('end, text', [(2, '13:00 to 14:00 (Europe/Paris)'),
+                                       (26, '13:00 to Wed 2 Dec 2026, 14:00 (Europe/Paris)')])
+def test_a_window_names_its_day_once_and_its_zone_once(end, text):
+    zone = cmres.read_zone('Europe/Paris')
+    assert cmres.format_window(NOON, NOON + hours(end - 1), zone) == f'Tue 1 Dec 2026, {text}'
+
+
+@pytest.mark.parametrize('old, new', [('confirm', 'accept_within')])
+def test_an_argument_is_taken_under_its_old_name_and_its_new_one(old, new):
+    given = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
+    here = cmres.Here(cmres.UTC, NOON)
+    assert cmres.bind(API['add'], given | {old: '1h'}, here) == cmres.bind(API['add'], given | {new: '1h'}, here)
+    with pytest.raises(Invalid, match=f"{new} was given twice: '1h' and '2h'"):
+        cmres.bind(API['add'], given | {old: '1h', new: '2h'}, here)
+
+
+def test_on_the_command_line_old_and_new_names_do_the_same(filled):
+    for words in (['limit', 'add', '--most-vms', '3'], ['limit', 'add', '--max-vms=3']):
+        code, out, _ = filled(*words, '--format=json')
+        answer = json.loads(out)
+        assert code == 0 and answer['most_vms'] == answer['max_vms'] == 3
+    assert 'max_vms' in filled('limit', 'list')[1] and 'most_vms' not in filled('limit', 'list')[1]
+
+
+def test_an_old_setting_is_read_under_its_new_name(folder):
+    config = load_config(folder('c.ini', '[cmres]\nlease = 9\n'), {'CMRES_PATIENCE': '5'})
+    assert (config.leader_timeout, config.no_overtaking_after, config.old_names) == (9, 5, ('lease', 'patience'))
+    with pytest.raises(Invalid, match='leader_timeout was given twice'):
+        load_config(folder('d.ini', '[cmres]\nlease = 9\nleader_timeout = 8\n'), {})
+
+
+def test_what_an_option_would_do_is_said_on_the_command_line_alone(filled):
+    filled('add', 'lab', 'demo', '+1h', '+1h')
+    code, _, err = filled('delete', '--resource', 'demo')
+    assert code == 1 and err.splitlines()[1].split(None, 1) == ['Try:', '--count 1 confirms it']
+
+
+# Nothing that matters is silent
+
+
+@pytest.mark.parametrize('more, said', [
+    ({'image': 'cirros', 'flavor': 'm1.small', 'vms': 15, 'lead': hours(0.25)},
+     '15 VMs (m1.small, cirros) start on Tue 1 Dec 2026, 12:45 and are deleted at 14:00 (UTC).'),
+    ({'image': 'cirros', 'flavor': 'm1.small', 'at_end': 'shelve'},
+     '1 VM (m1.small, cirros) starts on Tue 1 Dec 2026, 13:00 and is shelved at 14:00 (UTC).'),
+    ({'vms': 3}, 'Reserves capacity for 3 VMs on demo, Tue 1 Dec 2026, 13:00 to 14:00 (UTC). No VM starts.')])
+def test_a_booking_says_what_will_run(service, more, said):
+    assert book(service, **more)['message'] == said
+
+
+def test_who_holds_none_of_a_class_is_told_and_may_ask_for_it_without_a_flavor(service):
+    service.resource_add('gpu', cloud='simulated', vms=8, classes={'CUSTOM_GPU': 4})
+    assert book(service, 'none', resource='gpu')['warnings'] == [
+        "'gpu' also has CUSTOM_GPU. This reservation has 0 of them."]
+    found = book(service, 'two', resource='gpu', vms=2, classes={'CUSTOM_GPU': 2})
+    assert found['classes'] == {'CUSTOM_GPU': 4} and 'warnings' not in found
+    with pytest.raises(NoCapacity, match="'gpu' has 0 of 4 CUSTOM_GPU free"):
+        book(service, 'more', resource='gpu', classes={'CUSTOM_GPU': 1})
+
+
+def test_a_mail_that_would_never_be_sent_is_refused(tmp_path):
+    world = World(tmp_path, mail_server='')
+    with pytest.raises(Invalid, match='no mail server is set'):
+        book(world.service, notify=['eva@example.org'])
+    assert book(world.service, notify=['https://example.org/hook'])['state'] == 'reserved'
+
+
+def test_an_owner_hears_what_others_change_and_why(world):
+    book(world.as_user('eva'), vms=2, notify=['eva@example.org'])
+    world.as_user('tom').update('lab', vms=3, end=NOON + hours(3), reason='one more student')
+    said = world.service.events('lab')[-1]
+    assert said['sentence'] == ('tom changed end from Tue 1 Dec 2026, 14:00 (UTC) to Tue 1 Dec 2026, 15:00 (UTC), '
+                                'vms from 2 to 3: one more student')
+    told = cmres.rows("SELECT e.code FROM outbox n JOIN event e ON e.id = n.event_id WHERE e.code = 'updated'")
+    world.as_user('eva').update('lab', vms=2)
+    assert len(told) == 1 == len(cmres.rows("SELECT n.id FROM outbox n JOIN event e ON e.id = n.event_id WHERE e.code = 'updated'"))
+    world.as_user('tom').delete('lab', reason='the room is closed')
+    assert world.service.events('lab')[-1]['sentence'] == 'cancelled by tom: the room is closed'
+
+
+def test_a_resource_that_never_was_is_no_filter(service):
+    book(service)
+    for deed in (service.list,):
+        with pytest.raises(NotFound, match="There is no resource 'dmo'. Did you mean 'demo'"):
+            deed(resource='dmo')
+    service.resource_add('old')
+    service.resource_delete('old')
+    assert service.list(resource='old') == []
+
+
+def test_an_unknown_cloud_is_a_warning_at_once(service):
+    assert 'is not in clouds.yaml' in service.resource_add('far', cloud='nowhere', vms=2)['warnings'][0]
+    assert 'warnings' not in service.resource_add('near', cloud='simulated', vms=2)
+
+
+@pytest.mark.parametrize('asked, cause', [({'vms': 17}, 'too_large'), ({'vms': 9}, 'reserved'),
+                                          ({'start': 20, 'end': 21}, 'maintenance'),
+                                          ({'start': 30, 'end': 31, 'vms': 5}, 'capacity_change')])
+def test_every_refusal_names_its_cause(service, asked, cause):
+    book(service, 'other', 1, 2, vms=10)
+    service.maintenance_add('demo', NOON + hours(20), NOON + hours(22), 'new disks')
+    service.resource_capacity('demo', NOON + hours(30), NOON + hours(32), vms=4)
+    with pytest.raises(NoCapacity) as refusal:
+        book(service, **asked)
+    assert refusal.value.details['cause'] == cause
+
+
+# More commands
+
+
+def test_end_ends_now_as_agreed_and_gives_back_the_rest(world):
+    book(world.service, start=0, end=3, image='cirros', flavor='m1.tiny', at_end='stop')
+    for at in (0, 0.1, 1):
+        world.at(at)
+    with pytest.raises(Conflict, match='has not started yet'):
+        book(world.service, 'later', 8, 9)
+        world.service.end('later')
+    assert world.service.end('lab')['end'] == NOON + hours(1) + timedelta(seconds=1)
+    for at in (1.01, 1.02):
+        world.at(at)
+    assert world.service.list('lab')[0]['state'] == 'ended' and world.service.servers(kept=True)
+
+
+def test_what_is_listed_as_csv_can_be_loaded_again(filled, tmp_path):
+    filled('add', 'lab', 'demo', '2190-01-01T09:00', '+2h', '--vms=3', '--notify=https://example.org/a', '--lead=5m',
+           '--metadata=k=v', '--description=a, b')
+    before = json.loads(filled('list', '--format=json')[1])[0]
+    (tmp_path / 'l.csv').write_text(filled('list', '--format=csv')[1] + '\n,,,\n')
+    filled('delete', 'lab')
+    code, _, err = filled('add', '--file', 'l.csv')
+    assert code == 0 and err.startswith('Ignored columns: ') and 'state' in err
+    after = json.loads(filled('list', '--format=json')[1])[0]
+    same = ('label', 'start', 'end', 'vms', 'notify', 'lead', 'metadata', 'description', 'resource', 'at_end')
+    assert {name: before[name] for name in same} == {name: after[name] for name in same}
+
+
+def test_delete_by_state(service):
+    book(service, 'now', 0, 1)
+    book(service, 'later')
+    with pytest.raises(Conflict, match='This would cancel 1 reservation'):
+        service.delete(state=['reserved'])
+    assert labels(service.delete(state=['reserved'], count=1)) == ['later']
+    with pytest.raises(Invalid, match="'reservd' is not one of"):
+        service.delete(state=['reservd'])
+
+
+def test_an_owner_hands_a_reservation_on(world):
+    book(world.as_user('eva'))
+    with pytest.raises(Forbidden, match="Only an admin can give a reservation of 'eva'"):
+        world.as_user('tom').update('lab', user='tom')
+    assert world.as_user('eva').update('lab', user='tom')['user'] == 'tom'
+
+
+def test_commands_have_second_names(filled):
+    filled('add', 'lab', 'demo', '+1h', '+1h')
+    assert filled('cancel', 'lab')[0] == 0 and filled('delays')[0] == 0
+    assert filled('scheduler', '--once')[0] == 0
+
+
+def test_help_stands_in_80_columns_and_in_groups(run):
+    for words in ([], ['add'], ['resource'], ['list']):
+        lines = run(*words, '--help')[1].partition('\nExample')[0].splitlines()
+        assert max(map(len, lines)) <= 80, words
+    assert ['VMs', 'Start and end', 'Series', 'Who'] == [
+        line for line in run('add', '--help')[1].splitlines() if line in ('VMs', 'Start and end', 'Series', 'Who')]
+    assert {*' '.join(cmres.SHELVES.values()).split()} == {name.partition(' ')[0] for name in COMMANDS}
+
+
+# Client
+
+
+@pytest.mark.parametrize('url, said', [
+    ('', 'The address of the server is missing'), ('localhost:8080', 'Write for example http://localhost:8080'),
+    ('http://h:1/cm/v1.0', "has a path. Write only the address of the server: http://h:1"),
+    ('ftp://h', 'is not the address of a server')])
+def test_an_address_that_is_none_is_refused_at_once(monkeypatch, url, said):
+    monkeypatch.delenv('CMRES_URL', raising=False)
+    with pytest.raises(Invalid, match=re.escape(said)):
+        Client(url, 'cmres_x')
+
+
+def test_a_client_knows_its_server_from_the_environment(monkeypatch):
+    monkeypatch.setenv('CMRES_URL', 'http://127.0.0.1:9/')
+    monkeypatch.setenv('CMRES_TOKEN', 'cmres_secret')
+    with Client() as client:
+        assert repr(client) == "Client('http://127.0.0.1:9')" and 'secret' not in repr(client)
+    monkeypatch.delenv('CMRES_TOKEN')
+    with pytest.raises(Invalid, match='The token is missing'):
+        Client()
+
+
+def test_programs_import_what_they_need():
+    names = {}
+    exec('from cmres import *', names)
+    assert {'Client', 'NoCapacity', 'Error'} <= names.keys() and 'row' not in names
 
 
 # Calendar: feeds, imports, subscriptions #####################################
@@ -22468,7 +22717,7 @@ def test_a_user_of_the_lab_reserves_machines_that_are_theirs(tmp_path, serving):
 
 
 def test_the_catalog_is_told_where_cmres_is_and_only_what_differs_is_changed(nova, tmp_path):
-    config = Config(database=str(tmp_path / 'none.db'), address='https://a.example')
+    config = Config(database=str(tmp_path / 'none.db'), public_url='https://a.example')
     first = cmres.catalog_add(config, 'admin', dry_run=True)
     assert [each['what'] for each in first] == ['service', 'public endpoint', 'internal endpoint', 'admin endpoint']
     assert nova.catalog == [] and first[1] == {
