@@ -24845,7 +24845,7 @@ class Pages:
         limits = [each | {'deeds': ['limit_delete']} for each in service.limit_list()]
         columns = ('id project user resource max_vms max_duration max_advance min_notice '
                    'max_vcpu_hours '
-                   'waiting exempt change').split()
+                   'max_waiting exempt_within change').split()
         return ''.join((
             self.headed('Tokens', self.table(visit, 'Tokens', f'{TOKEN_COLUMNS} change'.split(),
                                              tokens, given)),
