@@ -23207,11 +23207,6 @@ def at_of(line: TimeLine, wall: datetime) -> str:
     return f'{wall:%Y-%m-%dT%H}' if line.view == 'hours' else f'{wall:%Y-%m-%d}'
 
 
-def counted(number: int, name: str) -> str:
-    """A number of things: 1 VM, 2 VMs."""
-    return f'{number} {name}' if number == 1 else f'{number} {name}s'
-
-
 # One line that says what somebody wants, such as `15 ubuntu every tue 10-12 until 23 feb`
 
 
