@@ -9994,10 +9994,9 @@ class Wishes:
         """
         lead = int((asked['lead'] or timedelta(0)).total_seconds())
         start, end = self.resolve_window(asked, old, lead)
-        own = old and self.service.actor.user == old.user
-        if old and self.service.actor.role != ADMIN and asked['user'] != old.user and not own:
-            raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
-                            'else.')
+        actor = self.service.actor
+        if old and actor.role != ADMIN and asked['user'] != old.user:
+            self.refuse_handing_on(actor, old, asked['user'])
         user, project = (asked['user'], old.project) if old else self.service.owner(asked)
         place, warnings = place or self.look.resource_at(asked), []
         self.refuse_unbootable(asked, place)
@@ -10047,6 +10046,15 @@ class Wishes:
         if start < lead:
             raise Invalid('The lead time starts before the year 1970.')
         return start, end
+
+    def refuse_handing_on(self, actor: Actor, old, user: str) -> None:
+        """Only its owner gives a reservation to somebody else, who has a token of the project."""
+        if actor.user != old.user:
+            raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
+                            'else.')
+        if not row('SELECT id FROM token WHERE user = ? AND project = ? LIMIT 1', user,
+                   old.project):
+            raise Forbidden(f"'{user}' has no token in project '{old.project}'. Ask an admin.")
 
     def refuse_untellable(self, targets: Iterable[str]) -> None:
         """Refuses mail addresses to which nothing would ever be sent."""

@@ -3333,7 +3333,7 @@ def test_what_is_overfull_may_still_shrink_but_not_grow(service):
 
 def test_a_resource_is_removed_only_when_nothing_is_reserved_on_it(world, service):
     book(service)
-    with pytest.raises(Conflict, match='still has reservations') as refusal:
+    with pytest.raises(Conflict, match='still has current or future reservations') as refusal:
         service.resource_delete('demo')
     assert refusal.value.details['labels'] == ['lab']
     world.now += 2 * 3600
@@ -9958,7 +9958,7 @@ def test_what_waits_at_a_place_finds_a_resource_by_its_new_name(world):
     for name in ('a1', 'a2'):
         book(world.service, f'on-{name}', resource=name, vms=2)
     book(world.as_user(), resource='-', region='a', vms=2, wait=True)
-    with pytest.raises(Conflict, match="'a1' still has reservations"):
+    with pytest.raises(Conflict, match="'a1' still has current or future reservations"):
         world.service.resource_delete('a1')
     world.service.resource_update('a2', rename='zz', vms=4)
     world.cycle.settle()
@@ -15367,7 +15367,7 @@ def test_what_the_server_changes_is_seen_by_the_next_sync(dav, world):
     token, changed = dav.changes(token)
     assert changed.keys() == {'a.ics'}
     (event,) = dav.shown('a')
-    assert event['DTSTART'].dt == NOON + hours(3) and 'Moved: eva changed: start' in event['DESCRIPTION']
+    assert event['DTSTART'].dt == NOON + hours(3) and 'Moved: eva changed start' in event['DESCRIPTION']
     dav.put('a', dav.get('a').replace('SUMMARY:Lesson', 'SUMMARY:Exam'))  # only the title
     assert reserved_at(world) == [NOON + hours(3)] and dav.shown('a')[0]['DESCRIPTION'] == 'my own'
     world.as_user().skip('course', occurrence=date(2026, 12, 2))
@@ -15819,7 +15819,7 @@ def test_who_wants_no_more_invitations_gets_none(mails):
 
 def test_invitations_are_bounded_and_go_where_mails_may(mails):
     world, came = mails(invitations_per_day=2, mail_domains='example.org')
-    for wrong, why in ((['ann@other.org'], 'no mails are sent'), (['x'], 'no mail address'), ([f'a{n}@example.org' for n in range(201)], 'at most 200')):
+    for wrong, why in ((['ann@other.org'], 'cmres sends no mails'), (['x'], 'not a mail address'), ([f'a{n}@example.org' for n in range(201)], 'at most 200')):
         with pytest.raises(Invalid, match=why):
             book(world.as_user(), invite=wrong)
     book(world.as_user(), invite=['ann@example.org', 'bob@example.org', 'cy@example.org'])
@@ -18503,6 +18503,9 @@ def test_an_owner_hands_a_reservation_on(world):
     book(world.as_user('eva'))
     with pytest.raises(Forbidden, match="Only an admin can give a reservation of 'eva'"):
         world.as_user('tom').update('lab', user='tom')
+    with pytest.raises(Forbidden, match="'tom' has no token in project 'biology'"):
+        world.as_user('eva').update('lab', user='tom')
+    world.service.token_add('tom', 'biology')
     assert world.as_user('eva').update('lab', user='tom')['user'] == 'tom'
 
 
