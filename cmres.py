@@ -10166,7 +10166,7 @@ class Wishes:
         need = each * asked['vms']
         missing = tuple((each, 0) for each in need.names if each not in holds)
         if not need.within(whole._replace(classes=classes + missing)):
-            raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the "
+            raise Invalid(f"vms: {asked['vms']} VMs of {asked['flavor']} are more than the "
                           f"host '{name}' holds: "
                           f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
         return name, added_host(whole, name)
@@ -14633,7 +14633,7 @@ class Tokens(Operations):
     @api('POST', '/credential/', made='/credential/')
     def credential_add(self, cloud: Name, application: Name, secret: Name,
                        dry_run: bool = False) -> CredentialAnswer:
-        """Lets your VMs on a cloud be made in your name: your project, quota, networks and keys.
+        """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
 
         Give an application credential of yours. Its secret is kept encrypted, and the key is not in
         the database. What is reserved already uses it for VMs that are not started yet.
@@ -20341,7 +20341,7 @@ class Dav:
 
     def refuse_reader(self) -> None:
         if not self.writes:
-            raise Refused(403, 'D:need-privileges', 'your token lets you read calendars only')
+            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
 
     def body(self):
         return read_xml(whole_body(self.request))

@@ -9290,8 +9290,8 @@ def test_a_list_of_hosts_is_a_request_of_as_many_parts(named):
 
 @pytest.mark.parametrize('wish, sentence', [
     ({'resource': 'demo', 'host': 'gpu-1'}, "has no host 'gpu-1'. You cannot reserve single hosts here."),
-    ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.xlarge', 'vms': 3}, "3 machines of m1.xlarge are more than the host"),
-    ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'g1.medium', 'vms': 5}, "5 machines of g1.medium are more than the host")])
+    ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.xlarge', 'vms': 3}, "3 VMs of m1.xlarge are more than the host"),
+    ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'g1.medium', 'vms': 5}, "5 VMs of g1.medium are more than the host")])
 def test_a_host_that_is_not_there_or_too_small_is_refused(named, wish, sentence):
     with pytest.raises(Error, match=sentence):
         book(named.as_user(), **wish)
@@ -9301,7 +9301,7 @@ def test_a_reserved_host_can_be_longer_moved_and_have_other_machines(named):
     book(named.as_user(), resource='gpu', host='gpu-1', flavor='m1.small', vms=3)
     named.as_user().extend('lab', hours(1))
     assert named.as_user().update('lab', vms=16)['vcpus'] == 16
-    with pytest.raises(Invalid, match='17 machines of m1.small are more than the host'):
+    with pytest.raises(Invalid, match='17 VMs of m1.small are more than the host'):
         named.as_user().update('lab', vms=17)
     assert named.as_user().update('lab', host='gpu-2')['classes'] == {'CUSTOM_GPU': 4, 'host:gpu-2': 1}
     assert named.service.check()['differences'] == 0
@@ -18306,7 +18306,7 @@ def test_events_can_be_followed_as_they_come(run, tmp_path):
 
 
 RETIRED = re.compile(r"\b(machines?|places?|rooms?|boots?|booted|booting|hits?|held|told|lets|homeless|journal|wish(es)?|"
-                     r"stretch(es)?|tracks?|figures?|leases?|not over|a word|worthless|in vain|life cycle)\b", re.I)
+                     r"stretch(es)?|tracks?|figures?|not over|a word|worthless|in vain|life cycle)\b", re.I)
 
 
 def public_sentences():
