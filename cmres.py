@@ -102,6 +102,10 @@ import peewee
 
 __version__ = '0.1'
 
+#: What programs import from here.
+__all__ = ['Client', 'Error', 'Invalid', 'Unauthorized', 'Forbidden', 'NotFound', 'Conflict',
+           'NoCapacity', 'Unavailable', 'CloudError', 'ReservationFilter']
+
 log = logging.getLogger('cmres')
 
 
@@ -132,8 +136,16 @@ class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
 class KeyReused(Error): status = 422     # noqa: E701
-class NoCapacity(Conflict): pass         # noqa: E701
 class Unavailable(Error): status = 503   # noqa: E701
+
+
+class NoCapacity(Conflict):
+    """It does not fit; its `cause` is reserved, too_large, maintenance, capacity_change, host or
+    waiting_list.
+    """
+
+    def __init__(self, sentence: str, **details):
+        super().__init__(sentence, **{'cause': 'reserved'} | details)
 
 
 class CloudError(Error):
@@ -162,9 +174,14 @@ ERRORS = {kind.__name__: kind for kind in (
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The hint to append to a sentence that refuses `word`: '' or '; did you mean ...?'."""
+    """The end of a sentence that refuses `word`: '.' or '. Did you mean ...?'."""
     found = difflib.get_close_matches(word, list(words), 1)
-    return f"; did you mean '{found[0]}'?" if found else ''
+    return f". Did you mean '{found[0]}'?" if found else '.'
+
+
+def counted(number: int, one: str, many: str = '') -> str:
+    """A number with its noun: 1 VM, 2 VMs."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 #: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1
@@ -256,8 +273,7 @@ def read_zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, KeyError):
-        raise Invalid(f"unknown time zone '{name}'; write one such as Europe/Paris or "
-                      'UTC') from None
+        raise Invalid(f"Unknown time zone '{name}'. Write one like Europe/Paris or UTC.") from None
 
 
 def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
@@ -297,10 +313,10 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
     except OverflowError:
         moment = None
     if not moment:
-        raise ValueError(f"'{text}' is not a time; write 2026-12-01 09:00, 17:00, tomorrow 9:00, "
-                         'mon 9:00, now or +2h')
+        raise ValueError(f"'{text}' is not a time. Write 2026-12-01 09:00, 17:00, tomorrow 9:00, "
+                         'mon 9:00, now or +2h.')
     if not FIRST <= moment < LAST:
-        raise ValueError(f"'{text}' is not between the years 1970 and 2199")
+        raise ValueError(f"'{text}' is not between the years 1970 and 2199.")
     return moment
 
 
@@ -417,8 +433,8 @@ def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
     other = dates_on(second, first, year) if mark == '/' else []
     if there and other and there != other:
         one, two = (f'{each[0]:%d %b %Y}'.lstrip('0') for each in (there, other))
-        raise ValueError(f"'{first}/{second}/{year}' may be {one} or {two}; write "
-                         f'{there[0]} or {other[0]}')
+        raise ValueError(f"'{first}/{second}/{year}' can mean {one} or {two}. Write {there[0]} or "
+                         f'{other[0]}.')
     return there or other
 
 
@@ -468,8 +484,8 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
     for each in folds:
         if each.tzname() == called:
             return each.astimezone(UTC)
-    raise ValueError(f"clocks of {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}; write "
-                     f'the zone: {wall:%Y-%m-%d %H:%M} ({zone.key})')
+    raise ValueError(f'Clocks in {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}. Write '
+                     f'the time zone: {wall:%Y-%m-%d %H:%M} ({zone.key}).')
 
 
 def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
@@ -489,13 +505,13 @@ def parse_duration(text: str) -> Length:
     match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
     clock = CLOCK_LENGTH.fullmatch(word)
     if not clock and not (match and any(match.groups())):
-        raise ValueError(f"'{text}' is not a duration; write 2h, 1d12h, 90m, 1.5h or PT2H")
+        raise ValueError(f"'{text}' is not a duration. Write 2h, 1d12h, 90m, 1.5h or PT2H.")
     parts = (0, 0, *clock.groups(), 0) if clock else match.groups()
     weeks, days, hours, minutes, seconds = (float(part or 0) for part in parts)
     days += 7 * weeks
     seconds += 86400 * days + 3600 * hours + 60 * minutes
     if seconds > (LAST - FIRST).total_seconds():
-        raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days")
+        raise ValueError(f"'{text}' is longer than {(LAST - FIRST).days} days.")
     length = Length(seconds=round(seconds))
     length.nominal = 86400 * int(days)
     return length
@@ -515,6 +531,13 @@ def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
     called = ' %Z' if twice else ''
     return local.strftime(f'%a {local.day} %b %Y, {clock}{called} ({zone.key})')
+
+
+def format_window(start: datetime, end: datetime, zone: ZoneInfo) -> str:
+    """A time window for people: Tue 1 Dec 2026, 09:00 to 11:00 (Europe/Paris)."""
+    first, last = format_moment(start, zone), format_moment(end, zone)
+    day, _, clock = last.partition(', ')
+    return f"{first.rpartition(' (')[0]} to {clock if first.startswith(f'{day}, ') else last}"
 
 
 def format_duration(length: float) -> str:
@@ -552,8 +575,8 @@ WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
 ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
-REPEAT_HELP = ('write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
-               'monthly on first mon, or an RRULE')
+REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
+               'monthly on first mon, or an RRULE.')
 
 
 class Stretch(NamedTuple):
@@ -664,7 +687,7 @@ def spoken_rule(words: str) -> str:
     text = re.sub('^every other (day|week|month|year)( on .+)$', r'every 2 \1s\2', text)
     match = SPOKEN.fullmatch(text)
     if not match:
-        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+        raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
     if match['days']:
         return every_named_day(match['days'], '2' if match['other'] else '', words) + ends
     rule = f"FREQ={match['name'].upper() if match['name'] else FREQUENCIES[match['unit']]}"
@@ -677,7 +700,7 @@ def every_named_day(text: str, interval: str, words: str) -> str:
     days = spoken_days(text, words)
     monthly = re.search('=.*[0-9]', days)
     if 'BYMONTHDAY' in days:  # `every 15` says neither month nor day
-        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+        raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
     rule = 'FREQ=MONTHLY' if monthly else 'FREQ=WEEKLY'
     return rule + (f';INTERVAL={interval}' if interval else '') + days
 
@@ -686,8 +709,8 @@ def last_day(text: str, words: str) -> str:
     """The last date of a repetition as UNTIL has it, of words that name one with its year."""
     days = dates_of(' '.join(text.replace(',', ' ').split()), date.min)
     if len(days) != 1:
-        raise ValueError(f"'{words}' names no last date; write it with its year, such as "
-                         'until 23 feb 2027')
+        raise ValueError(f"'{words}' is not a last date. Write it with its year, for example "
+                         'until 23 feb 2027.')
     return f'{days[0]:%Y%m%d}T235959'
 
 
@@ -699,7 +722,7 @@ def spoken_days(text: str, words: str) -> str:
         return f";BYMONTHDAY={','.join(days)}"
     found = [SPOKEN_DAY.fullmatch(day) for day in days]
     if not all(each and is_weekday(each[2]) for each in found):
-        raise ValueError(f"'{words}' is no repetition; {REPEAT_HELP}")
+        raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
     return ';BYDAY=' + ','.join(ORDINALS.get(each[1], '') + each[2][:2].upper() for each in found)
 
 
@@ -756,26 +779,27 @@ def nth(number: int) -> str:
 def checked_rule(rule: str) -> str:
     """A rule in capitals, its parts allowed and within bounds; ValueError if not."""
     if len(rule) > MOST_RULE:
-        raise ValueError(f'a repetition has at most {MOST_RULE} letters')
+        raise ValueError(f'A repetition has at most {MOST_RULE} characters.')
     pairs = [part.partition('=')[::2] for part in rule.strip(';').split(';')]
     parts = dict(pairs)
     for name, value in pairs:
         if name not in RULE_PARTS or [each for each, _ in pairs].count(name) > 1:
-            raise ValueError(f'{shown(name)} is no part of a repetition, or is there twice')
+            raise ValueError(f'{shown(name)} is not a valid part of an RRULE, or it appears twice.')
         if RULE_PARTS[name]:
             check_numbers(name, value, *RULE_PARTS[name])
     if math.prod(parts.get(name, '').count(',') + 1 for name in CLOCK_PARTS) > MOST_A_DAY:
-        raise ValueError(f'it is more than {MOST_A_DAY} times a day')
+        raise ValueError(f'It repeats more than {MOST_A_DAY} times a day.')
     if parts.get('FREQ') not in FREQUENCIES.values():
-        raise ValueError(f"FREQ={parts.get('FREQ', '')} is none of "
-                         f"{', '.join(FREQUENCIES.values())}")
+        raise ValueError(f"FREQ={parts.get('FREQ', '')} is not one of "
+                         f"{', '.join(FREQUENCIES.values())}.")
     if not all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
                for day in parts.get('BYDAY', 'MO').split(',')) or parts.get('WKST',
                                                                             'MO') not in WEEKDAYS:
-        raise ValueError(f'{rule}: a day is MO, TU, WE, TH, FR, SA or SU, in BYDAY also 1MO or '
-                         f'-1FR')
+        raise ValueError(f'{rule}: write a day as MO, TU, WE, TH, FR, SA or SU; in BYDAY also as '
+                         '1MO or -1FR.')
     if 'UNTIL' in parts and ('COUNT' in parts or not read_until(parts['UNTIL'])):
-        raise ValueError(f'{rule}: UNTIL is such as 20261231T235959Z, and not beside a COUNT')
+        raise ValueError(f'{rule}: write UNTIL like 20261231T235959Z. Use UNTIL or COUNT, not '
+                         'both.')
     return ';'.join(f'{name}={value}' for name, value in pairs)
 
 
@@ -796,7 +820,7 @@ def check_numbers(name: str, text: str, least: int, most: int) -> None:
     for number in numbers:
         if not re.fullmatch('[+-]?[0-9]{1,6}' if signed else '[0-9]{1,6}', number) or not (
                 least <= abs(int(number)) <= most):
-            raise ValueError(f'{name}={shown(text)[1:-1]} is not between {least} and {most}')
+            raise ValueError(f'{name}={shown(text)[1:-1]} is not between {least} and {most}.')
 
 
 def local_rule(rule: str, zone: ZoneInfo) -> str:
@@ -942,8 +966,8 @@ class Steps(threading.local):
         """Counts some steps of about a microsecond; Invalid where they are too many."""
         self.taken += number
         if self.taken > self.most:
-            raise Invalid('when it occurs is too hard to follow; write a simpler rule, or fewer '
-                          'dates and exceptions')
+            raise Invalid('Its dates are too complex to compute. Write a simpler rule, or fewer '
+                          'dates and exceptions.')
 
     @contextmanager
     def at_most(self, number: float) -> Iterator[None]:
@@ -1126,8 +1150,8 @@ def slots(stretch: Stretch, begin: float, until: float,
             found += 1
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
         if found > MOST_OCCURRENCES:
-            raise Invalid(f'the repetition has more than {MOST_OCCURRENCES} occurrences until '
-                          f'{instant(int(until)):%Y-%m-%d}; let it end earlier')
+            raise Invalid(f'This series has more than {MOST_OCCURRENCES} occurrences before '
+                          f'{instant(int(until)):%Y-%m-%d}. Choose an earlier last date.')
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
@@ -1239,43 +1263,82 @@ def read_stretches(text: str) -> list[Stretch]:
 
 
 SECTIONS = ('cmres', 'credentials', 'identities', 'texts')
+#: What arguments of operations, and settings, were called before; both names work.
+RENAMED = {
+    'setting': {'notice': 'remind_before', 'patience': 'no_overtaking_after',
+                'lease': 'leader_timeout', 'settle': 'lost_answer_wait', 'poll': 'poll_changing',
+                'sweep': 'poll_running', 'retry_most': 'retry_max',
+                'signed_in': 'session_length', 'end_foreign': 'delete_user_started',
+                'address': 'public_url', 'login': 'login_command'},
+    'limit_add': {'most_vms': 'max_vms', 'longest': 'max_duration', 'ahead': 'max_advance',
+                  'least_notice': 'min_notice', 'vcpu_hours': 'max_vcpu_hours',
+                  'waiting': 'max_waiting', 'exempt': 'exempt_within'},
+    'resource_sync': {'hold': 'min_free_time', 'named': 'reservable_hosts'},
+    **dict.fromkeys(('resource_add', 'resource_update'), {'hold': 'min_free_time'}),
+    **dict.fromkeys(('maintenance_add', 'resource_capacity'), {'then': 'affected'}),
+    'add': {'confirm': 'accept_within'}, 'report': {'by_whom': 'group_by'}}
+
+
+def with_new_names(where: str, given: dict) -> dict:
+    """Arguments of an operation, or settings, under the names that they have now.
+
+    Raises:
+      Invalid: one has two different values, under its old and its new name.
+    """
+    names, found = RENAMED.get(where, {}), {}
+    for name, value in given.items():
+        new = names.get(name, name)
+        if new in found and found[new] != value:
+            raise Invalid(f"{new} was given twice: '{found[new]}' and '{value}'.")
+        found[new] = value
+    return found
+
+
 READER, USER, ADMIN = 'reader', 'user', 'admin'
 ROLES = (READER, USER, ADMIN)  # each may do what those before it may
 #: What has a name on a cloud.
 KINDS = ('flavor', 'image', 'network', 'key', 'security_group', 'server')
-#: What people are told of, and in which words: the first line is the subject.
+#: The notifications for people: the first line is the subject.
 TEXTS = {
-    'added': '{label} is reserved\n{vms} vms on {resource} from {start} to {end}.',
-    'refused': 'a reservation was refused\n{sentence}',
-    'soon': '{label} starts at {start}\n{vms} vms on {resource} until {end}.',
-    'ready': '{label} is ready\n{sentence}',
-    'failed': '{label} failed\nIts window from {start} to {end} is over and it was {sentence}.',
-    'ending': '{label} ends at {end}\nUntil then: extend {label} +1h. After that: {at_end}.',
-    'ended': '{label} has ended\n{sentence}.',
-    'kept': '{label} goes on until {end}\n{sentence}.',
-    'released': '{label} was released\n{sentence}.',
-    'pending': '{label} waits for a word\n{sentence}.',
-    'admitted': '{label} is reserved now\n{vms} vms on {resource} from {start} to {end}, after '
-                'waiting.',
-    'approved': '{label} is approved\n{sentence}.',
-    'rejected': '{label} stays as it was\n{sentence}.',
-    'maintenance': '{label} is in the way of a maintenance\n{sentence}.',
-    'unused': '{label} is not used\n{sentence}.',
-    'trouble': '{label}: not all VMs are up\n{sentence}.',
-    'vanished': '{label}: VMs have vanished\n{sentence}.',
-    'stopped': '{label}: VMs are stopped\n{sentence}.',
-    'snapshot': '{label}: VMs are saved as images\n{sentence}.',
-    'forced': '{label}: VMs were deleted without what was agreed\n{sentence}.',
-    'foreign': '{label}: VMs that people started themselves\n{sentence}.',
-    'held': 'your calendar asks for much less than before\n{sentence}',
-    'dropped': 'no more mails today\n{sentence}.',
+    'added': 'Reserved: {label}, {start}\nYour reservation {label} is confirmed.\n\n'
+             'When:  {when}\nWhat:  {what}\nThen:  {then}\n\n{link}',
+    'refused': 'Not reserved\n{message}',
+    'soon': 'Soon: {label} starts at {start}\nWhen:  {when}\nWhat:  {what}\nThen:  {then}\n\n'
+            '{link}',
+    'ready': 'Ready: {label}, {what}\n{message}.\n\nThen: {then}\nMore time: {link}',
+    'failed': 'Could not start: {label}\nNo VM of {label} was running from {when}.\n{message}.\n\n'
+              'Nothing is left in the cloud. If it fails again, send this mail to your admin '
+              '(reservation {id}).',
+    'ending': '{label} ends at {end}\nThen: {then}\nTo keep the VMs longer, extend the reservation '
+              '{label}: {link}',
+    'ended': '{label} has ended\n{label}, {when}: {message}.',
+    'updated': '{label} was changed\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
+    'kept': '{label} continues until {end}\n{message}.',
+    'released': '{label} was cancelled\n{label}, {when}: {message}.\n\n{link}',
+    'pending': '{label} needs an answer\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
+    'admitted': 'Reserved: {label}, {start}\nCapacity became free, and {label} left the waiting '
+                'list.\n\nWhen:  {when}\nWhat:  {what}\nThen:  {then}\n\n{link}',
+    'approved': '{label} is approved\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
+    'rejected': 'A change of {label} was not approved\n{message}.\nThe reservation stays as it '
+                'was.\n\n{link}',
+    'maintenance': 'Maintenance affects {label}, {start}\n{message}.\n\nYour reservation: {what}, '
+                   '{when}\n{link}',
+    'unused': 'Nobody uses {label}\n{message}.\n\n{link}',
+    'trouble': '{label}: not all VMs are running\n{message}.\n\n{link}',
+    'vanished': '{label}: the cloud lost VMs\n{message}.\n\n{link}',
+    'stopped': '{label}: VMs are stopped\n{message}.\n\n{link}',
+    'snapshot': '{label}: VMs are saved as images\n{message}.\n\n{link}',
+    'forced': '{label}: VMs were deleted\n{message}.\n\n{link}',
+    'foreign': '{label}: VMs that users started themselves\n{message}.\n\n{link}',
+    'held': 'Please confirm: your calendar has far fewer events\n{message}',
+    'dropped': 'No more mails today\n{message}',
 }
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
     'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
     'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
     'description personal repeat tz start end cancelled added changed up fault request host '
-    'state').split())
+    'state when what then link').split())
 
 
 def setting(default, why: str, least=None, most=10**9):
@@ -1287,42 +1350,43 @@ class Config:
     """Everything that can be set; once read, only what `read_again` takes is ever changed."""
     database: str = setting('cmres.db',
                             'the SQLite file that holds everything; not on a network file system')
-    key: str = setting('', 'the file that signs cookies and remembers the database; if empty, the '
-                       'database with .key')
+    key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
+                           'database; if empty, the database with .key')
     host: str = setting('127.0.0.1',
                         'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
-    threads: int = setting(8, 'requests that are answered side by side', 1)
-    slow_per_user: int = setting(2, 'requests of one user that may wait for clouds and calendars, '
-                                 'or compute for long, at the same time', 1)
-    slow_per_target: int = setting(4, 'requests that may wait for one account on a cloud, or for '
-                                   'one host, at the same time', 1)
+    threads: int = setting(8, 'requests that are answered at the same time', 1)
+    slow_per_user: int = setting(2, 'slow requests of one user (clouds, calendars, long '
+                                    'computations) at the same time', 1)
+    slow_per_target: int = setting(4, 'requests that wait for one cloud entry, or for one host, '
+                                      'at the same time', 1)
     outside_timeout: float = setting(
-        50.0, 'seconds that one request may wait for clouds and calendars in all', 0.1)
+        50.0, 'seconds that one request may wait for clouds and calendars in total', 0.1)
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
                            'database')
     token: str = setting('', 'the token for that server')
     connections: int = setting(
-        2000, 'connections that are open at the same time; for one more, the oldest on which '
-        'nothing is answered is closed', 10, 100_000)
-    connections_per_address: int = setting(200, 'those of one address, also of a proxy', 1)
+        2000, 'open connections at the same time; for one '
+              'more, cmres closes the oldest idle one', 10, 100_000)
+    connections_per_address: int = setting(200, 'open connections from one address, also from a '
+                                                'proxy', 1)
     requests_per_address: int = setting(
-        12000, 'requests from one address within a minute; 0: any number', 0)
+        12000, 'requests from one address within a minute; 0: no limit', 0)
     requests_per_user: int = setting(
-        3000, 'requests of one user within a minute; 0: any number. Admins have no such limit', 0)
+        3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
     mib_per_address: int = setting(
-        2000, 'MiB to and from one address within a minute; 0: any number', 0)
+        2000, 'MiB to and from one address within a minute; 0: no limit', 0)
     mib_per_user: int = setting(
-        500, 'MiB to and from one user within a minute; 0: any number. Admins have no such limit',
+        500, 'MiB to and from one user within a minute; 0: no limit. Admins have no such limit',
         0)
     cpu_per_user: float = setting(
-        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: any '
-        'number. Admins have no such limit', 0.0)
+        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
+              'limit. Admins have no such limit', 0.0)
     wrong_tokens: int = setting(
-        30, 'wrong tokens from one address within a minute; who sends more is answered 429', 1)
+        30, 'wrong tokens from one address within a minute; more are answered with 429', 1)
     trusted_proxies: str = setting(
-        '127.0.0.1, ::1', 'addresses and networks of proxies; what they say last in '
-        'X-Forwarded-For counts for limits and the log, and for nothing else')
+        '127.0.0.1, ::1', 'addresses and networks of proxies; their last entry in X-Forwarded-For '
+                          'counts for limits and the log, and for nothing else')
     keystone: str = setting(
         '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
         'address such as https://cloud.example.org/identity')
@@ -1345,62 +1409,63 @@ class Config:
         'X-Remote-Project, X-Remote-Role')
     metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
                            '(everybody) or off (nobody)')
-    log_format: str = setting('text', 'how lines of the log are written: text or json')
+    log_format: str = setting('text', 'format of the log: text or json')
     log_requests: bool = setting(
-        True, 'whether the log has a line for each request and for each call to a cloud')
-    drain: float = setting(30.0, 'seconds that requests under way may go on after SIGTERM', 0.0)
+        True, 'write a line to the log for each request and each call to a cloud')
+    drain: float = setting(30.0, 'seconds that running requests have to finish after SIGTERM', 0.0)
     min_disk: int = setting(
-        100, 'MiB on the disk of the database; with less free, /readyz warns', 0)
-    timezone: str = setting('UTC', 'the zone of times typed without an offset, and of tables; '
-                                   'without it, that of the machine')
-    workers: int = setting(32, 'calls to one cloud that run side by side', 1)
-    call_timeout: float = setting(60.0, 'seconds after which a call to a cloud is given up', 0.1)
-    boot_timeout: float = setting(900.0, 'seconds after which a server that does not come up is '
-                                         'made anew', 0.1)
-    settle: float = setting(15.0, 'seconds after a lost answer before a missing server is made '
-                                  'again', 0.0)
+        100, 'MiB that should be free on the disk of the database; with less, /readyz warns', 0)
+    timezone: str = setting('UTC', 'time zone of times without a zone, and of tables; default: '
+                                   'the zone of this computer')
+    workers: int = setting(32, 'calls to one cloud at the same time', 1)
+    call_timeout: float = setting(60.0, 'seconds after which cmres gives up a call to a cloud', 0.1)
+    boot_timeout: float = setting(900.0, 'seconds until a VM that does not become ACTIVE is '
+                                         'replaced', 0.1)
+    lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
+                                            'the VM is created again', 0.0)
     common_names: str = setting(
-        '', "what users may name on an account that is not their own project's, besides what is "
-        'public there: KIND:NAME,KIND:NAME')
-    poll: float = setting(1.0, 'seconds between looks at servers that are coming or going', 0.01)
-    sweep: float = setting(60.0, 'seconds between looks at servers that should just be there', 0.01)
-    retry_first: float = setting(5.0, 'seconds before a failed boot or delete is tried again; '
+        '', "names that users may use on a cloud entry that is not their own project's, besides "
+            'public ones: KIND:NAME,KIND:NAME')
+    poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
+                                        'stopping', 0.01)
+    poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
+    retry_first: float = setting(5.0, 'seconds before a failed start or deletion is tried again; '
                                       'doubles each time', 0.01)
-    retry_most: float = setting(300.0, 'seconds that this pause grows to at most', 0.01)
-    lease: float = setting(6.0, 'seconds after which another scheduler takes over from one that is '
-                                'silent', 0.1)
-    notice: float = setting(600.0, 'seconds before a start and an end at which they are announced',
+    retry_max: float = setting(300.0, 'maximum of these seconds', 0.01)
+    leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
+                                         'scheduler takes over', 0.1)
+    remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
+                                          'reminder',
                             0.0)
-    end_grace: float = setting(600.0, 'seconds after an end at which what is not stopped, shelved '
-                                      'or saved goes', 0.0)
-    webhook: str = setting('', 'an http(s) address that is told of every event that [texts] has '
-                               'words for')
+    end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
+                                      'then the VM is deleted', 0.0)
+    webhook: str = setting('', 'URL that gets every event listed in [texts]')
     webhook_secret: str = setting('',
-                                  'the key of the HMAC-SHA256 that signs what webhooks are sent')
+                                  'the key for the HMAC-SHA256 signature of webhooks')
     private_addresses: bool = setting(
-        False, 'whether webhooks and calendars may be in private networks and on this machine')
-    mail_server: str = setting('', 'host:port of the SMTP server that takes notices; without one, '
-                                   'no mail is sent')
+        False, 'allow webhook and calendar addresses in private networks and on this computer')
+    mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
+                                   'mail and refuses mail addresses')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
     mail_domains: str = setting(
-        '', 'the domains that mails may go to, with commas between; empty: any')
+        '', 'domains that mails may go to (comma-separated); empty: any')
     notices_per_day: int = setting(
-        200, 'mails that are sent for one user within a day; what is beyond is dropped', 0)
+        200, 'mails for one user within a day; more are dropped', 0)
     own_token_days: int = setting(
-        365, 'days for which people may make and renew tokens of their own at most', 1, 36500)
+        365, 'days for which people may create and renew their own tokens at most', 1, 36500)
     tokens_per_user: int = setting(
-        50, 'tokens that one user may have in a project; 0: any number', 0)
+        50, 'tokens that one user may have in a project; 0: no limit', 0)
     feeds_per_user: int = setting(
-        50, 'calendar feeds that one user may have in a project; 0: any number', 0)
+        50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
     subscriptions_per_user: int = setting(
-        50, 'calendars that one user may subscribe to in a project; 0: any number', 0)
+        50, 'subscriptions that one user may have in a project; 0: no limit', 0)
     horizon: int = setting(366,
-                           'days ahead for which the occurrences of a repetition are reserved', 1,
+                           'days ahead for which the occurrences of a series are reserved', 1,
                            3660)
     invitations_per_day: int = setting(
         200, 'mails that invite people to what one user has reserved, within a day', 0)
-    calendar_poll: float = setting(300.0, 'seconds between looks at a calendar that somebody '
-                                          'subscribed to', 0.1)
+    calendar_poll: float = setting(300.0, 'seconds between '
+                                          'two readings of a subscribed calendar', 0.1)
     caldav_refusal: str = setting(
         'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
         'stays and says so) or 403 (the program is refused)')
@@ -1408,32 +1473,34 @@ class Config:
         False, 'whether the calendar of a resource shows what others have reserved, as busy')
     caldav_events: int = setting(
         20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    address: str = setting('',
-                           'how people reach `serve`, for links, such as https://cmres.example.org')
-    signed_in: float = setting(43200.0, 'seconds after which people sign in to the page anew', 0.1)
-    login: str = setting('ssh {address}',
-                         'how people log in to a machine, as their calendar tells them')
-    patience: float = setting(86400.0, 'seconds after which no later request is let pass one that '
-                                       'waits', 0.0)
+    public_url: str = setting('',
+                           'address of this server for people, for links, for example '
+                           'https://cmres.example.org')
+    session_length: float = setting(43200.0, 'seconds after '
+                                        'which people must sign in to the page again', 0.1)
+    login_command: str = setting('ssh {address}',
+                         'how people log in to a VM; their calendar shows it')
+    no_overtaking_after: float = setting(
+        86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
     exempt_longest: float = setting(
         86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
-    end_foreign: bool = setting(False, 'whether machines that people booted by hand on what they '
-                                       'had reserved are '
-                                'deleted at its end')
-    retention: int = setting(400, 'days after which what is over is forgotten; reports keep its '
-                                  'sums', 1, 36500)
+    delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
+                                               'themselves in their reservation')
+    retention: int = setting(400, 'days after which finished reservations are forgotten; reports '
+                                  'keep their sums', 1, 36500)
     project_texts: int = setting(
-        100, 'MiB of user data, descriptions and metadata that a project may keep here', 1, 10**6)
-    orphan_grace: float = setting(60.0, 'age in seconds at which a server of ours that nothing '
-                                        'wants is removed', 0.0)
+        100, 'MiB of user data, descriptions and metadata that a project may have here', 1, 10**6)
+    orphan_grace: float = setting(60.0, 'age in seconds at which cmres removes a server of its '
+                                        'own that no reservation needs', 0.0)
     verify_every: float = setting(
         3600.0, 'seconds between two checks of the database file for damage', 0.1)
     max_pass_age: float = setting(
-        180.0, 'seconds after the last pass of the life cycle at which /readyz warns', 0.1)
-    simulated_boot: float = setting(3.0, 'seconds that a boot takes on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of boots that end in ERROR there, 0 to 1', 0.0,
+        180.0, 'seconds since the last run of the scheduler after which /readyz warns', 0.1)
+    simulated_boot: float = setting(3.0, 'seconds until a '
+                                         'VM is ready on the cloud `simulated`', 0.0)
+    simulated_failures: float = setting(0.0, 'share of VMs that fail to start there, 0 to 1', 0.0,
                                         1.0)
-    simulated_vms: int = setting(0, 'servers that fit there; 0 means any number', 0)
+    simulated_vms: int = setting(0, 'VMs that fit there; 0: no limit', 0)
     simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
@@ -1441,6 +1508,7 @@ class Config:
     path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
+    old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1453,8 +1521,8 @@ class Config:
         for each in names:
             kind, _, name = each.partition(':')
             if kind not in KINDS or not name:
-                raise Invalid(f"setting common_names: '{each}' is not KIND:NAME, such as "
-                              f"key:course; the kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
+                raise Invalid(f"Setting common_names: '{each}' is not KIND:NAME, for example "
+                              f"key:course. The kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
         return frozenset(names)
 
     @property
@@ -1465,7 +1533,7 @@ class Config:
     @property
     def served(self) -> str:
         """The address of `serve`, for people."""
-        return self.address.rstrip('/') or f'http://{self.host}:{self.port}'
+        return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
@@ -1481,7 +1549,7 @@ class Config:
         pairs = [each.partition(':') for each in self.keystone_roles.replace(' ', '').split(',')]
         for name, _, role in pairs:
             if not name or role not in ROLES:
-                raise Invalid(f"setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
+                raise Invalid(f"Setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
                               f"such as member:user; the roles here are {', '.join(ROLES)}")
         return {name: role for name, _, role in pairs}
 
@@ -1489,13 +1557,17 @@ class Config:
         """Invalid if a setting that is one of some words is another."""
         for name, words in WORDS_OF.items():
             if (said := getattr(self, name)) not in words:
-                raise Invalid(f"setting {name}: '{said}' is none of {', '.join(words)}"
-                              f'{nearest(said, words)}')
+                raise Invalid(f"Setting {name}: '{said}' is not one of "
+                              f"{', '.join(words)}{nearest(said, words)}")
 
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
         domains = self.mail_domains.lower().replace(',', ' ').split()
         return is_web(target) or not domains or target.rpartition('@')[2].lower() in domains
+
+    def told_window(self, begin: float, until: float, tz: str = '') -> str:
+        """A time window as sentences tell it, in the same zone as `told_time`."""
+        return format_window(instant(begin), instant(until), read_zone(tz or self.timezone))
 
     def told_time(self, seconds: float, tz: str = '') -> str:
         """An instant as sentences tell it: in the zone of a reservation, else of the service."""
@@ -1503,7 +1575,7 @@ class Config:
 
     def logins(self, addresses: Iterable[str]) -> list[str]:
         """How to log in to VMs, as calendars tell it."""
-        return [self.login.replace('{address}', each) for each in addresses]
+        return [self.login_command.replace('{address}', each) for each in addresses]
 
     def take(self, **values) -> None:
         """Changes settings for all who have this object."""
@@ -1523,7 +1595,7 @@ class Config:
                 self.take(**{name: sections[name] for name in AGAIN})
             except Invalid as error:
                 stays = ' and '.join(f'[{name}]' for name in AGAIN)
-                log.warning('%s; what it said before in %s stays', error, stays)
+                log.warning('%s; the settings before in %s stay', error, stays)
         return self
 
 
@@ -1550,8 +1622,8 @@ def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
         try:
             found.append(ipaddress.ip_network(each, strict=False))
         except ValueError:
-            raise Invalid(f"setting {setting}: '{each}' is no address and no network such as "
-                          '10.0.0.0/8') from None
+            raise Invalid(f"Setting {setting}: '{each}' is not an address or a network like "
+                          '10.0.0.0/8.') from None
     return found
 
 
@@ -1572,16 +1644,22 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     twins = {name[6:].lower(): text for name, text in environ.items()
              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
-    texts = sections['cmres'] | twins
-    sources = {name: f'CMRES_{name.upper()}' if name in twins else path for name in texts}
+    renamed = RENAMED['setting']
+    old = [name for name in (*sections['cmres'], *twins) if name in renamed]
+    sources = {renamed.get(name, name): path for name in sections['cmres']} | {
+        renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
+    texts = (with_new_names('setting', sections['cmres'])
+             | with_new_names('setting', twins))
     for name in sections['texts']:
         if name not in TEXTS:
-            raise Invalid(f"{path}: there is no event '{name}' to be told of{nearest(name, TEXTS)}")
+            raise Invalid(f'{path}: there is no notification for an event '
+                          f"'{name}'{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', sections['texts'][name])
     texts.setdefault('timezone', machine_zone(environ))
     config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources)
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
+                    old_names=tuple(old))
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.proxies, config.roles, config.check_choices()
     config.tells_who('')
@@ -1599,8 +1677,8 @@ def check_template(where: str, template: str) -> None:
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
     except (ValueError, LookupError) as error:  # LookupError: a field inside the format of another
-        raise Invalid(f"{where}: '{first_line(error)}'; write fields as {{label}}, and {{{{ for "
-                      'a brace') from None
+        raise Invalid(f"{where}: '{first_line(error)}'. Write fields as {{label}}, and {{{{ for a "
+                      'brace.') from None
 
 
 def is_web(target: str) -> bool:
@@ -1627,7 +1705,7 @@ def read_config_file(path: str) -> dict[str, dict]:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         why = str(error).splitlines()[0]
-        raise Invalid(f"can't read the configuration '{path}': {why}") from None
+        raise Invalid(f"Cannot read the configuration '{path}': {why}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -1639,22 +1717,22 @@ def read_bool(value, here=None) -> bool:
         return value
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
-    raise ValueError(f'{shown(value)} is neither true nor false')
+    raise ValueError(f'{shown(value)} is not true or false.')
 
 
 def read_setting(name: str, text: str):
     if name not in SETTINGS:
-        raise Invalid(f"unknown setting '{name}'{nearest(name, SETTINGS)}")
+        raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
     field = SETTINGS[name]
     try:
         value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
     except ValueError:
-        what = ('neither true nor false' if isinstance(field.default, bool)
+        what = ('not true or false' if isinstance(field.default, bool)
                 else f'not a number such as {field.default}')
-        raise Invalid(f"setting {name}: '{text}' is {what}") from None
+        raise Invalid(f"Setting {name}: '{text}' is {what}.") from None
     least, most = field.metadata['least'], field.metadata['most']
     if least is not None and not least <= value <= most:
-        raise Invalid(f'setting {name}: {text} is not between {least} and {most}')
+        raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
     return value
 
 
@@ -1673,28 +1751,29 @@ MEASURED = {
     'requests_total': 'requests, by operation and status',
     'request_seconds': 'time until requests were answered, by operation',
     'refusals_total': 'requests that were refused, by the kind of the error',
-    'limited_total': 'requests that were more than a setting allows, by the setting',
-    'hung_up_total': 'changes that were not made since the client had hung up',
+    'limited_total': 'requests that were over a limit of a setting, by the setting',
+    'hung_up_total': 'changes that were not made because the client had disconnected',
     'connections_closed_total': 'connections closed for newer ones, by the bound that was reached',
     'wrong_tokens_total': 'tokens that were refused',
     'sign_ins_total': 'people who signed in to the page',
     'cloud_call_seconds': 'time of calls to clouds, by cloud, verb and result',
     'start_delay_seconds': 'seconds from the planned start of a VM until it was ready, by cloud',
-    'lock_wait_seconds': 'time for which changes waited for their turn to write',
+    'lock_wait_seconds': 'time that changes waited for their turn to write',
     'events_total': 'events in the event log, by code: added, refused, admitted, failed and so on',
     'reservations_waiting': 'requests on the waiting list',
-    'reservations_pending': 'reservations and changes that need an answer',
+    'reservations_pending': 'reservations and changes that need an approval, an acceptance or a '
+                            'confirmation',
     'capacity': 'capacity of a resource, by resource class; none where it is unlimited',
     'used': 'amount of a resource that is reserved now, by resource class',
     'servers': 'VMs that are not deleted, by cloud and state',
-    'cloud_left_alone': 'whether a cloud is left alone after failures: 1 or 0',
+    'cloud_left_alone': 'whether cmres waits before it asks a cloud again after errors: 1 or 0',
     'cloud_failures': 'failures of a cloud in a row',
-    'pass_age_seconds': 'seconds since the life cycle has made a pass',
-    'leader': 'the host of which a scheduler acts now',
+    'pass_age_seconds': 'seconds since the last run of the scheduler',
+    'leader': 'the host whose scheduler is the leader now',
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
-    'notices_waiting': 'notices that have not arrived yet',
-    'notice_age_seconds': 'for how long the oldest notice that has not arrived has been waiting',
+    'notices_waiting': 'notifications that have not been delivered yet',
+    'notice_age_seconds': 'age of the oldest notification that has not been delivered',
     'store_damaged': 'whether the last check of the database found damage: 1 or 0',
     'resident_bytes': 'memory of this process',
     'version': 'the version of cmres'}
@@ -1861,115 +1940,136 @@ ANY = '-'  # for an argument that filters: anything, as if it were not given
 FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms',
            'start', 'end'}
 
-#: What each argument means, in the one sense that it has in every operation.
+#: What each argument means; COMMAND.ARGUMENT where that differs in an operation.
 WORDS = {
-    'after': 'the earliest start, or in a list START/ID of the last line seen, or its id',
+    'after': 'earliest start',
+    'list.after': 'show the lines after this one: START/ID of the last line, or its id',
+    'events.after': 'show the events after this id',
     'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
-    'at_end': 'what becomes of the machines at the end: delete, stop, shelve or snapshot (an '
-              'image, then delete)',
-    'before': 'the latest end',
-    'by': 'how much longer, such as +1h',
+    'at_end': 'what happens to the VMs at the end: delete, stop, shelve or snapshot (save an image '
+              'of each VM, then delete the VM)',
+    'before': 'latest end',
+    'by': 'how much longer, for example +1h',
     'cell': 'cell of the resource',
-    'classes': 'other resource classes of Placement, with figures: CUSTOM_GPU=2',
+    'classes': 'other resource classes of Placement: CUSTOM_GPU=2',
     'cloud': 'cloud of the resource: a name in clouds.yaml, or simulated',
-    'count': 'how many; of a series, how many slots; for a delete by filter, the number that it '
-             'must hit',
+    'count': 'number of occurrences of the series',
+    'generate.count': 'number of reservations to create',
+    'delete.count': 'number of reservations that you expect to cancel',
+    'description': 'free text for people',
+    'dry_run': 'show the result; change nothing',
+    'duration': 'length of the time window, for example 2h, 90min, 1.5h or 1d12h',
+    'end': 'end time, or duration such as +2h; 17:00 is the next one after the start',
     'default_flavor': 'the flavor of the VMs that an event without words gets, which is drawn in '
                       'the calendar of the resource',
     'default_image': 'their image',
     'default_vms': 'how many they are; 0: the resource has no calendar to draw in',
-    'description': 'free text for people',
     'invite': 'mail addresses that get it as an event for their calendars, with commas between',
-    'dry_run': 'check and answer as if it were done, and keep nothing',
-    'duration': 'length of the window, such as 2h, 90min, 1.5h or 1d12h',
-    'end': 'a time, or a length from the start such as +2h; 17:00 is the next one after the start',
     'file': 'an .ics file of at most 16 MiB',
-    'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
-    'force': 'do it although occurrences that are admitted already would no longer fit',
-    'flavors': 'whether Nova gets a private flavor, with the id of the reservation, for each lease '
-               'of VMs that is active there',
-    'following': 'not only that occurrence: all after it too',
-    'holidays': 'an .ics file or address; on the days of its all-day events nothing is reserved',
-    'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the '
-            'address to listen on',
+    'flavor': 'flavor of each VM, by name or id; its vCPUs and RAM count',
+    'find.flavor': 'flavor of each VM',
+    'force': 'change the capacity even if existing reservations no longer fit',
+    'flavors': 'give Nova a private flavor, with the id of the reservation, for each active lease '
+               'of VMs',
+    'following': 'also all occurrences after it',
+    'holidays': 'calendar file or address; leave out the days of its all-day events',
+    'host': 'reserve this whole host; m[01-05] means five hosts',
+    'serve.host': 'IP address to listen on',
     'id': 'the id that the list shows',
-    'image': 'image to boot, by name or id; without one, capacity is held and nothing boots',
-    'kept': 'the VMs that were stopped or shelved at the end of a reservation and stay',
-    'key': 'key pair to put into the machines',
-    'lasts': 'for how long the token is good, such as 90d',
-    'label': 'your own name for it: 1 to 64 letters, digits, . _ -',
-    'lead': 'how long before the start the machines are booted; held as well',
-    'limit': 'at most so many lines',
-    'metadata': 'metadata of the machines: k=v,k=v',
+    'image': 'image to start, by name or id; without an image, cmres reserves capacity and starts '
+             'no VM',
+    'kept': 'the VMs that stayed after their end, stopped or shelved',
+    'key': 'SSH key pair for the VMs',
+    'lasts': 'how long the token is valid, for example 90d',
+    'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
+    'lead': 'start the VMs this long before START (the time counts as reserved)',
+    'find.lead': 'lead time before the start, which must be free too',
+    'limit': 'maximum number of lines',
+    'metadata': 'metadata of the VMs: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
-    'network': 'network of the machines, by name or id; else what the cloud chooses',
-    'notify': 'mail addresses and http(s) addresses that are told what happens, with commas '
-              'between',
-    'occurrence': 'of a series, the one that starts at this time or on this date',
-    'on_conflict': 'what a series does where one does not fit: refuse all, skip it, or '
-                   'shift=DURATION at most',
-    'named': 'whether hosts can be reserved by their names',
-    'part': 'one of several parts that are reserved together or not at all: RESOURCE:VMS, or '
-            ':FLAVOR:IMAGE as well',
-    'partial': 'take the lines that fit, instead of all or nothing',
-    'project': 'project that it belongs to',
-    'purpose': 'what the token is for, such as laptop',
-    'ram': 'most MiB of memory; with none, or `unlimited`, no limit',
+    'network': 'network of the VMs, by name or id; default: the cloud decides',
+    'notify': 'send messages to these mail addresses or URLs (comma-separated)',
+    'occurrence': 'date or start time of one occurrence of a series',
+    'on_conflict': 'if an occurrence does not fit: refuse the series, skip it, or shift=2h (move '
+                   'it by up to 2h)',
+    'reservable_hosts': 'allow reservations of single hosts by name',
+    'part': 'reserve RESOURCE:VMS or RESOURCE:VMS:FLAVOR:IMAGE; repeat the option. All parts are '
+            'reserved, or none',
+    'partial': 'reserve the lines that fit; default: all lines, or nothing',
+    'project': 'project of the reservation',
+    'limit_add.project': 'project that the limit is for',
+    'token_add.project': 'project of the token',
+    'user_end.project': 'only in this project',
+    'purpose': 'what the token is for, for example laptop',
+    'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
     'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an '
               'RRULE',
-    'resource': 'name of the resource, or - for one found by its place',
-    'role': 'admin, user or reader',
-    'mode': 'whom Nova lets boot there: exclusive (who has reserved), shared (others too, while it '
-            'is free), or open',
-    'hold': 'for how long it must stay free for others to boot there, such as 1h',
-    'resources': 'names of resources, with commas between',
-    'aggregates': 'names of aggregates, with commas between; without any, those that are marked '
-                  'already',
-    'ahead': 'the furthest start from now, such as 30d',
+    'resource': 'name of the resource, or - for any resource in a location',
+    'limit_add.resource': 'the limit counts only on this resource',
+    'token_add.resource': 'the token is only for this resource',
+    'role': 'admin, user (or member) or reader',
+    'mode': 'who may start VMs: exclusive (only with a reservation), shared (also without one, '
+            'while capacity is free), open (everybody)',
+    'min_free_time': "in mode 'shared': how long capacity must stay free before a VM without "
+                     'reservation may start, for example 1h',
+    'resources': 'names of resources (comma-separated)',
+    'aggregates': 'names of aggregates (comma-separated); default: all aggregates that cmres '
+                  'manages',
+    'max_advance': 'latest possible start, counted from now, for example 30d',
+    'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no '
+                'approval needed',
+    'group_by': 'project, user or resource',
+    'accept_within': 'when capacity becomes free, keep it this long until you accept, for example '
+                     '30m; default: accept automatically',
+    'exempt_within': 'no limit for reservations of at most a day that start within this time, for '
+                     'example 4h',
+    'min_notice': 'earliest possible start, counted from now, for example 1h',
+    'max_duration': 'longest reservation, for example 7d',
+    'max_vms': 'maximum number of VMs at the same time',
+    'no_show': 'cancel a reservation if nobody starts a VM in it for this long, for example 30m; '
+               '0s: never',
+    'priority': 'priority on the waiting list; higher goes first (admins only)',
+    'reason': 'why; the affected people read it',
+    'affected': 'what to do with affected reservations: notify the owners, move, or cancel',
+    'max_vcpu_hours': 'maximum of reserved future vCPU-hours',
+    'wait': 'if it does not fit, join the waiting list',
+    'max_waiting': 'maximum number of requests on the waiting list',
+    'personal': 'only you may start VMs in it through Nova, not your whole project',
+    'rows': 'CSV, JSON or YAML file with one reservation a line, fields named as in `add`',
+    'security_groups': 'security groups of the VMs (comma-separated)',
+    'scopes': 'what the token is good for: read, claim, calendar; default: everything',
+    'seed': 'the same number gives the same reservations',
     'application': 'id of an application credential of yours: openstack application credential '
                    'create cmres',
-    'approval': 'for how long a reservation there is held until an admin approves it, such as 2d; '
-                '0s needs none',
-    'by_whom': 'project, user or resource',
-    'confirm': 'for how long it is held for you to `accept` it, once there is room; without one, '
-               'it is yours at once',
-    'exempt': 'reservations of at most a day that begin within that from now are not limited, such '
-              'as 4h',
-    'least_notice': 'the nearest start from now, such as 1h',
-    'longest': 'the longest window, such as 7d',
-    'most_vms': 'most machines at once',
-    'no_show': 'after how long one that nobody boots on is released, such as 30m; 0s never',
-    'priority': 'who comes first of those that wait: the higher',
-    'reason': 'why, for those who read of it',
-    'then': 'what becomes of what is booked already: notify, move or cancel',
-    'vcpu_hours': 'most vcpu-hours that are reserved from now on',
-    'wait': 'if it does not fit, wait until it does',
-    'waiting': 'most requests that wait',
-    'personal': 'only the user, not all of the project, may boot there through Nova',
-    'rows': 'CSV, JSON or YAML with one reservation a line, fields named as in `add`',
-    'security_groups': 'security groups of the machines, with commas between',
-    'scopes': 'what alone the token is good for: read, claim, calendar; without any, for all',
     'secret': 'the secret of that application credential',
-    'seed': 'the same seed gives the same reservations',
     'shell': 'bash, zsh or fish',
-    'server': 'a machine that you have, by name or id, instead of an image: it is started and '
-              'stopped, never deleted',
-    'skip_dates': 'dates without an occurrence, with commas between',
-    'since': 'only what happened or was planned from then on; of sums, else the last 30 days',
-    'start': 'a time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
-    'state': 'states, with commas between; without any, all that are not over',
-    'undo': 'have it again instead',
-    'tz': 'zone of times without an offset, and the one whose clocks a series goes by',
-    'until': 'an instant, or a length from the present end such as +2h; of a series, its last date',
-    'url': 'the http(s) address of a calendar; it is kept as a secret',
-    'user': 'user that it belongs to',
-    'whole_project': 'not only your own reservations: all of the project',
-    'user_data': 'file that the machines are given for cloud-init',
-    'vcpus': 'most vcpus; with none, or `unlimited`, no limit',
-    'vms': 'number of machines',
+    'server': 'use this existing server (name or id) instead of an image; cmres starts and stops '
+              'it and never deletes it',
+    'skip_dates': 'leave out these dates (comma-separated)',
+    'since': 'only from this time on; default of sums: the last 30 days',
+    'start': 'start time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
+    'state': 'states (comma-separated); default: all current and future reservations',
+    'undo': 'restore a skipped occurrence',
+    'tz': 'time zone of the times you type; a series keeps its local time in this zone',
+    'until': 'last date of the series',
+    'keep.until': 'new end, or +2h after the present end',
+    'report.until': 'only until this time; default: now',
+    'url': 'address (http or https) of a calendar; it is kept secret',
+    'user': 'user of the reservation',
+    'limit_add.user': 'user that the limit is for',
+    'token_add.user': 'user of the token',
+    'user_end.user': 'the person',
+    'update.user': 'hand the reservation to this user',
+    'whole_project': 'show all reservations of the project, not only yours',
+    'user_data': 'cloud-init file for the VMs',
+    'vcpus': 'maximum vCPUs; default, or `unlimited`: no limit',
+    'vms': 'number of VMs',
+    'resource_add.vms': 'maximum number of VMs; default, or `unlimited`: no limit',
+    'resource_update.vms': 'maximum number of VMs; `unlimited`: no limit',
+    'resource_capacity.vms': 'number of VMs in this time window',
 }
 
 REQUIRED = inspect.Parameter.empty
@@ -2013,6 +2113,11 @@ class Operation:
         return inspect.getdoc(self.method).splitlines()[0]
 
 
+def argument_help(operation: Operation, name: str) -> str:
+    """What an argument of an operation means, in the words of that operation."""
+    return WORDS.get(f'{operation.name}.{name}') or WORDS[name]
+
+
 API: dict[str, Operation] = {}
 
 
@@ -2040,8 +2145,8 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
 def refuse_to(actor: Actor, operation: Operation) -> None:
     """Forbidden for who may not call an operation: by their role, or by their token."""
     if ROLES.index(actor.role) < ROLES.index(operation.role):
-        raise Forbidden(f"{operation.words} needs the role {operation.role}; {actor.user} is "
-                        f"{actor.role}")
+        raise Forbidden(f"You need the role {operation.role} for '{operation.words}'. Your role is "
+                        f'{actor.role}. Ask an admin.')
     actor.refuse_out_of_scope(operation)
 
 
@@ -2055,10 +2160,12 @@ def guarded_by_role(method):
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
+        kwargs = with_new_names(method.__name__, kwargs)
         if 'asked' in usual:
             given = dict(zip(names, args)) | kwargs
             kwargs['asked'] = {name: usual[name] for name in names} | given
         refuse_to(self.actor, API[method.__name__])
+        self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
@@ -2088,7 +2195,7 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     Raises:
       Invalid: one is unknown, missing or malformed; the sentence names it.
     """
-    parameters = operation.parameters
+    parameters, given = operation.parameters, with_new_names(operation.name, given)
     refuse_unknown(operation, given)
     anything = {name for name in FILTERS & given.keys()
                 if given[name] == ANY and parameters[name].default is not REQUIRED}
@@ -2099,7 +2206,8 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     missing = [name for name, each in parameters.items() if each.default is REQUIRED
                and name not in given]
     if missing:
-        raise Invalid(f"{missing[0]} is missing: {WORDS[missing[0]]}")
+        name = missing[0]
+        raise Invalid(f'The argument {name} is missing: {argument_help(operation, name)}')
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
     read = {}
@@ -2125,8 +2233,8 @@ def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
     for name in names:
         if name not in operation.parameters:
-            raise Invalid(f"{operation.words} has no argument '{name}'"
-                          f'{nearest(name, operation.parameters)}')
+            raise Invalid(f'{operation.words} has no argument '
+                          f"'{name}'{nearest(name, operation.parameters)}")
 
 
 def read_argument(name: str, value, kind, here: Here):
@@ -2143,12 +2251,12 @@ def read_argument(name: str, value, kind, here: Here):
 
 def read_str(value, here=None, most: int = 255) -> str:
     if not isinstance(value, str):
-        raise ValueError(f'{shown(value)} is not text')
+        raise ValueError(f'{shown(value)} is not text.')
     if len(value) > most:
-        raise ValueError(f'at most {most} characters, not {len(value)}')
+        raise ValueError(f'Use at most {most} characters, not {len(value)}.')
     if found := unseen(value):
-        raise ValueError(f'the character {found} is not allowed, as nobody would see it; '
-                         'leave it out')
+        raise ValueError(f'The character {found} is not allowed, because nobody can see it. Leave '
+                         'it out.')
     return value
 
 
@@ -2165,21 +2273,21 @@ def unseen(text: str) -> str:
 
 def read_name(value, here=None) -> str:
     if re.search(r'[\n\t]', text := read_str(value)):
-        raise ValueError('a name is one line')
+        raise ValueError('A name has only one line.')
     return text.strip()
 
 
 def read_label(value, here=None) -> str:
     if re.fullmatch(r'[A-Za-z0-9._-]{1,64}', text := read_str(value)) and text not in NO_LABELS:
         return text
-    raise ValueError(f"{shown(text)} is not a name of 1 to 64 letters, digits, '.', '_', '-' "
-                     f"(nor {', '.join(NO_LABELS)})")
+    raise ValueError(f"{shown(text)} is not a valid name. Use 1 to 64 letters, digits, '.', '_' "
+                     f"or '-' (and not {', '.join(NO_LABELS)}).")
 
 
 def read_new_label(value, here=None) -> str:
     if (label := read_label(value)).startswith('-'):
-        raise ValueError(f'{shown(label)} begins with -, as options do; begin with a letter or '
-                         'a digit')
+        raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
+                         'digit.')
     return label
 
 
@@ -2194,7 +2302,7 @@ def read_text(value, here=None) -> str:
 def read_file(value, here=None) -> str:
     """Nova takes 65535 bytes of user data in base64, that is 49149 before."""
     if len(read_text(value).encode()) > 49149:
-        raise ValueError(f'at most 49149 bytes, not {len(value.encode())}')
+        raise ValueError(f'Use at most 49149 bytes, not {len(value.encode())}.')
     return read_text(value)
 
 
@@ -2204,21 +2312,21 @@ def read_int(value, here=None) -> int:
     if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,30}', value.strip()):
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f'{shown(value)} is not a whole number')
+        raise ValueError(f'{shown(value)} is not a whole number.')
     if abs(value) >= 10**15:
-        raise ValueError(f'{value} has more than 15 digits')
+        raise ValueError(f'{value} has more than 15 digits.')
     return value
 
 
 def read_count(value, here=None) -> int:
     if not 1 <= (number := read_int(value)) <= 1_000_000:
-        raise ValueError(f'{number} is not between 1 and 1000000')
+        raise ValueError(f'{number} is not between 1 and 1000000.')
     return number
 
 
 def read_page(value, here=None) -> int:
     if not 1 <= (number := read_int(value)) <= 10_000:
-        raise ValueError(f'{number} is not between 1 and 10000')
+        raise ValueError(f'{number} is not between 1 and 10000.')
     return number
 
 
@@ -2227,9 +2335,8 @@ def read_cursor(value, here: Here) -> str:
     start, between, id = str(value).replace('/', '-').rpartition('-')
     negative = between and not start
     if type(value) is bool or negative or not re.fullmatch('[0-9]{1,18}', id):
-        raise ValueError(f'{shown(value)} is not a whole number, nor the start and id of a line '
-                         f'such as '
-                         '2026-12-01T12:00Z/7')
+        raise ValueError(f'{shown(value)} is not a whole number, and not the start and id of a '
+                         'line like 2026-12-01T12:00Z/7.')
     if not start or re.fullmatch('[0-9]{1,11}', start):
         return '-'.join(filter(None, (start, id)))
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
@@ -2237,7 +2344,7 @@ def read_cursor(value, here: Here) -> str:
 
 def read_figure(value, here=None) -> int:
     if not 0 <= (number := read_int(value)) <= 10**12:
-        raise ValueError(f'{number} is not between 0 and 10^12')
+        raise ValueError(f'{number} is not between 0 and 10^12.')
     return number
 
 
@@ -2247,7 +2354,7 @@ def read_most(value, here=None) -> int:
     try:
         return read_figure(value)
     except ValueError as error:
-        raise ValueError(f"{error}, nor 'unlimited'") from None
+        raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
 
 def read_span(value, here=None) -> timedelta:
@@ -2278,7 +2385,7 @@ def read_day(value, here: Here):
 def read_names(value, here=None) -> list[str]:
     items = value.split(',') if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or len(items) > 100:
-        raise ValueError(f'{shown(value)} is not a list of at most 100 names')
+        raise ValueError(f'{shown(value)} is not a list of at most 100 names.')
     return [name for name in map(read_name, items) if name]
 
 
@@ -2290,11 +2397,11 @@ def read_pairs(value, here=None) -> dict[str, str]:
                      for pair in value.split(',') if pair)
     if (not isinstance(pairs, dict) or len(pairs) > 128
         or not all(isinstance(each, str) for each in pairs.values())):
-        raise ValueError(f'{shown(value)} is not k=v,k=v with at most 128 pairs')
+        raise ValueError(f'{shown(value)} is not valid. Write k=v,k=v with at most 128 pairs.')
     for name in pairs:
         if not re.fullmatch('[a-zA-Z0-9_:. -]{1,255}', name):
-            raise ValueError(f'{shown(name)} is not a name of 1 to 255 letters, digits, spaces, - '
-                             f'_ : .')
+            raise ValueError(f'{shown(name)} is not a valid name. Use 1 to 255 letters, digits, '
+                             'spaces, - _ : .')
     return {name: read_str(each) for name, each in pairs.items()}
 
 
@@ -2305,11 +2412,12 @@ def read_classes(value, here=None) -> dict[str, int]:
         classes = dict(pair.split('=', 1) if '=' in pair else (pair, None)
                        for pair in value.split(',') if pair)
     if not isinstance(classes, dict) or len(classes) > 50:
-        raise ValueError(f'{shown(value)} is not such as CUSTOM_GPU=2, with at most 50 classes')
+        raise ValueError(f'{shown(value)} is not valid. Write for example CUSTOM_GPU=2, with at '
+                         'most 50 classes.')
     for name in classes:
         if not re.fullmatch('[A-Z0-9_]{1,255}', name) or name in PLAIN:
-            raise ValueError(f'{shown(name)} is not a resource class such as CUSTOM_GPU; vcpus and '
-                             f'ram count anyway')
+            raise ValueError(f'{shown(name)} is not a resource class. Write a name like '
+                             'CUSTOM_GPU. Set vCPUs and RAM with their own fields.')
     return {name: read_most(most) for name, most in classes.items()}
 
 
@@ -2321,8 +2429,8 @@ def read_hosts(value, here=None) -> list[str]:
     hosts = list(dict.fromkeys(itertools.islice(spelled, MOST_PARTS + 1)))
     if (not 0 < len(hosts) <= MOST_PARTS
         or any(not re.fullmatch('[A-Za-z0-9._-]{1,255}', host) for host in hosts)):
-        raise ValueError(f'{shown(value)} is not such as m01,m02 or m[01-05], with at most '
-                         f'{MOST_PARTS} hosts')
+        raise ValueError(f'{shown(value)} is not valid. Write for example m01,m02 or m[01-05], '
+                         f'with at most {MOST_PARTS} hosts.')
     return hosts
 
 
@@ -2336,7 +2444,7 @@ def hosts_in(word: str, brackets: int = 3) -> Iterator[str]:
     for span in inside.split(','):
         first, _, last = span.partition('-')
         if not re.fullmatch('[0-9]{1,9}(-[0-9]{1,9})?', span) or int(last or first) < int(first):
-            raise ValueError(f'{shown(span)} is no range such as 01-05')
+            raise ValueError(f'{shown(span)} is not a range like 01-05.')
         for number in range(int(first), int(last or first) + 1):
             yield from hosts_in(f'{head}{number:0{len(first)}}{tail}', brackets - 1)
 
@@ -2345,22 +2453,22 @@ def read_parts(value, here=None) -> list[dict]:
     """The parts of a request as objects; what they don't say is as in all of the request."""
     parts = value.split(',') if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not 0 < len(parts) <= MOST_PARTS:
-        raise ValueError(f'{shown(value)} is not a list of 1 to {MOST_PARTS} parts such as '
-                         f'gpu:2,cpu:20')
+        raise ValueError(f'{shown(value)} is not valid. Write a list of 1 to {MOST_PARTS} parts, '
+                         'for example gpu:2,cpu:20.')
     return [read_part(part.split(':') if isinstance(part, str) else part, here) for part in parts]
 
 
 def read_part(part, here) -> dict:
     if isinstance(part, list):
         if not 1 <= len(part) <= len(PART_WORDS):
-            raise ValueError(f"{shown(':'.join(part))} is not RESOURCE:VMS, with :FLAVOR and "
-                             f":IMAGE behind it")
+            raise ValueError(f"{shown(':'.join(part))} is not valid. Write RESOURCE:VMS, for "
+                             'example gpu:2, or RESOURCE:VMS:FLAVOR:IMAGE.')
         part = {name: word for name, word in zip(PART_WORDS, part) if word}
     if not isinstance(part, dict):
-        raise ValueError(f'{shown(part)} is not such as gpu:2, nor an object')
+        raise ValueError(f'{shown(part)} is not valid. Write for example gpu:2, or a JSON object.')
     for name in part:
         if name not in PART_FIELDS:
-            raise ValueError(f"a part has no '{name}'{nearest(str(name), PART_FIELDS)}")
+            raise ValueError(f"A part has no field '{name}'{nearest(str(name), PART_FIELDS)}")
     return {name: read_argument(name, each, PART_FIELDS[name], here) for name, each in part.items()
             if each is not None}
 
@@ -2374,20 +2482,20 @@ def read_clash(value, here=None) -> str:
     if word in ('refuse', 'skip') and not equals:
         return word
     if word != 'shift':
-        raise ValueError(f"{shown(value)} is none of refuse, skip, "
-                         f"shift=DURATION{nearest(word, CLASHES)}")
+        raise ValueError(f'{shown(value)} is not one of refuse, skip, '
+                         f'shift=DURATION{nearest(word, CLASHES)}')
     return f'shift={format_duration(parse_duration(length).total_seconds())}'
 
 
 def read_ics(value, here=None) -> str:
     if not isinstance(value, str):
-        raise ValueError(f'{shown(value)} is not iCalendar text')
+        raise ValueError(f'{shown(value)} is not iCalendar text.')
     return value
 
 
 def read_url(value, here=None) -> str:
     if not re.fullmatch('(https?|webcals?)://[!-~]+', url := read_str(value, most=2000)):
-        raise ValueError('an http(s) address is needed, such as https://example.org/eva.ics')
+        raise ValueError('Write an http(s) address, for example https://example.org/eva.ics.')
     return re.sub('^webcal', 'http', url)
 
 
@@ -2397,11 +2505,11 @@ def read_source(value, here=None) -> str:
 
 def read_rows(value, here=None) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise ValueError('a list of reservations is needed, each an object with fields as in `add`')
+        raise ValueError("Write a list of reservations, each an object with the fields of 'add'.")
     if not all(type(row.get('line', 0)) is int for row in value):
-        raise ValueError('the line of a reservation is a whole number')
+        raise ValueError('The line of a reservation is a whole number.')
     if not 0 < len(value) <= 100_000:
-        raise ValueError(f'1 to 100000 reservations at a time, not {len(value)}')
+        raise ValueError(f'Write 1 to 100000 reservations at a time, not {len(value)}.')
     return value
 
 
@@ -2432,6 +2540,7 @@ READERS = {
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
     'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
+    'latest_end '
     'next_start planned polled ready revoked start until'.split())
 
 
@@ -2545,6 +2654,7 @@ class OutcomeAnswer(Answer):
 
 class BookedAnswer(ReservationAnswer):
     """A reservation that was made or changed; of a series, what became of each occurrence."""
+    message: NotRequired[str]
     booked_until: NotRequired[datetime | None]
     occurrences: NotRequired[list[OutcomeAnswer]]
     warnings: NotRequired[list[str]]
@@ -2594,7 +2704,7 @@ class KeptAnswer(Answer):
 
 
 class ComingAnswer(Answer):
-    """An occurrence of a series that is not over."""
+    """A current or future occurrence of a series."""
     start: datetime
     end: datetime
     vms: int
@@ -2675,6 +2785,13 @@ class LimitAnswer(Answer):
     waiting: int | None
     exempt: Lasts
     added: datetime
+    max_vms: int | None
+    max_duration: Lasts | None
+    max_advance: Lasts | None
+    min_notice: Lasts | None
+    max_vcpu_hours: int | None
+    max_waiting: int | None
+    exempt_within: Lasts
 
 
 class ResourceAnswer(Answer):
@@ -2698,16 +2815,20 @@ class ResourceAnswer(Answer):
     default_vms: int
     hosts: list[str]
     added: datetime
+    min_free_time: int
 
 
 class ResourceNowAnswer(ResourceAnswer):
     """A resource, and how much of it is used now."""
     held_now: dict[str, int]
+    used_now: dict[str, int]
+    warnings: NotRequired[list[str]]
 
 
 class ResourceChangedAnswer(ResourceAnswer):
     """A resource that was changed, and what no longer fits."""
     no_longer_fit: list[ReservationAnswer]
+    warnings: NotRequired[list[str]]
 
 
 class DifferenceAnswer(Answer):
@@ -2737,6 +2858,7 @@ class CapacityChangeAnswer(Answer):
     end: datetime
     reason: str
     hit: list[AffectedAnswer]
+    affected: list[AffectedAnswer]
 
 
 class MaintenanceAnswer(Answer):
@@ -2765,7 +2887,7 @@ class CheckAnswer(Answer):
 
 
 class ClaimAnswer(Answer):
-    """Whether a server may boot on a resource, why, and on which hosts; on any without a list."""
+    """Whether a server may start on a resource, why, and on which hosts (no list: on any)."""
     resource: str
     passes: bool
     why: str
@@ -2791,6 +2913,7 @@ class ImportAnswer(Answer):
     events: list[EventOutcomeAnswer]
     ignored: int
     held: NotRequired[str]
+    needs_confirmation: NotRequired[str]
 
 
 class CalendarAnswer(Answer):
@@ -2805,6 +2928,7 @@ class CalendarAnswer(Answer):
     polled: NotRequired[datetime | None]
     fault: NotRequired[str]
     held: NotRequired[str]
+    needs_confirmation: NotRequired[str]
 
 
 class FeedAnswer(Answer):
@@ -2930,27 +3054,31 @@ MEANS = WORDS | {
     'account': 'the entry of clouds.yaml under which the VM was made', 'addresses': 'IP addresses',
     'added': 'when it was made', 'at': 'when it happened', 'actor': 'who did it',
     'begun': 'when the cloud was asked for it', 'booked_until': 'until when a series is reserved',
-    'cancelled': 'when it was cancelled', 'change': 'what of it waits for an approval',
-    'changed': 'when somebody changed it last', 'code': 'what kind of event it is',
-    'deleted': 'when the VM was gone', 'details': 'what the sentence says, for programs',
+    'cancelled': 'the change that waits for an '
+                 'approval', 'change': 'what of it waits for an approval',
+    'changed': 'when it was last changed', 'code': 'what kind of event it is',
+    'deleted': 'when the VM was gone', 'details': 'when the VM was gone',
     'end': 'when it ends; that instant is not part of it', 'ends': 'when the token ends',
-    'ends_with': 'what becomes of its VMs', 'error': 'why, in a sentence',
-    'fault': 'what went wrong last', 'free_vms': 'how many VMs are free; without one, any number',
-    'held_now': 'how much is reserved now, by resource class', 'hit': 'whom it affects',
+    'ends_with': 'what happens to its VMs', 'error': 'why, in a sentence',
+    'fault': 'what went wrong last', 'free_vms': 'the last error',
+    'held_now': 'the affected reservations', 'hit': 'whom it affects',
+    'used_now': 'the affected reservations',
+    'needs_confirmation': 'what its owner must confirm', 'held': 'what its owner must confirm',
     'id': 'its number, which never changes', 'ignored': 'how many events ask for nothing',
     'kind': 'which kind it is of', 'last_pass': 'seconds since VMs were started and ended',
     'last_used': 'when the token was used last', 'lead': 'seconds before the start',
+    'message': 'what starts when, and what happens to it, in a sentence',
     'n': 'which of the VMs of a reservation it is', 'outcome': 'what became of it',
-    'passes': 'whether the server may boot', 'planned': 'when it was to begin',
-    'polled': 'when the calendar was read last', 'ready': 'when the VM was active',
+    'passes': 'planned start', 'planned': 'when it was to begin',
+    'polled': 'when the calendar was last read', 'ready': 'when the VM was active',
     'refused': 'what was refused', 'request': 'the group that it is a part of',
-    'revoked': 'since when it is worth nothing', 'seconds': 'its length in seconds',
+    'revoked': 'since when it is invalid', 'seconds': 'its length in seconds',
     'server': 'an existing server that it starts and stops', 'shows': 'what the calendar is of',
     'snapshot': 'the image that was made of the VM', 'start': 'when it starts',
     'state': 'what it is doing now', 'taken': 'what was reserved', 'token': 'the token itself',
     'tries': 'how often the cloud was asked for it', 'uid': 'its id at the cloud or in a calendar',
     'until': 'until when it is free', 'up': 'how many of its VMs are active',
-    'warnings': 'what may be otherwise than meant', 'why': 'for what reason'}
+    'warnings': 'for what reason', 'why': 'for what reason'}
 
 
 class Field(NamedTuple):
@@ -3286,7 +3414,7 @@ class StoreFile:
     def told_of(self, side: str, what: str, then: str) -> str:
         """The sentence about a loss; it is logged when it is a new one."""
         name = os.path.basename(self.path) + side
-        lost = f"the database file '{name}' {what}: nothing is saved now. {then}"
+        lost = f"The database file '{name}' {what}: nothing is saved now. {then}"
         if lost != self.lost:
             self.lost, self.troubles = lost, self.troubles + 1
             log.critical('%s', lost)
@@ -3363,7 +3491,7 @@ def lock_store(path: str, alone: bool) -> int:
     try:
         file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
     except OSError as error:
-        raise Unavailable(f"can't open the lock '{path}.lock': {error.strerror}") from None
+        raise Unavailable(f"Cannot open the lock '{path}.lock': {error.strerror}") from None
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(file, 0)
@@ -3380,9 +3508,9 @@ def lock_store(path: str, alone: bool) -> int:
         time.sleep(0.05)
 
 
-IN_USE = ("other processes use the database '{}': stop `serve`, `scheduler` and other commands of "
-          'cmres first')
-BEING_REPLACED = "another process migrates or restores the database '{}'; try again in a minute"
+IN_USE = ("Other processes use the database '{}'. Stop `serve`, `scheduler` and all other cmres "
+          'commands first.')
+BEING_REPLACED = "Another process migrates or restores the database '{}'. Try again in a minute."
 
 
 def mode_of(path: str) -> int:
@@ -4112,7 +4240,7 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
     """
     close_store()
     if not path:
-        raise Invalid('setting database: a file name is needed, such as cmres.db')
+        raise Invalid('Setting database: write a file name, for example cmres.db.')
     file = key_file(path, key)
     known = known_store(file)
     if known and not os.path.exists(path):
@@ -4126,7 +4254,7 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
         close_store()
         if isinstance(error, Error):
             raise
-        raise Unavailable(f"can't open the database '{path}': {first_line(error)}") from None
+        raise Unavailable(f"Cannot open the database '{path}': {first_line(error)}") from None
 
 
 def take_file(path: str, known: str) -> None:
@@ -4149,18 +4277,18 @@ def refuse_missing(path: str) -> None:
         raise NotFound(NO_STORE.format(os.path.abspath(path)))
 
 
-NO_STORE = ("there is no database '{}'. `serve` makes one (`serve --demo` with something to try), "
-            'and so does `resource add`. If there is one elsewhere, go to its folder or name it '
-            'with the setting `database`')
-STORE_GONE = ("the database '{0}' is gone, and there was one: '{1}' remembers it. Bring it back "
-              "with `store restore FILE`. To begin with an empty one, delete '{1}'")
-STORE_OLDER = ("the database '{0}' is of version {1}, this cmres needs version {2}. Stop all "
-               'processes of cmres, then run `store migrate`; `serve`, `scheduler` and `tick` do '
-               'it as well')
-STORE_NEWER = ("a newer cmres wrote the database '{0}' (version {1}, here {2}): use that version "
-               'or a later one')
-OTHER_KEY = ("the database '{}' is {}, but its key is of store {}: put the right file back, or "
-             'restore a backup with `store restore FILE`')
+NO_STORE = ("There is no database '{}'. `serve` creates one (`serve --demo` with something to "
+            'try), and `resource add` does, too. If your database is elsewhere, go to its folder '
+            'or name it with the setting `database`.')
+STORE_GONE = ("The database '{0}' is missing, but there was one: '{1}' remembers it. Bring it "
+              "back with `store restore FILE`. To start with an empty one, delete '{1}'.")
+STORE_OLDER = ("The database '{0}' has version {1}, but this cmres needs version {2}. Stop all "
+               'processes of cmres, then run `store migrate`. `serve`, `scheduler` and `tick` do '
+               'it, too.')
+STORE_NEWER = ("A newer cmres wrote the database '{0}' (version {1}, here {2}). Install that "
+               'version or a later one.')
+OTHER_KEY = ("The database '{}' is {}, but its key is of store {}. Put the right file back, or "
+             'restore a backup with `store restore FILE`.')
 
 
 def latest_version() -> int:
@@ -4173,7 +4301,7 @@ def refuse_other(path: str, known: str) -> int:
     application, version, store = told_by(store_file.guard)
     latest = latest_version()
     if application != OURS and version is None:
-        raise Unavailable(f"'{path}' is a database of something else; name another file")
+        raise Unavailable(f"'{path}' is not a database of cmres. Choose another file name.")
     if known and store != known:
         raise Unavailable(OTHER_KEY.format(path, f'store {store}' if store else 'empty', known))
     if version and version != latest:
@@ -4235,7 +4363,7 @@ def known_store(file: str) -> str:
     except FileNotFoundError:
         return ''
     except (OSError, UnicodeDecodeError) as error:
-        raise Unavailable(f"can't read the key '{file}': {first_line(error)}") from None
+        raise Unavailable(f"Cannot read the key '{file}': {first_line(error)}") from None
 
 
 def read_key(file: str) -> bytes:
@@ -4244,9 +4372,9 @@ def read_key(file: str) -> bytes:
         with open(file, encoding='ascii') as lines:
             key = bytes.fromhex(lines.readline())
     except (OSError, ValueError) as error:
-        raise Unavailable(f"can't read the key '{file}': {first_line(error)}") from None
+        raise Unavailable(f"Cannot read the key '{file}': {first_line(error)}") from None
     if len(key) < 32:
-        raise Unavailable(f"'{file}' is no key: its first line must be 64 hexadecimal digits")
+        raise Unavailable(f"'{file}' is not a key: its first line must be 64 hexadecimal digits.")
     return key
 
 
@@ -4302,7 +4430,7 @@ def make_private(path: str) -> None:
 def copy_store(source: str, target: str) -> None:
     """Copies a database as it is at one instant, also while others write; whole, or not at all."""
     if os.path.exists(target):
-        raise Conflict(f"'{target}' is there already: choose another name")
+        raise Conflict(f"'{target}' already exists. Choose another name.")
     part = f'{target}.{secrets.token_hex(4)}'
     try:
         make_private(part)
@@ -4311,7 +4439,7 @@ def copy_store(source: str, target: str) -> None:
             new.execute('PRAGMA journal_mode = DELETE')  # a copy is one file
         os.replace(part, target)
     except (OSError, sqlite3.Error) as error:
-        raise Unavailable(f"can't copy '{source}' to '{target}': {first_line(error)}") from None
+        raise Unavailable(f"Cannot copy '{source}' to '{target}': {first_line(error)}") from None
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -4384,7 +4512,7 @@ def stamp() -> str:
 def verify_store(path: str) -> dict:
     """Reads all of a database file: its version and number of reservations, or Unavailable."""
     if not os.path.exists(path):
-        raise NotFound(f"there is no file '{path}'")
+        raise NotFound(f"There is no file '{path}'.")
     try:
         with closing(connect(path)) as connection:
             faults = damage_of(connection, 'integrity_check') or loose_row(connection)
@@ -4392,11 +4520,11 @@ def verify_store(path: str) -> dict:
             count = connection.execute('SELECT count(*) FROM reservation') if version else [(0,)]
             found = {'version': version, 'store': store, 'reservations': next(iter(count))[0]}
     except sqlite3.Error as error:
-        raise Unavailable(f"'{path}' is damaged or no database: {error}") from None
+        raise Unavailable(f"'{path}' is damaged or not a database: {error}") from None
     if faults:
         raise Unavailable(f"'{path}' is damaged: {faults}")
     if version is None:
-        raise Unavailable(f"'{path}' is a database of something else")
+        raise Unavailable(f"'{path}' is not a database of cmres.")
     return {'file': path} | found | {'result': 'ok'}
 
 
@@ -4877,22 +5005,22 @@ def add_shares() -> None:
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
-DAMAGED = 'the database is damaged: {}. Stop cmres and restore a backup with `store restore FILE`'
+DAMAGED = 'The database is damaged: {}. Stop cmres and restore a backup with `store restore FILE`.'
 #: What SQLite's errors mean to people. Any other is a mistake of ours.
 TROUBLES = {
-    sqlite3.SQLITE_BUSY: f'the database was busy for {PATIENT} seconds. Nothing was changed. '
-                         'Try again',
-    sqlite3.SQLITE_LOCKED: 'the database was busy. Nothing was changed. Try again',
-    sqlite3.SQLITE_NOMEM: 'there is not enough memory for the database: {}',
-    sqlite3.SQLITE_FULL: 'the disk of the database is full: {}. Nothing was changed. An operator '
-                         'must free space there',
-    sqlite3.SQLITE_READONLY: 'the database is read-only: {}. Nothing was changed. An operator must '
-                             'make it and its folder writable',
-    sqlite3.SQLITE_IOERR: 'the disk of the database fails, or a quota is used up: {}. An operator '
-                          'must look at the disk',
-    sqlite3.SQLITE_CANTOPEN: 'the database can not be opened: {}. An operator must look at its '
-                             'folder and its permissions',
-    sqlite3.SQLITE_PROTOCOL: 'the database could not be locked: {}. Nothing was changed',
+    sqlite3.SQLITE_BUSY: f'The database was busy for {PATIENT} seconds. Nothing was changed. Try '
+                         'again.',
+    sqlite3.SQLITE_LOCKED: 'The database was busy. Nothing was changed. Try again.',
+    sqlite3.SQLITE_NOMEM: 'There is not enough memory for the database: {}',
+    sqlite3.SQLITE_FULL: 'The disk of the database is full: {}. Nothing was changed. An operator '
+                         'must free space there.',
+    sqlite3.SQLITE_READONLY: 'The database is read-only: {}. Nothing was changed. An operator '
+                             'must make it and its folder writable.',
+    sqlite3.SQLITE_IOERR: 'The disk of the database fails, or a quota is used up: {}. An operator '
+                          'must look at the disk.',
+    sqlite3.SQLITE_CANTOPEN: 'The database cannot be opened: {}. An operator must look at its '
+                             'folder and its permissions.',
+    sqlite3.SQLITE_PROTOCOL: 'The database could not be locked: {}. Nothing was changed.',
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
@@ -5415,8 +5543,8 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
         last = write_event(at, 'cmres', 'dropped', (
-            f'{config.notices_per_day} mails were sent for {owner} today, so no more are sent '
-            f'until {tomorrow}; the event log has everything'), about)
+            f'{config.notices_per_day} mails were sent for {owner} today. No more are sent until '
+            f'{tomorrow}. The event log has everything.'), about)
         send_later(last, mails, owner, at)
 
 
@@ -5569,6 +5697,12 @@ def given(where: list) -> list:
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
+
+def quantity(name: str, number: int) -> str:
+    """So much of a resource class, for people: 4 VMs, 1 vCPU, 512 MiB of RAM, 2 CUSTOM_GPU."""
+    nouns = {'vms': ('VM',), 'vcpus': ('vCPU',), 'ram': ('MiB of RAM', 'MiB of RAM')}
+    return counted(number, *nouns.get(name, (name, name)))
+
 
 class Amount(NamedTuple):
     """Something held or asked for; also a level, and with None for unlimited a capacity."""
@@ -6311,8 +6445,8 @@ class Cloud:
         found = [each for each in self.things(kind, name) if sight.shows(kind, each)]
         found = [each for each in found if each.id == name] or found
         if len(found) > 1:
-            raise Invalid(f"the cloud {self.account} has {len(found)} of the name '{name}'; "
-                          f"give the {kind.replace('_', ' ')} by its id")
+            raise Invalid(f"The cloud {self.account} has {len(found)} of the name '{name}'. Write "
+                          f"the id of the {kind.replace('_', ' ')}.")
         return found[0] if found else None
 
     def names(self, kind: str, sight: Sight = EVERYTHING) -> list[str]:
@@ -6401,8 +6535,8 @@ class Cloud:
         for kind, name in named:
             thing = self.find(kind, name, sight)
             if thing is None:
-                raise Invalid(f"the cloud {self.account} has no {kind.replace('_', ' ')} '{name}'"
-                              f"{nearest(name, self.names(kind, sight))}")
+                raise Invalid(f"The cloud {self.account} has no {kind.replace('_', ' ')} "
+                              f"'{name}'{nearest(name, self.names(kind, sight))}")
             found.append(thing)
         return found
 
@@ -6451,8 +6585,8 @@ class OpenStack(Cloud):
         most = self.config.call_timeout
         left = (getattr(self.verb, 'began', None) or time.monotonic()) + most - time.monotonic()
         if left <= 0:
-            raise CloudError(f'the cloud {self.account} did not answer within {most:g} seconds, '
-                             'so it was asked nothing more', sure=True)
+            raise CloudError(f'The cloud {self.account} did not answer within {most:g} seconds. '
+                             'cmres asked it nothing more.', sure=True)
         return left
 
     @property
@@ -6472,7 +6606,7 @@ class OpenStack(Cloud):
         import openstack
         known, entry = openstack.config.OpenStackConfig(), cloud_of(self.account)
         if entry not in known.get_cloud_names():
-            raise UnknownCloud(f'the cloud {entry} is not in clouds.yaml', sure=True)
+            raise UnknownCloud(f'The cloud {entry} is not in clouds.yaml.', sure=True)
         how = {'cloud': entry}
         if self.account != entry:
             how = self.as_person(known.get_one(entry))
@@ -6524,8 +6658,8 @@ class OpenStack(Cloud):
             details = ({'retry_after': response.headers.get('Retry-After')} if response is not None
                        else {})
             text = getattr(error, 'details', None) or str(error) or type(error).__name__
-            raise CloudError(f"the cloud {self.account} could not {what}: "
-                             f"{textwrap.shorten(str(text), 300)}",
+            raise CloudError(f'The cloud {self.account} could not {what}: '
+                             f'{textwrap.shorten(str(text), 300)}',
                              sure or 400 <= status < 500 and status != 408, status=status,
                              **details) from error
 
@@ -6904,10 +7038,11 @@ class Simulated(Cloud):
             if found and (not states or found.power in states):
                 SimulatedServer.update(**values).where(SimulatedServer.id == found.id).execute()
             elif found:
-                raise CloudError(f'the cloud {self.account} can not do that while the server is '
-                                 f'{found.power}', sure=True, status=409)
+                raise CloudError(f'The cloud {self.account} cannot do that while the server is '
+                                 f'{found.power}.', sure=True, status=409)
         if not found and 'gone' not in values:
-            raise CloudError(f'the cloud {self.account} has no server {uid}', sure=True, status=404)
+            raise CloudError(f'The cloud {self.account} '
+                             f'has no server {uid}.', sure=True, status=404)
 
     def start(self, uid):
         self.set(uid, power='active')
@@ -7229,8 +7364,8 @@ def post(config: Config, url: str, body: bytes) -> None:
         'Content-Type': 'application/json', 'X-Cmres-Timestamp': stamp.decode()}
         | ({'X-Cmres-Signature': f'sha256={signature}'} if config.webhook_secret else {}))
     if not 200 <= status < 300:
-        raise ValueError(f'the webhook answered {status}; 200 to 299 is taken, and no redirect is '
-                         f'followed')
+        raise ValueError(f'The webhook answered {status}. cmres needs 200 to 299 and follows no '
+                         'redirect.')
 
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
@@ -7250,10 +7385,10 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
             target = urljoin(url, found.get('location', ''))
             if (not re.fullmatch(WEB, target) or url.startswith('https:')
                 and not target.startswith('https:')):
-                raise ValueError('it redirects to an address that is not http(s), or no longer '
-                                 'https')
+                raise ValueError('It redirects to an address that is not http(s), or no longer '
+                                 'https.')
             url = target
-        raise ValueError('it redirects more than five times')
+        raise ValueError('It redirects more than five times.')
     except (OSError, ValueError, HTTPException) as error:
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
         raise Undelivered(f'{kind}{first_line(error)}') from None
@@ -7283,9 +7418,9 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None,
             answer = connection.getresponse()
             text = answer.read(MOST_FETCHED + 1)
             if len(text) > MOST_FETCHED:
-                raise ValueError(f'it is larger than {MOST_FETCHED} bytes')
+                raise ValueError(f'It is larger than {MOST_FETCHED} bytes.')
             if answer.length:
-                raise ValueError(f'it is cut short by {answer.length} bytes')
+                raise ValueError(f'It is incomplete: {answer.length} bytes are missing.')
             return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
         finally:
             connection.close()
@@ -7319,7 +7454,7 @@ def cut_off(seconds: float) -> Iterator[Callable]:
         for line in lines:
             line.close()
     if over.is_set():  # what was read may look complete: HTTP headers end where a connection does
-        raise TimeoutError(f'there was no complete answer within {seconds} seconds')
+        raise TimeoutError(f'There was no complete answer within {seconds} seconds.')
 
 
 def hang_up(line: socket.socket) -> None:
@@ -7343,8 +7478,8 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     except (OSError, UnicodeError):  # the name is not known, or none
         found = []
     if not found or not config.private_addresses and not all(map(is_public, found)):
-        raise ValueError(f'{shown(host)} is not the name of a host on the public internet; check '
-                         'the address (an operator can allow others: private_addresses)')
+        raise ValueError(f'{shown(host)} is not the name of a host on the public internet. Check '
+                         'the address. (An admin can allow others: setting private_addresses.)')
     return str(found[0])
 
 
@@ -7394,7 +7529,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
     subject, _, text = notice_text(config, notice, about).partition('\n')
     sentence = legible(notice.sentence)
     message = mail_to(config, notice, subject)
-    message.set_content(f'{text}\n\n{sentence}\n' if sentence not in text else f'{text}\n')
+    told = '{what}' in config.texts[notice.code] or sentence.rstrip('.') in text
+    message.set_content(f'{text}\n' if told else f'{text}\n\n{sentence}\n')
     post_mail(config, message)
 
 
@@ -7434,7 +7570,7 @@ def mail_to(config: Config, notice, subject: str):
 def post_mail(config: Config, message) -> None:
     """Hands a mail to the server of the configuration."""
     if not config.mail_server:
-        raise ValueError('no mail_server is set')
+        raise ValueError('The setting mail_server is empty.')
     import smtplib
     host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
@@ -7449,9 +7585,45 @@ def notice_text(config: Config, notice, about: dict) -> str:
     fields = {name: in_cell(value, zone) for name, value in about.items()}
     fields |= {name: format_moment(value, zone) for name, value in about.items()
                if isinstance(value, datetime)}
-    sentence = legible(notice.sentence)
+    fields |= plan_in_words(about, zone) if 'at_end' in about else {}
+    if config.public_url and 'label' in about:
+        where = urlencode({'project': about['project']})
+        fields['link'] = f"{config.public_url.rstrip('/')}/r/{quote(about['label'])}?{where}"
+    sentence = legible(notice.sentence).rstrip('.')
     fields |= {'sentence': sentence, 'message': sentence, 'actor': legible(notice.actor)}
-    return config.texts[notice.code].format_map(defaultdict(str, fields))
+    return tidy(config.texts[notice.code].format_map(defaultdict(str, fields)))
+
+
+def tidy(text: str) -> str:
+    """A text without the lines of which only the name was left, and without an empty end."""
+    lines = [line.rstrip() for line in text.split('\n')]
+    return '\n'.join(line for line in lines if not re.fullmatch('[A-Z][a-z ]*:', line)).rstrip()
+
+
+#: What becomes of VMs at the end, as people read it.
+ENDED = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
+         'snapshot': 'saved as images and deleted'}
+
+
+def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
+    """What a reservation will do, for people: `when`, `what` runs, what happens `then`, and
+    `message`, all of it as a sentence.
+    """
+    when = format_window(about['start'], about['end'], zone)
+    vms, kinds = counted(about['vms'], 'VM'), ', '.join(
+        filter(None, (about['flavor'], about['image'])))
+    if not (about['image'] or about['server']):
+        return {'when': when, 'what': f"capacity for {vms} on {about['resource']}",
+                'then': '', 'message': f"Reserves capacity for {vms} on {about['resource']}, "
+                                       f'{when}. No VM starts.'}
+    first, _, last = format_window(about['start'] - timedelta(seconds=about['lead']),
+                                   about['end'], zone).partition(' to ')
+    becomes, one = ENDED[about['at_end'] or 'delete'], about['vms'] == 1
+    what = f"{vms} ({kinds})" if about['image'] else f"the server {about['server']}"
+    starts = f"start{'s' if one else ''} on {first} and {'is' if one else 'are'} {becomes} at"
+    return {'when': when, 'what': f"{what} on {about['resource']}",
+            'then': f"the VM{'' if one else 's'} will be {becomes} at {last}",
+            'message': f'{what[0].upper()}{what[1:]} {starts} {last}.'}
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
@@ -7483,12 +7655,12 @@ QUICK = 0.25  # seconds that a call may take before its request counts as one th
 WAITS = ('wait', ''),  # what a request is counted as that waits for its turn to compute
 #: What is said to who comes when no more may be.
 FULL = {
-    'all': (Unavailable, 'the server is busy with {most} slow requests, as many as it lets in; try '
-                         'again in a minute'),
-    'user': (TooMany, '{most} slow requests of {name} are under way; wait until one of them is '
-                      'answered, then send this one again'),
-    'target': (CloudError, '{most} requests wait for {name} already, which does not answer; try '
-                           'again in a minute')}
+    'all': (Unavailable, 'The server is busy with {most} slow requests, its maximum. Try again in '
+                         'a minute.'),
+    'user': (TooMany, '{most} slow requests of {name} are running. Wait until one of them is '
+                      'answered, then send this one again.'),
+    'target': (CloudError, '{most} requests already wait for {name}, which does not answer. Try '
+                           'again in a minute.')}
 
 
 class Outside(threading.Thread):
@@ -7561,17 +7733,17 @@ class Rates:
 
 #: What is said to who has had as much as a setting allows within a minute.
 LIMITED = {
-    'requests_per_address': 'more than {most} requests within a minute came from your address. Try '
-                            'again in {wait}',
-    'requests_per_user': 'you have sent more than {most} requests within a minute. Try again in '
-                         '{wait}',
-    'mib_per_address': 'more than {most} MiB within a minute went to and from your address. Try '
-                       'again in {wait}',
-    'mib_per_user': 'more than {most} MiB within a minute went to and from you. Try again in '
-                    '{wait}',
-    'cpu_per_user': 'your dry runs and questions have taken more than {most} seconds of computing '
-                    'within a minute. Try again in {wait}',
-    'wrong_tokens': 'too many wrong tokens came from your address. Try again in {wait}'}
+    'requests_per_address': 'More than {most} requests came from your address within a minute. '
+                            'Try again in {wait}.',
+    'requests_per_user': 'You have sent more than {most} requests within a minute. Try again in '
+                         '{wait}.',
+    'mib_per_address': 'More than {most} MiB went to and from your address within a minute. Try '
+                       'again in {wait}.',
+    'mib_per_user': 'More than {most} MiB went to and from you within a minute. Try again in '
+                    '{wait}.',
+    'cpu_per_user': 'Your dry runs and questions have taken more than {most} seconds of computing '
+                    'within a minute. Try again in {wait}.',
+    'wrong_tokens': 'Too many wrong tokens came from your address. Try again in {wait}.'}
 
 
 class Uses:
@@ -7726,8 +7898,9 @@ class Shares:
         finally:
             here.left -= time.monotonic() - began
         if not asked.ended.is_set():
-            raise CloudError(f'{target} did not answer within the {self.patience:g} seconds that a '
-                             'request may wait for clouds and calendars', sure=True)
+            raise CloudError(f'{target} did not answer within {self.patience:g} seconds, the '
+                             'longest time that a request '
+                             'may wait for clouds and calendars.', sure=True)
         if asked.error:
             raise asked.error
         return asked.answer
@@ -7874,8 +8047,8 @@ class Frame:
         if name not in self.known:
             self.known[name] = table_zone(name) or described_zone(self.lines_of(name))
         if self.known[name] is None:
-            raise Invalid(f'the time zone {shown(name)} is not known, nor described in a way that '
-                          'can be followed')
+            raise Invalid(f'The time zone {shown(name)} is not known, and the calendar does not '
+                          'describe it.')
         return self.known[name]
 
     def lines_of(self, name: str) -> list[str]:
@@ -8035,9 +8208,9 @@ def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
         *numbers, second = (int(each or 0) for each in match.groups()[:6])
         wall = datetime(*numbers, min(second, 59))  # a leap second
     except (AttributeError, ValueError):
-        raise Invalid(f'{shown(text)} is no time; it should be such as 20270301T090000Z') from None
+        raise Invalid(f'{shown(text)} is not a time. Write it like 20270301T090000Z.') from None
     if not 1 < wall.year < LAST.year:
-        raise Invalid(f'the time {wall} is not before the year {LAST.year}')
+        raise Invalid(f'The time {wall} is not before the year {LAST.year}.')
     if match[4] is None:
         return Moment(wall, None, True)
     if match[7]:
@@ -8051,7 +8224,7 @@ def read_length(text: str) -> timedelta:
     """A DURATION (RFC 5545, 3.3.6) that is not negative."""
     plain = text.strip().removeprefix('+')
     if not plain.upper().startswith('P'):
-        raise Invalid(f'{shown(text)} is no length; it should be such as PT2H')
+        raise Invalid(f'{shown(text)} is not a duration. Write it like PT2H.')
     return parse_duration(plain)
 
 
@@ -8095,7 +8268,7 @@ class Entry:
         """Parameters and value of what may be there once; both '' without it."""
         found = self.said.get(name, [('', '')])
         if len(found) > 1:
-            raise Invalid(f'it has more than one {name}')
+            raise Invalid(f'It has more than one {name}.')
         return found[0]
 
     def text(self, name: str) -> str:
@@ -8119,7 +8292,7 @@ class Entry:
     @functools.cached_property
     def start(self) -> Moment:
         if 'DTSTART' not in self.said:
-            raise Invalid('it has no DTSTART')
+            raise Invalid('It has no DTSTART.')
         return self.moment('DTSTART')
 
     @functools.cached_property
@@ -8130,7 +8303,7 @@ class Entry:
             if zone and end.zone and end.zone is not zone:
                 end = Moment(to_wall(end.at(zone), zone))
             if end.wall < self.start.wall:
-                raise Invalid(f'it ends at {end.wall}, before it begins')
+                raise Invalid(f'It ends at {end.wall}, before it starts.')
             return end.wall - self.start.wall
         if 'DURATION' in self.said:
             return read_length(self.one('DURATION')[1])
@@ -8211,9 +8384,9 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
     for number, match in enumerate(STRUCTURE.finditer(data)):
         reader.take(match)
         if number > 2 * MOST_COMPONENTS:
-            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components')
+            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components.')
     if reader.path:
-        raise BadCalendar(f'{what} is cut short: it does not end with END:VCALENDAR')
+        raise BadCalendar(f'{what} is incomplete: the last line END:VCALENDAR is missing.')
     return reader.entries
 
 
@@ -8221,11 +8394,11 @@ def guarded_text(text: str, what: str) -> bytes:
     """The bytes of what may be a calendar; what is no UTF-8 only spoils its own text."""
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
     if len(data) > MOST_ICS:
-        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes')
+        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes.')
     if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
         begins = shown(data[:20].decode('utf8', 'replace'))
-        raise BadCalendar(f'{what} is not iCalendar: it begins with {begins}, '
-                          'not with BEGIN:VCALENDAR')
+        raise BadCalendar(f'{what} is not iCalendar: it starts with {begins}, not with '
+                          'BEGIN:VCALENDAR.')
     return data
 
 
@@ -8272,7 +8445,7 @@ class Reader:
             return
         self.path.append(kind)
         if len(self.path) > MOST_NESTING:
-            raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep')
+            raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep.')
         if kind == 'VCALENDAR':
             self.frame = Frame(self.data)
         elif kind == 'VEVENT':
@@ -8376,14 +8549,14 @@ def rule_of(entry: Entry, clock: Clock) -> str:
     """The rule of a series, its UNTIL a wall time; '' without one."""
     rule = re.sub(r'\s', '', entry.one('RRULE')[1]).upper()
     if 'EXRULE' in entry.said:
-        raise Invalid('it has an EXRULE, which no longer is iCalendar')
+        raise Invalid('It has an EXRULE, which is no longer part of iCalendar.')
     if not rule:
         return ''
     rule = re.sub('(?<=UNTIL=)[^;]*', lambda until: plain_until(until[0], clock),
                   checked_rule(rule))
     start = clock.wall(clock.first)
     if UNEVEN & set(parts_of(rule)) and not next(followed(endless(rule), start, start), None):
-        raise Invalid(f'its rule {rule} never matches')
+        raise Invalid(f'Its rule {rule} never matches.')
     return local_rule(rule, clock.here)
 
 
@@ -8419,7 +8592,7 @@ def timetable(entries: list[Entry], owner: tzinfo,
     """
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
-        raise Invalid(f'more than {MOST_ALIKE} events have its UID')
+        raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
     refuse_too_many_dates(entries)
     head, clock = entries[0], clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
@@ -8438,7 +8611,7 @@ def refuse_too_many_dates(entries: list[Entry]) -> None:
     head = entries[0]
     lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
     if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
-        raise Invalid(f'it has more than {MOST_DATES} dates and exceptions')
+        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
 
 
 def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
@@ -8471,7 +8644,7 @@ def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
         wall = clock.slot(moment)
         until = clock.wall(end) if isinstance(end, Moment) else wall + end if end else None
         if until and until < wall:
-            raise Invalid(f'its RDATE ends at {until}, before it begins')
+            raise Invalid(f'Its RDATE ends at {until}, before it starts.')
         length = f'/{int((until - wall).total_seconds())}' if until else ''
         yield f'{wall.isoformat()}{length}'
 
@@ -8538,9 +8711,8 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
         except BadCalendar as error:
             refused.append(error)
         if len(found) > 10 * MOST_OCCURRENCES:
-            raise BadCalendar(f'there are too many occurrences from {begin:%Y-%m-%d} to '
-                              f'{until:%Y-%m-%d}; '
-                              'ask for a shorter window')
+            raise BadCalendar(f'There are too many occurrences from {begin:%Y-%m-%d} to '
+                              f'{until:%Y-%m-%d}. Ask for a shorter time window.')
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
@@ -8566,8 +8738,8 @@ class Budget:
     def event(self, repeats: bool) -> Iterator[None]:
         """Bounds what is done for one event; Invalid where nothing is left for it."""
         if self.left[repeats] <= 0:
-            raise Invalid('it is too much beside the other events of its calendar; '
-                          'put it into a calendar of its own')
+            raise Invalid('Its calendar has too many other events. Put it into a calendar of its '
+                          'own.')
         began = STEPS.taken
         try:
             with STEPS.at_most(MOST_STEPS_EACH):
@@ -8621,8 +8793,8 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
                 return None
             head = group[0]
             if too_many:
-                raise Invalid(f'its calendar has more than {MOST_EVENTS} events that ask for VMs; '
-                              'put it into a calendar of its own')
+                raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
+                              'Put it into a calendar of its own.')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
             stretches, cancelled = wanted_stretches(table, group, begin, until)
         return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
@@ -8647,8 +8819,8 @@ def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> d
                 wants[entry.line] = want
     kinds = {want._replace(vms=1) for want in wants.values()}
     if len(kinds) > 1:
-        raise BadCalendar(f'{head.name}: not all of its occurrences want the same flavor, image '
-                          'and resource; make those that want another an event of their own')
+        raise BadCalendar(f'{head.name}: its occurrences do not all ask for the same flavor, '
+                          'image and resource. Make the different ones an event of their own.')
     return wants
 
 
@@ -8666,8 +8838,8 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
         stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
     longest = max(length for stretch in stretches for length in lengths_of(stretch))
     if longest > MOST_LENGTH:
-        raise Invalid(f'it is {format_duration(longest)} long; up to {MOST_LENGTH // 86400} days '
-                      'are possible')
+        raise Invalid(f'It is {format_duration(longest)} long. At most {MOST_LENGTH // 86400} '
+                      'days are possible.')
     if not stretches[0].zone:
         stretches = spelled_out(table._replace(stretches=stretches), begin, until)
     return stretches, cancelled
@@ -8732,7 +8904,8 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
-            raise Invalid(f'{shown(match[0][:80])} is not such as #vm 2 x m1.small')
+            raise Invalid(f'{shown(match[0][:80])} is not valid. Write for example: #vm 2 x '
+                          'm1.small')
         return spoken_want(said, defaults) if said else defaults
     if said := spoken(entry):
         return spoken_want(said, defaults)
@@ -8871,7 +9044,7 @@ SCOPES: dict[str, Callable[[Operation], bool]] = {
     'calendar': lambda operation: operation.name.startswith(('calendar_', 'import_'))}
 #: What a token for one resource is good for: what looks at resources one by one.
 ON_ONE_RESOURCE = frozenset(
-    'add list show servers duration update extend keep skip delete accept find usage resource_list '
+    'add list show servers duration update extend keep end skip delete accept find usage resource_list '
     'resource_show'.split())
 
 
@@ -8886,10 +9059,10 @@ class Actor(NamedTuple):
     def refuse_out_of_scope(self, operation: Operation) -> None:
         """Forbidden if the token of who asks is not for an operation."""
         if self.scopes and not any(SCOPES[each](operation) for each in self.scopes):
-            raise Forbidden(f"this token is only for {' and '.join(sorted(self.scopes))}, not for: "
-                            f'{operation.words}')
+            raise Forbidden(f"This token is only for {' and '.join(sorted(self.scopes))}, not for "
+                            f"'{operation.words}'.")
         if self.resource is not None and operation.name not in ON_ONE_RESOURCE:
-            raise Forbidden(f'this token is only for one resource, not for: {operation.words}')
+            raise Forbidden(f"This token is only for one resource, not for '{operation.words}'.")
 
 
 class Wish(NamedTuple):
@@ -8979,6 +9152,14 @@ class Lack(NamedTuple):
         """Whether it would be too little also if nothing were reserved."""
         return self.need > self.limit - self.less
 
+    @property
+    def cause(self) -> str:
+        """What a refusal calls the reason."""
+        if self.changes and self.alone:
+            return 'maintenance' if self.figure == CLOSED else 'capacity_change'
+        return ('host' if self.figure.startswith(HOST) else 'too_large' if self.alone
+                else 'reserved')
+
 
 def changed_most(changes: list[tuple], begin: int) -> int:
     """The most that changes of capacity take away together at one time from an instant on."""
@@ -9036,8 +9217,8 @@ def refuse_apart(parts: list, given: dict) -> None:
     sized = {'vms'} if any(each.host and each.flavor for each in parts) else set()
     alone = {'rename', 'holidays', 'resource', 'host', *CLOUDY, *sized} & given.keys()
     if alone:
-        raise Invalid(f'the {min(alone)} of a request is changed part by part: '
-                      f"{', '.join(each.label for each in parts[:20])}")
+        raise Invalid(f'You cannot change {min(alone)} for the whole group. Change it for '
+                      f"each part: {', '.join(each.label for each in parts[:20])}.")
 
 
 def changed_together(service: Service, method: Callable, given: list[dict]) -> list:
@@ -9160,13 +9341,14 @@ def cut_short(text: str, most: int = 200) -> str:
 def refuse_unknown_word(name: str, word: str, known: Iterable[str], *also: str) -> None:
     """Invalid if an argument is none of some words; it names them and the nearest."""
     if word not in (*known, *also):
-        raise Invalid(f"{name}: '{word}' is none of {', '.join(known)}{nearest(word, known)}")
+        raise Invalid(f"{name}: '{word}' is not one of {', '.join(known)}{nearest(word, known)}")
 
 
 def in_several(label: str, found: Iterable) -> Conflict:
     """The refusal of a label that several projects have."""
     projects = ', '.join(sorted({each.project for each in found}))
-    return Conflict(f"'{label}' is in several projects ({projects}); name one with --project")
+    return Conflict(f"'{label}' exists in several projects: {projects}. Choose one.",
+                    hint='--project NAME')
 
 
 def seconds_of(length: timedelta | None) -> int:
@@ -9188,6 +9370,11 @@ def grouped(found: Iterable, name: str) -> list[list]:
     for each in found:
         groups[getattr(each, name)].append(each)
     return [*groups.values()]
+
+
+def with_twins(answer: dict, twins: dict) -> dict:
+    """An answer that shows fields under their new names as well."""
+    return answer | {new: answer[old] for old, new in twins.items() if old in answer}
 
 
 def in_lines(found: Iterable) -> list[dict]:
@@ -9291,11 +9478,11 @@ def token_of(secret: str, now: float):
 def token_in_force(found, now: float):
     """The row of a token that is good for something; Unauthorized of any other, and of none."""
     if not found or found.revoked is not None:
-        raise Unauthorized('this token is not known or was revoked; an admin makes one with: token '
-                           'add USER')
+        raise Unauthorized('This token is invalid or was revoked. Ask an admin for a new token.')
     if found.ends is not None and found.ends <= now:
-        raise Unauthorized(f'this token has ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
-                           f'another of yours, or ask an admin: token renew {found.id}')
+        raise Unauthorized(f'This token ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
+                           'another token of yours, or ask an admin.',
+                           hint=f'token renew {found.id}')
     return found
 
 
@@ -9310,8 +9497,9 @@ def actor_of(secret: str, now: float | None = None) -> Actor:
     return bearer_of(token_of(secret, time.time() if now is None else now))
 
 
+FORCE = '--force changes the capacity anyway and cancels nothing'
 #: Why something had no room that has some when that is looked into.
-A_MOMENT_AGO = 'there was no room a moment ago; try again'
+A_MOMENT_AGO = 'Somebody changed the resource at the same moment. Try again.'
 
 
 class Service:
@@ -9334,6 +9522,7 @@ class Service:
         self.fence: Callable[[], None] = lambda: None
         # Called before a change and before it is written; raises if nobody wants it any more.
         self.wanted: Callable[[], None] = lambda: None
+        self.reason = ''  # why somebody changes what may be others'
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -9397,8 +9586,9 @@ class Service:
         except OverflowError:
             end = LAST
         if not start < end <= LAST:
-            raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)} and '
-                          f'before the year 2200')
+            raise Invalid(f'The end ({self.config.told_time(end.timestamp())}) must be after the '
+                          f'start ({self.config.told_time(start.timestamp())}) and before the '
+                          'year 2200.')
         return int(start.timestamp()), int(end.timestamp())
 
     def end_after(self, start: datetime, length: timedelta) -> datetime:
@@ -9423,11 +9613,11 @@ class Service:
         """Whose it will be: only an admin may reserve for others."""
         user, project = asked['user'] or self.actor.user, asked['project'] or self.actor.project
         if self.actor.role != ADMIN and project != self.actor.project:
-            raise Forbidden(f"only an admin may act in another project than their own, "
-                            f"'{self.actor.project}'")
+            raise Forbidden(f"You can only work in your own project, '{self.actor.project}'. Ask "
+                            'an admin.')
         if self.actor.role != ADMIN and asked['user'] not in ('', self.actor.user):
-            raise Forbidden(f"only an admin may reserve for another user than themselves, "
-                            f"'{self.actor.user}'")
+            raise Forbidden(f"You can only reserve for yourself ('{self.actor.user}'). Ask an "
+                            'admin.')
         return user, project
 
 
@@ -9596,8 +9786,8 @@ class Lookup:
         if not usable:
             past = row(f'{known} ORDER BY r.over DESC, r.id DESC LIMIT 1', *given(where))
             if live or not past:
-                raise NotFound(f"there is no reservation "
-                               f"'{label}'{' that is not over' if past else ''}")
+                raise NotFound(f"There is no {'current or future ' if past else ''}reservation "
+                               f"'{label}'.")
             usable = [self.next_of(past.id)]
         usable = [each for each in usable if each.project == self.service.actor.project] or usable
         if len(usable) > 1:
@@ -9615,8 +9805,8 @@ class Lookup:
                              ('o.start < ?', until),
                              *([(NOT_OVER, None)] if live else [])], limit=1)
         if not there:
-            raise NotFound(f"'{found.label}' has no occurrence "
-                           f"{'that is not over ' if live else ''}on {text}")
+            raise NotFound(f"'{found.label}' has no "
+                           f"{'current or future ' if live else ''}occurrence on {text}.")
         return there[0]
 
     def live(self, found, since: str = '') -> list:
@@ -9635,14 +9825,19 @@ class Lookup:
         """Whether an occurrence has begun: with machines, from its lead on."""
         return self.service.clock() >= (found.held_from if found.runs else found.start)
 
+    def refuse_unknown_resource(self, name: str) -> None:
+        """NotFound if there never was a resource of a name; it names the nearest."""
+        if not row('SELECT id FROM resource WHERE name = ? LIMIT 1', name):
+            self.resource_row(name)
+
     def resource_row(self, name: str):
         """The resource of a name; NotFound names the nearest."""
         found = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not found:
             names = [each.name for each in self.places()]
-            raise NotFound(f"there is no resource '{name}'{nearest(name, names)}")
+            raise NotFound(f"There is no resource '{name}'{nearest(name, names)}")
         if self.service.actor.resource not in (None, found.id):
-            raise Forbidden(f"this token is only for another resource, not for '{name}'")
+            raise Forbidden(f"This token is only for another resource, not for '{name}'.")
         return found
 
     def id_of(self, name: str) -> int | None:
@@ -9663,8 +9858,8 @@ class Lookup:
         found = self.resources_at(asked)
         if len(found) > 1:
             names = ', '.join(each.name for each in found[:20])
-            raise Conflict(f'{len(found)} resources are at {self.place_of(asked)}; name one of '
-                           f'{names}')
+            raise Conflict(f'{len(found)} resources are in {self.place_of(asked)}. Choose one of '
+                           f'{names}.')
         return found[0]
 
     def resources_at(self, asked: dict) -> list:
@@ -9674,18 +9869,18 @@ class Lookup:
             found = self.resource_row(asked['resource'])
             if any(wanted not in ('', is_at)
                    for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
-                raise NotFound(f"the resource '{found.name}' is not at {self.place_of(asked)}; "
-                               'leave the place out, or say - for its name')
+                raise NotFound(f"Resource '{found.name}' is not in {self.place_of(asked)}. Remove "
+                               'the location, or choose another resource.')
             return [found]
         found = self.places(*place)
         if not found:
-            raise NotFound(f'there is no resource at {self.place_of(asked)}')
+            raise NotFound(f'There is no resource in {self.place_of(asked)}.')
         return found
 
     def place_of(self, asked: dict) -> str:
         """The place that was asked for, in words."""
         return (', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column))
-                or 'any place')
+                or 'any location')
 
     def servers_of(self, occurrence: int) -> Rows:
         """The servers of an occurrence, as answers show them."""
@@ -9794,7 +9989,9 @@ class Wishes:
         else:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
             found = self.ask_cloud(place, asked | {'trusted': kept}, warnings)
-            each = asked.get('each') or self.each_takes(found)
+            by_hand = tuple(sorted((asked.get('classes') or {}).items()))
+            each = (asked.get('each') or self.each_takes(found)) + Amount(classes=by_hand)
+            warnings += [] if old else self.unheld_classes(place, each)
             server = found['server'].id if 'server' in found else ''
             trusted = self.trusted(asked | {'server': server}, kept, changes if old
                                    else {'resource'})
@@ -9807,9 +10004,9 @@ class Wishes:
         """Whose a reservation will be: user and project."""
         if not old:
             return self.service.owner(asked)
-        if self.service.actor.role != ADMIN and asked['user'] != old.user:
-            raise Forbidden(
-                f"only an admin may give a reservation of '{old.user}' to somebody else")
+        actor = self.service.actor
+        if actor.role != ADMIN and asked['user'] != old.user:
+            self.refuse_handing_on(actor, old, asked['user'])
         return asked['user'], old.project
 
     def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
@@ -9818,44 +10015,56 @@ class Wishes:
         start, end = self.service.resolve(asked['start'], asked.get('end', length))
         now = self.service.clock()
         if start < now - PATIENCE and not (old and start == old.start) and not asked.get('late'):
-            raise Invalid(f'the start {to_plain(instant(start))} lies in the past')
+            raise Invalid(f'The start ({self.service.config.told_time(start)}) is in the past.')
         if end <= now:
-            raise Invalid(f'the end {to_plain(instant(end))} is not in the future')
+            raise Invalid(f'The end ({self.service.config.told_time(end)}) is not in the future.')
         if start < lead:
-            raise Invalid('the lead reaches before the year 1970')
+            raise Invalid('The lead time starts before the year 1970.')
         return start, end
+
+    def refuse_handing_on(self, actor: Actor, old, user: str) -> None:
+        """Only its owner gives a reservation to somebody else, who has a token of the project."""
+        if actor.user != old.user:
+            raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
+                            'else.')
+        if not row('SELECT id FROM token WHERE user = ? AND project = ? LIMIT 1', user,
+                   old.project):
+            raise Forbidden(f"'{user}' has no token in project '{old.project}'. Ask an admin.")
 
     def refuse_untellable(self, targets: Iterable[str]) -> None:
         """Refuses mail addresses to which nothing would ever be sent."""
+        config = self.service.config
         for target in targets:
-            if not self.service.config.may_tell(target):
-                raise Invalid(f"notify: no mails are sent to '{target}'; here they may go to "
-                              f'addresses of {self.service.config.mail_domains} only')
+            if not config.may_tell(target):
+                raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
+                              f'addresses of {config.mail_domains}.')
+            if '@' in target and not is_web(target) and not config.mail_server:
+                raise Invalid(f"notify: cmres cannot send mails to '{target}': no mail server is "
+                              'set. An admin can set one (setting mail_server).')
 
     def refuse_uninvitable(self, people: Iterable[str]) -> None:
         """Refuses to invite many, or who has no mail address to which mails may go."""
         if len(people) > MOST_INVITED:
-            raise Invalid(f'invite: at most {MOST_INVITED} people can be invited')
+            raise Invalid(f'invite: You can invite at most {MOST_INVITED} people.')
         for each in people:
             if not MAIL_ADDRESS.fullmatch(each):
-                raise Invalid(f'invite: {shown(each)} is no mail address such as ann@example.org')
+                raise Invalid(f'invite: {shown(each)} is not a mail address like ann@example.org.')
             if not self.service.config.may_tell(each):
-                raise Invalid(f"invite: no mails are sent to '{each}'; here they may go to "
-                              f'addresses of {self.service.config.mail_domains} only')
+                raise Invalid(f"invite: cmres sends no mails to '{each}'. It sends only to "
+                              f'addresses of {self.service.config.mail_domains}.')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
         boots, has = asked['image'], asked['server']
         if boots and has:
-            raise Invalid('an image or a server, not both: a machine is made anew, or it is there '
-                          'already')
+            raise Invalid('Choose an image (for a new VM) or an existing server, not both.')
         if boots and not asked['flavor']:
-            raise Invalid('an image needs a flavor to boot it with')
+            raise Invalid('An image needs a flavor. Choose one.')
         if (boots or has) and not place.cloud:
-            raise Invalid(f"the resource '{place.name}' has no cloud, so nothing can boot there; "
-                          f"leave the {'image' if boots else 'server'} out")
+            raise Invalid(f"Resource '{place.name}' has no cloud, so VMs cannot start there. "
+                          f"Remove the {'image' if boots else 'server'}.")
         if has and asked['vms'] != 1:
-            raise Invalid(f"vms: a server is one machine, not {asked['vms']}")
+            raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         ends = ENDS[1:3] if has else ENDS
         refuse_unknown_word('at_end', asked['at_end'], ends, '')
         for target in asked['notify']:
@@ -9873,8 +10082,8 @@ class Wishes:
         if not named:
             return {}
         if not place.cloud:
-            raise Invalid(f"the resource '{place.name}' has no cloud that knows the "
-                          f"{named[0][0].replace('_', ' ')} '{named[0][1]}'; leave it out")
+            raise Invalid(f"Resource '{place.name}' has no cloud that knows the "
+                          f"{named[0][0].replace('_', ' ')} '{named[0][1]}'. Remove it.")
         project = asked.get('project', self.service.actor.project)
         user = asked.get('user', self.service.actor.user)
         account = self.service.clouds.account(place.cloud, project, user)
@@ -9887,12 +10096,13 @@ class Wishes:
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
-                raise CloudError(f"{error}; its flavor '{asked['flavor']}' must be known to count "
-                                 f"vcpus and ram on '{place.name}'") from None
+                raise CloudError(f"{str(error).rstrip('.')}. cmres needs the size of flavor "
+                                 f"'{asked['flavor']}' to check the capacity of '{place.name}'. "
+                                 'Try again later.') from None
             if asked.get('server'):
-                raise CloudError(f"{error}; it must tell which server '{asked['server']}' "
-                                 'is') from None
-            warnings.append(f'not checked: {error}')
+                raise CloudError(f"{str(error).rstrip('.')}. cmres must find the server "
+                                 f"'{asked['server']}' first. Try again later.") from None
+            warnings.append(f'cmres could not check the names: {error}')
             return {}
 
     def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
@@ -9901,6 +10111,12 @@ class Wishes:
         return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
                 self.service.actor.role == ADMIN
                 and {'resource', fields.get(kind, kind)} & changes)]
+
+    def unheld_classes(self, place, each: Amount) -> list[str]:
+        """That a resource has more than a reservation asks for: GPUs, say."""
+        names = [name for name in json.loads(place.classes or '{}') if name not in each.names]
+        return [f"'{place.name}' also has {' and '.join(names)}. This reservation has 0 of "
+                'them.'] if names else []
 
     def each_takes(self, found: dict) -> Amount:
         """What one machine takes, of what the cloud told."""
@@ -9913,9 +10129,9 @@ class Wishes:
             return '', None
         named = json.loads(place.named or '{}')
         if name not in named:
-            raise NotFound(f"the resource '{place.name}' has no host named "
+            raise NotFound(f"Resource '{place.name}' has no host "
                            f"'{name}'{nearest(name, named)}" + (
-                           '' if named else '; an admin names hosts with: resource sync --named'))
+                           '' if named else ' You cannot reserve single hosts here.'))
         holds = named[name]
         classes = tuple(sorted((figure, most) for figure, most in holds.items()
                                if figure not in FIGURES))
@@ -9923,7 +10139,7 @@ class Wishes:
         need = each * asked['vms']
         missing = tuple((each, 0) for each in need.names if each not in holds)
         if not need.within(whole._replace(classes=classes + missing)):
-            raise Invalid(f"vms: {asked['vms']} machines of {asked['flavor']} are more than the "
+            raise Invalid(f"vms: {asked['vms']} VMs of {asked['flavor']} are more than the "
                           f"host '{name}' holds: "
                           f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
         return name, whole + Amount(classes=((HOST + name, 1),))  # the host itself is there once
@@ -9958,14 +10174,16 @@ class Wishes:
             first = self.planned(old, stretches)[1]
         skips = self.read_skips(asked, zone, wish.start, wish.warnings)
         if not asked['repeat']:
-            raise Invalid(f"{min(name for name in REPEATING if asked.get(name))} is for a series; "
-                          f"say --repeat as well")
+            field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
+            raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
+                          hint='--repeat')
         rule = local_rule(self.ended_rule(asked, zone), zone)
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
                           skips=skips, exact=exact)
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
         if not slot:
-            raise Invalid(f'the repetition {rule} has no occurrence from {first:%Y-%m-%d %H:%M} on')
+            begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
+            raise Invalid(f'The repetition has no occurrence after {begin}.')
         stretches = [*stretches_before(stretches, key), stretch]
         return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key,
                              stretches=stretches)
@@ -10017,7 +10235,9 @@ class Wishes:
         rule = read_argument('repeat', asked['repeat'], Repeat, self.service.here)
         until, count = asked.get('until'), asked.get('count')
         if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
-            raise Invalid('a series ends once: by --until, by --count or in its rule')
+            raise Invalid('Choose one end for the series: a last date, a number of occurrences, '
+                          'or an end in the RRULE.',
+                          hint='--until, --count or an RRULE with UNTIL')
         if until is not None:
             until = self.service.here.now + until if isinstance(until, timedelta) else until
             last = (datetime.combine(until, datetime.max.time()) if type(until) is date
@@ -10033,7 +10253,7 @@ class Wishes:
             try:
                 moment = datetime.fromisoformat(text.replace('/', '-'))
             except ValueError:
-                raise Invalid(f"skip_dates: '{text}' is no date; write 2026-12-24") from None
+                raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24.") from None
             wall = to_wall(moment, zone) if moment.tzinfo else moment
             skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text)
                          else wall.isoformat())
@@ -10060,9 +10280,9 @@ class Wishes:
                                                       lambda: fetch(self.service.config, source,
                                                                     {}))
         except (Undelivered, CloudError) as error:
-            raise Unavailable(f'the calendar could not be fetched: {error}') from None
+            raise Unavailable(f'cmres could not read the calendar: {error}') from None
         if status != 200:
-            raise Unavailable(f'the calendar could not be fetched: the answer was {status}')
+            raise Unavailable(f'cmres could not read the calendar: the answer was {status}.')
         return body.decode('utf8', 'surrogateescape')
 
     def as_now(self, wish: Wish) -> Wish:
@@ -10070,8 +10290,8 @@ class Wishes:
         before = wish.resource
         place = resource_of(before.id)
         if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
-            raise Conflict(f"the resource '{before.name}' was changed or removed meanwhile; "
-                           'ask again')
+            raise Conflict(f"Somebody changed or removed the resource '{before.name}' at the same "
+                           'moment. Try again.')
         return wish._replace(resource=place)
 
 
@@ -10118,35 +10338,37 @@ class Reasons:
         name = wish.resource.name
         if not lack:  # somebody has just given something back
             return A_MOMENT_AGO
-        start, end = (format_time(instant(at), self.service.config.zone) for at in wish.held)
-        unit = 'MiB of ram' if lack.figure == 'ram' else lack.figure
+        when = self.service.config.told_window(*wish.held, wish.tz)
         if lack.changes and lack.alone:
-            return self.why_less(name, lack, unit)
+            return self.why_less(name, lack, when, wish.tz)
         if lack.figure.startswith(HOST):
-            return f"the host '{wish.host}' is reserved already between {start} and {end}"
-        asked = f'{lack.need} are asked for'
+            return (f"Host '{wish.host}' is already reserved from {when}. Choose another host or "
+                    'time.')
+        asked, limit = f'You asked for {lack.need}.', quantity(lack.figure, lack.limit)
         if lack.alone:
-            return f"'{name}' holds at most {lack.limit - lack.less} {unit}; {asked}"
+            fewer = f'Reserve {lack.limit} or fewer, or choose' if lack.limit else 'Choose'
+            return f"'{name}' has {limit} in total. {asked} {fewer} another resource."
         free = max(lack.limit - lack.used, 0)
-        return f"'{name}' has {free} of {lack.limit} {unit} free from {start} to {end}; {asked}"
+        return f"'{name}' has {free} of {limit} free from {when}. {asked}"
 
-    def why_less(self, name: str, lack: Lack, unit: str) -> str:
+    def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
         begin, until = lack.changes[0].start, max(each.end for each in lack.changes)
-        start, end = (format_time(instant(at), self.service.config.zone) for at in (begin, until))
+        changed = self.service.config.told_window(begin, until, tz)
         reasons = ', '.join(dict.fromkeys(each.reason for each in lack.changes))
         if lack.figure == CLOSED:
-            return f"'{name}' is closed from {start} to {end}: {reasons}"
-        left = max(lack.limit - lack.less, 0)
-        return (f"'{name}' has only {left} of {lack.limit} {unit} from {start} to {end} "
-                f'({reasons}); {lack.need} are asked for')
+            return f"'{name}' is closed from {changed}: {reasons}. You asked for {when}."
+        left = quantity(lack.figure, max(lack.limit - lack.less, 0))
+        return (f"'{name}' has only {left} (normally {lack.limit}) from {changed}: {reasons}. "
+                f'You asked for {lack.need} from {when}.')
 
     def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
         """At most ten of what takes what is lacking; of others' only how much and when."""
         changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
                    for each in (lack.changes if lack else ())]
+        cause = {'cause': lack.cause if lack else 'reserved'}
         if not lack or lack.alone:  # it would not fit either if nobody had reserved anything
-            return {'in_the_way': changes[:10]}
+            return {'in_the_way': changes[:10]} | cause
         begin, until = self.to_come(wish)
         where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
             'classes LIKE ?', (f'%"{lack.figure}"%',))
@@ -10165,7 +10387,8 @@ class Reasons:
                    JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
             *(wish.resource.id, until, begin, *values) * 2, own)
-        return {'in_the_way': changes + [self.seen_in_the_way(each) for each in found[::-1]]}
+        there = [self.seen_in_the_way(each) for each in found[::-1]]
+        return {'in_the_way': changes + there} | cause
 
     def seen_in_the_way(self, found) -> dict:
         """What the actor may see of what holds something; stopped VMs that stay have no end."""
@@ -10239,6 +10462,9 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
               FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
 
+LIMIT_FIELDS = RENAMED['limit_add']
+
+
 class Limits:
     """What users and projects may have at most."""
 
@@ -10268,9 +10494,10 @@ class Limits:
             if not near or old and old.start <= now:
                 for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others, own):
                     if value is not None and not fits_it:
-                        whose = limit.user or limit.project or 'every project'
-                        raise Conflict(f"the limit {name.replace('_', ' ')} of {whose} is {passes}",
-                                       limit=name, value=value, passes=passes)
+                        whose = (f"User '{limit.user}'" if limit.user else
+                                 f"Project '{limit.project or wish.project}'")
+                        raise Conflict(f'{whose} {passes}', cause='limit', limit=name,
+                                       value=value, passes=passes)
 
     def beyond(self, limit, wish: Wish, now: float, old, others: Others | None,
                own: int) -> Iterator[tuple]:
@@ -10281,23 +10508,29 @@ class Limits:
             old.start <= now or old.held_from <= wish.held[0])
         less = within and wish.vms <= old.vms
         cheaper = within and wish.amount.vcpus <= old.vcpus
-        yield 'longest', limit.longest, length <= max(limit.longest or 0,
-                                                      before), format_duration(limit.longest or 0)
-        moved = not old or wish.start != old.start
+        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), (
+            f'can reserve for at most {format_duration(limit.longest or 0)}. You asked for '
+            f'{format_duration(length)}.')
+        moved, at = not old or wish.start != old.start, self.service.config.told_time
+        last = int(now) + (limit.ahead or 0)
         yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
-            f'{format_duration(limit.ahead or 0)}: until {instant(int(now) + (limit.ahead or 0))}')
+            f'can reserve at most {format_duration(limit.ahead or 0)} ahead. Choose a start before '
+            f'{at(last, wish.tz)}.')
         nearest = now + (limit.least_notice or 0)
         yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
-            f'{format_duration(limit.least_notice or 0)}: from {instant(int(nearest))}')
+            f'must reserve at least {format_duration(limit.least_notice or 0)} before the start. Choose a '
+            f'start after {at(nearest, wish.tz)}.')
         if limit.most_vms is not None:
             most = self.most_at_once(limit, wish, old, others, own)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
-                f'{limit.most_vms}, of which {max(limit.most_vms - most, 0)} are free at that time')
+                f"can use {counted(limit.most_vms, 'VM')} at the same time and already uses {most} "
+                f'then. You asked for {wish.vms}.')
         if limit.vcpu_hours is not None:
             used = self.future_hours(limit, wish, now, old, others)
             need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
             yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
-                f'{limit.vcpu_hours}, of which {max(limit.vcpu_hours - used, 0):.0f} are left')
+                f'has {max(limit.vcpu_hours - used, 0):.0f} of {limit.vcpu_hours} vCPU-hours left. '
+                f'This reservation needs {need:.0f}.')
 
     def counted(self, limit, wish: Wish, others: Others | None,
                 of: tuple[str, ...]) -> tuple[str, list]:
@@ -10351,8 +10584,10 @@ class Limits:
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
             if waits >= limit.waiting:
-                raise Conflict(f'the limit waiting of {name} is {limit.waiting}, and {waits} wait '
-                               'already', limit='waiting', value=limit.waiting, passes=0)
+                raise Conflict(f"{who.capitalize()} '{name}' can have "
+                               f"{counted(limit.waiting, 'request')} on the waiting list and "
+                               f'already has {waits}. '
+                               'Cancel one first.', limit='waiting', value=limit.waiting, passes=0)
 
 
 # Policy ######################################################################
@@ -10424,7 +10659,8 @@ class View(NamedTuple):
     line: tuple  # its place among those that wait, if it waits
 
 
-A_SERIES_WAITS = 'a series can not wait; --on-conflict skip takes the occurrences that fit'
+A_SERIES_WAITS = 'A series cannot join the waiting list.'
+RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
 
 class Deal(NamedTuple):
@@ -10482,7 +10718,8 @@ class Policy:
         if other:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
-            raise Conflict(f'the server {wish.server} is reserved{whose} in that time already',
+            raise Conflict(f"Server '{wish.server}' is reserved{whose} at that time. Choose "
+                           'another time.',
                            in_the_way=[self.reasons.seen_in_the_way(other)])
 
     def refuse_unlimited(self, change: Change, view: View) -> None:
@@ -10499,10 +10736,12 @@ class Policy:
         for each in change.growth:
             first = self.first_in_line(each, view)
             if first:
-                since = instant(first.waiting)
                 name = resource_of(each.resource, removed=True).name
-                raise NoCapacity(f"'{name}' is kept for a request of {first.vms} vms that waits "
-                                 f'since {since}', waits_since=since)
+                waits = counted(first.vms, 'VM')
+                since = self.service.config.told_time(first.waiting)
+                raise NoCapacity(f"'{name}' is kept for a request for {waits} that has been on the "
+                                 f'waiting list since {since}. Choose another time.',
+                                 cause='waiting_list', waits_since=instant(first.waiting))
 
     def refuse_overbooking(self, change: Change, view: View) -> None:
         """THE RULE: at no instant from now on is more held than there is."""
@@ -10520,7 +10759,7 @@ class Policy:
                           AND w.since <= ? AND w.until > ? AND o.cancelled IS NULL {before}
                         ORDER BY r.priority DESC, r.waiting, o.id LIMIT 1""",
                    wanted.resource, wanted.begin, wanted.until,
-                   view.now - self.service.config.patience, int(view.now), *view.line)
+                   view.now - self.service.config.no_overtaking_after, int(view.now), *view.line)
 
     def most_ever(self, wish: Wish) -> Amount:
         """What a resource holds at most in the window of a wish, loans included."""
@@ -10542,20 +10781,20 @@ class Policy:
     def refuse_taken(self, project: str, label: str, now: float) -> None:
         read_argument('label', label, Label, self.service.here)  # Python may call without `bind`
         if taken_label(project, label, now):
-            raise Conflict(f"the label '{label}' is taken in project '{project}' by a reservation "
-                           'that is not over; choose another')
+            raise Conflict(f"Project '{project}' already has a reservation '{label}'. Choose "
+                           'another label.')
 
     def refuse_waiting_series(self, deal: Deal, now: float) -> None:
         if deal.wish.stretches and (deal.columns.get('waiting') or deal.old and deal.asked
                                     and deal.old.waiting is not None):
-            raise Invalid(A_SERIES_WAITS)
+            raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
 
     def refuse_taken_resource(self, name: str) -> None:
         """Refuses the name of a resource that there is."""
         read_argument('name', name, Label, self.service.here)
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
-            raise Conflict(f"there is a resource '{name}' already; choose another name or update "
-                           'that one')
+            raise Conflict(f"There is already a resource '{name}'. Choose another name, or update "
+                           'that one.')
 
     def refuse_many_texts(self, wish: Wish, old=None) -> None:
         """Refuses more long texts than a project may keep; after they were written."""
@@ -10566,9 +10805,9 @@ class Policy:
                 if now > max(before, 1000) else None)
         most = self.service.config.project_texts
         if kept and kept.size > most * 2**20:
-            raise TooLarge(f"the project '{wish.project}' keeps at most {most} MiB of user data, "
-                           'descriptions and metadata; shorten some, or let an admin raise the '
-                           'setting project_texts')
+            raise TooLarge(f"Project '{wish.project}' has more than {most} MiB of user data, "
+                           'descriptions and metadata. Shorten some, or ask an admin. (setting '
+                           'project_texts)')
 
     def refuse_fixed(self, deal: Deal, now: float) -> None:
         """A reservation that has begun keeps what its machines are made of."""
@@ -10581,8 +10820,9 @@ class Policy:
         other = [name for name in names if new[name] != (
             json.loads(getattr(old, name)) if name in JSON else getattr(old, name))]
         if other and self.look.begun(old):
-            raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
-                           'change; its end, vms, user, description and label can')
+            field = other[0].replace('_', ' ')
+            raise Conflict(f"'{old.label}' has started, so you cannot change its {field}. You can "
+                           'still change: end, VMs, user, description, label.')
         made_of = [name for name in other if name not in ('resource', 'start', 'lead')]
         if made_of and self.look.kept_of(old.reservation):
             raise Conflict(f"VMs of '{old.label}' stay and start again, so its "
@@ -10619,8 +10859,9 @@ AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'gran
 
 
 A_CHANGE_WAITS = 'an admin must approve the change'
-STOPPED_KEEP = ('stopped VMs keep their capacity after the end until they are deleted, and others '
-                'have reserved it by then; end with --at-end delete or shelve')
+STOPPED_KEEP = ('Stopped VMs keep their capacity after the end until you delete them, and that '
+                'capacity is already reserved by others. Let the VMs be deleted or shelved at the '
+                'end.')
 
 
 #: The occurrences of a reservation after which VMs stay, stopped, or will; how many did, or run.
@@ -10812,15 +11053,14 @@ class Bookings:
                    wish: Wish) -> NoCapacity:
         """The refusal of a series some occurrences of which have no room."""
         one, error = refused[0]
-        first = format_time(instant(one.start), read_zone(wish.stretches[0].zone))
-        text = (f'{len(refused)} of {number} occurrences do not fit, so nothing was changed; '
-                f'the first from {first}: {error}')
-        if len(refused) < number:
-            text += '. Take the others with --on-conflict skip'
+        first = self.service.config.told_time(one.start, wish.stretches[0].zone)
+        text = (f'{len(refused)} of {number} occurrences do not fit. Nothing was changed. '
+                f'First problem: {first}: {error}')
+        hint = {'hint': RESERVE_THE_OTHERS} if len(refused) < number else {}
         refusal = NoCapacity(
             text if number > 1 else str(error),
             conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
-                        'why': str(why)} for each, why in refused[:1000]], **error.details)
+                        'why': str(why)} for each, why in refused[:1000]], **error.details | hint)
         refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
         return refusal
 
@@ -10841,7 +11081,7 @@ class Bookings:
         if not old:
             first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
                          revision=0, revised=int(now), told=0,
-                         due=min(begin, one.start - self.service.config.notice))
+                         due=min(begin, one.start - self.service.config.remind_before))
         else:
             again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
             first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
@@ -10854,7 +11094,7 @@ class Bookings:
         live = [columns['end'] for _, _, columns in decided if not columns.get('cancelled')]
         if not live:
             first = decided[0][0]['why']
-            raise NoCapacity(f"none of {len(decided)} occurrences fits; of the first: {first}",
+            raise NoCapacity(f"None of {len(decided)} occurrences fits. The first: {first}",
                              conflicts=[line for line, _, _ in decided[:1000]])
         on = goes_on(stretches, deal.horizon)
         end = int(LAST.timestamp()) if on else max(int(now), *live)
@@ -11037,7 +11277,7 @@ class Bookings:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.journal(now, 'pending', f'an admin must approve it until {said}', reservation,
+        self.service.journal(now, 'pending', f'an admin must approve it before {said}', reservation,
                              wish.notify)
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
@@ -11054,8 +11294,8 @@ class Bookings:
         self.hold_beside(old.reservation, id, growth)
         said = self.service.config.told_time(until, wish.tz)
         self.service.journal(now, 'pending',
-                             f"an admin must approve the change of {', '.join(asked)} "
-                             f'until {said}; what was approved goes on as it is', old.reservation,
+                             f"an admin must approve the change of {', '.join(asked)} before "
+                             f'{said}; until then everything stays as approved', old.reservation,
                              wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
@@ -11148,14 +11388,16 @@ class Series:
         """Refuses what can't be of a series, however much room there is."""
         if wish.server and any(one.end > after.start
                                for (one, _), (after, _) in zip(todo, todo[1:])):
-            raise Conflict(f'the occurrences overlap, and the server {wish.server} is one machine')
+            raise Conflict('Two occurrences overlap, but there is only one server '
+                           f"'{wish.server}'. Make the occurrences shorter.")
         for slot, old in todo:
             if resource_of(slot.resource) is None:
-                raise Conflict('the resource of the series is not there any more; move it to '
-                               'another with --resource')
+                raise Conflict('The resource of this series was removed. Choose another resource.',
+                               hint='--resource NAME')
             if old and slot.start != old.start and slot.start < now - PATIENCE:
-                raise Conflict(f'the occurrence of {instant(old.start)} would begin in the past, '
-                               f'{instant(slot.start)}')
+                told = functools.partial(self.service.config.told_time, tz=wish.tz)
+                raise Conflict(f'The occurrence of {told(old.start)} would start in the past, at '
+                               f'{told(slot.start)}.')
 
     def there(self, reservation: int) -> list:
         """The rows of all occurrences of a reservation."""
@@ -11209,10 +11451,10 @@ class Series:
         head = self.look.next_of(reservation)
         for one in self.carry_on(head, now):
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
-                self.service.journal(now, 'refused',
-                                     f"{format_time(one['start'], read_zone(head.tz or 'UTC'))} is "
-                                     f"{one['outcome']}: {one['why']}", reservation,
-                                     json.loads(head.notify))
+                became = 'skipped' if one['outcome'] == 'left out' else 'moved'
+                start = self.service.config.told_time(one['start'].timestamp(), head.tz)
+                self.service.journal(now, 'refused', f"{start} is {became}: {one['why']}",
+                                     reservation, json.loads(head.notify))
 
     def kept_identities(self, there: list, wish: Wish, now: float) -> dict[int, dict]:
         """New slots for occurrences whose slots are gone, by id; first of the same day.
@@ -11284,9 +11526,8 @@ def chosen(parts: list[tuple], book: Callable, tries: Iterator, taken: list, fir
     (kind, choices), refusals = parts[len(taken)], []
     for n in range(first, len(choices)):
         if next(tries, None) is None:
-            raise Spent(f'no way to reserve all {len(parts)} parts together was found in '
-                        f'{MOST_TRIES} tries; name a resource for each part, or ask for fewer '
-                        'parts')
+            raise Spent(f'cmres tried {MOST_TRIES} combinations of resources for all {len(parts)} '
+                        'parts and none fits. Choose a resource for each part, or fewer parts.')
         try:
             with Attempt():
                 got = [*taken, book(choices[n], taken)]
@@ -11330,19 +11571,22 @@ class Admission:
             self.series.spelled(deal, [], now) if wish.stretches
             else deal._replace(changes=[change_to(None, wish, now)]), now)
         done = done if wish.stretches else []
-        what = self.told_series(wish, done) if wish.stretches else f'{wish.vms} vms on {place.name}'
+        what = (self.told_series(wish, done) if wish.stretches
+                else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
         if pending and not wish.stretches:
             until = self.service.config.told_time(pending, wish.tz)
-            self.service.journal(now, 'pending', f'an admin must approve it until {until}',
+            self.service.journal(now, 'pending', f'an admin must approve it before {until}',
                                  reservation, wish.notify)
         return reservation, done
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
         """What was booked of a series, for the journal."""
         left_out = sum(each['outcome'] == 'left out' for each in done)
-        return (f"{wish.vms} vms on {wish.resource.name}, {wish.repeat or 'once'}: "
-                f"{len(done) - left_out} occurrences{f', {left_out} left out' if left_out else ''}")
+        return (f"{counted(wish.vms, 'VM')} on {wish.resource.name}, "
+                f"{rule_in_words(wish.repeat) if wish.repeat else 'once'}: "
+                f"{counted(len(done) - left_out, 'occurrence')}"
+                f"{f', {left_out} skipped' if left_out else ''}")
 
     def edit(self, old, wish: Wish, asked: Iterable[str], now: float, code: str = 'updated',
              named: bool = False, alone: bool = False) -> Deal:
@@ -11433,7 +11677,8 @@ class Admission:
         only = NONE_OF_THEM
         if first.repeats:
             only = first.id if len(found) == 1 else None
-        said = [why or f'cancelled by {self.service.actor.user}']
+        service = self.service
+        said = [why or service.because(f'cancelled by {service.actor.user}')]
         # Those without VMs have the same to say.
         telling = [each for each in found if each.existing]
         telling += [each for each in found if not each.existing][:1]
@@ -11451,7 +11696,8 @@ class Admission:
         if found.server or found.at_end in ('', 'delete'):
             return {'ends_with': found.at_end or 'delete'}
         return {'ends_with': 'delete', 'warnings': [
-            f"the VMs of '{found.label}' are deleted; the agreed {found.at_end} is not done"]}
+            f"The VMs of '{found.label}' are deleted now. The agreed action at the end "
+            f'({found.at_end}) is not done.']}
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
         """Books all parts of a request: each one's wish, reservation, and what became of it."""
@@ -11471,11 +11717,10 @@ class Admission:
 
     def apart(self, request: Request, refusal: NoCapacity) -> NoCapacity:
         """The refusal of parts of which each would have room, but not all together."""
-        start, end = (format_time(instant(at), self.service.config.zone)
-                      for at in refusal.wish.held)
-        answer = NoCapacity(f"{refusal.placed} of the {len(request.parts)} parts of "
-                            f"'{request.label}' have room together from {start} to {end}; ask for "
-                            'fewer parts, for smaller ones or for another time')
+        when = self.service.config.told_window(*refusal.wish.held)
+        answer = NoCapacity(f'Only {refusal.placed} of the {len(request.parts)} parts of '
+                            f"'{request.label}' fit together from {when}. Reserve fewer parts, "
+                            'smaller parts, or another time.')
         answer.wish = refusal.wish
         answer.others = {wish.resource.id for part in request.parts for wish in part}
         return answer
@@ -11486,7 +11731,7 @@ class Admission:
             return with_vms(each, wish.vms) if field == 'vms' else each._replace(
                 start=wish.start, end=wish.end)
         if field == 'vms' and request.name:
-            raise Invalid('of which part, the offer would not say')
+            raise Invalid('An offer of fewer VMs must say for which part.')
         parts = [[*map(other, part)] for part in request.parts]
         self.book_all(request._replace(parts=parts), now)
 
@@ -11516,7 +11761,19 @@ class Admission:
         found = self.look.occurrence(occurrence) if occurrence else self.look.next_of(reservation)
         series = ({'booked_until': instant(found.booked_until), 'occurrences': [*done]}
                   if wish.stretches else {})
-        return public(found) | series | ({'warnings': wish.warnings} if wish.warnings else {})
+        shown = public(found)
+        return shown | series | {'message': self.in_words(shown)} | (
+            {'warnings': wish.warnings} if wish.warnings else {})
+
+    def in_words(self, shown: dict) -> str:
+        """What is agreed now, in a sentence: what starts when, and what becomes of it."""
+        planned = plan_in_words(shown, read_zone(shown['tz'] or self.service.config.timezone))
+        if shown['state'] == 'waiting':
+            return f"On the waiting list: {planned['what']}, {planned['when']}."
+        series = rule_in_words(shown['repeat']) if shown['repeat'] else ''
+        once = f' This is the next one of a series: {series}.' if series else ''
+        pending = ' An admin must approve it first.' if shown['state'] == 'pending' else ''
+        return planned['message'] + once + pending
 
     def grant(self, proposal, now: float) -> None:
         """Makes a change that was proposed."""
@@ -11544,7 +11801,7 @@ class Admission:
                                         now)
         except NoCapacity as refusal:
             conflict, = refusal.details.pop('conflicts')
-            why = f"what was left out does not fit any more: {conflict['why']}"
+            why = f"The skipped occurrence does not fit any more. {conflict['why']}"
             raise NoCapacity(why, **refusal.details) from None
 
 
@@ -11581,7 +11838,7 @@ class Waiting:
     def line_up(self, request: Request, now: float) -> dict:
         """Writes down a request that has no room now, and waits; inside a transaction."""
         if any(part[0].stretches for part in request.parts):
-            raise Invalid(A_SERIES_WAITS)
+            raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
         parts = [[wish for wish in map(self.wishes.as_now, part)
                   if wish.amount.within(self.policy.most_ever(wish))] for part in request.parts]
         without = (part[0] for part, left in zip(request.parts, parts) if not left)
@@ -11624,7 +11881,7 @@ class Waiting:
                                              'choices': json.dumps(choices) if len(choices) > 1
                                              else ''}), now)
         places = ' or '.join(each.resource.name for each in wishes[:20])
-        self.service.journal(now, 'waiting', f'{wish.vms} vms on {places} are not free',
+        self.service.journal(now, 'waiting', f"{counted(wish.vms, 'VM')} on {places} are not free",
                              made.reservation, wish.notify)
         return wish, made.reservation, []
 
@@ -11643,12 +11900,12 @@ class Waiting:
         more = self.admit_in_order(now)
         for each in self.look.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
                                       (NEXT_OF_ITS, None)]):
-            why = f"nobody has {'accepted' if each.confirm else 'approved'} it in time"
+            why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.look.together(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
         for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
                          'WHERE until <= ?', int(now)):
-            self.leave_as_it_was(each.reservation, now, 'nobody has approved the change in time')
+            self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
         return more
 
     def admit_in_order(self, now: float) -> bool:
@@ -11665,7 +11922,8 @@ class Waiting:
             except Conflict as error:
                 self.try_later(request, not isinstance(error, NoCapacity), now)
                 continue
-            if any(each.waiting <= now - self.service.config.patience for each in request):
+            before = now - self.service.config.no_overtaking_after
+            if any(each.waiting <= before for each in request):
                 return True
         return False
 
@@ -11740,10 +11998,11 @@ class Waiting:
         whose = ('an admin must approve it' if place.approval
                  else f'`accept {found.request or found.label}`')
         until = self.service.config.told_time(pending or now, found.tz)
-        asks = f'there is room; {whose} until {until}' if pending else ''
+        asks = f'the capacity is free now; {whose} before {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
             'admitted',
-            f'{found.vms} vms on {place.name}, after {format_duration(int(now) - found.waiting)}')
+            f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
+            f'{format_duration(int(now) - found.waiting)}')
         self.service.tell(now, code, sentence, found)
 
 
@@ -11792,7 +12051,7 @@ class Offers:
             with undone():
                 wish = self.wishes.as_now(getattr(refusal, 'wish', wish))
                 why, more, offers = self.explained(refusal, wish, old, bool(deed))
-                more |= refusal.details | (self.tested(deed, offers) if deed else {})
+                more = refusal.details | more | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
     def explained(self, refusal: NoCapacity, wish: Wish, old,
@@ -11821,6 +12080,7 @@ class Offers:
             for offer, wish in candidates:
                 if self.would_do(deed, wish, OFFERS[name]):
                     found[name] = offer
+                    found |= {'latest_end': instant(wish.end)} if name == 'longest' else {}
                     break
         return found
 
@@ -11903,7 +12163,7 @@ class Approvals(Operations):
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
     def approve(self, label: Label, project: Name = '',
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Lets a pending reservation be, or a change of one that is approved.
+        """Approves a pending reservation, or a pending change of a reservation.
 
         Example:
           python cmres.py approve lab --project biology
@@ -11915,14 +12175,14 @@ class Approvals(Operations):
             for proposal, each in proposals:
                 with self.offers.explaining(restored_wish(proposal.wish), each):
                     self.admission.grant(proposal, now)
-                self.tell(now, 'approved', f'the change was approved by {self.actor.user}', each)
+                self.tell(now, 'approved', f'{self.actor.user} approved the change', each)
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
     @api('POST', '/reservation/<label>/accept')
     def accept(self, label: Label, project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Takes the room that is held for a reservation of yours that had waited.
+        """Accepts the capacity that the waiting list offers you.
 
         Example:
           python cmres.py accept lab
@@ -11931,7 +12191,8 @@ class Approvals(Operations):
             _, pending, _ = self.pending_of(label, project)
             mine = [each for each in pending if each.confirm]
             if not mine:
-                raise Conflict(f"'{label}' waits for an admin, who says: approve {label}")
+                raise Conflict(f"'{label}' must be approved by an admin. You cannot accept it "
+                               'yourself.', cause='approval')
             for each in mine:
                 self.settle(each, 'accepted', now)
             return self.told_parts(label, pending)
@@ -11939,9 +12200,9 @@ class Approvals(Operations):
     @api('POST', '/reservation/<label>/reject', role=ADMIN)
     def reject(self, label: Label, reason: Text = '', project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Refuses a pending reservation and frees what it held; of a request, all parts.
+        """Rejects a pending reservation. Its capacity is free again. Rejects all parts of a group.
 
-        A change of a reservation that was approved before is refused alone: that goes on as it was.
+        A change of an approved reservation is rejected alone: the reservation stays as it was.
 
         Example:
           python cmres.py reject lab --reason 'not before the exam'
@@ -11973,7 +12234,7 @@ class Approvals(Operations):
         proposals = [(proposal, each) for each in found for proposal in rows(
             'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
         if not pending and not proposals:
-            raise Conflict(f"'{label}' is {found[0].state}, and waits for nobody's word")
+            raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals
 
     def awaiting_approval(self) -> list[dict]:
@@ -12060,8 +12321,8 @@ class Staged:
         if not self.dropping:  # so that no id of an event comes twice, one stays
             self.dropping = True
             run("UPDATE event SET reservation_id = NULL, occurrence = NULL, project = '', "
-                "code = 'dropped', sentence = 'many lines were begun and not all had room, so none "
-                "is reserved' WHERE id = ?", last_told)
+                "code = 'dropped', sentence = 'many lines were started and not all of them "
+                "fitted, so nothing was reserved' WHERE id = ?", last_told)
             run('DELETE FROM outbox WHERE event_id = ?', last_told)
         for last in some_of(deque(range(last, first, -1))):
             self.erase(last, now)
@@ -12077,7 +12338,7 @@ class Staged:
                     '(SELECT id FROM occurrence WHERE reservation_id = ?) LIMIT 1', reservation)
         if there:
             live = self.service.look.live(self.service.look.next_of(reservation))
-            self.service.admission.cancel(live, now, 'not all of it had room', True)
+            self.service.admission.cancel(live, now, 'not all of the group fitted', True)
         else:
             self.service.bookings.erase(reservation)
 
@@ -12098,34 +12359,32 @@ class Requests(Operations):
             skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
-            host: Hosts = (), wait: bool = False, priority: int = 0, confirm: Span = None,
-            dry_run: bool = False, asked: dict = None) -> BookedAnswer | GroupAnswer:
-        """Reserves machines from START to END, once or again and again.
+            host: Hosts = (), classes: Classes = None, wait: bool = False, priority: int = 0,
+            accept_within: Span = None, dry_run: bool = False,
+            asked: dict = None) -> BookedAnswer | GroupAnswer:
+        """Reserves virtual machines (VMs) from START to END, once or in a series.
 
-        With an image, they are booted at the start and deleted at the end, or what --at-end says;
-        with --server, a machine that you have is started and stopped instead. With neither,
-        capacity is held and nothing boots. With a flavor, its vcpus and ram count against the
-        resource as well. What doesn't fit is refused with what would; `add --file FILE` is `load
-        FILE`.
+        cmres starts the VMs at START and deletes them at END, or does what --at-end says. Without
+        --image, cmres reserves only the capacity. If it does not fit, cmres suggests reservations
+        that fit.
 
-        With --repeat it is a series by the clocks of --tz: START is when the first may begin, END
-        says how long each takes. What begins in an hour that the change of the clocks leaves out
-        begins an hour later by the clock; in an hour that comes twice, the first time. Its
-        occurrences are reserved as far as the setting `horizon` says, and from day to day further.
+        With --repeat it is a series in the time zone --tz: START is the earliest start, END says
+        how long each occurrence takes. The series keeps its local time. A local time that does not
+        exist (summer time begins) moves one hour later; of one that exists twice, the first counts.
+        Occurrences are reserved for the next days (setting `horizon`), and later ones from day to
+        day.
 
-        With --wait, what doesn't fit waits until it does: the higher priority first, then the
-        older. For a place with gaps instead of a resource, the first in order of names that has
-        room is taken.
+        With --wait, a reservation that does not fit joins the waiting list: the higher priority
+        goes first, then the older request. With - as RESOURCE, cmres uses the first resource of the
+        location, by name, with enough free capacity.
 
-        With several --part, also on several clouds, all of them are reserved or none; they are
-        LABEL-1, LABEL-2 and so on, and what is said of LABEL is said of each. With --host, all of
-        that host is reserved, where `resource sync --named` has told its name; m[01-05] are five
-        parts.
+        With several --part, all parts are reserved, or none. The parts are called LABEL-1, LABEL-2
+        and so on; commands on LABEL act on every part.
 
         Example:
           python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
-          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue,thu' --until
-          2027-06-30 python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
+          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20
+          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
         return self.reserve([self.read_request(asked)], dry_run)
 
@@ -12159,26 +12418,26 @@ class Requests(Operations):
     def read_request(self, asked: dict) -> Request:
         """What `add` was asked, resolved for each part and each resource on which that could be."""
         if asked['priority'] and self.actor.role != ADMIN:
-            raise Forbidden('only an admin may give a priority')
+            raise Forbidden('Only an admin can give a priority.')
         parts = self.parts_asked(asked)
         names = ([f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1
                  else [asked['label']])
         return Request(asked['label'],
                        [self.wishes_of(part | {'label': name}) for part, name in zip(parts, names)],
-                       asked['wait'], asked['priority'], seconds_of(asked['confirm']))
+                       asked['wait'], asked['priority'], seconds_of(asked['accept_within']))
 
     def parts_asked(self, asked: dict) -> list[dict]:
         """The arguments of each part of a request, a part for each host that is named."""
         if asked['part'] and asked['resource'] != ANY:
-            raise Invalid(f"a resource or parts, not both: '{asked['resource']}' would be a part "
-                          f"of its own")
+            raise Invalid(f"Choose a resource or parts, not both: '{asked['resource']}' would be "
+                          'a part of its own.')
         parts = [asked | part for part in read_argument('part', asked['part'], Parts, self.here)
                  ] if asked['part'] else [asked]
         parts = [part | {'host': host} for part in parts
                  for host in (read_argument('host', part['host'], Hosts, self.here) if part['host']
                               else [''])]
         if len(parts) > MOST_PARTS:
-            raise Invalid(f'a request has at most {MOST_PARTS} parts, not {len(parts)}')
+            raise Invalid(f'A group has at most {MOST_PARTS} parts, not {len(parts)}.')
         return parts
 
     def wishes_of(self, asked: dict) -> list[Wish]:
@@ -12195,10 +12454,11 @@ class Requests(Operations):
 
     @api('POST', '/reservation/load', made='/reservation/')
     def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
-        """Adds many reservations at once: all of them, or with --partial those that fit.
+        """Adds many reservations from a file: all of them, or with --partial those that fit.
 
-        Each refused line is named with its number and the reason. In a CSV file the first line
-        names the fields. Does not read more than 100000 lines.
+        Each refused line is shown with its number and the reason. The first line of a CSV file
+        names the fields, as in `add`; the output of `list --format csv` is such a file. At most
+        100000 lines.
 
         Example:
           python cmres.py load class.csv --partial
@@ -12216,8 +12476,8 @@ class Requests(Operations):
             taken, refused = self.take_lines(requests, partial, now)
             refused = by_line(unread + refused)
             if refused and not partial:
-                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused, so nothing was '
-                               'reserved', refused=refused)
+                raise Conflict(f'{len(refused)} of {len(rows)} lines were refused. Nothing was '
+                               'reserved.', refused=refused)
             return {'taken': taken, 'refused': refused}
         if dry_run or unread and not partial:
             return self.carry_out(deed, dry_run=True)
@@ -12266,15 +12526,16 @@ class Requests(Operations):
         given = {name: value for name, value in given.items() if name != 'line'
                  and value not in ('', None)}
         if 'dry_run' in given:
-            raise Invalid('dry_run is for all lines together')
+            raise Invalid('dry_run is for all lines together.')
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
     @api('POST', '/reservation/generate', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None,
                  flavor: Name = '', image: Name = '', dry_run: bool = False) -> LoadedAnswer:
-        """Adds random reservations within the next week, for trying things out; those that don't
-        fit are left out.
+        """Adds random reservations within the next week, to try things out.
+
+        Those that do not fit are left out.
 
         Example:
           python cmres.py generate demo --count 20
@@ -12294,24 +12555,27 @@ class Requests(Operations):
              cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
              state: Names = (), start: When = None, end: When = None, limit: Page = 100,
              after: Cursor = '', asked: dict = None) -> list[ReservationAnswer]:
-        """Lists reservations, the earliest first: those that are not over, or all that the filters
-        meet.
+        """Lists current and future reservations, the earliest first.
 
-        A label, a state or a window [START, END) that they overlap also finds what is over. Of a
-        series only the present or next occurrence is listed; a label or a window finds all of them.
-        Each page has at most --limit lines, fewer if they are long: the last page is the one
-        without a line; --after START/ID of its last line gives the next, whatever moved. Long
-        descriptions are cut, and user data is left out: `show` has them.
+        With a label, a state or a time window, finished reservations are listed too. Of a series
+        you see only the current or next occurrence; with a label or a time window you see all of
+        them. A page has at most --limit lines; cmres says if there are more. `show` has long
+        descriptions and user data.
 
         Example:
           python cmres.py list --resource demo --state starting,active
         """
-        for word in state:
-            refuse_unknown_word('state', word, STATES)
+        self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
         if label and not found and not self.look.labelled(label):
-            raise NotFound(f"there is no reservation '{label}'")
+            raise NotFound(f"There is no reservation '{label}'.")
+        if resource and not found:
+            self.look.refuse_unknown_resource(resource)
         return [public(each) for each in found]
+
+    def refuse_unknown_states(self, states: Iterable[str]) -> None:
+        for word in states:
+            refuse_unknown_word('state', word, STATES)
 
     def over(self, before: str, limit: int) -> list[dict]:
         """What has ended or was cancelled and has begun before now, the latest first."""
@@ -12341,8 +12605,9 @@ class Requests(Operations):
     @for_each_part
     def show(self, label: Label, project: Name = '', occurrence: Day = None,
              tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
-        """Shows all of one reservation: what was asked, its state, its servers; of a series also
-        what comes.
+        """Shows everything about one reservation.
+
+        Its fields, its state, its VMs, and the future occurrences of a series.
 
         Example:
           python cmres.py show lab
@@ -12362,10 +12627,9 @@ class Requests(Operations):
     @api('GET', '/reservation/<label>/servers')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None,
                 kept: bool = False, tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
-        """Lists the servers of a reservation: state, addresses, and when each was planned, begun
-        and ready.
+        """Lists the VMs of a reservation: state, addresses and times.
 
-        With --kept, those that were stopped or shelved at their end and stay: of a label, or all.
+        With --kept, it lists the VMs that stayed after their end, stopped or shelved.
 
         Example:
           python cmres.py servers lab
@@ -12374,7 +12638,9 @@ class Requests(Operations):
         if kept:
             return [public(each) for each in self.look.kept_servers(label, project)]
         if not label:
-            raise Invalid('say which: the label of a reservation, or --kept')
+            raise Invalid('Choose a reservation by its label, or the VMs that stayed after their '
+                          'end.',
+                          hint='LABEL or --kept')
         found = self.look.parts_of(label, project)
         return [line for each in found or [None] for line in self.look.servers_of(self.look.mine(
             each.label if each else label, each.project if each else project, live=False,
@@ -12383,7 +12649,7 @@ class Requests(Operations):
     @api('GET', '/reservation/<label>/duration')
     @for_each_part
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
-        """Tells how long a reservation is.
+        """Shows how long a reservation is.
 
         Example:
           python cmres.py duration lab
@@ -12403,23 +12669,26 @@ class Requests(Operations):
                count: Count = None, skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
                occurrence: Day = None, following: bool = False, tz: Zone = '', project: Name = '',
+               reason: Text = '',
                dry_run: bool = False, asked: dict = None) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
-        A new start alone moves it with its length; a new end alone makes it longer or shorter. One
-        that has begun keeps its start, its place and what its machines are made of. Of a series,
-        all that has not begun changes; with --occurrence only that one, and with --following those
-        after it as well. An occurrence that was changed on its own lets the others be, and they it.
+        A new start moves the reservation; a new end makes it longer or shorter. A reservation that
+        has started keeps its start, its resource and everything that its VMs are made of. Of a
+        series, all future occurrences change; with --occurrence only that one, with --following
+        also those after it. An occurrence that you changed alone does not follow later changes of
+        the series.
 
         Example:
           python cmres.py update lab --start 2026-12-01T10:00 --vms 5
           python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
-        apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following')
+        apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following', 'reason')
         asked = {name: value for name, value in asked.items()
                  if value is not None and name not in apart and (name, value) != ('tz', '')}
         if following and not occurrence:
-            raise Invalid('--following needs an --occurrence, from which on things change')
+            raise Invalid('Choose the occurrence after which everything changes.',
+                          hint='--occurrence DATE')
         return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
                           occurrence=occurrence, alone=bool(occurrence) and not following)
 
@@ -12427,23 +12696,45 @@ class Requests(Operations):
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None,
                tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Lets a reservation end later; works until its end. Of a series, only the present or next
-        occurrence.
+        """Makes a reservation longer; works until its end.
+
+        Of a series, only the current or next occurrence.
 
         Example:
           python cmres.py extend lab +1h
+          python cmres.py extend lab --until 17:00
         """
         if by <= timedelta(0):
-            raise Invalid(f'by: {to_plain(by)} is no length to extend by; write +1h')
+            raise Invalid(f'by: {format_duration(by.total_seconds())} is not longer. Write for '
+                          'example +1h.')
         return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
                             'updated', dry_run)
+
+    @api('POST', '/reservation/<label>/end')
+    @for_each_part
+    def end(self, label: Label, project: Name = '', dry_run: bool = False) -> (
+            BookedAnswer | GroupAnswer):
+        """Ends a running reservation now, with its agreed action at the end.
+
+        Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
+
+        Example:
+          python cmres.py end lab
+        """
+        def now_on(old) -> datetime:
+            if self.clock() < old.start:
+                raise Conflict(f"'{label}' has not started yet. Cancel it instead.",
+                               hint=f'delete {label}')
+            return instant(int(self.clock()) + 1)
+        return self.prolong(label, project, None, now_on, 'updated', dry_run)
 
     @api('POST', '/reservation/<label>/keep')
     @for_each_part
     def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
              dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Lets what runs now go on until a later instant, if that fits; a series goes on after that
-        as planned.
+        """Keeps the running VMs until a later time, if the capacity is free.
+
+        The rest of a series does not change. `extend LABEL --until TIME` does the same.
 
         Example:
           python cmres.py keep lab +2h
@@ -12451,10 +12742,11 @@ class Requests(Operations):
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
             if self.clock() < old.held_from:
-                raise Conflict(f"'{label}' has not begun; `update` moves its end")
+                raise Conflict(f"'{label}' has not started yet. Change its end instead.",
+                               hint=f'update {label} --end')
             if last.timestamp() <= old.end:
-                raise Invalid(f'until: {to_plain(last)} is not after the end, '
-                              f'{to_plain(instant(old.end))}')
+                raise Invalid(f'until: {self.config.told_time(last.timestamp())} is not after the '
+                              f'end, {self.config.told_time(old.end)}.')
             return last
         return self.prolong(label, project, None, end, 'kept', dry_run)
 
@@ -12475,11 +12767,10 @@ class Requests(Operations):
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
              tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Leaves out the next occurrence, which must not have begun.
+        """Leaves out the next occurrence, which must not have started.
 
-        With --undo, an occurrence of a series that was left out, skipped or cancelled by itself
-        comes back if it fits, as the series has it now: the next of them, or that of --occurrence,
-        also of `skip_dates`.
+        With --undo, it restores a skipped or cancelled occurrence of a series, if it still fits:
+        the next one, or the one of --occurrence.
 
         Example:
           python cmres.py skip lab
@@ -12494,7 +12785,9 @@ class Requests(Operations):
                           ('o.held_from > ?', now)]
                 found = (self.look.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
-                raise Conflict(f"'{label}' has begun; `delete` ends it")
+                raise Conflict(f"'{label}' has already started and cannot be skipped. Cancel it "
+                               'to end it now.',
+                               hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
 
@@ -12515,7 +12808,7 @@ class Requests(Operations):
             id = row('SELECT id FROM occurrence WHERE reservation_id = ? AND slot = ?',
                      found.reservation, slot.key).id
             if self.admission.commit_back(self.look.occurrence(id), wish, now):
-                why = f'{self.actor.user} has put back what was left out on '
+                why = f'{self.actor.user} restored the occurrence of '
                 self.journal(now, 'updated', why + self.config.told_time(slot.start),
                              found.reservation, wish.notify, id)
             return public(self.look.occurrence(id))
@@ -12526,7 +12819,7 @@ class Requests(Operations):
         its row if any.
         """
         if not found.repeats:
-            raise Conflict(f"'{found.label}' is no series; reserve it again with `add`")
+            raise Conflict(f"'{found.label}' is not a series. Reserve it again.")
         begin, until, on = int(now), 2**62, ''
         if asked:
             begin, until, on = self.span_of(asked, read_zone(found.tz))
@@ -12541,14 +12834,15 @@ class Requests(Operations):
             gone = old.cancelled is not None if old else asked
             if meant and gone and slot.start - found.lead > now:
                 return slot, old
-        raise NotFound(f"'{found.label}' has no occurrence to come that was left out"
-                       f"{f' on {on}' if on else ''}")
+        raise NotFound(f"'{found.label}' has no skipped occurrence in the "
+                       f"future{f' on {on}' if on else ''}.")
 
     def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
               occurrence: datetime | None = None, alone: bool = True) -> dict:
         """Changes a reservation, whose cloud is asked before; `alone`: no later occurrence."""
         if not asked.keys() - {'tz'}:
-            raise Invalid('say what to change, such as --end or --vms')
+            raise Invalid('Choose what to change.',
+                          hint='for example --end or --vms')
         # what the cloud was asked about may be out of date by the time we write
         for _ in range(10):
             old, stretches, key = self.to_alter(label, project, occurrence, asked)
@@ -12569,7 +12863,7 @@ class Requests(Operations):
                 answer = self.carry_out(deed, dry_run)
             if answer:
                 return answer
-        raise Conflict(f"'{label}' is being changed by others all the time; try again")
+        raise Conflict(f"Others change '{label}' all the time. Try again.")
 
     def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool,
                 only: bool) -> dict:
@@ -12597,8 +12891,8 @@ class Requests(Operations):
         own = OWN | {'tz', 'on_conflict'} | (set() if only else REPEATING)
         if old.repeats and occurrence and asked.keys() - own:
             common = min(asked.keys() - own).replace('_', ' ')
-            raise Invalid(f'the {common} is the same for all occurrences; some alone can have '
-                          f"another {', '.join(sorted(OWN))}")
+            raise Invalid(f'{common.capitalize()} is the same for the whole series. For single '
+                          f"occurrences you can change {', '.join(sorted(OWN))}.")
 
     def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
         """The occurrence that a change is told for, its stretches, the slot from which on."""
@@ -12615,10 +12909,32 @@ class Requests(Operations):
 
     def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
-        self.journal(now, code,
-                     f"{self.actor.user} changed: {', '.join(sorted(asked.keys() - {'tz'}))}",
-                     old.reservation, wish.notify, NONE_OF_THEM if done or not old.repeats else
+        what = self.in_words_changed(old, wish, asked)
+        tells = wish.notify if self.actor.user != old.user or code != 'updated' else None
+        self.journal(now, code, self.because(f'{self.actor.user} changed {what}'),
+                     old.reservation, tells, NONE_OF_THEM if done or not old.repeats else
                      None if wish.stretches else old.id)
+
+    def because(self, sentence: str) -> str:
+        """A sentence with the reason that was given for the change, if there is one."""
+        return f'{sentence}: {self.reason}' if self.reason else sentence
+
+    def in_words_changed(self, old, wish: Wish, asked: dict) -> str:
+        """What is otherwise in a reservation, old and new."""
+        before, after = public(old), wish.columns(*STORED) | {
+            'resource': wish.resource.name, 'start': instant(wish.start),
+            'end': instant(wish.end), 'vms': wish.vms}
+        zone = read_zone(wish.tz or self.config.timezone)
+
+        def shown(value) -> str:
+            moment = isinstance(value, datetime)
+            return format_moment(value, zone) if moment else cut_short(in_cell(value, zone), 60)
+        told = ('start', 'end', 'vms', 'resource', 'flavor', 'image', 'user', 'label', 'at_end')
+        changed = [f"{name.replace('_', ' ')} from {shown(before[name]) or 'none'} to "
+                   f"{shown(after[name]) or 'none'}"
+                   for name in told if name in asked and before[name] != after[name]]
+        rest = sorted(asked.keys() - {'tz', *told})
+        return ', '.join([*changed, *rest]) or ', '.join(sorted(asked.keys() - {'tz'}))
 
     @api('DELETE', '/reservation/<label>')
     @api('DELETE', '/reservation/')
@@ -12631,29 +12947,31 @@ class Requests(Operations):
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
                cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                vms: Count = None, start: When = None, end: When = None, count: Count = None,
-               occurrence: Day = None, following: bool = False, kept: bool = False, tz: Zone = '',
-               dry_run: bool = False, asked: dict = None) -> list[CancelledAnswer | KeptAnswer]:
+               state: Names = (), occurrence: Day = None, following: bool = False,
+               kept: bool = False, reason: Text = '', tz: Zone = '', dry_run: bool = False,
+               asked: dict = None) -> list[CancelledAnswer | KeptAnswer]:
         """Cancels a reservation: its capacity is free at once, and its VMs are deleted.
 
-        Give a label, or filters that must all match exactly (start and end too); without a label,
-        --count must say how many that hits. Nothing that is over is touched. Of a series,
-        --occurrence cancels only that one, and with --following those after it as well. With
-        --kept, nothing is
-        cancelled: the VMs are deleted that were stopped or shelved at the end and stay.
+        Give a label, or filters that must all match exactly. Without a label, --count must say how
+        many reservations you expect to cancel. Finished reservations do not change. Of a series,
+        --occurrence cancels only that one, and --following also those after it. With --kept, it
+        deletes the VMs that stayed after their end.
 
         Example:
           python cmres.py delete --resource demo --user eva --dry-run
         """
-        if not any(asked[name] for name in FILTERS):
-            raise Invalid('say which: a label, or filters such as --resource and --user')
+        self.refuse_unknown_states(state)
+        if not any([state, *(asked[name] for name in FILTERS)]):
+            raise Invalid('Choose what to cancel: a label, or filters.',
+                          hint='for example --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
         begin, until = self.resolve(start or FIRST, end or LAST)
         exact = [('o.vms = ?', vms), ('o.start = ?', start and begin),
                  ('o."end" = ?', end and until)]
         if (occurrence or following) and not (label and occurrence):
-            raise Invalid('--occurrence and --following need a label, and --following an '
-                          '--occurrence')
+            raise Invalid('Choose the label of a series and one of its occurrences.',
+                          hint='LABEL --occurrence DATE, and --following if you want')
         with self.writing(dry_run) as now:
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
@@ -12663,6 +12981,7 @@ class Requests(Operations):
                                           now, ends=following)
             else:
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
+                found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.admission.cancel(self.look.live(each), now, ends=True)
@@ -12672,20 +12991,22 @@ class Requests(Operations):
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
         if not label:
-            raise Invalid('--kept needs the label of a reservation')
+            raise Invalid('Choose a reservation by its label.')
         with self.writing(dry_run) as now:
             found = self.look.kept_servers(label, project)
             if len({each.project for each in found}) > 1:
                 raise in_several(label, found)
             if not found:
-                raise NotFound(f"no VM of '{label}' was stopped or shelved at its end and stays")
+                raise NotFound(f"No VM of '{label}' was stopped or shelved at its end and still "
+                               'exists.')
             for each in () if rehearsal.on else found:
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
                 self.bookings.count_stopped(reservation, now)
             self.journal(now, 'released',
-                         f'{self.actor.user} deletes {len(found)} VMs that stayed: '
-                         f"{', '.join(each.name for each in found[:20])}", found[0].reservation,
+                         f"{self.actor.user} deletes {counted(len(found), 'VM')} that stayed "
+                         'after the end: '
+                         f"{', '.join((each.name for each in found[:20]))}", found[0].reservation,
                          (), NONE_OF_THEM)
             return [public(each) for each in found]
 
@@ -12702,33 +13023,34 @@ class Requests(Operations):
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
         if not found:
-            raise NotFound(f"there is no reservation {shown(label) + ' ' if label else ''}that is "
-                           f"not over{'' if label else ' and meets all of these filters'}")
+            which = f" '{label}'" if label else ' that matches all of these filters'
+            raise NotFound(f'There is no current or future reservation{which}.')
         if label and len({each.project for each in found}) > 1:
             refusal = in_several(label, found)
             found[:] = [each for each in found if each.project == self.actor.project]
             if not found:
                 raise refusal
         if (not label or count) and count != len(found) and not dry_run:
-            raise Conflict(f'this would cancel {len(found)} reservations; say --count {len(found)} '
-                           f'to do it',
+            raise Conflict(f"This would cancel {counted(len(found), 'reservation')}. Nothing was "
+                           'cancelled.',
+                           hint=f'--count {len(found)} confirms it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
     @api('GET', '/resource/<resource>/find')
     def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '',
              lead: Span = None,
              after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
-        """Finds the earliest slots that are free for so many machines for so long.
+        """Finds the next free time slots for a number of VMs and a duration.
 
-        Each slot says from when until when it is free. Looks a year ahead unless --before says how
-        far.
+        Each slot shows from when until when the capacity is free. The search ends a year from now,
+        or at --before.
 
         Example:
           python cmres.py find demo 2h --vms 4
         """
         place = self.look.resource_row(resource)
         if duration < timedelta(seconds=1):
-            raise Invalid('duration: a slot has at least one second')
+            raise Invalid('duration: a free slot has at least one second.')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
         amount = self.wishes.each_takes(self.wishes.ask_cloud(place, {'flavor': flavor}, [])) * vms
@@ -12741,9 +13063,9 @@ class Requests(Operations):
 
     @api('GET', '/resource/<resource>/usage')
     def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
-        """Tells how much of a resource is held, when; by whom it doesn't tell.
+        """Shows how much of a resource is reserved over time (without names).
 
-        Shows the next 7 days unless --start or --end say otherwise.
+        Default: the next 7 days.
 
         Example:
           python cmres.py usage demo --end +1d
@@ -12767,35 +13089,34 @@ class Plan(Operations):
 
     @api('POST', '/limit/', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
-                  most_vms: Count = None, longest: Span = None, ahead: Span = None,
-                  least_notice: Span = None, vcpu_hours: Count = None, waiting: int = None,
-                  exempt: Span = None, dry_run: bool = False) -> LimitAnswer:
-        """Limits what a project or a user may reserve; with neither, every project that has no
-        limit of its own.
+                  max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
+                  min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
+                  exempt_within: Span = None, dry_run: bool = False) -> LimitAnswer:
+        """Sets a limit for a user or a project.
 
-        With --resource it counts there alone, else everywhere together. What begins within --exempt
-        from now and takes no longer than a day (`exempt_longest`) is not limited: tonight's idle
-        VMs may be used.
+        Without both, the limit applies to every project that has no limit of its own. With
+        --resource it applies to that resource; otherwise to all resources together. Reservations
+        that start within --exempt-within and take at most a day (`exempt_longest`) have no limit.
 
         Example:
-          python cmres.py limit add --project biology --most-vms 20 --longest 7d --ahead 30d
-          --exempt 4h
+          python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
         """
-        figures = {'most_vms': most_vms, 'longest': longest, 'ahead': ahead,
-                   'least_notice': least_notice, 'vcpu_hours': vcpu_hours, 'waiting': waiting}
+        figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
+                   'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
+                   'waiting': max_waiting}
         if all(each is None for each in figures.values()):
-            raise Invalid(f"say what is limited: {', '.join(figures)}")
+            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}.")
         seconds = {name: seconds_of(each) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
-                        **seconds, added=int(now), exempt=seconds_of(exempt))
+                        **seconds, added=int(now), exempt=seconds_of(exempt_within))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
     def limit_list(self) -> list[LimitAnswer]:
-        """Lists the limits; of those for others, only an admin sees any.
+        """Lists the limits; only admins see the limits of others.
 
         Example:
           python cmres.py limit list
@@ -12806,7 +13127,7 @@ class Plan(Operations):
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
     def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
-        """Takes a limit away.
+        """Removes a limit.
 
         Example:
           python cmres.py limit delete 1
@@ -12814,31 +13135,31 @@ class Plan(Operations):
         with self.writing(dry_run) as now:
             found = row(f'{LIMITS} WHERE l.id = ?', id)
             if not found:
-                raise NotFound(f'there is no limit {id}')
+                raise NotFound(f'There is no limit {id}.')
             run('DELETE FROM limits WHERE id = ?', id)
             remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
-            self.journal(now, 'limit', f'took limit {id} away')
+            self.journal(now, 'limit', f'removed limit {id}')
             return self.limit_public(found)
 
     def limit_public(self, found) -> dict:
         """A limit as answers show it: lengths in words."""
         lengths = ('longest', 'ahead', 'least_notice', 'exempt')
-        return {name: format_duration(value) if name in lengths and value is not None else value
-                for name, value in (public(found) | {'waiting': found.waiting}).items()}
+        return with_twins({
+            name: format_duration(value) if name in lengths and value is not None else value
+            for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
 
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
                      ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
-                     hold: Span = None, approval: Span = None, no_show: Span = None,
+                     min_free_time: Span = None, approval: Span = None, no_show: Span = None,
                      default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
-        """Adds a resource; a figure that isn't given is unlimited.
+        """Adds a resource. Capacities that you leave out are unlimited.
 
-        With --classes, other resource classes of Placement count as well: what flavors take of them
-        stands in their extra specs, such as resources:CUSTOM_GPU=1. With a default flavor or number
-        of VMs, calendar programs have a calendar of the resource: what is drawn there is reserved.
+        With --classes, other resource classes of Placement count, too. Flavors name them in their
+        extra specs, for example resources:CUSTOM_GPU=1.
 
         Example:
           python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
@@ -12847,7 +13168,7 @@ class Plan(Operations):
             self.policy.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            lengths = self.read_seconds(hold=hold, approval=approval, no_show=no_show)
+            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show)
             self.refuse_idle(self.read_mode(mode), lengths)
             drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
                                       cloud, default_flavor=default_flavor or None,
@@ -12856,12 +13177,22 @@ class Plan(Operations):
                    **figures, mode=self.read_mode(mode), **lengths, **drawn,
                    classes=known_classes('', classes), hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
-            return self.resource_show(name)
+            return self.resource_show(name) | self.unknown_cloud(cloud)
+
+    def unknown_cloud(self, cloud: str | None) -> dict:
+        """A warning if clouds.yaml does not name a cloud: nothing could start there."""
+        if not cloud or cloud.startswith('simulated'):
+            return {}
+        from openstack.config import OpenStackConfig
+        known = OpenStackConfig().get_cloud_names()
+        return {} if cloud in known else {'warnings': [
+            f"The cloud '{cloud}' is not in clouds.yaml, so no VM can start there."
+            f"{nearest(cloud, known).strip('.')}"]}
 
     @api('GET', '/resource/')
     def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
                       aggregate: Name = '') -> list[ResourceAnswer]:
-        """Lists the resources: their places and what they hold at most.
+        """Lists the resources with their locations and capacities.
 
         Example:
           python cmres.py resource list --cloud simulated
@@ -12871,27 +13202,29 @@ class Plan(Operations):
 
     @api('GET', '/resource/<name>')
     def resource_show(self, name: Label) -> ResourceNowAnswer:
-        """Shows a resource, and what is held of it now.
+        """Shows a resource, and how much of it is reserved now.
 
         Example:
           python cmres.py resource show demo
         """
         found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
-        return self.resource_public(found) | {'held_now': in_figures(held)}
+        used = in_figures(held)
+        return self.resource_public(found) | {'held_now': used, 'used_now': used}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
                         cloud: Name = None, region: Name = None, aggregate: Name = None,
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
-                        classes: Classes = None, mode: Name = None, hold: Span = None,
+                        classes: Classes = None, mode: Name = None,
+                        min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, default_flavor: Name = None,
                         default_image: Name = None, default_vms: Figure = None, force: bool = False,
                         dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
-        """Changes a resource; `unlimited` takes a limit away.
+        """Changes a resource. `unlimited` removes a capacity limit.
 
-        A capacity below what is held already needs --force; nothing is cancelled then, and the
-        answer lists the occurrences that no longer fit, the latest added first.
+        If existing reservations no longer fit, the change needs --force. It cancels nothing; the
+        answer lists the affected occurrences, the newest first.
 
         Example:
           python cmres.py resource update demo --vms 8 --dry-run
@@ -12900,8 +13233,8 @@ class Plan(Operations):
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
                 for field in (*PLACE, *FIGURES) if asked[field] is not None}
         new |= {} if mode is None else {'mode': self.read_mode(mode)}
-        new |= {field: seconds_of(asked[field]) for field in ('hold', 'approval', 'no_show')
-                if asked[field] is not None}
+        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show}
+        new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
             if new.keys() & {'mode', *ASKED_BY_NOVA}:
@@ -12922,11 +13255,12 @@ class Plan(Operations):
             self.refuse_homeless(name, [] if force else homeless)
             self.journal(now, 'resource',
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
-            return self.resource_public(found) | {'no_longer_fit': homeless}
+            return self.resource_public(found) | {
+                'no_longer_fit': homeless} | self.unknown_cloud(cloud)
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
-        """Removes a resource that nothing is reserved on any more; its history stays.
+        """Removes a resource without current or future reservations. Its history stays.
 
         Example:
           python cmres.py resource delete demo
@@ -12941,15 +13275,21 @@ class Plan(Operations):
                           int(now),
                           f'%"resource":{found.id},%')  # a series may come back to it
             if busy or needed:
-                raise Conflict(f"'{name}' still has reservations; delete or move them first",
-                               labels=sorted({each.label for each in busy + needed}))
+                labels = sorted({each.label for each in busy + needed})
+                live = needed or any(each.state not in OVER for each in busy)
+                why = ('current or future reservations' if live
+                       else 'VMs of finished reservations, which are being deleted')
+                then = 'Cancel or move them first.' if live else 'Try again in a minute.'
+                raise Conflict(f"'{name}' still has {why}: {', '.join(labels[:20])}. {then}",
+                               labels=labels)
             change(Resource, found.id, removed=int(now))
             self.journal(now, 'resource', f"removed the resource '{name}'")
             return self.resource_public(found)
 
     def resource_public(self, found) -> dict:
         """A resource as answers show it."""
-        return {name: value for name, value in public(found).items() if name != 'removed'}
+        shown = {name: value for name, value in public(found).items() if name != 'removed'}
+        return with_twins(shown, {'hold': 'min_free_time'})
 
     def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
         """Lengths as the store has them; none is 0."""
@@ -12976,24 +13316,28 @@ class Plan(Operations):
         """Refuses a length that would do nothing: for an open resource, Nova does not ask cmres."""
         for name in ASKED_BY_NOVA:
             if values.get(name) and not mode:
-                option = name.replace('_', '-')
-                raise Invalid(f'{name}: {format_duration(values[name])} does nothing on a resource '
-                              'that is open to everybody; say --mode exclusive or --mode shared, '
-                              f'or --{option} 0s')
+                called = RENAMED['resource_add'].get(name, name)
+                option = called.replace('_', '-')
+                raise Invalid(f'{called}: {format_duration(values[name])} has no effect on a '
+                              'resource that is open to everybody. Choose the mode exclusive or '
+                              'shared, or 0s.',
+                              hint=f'--mode exclusive, --mode shared, or --{option} 0s')
 
     @api('POST', '/resource/sync', role=ADMIN)
-    def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, flavors: bool = None, force: bool = False,
+    def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '',
+                      min_free_time: Span = None, reservable_hosts: bool = None,
+                      flavors: bool = None, force: bool = False,
                       dry_run: bool = False) -> list[DifferenceAnswer]:
-        """Reads host aggregates of a cloud, makes resources of them or updates those, and marks
-        them for Nova.
+        """Creates or updates resources from host aggregates of a cloud.
 
-        The vcpus, ram and other classes of a resource become what Placement gives out of the
-        aggregate's hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a
-        difference; with --dry-run that is all that happens. Without --aggregates, those that are
-        marked are updated. With --named, a reservation may ask for a host by its name: add ...
-        --host NAME. With --flavors, `openstack server create --flavor RESERVATION_ID` works for
-        leases of VMs there, as with Blazar.
+        It also marks the aggregates for Nova.
+
+        The vCPUs, RAM and other classes of a resource become the totals of the hosts in Placement.
+        The entry of clouds.yaml must belong to an admin. Each line of the answer is a difference;
+        with --dry-run nothing changes. Without --aggregates, all marked aggregates are updated.
+        With --reservable-hosts, people can reserve single hosts: add ... --host NAME. With
+        --flavors, `openstack server create --flavor RESERVATION_ID` works for leases of VMs there,
+        as with Blazar.
 
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
@@ -13002,13 +13346,14 @@ class Plan(Operations):
         there = {each.name: each for each in self.shares.ask(target, opened.aggregates)}
         for name in aggregates:
             if name not in there:
-                raise NotFound(f"the cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
+                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
         chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
-        wanted |= {'hold': seconds_of(hold)} if hold is not None else {}
+        wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
         wanted |= {'flavors': flavors} if flavors is not None else {}
         with self.writing(dry_run) as now:
-            synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
+            synced = [self.sync_one(cloud, each, wanted, reservable_hosts, force, now)
+                      for each in chosen]
         # outside the transaction: it is a call to the cloud
         for each, (name, _) in zip(chosen, synced):
             if each.mark != name and not dry_run:
@@ -13065,42 +13410,40 @@ class Plan(Operations):
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
                           vcpus: Most = None, ram: Most = None, classes: Classes = None,
-                          reason: Text = '', then: Name = 'notify',
+                          reason: Text = '', affected: Name = 'notify',
                           dry_run: bool = False) -> CapacityChangeAnswer:
-        """Gives a resource another capacity from START to END: a loan of nodes, or less for a
-        while.
+        """Changes the capacity of a resource from START to END, for example for borrowed nodes.
 
-        What is booked there and no longer fits is left and its owner told (--then notify), moved to
-        another resource of the same cloud or to the next time that fits (move), or cancelled
+        Affected reservations stay and their owners are notified (--affected notify), are moved to
+        another resource of the same cloud or to the next time that fits (move), or are cancelled
         (cancel).
 
         Example:
           python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
         """
         if vms is vcpus is ram is None and not classes:
-            raise Invalid('say how much there is: --vms, --vcpus, --ram or --classes')
+            raise Invalid('Choose a capacity: VMs, vCPUs, RAM or resource classes.',
+                          hint='--vms, --vcpus, --ram or --classes')
         most = Amount(vms, vcpus, ram, tuple(sorted((classes or {}).items())))
-        return self.change_capacity(name, start, end, most, reason or 'another capacity', then,
+        return self.change_capacity(name, start, end, most, reason or 'another capacity', affected,
                                     dry_run)
 
     @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
-                        then: Name = 'notify', dry_run: bool = False) -> CapacityChangeAnswer:
-        """Closes a resource from START to END; what is booked in it is left, moved or cancelled, as
-        --then says.
+                        affected: Name = 'notify', dry_run: bool = False) -> CapacityChangeAnswer:
+        """Closes a resource from START to END. Nothing new can be reserved or started in this time.
 
-        Nothing new is reserved in it, also on a resource whose capacity is unlimited.
+        --affected says what happens to affected reservations. With --dry-run you see them first.
 
         Example:
-          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --then move
-          --dry-run
+          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run
         """
-        return self.change_capacity(resource, start, end, None, reason or 'maintenance', then,
+        return self.change_capacity(resource, start, end, None, reason or 'maintenance', affected,
                                     dry_run)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
-        """Lists maintenances and other changes of capacity that are not over.
+        """Lists current and future maintenances and other capacity changes.
 
         Example:
           python cmres.py maintenance list
@@ -13117,7 +13460,7 @@ class Plan(Operations):
 
     @api('DELETE', '/maintenance/<id>', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
-        """Calls off a maintenance or another change of capacity.
+        """Cancels a maintenance or another capacity change.
 
         Example:
           python cmres.py maintenance delete 1
@@ -13125,34 +13468,37 @@ class Plan(Operations):
         with self.writing(dry_run) as now:
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
             if not found:
-                raise NotFound(f'there is no maintenance {id}')
+                raise NotFound(f'There is no maintenance {id}.')
             self.bookings.hold_capacity(found.resource_id, found.start, found.end,
                                         NOTHING - amount_of(found, 'held_'))
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
-            self.journal(now, 'resource', f'called off {found.reason} {id}')
+            self.journal(now, 'resource', f'cancelled {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
                         dry_run: bool) -> dict:
         """Gives a resource another capacity for a while; without `most`, none."""
-        refuse_unknown_word('then', then, THEN)
+        refuse_unknown_word('affected', then, THEN)
         with self.writing(dry_run) as now:
             place = self.look.resource_row(name)
             begin, until = self.resolve(start, end)
             if until <= now:
-                raise Invalid(f'the end {to_plain(instant(until))} is not in the future')
+                raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
             classes = (CLOSED, *capacity(place).names)
             most = most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
             held = self.difference(place, most)
             if held == NOTHING:
-                raise Conflict(f"'{name}' has no limit that this would change; set one with: "
-                               f'resource update {name} --vms N')
+                raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
+                               'Set one first.',
+                               hint=f'resource update {name} --vms N')
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
-            first, last = self.config.told_time(begin), self.config.told_time(until)
-            why = f"{reason} on {name} from {first} to {last}"
+            when = self.config.told_window(begin, until)
+            closes = dict(most.classes).get(CLOSED) == 0
+            what = 'is closed' if closes else 'has another capacity'
+            why = f"'{name}' {what} from {when}: {reason}"
             homeless = self.homeless(place, max(begin, int(now)), until)
             # of a series all at once: after each cancelling it is carried on
             for those in grouped(homeless, 'reservation') if then == 'cancel' else ():
@@ -13160,7 +13506,7 @@ class Plan(Operations):
             hit = [self.make_room(each, why, then, now) for each in homeless]
             self.journal(now, 'resource', why)
             return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
-                    'reason': reason, 'hit': hit}
+                    'reason': reason, 'hit': hit, 'affected': hit}
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held for another capacity; an unlimited figure stays so."""
@@ -13188,10 +13534,12 @@ class Plan(Operations):
         if then == 'cancel':
             return line | {'outcome': 'cancelled'}
         place = self.moved_elsewhere(found, now) if then == 'move' else None
-        outcome = (f'moved to {place[0]} from {format_time(instant(place[1]), self.config.zone)}'
-                   if place else 'left')
-        later = '' if place else ', and VMs that do not run yet start when that is over'
-        self.tell(now, 'maintenance', f'{why}; it is {outcome}{later}', found, found.id)
+        outcome, became = 'left', ('The reservation stays. VMs that do not run yet start when this '
+                                   'is over, so choose another time if you can')
+        if place:
+            outcome = f'moved to {place[0]} from {self.config.told_time(place[1], found.tz)}'
+            became = f'cmres {outcome.replace("moved", "moved it", 1)}'
+        self.tell(now, 'maintenance', f'{why}. {became}', found, found.id)
         return line | {'outcome': outcome}
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
@@ -13233,9 +13581,8 @@ class Plan(Operations):
     def refuse_homeless(self, name: str, found: list[dict]) -> None:
         """Refuses a change of a resource after which some occurrences would not fit."""
         if found:
-            raise Conflict(
-                f"{len(found)} occurrences on '{name}' would no longer fit; --force does "
-                           'it all the same and cancels nothing', occurrences=found)
+            raise Conflict(f"{counted(len(found), 'occurrence')} on '{name}' would no longer fit. "
+                           'Nothing was changed.', hint=FORCE, occurrences=found)
 
     def without_host(self, place, new: dict, now: float) -> list[dict]:
         """What is reserved on hosts that a resource has no more, or no more by their names."""
@@ -13304,7 +13651,8 @@ class Plan(Operations):
         if changes and changes[0].left == 0:
             until = self.config.told_time(changes[0].end)
             return f"{changes[0].reason} on '{place.name}' until {until}", changes[0].end, None
-        why = f"'{place.name}' has less than is reserved now; what was reserved earlier comes first"
+        why = (f"'{place.name}' has less capacity than is reserved now; older reservations start "
+               'first')
         return why, min((each.end for each in changes), default=int(now) + 86400), set(
             self.must_go(place, int(now), int(now) + 1))
 
@@ -13320,8 +13668,7 @@ class Plan(Operations):
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> CheckAnswer:
-        """Rebuilds the usage from the occurrences and compares it with what is kept; fails on any
-        difference.
+        """Checks the stored usage against all reservations. Exit code 1 if they differ.
 
         Example:
           python cmres.py check
@@ -13339,8 +13686,9 @@ class Plan(Operations):
                                  'kept': kept.get(step),
                                  'right': right.get(step)} for step in wrong]
         if differences:
-            raise Error(f'the usage differs from the occurrences at {len(differences)} instants, '
-                        f"first on {differences[0]['resource']} at {differences[0]['at']}",
+            raise Error(f'The stored usage differs from the reservations at {len(differences)} '
+                        f"times, first on {differences[0]['resource']} at "
+                        f"{self.config.told_time(differences[0]['at'].timestamp())}.",
                         differences=differences[:100])
         return {'steps': steps_seen, 'differences': 0}
 
@@ -13357,12 +13705,11 @@ class Claims(Operations):
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
               dry_run: bool = False) -> list[ClaimAnswer]:
-        """Tells on which resources a server may boot, why, and counts it there: what Nova's
-        scheduler asks.
+        """For the Nova scheduler filter: decides on which resources a server may start.
 
-        Who has an active reservation passes as long as fewer machines, vcpus and ram were booted
-        than reserved. Others pass on a shared resource as far as it is free, and stays so for its
-        hold time. Asking again for the same server counts it once.
+        It also counts the server there, until it is gone. A server may start if an active
+        reservation of its project has enough left, or on a shared resource with enough free
+        capacity.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
@@ -13393,8 +13740,8 @@ class Claims(Operations):
                 f"'{name}' is not free for {format_duration(place.hold)}")
         hosts = self.hosts_for(place, found, now) if found or walks_in else None
         if hosts == []:
-            why = f"'{found.host}' is no host of '{name}' any more" if found and found.host else (
-                f"all hosts of '{name}' are reserved by their names until then")
+            why = f"'{found.host}' is no longer a host of '{name}'" if found and found.host else (
+                f"all hosts of '{name}' are reserved by name until then")
         if not (found or walks_in) or hosts == []:
             return {'passes': False, 'why': why, 'hosts': None}
         classes = stored(need)['classes']
@@ -13404,7 +13751,7 @@ class Claims(Operations):
                 'server) DO UPDATE SET occurrence = excluded.occurrence, vcpus = excluded.vcpus, '
                 'ram = excluded.ram, classes = excluded.classes, due = excluded.due', place.id,
                 found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
-                now, now + self.config.settle)
+                now, now + self.config.lost_answer_wait)
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
 
     def hosts_for(self, place, found, now: float) -> list[str] | None:
@@ -13425,18 +13772,18 @@ class Claims(Operations):
                  label: str, now: float) -> tuple[Any, str]:
         """The occurrence on which a server may boot, or None and why there is none."""
         named = f'{shown(label)} ' if label else ''
-        why = f"no reservation {named}of the project {projects[0]} is active on '{place.name}'"
+        why = f"project {projects[0]} has no active reservation {named}on '{place.name}'"
         mine = self.booked_by(projects, label, place, 0, now)
         for each in mine:
             if now >= each.end:
-                why = f"'{each.label}' has ended at {instant(each.end)}"
+                why = f"'{each.label}' ended at {self.config.told_time(each.end)}"
             elif each.personal and each.user not in users:
-                why = f"'{each.label}' is for {each.user} alone"
+                why = f"'{each.label}' is only for {each.user}"
             elif self.has_left(place, each, server, need, now):
                 return each, ''
             else:
-                why = (f"'{each.label}' has {each.vms} vms, {each.vcpus} vcpus and {each.ram} MiB, "
-                       'and they are in use')
+                has = ', '.join(quantity(name, getattr(each, name)) for name in FIGURES)
+                why = f"'{each.label}' has {has}, and all of that is in use"
         for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
             why = f"'{each.label}' begins at {instant(each.held_from)}"
         return None, why
@@ -13517,16 +13864,15 @@ class Calendars(Operations):
                 project: Name = '', dry_run: bool = False, asked: dict = None) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
-        An event asks with `2 x m1.small` in the first line of its description or in its place, with
-        `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT,
-        X-VM-FLAVOR, X-VM-IMAGE; an image and a resource may follow: `2 x m1.small cirros on demo`.
-        The options here are for what it doesn't say. Events that ask for nothing are left alone,
-        whatever they are; what is refused is refused alone. Importing again changes only what
-        changed; nothing is cancelled because it is not in the file any more.
+        An event asks with `2 x m1.small` in the first line of its description or in its location,
+        with `#vm 2 x m1.small` in its title or description, or with CATEGORIES:VM and X-VM-COUNT,
+        X-VM-FLAVOR, X-VM-IMAGE. An image and a resource can follow: `2 x m1.small cirros on demo`.
+        The options here are the defaults. Other events are ignored; a refused event does not stop
+        the others. If you import again, only changes count; cmres cancels nothing that is missing
+        in the file.
 
         Example:
-          python cmres.py import class.ics --resource demo --image cirros --tz Europe/Paris
-          --dry-run
+          python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -13550,9 +13896,9 @@ class Calendars(Operations):
                     self.tell_refused(subscription, done, now)
         except Held as held:
             with self.writing(dry_run) as now:
-                if not subscription.held:  # it is told once
-                    self.journal(now, 'held', str(held), None, json.loads(subscription.notify))
-            return {'held': str(held), 'events': [], 'ignored': ignored}
+                self.tell_held(subscription, str(held), now)
+            return {'held': str(held), 'needs_confirmation': str(held), 'events': [],
+                    'ignored': ignored}
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
@@ -13602,7 +13948,7 @@ class Calendars(Operations):
     def refuse_unsubscribed(self, subscription) -> None:
         if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL',
                                     subscription.id):
-            raise Conflict('it was unsubscribed meanwhile')
+            raise Conflict('Somebody unsubscribed it at the same moment.')
 
     def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
                       subscription, now: float) -> list[dict]:
@@ -13623,8 +13969,9 @@ class Calendars(Operations):
                 with budget.event(repeats(booking)):
                     wish, coming = self.read_booking(booking, said, zone)
                 if len(coming) > left:
-                    raise Invalid(f'its calendar asks for more than {10 * MOST_OCCURRENCES} '
-                                  'occurrences until the horizon; put it into one of its own')
+                    raise Invalid(f'Its calendar asks for more than {10 * MOST_OCCURRENCES} '
+                                  'occurrences within the horizon. Put it into a calendar of its '
+                                  'own.')
                 left -= len(coming)
                 lines[booking.uid] = booking, wish, None
             except Error as error:
@@ -13647,8 +13994,10 @@ class Calendars(Operations):
             'server': '', 'personal': False, 'lead': None, 'description': booking.summary[:1000],
             'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
-            raise Invalid(f"no resource is named; write `{want.vms} x {want.flavor or 'm1.small'} "
-                          'on RESOURCE`, or say --resource')
+            raise Invalid(f"The event names no resource. Write '{want.vms} x "
+                          f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
+                          'default resource.',
+                          hint='--resource NAME')
         wish = self.wishes.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
@@ -13705,7 +14054,7 @@ class Calendars(Operations):
         anew.
         """
         if not live:
-            cancelled = {'outcome': 'left out', 'why': 'it was cancelled here'}
+            cancelled = {'outcome': 'left out', 'why': 'it was cancelled in cmres'}
             return cancelled if subscription else {}
         if ' ' in known.origin:  # not agreed to, when it was asked for
             waits = row('SELECT id FROM proposal WHERE reservation_id = ?', known.id)
@@ -13759,8 +14108,7 @@ class Calendars(Operations):
 
     @api('GET', '/calendar/')
     def calendar_list(self) -> list[CalendarAnswer]:
-        """Lists calendars: feeds that show reservations, and subscriptions that make them; no
-        secret of theirs.
+        """Lists calendar feeds and subscriptions, without their secrets.
 
         Example:
           python cmres.py calendar list
@@ -13776,16 +14124,16 @@ class Calendars(Operations):
                           f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
         return [public(each) for each in feeds] + [
             {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname} for each in subscribed]
+            {'shows': urlsplit(each.url).hostname, 'needs_confirmation': each.held}
+            for each in subscribed]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
                       project: Name = '', dry_run: bool = False) -> FeedAnswer:
-        """Makes an address at which any calendar program can subscribe to your reservations, and
-        prints it.
+        """Creates a secret address that shows your reservations to calendar programs.
 
-        The address is a secret and is shown only now; `calendar revoke` makes it worthless. With
-        --resource it shows all of that resource, what is others' as busy only.
+        The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
+        all reservations of that resource; those of other projects only as busy.
 
         Example:
           python cmres.py calendar feed --resource demo
@@ -13797,14 +14145,14 @@ class Calendars(Operations):
             insert(Feed, user=user, project=project, whole_project=whole_project,
                    resource=self.look.id_of(resource), hash=hashed(secret), added=int(now),
                    revoked=None)
-            self.journal(now, 'calendar', f'made a feed for {user} in {project}')
+            self.journal(now, 'calendar', f'created a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
         return {'user': user, 'project': project} if dry_run else {
             'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
 
     @api('DELETE', '/calendar/<id>')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Makes the address of a feed worthless from now on.
+        """Disables the address of a feed at once.
 
         Example:
           python cmres.py calendar revoke 1
@@ -13822,17 +14170,15 @@ class Calendars(Operations):
                            at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
                            tz: Zone = '', user: Name = '', project: Name = '',
                            dry_run: bool = False, asked: dict = None) -> CalendarAnswer:
-        """Lets a calendar of yours book machines: what appears in it is reserved, what moves moves,
-        what goes goes.
+        """Subscribes to a calendar: cmres reserves, moves and cancels VMs when its events change.
 
-        It is looked at every five minutes (`calendar_poll`). Its events ask for machines as those
-        of `import` do. Nothing is cancelled because it could not be read; before more than half
-        would go, or all of
-        it, cmres asks: it does nothing until `calendar confirm`. What runs goes on to its end.
+        cmres reads it every five minutes (`calendar_poll`). Its events ask for VMs as those of
+        `import` do. cmres cancels nothing because it could not read the calendar. Before it cancels
+        more than half of the future occurrences, it waits for `calendar confirm`. Running VMs stay
+        until their end.
 
         Example:
-          python cmres.py calendar subscribe https://calendar.example.org/secret/eva.ics --resource
-          demo
+          python cmres.py calendar subscribe https://example.org/secret/eva.ics --resource demo
         """
         said = {name: value for name, value in asked.items() if name not in ('url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
@@ -13841,8 +14187,8 @@ class Calendars(Operations):
             parts = urlsplit(url)
             host, port = parts.hostname or '', parts.port or 443
         except ValueError:
-            raise Invalid('url: its host or port is none; write one such as '
-                          'https://example.org/eva.ics') from None
+            raise Invalid('url: this is not an address with a host. Write one like '
+                          'https://example.org/eva.ics.') from None
         try:
             self.shares.ask(f'the host {host}', lambda: allowed_address(self.config, host, port))
         except (OSError, ValueError) as error:
@@ -13850,8 +14196,8 @@ class Calendars(Operations):
         with self.writing(dry_run) as now:
             if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due '
                    'IS NOT NULL', url, said['user'], said['project']):
-                raise Conflict('you are subscribed to this calendar already; `calendar list` '
-                               'shows it')
+                raise Conflict('You have already subscribed to this calendar.',
+                               hint='calendar list')
             self.refuse_one_more('subscriptions', said['user'], said['project'])
             id = insert(Subscription, user=said['user'], project=said['project'], url=url,
                         defaults=json.dumps(said), notify=json.dumps([*notify]), added=int(now),
@@ -13863,7 +14209,7 @@ class Calendars(Operations):
 
     @api('DELETE', '/calendar/subscription/<id>')
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Stops looking at a calendar; what it has booked stays.
+        """Stops reading a calendar; its reservations stay.
 
         Example:
           python cmres.py calendar unsubscribe 1
@@ -13872,13 +14218,13 @@ class Calendars(Operations):
 
     @api('POST', '/calendar/subscription/<id>/confirm')
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Lets a calendar cancel what it asked about: most of what it had booked.
+        """Confirms that a calendar may cancel most of its reservations.
 
         Example:
           python cmres.py calendar confirm 1
         """
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
-            raise Conflict(f'the calendar {id} asks for nothing that would need a word')
+            raise Conflict(f'Calendar {id} needs no confirmation.')
         return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='',
                                          modified='', due=self.clock())
 
@@ -13895,7 +14241,7 @@ class Calendars(Operations):
         """A feed or a subscription that is in force and one's own; NotFound if there is none."""
         found = row(f'SELECT * FROM {table} WHERE id = ? AND {condition}', id)
         if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
-            raise NotFound(f'there is no {table} {id} that is in force')
+            raise NotFound(f'There is no active {table} {id}.')
         return found
 
     def poll(self, subscription) -> dict:
@@ -13909,7 +14255,7 @@ class Calendars(Operations):
         if status == 304:
             return {}
         if status != 200:
-            raise Unavailable(f'the answer was {status}')
+            raise Unavailable(f'The answer was {status}.')
         said = self.defaults_of(subscription)
         acting = self.acting(Actor(subscription.user, subscription.project, USER))
         answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False,
@@ -13927,8 +14273,8 @@ class Calendars(Operations):
         said = json.loads(subscription.defaults)
         found = row('SELECT name, removed FROM resource WHERE id = ?', said['resource'])
         if found and found.removed:
-            raise NotFound(f"the resource '{found.name}' was removed; subscribe again with another "
-                           '--resource')
+            raise NotFound(f"Resource '{found.name}' was removed. Subscribe again with another "
+                           'resource.')
         return said | {'resource': found.name if found else ''}
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
@@ -13951,7 +14297,8 @@ class Calendars(Operations):
                                                                    (NOT_OVER, None),
                                                                    ('o.held_from > ?', now)])
             if coming:
-                self.admission.cancel(coming, now, 'gone from the calendar', ends=True)
+                self.admission.cancel(coming, now, 'the '
+                                                   'event was removed from the calendar', ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
                              'label': each.label})
         return done
@@ -13961,8 +14308,9 @@ class Calendars(Operations):
         have, all_of_them = self.live_of(subscription, now), sum(had.values())
         gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
-            raise Held(f'{gone} of {all_of_them} occurrences to come would be cancelled, so '
-                       f'nothing was done; say: calendar confirm {subscription.id}')
+            raise Held(f'Your calendar (number {subscription.id}) no longer contains {gone} of '
+                       f'{all_of_them} future occurrences. cmres has cancelled nothing yet. '
+                       'Confirm to cancel them.', hint=f'calendar confirm {subscription.id}')
 
     def tell_refused(self, subscription, done: list[dict], now: float) -> None:
         """Tells, once each, what a calendar asks for in vain."""
@@ -13971,7 +14319,7 @@ class Calendars(Operations):
                    for each in done if each['outcome'] == 'refused'}
         new = [why for uid, why in refused.items() if before.get(uid) != why]
         if len(new) > MOST_TOLD:
-            new[MOST_TOLD:] = [f'{len(new) - MOST_TOLD} more of its events are refused']
+            new[MOST_TOLD:] = [f'{len(new) - MOST_TOLD} more of its events were refused']
         for why in new:
             journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
                     json.loads(subscription.notify), project=self.actor.project)
@@ -13982,7 +14330,7 @@ class Calendars(Operations):
         found = row('SELECT f.*, s.name AS resource FROM feed f LEFT JOIN resource s ON s.id = '
                     'f.resource_id WHERE hash = ? AND revoked IS NULL', hashed(secret))
         if not found:
-            raise NotFound('there is no calendar at this address, or no longer')
+            raise NotFound('There is no calendar at this address.')
         return (found.resource
                 or f"{found.project if found.whole_project else found.user} on cmres", found)
 
@@ -14005,10 +14353,10 @@ class Calendars(Operations):
 
     def not_shown(self, first) -> Shown:
         """What a feed says in the place of the first occurrence that is too many for it."""
-        uid, words = f'more-{first.start}@{self.clouds.store}', 'more is reserved from here on'
+        uid, words = f'more-{first.start}@{self.clouds.store}', 'more reservations follow'
         return Shown(uid, first.start, first.end, 0, first.start, words,
-                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. See the others with: '
-                     f'list', '', 'TENTATIVE')
+                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. The page and the '
+                     'list of reservations show the others.', '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
@@ -14034,7 +14382,7 @@ class Calendars(Operations):
         revision, revised = found.revision + len(passed), max([found.revised, *passed])
         if found.project != feed.project:
             return Shown(uid, found.start, found.end, revision, revised, 'busy',
-                         f'{found.vms} vms are reserved', found.resource, 'CONFIRMED')
+                         f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
         lines += self.config.logins(addresses)
@@ -14065,17 +14413,20 @@ class Tokens(Operations):
     def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
                   lasts: Span = None, scopes: Names = (), resource: Name = '',
                   dry_run: bool = False) -> NewTokenAnswer:
-        """Makes a token for yourself, as an admin for others, and prints it: it is shown only now.
+        """Creates a token and prints it. It is shown only once.
 
-        Without --for, a token that people make for themselves is good for 90 days.
+        Admins can create tokens for others.
+
+        Without --for, a token for yourself is valid for 90 days.
 
         Example:
           python cmres.py token add eva --project biology --role user --for 90d
-          python cmres.py token add --scopes calendar --purpose phone
+          python cmres.py token add --scopes calendar --name phone
         """
         user = user or self.actor.user
         mine = user == self.actor.user
         project = project or (self.actor.project if mine else 'default')
+        role = USER if role == 'member' else role  # Keystone's word
         role = role or (self.actor.role if mine and self.actor.role != ADMIN else USER)
         self.refuse_for_others(user, project, role)
         self.check_scopes(role, scopes, resource)
@@ -14088,8 +14439,8 @@ class Tokens(Operations):
                    resource=self.look.id_of(resource))
             until = f' until {self.config.told_time(ends)}' if ends else ''
             only = ', '.join([*scopes, *filter(None, [resource])])
-            self.journal(now, 'token', f'made a token for {user} in {project} as {role}{until}'
-                                       f"{only and f', only for {only}'}")
+            self.journal(now, 'token', f'created a token for {user} in {project} as '
+                                       f"{role}{until}{only and f', only for {only}'}")
         made = {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
         return made | ({'ends': instant(ends)} if ends else {})
 
@@ -14097,42 +14448,44 @@ class Tokens(Operations):
         """Refuses a token of an unknown role, or one that its maker may not have."""
         refuse_unknown_word('role', role, ROLES)
         if not user or not project:
-            raise Invalid('a token needs a user and a project')
+            raise Invalid('A token needs a user and a project.')
         if self.actor.role == ADMIN:
             return
         if (user, project) != (self.actor.user, self.actor.project):
-            raise Forbidden('you can make tokens only for yourself, in your own project '
-                            f"'{self.actor.project}'. Ask an admin")
+            raise Forbidden('You can create tokens only for yourself, in your own project '
+                            f"'{self.actor.project}'. Ask an admin.")
         if ROLES.index(role) > ROLES.index(self.actor.role):
-            raise Forbidden(f"your role is {self.actor.role}, so you can't make a token as {role}. "
-                            'Ask an admin')
+            raise Forbidden(f'Your role is {self.actor.role}, so you cannot create a token as '
+                            f'{role}. Ask an admin.')
 
     def check_scopes(self, role: str, scopes: Iterable[str], resource: str) -> None:
         """Refuses what is no scope, and those that allow nothing together."""
         for each in scopes:
             refuse_unknown_word('scopes', each, SCOPES)
         if 'claim' in scopes and role != ADMIN:
-            raise Invalid('scopes: claim is what Nova asks with, which needs the role admin')
+            raise Invalid('scopes: claim is for the Nova scheduler filter and needs the role '
+                          'admin.')
         if resource and {*scopes} - {'read'}:
-            raise Invalid('a token for one resource can have the scope read, and no other')
+            raise Invalid('A token for one resource can have the scope read, and no other.')
 
     def end_of_token(self, lasts: timedelta | None, now: float) -> int | None:
         """When a token ends that is made or renewed now; an admin's need not."""
         if lasts is not None and lasts <= timedelta(0):
-            raise Invalid('lasts: a token lasts for some time, such as 90d')
+            raise Invalid('lasts: write a duration, for example 90d.')
         if self.actor.role != ADMIN:
             most = timedelta(days=self.config.own_token_days)
             lasts = min(OWN_FOR, most) if lasts is None else lasts
             if lasts > most:
-                raise Forbidden(f'people make and renew tokens for {self.config.own_token_days} '
-                                'days at most. Ask an admin for a longer time')
+                raise Forbidden('You can create and renew tokens for at most '
+                                f'{self.config.own_token_days} days. Ask an admin for a longer '
+                                'time.')
         return None if lasts is None else int(now + lasts.total_seconds())
 
     @api('GET', '/token/', role=READER)
     def token_list(self) -> list[TokenAnswer]:
-        """Lists your tokens, as an admin all: what for, until when, when used last.
+        """Lists your tokens (as an admin: all tokens): what for, until when, last use.
 
-        The tokens themselves are never shown again: only hashes of them are kept.
+        cmres stores only hashes, so it cannot show the tokens again.
 
         Example:
           python cmres.py token list
@@ -14159,12 +14512,12 @@ class Tokens(Operations):
         found = row(f'{FIELDS_OF_TOKEN} WHERE t.id = ? AND t.revoked IS NULL AND {own}',
                     id, *values)
         if not found:
-            raise NotFound(f'there is no token {id} that is in force')
+            raise NotFound(f'There is no active token with the id {id}.')
         return found
 
     @api('POST', '/token/<id>/renew', role=READER)
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
-        """Lets a token end later: 90 days from now, or as --for says; an admin's need not end.
+        """Makes a token valid for longer: 90 days from now, or as --for says.
 
         Example:
           python cmres.py token renew 3 --for 90d
@@ -14172,8 +14525,8 @@ class Tokens(Operations):
         with self.writing(dry_run) as now:
             found = self.own_token(id)
             if self.actor.role != ADMIN and ROLES.index(found.role) > ROLES.index(self.actor.role):
-                raise Forbidden(f'token {id} is of the role {found.role}, and you are '
-                                f'{self.actor.role}. Ask an admin')
+                raise Forbidden(f'Token {id} has the role {found.role}, and you are '
+                                f'{self.actor.role}. Ask an admin.')
             ends = self.end_of_token(lasts, now)
             change(Token, id, ends=ends)
             until = f'until {self.config.told_time(ends)}' if ends else 'without an end'
@@ -14182,10 +14535,10 @@ class Tokens(Operations):
 
     @api('DELETE', '/token/<id>', role=READER)
     def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
-        """Makes a token worthless from now on.
+        """Makes a token invalid at once.
 
-        With the last token of a user in a project, their feeds and subscriptions end as well. What
-        they have reserved stays.
+        With the last token of a user in a project, the user's feeds and subscriptions end, too.
+        Their reservations stay.
 
         Example:
           python cmres.py token revoke 3
@@ -14205,9 +14558,9 @@ class Tokens(Operations):
 
     @api('DELETE', '/user/<user>', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
-        """Ends all that lets a person in: tokens, sign-ins, feeds and subscriptions.
+        """Ends all access of a person: tokens, sign-ins, feeds and subscriptions.
 
-        In all projects, or in one. What they have reserved stays.
+        In all projects, or in one. Their reservations stay.
 
         Example:
           python cmres.py user end eva --project biology
@@ -14217,7 +14570,7 @@ class Tokens(Operations):
             found = [each for each in found if project in ('', each.project)]
             if not found:
                 where = f' in {project}' if project else ''
-                raise NotFound(f"'{user}' has no token{where} that is in force")
+                raise NotFound(f"'{user}' has no active token{where}.")
             for each in found:
                 self.revoke(each.id, now)
             ended = ''.join(self.end_calendars(user, each, now)
@@ -14228,7 +14581,7 @@ class Tokens(Operations):
     @api('POST', '/credential/', made='/credential/')
     def credential_add(self, cloud: Name, application: Name, secret: Name,
                        dry_run: bool = False) -> CredentialAnswer:
-        """Lets your VMs on a cloud be made in your name: your project, quota, networks and keys.
+        """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
 
         Give an application credential of yours. Its secret is kept encrypted, and the key is not in
         the database. What is reserved already uses it for VMs that are not started yet.
@@ -14291,8 +14644,8 @@ class Tokens(Operations):
         number, = run(f'SELECT count(*) FROM {what[:-1]} '
                       f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
         if self.actor.role != ADMIN and 0 < most <= number:
-            raise TooMany(f'{user} has {number} {what}, and no more than {most} are allowed. '
-                          'Take away one that is not needed first')
+            raise TooMany(f'{user} has {number} {what}, and at most {most} are allowed. Remove '
+                          'one first.')
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
         """Ends the feeds of who has no token any more, the subscriptions of who may not book; the
@@ -14361,9 +14714,9 @@ class Records(Operations):
     @api('GET', '/reservation/<label>/events')
     def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
                since: When = None) -> list[EventAnswer]:
-        """Shows the journal: when, who, what, why; the newest lines last.
+        """Shows the event log; the newest lines are last.
 
-        On the command line, --follow goes on to show each event as it comes, until Ctrl-C.
+        On the command line, --follow shows each new event at once, until Ctrl-C.
 
         Example:
           python cmres.py events lab --follow
@@ -14394,8 +14747,9 @@ class Records(Operations):
 
     @api('GET', '/punctuality/')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
-        """Tells how late servers were begun and ready, per cloud, in seconds: median, 95 %, worst;
-        and what failed.
+        """Shows the start delay of VMs per cloud, and which VMs failed.
+
+        In seconds: median, 95th percentile, worst. `delays` is the same.
 
         Example:
           python cmres.py punctuality --since 2026-11-01
@@ -14427,17 +14781,19 @@ class Records(Operations):
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
-               by_whom: Name = 'project') -> list[ReportAnswer]:
-        """Adds up VM-hours reserved, used and unused, requests refused, and lateness.
+               group_by: Name = 'project') -> list[ReportAnswer]:
+        """Sums up VM-hours, refused requests and start delays.
 
-        A reservation counts from its lead to its end; what runs or stays after that is not used.
-        Counts the last 30 days unless --since and --until say otherwise.
+        VM-hours are reserved, used and unused, per project, user or resource.
+
+        A reservation counts from its lead time to its end. Default: the last 30 days.
 
         Example:
           python cmres.py report --since 2027-01-01 --by user --format csv
         """
+        by_whom = group_by
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('by_whom', by_whom, columns)
+        refuse_unknown_word('group_by', by_whom, columns)
         now = self.clock()
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
@@ -14633,8 +14989,8 @@ def stop_link(config: Config, address: str) -> str:
     return f"{config.served}/invitations/{quote(address, safe='@')}/{sign}"
 
 
-UNKNOWN = ('the VM {} on {} is unknown since the database was restored: `store orphans` lists such '
-           'VMs and says what can be done')
+UNKNOWN = ('the VM {} on {} is unknown since the database was restored: `store orphans` lists '
+           'such VMs and shows what you can do')
 
 
 def adopted() -> set[str]:
@@ -14798,11 +15154,12 @@ class Clocks:
         trust, offset = self.trust, wall - up
         if trust and trust.boot != self.boot:  # for how long it was off, only others can tell
             trust = Trust(self.boot, trust.offset + trust.uptime - up, up)
-        if not trust or offset - trust.offset <= self.config.lease + (up - trust.uptime) * DRIFT:
+        drift = (up - trust.uptime) * DRIFT if trust else 0
+        if not trust or offset - trust.offset <= self.config.leader_timeout + drift:
             return Trust(self.boot, offset, up), wall
-        if trust.doubted is None or abs(offset - trust.doubted) > self.config.lease:
+        if trust.doubted is None or abs(offset - trust.doubted) > self.config.leader_timeout:
             trust = trust._replace(doubted=offset, since=up)
-        if up >= trust.since + self.config.settle and trust.since < up:
+        if up >= trust.since + self.config.lost_answer_wait and trust.since < up:
             return Trust(self.boot, offset, up), wall
         return trust, trust.offset + up
 
@@ -14828,19 +15185,18 @@ class Clocks:
             'clocks', json.dumps(self.trust))
         if self.trust.doubted == (before and before.doubted):
             return
-        sentence = 'the clock of this computer is believed again'
+        sentence = 'the clock of this computer is right again'
         if self.trust.doubted is not None:
             ahead = format_duration(self.trust.doubted - self.trust.offset)
-            sentence = (f'the clock of this computer has jumped ahead by {ahead}, and nothing '
-                        f'confirms that yet; '
-                        'until then nothing is stopped or deleted because of it')
+            sentence = (f'the clock of this computer jumped ahead by {ahead}, and nothing '
+                        'confirms that yet; until then cmres stops and deletes nothing')
         log.warning('%s', sentence)
         journal(self.config, self.now(), 'cmres', 'clock', sentence)
 
     def confirm(self, result: Job, now: float) -> None:
         """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
         trust, said = self.trust, result.answer
-        slack = self.config.lease + result.ended - result.began
+        slack = self.config.leader_timeout + result.ended - result.began
         if said is None or trust.doubted is None or said < trust.offset - slack:
             return
         up = self.uptime()
@@ -14870,7 +15226,7 @@ class Leadership:
 
     def has_time(self, now: float) -> bool:
         """Whether the lease is this process' at an instant, as it knows by itself."""
-        return self.leased_until - self.config.lease <= now < self.leased_until
+        return self.leased_until - self.config.leader_timeout <= now < self.leased_until
 
     def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
         """Whether this process may act: it has the lease, renews it, or takes one that ran out.
@@ -14881,7 +15237,7 @@ class Leadership:
         Returns:
           whether it may act, and whether it has just taken over.
         """
-        if self.has_time(now) and now < self.leased_until - self.config.lease / 2:
+        if self.has_time(now) and now < self.leased_until - self.config.leader_timeout / 2:
             return True, False
         if self.held_by_another(now):
             self.leased_until = 0.0
@@ -14893,20 +15249,20 @@ class Leadership:
             taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
             run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
                 'UPDATE SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.lease)
+                'scheduler', self.name, now + self.config.leader_timeout)
             if taken_over or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
             if taken_over:
                 inherit()
-        self.leased_until = now + self.config.lease
+        self.leased_until = now + self.config.leader_timeout
         return True, taken_over
 
     def held_by_another(self, now: float) -> bool:
         found = row('SELECT holder, until FROM lease')
         # One that ends further ahead than any lease was made before the clock was set back.
         return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.lease)
+                and now < found.until <= now + 2 * self.config.leader_timeout)
 
     @contextmanager
     def acting(self) -> Iterator[None]:
@@ -14918,7 +15274,7 @@ class Leadership:
     def refuse(self) -> None:
         if not row('SELECT name FROM lease WHERE holder = ?', self.name):
             self.leased_until = 0.0
-            raise LostLease('another scheduler has taken over; this one waits its turn')
+            raise LostLease('another scheduler is the leader now; this one waits')
 
     def bound_calls(self, now: float) -> None:
         """Notes when the calls of who acted before will have ended; until then a server may
@@ -15196,7 +15552,7 @@ class Health:
           longest: seconds that it grows to; 0: those of the setting `retry_most`
         """
         pause = self.config.retry_first * 2 ** min(failures - 1, 20)
-        return min(pause, longest or self.config.retry_most) * random.uniform(0.8, 1.2)
+        return min(pause, longest or self.config.retry_max) * random.uniform(0.8, 1.2)
 
     def note(self, result: Job, now: float) -> None:
         """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
@@ -15214,9 +15570,10 @@ class Health:
 
     def tell(self, account: str, before: Breaker, after: Breaker) -> None:
         if before.failures < TRIPS <= after.failures:
-            log.warning('the cloud %s is in trouble and is left alone for a while', account)
+            log.warning('cloud %s: several errors in a '
+                        'row. cmres waits before it asks again', account)
         if after.failures < TRIPS <= before.failures:
-            log.warning('the cloud %s is well again', account)
+            log.warning('cloud %s works again', account)
 
 
 class Post:
@@ -15359,7 +15716,7 @@ class Planner:
         wanted = occurrence.vms if runs else 0
         missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
         if missing and self.still_stopping(occurrence):  # a series starts those again
-            change(Occurrence, occurrence.id, due=now + self.config.poll)
+            change(Occurrence, occurrence.id, due=now + self.config.poll_changing)
             return
         self.plan_servers(occurrence, missing, now)
         self.let_go(occurrence, [each for each in servers if each.n > wanted], over, now)
@@ -15464,8 +15821,9 @@ class Planner:
         lost = [each for each in servers
                 if each.state == 'error' and each.ready and not each.borrowed]
         if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
-            tell_of(self.config, now, 'forced', f'the agreed {occurrence.at_end} can not be done '
-                    f'with VMs in error, so these are deleted: {named(lost)}', occurrence)
+            tell_of(self.config, now, 'forced', 'these VMs are in error, so cmres could not do '
+                                                f'the agreed {occurrence.at_end} and deletes '
+                                                f'them: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must not be
@@ -15488,9 +15846,10 @@ class Planner:
         for server in late:  # an image that is not complete by now never will be
             change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
         if late:
-            tell_of(self.config, now, 'forced', f'the agreed {occurrence.at_end} was not done '
-                    f'within {format_duration(self.config.end_grace)} after the end, so these VMs '
-                    f'are deleted: {named(late)}', occurrence)
+            tell_of(self.config, now, 'forced', f'cmres could not {occurrence.at_end} these VMs '
+                                                f'within {format_duration(self.config.end_grace)} '
+                                                'after the '
+                                                f'end and deletes them: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
         """Warns of, and then releases, one without machines on which nobody has booted any; whether
@@ -15504,12 +15863,13 @@ class Planner:
         if now >= begun + occurrence.no_show:
             found = self.service.look.occurrence(occurrence.id)
             self.service.admission.cancel([found], now,
-                                f'nobody has used it within {format_duration(occurrence.no_show)}')
+                                'nobody started a VM in it within '
+                                f'{format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
             until = self.config.told_time(begun + occurrence.no_show)
-            tell_of(self.config, now, 'unused', f'it is released at {until} unless a machine '
-                         'is booted on it', occurrence)
+            tell_of(self.config, now, 'unused', 'nobody has started a VM in it; cmres cancels it '
+                                                f'at {until} if it stays unused', occurrence)
             change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
                    due=begun + occurrence.no_show)
             return True
@@ -15524,11 +15884,11 @@ class Planner:
                        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
                        occurrence.id, occurrence.id)
         if foreign:
-            deed = 'are deleted' if self.config.end_foreign else 'go on'
+            deed = 'are deleted' if self.config.delete_user_started else 'go on'
             tell_of(self.config, now, 'foreign',
-                         f"{len(foreign)} machines that were booted by hand {deed}: "
-                         f"{', '.join(each.server for each in foreign)}", occurrence)
-        for each in foreign if self.config.end_foreign else ():
+                         f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
+                         f"{', '.join((each.server for each in foreign))}", occurrence)
+        for each in foreign if self.config.delete_user_started else ():
             self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
 
     def tell_up(self, occurrence, now: float):
@@ -15554,8 +15914,8 @@ class Planner:
             self.tell_ready(occurrence, servers, now)
         else:
             code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
-            tell_of(self.config, now, code, f'{up} of {occurrence.vms} VMs are up; '
-                         f'{self.why_not_up(lacking)}', occurrence)
+            tell_of(self.config, now, code, f'{up} of {occurrence.vms} VMs are running; '
+                                            f'{self.why_not_up(lacking)}', occurrence)
         told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
         return occurrence._replace(up_told=up, up_check=None, told=told)
 
@@ -15571,7 +15931,8 @@ class Planner:
         late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
         when = ' again' if occurrence.told & READY else f', {late} after the start'
         there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
-        tell_of(self.config, now, 'ready', f'all {len(servers)} are up{when}: {there}', occurrence)
+        tell_of(self.config, now, 'ready', f"all {counted(len(servers), 'VM')} are running{when}: "
+                                           f'{there}', occurrence)
 
     def by_hand(self, server) -> bool:
         """Whether somebody has put a server to rest; what was so before, we start ourselves."""
@@ -15582,8 +15943,8 @@ class Planner:
         reasons: dict = defaultdict(list)
         for each in servers:
             stopped = self.by_hand(each) and (
-                f'{each.state}; cmres starts nothing that somebody has stopped, so its owner must '
-                f'do that: openstack server {WAKES[each.state]} NAME')
+                f'{each.state}; somebody stopped them, so cmres does not start them: openstack '
+                f'server {WAKES[each.state]} NAME')
             fault = each.fault.rstrip('.') or 'the cloud is still starting them'
             reasons[stopped or fault].append(each)
         return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
@@ -15620,8 +15981,8 @@ class Planner:
     def notice_times(self, occurrence) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         length = occurrence.end - occurrence.start
-        return occurrence.start - self.config.notice, occurrence.end - min(self.config.notice,
-                                                                           length / 2)
+        before = self.config.remind_before
+        return occurrence.start - before, occurrence.end - min(before, length / 2)
 
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
         """When an occurrence must be planned again; never, once it is over and nothing is left to
@@ -15637,7 +15998,7 @@ class Planner:
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
                "LIMIT 1",
                occurrence.id):
-            return now + self.config.poll
+            return now + self.config.poll_changing
         if occurrence.cancelled is None:
             self.tell_end(occurrence, now)
         if occurrence.at_end == 'stop':
@@ -15648,17 +16009,17 @@ class Planner:
     def tell_end(self, occurrence, now: float) -> None:
         if occurrence.idle:
             found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now, 'it waited in vain')
+            self.service.admission.cancel([found], now, 'no capacity became free before its end')
             return
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
                     'occurrence_id = ?',
                     occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
             run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
-            fault = (found.fault or '').rstrip('.') or 'the life cycle did not run'
-            tell_of(self.config, now, 'failed', f'never up: {fault}', occurrence)
+            fault = (found.fault or '').rstrip('.') or 'the scheduler of cmres did not run'
+            tell_of(self.config, now, 'failed', f'no VM became ready: {fault}', occurrence)
         else:
-            tell_of(self.config, now, 'ended', 'its time was over', occurrence)
+            tell_of(self.config, now, 'ended', 'reached its end', occurrence)
 
 
 # Dispatcher ###################################################################
@@ -15733,7 +16094,7 @@ class Dispatcher:
         breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
-        change(Server, server.id, due=max(breaker.until, now + self.config.poll),
+        change(Server, server.id, due=max(breaker.until, now + self.config.poll_changing),
                fault=breaker.fault[:500])
         if server.fault != breaker.fault[:500]:
             look_again(server.occurrence_id, now)
@@ -15891,12 +16252,12 @@ class Reconciler:
             saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
                      if result.verb == 'snapshot' else {})
             change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
-                   due=now + self.config.poll, **saved)
+                   due=now + self.config.poll_changing, **saved)
 
     def record_boot(self, server, result: Job, now: float) -> None:
         begun, error = result.began, result.error
         if not error:
-            due = now + self.config.poll if server.goal == 'up' else now
+            due = now + self.config.poll_changing if server.goal == 'up' else now
             # it was given up too early
             state = 'build' if server.state == 'planned' else server.state
             change(Server, server.id, state=state, uid=result.answer, begun=begun,
@@ -15909,7 +16270,7 @@ class Reconciler:
             self.tell_trouble(server, fault_of(error), now)
             change(Server, server.id, fault=fault_of(error)[:500], begun=begun,
                    called=result.ended,
-                   due=result.ended + self.config.settle)
+                   due=result.ended + self.config.lost_answer_wait)
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
         if complete:
@@ -15919,7 +16280,7 @@ class Reconciler:
             self.put_off(server, f'the image {server.snapshot} was not completed', now,
                          state='active')
         else:
-            change(Server, server.id, due=now + self.config.poll)
+            change(Server, server.id, due=now + self.config.poll_changing)
 
     def put_off(self, server, fault: str, now: float, at_least: float = 0, **values) -> None:
         """Tries again after a pause that grows with each failure in a row."""
@@ -15935,7 +16296,8 @@ class Reconciler:
 
     def record_clear(self, result: Job, now: float) -> None:
         if result.error:
-            log.warning('could not remove the server %s that nothing wants: %s', result.target,
+            log.warning('could not remove the server %s, '
+                        'which no reservation needs: %s', result.target,
                         result.error)
 
     def record_integrity(self, result: Job, now: float) -> None:
@@ -15947,7 +16309,7 @@ class Reconciler:
         if result.error:
             run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN "
                 f"({', '.join('?' * len(result.target))})",
-                now + self.config.sweep, now, *result.target)
+                now + self.config.poll_running, now, *result.target)
             return
         for uid, host in result.answer.items():
             for claim in rows('SELECT c.id, c.occurrence, s.hosts FROM claim c JOIN resource s ON '
@@ -15956,7 +16318,7 @@ class Reconciler:
                               result.account):
                 hosts = json.loads(claim.hosts)
                 elsewhere = host is None or host and hosts and host not in hosts
-                later = now + (self.config.sweep if host else self.config.poll)
+                later = now + (self.config.poll_running if host else self.config.poll_changing)
                 change(Claim, claim.id, due=None if elsewhere else later,
                        gone=now if elsewhere else None)
 
@@ -15968,7 +16330,7 @@ class Reconciler:
         fault = {'fault': fault_of(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
             self.service.journal(now, 'trouble',
-                                 f'the calendar {subscription.id} of {subscription.user}: {error}')
+                                 f'calendar {subscription.id} of {subscription.user}: {error}')
         run('UPDATE subscription SET due = ? WHERE id = ? AND due IS NOT NULL', now + pause,
             subscription.id)
         change(Subscription, subscription.id, tries=tries, polled=now, **fault)
@@ -15977,7 +16339,7 @@ class Reconciler:
         """Compares what a cloud shows with what is written."""
         account = result.account
         if result.error:
-            pause = now + max(self.config.poll, self.config.retry_first)
+            pause = now + max(self.config.poll_changing, self.config.retry_first)
             run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
                 pause, account, pause)
             return
@@ -15989,7 +16351,7 @@ class Reconciler:
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
-            now + self.config.sweep, account)
+            now + self.config.poll_running, account)
         self.clear_orphans(account, orphans_in(seen, matched), now)
 
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
@@ -16044,7 +16406,7 @@ class Reconciler:
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             look_again(server.occurrence_id, now)
         elif server.goal == 'up' and seen.state == 'build' and self.too_slow(server):
-            late = f'it did not come up within {format_duration(self.config.boot_timeout)}'
+            late = f'it was not ready within {format_duration(self.config.boot_timeout)}'
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
             look_again(server.occurrence_id, now)
         else:
@@ -16053,7 +16415,7 @@ class Reconciler:
     def record_delay(self, server, seen: Seen, now: float) -> None:
         """What was asked for is not so yet; after a while it is asked for once more."""
         if now < server.called + self.config.call_timeout:
-            change(Server, server.id, due=now + self.config.poll)
+            change(Server, server.id, due=now + self.config.poll_changing)
             return
         state = 'error' if server.state == 'deleting' else seen.state
         change(Server, server.id, state=state, due=now)
@@ -16072,7 +16434,7 @@ class Reconciler:
 
     def record_state(self, server, seen: Seen, now: float) -> None:
         """It is in a state from which it goes on by itself, or that calls for something."""
-        later = now + self.config.poll
+        later = now + self.config.poll_changing
         known = server.uid and server.state == seen.state  # then its instant is set already
         calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
         change(Server, server.id, uid=seen.uid, state=seen.state,
@@ -16092,23 +16454,24 @@ class Reconciler:
         called, due = server.called or 0, server.due or 0
         if server.state == 'planned' or server.intended is not None:
             return []
-        if not server.uid and looked < called + self.config.settle:
-            soon = now + max(self.config.poll, self.config.retry_first)
-            change(Server, server.id, due=min(called + self.config.settle, max(due, soon)))
+        if not server.uid and looked < called + self.config.lost_answer_wait:
+            soon = now + max(self.config.poll_changing, self.config.retry_first)
+            known = called + self.config.lost_answer_wait
+            change(Server, server.id, due=min(known, max(due, soon)))
         elif looked <= called:
             return []
         elif server.goal != 'up':
             change(Server, server.id, state='deleted', deleted=now, due=None)
         elif server.borrowed:
-            self.put_off(server, 'the server is not there any more', now, state='unknown')
+            self.put_off(server, 'the server does not exist any more', now, state='unknown')
         elif server.state in ('error', 'deleting') or not server.uid:
             self.write_off(server, now)
-            self.put_off(server, server.fault or 'it was never made', now, state='planned',
+            self.put_off(server, server.fault or 'it was never created', now, state='planned',
                          uid=None)
         else:
             self.write_off(server, now)
             change(Server, server.id, state='planned', uid=None,
-                   fault='it vanished from the cloud', due=now)
+                   fault='the cloud lost it', due=now)
             return [server]
         return []
 
@@ -16127,8 +16490,9 @@ class Reconciler:
         for those in grouped(servers, 'occurrence_id'):
             id = those[0].occurrence_id
             again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            note_of(self.config, now, 'vanished', 'these VMs vanished from the cloud with all that '
-                    f'was on them, and are made anew: {named(those)}', those[0],
+            note_of(self.config, now, 'vanished', 'the cloud lost these VMs and everything on '
+                                                  'them; cmres '
+                                                  f'creates them again: {named(those)}', those[0],
                     None if again else json.loads(those[0].notify))
             change(Occurrence, id, up_told=None)  # so that it is told when they are up
             look_again(id, now)
@@ -16237,7 +16601,7 @@ class LifeCycle:
         beat = schedule.Scheduler()
         # other processes may change the store; clocks may be set
         beat.every(1).seconds.do(lambda: None)
-        beat.every(max(int(10 * self.config.sweep), 1)).seconds.do(self.guarded, self.sweep)
+        beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
         while not stop.is_set():
             wait = self.guarded_pass()
@@ -16274,11 +16638,12 @@ class LifeCycle:
             log.warning('%s', error)
         except (Unavailable, *STORE_ERRORS) as error:
             if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
-                log.exception('this pass failed by a mistake of cmres; the next comes in a second')
+                log.exception('this run failed because of a mistake in cmres; the next one starts '
+                              'in a second')
             else:
                 log.warning('waiting: %s', refusal)
         except Exception:  # whatever it is, the next pass may do better; people wait for machines
-            log.exception('this pass failed; the next comes in a second')
+            log.exception('this run failed; the next one starts in a second')
         return 1
 
     def age(self) -> float:
@@ -16325,7 +16690,7 @@ class LifeCycle:
 
     def pull_forward(self, now: float) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
-        latest, pause = max(self.clocks.latest, now), now + self.config.retry_most
+        latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
         longest = now + self.config.call_timeout
         with self.leader.acting():
             run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
@@ -16343,7 +16708,7 @@ class LifeCycle:
                              'AND o.cancelled IS NULL AND o."end" > ?', now):
                 change(Occurrence, each.id, due=now, told=0, up_told=None)
                 tell_of(self.config, now, 'clock',
-                        'a wrong clock has ended it too early; it goes on', each)
+                        'a wrong clock ended it too early; it continues', each)
         self.health.breakers.clear()
         self.clocks.latest = now
 
@@ -16369,7 +16734,7 @@ class LifeCycle:
             self.clocks.trust = trust
         if trust.doubted is None:
             return now
-        if self.clocks.uptime() >= self.clocks.asked + self.config.settle / 3:
+        if self.clocks.uptime() >= self.clocks.asked + self.config.lost_answer_wait / 3:
             self.clocks.asked = self.clocks.uptime()
             for account in self.clouds.accounts():
                 self.workers.submit(('time', account), 'time', account, None)
@@ -16409,13 +16774,13 @@ class LifeCycle:
         except (peewee.OperationalError, Unavailable, LostLease):
             raise
         except Exception as error:
-            log.warning('the series of reservation %s could not be carried on: %s', reservation,
+            log.warning('the series of reservation %s could not be continued: %s', reservation,
                         error,
                         exc_info=not isinstance(error, Error))
             with self.leader.acting():
                 change(Reservation, reservation, carried=stamp)
                 journal(self.config, now, 'cmres', 'trouble',
-                        f'it could not be carried on: {fault_of(error)}'[:1000], reservation)
+                        f'the series could not be continued: {fault_of(error)}'[:1000], reservation)
 
     def tidy(self, now: float) -> None:
         """While no call is under way, forgets a little of what is long over."""
@@ -16543,7 +16908,7 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
                   'examples': ['https://calendar.example.org/secret/eva.ics']}),
     State: ('State', {'type': 'string', 'enum': [*STATES]}),
     Lasts: ('Lasts', SHORT_LENGTH | {'examples': ['1d2h30m']}),
-    Secret: ('Secret', {'type': 'string', 'description': 'shown only now and kept nowhere'})}
+    Secret: ('Secret', {'type': 'string', 'description': 'shown only once and stored nowhere'})}
 
 #: What answers hold besides.
 VALUES: dict[Any, dict] = {
@@ -16552,47 +16917,48 @@ VALUES: dict[Any, dict] = {
     datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
 
 #: The words of which an argument is one.
-CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES), 'then': THEN,
-           'by_whom': ('project', 'user', 'resource')}
+CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES),
+           'affected': THEN,
+           'group_by': ('project', 'user', 'resource')}
 
 #: Why requests are refused.
 REFUSALS = {
-    400: 'an argument is missing, malformed or unknown', 401: 'no token, or none in force',
-    403: 'the role or the project is too small for it', 404: 'something named is not there',
-    409: 'it does not fit, or what it is about is in another state; nothing was changed',
-    412: 'somebody has changed it since it was read; nothing was changed',
+    400: 'an argument is missing, malformed or unknown', 401: 'no token, or no valid one',
+    403: 'the role or the project does not allow it', 404: 'something does not exist',
+    409: 'it does not fit, or the reservation is in another state; nothing was changed',
+    412: 'somebody has changed it since you read it; nothing was changed',
     413: 'the body is too large',
-    422: "the calendar is none, or the Idempotency-Key was another request's",
-    429: 'too many requests; try again later', 500: 'a mistake of cmres; its log tells more',
+    422: 'the calendar is invalid, or another request had this Idempotency-Key',
+    429: 'too many requests; try again later', 500: 'a mistake in cmres; its log has more',
     502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
 
 TAGS = {
     'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
     'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
-    'maintenance': 'other capacities for a while', 'limit': 'how much anybody may reserve',
-    'calendar': 'calendars that show reservations, and calendars that make them',
-    'claim': 'what the scheduler of Nova asks', 'event': 'what happened, when and why',
-    'punctuality': 'how late VMs were', 'report': 'sums for operators',
-    'check': 'the proof that all adds up', 'token': 'who may ask',
+    'maintenance': 'capacity changes and maintenance', 'limit': 'how much anybody may reserve',
+    'calendar': 'calendar feeds, imports and subscriptions',
+    'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
+    'punctuality': 'how late VMs were', 'report': 'start delays of VMs',
+    'check': 'tokens', 'token': 'who may ask',
     'credential': 'in whose name VMs are made',
-    'user': 'people, whose tokens end', 'service': 'the server itself'}
+    'user': 'people who leave', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
 HEADERS = {
     'If-Match': ('the ETag of the reservation that was read', '"417"'),
-    'Idempotency-Key': ('a name for this request, so that it is done once; remembered for a day',
+    'Idempotency-Key': ('a name for this request, so that it is done only once; stored for a day',
                         '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
-TOLD = {'ETag': 'what If-Match takes; states of VMs do not change it',
-        'Location': 'where that is found which was made',
-        'Link': 'where the list goes on: rel="next"',
-        'Retry-After': 'seconds until it may be tried again', 'WWW-Authenticate': 'Bearer'}
+TOLD = {'ETag': 'the value for If-Match; states of VMs do not change it',
+        'Location': 'the address of what was created',
+        'Link': 'the next page of the list: rel="next"',
+        'Retry-After': 'seconds until you may try again', 'WWW-Authenticate': 'Bearer'}
 
 SECURITY = {
-    'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'what `token add` printed'},
+    'bearer': {'type': 'http', 'scheme': 'bearer', 'description': 'the output of `token add`'},
     'token': {'type': 'apiKey', 'in': 'header', 'name': 'X-Auth-Token',
               'description': 'the same, as programs of OpenStack send it'},
     'cookie': {'type': 'apiKey', 'in': 'cookie', 'name': 'cmres',
-               'description': 'of who has signed in to the page; it only reads'}}
+               'description': 'the cookie of the page; it can only read'}}
 BY_TOKEN = [{'bearer': []}, {'token': []}]
 TO_READ = [*BY_TOKEN, {'cookie': []}]
 
@@ -16648,7 +17014,8 @@ class Document:
         found, example = operation.parameters[name], example_of(operation).get(name)
         listed = place == 'query' and name in several(operation)
         schema = LISTED if listed else self.argument(name, found)
-        entry = {'name': name, 'in': place, 'description': WORDS[name], 'schema': schema}
+        entry = {'name': name, 'in': place, 'description': argument_help(operation, name),
+                 'schema': schema}
         if example is not None:
             entry['example'] = example.split(',') if listed else example
         needed = found.default is REQUIRED and not takes_calendar(operation)
@@ -16657,7 +17024,7 @@ class Document:
     def body(self, operation: Operation, fields: dict) -> dict:
         """The arguments in a body, as JSON or, of a calendar, as itself."""
         shape = {'type': 'object', 'additionalProperties': False, 'properties': {
-            name: self.field(name, each) for name, each in fields.items()}}
+            name: self.field(operation, name) for name in fields}}
         needed = [name for name, each in fields.items()
                   if each.default is REQUIRED and (name, 'part' in fields) != ('resource', True)]
         example = {name: value for name, value in example_of(operation).items() if name in fields}
@@ -16667,12 +17034,13 @@ class Document:
         kinds = {'application/json': content} | (ICALENDAR if takes_calendar(operation) else {})
         return {'required': bool(needed), 'content': kinds}
 
-    def field(self, name: str, parameter: inspect.Parameter) -> dict:
+    def field(self, operation: Operation, name: str) -> dict:
         """An argument in a body; null is as if it were not given."""
+        parameter = operation.parameters[name]
         schema = self.argument(name, parameter)
         if parameter.default is not REQUIRED or name == 'resource':
             schema = {'anyOf': [schema, VALUES[type(None)]]}
-        return schema | {'description': WORDS[name]}
+        return schema | {'description': argument_help(operation, name)}
 
     def argument(self, name: str, parameter: inspect.Parameter) -> dict:
         """What an argument takes; one that filters, also what stands for anything."""
@@ -16718,7 +17086,7 @@ class Document:
         told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
         found = {'200': self.response('done', kind, told)}
         if operation.made:
-            found = {'200': self.response('what would be made, of a dry run', kind),
+            found = {'200': self.response('what would be created, for a dry run', kind),
                      '201': self.response('made', kind, ['Location'])}
         return found | self.refused(*statuses_of(operation, verb))
 
@@ -16752,9 +17120,9 @@ class Document:
             'schema': VALUES[str]}}}} | self.refused(401, 403, 404, 429, 500, 503)
         feeds = {path: (f'feed_{n}' if n else 'feed', 'Shows reservations to calendar programs',
                         feed, []) for n, path in enumerate(FEEDS)}
-        found = {'/healthz': ('healthz', 'Tells whether the store can be read', health, []),
-                 '/readyz': ('readyz', 'Tells whether requests can be answered', ready, []),
-                 METRICS_PATH: ('metrics', 'Tells Prometheus of all that is counted', metrics,
+        found = {'/healthz': ('healthz', 'Checks that the database can be read', health, []),
+                 '/readyz': ('readyz', 'Checks that requests can be answered', ready, []),
+                 METRICS_PATH: ('metrics', 'Metrics for Prometheus', metrics,
                                 BY_TOKEN),
                  '/openapi.json': ('openapi', 'Describes all addresses', document, TO_READ),
                  **feeds}
@@ -17088,7 +17456,7 @@ def unchanged(acting: Reservations, operation: Operation, bound: dict, request) 
         tag = tag_of(acting, bound)
         if tag and tag not in [each.strip() for each in wanted.split(',')]:
             raise Changed(f"'{bound['label']}' was changed since you read it. Nothing was done. "
-                          'Read it again, then change it', etag=tag)
+                          'Read it again, then change it.', etag=tag)
     return look
 
 
@@ -17099,8 +17467,8 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
     if key is None or request.method != 'POST' or bound.get('dry_run'):
         return None
     if not re.fullmatch('[!-~]{1,255}', key):
-        raise Invalid('Idempotency-Key: 1 to 255 letters, digits and signs are needed, such as '
-                      'a UUID')
+        raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
+                      'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
     return Once(acting, key, hashed(asked), not has_secret(operation.answers))
 
@@ -17146,10 +17514,11 @@ class Once:
         """
         found = self.row()
         if found and found.digest != self.digest:
-            raise KeyReused('another request had this Idempotency-Key: take a new key for each')
+            raise KeyReused('Another request had this Idempotency-Key. Use a new key for each '
+                            'request.')
         if found and not found.answer:
-            raise Conflict('a request with this Idempotency-Key was done or is being done, and '
-                           'its answer is not there: ask for what it made')
+            raise Conflict('A request with this Idempotency-Key was done or is running, and its '
+                           'answer was not kept. Ask for what it created.')
         return found
 
     def claim(self) -> None:
@@ -17163,8 +17532,8 @@ class Once:
         found = self.row()
         if found and found.mark != self.mark:
             self.kept()
-            raise Conflict('the first request with this Idempotency-Key has just been done: '
-                           'send it again')
+            raise Conflict('The first request with this Idempotency-Key was just done. Send it '
+                           'again.')
         if not found:
             run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
             run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
@@ -17227,7 +17596,7 @@ class WrittenFeeds:
         found = self.kept.get(feed.id, Written())
         if self.is_old(found):
             if not self.places.acquire(blocking=False):
-                raise Unavailable('many calendars are being written; try again in a minute')
+                raise Unavailable('Many calendars are being written. Try again in a minute.')
             try:
                 with self.lock:
                     found = self.written_anew(name, feed)
@@ -17283,8 +17652,8 @@ def mistake(error: Exception, request) -> Error:
     """What is said of a mistake of ours: where the log has all of it."""
     id = secrets.token_hex(4)
     log.error('%s: %s %s failed', id, request.method, request.path, exc_info=error)
-    return Error(f'cmres made a mistake. Please tell an admin this number: {id}. It is in the log '
-                 'of the server', id=id)
+    return Error(f'cmres made a mistake. Please send this number to an admin: {id}. It is in the '
+                 'log of the server.', id=id)
 
 
 def health_handler(service: Reservations) -> Callable:
@@ -17296,8 +17665,9 @@ def health_handler(service: Reservations) -> Callable:
         status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
         if age > LATE:
             status, body = 503, {'last_pass': round(age, 1),
-                                 'error': 'no VM was started or ended for '
-                                 f'{format_duration(age)}; the log of this server says why'}
+                                 'error': 'No VM was started or ended for '
+                                          f'{format_duration(age)}. The log of this server says '
+                                          'why.'}
         return sent(json_text(body), status, UNKEPT)
     return handle
 
@@ -17414,8 +17784,8 @@ class Readiness:
         """How much space the database has left."""
         config = self.service.config
         free, most = disk_free(config.database) // 2**20, config.min_disk
-        fault = (f'only {free} MiB are free on the disk of the database; {most} are to be kept '
-                 '(min_disk)')
+        fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
+                 'be free. (setting min_disk)')
         return {'free_mib': free, 'fault': fault if free < most else ''}
 
     def integrity(self, fault: str) -> dict:
@@ -17432,10 +17802,11 @@ class Readiness:
         """How long ago a scheduler renewed its right to act, which it does in its passes."""
         found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
         if not found:
-            return {'fault': 'no scheduler has run yet: start `serve` or `scheduler`'}
-        age = round(max(self.service.clock() - found.until + self.service.config.lease, 0), 1)
-        late = (f'the last pass was {format_duration(int(age))} ago: start `serve` or `scheduler`, '
-                'or look at its log')
+            return {'fault': 'No scheduler has run yet. Start `serve` or `scheduler`.'}
+        timeout = self.service.config.leader_timeout
+        age = round(max(self.service.clock() - found.until + timeout, 0), 1)
+        late = (f'The scheduler last ran {format_duration(int(age))} ago. Start `serve` or '
+                '`scheduler`, or look at its log.')
         return {'last_pass': age, 'fault': late if age > most else ''}
 
 
@@ -17463,7 +17834,7 @@ def error_text(failure, request, response) -> str:
     if failure.status_code == 500 and not isinstance(error, Error):
         error = mistake(failure.exception, request)
     if failure.status_code == 404 and not isinstance(error, Error):
-        error = NotFound(f'there is nothing at {request.path}; /openapi.json lists all addresses')
+        error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
     if not isinstance(error, Error):
         error = Invalid(f'{error}'.lower())
     for name, value in headers_of(error).items():
@@ -17480,7 +17851,8 @@ def wrong_verb(failure, request, response) -> str:
         response.status = 204
         return ''
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return json_text(error_body(Error(f'{request.method} is not for this address; use {use}')))
+    return json_text(error_body(Error(f'{request.method} is not possible at this address. Use '
+                                      f'{use}.')))
 
 
 def request_name(environ: dict) -> str:
@@ -17503,7 +17875,7 @@ def plain_path(environ: dict) -> None:
     try:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
-        raise bottle.HTTPError(400, 'the address is not UTF-8') from None
+        raise bottle.HTTPError(400, 'The address is not UTF-8.') from None
     environ['PATH_INFO'] = environ['PATH_INFO'].rstrip('/') or '/'
 
 
@@ -17521,8 +17893,8 @@ def who_asks(service: Reservations, request, visitor: Callable | None = None) ->
             return actor
     if visitor and request.method in ('GET', 'HEAD') and (actor := visitor(request)):
         return actor
-    raise Unauthorized('a token is needed: Authorization: Bearer TOKEN; an admin makes one with: '
-                       'token add USER')
+    raise Unauthorized("Please authenticate. Send the header 'Authorization: Bearer TOKEN'. An "
+                       'admin can create a token for you.')
 
 
 def by_token(service: Reservations, request) -> Actor | None:
@@ -17635,7 +18007,7 @@ def while_there(environ: dict) -> Callable[[], None]:
     def check() -> None:
         if gone():
             METRICS.count('hung_up_total')
-            raise Unavailable('the client has hung up, so nothing was changed')
+            raise Unavailable('The client has disconnected. Nothing was changed.')
     return check
 
 
@@ -17673,7 +18045,7 @@ def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict',
                           max_num_fields=100)
     except (UnicodeDecodeError, ValueError):
-        raise Invalid(f'the {what} is not UTF-8 or has more than 100 fields') from None
+        raise Invalid(f'The {what} is not UTF-8 or has more than 100 fields.') from None
     lists = {each: ','.join(value for name, value in pairs if name == each)
              for each in several if any(name == each for name, _ in pairs)}
     return lists | given_once(*({name: value} for name, value in pairs if name not in lists))
@@ -17682,7 +18054,7 @@ def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
 def whole_body(request, most: int = MOST_BODY) -> bytes:
     """The body of a request; TooLarge if it has more than `most` bytes."""
     if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
-        raise TooLarge(f'the body is larger than {most} bytes; send it in parts')
+        raise TooLarge(f'The body is larger than {most} bytes. Send it in parts.')
     return body
 
 
@@ -17702,12 +18074,11 @@ def read_body(request, most: int) -> dict:
                           object_pairs_hook=lambda pairs: given_once(*({k: v} for k, v in pairs)))
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError:
-        raise Invalid('the body is not UTF-8') from None
+        raise Invalid('The body is not UTF-8.') from None
     except (ValueError, RecursionError) as error:
-        raise Invalid(f'the body is not JSON: {error}') from None
+        raise Invalid(f'The body is not JSON: {error}') from None
     if not isinstance(body, dict):
-        raise Invalid(f'the body must be a JSON object such as {{"label": "lab"}}, not '
-                      f'{shown(body)}')
+        raise Invalid(f'The body must be a JSON object like {{"label": "lab"}}, not {shown(body)}.')
     return body
 
 
@@ -17717,7 +18088,7 @@ def given_once(*sources: dict) -> dict:
     for source in sources:
         for name, value in source.items():
             if name in given and given[name] != value:
-                raise Invalid(f'{name} is given twice: {shown(given[name])} and {shown(value)}')
+                raise Invalid(f'{name} was given twice: {shown(given[name])} and {shown(value)}.')
             given[name] = value
     return given
 
@@ -17781,7 +18152,7 @@ class Gate:
         """
         allowed = self.service.config.metrics
         if allowed == 'off':
-            raise NotFound('there are no metrics here; the setting `metrics` can allow them')
+            raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
         if allowed != 'open':
             self.refuse_reader(environ)
         text = exposition(self.store.samples()).encode()
@@ -17800,7 +18171,7 @@ class Gate:
                 raise trouble(error) or error from None
             return
         if asks.role != ADMIN or asks.scopes - {'read'} or asks.resource is not None:
-            raise Forbidden("metrics need an admin's token; it may have the scope read")
+            raise Forbidden('Metrics need the token of an admin. It may have the scope read.')
         self.reader = secret
 
     def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
@@ -17920,7 +18291,7 @@ class StoreMetrics:
                         METRICS.begin('start_delay_seconds', cloud=account)
                     found = [*self.of_store(), *self.of_resources()]
             except (Unavailable, *STORE_ERRORS) as error:
-                log.warning('no metrics of the store: %s', trouble(error) or error)
+                log.warning('no metrics of the database: %s', trouble(error) or error)
                 found = []
             return [*METRICS.samples(), *found, *self.of_process()]
 
@@ -17948,7 +18319,7 @@ class StoreMetrics:
                                           "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
             yield 'servers', (('cloud', account), ('state', state)), number
         if lease := row('SELECT holder, until FROM lease'):
-            renewed = lease.until - self.service.config.lease
+            renewed = lease.until - self.service.config.leader_timeout
             yield 'pass_age_seconds', (), max(now - renewed, 0)
             if lease.until > now:
                 yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
@@ -18104,7 +18475,7 @@ class Blazar:
 
     def versions(self) -> dict:
         import bottle
-        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+        there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
             bottle.request.urlparts)
         return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
                               'max_version': '1.0', 'links': [
@@ -19569,12 +19940,13 @@ def said_by(booking: Booking) -> dict:
 
 def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
     """The sentence of a refusal, with what would fit."""
-    offers = {'next_start': lambda at: f'from {format_time(at, zone)}',
+    offers = {'next_start': lambda at: f'from {format_moment(at, zone)}',
               'most_vms': lambda number: f'with {counted_vms(number)}',
               'longest': lambda length: f'for {length}'}
     found = [say(refusal.details[name]) for name, say in offers.items()
              if refusal.details.get(name)]
-    return f"{refusal}.\nIt would fit: {'; '.join(found)}." if found else f'{refusal}.'
+    said = f"{str(refusal).rstrip('.')}."
+    return f"{said}\nIt would fit: {'; '.join(found)}." if found else said
 
 
 def object_text(data: bytes) -> str:
@@ -19914,7 +20286,7 @@ class Dav:
 
     def refuse_reader(self) -> None:
         if not self.writes:
-            raise Refused(403, 'D:need-privileges', 'your token lets you read calendars only')
+            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
 
     def body(self):
         return read_xml(whole_body(self.request))
@@ -22016,14 +22388,15 @@ DEED_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/adm
 MOST_PEOPLE = 500  # tokens that are made at once
 #: What stands above a column, or a field, where it is not its name.
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
-         'most_vms': 'VMs at most', 'longest': 'Longest', 'ahead': 'How far ahead',
-         'least_notice': 'Least notice', 'vcpu_hours': 'vCPU-hours', 'exempt': 'Exempt within',
-         'label': 'Name', 'then': 'Affected reservations', 'hold': 'Least free time'}
+         'max_vms': 'VMs at most', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
+         'min_notice': 'Least notice', 'max_vcpu_hours': 'vCPU-hours', 'max_waiting': 'Waiting',
+         'exempt_within': 'Exempt within', 'label': 'Name', 'affected': 'Affected reservations',
+         'min_free_time': 'Least free time'}
 #: What of a reservation that was cancelled is reserved again.
 HAD_AGAIN = ('resource', 'vms', 'flavor', 'image', 'server', 'network', 'key', 'security_groups',
          'metadata', 'at_end', 'notify', 'description', 'personal', 'user', 'host')
 MOST_LATELY = 300  # events of a project that are looked through for notices
-LENGTHS = ('hold', 'approval', 'no_show')
+LENGTHS = ('min_free_time', 'approval', 'no_show')
 #: What of a reservation stands on its page, and what it is called.
 FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
          'at_end': 'At the end', 'notify': 'Notices go to',
@@ -22034,15 +22407,15 @@ CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_da
                           'notify', 'invite', 'lead', 'description'))
 FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes',
                           'mode', 'approval'),
-         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval',
+         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode',
+                             'min_free_time', 'approval',
                              'no_show', 'default_image', 'default_flavor', 'default_vms'),
-         'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
-         'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead',
-                       'least_notice', 'vcpu_hours',
-                       'waiting', 'exempt'),
+         'maintenance_add': ('resource', 'start', 'end', 'reason', 'affected'),
+         'limit_add': ('project', 'user', 'resource', 'max_vms', 'max_duration', 'max_advance',
+                       'min_notice', 'max_vcpu_hours', 'max_waiting', 'exempt_within'),
          'token_add': ('user', 'project', 'role', 'purpose', 'lasts', 'scopes', 'resource')}
 #: Of those fields; the first of them is what is meant unless one is chosen.
-PICKS = {'mode': ('', 'open', *MODES), 'then': THEN, 'role': ('', USER, READER, ADMIN),
+PICKS = {'mode': ('', 'open', *MODES), 'affected': THEN, 'role': ('', USER, READER, ADMIN),
          'scopes': ('', *SCOPES)}
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used'
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
@@ -22071,7 +22444,7 @@ FIELDS = {
     'holidays': ('Leave out the days of a calendar', 'text', 'https://…/holidays.ics'),
     'on_conflict': ('If a date does not fit', 'choice', ''), 'user': ('Owner', 'text', ''),
     'invite': ('Invite by mail', 'text', 'ana@example.org'),
-    'confirm': ('Time to accept what became free', 'text', '30m')}
+    'accept_within': ('Time to accept what became free', 'text', '30m')}
 FIELD_CHOICES = {
     'at_end': [('', 'as usual: delete the VMs'), ('delete', 'delete the VMs'),
                ('stop', 'stop the VMs'), ('shelve', 'shelve the VMs'),
@@ -22082,7 +22455,7 @@ FIELDSETS = {'What': ('label', 'rename', 'resource', 'vms'), 'When': ('start', '
           'Repeats': ('repeat', 'until', 'count', 'skip_dates'),
           'Notices': ('notify', 'invite', 'description')}
 STARTING = ('image', 'flavor', 'at_end', 'lead')  # the fields of what starts
-BOOK_MORE = ('on_conflict', 'confirm', 'network', 'key', 'server', 'security_groups', 'user_data',
+BOOK_MORE = ('on_conflict', 'accept_within', 'network', 'key', 'server', 'security_groups', 'user_data',
              'metadata', 'personal', 'host', 'holidays')
 USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
                'monthly on first mon')
@@ -22773,11 +23146,6 @@ def at_of(line: TimeLine, wall: datetime) -> str:
     return f'{wall:%Y-%m-%dT%H}' if line.view == 'hours' else f'{wall:%Y-%m-%d}'
 
 
-def counted(number: int, name: str) -> str:
-    """A number of things: 1 VM, 2 VMs."""
-    return f'{number} {name}' if number == 1 else f'{number} {name}s'
-
-
 # One line that says what somebody wants, such as `15 ubuntu every tue 10-12 until 23 feb`
 
 
@@ -23220,7 +23588,7 @@ class Pages:
         forms know.
         """
         origin = header(request, 'Origin')
-        ours = (header(request, 'Host'), urlsplit(self.service.config.address).netloc or None)
+        ours = (header(request, 'Host'), urlsplit(self.service.config.public_url).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
         if (elsewhere
             or header(request, 'Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
@@ -23277,7 +23645,7 @@ class Pages:
             self.refuse_programs(actor := actor_of(token, self.service.clock()))
         except (Unauthorized, Forbidden) as error:
             return self.not_signed_in(visit, given, error)
-        return self.signed_in_as(actor, hashed(token), self.service.config.signed_in, given)
+        return self.signed_in_as(actor, hashed(token), self.service.config.session_length, given)
 
     def sign_in_at_keystone(self, visit: Visit, given: dict):
         """Signs in by a password of OpenStack, which goes to Keystone and nowhere else."""
@@ -23300,14 +23668,14 @@ class Pages:
     def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
         """Begins a session of somebody whom others know, until they do not any more."""
         now = self.service.clock()
-        lasts = min(self.service.config.signed_in, ends - now)
+        lasts = min(self.service.config.session_length, ends - now)
         made = self.token_of_session(actor, f'signed in at {where}', now + lasts)
         return self.signed_in_as(actor, made, lasts, given)
 
     def back_here(self) -> str:
         """The address to which a provider sends people back."""
         import bottle
-        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+        there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
             bottle.request.urlparts)
         return f'{there}/sign-in/oidc'
 
@@ -23320,7 +23688,7 @@ class Pages:
         text = json.dumps(known | {'next': local(given.get('next'))})
         made.set_cookie('oidc', quote(self.signed('oidc', text), safe=''), path='/sign-in/oidc',
                         httponly=True, samesite='lax', max_age=600,
-                        secure=self.service.config.address.startswith('https:'))
+                        secure=self.service.config.public_url.startswith('https:'))
         return made
 
     def end_oidc(self, visit: Visit, given: dict):
@@ -23439,7 +23807,7 @@ class Pages:
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
         """Sets a cookie that scripts and other sites can't use."""
         made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
-                        secure=self.service.config.address.startswith('https:'))
+                        secure=self.service.config.public_url.startswith('https:'))
 
     # The time line
 
@@ -23694,7 +24062,7 @@ class Pages:
         columns = ['label', 'start', 'end', 'vms', 'state', *(['change'] if visit.writes else [])]
         up = sum(each['state'] == 'active' for each in found['servers'])
         running = found['state'] in ('starting', 'active', 'degraded')
-        login = self.service.config.login
+        login = self.service.config.login_command
         return found, render_page(
             'live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
             facts=facts, starts=what_starts(visit, found), track=track_of(visit, found),
@@ -23764,7 +24132,7 @@ class Pages:
         service = self.service.acting(Actor(shared.user, shared.project, READER))
         occurrence = service.look.next_of(shared.reservation_id)
         found = public(service.look.occurrence(occurrence.id)) | {'shared': shared}
-        login, names = self.service.config.login, json.loads(shared.seats)
+        login, names = self.service.config.login_command, json.loads(shared.seats)
         lines = [(n, each['name'], names[n - 1] if n <= len(names) else '', each['state'], [
             login.replace('{address}', address) for address in each['addresses']])
             for n, each in enumerate(service.look.servers_of(occurrence.id), 1)]
@@ -23786,7 +24154,7 @@ class Pages:
                            if given.get(name)})
         verdict = verdict or Verdict('', 'Nothing is changed yet.', go='Change')
         href = f'/r/{quote(label)}/change'
-        more = tuple(each for each in BOOK_MORE if each != 'confirm') + (
+        more = tuple(each for each in BOOK_MORE if each != 'accept_within') + (
             ('user',) if visit.actor.role == ADMIN else ())
         return self.page(visit, f'Change {label}', self.form(
             visit, said, verdict, more, was=self.stored_fields(visit, found), only=only, line='',
@@ -24412,8 +24780,9 @@ class Pages:
         tokens = [each | {'deeds': ['token_revoke']} for each in service.token_list()
                   if not each['revoked']]
         limits = [each | {'deeds': ['limit_delete']} for each in service.limit_list()]
-        columns = ('id project user resource most_vms longest ahead least_notice vcpu_hours '
-                   'waiting exempt change').split()
+        columns = ('id project user resource max_vms max_duration max_advance min_notice '
+                   'max_vcpu_hours '
+                   'max_waiting exempt_within change').split()
         return ''.join((
             self.headed('Tokens', self.table(visit, 'Tokens', f'{TOKEN_COLUMNS} change'.split(),
                                              tokens, given)),
@@ -24487,7 +24856,7 @@ class Pages:
         parameters = API[name].parameters
         values = {field: in_length(found[field]) if field in LENGTHS else in_field(found[field])
                   for field in FORMS[name] if field in (found or {})}
-        fields = [(field, WORDS[field], parameters[field].default is REQUIRED, PICKS.get(field),
+        fields = [(field, argument_help(API[name], field), parameters[field].default is REQUIRED, PICKS.get(field),
                    mine.get(field, values.get(field, '')),
                    values.get(field, '') if found and field != 'name' else None)
                   for field in FORMS[name]]
@@ -24829,7 +25198,7 @@ MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
 NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token '
-    'timezone workers call_timeout sweep verify_every connections'.split())
+    'timezone workers call_timeout poll_running verify_every connections'.split())
 #: Settings that only their owner may read.
 SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
@@ -25016,13 +25385,14 @@ class Alert(NamedTuple):
 
 ALERTS = (
     Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
-          'cmres does not answer Prometheus: nobody can reserve, and nothing may start'),
+          'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
     Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
-          'No life cycle makes passes: no VM is started or ended. See the log of the scheduler'),
+          'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
     Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
-          'The cloud {{ $labels.cloud }} fails again and again and is left alone for a while'),
+          'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer '
+          'before it asks it again'),
     Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
-          'A reservation was over and its VMs were never up'),
+          'A reservation ended and none of its VMs was ever ready'),
     Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
           '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
           'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
@@ -25060,7 +25430,7 @@ CHARTS = (
     ('Calls to clouds', 'reqps', (
         ('sum by (cloud, verb, result) (rate(cmres_cloud_call_seconds_count[5m]))',
          '{{cloud}} {{verb}} {{result}}'),)),
-    ('Last pass of the life cycle, age', 's', (('cmres_pass_age_seconds', 'age'),)),
+    ('Age of the last run of the scheduler', 's', (('cmres_pass_age_seconds', 'age'),)),
     ('Waiting to write', 's', (
         ('histogram_quantile(0.95, sum by (le) (rate(cmres_lock_wait_seconds_bucket[5m])))',
          '95 %'),)),
@@ -25209,7 +25579,7 @@ class Housekeeper(threading.Thread):
             for line in read_settings_again(self.service.config):
                 log.info('settings: %s', line)
         except Invalid as error:
-            log.warning('settings: %s; they stay as they were', error)
+            log.warning('settings: %s; nothing was changed', error)
         tell_systemd('READY=1')
 
 
@@ -25241,7 +25611,7 @@ def shown_setting(config: Config, name: str) -> str:
     """A setting as people may see it."""
     value = getattr(config, name)
     if name in SECRETS and value:
-        return 'set, and not shown'
+        return 'set, but secret'
     if isinstance(value, bool):
         return str(value).lower()
     return f'{value:g}' if isinstance(value, float) else f'{value}'
@@ -25255,7 +25625,7 @@ def note_start(service: Reservations, what: str) -> None:
     try:
         with transaction():
             journal(config, service.clock(), 'cmres', 'settings',
-                    f'{what} {__version__} has started; set: {said or "nothing"}')
+                    f"{what} {__version__} has started; settings: {said or 'none'}")
     except (Unavailable, *STORE_ERRORS) as error:
         log.warning('the start was not written down: %s', trouble(error) or error)
 
@@ -25267,15 +25637,43 @@ class Client:
     """A cmres server as if it were here: the methods, signatures, answers and errors of
     Reservations.
 
+    `with Client() as cmres: ...` works as well; `list` gives all pages.
+
     Args:
-      url: where the server is, such as http://127.0.0.1:8080
-      token: as `token add` printed it
+      url: where the server is, such as http://127.0.0.1:8080; else CMRES_URL
+      token: as `token add` printed it; else CMRES_TOKEN
       timeout: seconds to wait for an answer
+
+    Raises:
+      Invalid: the address or the token is missing, or it is no address of a server.
     """
 
-    def __init__(self, url: str, token: str, timeout: float = 60):
-        self.url, self.token, self.timeout = url.rstrip('/'), token, timeout
+    def __init__(self, url: str = '', token: str = '', timeout: float = 60):
+        url = url or os.environ.get('CMRES_URL', '')
+        self.token, self.timeout = token or os.environ.get('CMRES_TOKEN', ''), timeout
+        self.url = server_address(url)
+        if not self.token:
+            raise Invalid('The token is missing. Give one, or set CMRES_TOKEN. `token add` '
+                          'prints one.')
         self.token_ends = ''  # its id and its end, if that is near
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Nothing stays open between two calls."""
+
+    def __repr__(self) -> str:
+        return f'Client({self.url!r})'
+
+    def __iter__(self) -> Iterator[Answer]:
+        return self.all()
+
+    def all(self, **filters) -> Iterator[Answer]:
+        """All reservations that `list` would show page by page."""
+        while found := self.list(**filters):
+            yield from found
+            filters['after'] = cursor_of(found[-1])
 
     def call(self, operation: Operation, given: dict):
         """One operation over HTTP.
@@ -25298,7 +25696,7 @@ class Client:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
             why = getattr(error, 'reason', error)
-            raise Unavailable(f'no answer from {self.url}: {why}') from None
+            raise Unavailable(f'No answer from {self.url}: {why}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
         """The verb, the first of the addresses whose parts are all given, and the body."""
@@ -25322,14 +25720,30 @@ class Client:
             return ERRORS.get(body.get('kind'), Error)(body['error'],
                                                        **from_plain(body.get('details', {})))
         except (ValueError, KeyError, AttributeError):
-            return Unavailable(f'{self.url} answered {answer.status} {answer.reason}, which is not '
-                               f'cmres')
+            return Unavailable(f'{self.url} answered {answer.status} {answer.reason}. This is not '
+                               'cmres.')
+
+
+def server_address(url: str) -> str:
+    """The address of a server without a slash at its end; Invalid if it is none."""
+    if not url:
+        raise Invalid('The address of the server is missing. Give one like '
+                      'http://127.0.0.1:8080, or set CMRES_URL.')
+    parts = urlsplit(url if '://' in url else f'http://{url}')
+    if parts.scheme not in ('http', 'https') or not parts.hostname or '://' not in url:
+        raise Invalid(f"'{url}' is not the address of a server. Write for example "
+                      f'http://{parts.hostname or "127.0.0.1"}:{parts.port or 8080}.')
+    if parts.path.rstrip('/') or parts.query:
+        raise Invalid(f"'{url}' has a path. Write only the address of the server: "
+                      f'{parts.scheme}://{parts.netloc}.')
+    return f'{parts.scheme}://{parts.netloc}'
 
 
 def client_method(operation: Operation) -> Callable:
     @functools.wraps(operation.method)
     def method(self, *args, **kwargs):
-        given = inspect.signature(operation.method).bind(self, *args, **kwargs).arguments
+        given = inspect.signature(operation.method).bind(
+            self, *args, **with_new_names(operation.name, kwargs)).arguments
         return self.call(operation, {name: value for name, value in given.items()
                                      if name != 'self'
                                      and value != operation.parameters[name].default})
@@ -25354,11 +25768,12 @@ _nova = sys.modules.get('nova.scheduler.filters')
 def nova_settings():
     """The section [cmres] of nova.conf: url, token, timeout in seconds, when_down."""
     from oslo_config import cfg
-    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='where cmres is served'),
-               cfg.StrOpt('token', default='', secret=True, help="an admin's token"),
+    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='address of cmres'),
+               cfg.StrOpt('token', default='', secret=True, help='token of an admin'),
                cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
                cfg.StrOpt('when_down', default='closed', choices=['closed', 'open'],
-                          help='whether marked hosts pass while there is no answer')]
+                          help='whether servers may start on hosts of cmres while it does not '
+                               'answer')]
     cfg.CONF.register_opts(options, group='cmres')
     return cfg.CONF.cmres
 
@@ -25408,7 +25823,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
             return dict.fromkeys(resources, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
-                log.info('%s may not boot on %s: %s', spec.instance_uuid, each['resource'],
+                log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
 
@@ -25423,11 +25838,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # when the whole line has been understood: a line with a mistake does nothing. Values stay the text
 # that was typed until `bind` reads them.
 
-GROUPS = {'resource': """What can be reserved: places and their capacities.
+GROUPS = {'resource': """Things that people can reserve, and their capacities.
 
 Example:
   python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Who may use cmres: tokens for programs, and to sign in to the page.
+""", 'token': """Tokens: they sign people in to the page, and programs to REST.
 
 Example:
   python cmres.py token add eva --project biology --role user
@@ -25446,59 +25861,90 @@ Example:
 """, 'limit': """What projects and users may reserve at most.
 
 Example:
-  python cmres.py limit add --project biology --most-vms 20
-""", 'maintenance': """Times at which there is less of a resource, or nothing.
+  python cmres.py limit add --project biology --max-vms 20
+""", 'maintenance': """Maintenances and other capacity changes.
 
 Example:
   python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks'
-""", 'calendar': """Calendars that show reservations, and calendars that make them.
+""", 'calendar': """Calendars that show reservations, and calendars that reserve.
 
 Example:
   python cmres.py calendar feed
-""", 'config': """Settings: whether they are in order, and what is in force.
+""", 'config': """The settings.
 
 Example:
   python cmres.py config show
-""", 'event': """The event log as a whole; `events` shows some of it.
+""", 'event': """The whole event log; `events` shows some of it.
 
 Example:
   python cmres.py event export --since 2027-01-01
-""", 'key': """The key that signs cookies; on this machine only.
+""", 'key': """The key that signs cookies; only on this computer.
 
 Example:
   python cmres.py key rotate
-""", 'store': """The database file: copies, checks, migrations; on this machine only.
+""", 'store': """The database file: copies, checks, updates; only on this computer.
 
 Example:
   python cmres.py store backup cmres-monday.db
 """}
 
-HELP = '''Reservations for virtual machines on OpenStack clouds.
+HELP = """Reserves virtual machines (VMs) on OpenStack: cmres starts and deletes them on time.
 
-Works on the local database, or with CMRES_URL and CMRES_TOKEN on a server.
-Options may stand anywhere; every command also takes --config FILE, --tz ZONE and --format
-table|json|csv|yaml. Tables take --columns A,B, --sort A or --sort=-A (the last first), --wide (all
-columns, whatever the width), and with --watch they are shown anew every 2 seconds.
-Exit codes: 0 done, 1 refused or failed, 2 wrong use.
+Works on the database in this folder, or with CMRES_URL and CMRES_TOKEN on a server.
+`python cmres.py COMMAND --help` explains a command. Every command also takes --config FILE,
+--tz ZONE and --format table|json|csv|yaml. Tables take --columns A,B, --sort A (or --sort=-A: the
+last first), --wide (all columns) and --watch (again every 2 seconds).
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
 
 Example:
   python cmres.py serve
   python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
   python cmres.py list
-'''
+"""
+
+#: The commands as help lists them.
+SHELVES = {
+    'Reserve': 'add find update extend keep end skip delete accept',
+    'Look': 'list show servers events duration usage',
+    'Many at once': 'load import occurrences generate calendar',
+    'For admins': 'approve reject resource maintenance limit token user credential catalog report '
+                  'punctuality check',
+    'Run cmres': 'serve scheduler tick config store key event claim alerts dashboard container '
+                 'completion'}
+#: The options of a command as its help lists them; what is in none of these comes last.
+KINDS_OF_OPTIONS = {
+    'VMs': 'vms flavor image server network key security_groups user_data metadata classes '
+           'personal',
+    'Start and end': 'start end lead at_end after before by duration',
+    'Series': 'repeat until count skip_dates holidays on_conflict occurrence following',
+    'If the capacity is not free': 'wait accept_within priority partial force affected',
+    'Several resources, whole hosts': 'part host resource cell cloud region aggregate',
+    'Who': 'user project notify reason description'}
+#: What stands for the value of an argument in help, by its type.
+SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
+            Day: 'DATE', Names: 'A,B', Pairs: 'K=V', Classes: 'K=N', Hosts: 'HOST', Zone: 'ZONE',
+            Parts: 'RESOURCE:VMS', File: 'FILE', Ics: 'FILE', Source: 'FILE', Rows: 'FILE',
+            Repeat: 'RULE', Clash: 'ACTION', Text: 'TEXT', Url: 'URL', Cursor: 'LINE', bool: ''}
 
 FORMATS = ('table', 'json', 'jsonl', 'csv', 'yaml')
 #: Other names that people give to options, and of which commands.
-ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '--by-whom'),
+ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '--group-by'),
         '--aggregate': (['resource', 'sync'], '--aggregates'),
         '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
+
+#: Commands of two words that mean another, and those that have a second name.
+PAIRED = {('events', 'export'): ['event', 'export'], ('journal', 'export'): ['event', 'export'],
+          ('calendar', 'preview'): ['occurrences']}
+ALIASES = {'cancel': 'delete', 'delays': 'punctuality', 'demo-data': 'generate'}
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change '
                    'fault',
            'delete': 'id label user project resource vms start end state ends_with warnings',
-           'calendar_list': 'id kind user project shows added polled fault held',
-           'hit': 'label user project vms start end outcome',
+           'calendar_list': 'id kind user project shows added polled fault needs_confirmation',
+           'affected': 'label user project vms start end outcome',
+           'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
+                         'max_vcpu_hours max_waiting exempt_within',
            'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
@@ -25519,11 +25965,11 @@ NIMBLE = 0.0003
 
 def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool = False,
           demo: bool = False) -> None:
-    """Serves REST, and unless --noscheduler runs the life cycle too, until it is stopped.
+    """Serves the page and REST, and runs the scheduler, until you stop it.
 
-    Where there never was a database, one is made. In a folder without database, key and
-    configuration, and with --demo, it gets the resource `demo` and a token for an admin, which is
-    shown once.
+    Creates the database if there never was one. In a folder without database, key and
+    configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
+    The token is shown once.
 
     Example:
       python cmres.py serve --port 8080
@@ -25542,7 +25988,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     acts = None if noscheduler else cycle
     front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
-    told += welcome(service, url) if demo else []
+    told += [channels(config), *(welcome(service, url) if demo else [])]
     print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
     note_start(service, 'serve')
     with running(acts, Housekeeper(service, acts, front), front.leave):
@@ -25554,20 +26000,19 @@ def listening(app: Callable, config: Config) -> Front:
     try:
         front = Front(app, config)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"can't listen on {config.host}:{config.port}: {error}; choose another "
-                          'with --port') from None
+        raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
+                          'another port.', hint='--port N') from None
     config.take(port=front.port)
     return front
 
 
 def scheduler(config: Config, port: int = None) -> None:
-    """Runs the life cycle alone, until it is stopped: boots what begins, deletes what is over.
+    """Runs only the scheduler, until you stop it: it starts and ends VMs.
 
-    With --port it also answers `/metrics`, `/healthz` and `/readyz` there: calls to clouds are
-    counted by the process that makes them.
+    With --once it runs once, like `tick`.
 
     Example:
-      python cmres.py scheduler --port 8081
+      python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -25578,7 +26023,7 @@ def scheduler(config: Config, port: int = None) -> None:
         config.take(port=port)
         front = listening(Gate(health_of(service), service, cycle), config)
         told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
-    first = f'cmres {__version__} runs the life cycle of {config.database}'
+    first = f'cmres {__version__} runs the scheduler of {config.database}'
     print(first, *told, sep='\n', flush=True)
     note_start(service, 'scheduler')
     with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
@@ -25586,10 +26031,10 @@ def scheduler(config: Config, port: int = None) -> None:
 
 
 def tick(config: Config) -> None:
-    """Makes one pass of the life cycle: for a line of cron such as `* * * * *`.
+    """Runs the scheduler once. For cron: `* * * * *`.
 
-    Begins what is due, waits for the clouds' answers and records them. Does nothing while another
-    scheduler acts.
+    Starts what is due, waits for the answers of the clouds and stores them. Does nothing while
+    another scheduler is the leader. `scheduler --once` is the same.
 
     Example:
       python cmres.py tick
@@ -25601,10 +26046,10 @@ def tick(config: Config) -> None:
 
 
 def store_backup(config: Config, path: Name) -> dict:
-    """Writes a copy of the database to a new file, as it is at one instant, also while cmres works.
+    """Writes a copy of the database to a new file, also while cmres runs.
 
-    The key is not in the copy: whoever has the copy can't sign in. A restored copy gets along with
-    a new key; then people sign in to the page anew.
+    The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
+    then people sign in to the page again.
 
     Example:
       python cmres.py store backup cmres-monday.db
@@ -25615,9 +26060,9 @@ def store_backup(config: Config, path: Name) -> dict:
 
 
 def store_verify(config: Config, path: Name = '') -> dict:
-    """Reads all of the database, or of a copy of it, and tells whether it is whole.
+    """Reads the whole database, or a copy, and checks it for damage.
 
-    Exit code 1 if it is damaged. /readyz of `serve` tells what was found last.
+    Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
 
     Example:
       python cmres.py store verify cmres-monday.db
@@ -25626,10 +26071,10 @@ def store_verify(config: Config, path: Name = '') -> dict:
 
 
 def store_restore(config: Config, path: Name) -> dict:
-    """Puts a copy in the place of the database, once `serve` and all other commands are stopped.
+    """Replaces the database by a copy. Stop `serve` and all other commands first.
 
-    What was there is kept beside it. VMs started since the copy was written are not deleted until
-    an admin says `store orphans --delete` or `--adopt`.
+    The old database is kept beside it. VMs that started after the copy was written stay until an
+    admin chooses `store orphans --delete` or `--adopt`.
 
     Example:
       python cmres.py store restore cmres-monday.db
@@ -25638,9 +26083,10 @@ def store_restore(config: Config, path: Name) -> dict:
 
 
 def store_migrate(config: Config) -> dict:
-    """Brings the database of an older cmres up to this one, once all its processes are stopped.
+    """Updates the database of an older cmres. Stop all its processes first.
 
-    A copy is made beside it first. `serve`, `scheduler` and `tick` do the same when they start.
+    cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
+    start.
 
     Example:
       python cmres.py store migrate
@@ -25662,7 +26108,7 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     Example:
       python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
-    address = address or config.address
+    address = address or config.public_url
     if not is_web(address):
         raise Invalid('say how people reach `serve`: --address https://cmres.example.org, or the '
                       'setting `address`')
@@ -25672,16 +26118,16 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 
 
 def key_rotate(config: Config) -> dict:
-    """Makes a new key for cookies; who has signed in by the one before stays so to the end of that.
+    """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes take it at once. After a theft, say `user end` or stop cmres and take the
-    file away: then everybody signs in anew.
+    Running processes use it at once. After a theft, use `user end`, or stop cmres and remove the
+    key file: then everybody must sign in again.
 
     Example:
       python cmres.py key rotate
     """
     refuse_missing(config.database)
-    file, until = key_file(config.database, config.key), int(time.time() + config.signed_in)
+    file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
     keys = rotate_key(file, until)
     open_store(config.database, config.key, make=False)
     with transaction():
@@ -25691,7 +26137,7 @@ def key_rotate(config: Config) -> dict:
 
 
 def config_show(config: Config) -> Rows:
-    """Lists all settings as they are in force, where each comes from, and which need a restart.
+    """Lists all settings, where each comes from, and which need a restart.
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
 
@@ -25704,7 +26150,7 @@ def config_show(config: Config) -> Rows:
 
 
 def config_check(config: Config) -> dict:
-    """Tells whether the settings are in order; exit code 2 if not. Nothing is made or changed.
+    """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
 
     Example:
       python cmres.py config check --config /etc/cmres.ini
@@ -25718,7 +26164,7 @@ def config_check(config: Config) -> dict:
 def fault_of_folder(config: Config) -> str:
     folder = os.path.dirname(os.path.abspath(config.database))
     fine = os.access(folder, os.W_OK | os.X_OK)
-    return '' if fine else f"database: can't write to its folder '{folder}'"
+    return '' if fine else f"database: cmres cannot write to its folder '{folder}'"
 
 
 def fault_of_key(config: Config) -> str:
@@ -25733,7 +26179,8 @@ def fault_of_key(config: Config) -> str:
 
 def fault_of_addresses(config: Config) -> str:
     """A setting that is an address and isn't."""
-    wrong = [f"{name}: '{text}' is not an http(s) address" for name in ('url', 'address', 'webhook')
+    wrong = [f"{name}: '{text}' is not an http(s) address"
+             for name in ('url', 'public_url', 'webhook')
              if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
     port = config.mail_server.partition(':')[2]
     if port and not port.isdecimal():
@@ -25755,7 +26202,7 @@ CHECKS = (fault_of_folder, fault_of_key, fault_of_addresses, fault_of_credential
 
 
 def event_export(config: Config, since: When = None) -> None:
-    """Prints the whole event log, a line of JSON for each event, the oldest first.
+    """Prints the whole event log, one line of JSON for each event, the oldest first.
 
     `events export` and `journal export` are the same.
 
@@ -25773,16 +26220,19 @@ EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
-    """Lists the VMs with the mark of cmres that the database does not know, as after a restore.
+    """Lists VMs with the mark of cmres that the database does not know.
 
-    After a restore they stay until an admin decides for all of them: with --delete the life cycle
-    deletes them, with --adopt cmres leaves them to people for ever. `add --server ID` reserves one.
+    For example after a restore.
+
+    They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
+    never touches them again. `add --server ID` reserves one of them.
 
     Example:
       python cmres.py store orphans --adopt
     """
     if delete and adopt:
-        raise Invalid('say either --delete or --adopt')
+        raise Invalid('Choose one: delete the VMs, or leave them to people.',
+                      hint='--delete or --adopt')
     service = local_service(config)
     found = all_orphans(LifeCycle(config, service.clouds))
     if delete or adopt:
@@ -25812,21 +26262,20 @@ def prepared(config: Config) -> list[str]:
     return [MIGRATED.format(**done)] if done else []
 
 
-MIGRATED = "Migrated the database from version {before} to {after}; '{copy}' is a copy of before."
-WORDS |= {'adopt': 'leave them to people for ever', 'delete': 'let the life cycle delete them',
-          'demo': 'make the resource demo and a token, where there are none',
-          'path': 'the name of the file that is the copy',
-          'port': 'port to listen on; 0 takes a free one',
-          'noscheduler': 'leave the life cycle to another process'}
+MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
+WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
+          'demo': 'create the resource demo and a token, if there are none',
+          'path': 'the name of the copy',
+          'port': 'port to listen on; 0: any free port',
+          'noscheduler': 'do not run the scheduler in this process'}
 
 
 def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
                 tz: Zone = '') -> Rows:
-    """Tells when the events of an iCalendar file occur, in the next 366 days unless --start and
-    --end say otherwise.
+    """Shows when the events of an iCalendar file occur. Default: the next 366 days.
 
-    Nothing is reserved. Times without a zone and whole days are in that of --tz. Events that can't
-    be understood are not listed but named on the error output.
+    Nothing is reserved. Times without a zone and whole days are in the zone of --tz. Events that
+    cmres cannot understand are named on the error output. `calendar preview` is the same.
 
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
@@ -25836,7 +26285,8 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     end = (start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime)
            else end)
     if not start < end:
-        raise Invalid(f'the end {to_plain(end)} is not after the start {to_plain(start)}')
+        raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
+                      f'({config.told_time(start.timestamp())}).')
     zone = read_zone(tz or config.timezone)
     found, refused = occurrences_of(read_calendar(file, 'the file'), zone, start, end)
     if refused and not found:
@@ -25847,7 +26297,7 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
 
 
 def alerts(config: Config) -> None:
-    """Prints ten alert rules for Prometheus, which scrapes /metrics as the job `cmres`.
+    """Prints ten alert rules for Prometheus, which reads /metrics as the job `cmres`.
 
     Example:
       python cmres.py alerts > /etc/prometheus/cmres.yml
@@ -25857,7 +26307,7 @@ def alerts(config: Config) -> None:
 
 
 def dashboard(config: Config) -> None:
-    """Prints a dashboard that Grafana imports.
+    """Prints a dashboard for Grafana.
 
     Example:
       python cmres.py dashboard > cmres.json
@@ -25866,7 +26316,7 @@ def dashboard(config: Config) -> None:
 
 
 def container(config: Config) -> None:
-    """Prints a Containerfile: not root, nothing written but one volume, an end in good order.
+    """Prints a Containerfile: not root, and only one volume is written.
 
     Example:
       python cmres.py container > Containerfile
@@ -25875,15 +26325,14 @@ def container(config: Config) -> None:
 
 
 def completion(config: Config, shell: Name) -> None:
-    """Prints what lets a shell complete commands, options, labels and names of resources.
+    """Prints a script that completes commands, options, labels and resources in a shell.
 
     Example:
       python cmres.py completion bash >> ~/.bashrc
     """
     if shell not in COMPLETIONS:
-        raise Invalid(f"there is no completion for '{shell}'{nearest(shell, COMPLETIONS)}; there "
-                      f"is "
-                      f"one for {', '.join(COMPLETIONS)}")
+        raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
+                      f"one of {', '.join(COMPLETIONS)}.")
     print(COMPLETIONS[shell].strip('\n'))
 
 
@@ -25922,6 +26371,8 @@ def in_utc(config: Config) -> None:
     handler.setFormatter(Lines(config.log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     log_calls.disabled = not config.log_requests
+    for name in config.old_names:
+        log.warning('the setting %s is now called %s', name, RENAMED['setting'][name])
     # it warns at every request that waits
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)
 
@@ -25966,13 +26417,13 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
     while not stop.is_set():
         if not thread or not thread.is_alive():
             if thread:
-                log.error('the life cycle has died; it begins anew')
+                log.error('the scheduler stopped; it starts again')
             thread = threading.Thread(target=cycle.run, args=(stop,), daemon=True)
             thread.start()
         hangs = cycle.age() > LATE
         if hangs and not told:
             where = ''.join(traceback.format_stack(sys._current_frames().get(thread.ident)))
-            log.error('the life cycle has made no pass for %.0f seconds; it is here:\n%s',
+            log.error('the scheduler has done nothing for %.0f seconds; it is here:\n%s',
                       cycle.age(), where)
         told = hangs
         stop.wait(every)
@@ -25991,10 +26442,18 @@ def local_service(config: Config, make: bool = False) -> Reservations:
                         progress=progress_bar)
 
 
+def channels(config: Config) -> str:
+    """Where notifications go, as people read it."""
+    mail = (f'mails through {config.mail_server}' if config.mail_server
+            else 'no mails (the setting mail_server is empty)')
+    also = f', and everything to {host_of(config.webhook)}' if config.webhook else ''
+    return f'Notifications: {mail}; webhooks{also}.'
+
+
 def told_made(config: Config) -> str:
     """That a database is made, as people read it."""
     file = key_file(config.database, config.key)
-    return f"Made the database '{config.database}' and its key '{file}'."
+    return f"Created the database '{config.database}' and its key '{file}'."
 
 
 def welcome(service: Reservations, url: str) -> list[str]:
@@ -26003,12 +26462,11 @@ def welcome(service: Reservations, url: str) -> list[str]:
     if not service.resource_list():
         service.resource_add('demo', cloud='simulated', vms=16, default_flavor='m1.small',
                              default_image='cirros')
-        lines.append("Made the resource 'demo': 16 vms on the built-in cloud 'simulated'.")
+        lines.append("Created the resource 'demo': 16 VMs on the simulated cloud.")
     if not service.token_list():
         token = service.token_add(service.actor.user, service.actor.project, ADMIN)['token']
-        lines += [f'Made a token for {service.actor.user}, who is admin; it is shown only now: '
-                  f'{token}',
-                  f'Sign in with it: {url}/sign-in', 'Try:',
+        lines += [f'Created a token for {service.actor.user} (admin). It is shown only once:',
+                  f'  {token}', f'Sign in with it: {url}/sign-in', 'Or try:',
                   f"  curl -H 'Authorization: Bearer {token}' {url}{BASE}/resource/"]
     return lines
 
@@ -26036,24 +26494,21 @@ class Group:
 
 
 class Untyped(str):
-    """The default of an argument as help shows it; what is this was not typed."""
+    """The default of an argument; what is this was not typed."""
 
 
-def command(operation: Operation, helping: bool) -> Callable:
-    """What Fire calls for an operation: the same signature and help, but it only notes the call.
+def command(operation: Operation) -> Callable:
+    """What Fire calls for an operation: the same signature, but it only notes the call.
 
-    Unless Fire is to show help, nothing is required: what is missing is for `bind` to say.
+    Nothing is required: what is missing is for `bind` to say.
     """
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
                                 if not isinstance(value, Untyped)})
     note.__signature__ = inspect.Signature([
-        each.replace(annotation=REQUIRED, default=REQUIRED if helping and each.default is REQUIRED
-                     else Untyped('' if each.default in (None, (), REQUIRED) else each.default))
+        each.replace(annotation=REQUIRED, default=Untyped(''))
         for each in operation.parameters.values()])
-    words = ''.join(f'\n  {name}: {WORDS[name]}' for name in operation.parameters)
-    note.__doc__ = inspect.getdoc(operation.method) + (f'\n\nArgs:{words}' if words else '')
     note.__name__, note._operation = operation.name, operation
     return note
 
@@ -26104,6 +26559,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
     except KeyboardInterrupt:
+        print('cmres: Interrupted. A change is made as a whole or not at all: `events` shows it.',
+              file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -26131,27 +26588,32 @@ def take_options(argv: list[str], options: dict) -> list[str]:
             options['follow'] = True
         else:
             rest.append(word)
-    if rest[:2] in (['events', 'export'], ['journal', 'export']):
-        rest[:2] = ['event', 'export']
+    rest[:1] = [ALIASES.get(word, word) for word in rest[:1]]
+    for old, new in PAIRED.items():
+        if rest[:len(old)] == [*old]:
+            rest[:len(old)] = new
+    if rest[:1] == ['scheduler'] and '--once' in rest:
+        rest = ['tick', *(word for word in rest[1:] if word != '--once')]
+    if rest[:1] == ['extend'] and any(word.startswith('--until') for word in rest):
+        rest[0] = 'keep'
     if options.get('format', 'table') not in FORMATS:
-        raise Invalid(f"--format: '{options['format']}' is none of {', '.join(FORMATS)}")
+        raise Invalid(f"'{options['format']}' is not one of {', '.join(FORMATS)}.")
     return rest
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
     """Reads a line and prints what `finish` makes of the call that it is.
 
-    Fire reads it and shows all help; a call that has nothing for Fire to find out is read without
-    it, as to import it costs as much as to list reservations.
+    Fire reads it; a call that has nothing for Fire to find out is read without it, as to import it
+    costs as much as to list reservations.
     """
     # Fire would take -h for a short --holidays.
     argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
         argv = [*argv[1:], '--help']
-    helping = '--help' in argv
     path, here = command_path(commands(lambda operation: operation), argv)
-    if helping or isinstance(here, Group):
-        show_help(path, helping)
+    if '--help' in argv or isinstance(here, Group):
+        show_help(here, path)
     words = plain_flags(here, argv[len(path):])
     call = plain_call(here, words)
     if call is None:
@@ -26160,21 +26622,100 @@ def run_command(argv: list[str], finish: Callable) -> None:
         print(text)
 
 
-def show_help(path: list[str], helping: bool) -> None:
-    """Prints Fire's help for a command or a group, and ends."""
-    import fire
-    from contextlib import redirect_stderr
-    os.environ['PAGER'] = 'cat'
-    tree = commands(functools.partial(command, helping=helping))
-    with redirect_stderr(sys.stdout):
-        fire.Fire(tree, path + ['--', '--help'], 'cmres')
+def show_help(here: Group | Operation, path: list[str]) -> None:
+    """Prints the help of a command, of a group or of all, and ends."""
+    text = (help_of_command(here, path) if isinstance(here, Operation)
+            else help_of_group(here, path))
+    own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it can be started again
+    print(text.replace('python cmres.py', 'cmres') if own else text)
+    raise SystemExit(0)
+
+
+def help_of_group(here: Group, path: list[str]) -> str:
+    """What a group of commands is for, and each of them in a line."""
+    text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
+    usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
+    names = [name for name in dir(here) if name not in ALIASES]
+    shelves = {'Commands': names} if path else {
+        title: words.split() for title, words in SHELVES.items()}
+    lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+                                      for name in shelf if name in names)
+             for title, shelf in shelves.items()]
+    also = [] if path else [wrapped('Also: ' + ', '.join(
+        f'{new} (same as {old})' for new, old in ALIASES.items()))]
+    return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
+
+
+def first_of(command: Group | Operation) -> str:
+    """The first sentence of the help of a command or a group."""
+    text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
+    return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
+
+
+def help_of_command(operation: Operation, path: list[str]) -> str:
+    """How a command is written, what it does, and its arguments by kind."""
+    text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
+    needed = [name for name, each in operation.parameters.items() if each.default is REQUIRED]
+    words = [called(name, each) for name, each in operation.parameters.items() if name in needed]
+    optional = [name for name in operation.parameters if name not in needed]
+    usage = ' '.join(['Usage: python cmres.py', *path, *words] + ['[options]'] * bool(optional))
+    blocks = [usage, wrapped(text)]
+    if needed:
+        blocks.append('\n'.join(two_columns(f'  {word}', argument_help(operation, name), 16)
+                                for name, word in zip(needed, words)))
+    for title, names in kinds_of(optional).items():
+        blocks.append('\n'.join([title, *(two_columns(
+            f'  {option_in_help(operation, name)}', said_in_help(operation, name), 27)
+            for name in names)]))
+    return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
+
+
+def called(name: str, parameter: inspect.Parameter) -> str:
+    """What stands for an argument that is needed."""
+    is_file = SHOWN_AS.get(parameter.annotation) == 'FILE'
+    return 'FILE' if is_file else name.upper().replace('_', '-')
+
+
+def kinds_of(names: list[str]) -> dict[str, list[str]]:
+    """Options by kind, where there are many."""
+    if len(names) < 9:
+        return {'Options': names} if names else {}
+    found = {title: [name for name in words.split() if name in names]
+             for title, words in KINDS_OF_OPTIONS.items()}
+    rest = [name for name in names if not any(name in each for each in found.values())]
+    return {title: each for title, each in (found | {'Other': rest}).items() if each}
+
+
+def option_in_help(operation: Operation, name: str) -> str:
+    value = SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')
+    return f"--{name.replace('_', '-')} {value}".rstrip()
+
+
+def said_in_help(operation: Operation, name: str) -> str:
+    """What an option means, and its default where there is one."""
+    default = operation.parameters[name].default
+    there = default not in (None, '', (), False) and 'default' not in argument_help(operation, name)
+    return argument_help(operation, name) + (f' (default: {default})' if there else '')
+
+
+def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
+    """A line of help; what is too long for it goes on below, in its column."""
+    lines = textwrap.wrap(right, width - place, break_on_hyphens=False)
+    head = [left.ljust(place) + lines[0]] if len(left) < place else [left, ' ' * place + lines[0]]
+    return '\n'.join(head + [' ' * place + line for line in lines[1:]])
+
+
+def wrapped(text: str, width: int = 80) -> str:
+    """Paragraphs for a terminal of 80 columns."""
+    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width)
+                       for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
     """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
     import fire
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
-    tree = commands(functools.partial(command, helping=False))
+    tree = commands(command)
     # a lone `-` is a word of ours
     fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)
 
@@ -26202,7 +26743,7 @@ def plain_call(operation: Operation, words: list[str]) -> Call | None:
 #: What may stand for some arguments.
 KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS,
                 'on_conflict': CLASHES,
-           'then': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
+                'affected': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
 
 
 def completed(words: list[str]) -> list[str]:
@@ -26253,7 +26794,7 @@ def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
         if not isinstance(here, Group) or word == '--help':
             break
         if word not in dir(here):
-            raise Invalid(f"there is no command "
+            raise Invalid(f"There is no command "
                           f"'{' '.join([*path, word])}'{nearest(word, dir(here))}")
         path, here = [*path, word], getattr(here, word)
     return path, here
@@ -26279,12 +26820,14 @@ def plain_flags(operation: Operation, words: list[str]) -> list[str]:
     """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its
     value.
     """
-    plain = []
+    plain, renamed = [], RENAMED.get(operation.name, {})
     for word in joined_flags(operation, words):
+        flag, equals, value = word.partition('=')
+        new = renamed.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
+        word = f"--{new.replace('_', '-')}{equals}{value}" if new else word
         if re.match('-[A-Za-z]|--$', word):
-            raise Invalid(f'{operation.words} has no option {shown(word)}; options begin with two '
-                          'dashes, and what itself begins with a dash is written behind its name: '
-                          '--label=-x')
+            raise Invalid(f'{operation.words} has no option {shown(word)}. Options start with two '
+                          'dashes. Write a value that starts with a dash like this: --label=-x')
         flag, equals, _ = word.partition('=')
         name = flag[2:].replace('-', '_')
         off = name.removeprefix('no')
@@ -26356,9 +26899,11 @@ CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
 def nothing_taken(name: str, answer) -> Error | None:
     """What a command that took nothing of many ends with."""
     if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
-        return BadCalendar(f"all events that ask for VMs are refused: {len(answer['events'])}")
+        number = counted(len(answer['events']), 'event')
+        return BadCalendar(f'Nothing was reserved: {number} refused.')
     if name == 'load' and answer.get('refused') and not answer.get('taken'):
-        return Conflict(f"all reservations are refused: {len(answer['refused'])}")
+        number = counted(len(answer['refused']), 'line')
+        return Conflict(f'Nothing was reserved: {number} refused.')
     return None
 
 
@@ -26406,8 +26951,37 @@ def from_file(value: str, kind):
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, 'strerror', None) or 'it is not UTF-8'
-        raise Invalid(f"can't read the file '{value}': {why}") from None
-    return text if kind is File else file_rows(text, value)
+        raise Invalid(f"Cannot read the file '{value}': {why}.") from None
+    return text if kind is File else loadable(file_rows(text, value))
+
+
+#: What `list` shows of a reservation and `add` takes.
+LOADABLE = frozenset(API['add'].parameters) | {'line'}
+
+
+def loadable(lines: list[dict]) -> list[dict]:
+    """Lines without columns that `add` does not know, which are named, and without blank ones."""
+    if not all(isinstance(each, dict) for each in lines):
+        return lines  # the service says what is wrong with them
+    listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
+    unknown = {name for each in lines for name in each if name not in LOADABLE} if listed else set()
+    if unknown:
+        print(f"Ignored columns: {', '.join(sorted(unknown))}", file=sys.stderr)
+    lines = [{name: as_typed(name, value) for name, value in each.items() if name not in unknown}
+             for each in lines]
+    return [each for each in lines if any(value not in ('', None) for name, value in each.items()
+                                          if name != 'line')]
+
+
+def as_typed(name: str, value):
+    """A cell of `list --format csv` as `add` takes it: lists as JSON, the lead in seconds."""
+    if isinstance(value, str) and value[:1] in ('[', '{') and name in (
+            'security_groups', 'notify', 'invite', 'metadata', 'classes'):
+        with suppress(ValueError):
+            return json.loads(value) or ''
+    if name == 'lead' and isinstance(value, str) and value.isdecimal():
+        return f'{value}s'
+    return value
 
 
 def file_rows(text: str, name: str) -> list[dict]:
@@ -26421,7 +26995,7 @@ def file_rows(text: str, name: str) -> list[dict]:
         return csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
         kind = name.rpartition('.')[2].upper()
-        raise Invalid(f"'{name}' can't be read as {kind}: {error}") from None
+        raise Invalid(f"cmres cannot read '{name}' as {kind}: {error}") from None
     except Exception as error:  # the YAML parser's own kinds, which are not worth importing it for
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
 
@@ -26447,7 +27021,7 @@ def csv_rows(text: str) -> list[dict]:
              for each in reader]
     for each in lines:
         if '' in each:
-            raise ValueError(f"line {each['line']} has more cells than the first line has names")
+            raise ValueError(f"line {each['line']} has more columns than the header line.")
     return lines
 
 
@@ -26511,8 +27085,8 @@ def sorted_lines(lines: list[dict], names: str) -> list[dict]:
 def refuse_unknown_column(name: str, lines: list[dict]) -> None:
     known = list(dict.fromkeys(each for line in lines for each in line))
     if lines and name not in known:
-        raise Invalid(f"there is no column '{name}'{nearest(name, known)}; "
-                      f"there are {', '.join(known)}")
+        raise Invalid(f"There is no column '{name}'{nearest(name, known)} "
+                      f"Choose from {', '.join(known)}.")
 
 
 def only_columns(lines: list[dict], look: Look) -> list[dict]:
@@ -26562,21 +27136,29 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if not look.chosen:
         filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
         names = [name for name in look.columns or names if name in filled] or names
-    cells = [[in_cell(line.get(name), zone) for name in names] for line in lines]
+    cells = [[in_table(line.get(name), zone) for name in names] for line in lines]
+    times = {name for name in names if any(isinstance(line.get(name), datetime) for line in lines)}
+    heads = [f'{name} ({zone.key})' if name in times else name for name in names]
     shown = range(len(names))
     if look.width and not look.chosen:
-        shown = fitting(names, cells, look.width)
-    text = drawn([names[each] for each in shown],
+        shown = fitting(names, heads, cells, look.width)
+    text = drawn([heads[each] for each in shown],
                  [[line[each] for each in shown] for line in cells])
     left_out = [name for name in names if names.index(name) not in shown]
-    return text + (f"\nnot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+    return text + (f"\nNot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
 
 
 EMPTY = (None, '', [], {}, ())
+#: Fields that answers have under a new name as well.
+TWINS = LIMIT_FIELDS | {'hit': 'affected', 'held': 'needs_confirmation', 'held_now': 'used_now',
+                        'hold': 'min_free_time'}
 
 
 def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
     """One thing: a line for each field that is not empty, then its lists as tables of their own."""
+    answer = {name: each for name, each in answer.items()
+              if TWINS.get(name) not in answer}
+    said = answer.pop('message', '')
     if len(answer) == 1:
         return '\n'.join(in_cell(each, zone) for each in answer.values())
     inner = {name: each for name, each in answer.items()
@@ -26584,7 +27166,7 @@ def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
     pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
              if name not in inner and each is not False and each not in EMPTY]
     tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
-    return '\n'.join([drawn([], pairs) if pairs else '', *tables]).strip('\n')
+    return '\n'.join([said, drawn([], pairs) if pairs else '', *tables]).strip('\n')
 
 
 def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
@@ -26595,12 +27177,23 @@ def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str
                                    else '')
 
 
-def fitting(names: list[str], cells: list[list[str]], width: int) -> list[int]:
+def in_table(value, zone: ZoneInfo) -> str:
+    """A value in a table, where the head of a column says the zone; an hour that comes twice says
+    which it is.
+    """
+    if not isinstance(value, datetime):
+        return in_cell(value, zone)
+    text, local = format_time(value, zone), value.astimezone(zone)
+    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != value.astimezone(UTC)
+    return text if twice else text.rpartition(' ')[0]
+
+
+def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
     """The columns for which a terminal has room: first goes what all lines share, then what matters
     least.
     """
-    widths = [max(map(len, (name, *(line[place] for line in cells))))
-              for place, name in enumerate(names)]
+    widths = [max(map(len, (head, *(line[place] for line in cells))))
+              for place, head in enumerate(heads)]
     shared = {name for place, name in enumerate(names)
               if len(cells) > 1 and len({line[place] for line in cells}) == 1}
     goes = [name for name in LEAST if name in shared] + [name for name in LEAST
@@ -26692,23 +27285,45 @@ def terminal_width() -> int:
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:
     """What a person reads of an error: its sentence, and of its details what helps to go on."""
     details, lines = error.details, [f'cmres: {error}']
-    for each in details.get('in_the_way', []):
-        who = f"{each['label']} of {each['user']}, " if 'label' in each else ''
-        what = f"{who}{each['vms']} vms" if 'vms' in each else each['reason']
-        until = f"to {in_cell(each['end'], zone)}" if each['end'] else 'until they are deleted'
-        lines.append(f"  in the way: {what} from {in_cell(each['start'], zone)} {until}")
-    offers = {'next_start': 'the same from {}', 'most_vms': '{} vms at that time',
-              'longest': '{} from that start'}
-    lines += [f'  would fit:  {text.format(in_cell(details[name], zone))}'
-              for name, text in offers.items() if name in details]
-    lines += [f"  does not fit: {in_cell(each['start'], zone)}: {each['why']}"
+    there = [f"{who_of(each)}{when_of(each, zone)}" for each in details.get('in_the_way', [])
+             if 'vms' in each]
+    lines += listed('Reserved then:', there)
+    lines += listed('You could reserve:', offered(details, zone))
+    lines += [f"  {format_moment(each['start'], zone)}   {each['why']}"
               for each in details.get('conflicts', [])[1:MOST_SHOWN]]
     lines += [f"  line {each['line']}: {each['label']}: {each['error']}"
               for each in details.get('refused', [])]
-    lines += [f"  {each['label']} of {each['user']}, {each['vms']} vms from "
-              f"{in_cell(each['start'], zone)}"
-              for each in details.get('occurrences', [])]
-    return lines
+    lines += listed('Affected:', [f"{who_of(each)}{when_of(each, zone)}"
+                                  for each in details.get('occurrences', [])])
+    return lines + listed('Try:', [details['hint']] if 'hint' in details else [])
+
+
+def listed(title: str, lines: list[str]) -> list[str]:
+    """Lines with a title before the first, all in one column."""
+    return [f"  {'' if number else title:<20}{line}" for number, line in enumerate(lines)]
+
+
+def who_of(taken: dict) -> str:
+    """Whose something is, as far as one may know, and how much it is."""
+    who = f"{taken['label']} ({taken['user']}): " if 'label' in taken else ''
+    return f"{who}{counted(taken['vms'], 'VM')}, "
+
+
+def when_of(taken: dict, zone: ZoneInfo) -> str:
+    if not taken['end']:
+        return f"from {format_moment(taken['start'], zone)} until they are deleted"
+    return format_window(taken['start'], taken['end'], zone)
+
+
+def offered(details: dict, zone: ZoneInfo) -> list[str]:
+    """What a refusal says that would fit."""
+    offers = {'next_start': 'the same from {}', 'most_vms': '{} at that time',
+              'latest_end': 'from the same start until {}'}
+    moment = functools.partial(format_moment, zone=zone)
+    values = {'most_vms': lambda number: counted(number, 'VM'), 'next_start': moment,
+              'latest_end': moment}
+    return [text.format(values[name](details[name]))
+            for name, text in offers.items() if name in details]
 
 
 if __name__ == '__main__':
