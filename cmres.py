@@ -3956,6 +3956,8 @@ CalendarObject.add_index(CalendarObject.index(
     CalendarObject.reservation, where=CalendarObject.reservation.is_null(False),
     name='calendar_object_of'))
 CalendarObject.add_index(CalendarObject.index(
+    CalendarObject.last, where=CalendarObject.gone.is_null(), name='calendar_object_last'))
+CalendarObject.add_index(CalendarObject.index(
     CalendarObject.gone, where=CalendarObject.gone.is_null(False), name='calendar_object_gone'))
 
 
@@ -4869,7 +4871,7 @@ def add_openstack() -> None:
 
 
 def add_calendar_objects() -> None:
-    """Version 17: what calendar programs write, and what a resource gives to who asks for nothing."""
+    """Version 17: what calendar programs write, and what a resource gives by itself."""
     name = "VARCHAR(255) NOT NULL DEFAULT ''"
     add_columns('resource', {'default_flavor': name, 'default_image': name,
                              'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
@@ -4884,12 +4886,18 @@ def add_calendar_objects() -> None:
         CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
         CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
           ON calendar_object (user, project, calendar, name);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_uid ON calendar_object (user, project, calendar, uid);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_rev ON calendar_object (user, project, calendar, rev);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_until ON calendar_object (user, project, calendar, last);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_uid
+          ON calendar_object (user, project, calendar, uid);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_rev
+          ON calendar_object (user, project, calendar, rev);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_until
+          ON calendar_object (user, project, calendar, last);
+        CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
+          WHERE gone IS NULL;
         CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
           WHERE reservation_id IS NOT NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone) WHERE gone IS NOT NULL;
+        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
+          WHERE gone IS NOT NULL;
         CREATE TABLE IF NOT EXISTS calendar_property (
           user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
           name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
@@ -13461,6 +13469,15 @@ FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description) AS description,')
 
 
+#: The fact: up to which revision nothing is known any more of objects that were deleted.
+FORGOTTEN = 'calendars forgotten'
+
+
+def next_revision() -> int:
+    """What the next change of any calendar object is known by."""
+    return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
+
+
 def repeats(booking: Booking) -> bool:
     """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
@@ -14485,7 +14502,24 @@ class Records(Operations):
             run('DELETE FROM capacity WHERE id = ?', each.id)
         leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
-        return len(old) + len(events) + gone + len(changes) + leases
+        objects = self.forget_objects(now, before, most)
+        return len(old) + len(events) + gone + len(changes) + leases + objects
+
+    def forget_objects(self, now: float, before: int, most: int) -> int:
+        """Forgets what calendar programs wrote that is long over, later that it was there."""
+        old = rows('SELECT id FROM calendar_object WHERE gone IS NULL AND last < ? LIMIT ?',
+                   before, most)
+        for each in old:
+            change(CalendarObject, each.id, text='', shown='', etag='', reservation=None,
+                   gone=int(now), rev=next_revision())
+        gone = rows('SELECT id, rev FROM calendar_object WHERE gone < ? '
+                    'AND rev < (SELECT max(rev) FROM calendar_object) LIMIT ?', before, most)
+        for each in gone:
+            run('DELETE FROM calendar_object WHERE id = ?', each.id)
+        if gone:
+            last = max(each.rev for each in gone)
+            note_fact(FORGOTTEN, f"{max(last, int(fact(FORGOTTEN) or 0))}")
+        return len(old) + len(gone)
 
     def forget_occurrence(self, old) -> None:
         """Forgets one occurrence, and its reservation if it was the last."""
@@ -14499,6 +14533,8 @@ class Records(Operations):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
                                     'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
+                old.reservation_id)
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
             run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
 
@@ -18659,7 +18695,6 @@ MOST_ELEMENTS = 20_000
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
-FORGOTTEN = 'calendars forgotten'  # the fact: the last number of which nothing is known any more
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
               'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
               'V': 'urn:cmres'}
@@ -19023,8 +19058,10 @@ class Shelf:
                     *self.whose, folder.id, since)
 
     def newest(self, folder: Folder) -> int:
-        return row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
-                   'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id).rev
+        """The number of its last change; not one before all that is known of changes."""
+        found = row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
+                    'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id)
+        return max(found.rev, int(fact(FORGOTTEN) or 0))
 
     def token(self, folder: Folder) -> str:
         """What is another as soon as anything in a calendar is, as a URI."""
@@ -19050,10 +19087,9 @@ class Shelf:
     def write(self, folder: Folder, name: str, **values) -> None:
         """Writes an object, or some columns of it; it is another one for all programs then."""
         whose = dict(zip(('user', 'project'), self.whose)) | {'calendar': folder.id, 'name': name}
-        rev = row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
         there = row('SELECT id FROM calendar_object WHERE user = ? AND project = ? '
                     'AND calendar = ? AND name = ?', *whose.values())
-        values |= {'rev': rev, 'changed': int(self.acting.clock())}
+        values |= {'rev': next_revision(), 'changed': int(self.acting.clock())}
         if there:
             change(CalendarObject, there.id, **values)
         else:

@@ -15796,6 +15796,97 @@ def test_a_series_is_one_invitation_and_an_event_that_is_drawn_invites_its_atten
     assert invitation(came[2])[0] == 'CANCEL'
 
 
+def test_what_is_long_over_is_forgotten_and_then_that_it_was_there(dav, world):
+    dav.put('a', drawn())
+    quiet, _ = dav.changes(calendar='all')
+    token, _ = dav.changes()
+    world.at(24 * 401)
+    while world.service.forget(world.now):
+        pass
+    new, changed = dav.changes(token)
+    assert changed == {'a.ics': None} and dav.changes(new) == (new, {}) and cmres.row('SELECT text FROM calendar_object').text == ''
+    dav.put('b', drawn('two', '20280301T100000Z', '20280301T110000Z'))
+    world.at(24 * 803)
+    while world.service.forget(world.now):
+        pass
+    body = f'<D:sync-collection xmlns:D="DAV:"><D:sync-token>{token}</D:sync-token><D:prop/></D:sync-collection>'
+    dav.ask('REPORT', 'demo/', body, status=403).mustcontain('valid-sync-token')
+    again, _ = dav.changes(calendar='all')
+    assert dav.changes(again, calendar='all') == (again, {})
+
+
+def test_no_question_of_a_program_scans_what_grows(dav, world):
+    for n in range(3):
+        dav.put(f'e{n}', drawn(f'u{n}', f'2026120{n + 2}T140000Z', f'2026120{n + 2}T160000Z'))
+    token, _ = dav.changes()
+    world.as_user().update('lesson', vms=3)
+    statements = []
+    cmres.db.connection().set_trace_callback(statements.append)
+    dav.ask('PROPFIND', 'demo/', asked('CS:getctag', 'D:sync-token'), Depth='0', status=207)
+    dav.changes(token)
+    dav.ask('REPORT', 'demo/', query('<C:comp-filter name="VEVENT"><C:time-range start="20261202T000000Z" end="20261203T000000Z"/></C:comp-filter>'))
+    dav.put('e1', drawn('u1', '20261204T140000Z', '20261204T160000Z'))
+    dav.put('e9', drawn('u9', '20261204T140000Z', '20261204T160000Z'))
+    dav.get('e1')
+    dav.ask('DELETE', 'demo/e1.ics', status=204)
+    cmres.db.connection().set_trace_callback(None)
+    small = 'resource|fact|limits|wait|lease|session|json_each|capacity|CONSTANT ROW|value'
+    for each in dict.fromkeys(statements):
+        if re.match('(SELECT|UPDATE|DELETE|INSERT)', each):
+            plan = cmres.run(f'EXPLAIN QUERY PLAN {each}').fetchall()
+            scans = [line[3] for line in plan if line[3].startswith('SCAN') and not re.search(small, line[3]) and 'USING' not in line[3]]
+            assert not scans, (each, scans)
+
+
+def test_an_unchanged_calendar_costs_the_same_however_much_is_in_it(dav, world):
+    def statements():
+        found = []
+        cmres.db.connection().set_trace_callback(found.append)
+        dav.ask('PROPFIND', 'demo/', asked('CS:getctag', 'D:sync-token'), Depth='0', status=207)
+        cmres.db.connection().set_trace_callback(None)
+        return len(found)
+    dav.put('a', drawn())
+    dav.changes()
+    few = statements()
+    for n in range(20):
+        dav.put(f'e{n}', drawn(f'u{n}'[:9], f'202701{n + 2:02}T140000Z', f'202701{n + 2:02}T160000Z'))
+    dav.changes()
+    assert statements() == few <= 12
+
+
+BOMB = '<!DOCTYPE a [<!ENTITY b "c">' + ''.join(f'<!ENTITY b{n} "{f"&b{n - 1 or str()};" * 10}">' for n in range(1, 9)) + ']><a>&b8;</a>'
+
+
+@pytest.mark.parametrize('body', [
+    BOMB, BOMB.encode('utf-16'), '<!DOCTYPE r [<!ENTITY x SYSTEM "file:///etc/hostname">]><D:propfind xmlns:D="DAV:"><D:prop>&x;</D:prop></D:propfind>',
+    '<a>' * 100_000, '<a>' + '<b/>' * 30_000 + '</a>', '<' + 'a' * 10**6, 'x' * 2**20, '\0' * 1000, b'\xff\xfe<', '<?xml version="1.0" encoding="x"?><a/>',
+    '<?xml version="1.0" encoding="utf-7"?><a/>', '<a xmlns:b=""/>', '<D:propfind/>', '&#0;'], ids=lambda body: f'{body[:12]!r}')
+def test_no_body_brings_a_program_further_than_to_a_refusal(dav, body):
+    for verb, path in (('PROPFIND', 'demo/'), ('REPORT', 'demo/'), ('PROPPATCH', 'demo/'), ('PUT', 'demo/a.ics')):
+        answer = dav.ask(verb, path, body, Depth='1')
+        assert 400 <= answer.status_int < 500 and 'localhost' not in answer.text, (verb, answer.status_int)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_whatever_is_put_is_reserved_marked_or_refused(dav, world, seed):
+    """A hundredth of what was tried by hand."""
+    chance = random.Random(seed)
+    rules = ['FREQ=SECONDLY', 'FREQ=DAILY;INTERVAL=0', 'FREQ=DAILY;BYMONTH=2;BYMONTHDAY=30', 'FREQ=DAILY;UNTIL=00010101', 'FREQ=DAILY',
+             'FREQ=DAILY;COUNT=99999999999', 'FREQ=MONTHLY;BYSETPOS=-366;BYDAY=MO', 'X']
+    starts = ['20261202T100000Z', ';VALUE=DATE:20261202', ';TZID=../../etc/passwd:20261202T100000', '00010101T000000Z', '99991231T235959Z', 'x']
+    for n in range(15):
+        words = [f'RRULE:{chance.choice(rules)}', f"DESCRIPTION:{chance.choice(['9999999 x m1.small', '[cmres] ', 'a' * 9000])}",
+                 'EXDATE:' + ','.join(['20261203T100000Z'] * chance.choice([1, 3000])), 'DURATION:P99999999999D']
+        text = drawn(f'u{chance.randrange(5)}', chance.choice(starts), chance.choice(starts), *chance.sample(words, 2)).encode()
+        if chance.random() < .5:
+            at = chance.randrange(len(text))
+            text = text[:at] + bytes([chance.randrange(256)]) + text[at + 1:]
+        answer = dav.ask('PUT', f'demo/n{chance.randrange(6)}.ics', text)
+        assert answer.status_int in (201, 204, 403), answer
+    dav.ask('REPORT', 'demo/', query('<C:comp-filter name="VEVENT"><C:time-range start="20261201T000000Z"/></C:comp-filter>'), status=207)
+    assert world.service.check()['differences'] == 0
+
+
 # Page ########################################################################
 
 
