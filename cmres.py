@@ -8829,11 +8829,15 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
     people = (f'ORGANIZER:mailto:{host}',
               f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
-             for first, last in more]
+    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in more]
     dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
     return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
                     'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+
+
+def stamp_of(at: int) -> str:
+    """An instant as iCalendar writes it."""
+    return f'{instant(at):%Y%m%dT%H%M%SZ}'
 
 
 def escaped(text: str) -> str:
@@ -13473,6 +13477,13 @@ FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
 FORGOTTEN = 'calendars forgotten'
 
 
+def addresses_of(occurrence: int) -> list[str]:
+    """The addresses of the VMs that an occurrence has now."""
+    found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
+                 "AND goal = 'up' ORDER BY n", occurrence)
+    return [each for one in found for each in json.loads(one.addresses)]
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -15116,9 +15127,7 @@ class Workers:
         unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
-        addresses = [each for one in rows(
-            "SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
-            "AND goal = 'up' ORDER BY n", found.id) for each in json.loads(one.addresses)]
+        addresses = addresses_of(found.id)
         lines = [found.description, *self.config.logins(addresses)]
         lines += [f'key pair: {found.key}'] if found.key and addresses else []
         first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
@@ -18760,9 +18769,13 @@ class Component:
         if number is not None:
             self.lines[number:number + 1] = [line] if line else []
         elif line:
-            inner = (n for n, each in enumerate(self.lines[1:], 1)
-                     if each[:6].upper() == 'BEGIN:' or each[:4].upper() == 'END:')
-            self.lines.insert(next(inner), line)
+            self.lines.insert(self.inner, line)
+
+    @property
+    def inner(self) -> int:
+        """Which of its lines is the first that is none of its own properties."""
+        return next(number for number, line in enumerate(self.lines)
+                    if number and re.match('(?i)BEGIN:|END:', line))
 
     def line(self, name: str) -> str:
         """The line of a property as it stands there; '' without it."""
@@ -18862,7 +18875,7 @@ class Form:
         if self.whole and wall.time() == datetime.min.time():
             return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
         if self.whole or self.instant:
-            return f'{name}:{instant(at):%Y%m%dT%H%M%SZ}\r\n'
+            return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
     def key(self, slot: str) -> str:
@@ -18873,9 +18886,7 @@ class Form:
 
 def exception_of(head: Component, form: Form, slot: Slot) -> Component:
     """An occurrence of a series as an event of its own, without alarms."""
-    start = next((n for n, each in enumerate(head.lines[1:], 1) if each[:6].upper() == 'BEGIN:'),
-                 len(head.lines) - 1)
-    made = Component([*head.lines[:start], head.lines[-1]])
+    made = Component([*head.lines[:head.inner], head.lines[-1]])
     made.take_out('RRULE', 'RDATE', 'EXDATE', 'EXRULE', 'DURATION')
     made.put_line('RECURRENCE-ID', form.key(slot.key))
     made.put_line(MADE, f'{MADE}:1\r\n')
@@ -18963,6 +18974,12 @@ class Folder(NamedTuple):
 ALL = Folder(0, 'all')
 
 
+def folder_of(place) -> Folder:
+    """The calendar of a resource."""
+    usual = Want(place.default_vms, place.default_flavor, place.default_image, place.name)
+    return Folder(place.id, place.name, usual)
+
+
 class Understood(NamedTuple):
     """A calendar object that was read."""
     text: str
@@ -18991,11 +19008,10 @@ class Understood(NamedTuple):
 
     def guests(self) -> list[str]:
         """The mail addresses of who is invited, but not of who invites."""
-        lines = [read_property(unfolded_line(line)) for event in events_in(components(self.text))
-                 for line in event.lines if GUEST.match(line)]
-        found = {name: [value.strip().lower().removeprefix('mailto:')
-                        for kind, _, value in filter(None, lines) if kind == name]
-                 for name in ('ATTENDEE', 'ORGANIZER')}
+        found = defaultdict(list)
+        for line in filter(GUEST.match, content_lines(self.text)):
+            if said := read_property(unfolded_line(line)):
+                found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
         return [each for each in dict.fromkeys(found['ATTENDEE'])
                 if '@' in each and each not in found['ORGANIZER']]
 
@@ -19028,10 +19044,7 @@ class Shelf:
 
     def folders(self) -> list[Folder]:
         """Of each resource that has VMs for who says nothing, and one for all."""
-        found = [Folder(each.id, each.name,
-                        Want(each.default_vms, each.default_flavor, each.default_image, each.name))
-                 for each in self.acting.look.places() if each.default_vms]
-        return [*found, ALL]
+        return [*(folder_of(each) for each in self.acting.look.places() if each.default_vms), ALL]
 
     def folder(self, name: str) -> Folder:
         found = next((each for each in self.folders() if each.name == name), None)
@@ -19178,12 +19191,12 @@ class Teller:
             return {'': self.of_none()} if self.all or self.why else {}
         current = self.acting.look.next_of(self.id)
         whole = self.of_stay(current) or Remark()
-        found = {} if whole.title else {
-            each.slot: remark for each in self.all if each.slot in self.slots
-            and (remark := self.of_one(each, self.slots[each.slot]))}
-        whole = found.pop('', whole)
-        whole = whole._replace(after='\n'.join(filter(None, (whole.after, self.state(current)))))
-        return found | ({'': whole} if whole != Remark() else {})
+        known = [each for each in self.all if each.slot in self.slots and not whole.title]
+        found = {each.slot: self.of_one(each, self.slots[each.slot]) for each in known}
+        whole = found.get('') or whole
+        after = '\n'.join(filter(None, (whole.after, self.state(current))))
+        found[''] = whole._replace(after=after)
+        return {slot: remark for slot, remark in found.items() if remark not in (None, Remark())}
 
     def of_none(self) -> Remark:
         """Nothing is reserved."""
@@ -19231,13 +19244,11 @@ class Teller:
             return f'An admin must approve it until {until}.'
         if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
             return ''
-        found = rows("SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
-                     "AND goal = 'up' ORDER BY n", current.id)
-        addresses = [each for one in found for each in json.loads(one.addresses)]
+        addresses = addresses_of(current.id)
         when = format_time(instant(current.start), self.event.here)
-        lines = [f"{when + ': ' if current.repeats else ''}{current.state}",
-                 *config.logins(addresses),
-                 f'key pair: {current.key}' if current.key and addresses else '', current.fault]
+        head = f'{when}: {current.state}' if current.repeats else current.state
+        key = f'key pair: {current.key}' if current.key and addresses else ''
+        lines = [head, *config.logins(addresses), key, current.fault]
         return '\n'.join(filter(None, lines))
 
 
@@ -19364,11 +19375,11 @@ class Keeper:
             return {'approval' if waits else '': done['why']}
         old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
-        known = left and self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
+        known = self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     '(SELECT value FROM json_each(?))', known.id, json.dumps([*left])) if left else ()
-        return {slot: why for slot, why in old.items() if slot} | {
-            each.slot: left[each.start] for each in there if each.slot}
+                     '(SELECT value FROM json_each(?))', known and known.id, json.dumps([*left]))
+        new = {each.slot: left[each.start] for each in there if each.slot}
+        return {slot: why for slot, why in old.items() if slot} | new
 
     def keep(self, folder: Folder, name: str, event: Understood, had, why: dict,
              booked: bool) -> str:
@@ -19443,7 +19454,8 @@ class Keeper:
                 raise NotFound('there is no such event, or no longer')
             known = found.reservation_id and acting.look.next_of(found.reservation_id)
             if known:
-                acting.admission.cancel(acting.look.live(known), now, 'deleted in the calendar', ends=True)
+                gone = acting.look.live(known)
+                acting.admission.cancel(gone, now, 'deleted in the calendar', ends=True)
             self.shelf.write(folder, name, gone=int(now), text='', shown='', etag='',
                              reservation=None)
 
@@ -19623,13 +19635,12 @@ class Query:
     def read(self, element) -> tuple:
         """A filter of components: their name, whether none may be there, when, with what."""
         span = element.find(full_name('C:time-range'))
+        inner = [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))]
         properties = [self.read_property(each)
                       for each in element.iterfind(full_name('C:prop-filter'))]
-        return (element.get('name', '').upper(),
-                element.find(full_name('C:is-not-defined')) is not None,
-                None if span is None else read_range(span),
-                [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))],
-                properties)
+        absent = element.find(full_name('C:is-not-defined')) is not None
+        span = None if span is None else read_range(span)
+        return element.get('name', '').upper(), absent, span, inner, properties
 
     def read_property(self, element) -> tuple:
         """A filter of a property: its name, whether it may not be there, and a text in it."""
@@ -19657,8 +19668,8 @@ class Query:
         name, absent, span, inner, properties = part
         if name != 'VEVENT':
             return absent
-        found = [each for each in events if all(has_property(each, one) for one in properties)
-                 and all(self.has_alarm(each, one, item) for one in inner)]
+        found = [each for each in events if all(has_property(each, one) for one in properties)]
+        found = [each for each in found if all(self.has_alarm(each, one, item) for one in inner)]
         if absent or not found:
             return absent and not found
         return not span or any(True for _ in self.occurrences(item.text, *span))
@@ -19763,6 +19774,18 @@ def read_range(element) -> tuple[int, int]:
     return begin, max(until, begin)
 
 
+#: Properties that all calendars have alike.
+FOLDER_VALUES = {
+    'D:resourcetype': '<D:collection/><C:calendar/>', 'D:getcontenttype': ICS,
+    'D:supported-report-set': elements(
+        REPORTS, '<D:supported-report><D:report>{}</D:report></D:supported-report>'),
+    'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
+    'C:supported-calendar-data': '<C:calendar-data content-type="text/calendar" version="2.0"/>',
+    'C:supported-collation-set': ''.join(
+        f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
+    'C:max-resource-size': f'{MOST_OBJECT}'}
+
+
 class Dav:
     """One request of a calendar program."""
 
@@ -19837,22 +19860,12 @@ class Dav:
     def values_of_folder(self, folder: Folder) -> dict:
         """Properties of a calendar."""
         token, kept = self.shelf.token(folder), self.shelf.properties(folder)
-        reports = elements(REPORTS, '<D:supported-report><D:report>{}</D:report>'
-                                    '</D:supported-report>')
-        name = folder.name if folder.id else 'all resources'
-        return self.values() | {
-            'D:resourcetype': '<D:collection/><C:calendar/>', 'D:displayname': xml_text(name),
+        values = self.values() | FOLDER_VALUES | {
+            'D:displayname': xml_text(folder.name if folder.id else 'all resources'),
             'D:current-user-privilege-set': self.privileges(True),
-            'D:supported-report-set': reports, 'D:sync-token': token, 'CS:getctag': token,
-            'D:getetag': f'"{token}"', 'D:getcontenttype': ICS,
-            'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
-            'C:supported-calendar-data':
-                '<C:calendar-data content-type="text/calendar" version="2.0"/>',
-            'C:supported-collation-set': ''.join(
-                f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
-            'C:max-resource-size': f'{MOST_OBJECT}',
-            'C:calendar-description': xml_text(self.description(folder)),
-        } | {name: xml_text(value) for name, value in kept.items()}
+            'D:sync-token': token, 'CS:getctag': token, 'D:getetag': f'"{token}"',
+            'C:calendar-description': xml_text(self.description(folder))}
+        return values | {name: xml_text(value) for name, value in kept.items()}
 
     def description(self, folder: Folder) -> str:
         """What people read of a calendar."""
@@ -19866,13 +19879,17 @@ class Dav:
 
     def values_of_item(self, item: Item) -> dict:
         """Properties of what stands in a calendar."""
-        return {'D:getetag': item.etag, 'D:resourcetype': '',
-                'D:getcontenttype': f'{ICS}; component=VEVENT',
-                'D:getcontentlength': lambda: f'{len(item.text.encode())}',
-                'D:current-user-privilege-set': lambda: self.privileges(item.writable),
-                'D:owner': f'<D:href>{href_of(self.user)}/</D:href>',
-                'D:current-user-principal': f'<D:href>{href_of(self.user)}/</D:href>',
-                'C:calendar-data': lambda: xml_text(self.text_of(item))}
+        return self.of_items | {
+            'D:getetag': item.etag, 'C:calendar-data': lambda: xml_text(self.text_of(item)),
+            'D:getcontentlength': lambda: f'{len(item.text.encode())}',
+            'D:current-user-privilege-set': lambda: self.privileges(item.writable)}
+
+    @functools.cached_property
+    def of_items(self) -> dict:
+        """Properties that all of them have alike."""
+        me = f'<D:href>{href_of(self.user)}/</D:href>'
+        return {'D:resourcetype': '', 'D:getcontenttype': f'{ICS}; component=VEVENT',
+                'D:owner': me, 'D:current-user-principal': me}
 
     def text_of(self, item: Item) -> str:
         """The text of an object as a report asks for it."""
@@ -19911,12 +19928,12 @@ class Dav:
         if not folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        only = [acting.look.among('o.reservation_id', reservations)] if reservations is not None else []
-        asked = dict.fromkeys((*PLACE, 'resource', 'user', 'project'), '')
-        asked['places'] = [folder.id]
-        found = acting.look.page(acting.look.ways(asked, (), since),
-                            [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose), *only], (),
-                            limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
+        where = [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose)]
+        if reservations is not None:
+            where.append(acting.look.among('o.reservation_id', reservations))
+        asked = dict.fromkeys(('user', 'project'), '') | {'places': [folder.id]}
+        found = acting.look.page(acting.look.ways(asked, (), since), where, (),
+                                 limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
         return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
 
     def busy_named(self, name: str) -> Item | None:
@@ -19924,14 +19941,13 @@ class Dav:
         match = BUSY_NAME.fullmatch(name)
         found = match and row('SELECT reservation_id AS id FROM occurrence WHERE id = ?',
                               int(match[1]))
-        return next((each for each in self.busy(-1, [found.id]) if each.name == name), None) \
-            if found else None
+        there = self.busy(-1, [found.id]) if found else ()
+        return next((each for each in there if each.name == name), None)
 
     def busy_item(self, found) -> Item:
         """A reservation that the calendar only shows: whose it is, only for its own project."""
-        class Whose(NamedTuple):
-            project: str
-        shown = self.acting.feed_event(found._replace(now=0), Whose(self.shelf.whose[1]), [])
+        # As at no instant, so that it is another one only when something has changed.
+        shown = self.acting.feed_event(found._replace(now=0), self.acting.actor, [])
         text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
 
@@ -20103,13 +20119,11 @@ class Dav:
                           'a time-range')
         begin, until = read_range(element)
         place = self.acting.look.resource_row(self.folder.name)
-        stamps = [f'{instant(each):%Y%m%dT%H%M%SZ}' for each in (
-            int(self.acting.clock()), begin, until)]
-        lines = ['BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-                 'BEGIN:VFREEBUSY', *map(':'.join, zip(('DTSTAMP', 'DTSTART', 'DTEND'), stamps)),
-                 *busy_lines(place, self.folder.usual.vms, begin, until),
-                 'END:VFREEBUSY', 'END:VCALENDAR']
-        return sent(''.join(map(folded, lines)), 200, DAV_HEADERS | {'Content-Type': ICS})
+        times = {'DTSTAMP': int(self.acting.clock()), 'DTSTART': begin, 'DTEND': until}
+        lines = ['BEGIN:VFREEBUSY', *(f'{name}:{stamp_of(at)}' for name, at in times.items()),
+                 *busy_lines(place, self.folder.usual.vms, begin, until), 'END:VFREEBUSY']
+        text = f"{HEAD_OF_BUSY}{''.join(map(folded, lines))}END:VCALENDAR\r\n"
+        return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 
 #: Of an occurrence o: it is of no event of a user's calendars.
@@ -20133,7 +20147,7 @@ def busy_lines(place, number: int, begin: int, until: int) -> list[str]:
     for first, last in joined_spans(partly):
         lines += [(left, right, 'BUSY-TENTATIVE')
                   for left, right in spans_between(full, first, last)]
-    return [f'FREEBUSY;FBTYPE={kind}:{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
+    return [f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
             for first, last, kind in sorted(lines)]
 
 
@@ -21123,9 +21137,10 @@ value="{{visit.home}}">
 </div><p><button class="main">{{title}}</button></p></form></details>
 ''', 'programs': '''
 <h2>Calendar programs</h2>
-<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag it,
-and they move. Delete it, and they are cancelled.</p>
-<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a token</p>
+<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag
+it, and they move. Delete it, and they are cancelled.</p>
+<p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a
+token</p>
 % if makes:
 <form method="post" action="/do/token_add">{{!visit.guard}}<input type="hidden" name="next"
 value="/tokens"><input type="hidden" name="once" value="{{once}}"><input type="hidden" name="scopes"
