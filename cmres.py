@@ -18702,6 +18702,7 @@ MOST_OBJECT = 2**16  # bytes of an event with its exceptions
 MOST_DEPTH = 20      # of elements in one another
 MOST_ELEMENTS = 20_000
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
+MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
 CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
@@ -19268,21 +19269,25 @@ class Keeper:
         newest = row('SELECT coalesce(max(id), 0) AS id FROM event').id
         if newest <= seen:
             return
-        changed = self.changed_between(seen, newest)
-        if changed or newest - seen > 1000:
+        left = deque(rows(
+            'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
+            '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
+            'AND e.reservation_id IS NOT NULL)', seen, newest))
+        if not left and newest - seen < MOST_UNSEEN:
+            return
+        while left:  # others can write between
             with transaction():
-                note_fact(LOOKED_AT, f'{newest}')
-                for each in self.changed_between(seen, newest):
-                    self.show_anew(each)
+                for each in some_of(left):
+                    with suppress(Error):
+                        self.show_anew(each.id)
+        with transaction():
+            note_fact(LOOKED_AT, f'{newest}')
 
-    def changed_between(self, seen: int, newest: int) -> list:
-        """The objects of which events tell that came after one, until another."""
-        return rows('SELECT c.* FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id '
-                    'IN (SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
-                    'AND e.reservation_id IS NOT NULL)', seen, newest)
-
-    def show_anew(self, found) -> None:
+    def show_anew(self, id: int) -> None:
         """Writes what is shown of an object if it is another than before."""
+        found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
+        if not found:
+            return
         owner = Actor(found.user, found.project, USER)
         shelf = Shelf(self.acting.acting(owner))
         place = row('SELECT name FROM resource WHERE id = ?', found.calendar)
@@ -19414,6 +19419,10 @@ class Keeper:
                 int(now))
             if not live and had:
                 had = had._replace(reservation_id=None)
+            if isinstance(refusal, NoCapacity) or 'limit' in refusal.details:
+                user, project = self.shelf.whose  # the operator is told, as of other requests
+                journal(self.acting.config, now, user, 'refused', f'an event of {user}: {why}',
+                        project=project, resource=folder.id or None)
             return self.keep(folder, name, event, had, {'': why}, False)
 
     def explained(self, event: Understood, had, refusal: Error) -> Error:

@@ -15887,6 +15887,44 @@ def test_whatever_is_put_is_reserved_marked_or_refused(dav, world, seed):
     assert world.service.check()['differences'] == 0
 
 
+def test_what_an_admin_must_approve_says_so_until_then(dav, world):
+    world.service.resource_update('demo', approval=hours(20))
+    dav.put('a', drawn())
+    assert 'An admin must approve it until' in dav.shown('a')[0]['DESCRIPTION'] and 'NOT' not in dav.get('a')
+    world.service.approve('lesson')
+    assert dav.get('a') == drawn()
+    more = drawn('one', '20261201T140000Z', '20261201T160000Z', 'LOCATION:5 x m1.small')
+    dav.put('a', more)
+    assert dav.shown('a')[0]['SUMMARY'] == 'NOT CHANGED, still 2 VMs: Lesson' and 'admin must approve' in dav.shown('a')[0]['DESCRIPTION']
+    world.service.approve('lesson')
+    assert dav.get('a') == more and world.service.show('lesson')['vms'] == 5
+
+
+def test_a_refused_event_is_told_to_the_operator(dav, world):
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'LOCATION:50 x m1.small'))
+    assert [each['sentence'] for each in world.service.events() if each['code'] == 'refused'][0].startswith('an event of eva: ')
+
+
+def test_bare_times_are_in_the_zone_that_a_program_gives_its_calendar(dav, world):
+    zone = 'BEGIN:VCALENDAR&#13;\nBEGIN:VTIMEZONE&#13;\nTZID:America/New_York&#13;\nEND:VTIMEZONE&#13;\nEND:VCALENDAR&#13;\n'
+    dav.ask('PROPPATCH', 'demo/', '<D:propertyupdate xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:caldav"><D:set><D:prop><C:calendar-timezone>'
+            f'{zone}</C:calendar-timezone></D:prop></D:set></D:propertyupdate>', status=207)
+    dav.put('a', drawn('one', '20261201T140000', '20261201T160000'))
+    assert reserved_at(world) == [NOON + hours(7)]
+    world.as_user().update('lesson', start=NOON + hours(8))
+    assert 'DTSTART:20261201T150000\r\n' in dav.get('a')
+
+
+def test_all_day_events_and_zones_of_their_own_come_back_as_they_were(dav, world):
+    day = drawn('one', ';VALUE=DATE:20261202', ';VALUE=DATE:20261204', 'RRULE:FREQ=WEEKLY;COUNT=2')
+    dav.put('a', day)
+    assert dav.get('a') == day and reserved_at(world) == [NOON + hours(12), NOON + hours(12 + 168)]
+    world.as_user().skip('lesson', occurrence=date(2026, 12, 9))
+    assert 'RECURRENCE-ID;VALUE=DATE:20261209\r\n' in dav.get('a')
+    dav.put('a', dav.get('a').replace('20261202', '20261203').replace('20261204', '20261205'))
+    assert reserved_at(world)[0] == NOON + hours(36)
+
+
 # Page ########################################################################
 
 
