@@ -9703,6 +9703,13 @@ class Lookup:
                                                           *given(placed))]
         return filters, [condition for condition in conditions if condition[1]]
 
+    def kept_of(self, reservation: int, over_at: float = 2**62) -> int:
+        """How many VMs of a reservation that is over by then were stopped or shelved, and stay."""
+        return run('SELECT count(*) FROM reservation r '
+                   'JOIN occurrence o ON o.reservation_id = r.id '
+                   "JOIN server v ON v.occurrence_id = o.id WHERE r.id = ? AND r.over <= ? "
+                   "AND v.state = 'kept' AND NOT v.borrowed", reservation, over_at).fetchone()[0]
+
     def kept_servers(self, label: str, project: str) -> list:
         """The servers that stay after their end, of a label or all, that the actor may see."""
         where = [*self.visible(), *([('r.project = ?', project)] if project else [])]
@@ -10511,6 +10518,11 @@ class Policy:
         if other and self.look.begun(old):
             raise Conflict(f"'{old.label}' has begun, so its {other[0].replace('_', ' ')} can't "
                            'change; its end, vms, user, description and label can')
+        made_of = [name for name in other if name not in ('resource', 'start', 'lead')]
+        if made_of and self.look.kept_of(old.reservation):
+            raise Conflict(f"VMs of '{old.label}' stay and start again, so its "
+                           f"{made_of[0].replace('_', ' ')} can't change; "
+                           f'`delete --kept {old.label}` deletes them')
 
 
 def taken_label(project: str, label: str, now: float) -> bool:
@@ -11364,14 +11376,18 @@ class Admission:
         if first.repeats:
             only = first.id if len(found) == 1 else None
         said = [why or f'cancelled by {self.service.actor.user}']
-        said += [warning for each in found for warning in self.ends_with(each).get('warnings', ())]
+        said += dict.fromkeys(warning for each in found
+                              for warning in self.ends_with(each).get('warnings', ()))
         self.service.journal(now, 'released', '; '.join(said), first.reservation,
                              json.loads(first.notify), only)
 
     def ends_with(self, found) -> dict:
         """What becomes of VMs of what is cancelled: as agreed of a server that was there."""
         if not found.existing:
-            return {}
+            there = found.repeats and self.look.kept_of(found.reservation, self.service.clock())
+            return {'warnings': [f"{there} VMs of '{found.label}' that were stopped or shelved "
+                                 f"before stay; `delete --kept {found.label}` deletes them"]
+                    } if there else {}
         if found.server or found.at_end in ('', 'delete'):
             return {'ends_with': found.at_end or 'delete'}
         return {'ends_with': 'delete', 'warnings': [
@@ -15361,6 +15377,7 @@ class Planner:
                         self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
+        """Plans one occurrence: its servers first, then what is told of it."""
         over = occurrence.cancelled is not None or now >= occurrence.end
         servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
                        "WHERE occurrence_id = ? AND goal = 'up' "
@@ -15373,25 +15390,11 @@ class Planner:
         if missing and self.still_stopping(occurrence):  # a series starts those again
             change(Occurrence, occurrence.id, due=now + self.config.poll)
             return
-        stopped = self.stopped_before(occurrence) if missing else []
-        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
-            self.plan_server(occurrence, n, now, before)
-        if stopped:
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
-        for server in servers:
-            if server.n > wanted and server.borrowed and self.handed_on(occurrence, now):
-                change(Server, server.id, goal='up', state='kept', due=None)
-            elif server.n > wanted:
-                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
-        self.tell_in_error(occurrence, [each for each in servers if each.n > wanted], over, now)
-        if over and now >= occurrence.end + self.config.end_grace:
-            self.force(occurrence, now)
-        if over and not occurrence.told & FOREIGN:
-            occurrence = occurrence._replace(told=occurrence.told | FOREIGN)
-            self.end_foreign(occurrence, now)
-        if over and not occurrence.told & LEFT:
-            occurrence = occurrence._replace(told=occurrence.told | self.tell_left(occurrence, now))
-        if not over and self.release_unused(occurrence, now):
+        self.plan_servers(occurrence, missing, now)
+        self.let_go(occurrence, [each for each in servers if each.n > wanted], over, now)
+        if over:
+            occurrence = self.wind_up(occurrence, now)
+        elif self.release_unused(occurrence, now):
             return
         if wanted:
             occurrence = self.tell_up(occurrence, now)
@@ -15401,6 +15404,34 @@ class Planner:
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
             'id = ?',
             FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+
+    def plan_servers(self, occurrence, missing: list[int], now: float) -> None:
+        """Writes down the servers of some numbers: those first that a series has stopped before."""
+        stopped = self.stopped_before(occurrence) if missing else []
+        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
+            self.plan_server(occurrence, n, now, before)
+        if stopped:
+            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+
+    def let_go(self, occurrence, servers: list, over: bool, now: float) -> None:
+        """Gives up servers that are wanted no longer."""
+        for server in servers:
+            if server.borrowed and self.handed_on(occurrence, now):
+                change(Server, server.id, goal='up', state='kept', due=None)
+            else:
+                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
+        self.tell_in_error(occurrence, servers, over, now)
+
+    def wind_up(self, occurrence, now: float):
+        """What is to be done and told once it is over; the occurrence with what was told."""
+        if now >= occurrence.end + self.config.end_grace:
+            self.force(occurrence, now)
+        told = occurrence.told
+        if not told & FOREIGN:
+            self.end_foreign(occurrence, now)
+        if not told & LEFT:
+            told |= self.tell_left(occurrence, now)
+        return occurrence._replace(told=told | FOREIGN)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
         """Writes down a server that is wanted: a new one, one that was there, or a series' own from
@@ -15674,44 +15705,55 @@ class Dispatcher:
         self.workers, self.health, self.post = workers, health, post
 
     def call(self, now: float) -> None:
-        """Hands the calls that are due to workers, each after its intent is written."""
+        """Hands the calls that are due to workers."""
+        self.call_for_servers(now)
+        for notice in self.post.next_notices(now):
+            key = 'notice', notice.target, notice.owner
+            self.workers.submit(key, 'notice', ' notices', notice)
+        self.trace_claims(now)
+        # one at a time of each host: one that is slow holds no more than a worker
+        for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
+                              'ORDER BY u.due'):
+            self.workers.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
+
+    def call_for_servers(self, now: float) -> None:
+        """Hands on what servers need next, each call after its intent is written."""
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
         due = [server for server in servers if not self.workers.busy(('server', server.id))]
-        notices = self.post.next_notices(now)
-        polls = those_due(
-            'subscription', 'SELECT u.* FROM subscription u', now, 'ORDER BY u.due')
-        claims: dict = defaultdict(list)
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                                   'ON s.id = c.resource_id', now, 'LIMIT 100'):
-            claims[each.cloud].append(each.server)
-        looks, calls, waits = set(), [], {}
+        needs: list[tuple] = []
         if due:
+            waits: dict = {}
             with self.leader.acting():
                 for server in due:
-                    # the call was given up, or never reached a worker
-                    if server.intended is not None:
-                        late = (f'the cloud {server.account} did not answer within '
-                                f'{self.config.call_timeout:g} seconds')
-                        change(Server, server.id, intended=None, called=now, fault=late)
-                    verb = 'look' if self.left_alone(server, now) else next_call(server)
-                    starts = verb in ('boot', 'start') and server.goal == 'up'
-                    if starts and self.must_wait(server, waits, now):
-                        continue
-                    looks |= {server.account} if verb == 'look' else set()
-                    calls += self.intend(verb, server, now) if verb != 'look' else []
-        for verb, server in calls:
-            self.workers.submit(('server', server.id), verb, server.account, server)
+                    needs += self.needs(server, waits, now)
+        looks = {server.account for verb, server in needs if verb == 'look'}
+        for verb, server in needs:
+            if verb != 'look':
+                self.workers.submit(('server', server.id), verb, server.account, server)
         for account in looks:
             if self.health.breakers[account].until <= now:
                 self.workers.submit(('look', account), 'look', account, known_on(account))
-        for notice in notices:
-            key = 'notice', notice.target, notice.owner
-            self.workers.submit(key, 'notice', ' notices', notice)
+
+    def needs(self, server, waits: dict, now: float) -> list[tuple]:
+        """The calls that a server needs now, each a verb and the server as it is then."""
+        if server.intended is not None:  # the call was given up, or never reached a worker
+            late = (f'the cloud {server.account} did not answer within '
+                    f'{self.config.call_timeout:g} seconds')
+            change(Server, server.id, intended=None, called=now, fault=late)
+        verb = 'look' if self.left_alone(server, now) else next_call(server)
+        starts = verb in ('boot', 'start') and server.goal == 'up'
+        if starts and self.must_wait(server, waits, now):
+            return []
+        return [(verb, server)] if verb == 'look' else self.intend(verb, server, now)
+
+    def trace_claims(self, now: float) -> None:
+        """Lets clouds be asked whether servers are still there that people have booted."""
+        claims: dict = defaultdict(list)
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
+                              'ON s.id = c.resource_id', now, 'LIMIT 100'):
+            claims[each.cloud].append(each.server)
         for account, uids in claims.items():
             self.workers.submit(('claims', account), 'trace', account, uids)
-        # one at a time of each host: one that is slow holds no more than a worker
-        for each in polls:
-            self.workers.submit(('poll', urlsplit(each.url).hostname), 'poll', ' calendars', each)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
@@ -15926,30 +15968,36 @@ class Reconciler:
             run('UPDATE server SET due = max(due, ?) WHERE account = ? AND due <= ?',
                 pause, account, pause)
             return
-        answer, gone = result.answer
-        seen = {each.uid: each for each in answer}
-        vanished, matched = [], self.matched(seen)
-        builds = {each.mark for each in answer if each.state == 'build'}
-        self.building[account] = {each: since for each, since in self.building[account].items()
-                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+        seen = {each.uid: each for each in result.answer[0]}
+        self.forget_builds(account, seen)
+        matched, vanished = self.matched(seen), []
         for server, found in matched:
-            if server.state in FINAL:
-                if (not found and server.account == account and server.uid in gone
-                    and not server.borrowed):
-                    change(Server, server.id, state='deleted', deleted=now)
-                    self.service.bookings.count_stopped(server.reservation_id, now)
-                continue
-            if found:
-                self.record_seen(server, found, now)
-            elif server.account == account and (server.uid in gone or not server.uid
-                                                or server.goal != 'up'
-                                                and not server.borrowed):
-                vanished += self.record_missing(server, result.began, now)
+            vanished += self.compare(server, found, result, now)
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.sweep, account)
         self.clear_orphans(account, orphans_in(seen, matched), now)
+
+    def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
+        """Forgets since when servers boot that boot no longer."""
+        builds = {each.mark for each in seen.values() if each.state == 'build'}
+        self.building[account] = {each: since for each, since in self.building[account].items()
+                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+
+    def compare(self, server, found: Seen | None, result: Job, now: float) -> list:
+        """Records what a look at its cloud shows of a server, if anything; it, if it vanished."""
+        here, gone = server.account == result.account, server.uid in result.answer[1]
+        if server.state in FINAL:
+            if not found and here and gone and not server.borrowed:
+                change(Server, server.id, state='deleted', deleted=now)
+                self.service.bookings.count_stopped(server.reservation_id, now)
+            return []
+        if found:
+            self.record_seen(server, found, now)
+            return []
+        may_be_gone = gone or not server.uid or server.goal != 'up' and not server.borrowed
+        return self.record_missing(server, result.began, now) if here and may_be_gone else []
 
     def matched(self, seen: dict[str, Seen]) -> list[tuple]:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
@@ -15976,22 +16024,9 @@ class Reconciler:
         if server.borrowed and seen.name not in ('', server.name):
             change(Server, server.id, name=seen.name)
         if server.state in UNDER_WAY.values() and not has_arrived(server.state, seen.state):
-            stuck = now >= server.called + self.config.call_timeout  # then it is asked once more
-            state = (('error' if server.state == 'deleting' else seen.state) if stuck
-                     else server.state)
-            change(Server, server.id, state=state, due=now if stuck else now + self.config.poll)
+            self.record_delay(server, seen, now)
         elif server.goal == 'up' and seen.state == 'active':
-            if server.state != 'active' or server.addresses != json.dumps(seen.addresses):
-                if not server.ready:
-                    METRICS.observe('start_delay_seconds', now - server.planned,
-                                    cloud=server.account)
-                change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now,
-                       fault='', failures=0,
-                       addresses=json.dumps(seen.addresses))
-                run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
-                    int(now),
-                    server.occurrence_id)
-                look_again(server.occurrence_id, now)
+            self.record_up(server, seen, now)
         elif server.goal in ('stop', 'shelve') and has_arrived(UNDER_WAY[server.goal], seen.state):
             change(Server, server.id, uid=seen.uid, state='kept', due=None)
             look_again(server.occurrence_id, now)
@@ -16000,14 +16035,38 @@ class Reconciler:
             change(Server, server.id, uid=seen.uid, state='error', fault=late, due=now)
             look_again(server.occurrence_id, now)
         else:
-            later = now + self.config.poll
-            known = server.uid and server.state == seen.state  # then its instant is set already
-            calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
-            change(Server, server.id, uid=seen.uid, state=seen.state,
-                   fault=seen.fault[:500] or server.fault,
-                   due=max(server.due or 0, later) if known else now if calls else later)
-            if not known:
-                look_again(server.occurrence_id, now)
+            self.record_state(server, seen, now)
+
+    def record_delay(self, server, seen: Seen, now: float) -> None:
+        """What was asked for is not so yet; after a while it is asked for once more."""
+        if now < server.called + self.config.call_timeout:
+            change(Server, server.id, due=now + self.config.poll)
+            return
+        state = 'error' if server.state == 'deleting' else seen.state
+        change(Server, server.id, state=state, due=now)
+
+    def record_up(self, server, seen: Seen, now: float) -> None:
+        """It is up; what is shown of it changes only if that is news."""
+        if server.state == 'active' and server.addresses == json.dumps(seen.addresses):
+            return
+        if not server.ready:
+            METRICS.observe('start_delay_seconds', now - server.planned, cloud=server.account)
+        change(Server, server.id, uid=seen.uid, state='active', ready=server.ready or now,
+               fault='', failures=0, addresses=json.dumps(seen.addresses))
+        run('UPDATE occurrence SET revision = revision + 1, revised = ? WHERE id = ?',
+            int(now), server.occurrence_id)
+        look_again(server.occurrence_id, now)
+
+    def record_state(self, server, seen: Seen, now: float) -> None:
+        """It is in a state from which it goes on by itself, or that calls for something."""
+        later = now + self.config.poll
+        known = server.uid and server.state == seen.state  # then its instant is set already
+        calls = next_call(server._replace(uid=seen.uid, state=seen.state)) != 'look'
+        change(Server, server.id, uid=seen.uid, state=seen.state,
+               fault=seen.fault[:500] or server.fault,
+               due=max(server.due or 0, later) if known else now if calls else later)
+        if not known:
+            look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""

@@ -3841,7 +3841,8 @@ WRITES = {
     'reject': {'label': 'asked', 'reason': 'no'}, 'accept': {'label': 'offered'},
     'resource_capacity': {'name': 'demo', 'start': '+1h', 'end': '+1h', 'vms': 3, 'then': 'move'},
     'maintenance_add': {'resource': 'demo', 'start': '+1h', 'end': '+1h', 'then': 'cancel'}, 'maintenance_delete': {'id': 1},
-    'claim': {'server': 'uid', 'resources': ['guarded'], 'project': 'default'}}
+    'claim': {'server': 'uid', 'resources': ['guarded'], 'project': 'default'},
+    'credential_add': {'cloud': 'outside', 'application': 'app', 'secret': 's3cret'}, 'credential_delete': {'id': 1}}
 
 
 def test_every_write_is_known_here():
@@ -3854,6 +3855,8 @@ def furnished(world) -> World:
     service.token_add('root', 'default', 'admin')
     service.token_add('zoe')
     service.resource_add('india')
+    service.resource_add('away', cloud='outside')
+    service.credential_add('outside', 'app', 's3cret')
     service.calendar_feed()
     service.calendar_subscribe('http://127.0.0.1:9/eva.ics')
     cmres.run("UPDATE subscription SET held = 'most'")
@@ -4482,7 +4485,7 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 
 #: What may be looked through: small by nature, however long cmres runs.
 SMALL = {'resource': 'dozens', 'proposal': 'who waits for a word',
-         'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
+         'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'credential': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself',
          'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one row',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
@@ -4496,7 +4499,7 @@ READS = {
     'limit_list': {}, 'list': {}, 'show': {'label': 'lab'}, 'servers': {'label': 'lab'}, 'duration': {'label': 'lab'},
     'find': {'resource': 'demo', 'duration': '1h'}, 'usage': {'resource': 'demo'}, 'resource_list': {'cloud': 'simulated'},
     'resource_show': {'name': 'demo'}, 'maintenance_list': {'resource': 'demo'}, 'check': {}, 'calendar_list': {},
-    'events': {}, 'punctuality': {}, 'report': {}, 'token_list': {}}
+    'events': {}, 'punctuality': {}, 'report': {}, 'token_list': {}, 'credential_list': {}}
 FACETS = {'list': [{'label': 'lab'}, {'label': 'old'}, {'user': 'u'}, {'project': 'p'}, {'resource': 'place-7'}, {'cell': 'c1'},
                    {'start': 'now', 'end': '+1h'}, {'after': '7'}, *({'state': state} for state in cmres.STATES)],
           'events': [{'label': 'lab'}, {'project': 'p'}, {'after': 5}], 'show': [{'label': 'old'}, {'label': 'class'}],
@@ -4535,7 +4538,7 @@ def history(world) -> None:
 
 def tables_of(sql: str) -> dict[str, str]:
     """What the names in a statement stand for."""
-    found = re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE|,)\s+"?(\w+)"?(?:\s+(?:AS\s+)?(?!SET|WHERE|ON|JOIN|ORDER|INDEXED|LEFT|CROSS|'
+    found = re.findall(r'\b(?:FROM|JOIN|INTO|UPDATE|,)\s+"?(\w+)"?(?:\s+(?:AS\s+)?(?!SET|FROM|WHERE|ON|JOIN|ORDER|INDEXED|LEFT|CROSS|'
                        r'GROUP|LIMIT|UNION|SELECT|VALUES)(\w+))?', sql.replace(' json_each(', ' json_each ('))
     return {alias or table: table for table, alias in found if table in TABLES_THAT_GROW | SMALL.keys()}
 
@@ -10327,6 +10330,40 @@ def test_stopped_vms_that_a_series_starts_again_count_once_against_a_limit(tmp_p
             world.at(24 * day + hour)
     assert {each['state'] for each in world.service.list('lab')} == {'ended', 'reserved'}
     cmres.close_store()
+
+
+def kept_between(world, at_end='stop'):
+    eva = world.as_user()
+    book(eva, 'lab', 1, 2, vms=2, flavor='m1.small', image='cirros', at_end=at_end, repeat='daily', count=5)
+    for hour in (1, 1.1, 2, 2.1, 3):
+        world.at(hour)
+    assert len(eva.servers(kept=True)) == 2
+    return eva
+
+
+@pytest.mark.parametrize('at_end', ['stop', 'shelve'])
+def test_a_series_that_is_deleted_says_which_vms_stay(world, at_end):
+    eva = kept_between(world, at_end)
+    assert 'warnings' not in eva.delete('lab', occurrence=date(2026, 12, 3))[0]
+    warning, = eva.delete('lab')[0]['warnings']
+    assert warning == "2 VMs of 'lab' that were stopped or shelved before stay; `delete --kept lab` deletes them"
+    assert warning in world.service.events('lab', 'biology')[-1]['sentence']
+    eva.delete('lab', kept=True)
+    world.at(3.1)
+    world.at(3.2)
+    assert world.there() == []
+
+
+def test_vms_that_start_again_are_what_their_reservation_says(world):
+    eva = kept_between(world)
+    with pytest.raises(Conflict, match='`delete --kept lab` deletes them'):
+        eva.update('lab', flavor='m1.large')
+    eva.update('lab', vms=1, description='other')
+    eva.delete('lab', kept=True)
+    eva.update('lab', flavor='m1.large')
+    world.at(25)
+    world.at(25.1)
+    assert world.there() == ['lab-2-1']
 
 
 # Service: who may what #######################################################
