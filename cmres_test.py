@@ -22937,6 +22937,35 @@ def bench_page(folder: Path) -> None:
         cmres.close_store()
 
 
+def bench_calendar(folder: Path) -> None:
+    """A sync of 5 000 events: unchanged, against a GET of one reservation; the first, against a bare answer of that size."""
+    world = World(folder, requests_per_user=0, requests_per_address=0, mib_per_user=0, mib_per_address=0)
+    world.service.resource_update('demo', default_vms=1)
+    dav = Program(world)
+    dav.put('first', drawn('first', '20270101T100000Z', '20270101T110000Z'))
+    text = drawn('x', '20270101T100000Z', '20270101T110000Z', 'DESCRIPTION:a lesson with some words')
+    with cmres.transaction():
+        cmres.insert_many(cmres.CalendarObject, [dict(
+            user='eva', project='biology', calendar=1, name=f'e{n}.ics', uid=f'u{n}', text=text, shown='', etag=f'"{n}"', rev=n + 2,
+            first=0, last=2**33, reservation=None, why='{}', changed=0, gone=None) for n in range(5000)])
+    one, ask = f'{cmres.BASE}/reservation/lesson', asked('CS:getctag', 'D:sync-token')
+    show('an unchanged calendar of 5 000 events', *by_turns(
+        50, lambda turn: dav.ask('PROPFIND', 'demo/', ask, Depth='0', status=207),
+        lambda turn: dav.web.get(one, headers={'Authorization': f'Bearer {dav.token}'})))
+    names = [f'<D:href>/dav/eva/demo/e{n}.ics</D:href>' for n in range(5000)]
+    heads = ('<C:calendar-multiget xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:caldav"><D:prop><D:getetag/><C:calendar-data/></D:prop>'
+             f'{"".join(names[at:at + 100])}</C:calendar-multiget>' for at in range(0, 5000, 100))
+    bodies = [*heads]
+
+    def first(turn):
+        dav.changes()
+        return sum(len(dav.ask('REPORT', 'demo/', body, status=207).body) for body in bodies)
+    size = first(0)
+    dav.web.app.route('/bare', 'GET', lambda: 'x' * (size // 51))
+    show('a first sync of 5 000 events', *by_turns(3, first, lambda turn: [dav.web.get('/bare') for _ in range(51)]), f'{size // 1000} kB')
+    cmres.close_store()
+
+
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
     cmres.open_store(environment['CMRES_DATABASE'])
@@ -23185,7 +23214,7 @@ def bench_anger(folder: Path) -> None:
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    all_of_them = 'start rest page lists add series claim filter starts idle anger'.split()
+    all_of_them = 'start rest page lists calendar add series claim filter starts idle anger'.split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
