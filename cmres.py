@@ -18782,7 +18782,7 @@ TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:
                    r'NOT CHANGED\\?, still \d+ VMs?): ')
 OPENS, CLOSES = '[cmres] ', '[end of cmres]'
 BLOCK = re.compile(r'\A\[cmres\] .*?\[end of cmres\](?:\\[nN])?|'
-                   r'(?:\\[nN])?\[cmres\] .*?(?:\[end of cmres\]|\Z)', re.S)
+                   r'(?:\\[nN])?\[cmres\] .*?\[end of cmres\]', re.S)
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
 NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
@@ -19005,6 +19005,10 @@ def take_remarks_out(event: Component, known: Component | None, own: Component |
     """Takes out of an event what cmres has said in it."""
     title, text = (event.read(name)[1] for name in ('SUMMARY', 'DESCRIPTION'))
     rest, found = BLOCK.sub('', text), TITLE.match(title)
+    if known and OPENS in rest:  # somebody has deleted a line of it
+        lines = {line for said in BLOCK.findall(known.read('DESCRIPTION')[1])
+                for line in said.split('\\n') if line}
+        rest = '\\n'.join(line for line in rest.split('\\n') if line not in lines)
     ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
     if rest != text:
         put_back(event, own, 'DESCRIPTION', rest)
@@ -19493,24 +19497,26 @@ class Keeper:
         plain = wish._replace(stretches=[], repeat='')
         known = had and had.reservation_id and acting.look.next_of(had.reservation_id)
         live = known if known and known.cancelled is None and known.end > acting.clock() else None
-
-        def deed(wish: Wish, field: str):
-            now = acting.clock()
-            if live:
-                wish = wish._replace(label=live.label)
-                return acting.bookings.commit(acting.admission.edit(
-                    live._replace(repeats=0), wish, ['calendar'], now), now)
-            return acting.admission.book(
-                wish._replace(label=acting.free_label(wish, now)), now)
         try:
-            with acting.shares.paced(), acting.writing(dry_run=True):
+            with acting.shares.paced(), acting.writing(dry_run=True) as now:
+                def deed(each: Wish, field: str) -> None:
+                    self.book_plainly(each, live, now)
                 with acting.offers.explaining(plain, live, deed):
                     deed(plain, '')
         except NoCapacity as told_more:
-            return type(refusal)(in_other_words(told_more, event.here), **told_more.details)
+            return NoCapacity(in_other_words(told_more, event.here), **told_more.details)
         except Error:
             pass
         return refusal
+
+    def book_plainly(self, wish: Wish, live, now: float) -> None:
+        """Books a wish, or makes it of what is there, as if it were of no calendar."""
+        acting = self.acting
+        if live:
+            wish, plain = wish._replace(label=live.label), live._replace(repeats=0)
+            acting.bookings.commit(acting.admission.edit(plain, wish, ['calendar'], now), now)
+        else:
+            acting.admission.book(wish._replace(label=acting.free_label(wish, now)), now)
 
     def delete(self, folder: Folder, name: str, look: Callable) -> None:
         """Cancels what an event has reserved, and forgets its text."""
@@ -19875,13 +19881,13 @@ class Dav:
         verb = self.request.method
         if self.names and self.names[0] != self.user:
             raise Refused(403, 'D:need-privileges', 'this address is of somebody else')
+        if verb in ('MKCALENDAR', 'MKCOL'):
+            raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
+                          'resource, and no others can be made here')
         if len(self.names) > 3:
             raise NotFound('there is nothing at this address')
         if len(self.names) > 1:
             self.folder  # there must be one
-        if verb in ('MKCALENDAR', 'MKCOL'):
-            raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
-                          'resource, and no others can be made here')
         if verb not in DAV_VERBS.split(', '):
             raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
         if verb in ('PUT', 'DELETE', 'PROPPATCH'):

@@ -15411,7 +15411,7 @@ def test_programs_find_the_calendars_from_the_name_of_the_host(dav, world):
     for depth in ('2', '-1', 'x', '1e9'):
         dav.ask('PROPFIND', 'demo/', Depth=depth, status=400)
     dav.ask('PROPFIND', '/dav/bob/', Depth='0', status=403)
-    dav.ask('MKCALENDAR', 'mine/', status=404)
+    dav.ask('MKCALENDAR', 'mine/', status=403)
     dav.ask('MKCALENDAR', 'demo/', status=403)
     dav.ask('PROPFIND', 'gone/', Depth='0', status=404)
     dav.ask('POST', 'demo/', status=405)
@@ -15960,6 +15960,26 @@ def test_all_day_events_and_zones_of_their_own_come_back_as_they_were(dav, world
     assert 'RECURRENCE-ID;VALUE=DATE:20261209\r\n' in dav.get('a')
     dav.put('a', dav.get('a').replace('20261202', '20261203').replace('20261204', '20261205'))
     assert reserved_at(world)[0] == NOON + hours(36)
+
+
+def test_nobodys_own_words_are_taken_for_ours(dav, world):
+    own = drawn('one', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:[cmres] is what I use\\nand more').replace(
+        'SUMMARY:Lesson', 'SUMMARY:CANCELLED: Lesson')
+    dav.put('a', own)
+    assert dav.get('a') == own and reserved_at(world, 'cancelled-lesson') == [NOON + hours(2)]
+    dav.put('b', drawn('two', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:50 x m1.small\\nHello'))
+    cut = dav.get('b').replace('\r\n ', '').replace('[end of cmres]\\n', '')  # somebody has deleted the line
+    dav.put('b', cut)
+    text = dav.shown('b')[0]['DESCRIPTION']
+    assert text.count('[cmres]') == 1 and text.endswith('[end of cmres]\n50 x m1.small\nHello')
+
+
+def test_a_copy_of_a_marked_event_is_one_to_reserve(dav, world):
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:50 x m1.small'))
+    copy = dav.get('a').replace('\r\n ', '').replace('UID:one', 'UID:two').replace('50 x', '3 x')
+    dav.put('b', copy)
+    (event,) = dav.shown('b')
+    assert event['SUMMARY'] == 'Lesson' and 'STATUS' not in event and [each['vms'] for each in world.service.list()] == [3]
 
 
 # Page ########################################################################
