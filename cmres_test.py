@@ -18757,6 +18757,100 @@ def test_calendar_clients_vdirsyncer_and_khal_draw_change_and_delete(drawing, tm
     assert reserved() == [] and len([*(tmp_path / 'mine' / 'demo').iterdir()]) == 1
 
 
+class Thunderbird:
+    """A real one without a window, driven by its remote protocol (Marionette)."""
+
+    def __init__(self, folder, url, token):
+        (folder / 'tb').mkdir()
+        settings = {'mail.provider.suppress_dialog_on_startup': True, 'mail.spotlight.firstRunDone': True, 'app.update.enabled': False,
+                    'calendar.timezone.local': 'UTC', 'calendar.timezone.useSystemTimezone': False, 'network.proxy.type': 0,
+                    'marionette.port': 0, 'datareporting.policy.dataSubmissionEnabled': False}
+        (folder / 'tb' / 'user.js').write_text('\n'.join(f'user_pref("{name}", {json.dumps(each)});' for name, each in settings.items()))
+        self.process = subprocess.Popen(
+            ['dbus-run-session', 'thunderbird', '--headless', '--marionette', '--remote-allow-system-access', '--no-remote', '--profile',
+             str(folder / 'tb')], env=environment() | {'HOME': str(folder), 'XDG_RUNTIME_DIR': str(folder)}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True)
+        port = soon((folder / 'tb' / 'MarionetteActivePort').exists) and soon(lambda: (folder / 'tb' / 'MarionetteActivePort').read_text())
+        self.line, self.number = socket.create_connection(('127.0.0.1', int(port)), 60), 0
+        self.read()
+        self.say('WebDriver:NewSession', capabilities={'alwaysMatch': {'unhandledPromptBehavior': 'ignore'}})
+        self.say('Marionette:SetContext', value='chrome')
+        self.do('''
+          const login = Cc["@mozilla.org/login-manager/loginInfo;1"].createInstance(Ci.nsILoginInfo);
+          login.init("%s", null, "cmres", "eva", "%s", "", "");
+          await Services.logins.addLoginAsync(login);
+          const made = cal.manager.createCalendar("caldav", Services.io.newURI("%s/dav/eva/demo/"));
+          made.id = "demo"; made.name = "demo"; made.setProperty("username", "eva"); made.setProperty("cache.enabled", true);
+          cal.manager.registerCalendar(made);''' % (url, token, url))
+
+    def read(self):
+        size = b''
+        while not size.endswith(b':'):
+            size += self.line.recv(1)
+        return json.loads(self.exactly(int(size[:-1])))
+
+    def exactly(self, size: int) -> bytes:
+        data = b''
+        while len(data) < size:
+            data += self.line.recv(size - len(data))
+        return data
+
+    def say(self, command: str, **words):
+        self.number += 1
+        text = json.dumps([0, self.number, command, words]).encode()
+        self.line.sendall(b'%d:%b' % (len(text), text))
+        _, _, error, answer = self.read()
+        assert not error, error
+        return answer and answer.get('value')
+
+    def do(self, script: str):
+        """What a script of Thunderbird's own returns; `demo` is the calendar, and `cal` its tools."""
+        return self.say('WebDriver:ExecuteAsyncScript', sandbox='system', args=[], script='''
+          const done = arguments[arguments.length - 1];
+          const { cal } = ChromeUtils.importESModule("resource:///modules/calendar/calUtils.sys.mjs");
+          const { CalEvent } = ChromeUtils.importESModule("resource:///modules/CalEvent.sys.mjs");
+          const demo = cal.manager.getCalendarById("demo");
+          (async () => { %s })().then(done, error => done("" + error));''' % script)
+
+    def title(self, uid: str) -> str:
+        """What it shows of an event, after a sync."""
+        return self.do(f'demo.refresh(); const found = await demo.getItem("{uid}"); return found ? found.title + " " + '
+                       'found.startDate.icalString : "";')
+
+    def close(self):
+        self.line.close()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@with_clients
+@pytest.mark.skipif(not shutil.which('thunderbird') or not shutil.which('dbus-run-session'), reason='needs thunderbird and dbus')
+def test_calendar_clients_thunderbird_draws_drags_and_deletes(drawing, tmp_path):
+    serve, token = drawing
+    day = f'{datetime.now(UTC) + timedelta(days=30):%Y%m%d}'
+    event = ('BEGIN:VCALENDAR\\\\nBEGIN:VEVENT\\\\nUID:{}\\\\nDTSTAMP:20261101T000000Z\\\\nDTSTART:%sT100000Z\\\\nDTEND:%sT120000Z\\\\n'
+             'SUMMARY:{}\\\\nDESCRIPTION:{}\\\\nEND:VEVENT\\\\nEND:VCALENDAR' % (day, day)).replace('\\\\', '\\')
+
+    def reserved():
+        return [(each['label'], each['start'][11:16]) for each in serve.ask('GET', '/reservation/')[1] if each['state'] == 'reserved']
+    program = Thunderbird(tmp_path, serve.url, token)
+    try:
+        soon(lambda: program.do('return demo && !demo.readOnly && !demo.getProperty("disabled");') is True)
+        program.do(f'await demo.addItem(new CalEvent("{event.format("one", "Lesson", "")}"));')
+        soon(lambda: reserved() == [('lesson', '10:00')])
+        program.do(f'await demo.addItem(new CalEvent("{event.format("two", "Huge", "5000 x m1.small")}"));')
+        soon(lambda: program.title('two').startswith('NOT RESERVED: Huge'))
+        program.do(f'const old = await demo.getItem("one"), moved = old.clone(); moved.startDate = cal.createDateTime("{day}T140000Z"); '
+                   f'moved.endDate = cal.createDateTime("{day}T160000Z"); await demo.modifyItem(moved, old);')
+        soon(lambda: reserved() == [('lesson', '14:00')])
+        serve.ask('PATCH', '/reservation/lesson', {'start': f'{day[:4]}-{day[4:6]}-{day[6:]}T15:00Z'})
+        soon(lambda: program.title('one').endswith('T150000Z'))
+        program.do('await demo.deleteItem(await demo.getItem("one"));')
+        soon(lambda: reserved() == [])
+    finally:
+        program.close()
+
+
 def test_a_server_on_a_free_port_gives_addresses_that_lead_to_it(served):
     call, url, _ = served
     assert call('POST', '/calendar/feed')['feed'].startswith(f'{url}/calendar/')
