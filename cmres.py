@@ -19122,7 +19122,7 @@ class Shelf:
         return row('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
                    'AND calendar = ? AND name = ? AND gone IS NULL', *self.whose, folder.id, name)
 
-    def all(self, folder: Folder, since: int = -1, until: float = 0) -> list:
+    def all(self, folder: Folder, since: int = -1) -> list:
         """What is in a calendar and does not end before an instant, by name."""
         return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
                     'AND calendar = ? AND gone IS NULL AND last > ? ORDER BY name',
@@ -19389,10 +19389,9 @@ class Keeper:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
                           href=(other or had).name)
         most = self.acting.config.caldav_events
-        if not had and 0 < most <= len(rows(
-                f'SELECT 1 AS one FROM calendar_object WHERE user = ? AND project = ? AND '
-                f'calendar = ? AND last > -1 AND gone IS NULL LIMIT {most}', *self.shelf.whose,
-                folder.id)):
+        there, = run('SELECT count(*) FROM calendar_object WHERE user = ? AND project = ? '
+                     'AND calendar = ? AND gone IS NULL', *self.shelf.whose, folder.id).fetchone()
+        if not had and 0 < most <= there:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
@@ -19965,6 +19964,10 @@ class Dav:
         return {'D:resourcetype': '', 'D:getcontenttype': f'{ICS}; component=VEVENT',
                 'D:owner': me, 'D:current-user-principal': me}
 
+    @functools.cached_property
+    def zone(self) -> ZoneInfo:
+        return self.shelf.zone(self.folder)
+
     def text_of(self, item: Item) -> str:
         """The text of an object as a report asks for it."""
         if not self.window:
@@ -19972,7 +19975,7 @@ class Dav:
         try:
             entries = read_calendar(item.text)
             with naming(entries[0]), self.budget.event(True):
-                return expanded(item.text, entries, self.shelf.zone(self.folder), *self.window)
+                return expanded(item.text, entries, self.zone, *self.window)
         except BadCalendar:
             return item.text
 
@@ -20019,9 +20022,11 @@ class Dav:
         return next((each for each in there if each.name == name), None)
 
     def busy_item(self, found) -> Item:
-        """A reservation that the calendar only shows: whose it is, only for its own project."""
+        """A reservation that the calendar only shows; of others' only how much there is."""
+        mine = (found.user, found.project) == self.shelf.whose
+        viewer = self.acting.actor if mine else Actor('', '', READER)
         # As at no instant, so that it is another one only when something has changed.
-        shown = self.acting.feed_event(found._replace(now=0), self.acting.actor, [])
+        shown = self.acting.feed_event(found._replace(now=0), viewer, [])
         text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
 
@@ -20145,7 +20150,7 @@ class Dav:
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
-            query = Query(asked, self.shelf.zone(self.folder), self.budget)
+            query = Query(asked, self.zone, self.budget)
             return multistatus(self.response(each, wanted) for each in self.items(query.begin)
                                if query.takes(each))
 

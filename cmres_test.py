@@ -15571,7 +15571,18 @@ def test_what_others_have_reserved_is_shown_as_busy_where_that_is_set(dav, world
     token, found = dav.changes(token)
     assert found.keys() == {name} and '20261201T170000Z' in dav.get(name[:-4])
     other.delete('secret')
-    assert dav.changes(token)[1] == {name: None}
+    token, found = dav.changes(token)
+    assert found == {name: None}
+    book(world.as_user('max'), 'ours', 2, 4)
+    (name,) = dav.changes(token)[1]
+    assert 'busy' in dav.get(name[:-4]) and 'ours' not in dav.get(name[:-4])  # of another user of the project
+
+
+def test_a_calendar_takes_so_many_events(dav, world):
+    world.config.take(caldav_events=1)
+    dav.put('a', drawn(), 201)
+    dav.ask('PUT', 'demo/b.ics', drawn('two'), status=403).mustcontain('quota-not-exceeded')
+    dav.put('a', drawn(), 204)
 
 
 def test_a_token_of_another_calendar_or_of_one_that_is_forgotten_begins_anew(dav, world):
