@@ -14659,11 +14659,19 @@ INVITED = {'added': 'Invitation', 'approved': 'Invitation', 'admitted': 'Invitat
            'ready': 'Ready'}
 
 
+STOPS = 'stops invitations'  # the fact: what signs the links that do
+
+
 def stop_link(config: Config, address: str) -> str:
-    """Where somebody says, without an account, that they want no more invitations."""
+    """Where somebody says, without an account, that they want no more invitations.
+
+    What signs it is in the store, as it is good for nothing else, and mails are kept for years.
+    """
     import hmac
-    key = read_keys(key_file(config.database, config.key))[0]
-    sign = hmac.new(key, f'stop\0{address}'.encode(), 'sha256').hexdigest()[:32]
+    if not fact(STOPS):
+        with transaction():
+            note_fact(STOPS, fact(STOPS) or secrets.token_hex(16))
+    sign = hmac.new(fact(STOPS).encode(), address.encode(), 'sha256').hexdigest()[:32]
     return f"{config.served}/invitations/{quote(address, safe='@')}/{sign}"
 
 
