@@ -19119,6 +19119,7 @@ class Shelf:
         return [*(folder_of(each) for each in self.acting.look.places() if each.default_vms), ALL]
 
     def folder(self, name: str) -> Folder:
+        """The calendar of a name; NotFound if there is none."""
         found = next((each for each in self.folders() if each.name == name), None)
         if not found:
             raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
@@ -19462,8 +19463,7 @@ class Keeper:
         uid = event.booking.uid
         known = self.acting.booked_as(uid, self.shelf.whose, None) if booked else None
         id = known.id if known else had.reservation_id if had else None
-        if id is not None:  # it may have been moved here from another calendar
-            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+        self.take_from_others(folder, name, id)
         first, last = event.span(self.acting.clock() + self.acting.config.horizon * DAY)
         values = {'uid': uid, 'text': event.text, 'reservation': id, 'why': json.dumps(why),
                   'first': first, 'last': last, 'gone': None, 'shown': '', 'etag': ''}
@@ -19473,6 +19473,14 @@ class Keeper:
         change(CalendarObject, found.id, shown='' if shown == event.text else shown,
                etag=etag_of(shown))
         return shown
+
+    def take_from_others(self, folder: Folder, name: str, reservation: int | None) -> None:
+        """Lets a reservation be of one object alone: its event was dragged from another calendar."""
+        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', reservation, folder.id, name):
+            why = f"The same event stands in the calendar '{folder.name}' now."
+            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
+            self.show_anew(each.id)
 
     def refuse(self, folder: Folder, name: str, event: Understood, had, look: Callable,
                refusal: Error) -> str:
@@ -20041,6 +20049,7 @@ class Dav:
     # Verbs.
 
     def propfind(self):
+        """Lists properties of the address, and of what is in it."""
         depth = header(self.request, 'Depth', '0').strip().lower()
         if depth == 'infinity':
             raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
@@ -20073,6 +20082,7 @@ class Dav:
             yield from ((self.href(each), self.values_of_item(each)) for each in self.items())
 
     def proppatch(self):
+        """Keeps properties with a calendar."""
         root = self.body()
         if root is None or short_name(root.tag) != 'D:propertyupdate':
             raise Invalid('the body should be a D:propertyupdate')
@@ -20096,6 +20106,7 @@ class Dav:
         return True
 
     def get(self):
+        """The text of an event."""
         if len(self.names) < 3:
             raise Refused(405, 'D:supported-method', 'this is the address for calendar programs, '
                           f'which ask with PROPFIND and REPORT; use one of {DAV_VERBS}')
@@ -20105,6 +20116,7 @@ class Dav:
             'Content-Type': ICS, 'ETag': item.etag})
 
     def put(self):
+        """Makes a reservation of an event, or changes it."""
         self.refuse_no_object()
         look, data = condition(self.request), self.request.body.read(MOST_OBJECT + 1)
         try:
@@ -20114,6 +20126,7 @@ class Dav:
         return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
 
     def delete(self):
+        """Cancels what an event has reserved."""
         if len(self.names) < 3:
             raise Refused(403, 'D:need-privileges', 'only events can be deleted')
         self.refuse_no_object()
@@ -20132,6 +20145,7 @@ class Dav:
             raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
 
     def report(self):
+        """Answers one of REPORTS."""
         root = self.body()
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
@@ -20141,6 +20155,7 @@ class Dav:
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
     def calendar_multiget(self, root):
+        """Tells of events by their addresses."""
         wanted, found = wanted_in(root), []
         hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
         for href in dict.fromkeys(hrefs):
@@ -20154,6 +20169,7 @@ class Dav:
         return multistatus(found)
 
     def calendar_query(self, root):
+        """Tells of the events that a filter takes."""
         wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
@@ -20163,6 +20179,7 @@ class Dav:
                                if query.takes(each))
 
     def sync_collection(self, root):
+        """Tells what has changed since a token (RFC 6578)."""
         wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
         most = (root.findtext(f"{full_name('D:limit')}/{full_name('D:nresults')}") or '').strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
@@ -20200,6 +20217,7 @@ class Dav:
         return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
 
     def free_busy_query(self, root):
+        """Tells when a resource has no room (RFC 4791, 7.10)."""
         element = root.find(full_name('C:time-range'))
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '

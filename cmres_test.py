@@ -15504,6 +15504,7 @@ def test_the_calendar_of_all_resources_wants_to_be_told(dav, world):
     assert event['SUMMARY'].startswith('NOT RESERVED') and 'no resource is named' in event['DESCRIPTION'].lower()
     token, _ = dav.changes(calendar='demo')
     dav.put('c', drawn('one', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:3 x m1.small cirros'))  # dragged to another calendar
+    assert "stands in the calendar 'demo'" in dav.shown('a', 'all')[0]['DESCRIPTION']
     dav.ask('DELETE', 'all/a.ics', status=204)
     assert [each['vms'] for each in world.service.list()] == [3] and dav.changes(token)[1].keys() == {'c.ics'}
 
