@@ -1328,6 +1328,14 @@ class Config:
     keystone_roles: str = setting(
         'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
         'KEYSTONE:CMRES; of several the highest, without any of them none')
+    oidc: str = setting(
+        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
+        'https://login.example.org; needs the package authlib')
+    oidc_client: str = setting('', 'the client id of cmres at that provider')
+    oidc_secret: str = setting('', 'its secret; without one, the client is public')
+    oidc_claims: str = setting(
+        'preferred_username, project, role', 'the claims that say user, project and role there; '
+        'without the last two, people are users of the project default')
     identity_proxies: str = setting(
         '', 'addresses and networks of proxies that say who asks, in the headers of '
         '`identity_header`; they must take those headers out of what their clients send')
@@ -1878,6 +1886,8 @@ WORDS = {
     'file': 'an .ics file of at most 16 MiB',
     'flavor': 'flavor of the machines, by name or id; its vcpus and ram count',
     'force': 'do it although occurrences that are admitted already would no longer fit',
+    'flavors': 'whether Nova gets a private flavor, with the id of the reservation, for each lease '
+               'of VMs that is active there',
     'following': 'not only that occurrence: all after it too',
     'holidays': 'an .ics file or address; on the days of its all-day events nothing is reserved',
     'host': 'all of a host of the resource, by its name, m[01-05] for several; of `serve`, the '
@@ -3520,6 +3530,8 @@ class Resource(Table):
     # JSON: what it holds of other resource classes of Placement; '': none
     classes = peewee.TextField(default='')
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
+    # whether Nova has a flavor for each lease that is active there
+    flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     # JSON: what each of them holds, where they are reserved by name
     named = peewee.TextField(default='')
     # what an event of a calendar program gets that says nothing; without any, no calendar
@@ -3870,6 +3882,13 @@ class Session(Table):
     until = peewee.IntegerField(index=True)
 
 
+class Share(Table):
+    """A page of one reservation for who has its address, which is made of `nonce` and our key."""
+    reservation = peewee.ForeignKeyField(Reservation, unique=True)
+    nonce = peewee.CharField()
+    seats = peewee.TextField()  # a JSON list of who sits where
+
+
 class OnceDone(Table):
     """A request that names itself by an Idempotency-Key, so that it is done once."""
     user = peewee.CharField()
@@ -4092,7 +4111,7 @@ class SimulatedServer(Table):
 
 
 TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
-          Step, Server, Claim, Tally, Token, Session, OnceDone, Feed, Subscription, CalendarObject,
+          Step, Server, Claim, Tally, Token, Session, Share, OnceDone, Feed, Subscription, CalendarObject,
           CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease, BlazarHold,
           HostProperty, Credential, Fact, SimulatedServer]
 
@@ -4103,7 +4122,8 @@ MIGRATIONS: list[Callable] = [
     lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
-    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations()]
+    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
+    lambda: add_shares()]
 
 
 def long_texts(row: str) -> str:
@@ -4850,6 +4870,7 @@ def add_ends_of_tokens() -> None:
 def add_openstack() -> None:
     """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
     text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
+    add_columns('resource', {'flavors': f'{number} DEFAULT 0'})
     run_all(f"""
         CREATE TABLE IF NOT EXISTS blazar_lease (
           "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
@@ -4911,6 +4932,16 @@ def add_invitations() -> None:
     run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
         'at INTEGER NOT NULL)')
     run(INVITES_OF_18)
+
+
+def add_shares() -> None:
+    """Version 19: reservations have pages for who has their address."""
+    run_all("""
+        CREATE TABLE IF NOT EXISTS share (
+          id INTEGER NOT NULL PRIMARY KEY,
+          reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+          nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
+        CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -6259,6 +6290,15 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+class Lent(NamedTuple):
+    """A flavor that a project has for as long as its lease is active; one as `like`, or of sizes."""
+    project: str  # its id
+    vcpus: int
+    ram: int
+    disk: int
+    like: str = ''
+
+
 class Seen(NamedTuple):
     """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
     1970.
@@ -6283,7 +6323,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts'.split())
+                     'aggregates mark hosts lend'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -6401,6 +6441,9 @@ class Cloud:
     def aggregates(self) -> list[Aggregate]:
         """All host aggregates; for the operator of a cloud."""
         raise NotImplementedError
+
+    def lend(self, wanted: dict[str, Lent]) -> None:
+        """Has just these flavors of ours, by their ids; for the operator of a cloud."""
 
     def mark(self, aggregate: str, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
@@ -6806,6 +6849,23 @@ class OpenStack(Cloud):
             identity.update_endpoint(endpoint, url=values['url'])
         else:
             identity.create_endpoint(**values)
+
+    def lend(self, wanted):
+        with self.calling('lend flavors') as cloud:
+            ours = {each.id: each for each in cloud.compute.flavors(is_public=None)
+                    if each.description == self.store}
+            for id in ours.keys() - wanted.keys():
+                cloud.compute.delete_flavor(id, ignore_missing=True)
+            for id in wanted.keys() - ours.keys():
+                self.lend_one(cloud.compute, id, wanted[id])
+
+    def lend_one(self, compute, id: str, lent: Lent) -> None:
+        like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
+        compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
+                              disk=like.disk, is_public=False, description=self.store)
+        if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
+            compute.create_flavor_extra_specs(id, specs)
+        compute.flavor_add_tenant_access(id, lent.project)
 
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
@@ -9090,7 +9150,7 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation',
                     'user_data', 'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision',
                     'revised', 'on_conflict', 'booked_until', 'subscription', 'repeats', 'series',
-                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted'))
+                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted', 'flavors'))
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -12982,7 +13042,7 @@ class Plan(Operations):
 
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '', hold: Span = None,
-                      named: bool = None, force: bool = False,
+                      named: bool = None, flavors: bool = None, force: bool = False,
                       dry_run: bool = False) -> list[DifferenceAnswer]:
         """Reads host aggregates of a cloud, makes resources of them or updates those, and marks
         them for Nova.
@@ -12991,7 +13051,8 @@ class Plan(Operations):
         aggregate's hosts. The entry of clouds.yaml must be an admin's. Each line of the answer is a
         difference; with --dry-run that is all that happens. Without --aggregates, those that are
         marked are updated. With --named, a reservation may ask for a host by its name: add ...
-        --host NAME.
+        --host NAME. With --flavors, `openstack server create --flavor RESERVATION_ID` works for
+        leases of VMs there, as with Blazar.
 
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
@@ -13004,6 +13065,7 @@ class Plan(Operations):
         chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': int(hold.total_seconds())} if hold is not None else {}
+        wanted |= {'flavors': flavors} if flavors is not None else {}
         with self.writing(dry_run) as now:
             synced = [self.sync_one(cloud, each, wanted, named, force, now) for each in chosen]
         # outside the transaction: it is a call to the cloud
@@ -13445,7 +13507,7 @@ class Claims(Operations):
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
         taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
-        if found.flavor or found.host:
+        if found.flavor or found.host or found.vcpus or found.ram:
             return taken.within(reserved._replace(classes=tuple((name,
                                                                  dict(reserved.classes).get(name,
                                                                                             0))
@@ -14241,7 +14303,7 @@ class Tokens(Operations):
     @api('POST', '/credential/', made='/credential/')
     def credential_add(self, cloud: Name, application: Name, secret: Name,
                        dry_run: bool = False) -> CredentialAnswer:
-        """Lets your VMs on a cloud be made in your own name: your project, quota, networks and keys.
+        """Lets your VMs on a cloud be made in your name: your project, quota, networks and keys.
 
         Give an application credential of yours. Its secret is kept encrypted, and the key is not in
         the database. What is reserved already uses it for VMs that are not started yet.
@@ -14562,6 +14624,7 @@ class Records(Operations):
                                     'WHERE reservation_id = ?', old.reservation_id))
             run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
                 old.reservation_id)
+            run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
             run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
 
@@ -15020,7 +15083,7 @@ class Workers:
             'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll}
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
@@ -15130,6 +15193,9 @@ class Workers:
 
     def do_clear(self, call: Job) -> None:
         self.clouds.open(call.account).delete(call.target)
+
+    def do_lend(self, call: Job) -> None:
+        self.clouds.open(call.account).lend(call.target)
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -15810,11 +15876,53 @@ class Dispatcher:
 # What became of it: the answers of workers are compared with what is written, and written down.
 
 
+class Lender:
+    """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
+
+    def __init__(self, config: Config, workers: Workers):
+        self.config, self.workers = config, workers
+        self.lent: dict[str, dict] = {}  # by cloud, as it has them
+
+    def lend(self, now: float) -> None:
+        """Asks the clouds for what they have otherwise."""
+        places = defaultdict(list)
+        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
+            places[each.cloud].append(each.id)
+        for cloud, ids in places.items():
+            wanted = {each.part: self.flavor_for(each) for each in self.active(ids, now)}
+            if wanted != self.lent.get(cloud):
+                self.workers.submit(('lend', cloud), 'lend', cloud, wanted)
+
+    def active(self, ids: list[int], now: float) -> list:
+        """The parts of leases that are active on some resources, and start nothing themselves."""
+        return rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
+                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN blazar_hold h ON h.reservation = r.id '
+                    'JOIN blazar_lease l ON l.id = h.lease_id '
+                    'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
+                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
+                    """AND o."end" > ? AND r.host = '' AND r.image = ''""",
+                    json.dumps(ids), now, now)
+
+    def flavor_for(self, found) -> Lent:
+        """The flavor of a part of a lease; Nova boots nothing from a disk of nothing."""
+        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
+        project = self.config.read_again().identities.get(found.project, found.project)
+        return Lent(project, found.vcpus // found.vms, found.ram // found.vms,
+                    asked.get('disk_gb') or 1, found.flavor)
+
+    def record(self, result: Job, now: float) -> None:
+        if result.error:  # it is tried again at the next pass that has something to do
+            log.warning('could not lend flavors on %s: %s', result.account, result.error)
+        else:
+            self.lent[result.account] = result.target
+
+
 class Reconciler:
     """Records what calls came to."""
 
     def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
-                 health: Health, post: Post):
+                 health: Health, post: Post, lender: Lender):
         self.config, self.clouds, self.service = service.config, service.clouds, service
         self.leader, self.workers, self.health = leader, workers, health
         # Since when servers were seen to boot, by account.
@@ -15823,7 +15931,7 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look}
+            'look': self.record_look, 'lend': lender.record}
 
     def record(self, now: float) -> None:
         """Writes down the results of the calls that ended since the last pass; they wait until that
@@ -16157,8 +16265,9 @@ class LifeCycle:
         self.post = Post(config, self.workers, self.health)
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
+        self.lender = Lender(config, self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
-                                     self.post)
+                                     self.post, self.lender)
         self.passed = time.monotonic()  # when a pass has worked last
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
@@ -16190,6 +16299,7 @@ class LifeCycle:
             self.drop_staged(now)
             self.planner.plan(now)
             self.dispatcher.call(now)
+            self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None
         self.tidy(now)
         return True
@@ -18121,9 +18231,10 @@ class Blazar:
         parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
                  for each in lease_list(given.get('reservations'), 'reservations')]
         id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
-        lease = {'id': id, 'name': lease_name(given), 'user': view.actor.user,
-                 'project': view.actor.project, 'start': start, 'end': end, 'before_end': before,
-                 'parts': json.dumps(parts), 'added': int(view.acting.clock())}
+        lease = {'id': id, 'name': lease_name(given), 'start': start, 'end': end,
+                 'before_end': before, 'added': int(view.acting.clock())}
+        lease |= {'user': view.actor.user, 'project': view.actor.project,
+                  'parts': json.dumps(parts)}
         if not parts:
             with view.acting.writing():
                 insert(BlazarLease, **lease)
@@ -18149,16 +18260,21 @@ class Blazar:
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
-            new = {name: dates[name] for name in dates} | (
-                {'name': lease_name(given)} if 'name' in given else {}) | (
-                {'before_end': lease_before_end(given, found.start, dates.get('end', found.end))}
-                if 'before_end_date' in given else {})
-            if new:
-                new |= {'changed': int(now)}
-                marks = ', '.join(f'"{name}" = ?' for name in new)
-                run(f'UPDATE blazar_lease SET {marks} WHERE id = ?', *new.values(), id)
+            self.write_changes(found, given, dates, now)
         view.acting.carry_out(deed)
         return {'lease': view.lease(id)}
+
+    def write_changes(self, found, given: dict, dates: dict[str, int], now: float) -> None:
+        """Writes what a lease has otherwise that its reservations don't know; in a transaction."""
+        new = {**dates}
+        if 'name' in given:
+            new['name'] = lease_name(given)
+        if 'before_end_date' in given:
+            new['before_end'] = lease_before_end(given, found.start, dates.get('end', found.end))
+        if new:
+            marks = ', '.join(f'"{name}" = ?' for name in new)
+            run(f'UPDATE blazar_lease SET {marks}, changed = ? WHERE id = ?', *new.values(),
+                int(now), found.id)
 
     def end_lease(self, view: LeaseView, given: dict) -> None:
         """Ends what a lease has, and forgets it."""
@@ -18246,6 +18362,11 @@ class Blazar:
             'private': private, 'created_at': None, 'updated_at': None}}
 
 
+#: What Blazar's clients want to read of a host and cmres does not know.
+LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
+                  'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
+
+
 class LeaseHost(NamedTuple):
     """A host that can be reserved by its name, or a resource as a whole."""
     id: int
@@ -18263,11 +18384,9 @@ class LeaseHost(NamedTuple):
         """It as Blazar's clients read it."""
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
-        return self.extras | {
-            'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name,
-            'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '', **figures,
-            'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': '',
-            'created_at': f'{instant(self.added):{MADE_OUT}}', 'updated_at': None}
+        names = {'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name}
+        made = {'created_at': made_at(self.added), 'updated_at': None}
+        return self.extras | names | figures | made | LIKE_ALL_HOSTS
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
         """Whether all of some conditions hold, each a comparison, a property and a value."""
@@ -18320,21 +18439,25 @@ class LeaseView:
         held = [one for part in parts for one in of_part[part['id']]]
         start, end = lease_window(found, held)
         state = first_state(held) if parts else bare_state(now, start, end)
-        done = LEASE_STATES[state][1] in ('TERMINATED', 'ERROR')
-        events = [('start_lease', start, now >= start), ('end_lease', end, done and now >= start)]
-        if found.before_end:
-            events.append(('before_end_lease', found.before_end, now >= found.before_end))
+        status = LEASE_STATES[state][1]
         made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
-        return {'id': found.id, 'name': found.name, 'user_id': found.user,
-                'project_id': found.project, 'start_date': date_out(start),
-                'end_date': date_out(end), 'trust_id': '', 'status': LEASE_STATES[state][1],
-                'degraded': any(each.state == 'degraded' for each in held), **made,
-                'reservations': [self.part(found, part, of_part[part['id']]) | made
-                                 for part in parts],
-                'events': [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id,
-                            'event_type': kind, 'time': date_out(at),
-                            'status': 'DONE' if done else 'UNDONE', **made}
-                           for kind, at, done in events]}
+        whose = {'user_id': found.user, 'project_id': found.project, 'trust_id': ''}
+        events = self.events(found, start, end, status in ('TERMINATED', 'ERROR'))
+        shown_parts = [self.part(found, part, of_part[part['id']]) | made for part in parts]
+        return {'id': found.id, 'name': found.name, **whose, **made, 'status': status,
+                'start_date': date_out(start), 'end_date': date_out(end),
+                'degraded': any(each.state == 'degraded' for each in held),
+                'reservations': shown_parts, 'events': [each | made for each in events]}
+
+    def events(self, found, start: int, end: int, over: bool) -> list[dict]:
+        """When a lease starts, ends and is announced to end, and whether that is done."""
+        now = self.acting.clock()
+        planned = [('start_lease', start, now >= start), ('end_lease', end, over and now >= start)]
+        if found.before_end:
+            planned.append(('before_end_lease', found.before_end, now >= found.before_end))
+        return [{'id': derived_uuid(f'{found.id} {kind}'), 'lease_id': found.id, 'event_type': kind,
+                 'time': date_out(at), 'status': 'DONE' if done else 'UNDONE'}
+                for kind, at, done in planned]
 
     def part(self, found, part: dict, held: list) -> dict:
         """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
@@ -18361,9 +18484,10 @@ class LeaseView:
     def live(self, found, part: str = '') -> list:
         """The occurrences of a lease that are not over."""
         which = 'lease_id = ?' + (' AND part = ?' if part else '')
-        ids = [each.reservation for each in rows(f'SELECT reservation FROM blazar_hold '
-                                                 f'WHERE {which}', found.id, *filter(None, [part]))]
-        return self.acting.look.search([self.acting.look.among('o.reservation_id', ids), (NOT_OVER,)])
+        held = rows(f'SELECT reservation FROM blazar_hold WHERE {which}', found.id,
+                    *filter(None, [part]))
+        look, ids = self.acting.look, [each.reservation for each in held]
+        return look.search([look.among('o.reservation_id', ids), (NOT_OVER,)])
 
     def end(self, found) -> None:
         """Ends what a lease has reserved and is not over; inside a transaction."""
@@ -18396,8 +18520,8 @@ class LeaseView:
         other = [name for name in new if name in old and new[name] != old[name]
                  and name != 'amount' and name != 'flavor_id']
         if other:
-            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease and "
-                           'make another')
+            raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease "
+                           'and make another')
         if 'amount' in new and new['amount'] != old['amount']:
             for each in self.live(found, old['id']):
                 self.acting.update(each.label, project=found.project, vms=new['amount'])
@@ -18482,14 +18606,19 @@ class LeaseView:
                for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
-            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
-                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
-                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
+            line = self.allocation(each)
             known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
             host = ids.get((each.resource_id, each.host))
             if host and all(known[name] == value for name, value in wanted.items()):
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
+
+    def allocation(self, found) -> dict:
+        """When an occurrence is, and of which lease; what is of none has ids of its own."""
+        lease = found.lease_id or derived_uuid(f'lease {found.reservation_id}')
+        return {'id': found.part or derived_uuid(f'part {found.reservation_id}'),
+                'lease_id': lease, 'start_date': date_out(found.start),
+                'end_date': date_out(found.end)}
 
 
 class LeaseRequests:
@@ -18497,8 +18626,9 @@ class LeaseRequests:
 
     def __init__(self, acting: Reservations, lease: dict, parts: list[dict]):
         self.acting, self.lease, self.asked = acting, lease, [each['asked'] for each in parts]
-        self.common = {name: each.default for name, each in API['add'].parameters.items()} | {
-            'start': instant(lease['start']), 'end': instant(lease['end']), 'resource': ANY}
+        self.common = {name: each.default for name, each in API['add'].parameters.items()}
+        self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
+                        'resource': ANY}
         self.hosts = LeaseView(acting).hosts()
 
     def requests(self) -> list[tuple[Request, list[int]]]:
@@ -18577,12 +18707,13 @@ class LeaseRequests:
 
     def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
         """The smallest flavor in which so much fits."""
-        account = self.acting.clouds.account(cloud, self.lease['project'], self.lease['user'])
-        opened = self.acting.clouds.open(account)
-        sight = self.acting.clouds.sight(account, self.lease['project'])
+        clouds, project = self.acting.clouds, self.lease['project']
+        account = clouds.account(cloud, project, self.lease['user'])
+        opened, sight = clouds.open(account), clouds.sight(account, project)
         there = self.acting.shares.ask(f'the cloud {account}', lambda: opened.things('flavor'))
-        fits = [(each.flavor, each.name) for each in there if sight.shows('flavor', each)
-                and each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
+        seen = [each for each in there if sight.shows('flavor', each)]
+        fits = [(each.flavor, each.name) for each in seen
+                if each.flavor.vcpus >= vcpus and each.flavor.ram >= ram]
         if not fits:
             raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
         return min(fits)[1]
@@ -18734,9 +18865,10 @@ def read_lease_part(given: dict) -> dict:
 
 
 def read_lease_number(name: str, value) -> int:
-    if isinstance(value, bool) or not re.fullmatch('[0-9]{1,9}', f'{0 if value is None else value}'):
+    text = '0' if value is None else f'{value}'
+    if not re.fullmatch('[0-9]{1,9}', text):
         raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
-    return int(value or 0)
+    return int(text)
 
 
 def read_affinity(name: str, value) -> bool | None:
@@ -20444,228 +20576,360 @@ def uninviting(service: Reservations) -> Callable:
 # exactly what their token can do by REST. Scripts only add to it: dragging, live state, checks
 # while one types. Nothing comes from another host, and nothing is inline.
 
-VIEWS = {'day': 1, 'week': 7, 'month': 31}  # and the days that each shows at most
-MOST_PLACES = 12   # resources on one time line
-MOST_BARS = 150    # reservations on one time line
-MOST_LANES = 8     # of them, one below the other on one resource
 MOST_LINES_SHOWN = 50  # reservations on one page of the list
-THINNEST = 0.7     # percent of a time line that a bar takes at least
-ROOM = 9           # percent of a time line that a label takes
+PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
         'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff',
         'Referrer-Policy': 'same-origin',
         'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
-#: A sign beside the word of each state, for those who don't tell colours apart.
-SIGNS = {'waiting': '…', 'pending': '?', 'reserved': '○', 'starting': '◔', 'active': '●',
-         'degraded': '◑',
-         'ending': '◕', 'ended': '□', 'cancelled': '×', 'failed': '!'}
-
 STYLE = '''
-:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #51606f;
-  --line: #d5dbe1; --busy: #b9c3ce; --full: #8494a5; --mine: #0b62a4; --on-mine: #fff;
-    --good: #0a6b4d;
-  --warn: #8a5a00; --bad: #a63a00; --now: #c2410c; --tint: #e8f1f9; --focus: #0b62a4 }
+:root { color-scheme: light dark; --t1: .75rem; --t2: .8125rem; --t3: .9375rem; --t4: 1.125rem;
+  --bg: #f5f6f8; --card: #fff; --sunk: #eef1f5; --text: #15202b; --soft: #53606e; --line: #dde3e9;
+  --edge: #7f8c99; --accent: #1a56c4; --on: #fff; --wash: #e8effc; --past: #f5f6f8; --h0: #f0eefa;
+  --h1: #ddd8f3; --h2: #c0b7e8; --h3: #9a8dd6; --h4: #7360be; --h5: #4b3a96; --blue: #1a5fc0;
+  --green: #00765a; --amber: #f3b73e; --amber-ink: #7a4e00; --rust: #b03a00; --grey: #cbd4dd;
+  --on-grey: #26323e; --green-wash: #e0f3ec; --amber-wash: #fdf1d8; --rust-wash: #fbe9e1;
+  --now: #d0310b; --lift: 0 1px 2px #15202b14, 0 6px 20px #15202b0f;
+  --float: 0 2px 6px #15202b2e, 0 12px 36px #15202b33 }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #11161c; --card: #1a212a; --text: #e8edf2; --soft: #a9b6c3; --line: #33404d;
-    --busy: #4a5968;
-    --full: #74869a; --mine: #7cbcf0; --on-mine: #0c1620; --good: #6fd3ae; --warn: #f0b95a;
-      --bad: #ff9d73;
-    --now: #ff9d73; --tint: #1f3040; --focus: #7cbcf0 }
+  :root { --bg: #0d1218; --card: #151c25; --sunk: #1c2530; --text: #e7edf3; --soft: #a3b1bf;
+    --line: #29343f; --edge: #6b7b8b; --accent: #86b6ff; --on: #08172e; --wash: #1a2b48;
+    --past: #111820; --h0: #1a1a2c; --h1: #282443; --h2: #3a3266; --h3: #54488f; --h4: #8f80d6;
+    --h5: #b9adf8; --blue: #7fb0f7; --green: #4fcfa4; --amber-ink: #f5c564; --rust: #ff9468;
+    --grey: #3d4956; --on-grey: #e7edf3; --green-wash: #12332a; --amber-wash: #362a10;
+    --rust-wash: #3b2015; --now: #ff7a59; --lift: 0 1px 2px #0006; --float: 0 12px 40px #000c }
 }
 * { box-sizing: border-box }
-body { margin: 0; font: 15px/1.5 system-ui, 'Segoe UI', Roboto, 'Noto Sans', sans-serif;
-  background: var(--back); color: var(--text) }
-a { color: var(--mine) }
-a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible,
-  textarea:focus-visible,
-  summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--focus);
-    outline-offset: 2px }
-.skip { position: absolute; left: -99rem }
-.skip:focus { left: 1rem; top: .5rem; background: var(--card); z-index: 2 }
-header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center;
-  padding: .6rem 1.2rem;
+body { margin: 0; font: var(--t3)/1.45 system-ui, sans-serif; background: var(--bg);
+  color: var(--text); overflow-wrap: break-word; font-variant-numeric: tabular-nums }
+h1, h2, h3, p, dl, dd, ul, ol, fieldset, figure { margin: 0; padding: 0 }
+h1 { font-size: 1.5rem; line-height: 1.2; letter-spacing: -.015em }
+h2 { font-size: var(--t4); line-height: 1.3 } h3 { font-size: var(--t3) }
+ul, ol { list-style: none } a { color: var(--accent) }
+code { font: var(--t2)/1.4 ui-monospace, Menlo, Consolas, monospace }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 4px }
+svg { display: block }
+.i { width: 14px; height: 14px; flex: none; display: inline-block; vertical-align: -2px }
+.off { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap }
+.skip:focus { position: fixed; z-index: 9; left: 8px; top: 8px; width: auto; height: auto;
+  clip-path: none; background: var(--card); padding: 8px 12px } .soft { color: var(--soft) }
+.small { font-size: var(--t2) }
+.sprite { position: absolute; width: 0; height: 0 } time { white-space: nowrap }
+/* frame */
+.top { display: flex; align-items: center; gap: 24px; height: 56px; padding: 0 24px;
   background: var(--card); border-bottom: 1px solid var(--line) }
-header nav { display: flex; flex-wrap: wrap; gap: 1rem; flex: 1 }
-header nav a { text-decoration: none; padding: .2rem 0 }
-header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid }
-.brand { font-weight: 700; font-size: 1.15rem; letter-spacing: .02em; text-decoration: none;
+.brand { display: flex; gap: 8px; align-items: center; font-weight: 700; font-size: var(--t4);
+  color: var(--text); text-decoration: none }
+.brand svg { width: 24px; height: 24px; color: var(--accent) }
+.nav { display: flex; gap: 4px; flex: 1 }
+.nav a { padding: 6px 12px; border-radius: 8px; text-decoration: none; color: var(--soft);
+  font-weight: 550 }
+.nav a:hover, .bell:hover { background: var(--sunk) }
+.nav a[aria-current] { background: var(--wash); color: var(--accent) } .nav .i { display: none }
+.me { display: flex; gap: 12px; align-items: center } .me details { position: relative }
+.me summary { list-style: none; cursor: pointer; display: flex; gap: 8px; align-items: center }
+.me summary::-webkit-details-marker { display: none }
+.face { width: 32px; height: 32px; border-radius: 50%; background: var(--wash); font-weight: 700;
+  color: var(--accent); display: grid; place-items: center; font-size: var(--t2) }
+.menu { position: absolute; right: 0; top: 44px; z-index: 9; width: 250px; padding: 12px;
+  display: grid; gap: 8px }
+.bell { position: relative; width: 36px; height: 36px; display: grid; place-items: center;
+  color: var(--soft); border-radius: 8px } .bell .i { width: 18px; height: 18px }
+.bell b { position: absolute; right: 0; top: 0; background: var(--now); color: var(--card);
+  font-size: 11px; line-height: 16px; min-width: 16px; text-align: center; border-radius: 8px }
+main { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px } main:focus { outline: none }
+main > h1 { margin-bottom: 12px } .narrow { max-width: 1000px; margin: 0 auto }
+footer { max-width: 1640px; margin: 0 auto; padding: 0 24px 32px; color: var(--soft);
+  font-size: var(--t2) }
+footer input { width: 14rem; min-height: 28px }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
+  box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
+.gap { margin-top: 16px }
+.line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
+.between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
+.cols > * { min-width: 0 } .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
+  align-items: start }
+/* controls */
+button, .btn, input, select, textarea { font: inherit; color: inherit }
+button, .btn { display: inline-flex; align-items: center; justify-content: center; gap: 6px;
+  min-height: 36px; padding: 0 14px; border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); font-weight: 550; cursor: pointer; text-decoration: none;
   color: var(--text) }
-main { max-width: 78rem; margin: 0 auto; padding: 1rem 1.2rem 3rem }
-main:focus { outline: none }
-footer { max-width: 78rem; margin: 0 auto; padding: 0 1.2rem 2rem; color: var(--soft);
-  font-size: .9rem }
-h1 { font-size: 1.5rem; margin: .4rem 0 .8rem }
-h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem }
-h3 { font-size: 1rem; margin: 0 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: .8rem 1rem;
-  margin: .6rem 0 }
-.soft { color: var(--soft) }
-.small { font-size: .88rem }
-.aside { position: absolute; left: -99rem }
-time { white-space: nowrap }
-main { overflow-wrap: break-word }
-time + span { white-space: nowrap }
-.place > div { min-width: 0 }
+button:hover, .btn:hover { background: var(--sunk) }
+button.main, .btn.main { background: var(--accent); border-color: var(--accent);
+  color: var(--on) } button.bad { color: var(--rust) }
+.tiny { min-height: 28px; padding: 0 10px; font-size: var(--t2) } .sq { width: 36px; padding: 0 }
+input, select, textarea { min-height: 36px; width: 100%; padding: 6px 10px; border-radius: 8px;
+  border: 1px solid var(--edge); background: var(--card) }
+textarea { min-height: 64px; resize: vertical }
 ::placeholder { color: var(--soft); opacity: 1 }
-.bar-top { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+[type=checkbox], [type=radio] { width: 18px; height: 18px; min-height: 0; margin: 0; flex: none;
+  accent-color: var(--accent) } label { display: block; min-width: 0 }
+label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
+  margin-bottom: 4px }
+.seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
+  max-width: 100%; background: var(--card) }
+.seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
+  font-weight: 550 }
+.seg a + a { border-left: 1px solid var(--line) }
+.seg a[aria-current] { background: var(--wash); color: var(--accent) }
+.seg a:focus-visible { outline-offset: -3px }
+.ask { display: flex; align-items: center; gap: 8px; padding: 6px 6px 6px 16px;
+  border: 1.5px solid var(--edge); border-radius: 14px; background: var(--card);
+  box-shadow: var(--lift) }
+.ask:focus-within { border-color: var(--accent); box-shadow: 0 0 0 4px var(--wash) }
+.ask input { border: 0; background: none; font-size: var(--t4); min-height: 40px; padding: 0;
+  outline: none; text-overflow: ellipsis }
+.ask > .i { width: 18px; height: 18px; color: var(--accent) } .ask button { min-height: 40px }
+.chips { display: flex; flex-wrap: wrap; gap: 8px }
+.chip { display: inline-flex; gap: 6px; align-items: center; min-height: 28px; padding: 0 12px;
+  border-radius: 14px; border: 1px solid var(--line); background: var(--card);
+  font-size: var(--t2); text-decoration: none; color: var(--text) }
+.chip[aria-current] { background: var(--wash); border-color: var(--accent); color: var(--accent);
+  font-weight: 600 }
+.fields { display: grid; gap: 12px;
+  grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
+.fields > .all { grid-column: 1 / -1 }
+form.deed { display: inline-flex; gap: 4px; vertical-align: middle }
+form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
+/* states */
+.state { display: inline-flex; gap: 6px; align-items: center; white-space: nowrap;
+  font-weight: 600 }
+.reserved, .waiting, .pending { color: var(--blue) }
+.starting, .active, .ending { color: var(--green) } .degraded { color: var(--amber-ink) }
+.failed { color: var(--rust) } .ended, .cancelled { color: var(--soft) }
+.note, .refused { padding: 12px 16px; border-radius: 8px; border-left: 5px solid var(--green);
+  background: var(--green-wash) }
+.refused { border-color: var(--rust); background: var(--rust-wash) }
+.refused:focus { outline: 3px solid var(--rust) } .refused .offers { margin-top: 8px }
+/* plan */
+.strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
+  gap: 12px; margin: 12px 0 24px }
+.strip > * { padding: 12px 16px; display: flex; gap: 12px; align-items: center;
   justify-content: space-between }
-.tabs { display: flex; flex-wrap: wrap; gap: .35rem }
-.tabs a { padding: .25rem .7rem; border: 1px solid var(--line); border-radius: 999px;
-  text-decoration: none;
-  background: var(--card) }
-.tabs a[aria-current] { text-decoration: underline; background: var(--mine); color: var(--on-mine);
-  border-color: var(--mine) }
-button, .button { font: inherit; padding: .3rem .8rem; border-radius: 7px;
-  border: 1px solid var(--mine);
-  background: var(--card); color: var(--mine); cursor: pointer; text-decoration: none;
-    display: inline-block }
-button.main, .button.main { background: var(--mine); color: var(--on-mine) }
-button.bad { border-color: var(--bad); color: var(--bad) }
-input, select, textarea { font: inherit; padding: .3rem .5rem; border: 1px solid var(--full);
-  border-radius: 6px; background: var(--back); color: var(--text); max-width: 100% }
-label { display: block; font-size: .9rem }
-label input:not([type=checkbox]), label select, label textarea { display: block; width: 100%;
-  margin-top: .15rem }
-.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr));
-  gap: .7rem 1rem }
-.wide { grid-column: 1 / -1 }
-.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end }
-h1 + .card, .card > :first-child { margin-top: 0 }
-.card > p:last-child { margin-bottom: 0 }
-#verdict { margin: .8rem 0 }
-.scroll { overflow-x: auto }
+.strip h2 { font-size: var(--t2); font-weight: 600; display: flex; gap: 6px; align-items: center }
+.warn { border-left: 4px solid var(--amber) }
+.bar-top { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center;
+  margin: 16px 0 12px }
+.bar-top h1 { margin-right: auto; padding-left: 8px } .board { position: relative }
+.head, .res { display: grid; grid-template-columns: 184px minmax(0, 1fr) }
+.head { position: sticky; top: 0; z-index: 3; background: var(--card);
+  border-bottom: 1px solid var(--line) }
+.corner { padding: 8px 16px; align-self: end; font-size: var(--t1); color: var(--soft) }
+.cloud { padding: 6px 16px; background: var(--sunk); font-size: var(--t2); font-weight: 600;
+  color: var(--soft); border-bottom: 1px solid var(--line) }
+.res { border-bottom: 1px solid var(--line) } .res:last-child { border-bottom: 0 }
+.who { padding: 8px 8px 8px 16px; border-right: 1px solid var(--line); font-size: var(--t2);
+  color: var(--soft); min-width: 0 } .who h3, .who b { color: var(--text) }
+.who p { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+.who a { display: inline-block; padding: 4px 0 }
+.gauge { width: 110px; height: 5px; margin: 3px 0 2px }
+.plot { width: 100%; touch-action: pan-y; cursor: crosshair; user-select: none }
+.plot text, .head text { font-size: 12px; fill: var(--soft) }
+.head .dom { font-size: 15px; font-weight: 600; fill: var(--text) }
+.head .today { fill: var(--accent) } .grid { stroke: var(--line) }
+.off-day { fill: var(--sunk); opacity: .6 } .this-day { fill: var(--wash); opacity: .45 }
+.past { fill: var(--past); opacity: .55 } .h0 { fill: var(--h0); background: var(--h0) }
+.h1 { fill: var(--h1); background: var(--h1) } .h2 { fill: var(--h2); background: var(--h2) }
+.h3 { fill: var(--h3); background: var(--h3) } .h4 { fill: var(--h4); background: var(--h4) }
+.h5 { fill: var(--h5); background: var(--h5) }
+.cap { stroke: var(--edge); stroke-dasharray: 1 3 }
+.plot .full { fill: var(--h5); font-weight: 700 } .plot .m { fill: var(--text) }
+.plot .m4, .plot .m5 { fill: var(--card); font-weight: 700 }
+.plot g, .plot > rect, .plot > line, .plot > text, .plot > use { pointer-events: none }
+.plot a { pointer-events: all; cursor: pointer } .plot a:focus-visible { outline: none }
+.plot .more text { fill: var(--accent); font-weight: 600 } .b { color: var(--card) }
+.b rect { fill: var(--blue); stroke: var(--blue); stroke-width: 1.5 }
+.plot .b text { fill: currentColor; font-weight: 600 }
+.plot .b .out, .plot .shut-t, .use text:not(.m) { paint-order: stroke; stroke: var(--card);
+  stroke-width: 3px; stroke-linejoin: round }
+.plot .b .out { fill: var(--text); font-weight: 500 } .b .sign { pointer-events: none }
+.b.active rect, .b.starting rect, .b.ending rect { fill: var(--green); stroke: var(--green) }
+.b.starting .x { fill: url(#stripes); stroke: none } .b.ending rect { fill: var(--green-wash) }
+.b.ending { color: var(--green) }
+.b.degraded rect { fill: var(--amber); stroke: var(--amber-ink) } .b.degraded { color: #2e1f00 }
+.b.failed rect { fill: var(--rust); stroke: var(--rust) }
+.b.waiting, .b.pending { color: var(--blue) }
+.b.waiting rect, .b.pending rect { fill: var(--card); stroke-dasharray: 5 3 }
+.b.pending rect { stroke-dasharray: 1.5 3; stroke-linecap: round; stroke-width: 2.5 }
+.b.ended { color: var(--soft) }
+.b.ended rect { fill: var(--card); stroke: var(--edge); stroke-width: 1 }
+.b.other { color: var(--on-grey) }
+.b.other rect { fill: var(--grey); stroke: var(--grey) }
+.b:hover rect { filter: brightness(1.12) }
+.b:focus-visible rect:first-of-type { stroke: var(--text); stroke-width: 3;
+  stroke-dasharray: none }
+.b.no rect { fill: var(--rust); stroke: var(--rust) } .ghost { opacity: .35 }
+.shut { fill: url(#hatch) }
+.plot .shut-t { fill: var(--rust); font-weight: 600 }
+.hatch { stroke: var(--rust); opacity: .35; stroke-width: 2 }
+.lines { stroke: var(--card); stroke-width: 3; opacity: .45 }
+.now { stroke: var(--now); stroke-width: 2 } .now-tag { fill: var(--now) }
+.head .now-t { fill: var(--card); font-size: 11px; font-weight: 700 }
+.drag { fill: var(--accent); fill-opacity: .18; stroke: var(--accent); stroke-width: 1.5 }
+.drag.no { fill: var(--rust); stroke: var(--rust) }
+.hint { fill: none; stroke: var(--accent); stroke-dasharray: 5 4; stroke-width: 1.5 }
+.plot .hint-t { fill: var(--accent); font-weight: 600 }
+.tip { position: absolute; z-index: 5; max-width: 320px; padding: 8px 12px; border-radius: 8px;
+  background: var(--text); color: var(--bg); font-size: var(--t2); box-shadow: var(--float);
+  pointer-events: none }
+.tip b { display: block; font-size: var(--t3) }
+.read { background: var(--accent); color: var(--on); font-weight: 600; white-space: nowrap }
+.read.no { background: var(--rust); color: var(--card) }
+.pop { position: absolute; z-index: 6; width: 340px; padding: 16px; box-shadow: var(--float) }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 12px; font-size: var(--t2);
+  color: var(--soft) }
+.legend li { display: flex; gap: 6px; align-items: center }
+.sw { width: 26px; height: 16px; overflow: visible } .ramp { width: 90px; height: 12px }
+.agenda, .week { display: none }
+.agenda h2 { font-size: var(--t2); color: var(--soft); padding: 14px 4px 6px; position: sticky;
+  top: 0; background: var(--bg); z-index: 1 }
+.agenda a { display: grid; grid-template-columns: 52px 16px minmax(0, 1fr); gap: 0 10px;
+  align-items: center; min-height: 52px; padding: 6px 16px; border-top: 1px solid var(--line);
+  text-decoration: none; color: var(--text) } .agenda .card > :first-child { border-top: 0 }
+.agenda small { display: block; color: var(--soft) }
+.week a { display: grid; justify-items: center; gap: 2px; padding: 6px 0; border-radius: 8px;
+  text-decoration: none; color: var(--soft); font-size: var(--t1) }
+.week b { font-size: var(--t3); color: var(--text) }
+.week a[aria-current] { background: var(--accent) } .week a[aria-current] * { color: var(--on) }
+.week svg { width: 28px; height: 5px }
+/* tables */
+.wrap { overflow-x: auto; position: relative }
 table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top }
-th { font-size: .85rem; color: var(--soft); font-weight: 600 }
-.deed { display: inline-flex; gap: .25rem; margin: 0 .3rem .3rem 0 }
-.deed input { width: 4rem }
-td[data-name=Label] { min-width: 5.5rem }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
-dt { color: var(--soft) }
-dd { margin: 0; overflow-wrap: anywhere }
-.state { white-space: nowrap; font-weight: 600 }
-.state i { font-style: normal; display: inline-block; width: 1.2em }
-.active, .ended { color: var(--good) }
-.waiting, .pending, .starting, .degraded, .ending { color: var(--warn) }
-.failed { color: var(--bad) }
-.cancelled { color: var(--soft) }
-.reserved { color: var(--mine) }
-.note { border-left: 4px solid var(--good); background: var(--card); padding: .5rem .8rem }
-.refused { border-left: 4px solid var(--bad); background: var(--card); padding: .5rem .8rem }
-.refused p, .note p { margin: .2rem 0 }
-.offers { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .4rem }
-.place { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: .2rem 1rem;
-  padding: .6rem 0;
-  border-top: 1px solid var(--line) }
-.place:first-of-type { border-top: 0 }
-.days { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem }
-.days svg { height: 1.4rem }
-svg { display: block; width: 100% }
-svg text { font-size: 12px; fill: var(--soft) }
-svg .cell { fill: transparent }
-svg a:hover .cell { fill: var(--mine); opacity: .15 }
-svg .grid { stroke: var(--line) }
-svg .most { stroke: var(--full); stroke-dasharray: 2 3 }
-svg .room { fill: var(--tint) }
-.room, .held, .free, .most, .now, .grid { pointer-events: none }
-svg .held { fill: var(--busy) }
-svg .bar .beside { fill: var(--text); font-weight: 600 }
-svg .own rect { fill: var(--mine) }
-svg .own text { fill: var(--on-mine); font-weight: 600 }
-svg .other rect { fill: var(--full) }
-svg .other text { fill: var(--back) }
-svg .own.dashed rect { fill: var(--card); stroke: var(--mine); stroke-width: 2;
-  stroke-dasharray: 4 3 }
-svg .own.dashed text { fill: var(--mine) }
-svg .closed { fill: url(#hatch) }
-svg .hatch { stroke: var(--bad) }
-svg .now { stroke: var(--now); stroke-width: 2 }
-svg .drag { fill: var(--mine); opacity: .35; pointer-events: none }
-svg.plot { touch-action: pan-y; cursor: crosshair; user-select: none }
-@media (max-width: 40rem) {
-  .place, .days { grid-template-columns: minmax(0, 1fr) }
-  .days > :first-child { display: none }
-  main, header, footer { padding-left: .8rem; padding-right: .8rem }
-  .free.month, .free tspan, .thin { display: none }
-  svg text { font-size: 10.5px }
-  svg .beside { display: none }
-  table, tbody, tr, td { display: block }
-  thead { display: none }
-  tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
-  td { border: 0; padding: .1rem 0; display: grid; grid-template-columns: 6.5rem minmax(0, 1fr);
-    gap: .5rem;
-    overflow-wrap: anywhere }
-  td:empty { display: none }
-  td::before { content: attr(data-name); color: var(--soft); font-size: .88rem }
+th { text-align: left; font-size: var(--t1); font-weight: 600; color: var(--soft);
+  padding: 8px 10px; border-bottom: 1px solid var(--line) }
+th a { color: inherit; display: inline-block; padding: 5px 0 }
+td { height: 36px; padding: 2px 10px; border-bottom: 1px solid var(--line); font-size: var(--t2) }
+tr:last-child > td { border-bottom: 0 }
+tbody tr:hover > td { background: var(--sunk) } tr.on > td { background: var(--wash) }
+td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-block;
+  padding: 4px 0 } .pick { width: 44px }
+.sel { position: sticky; bottom: 8px; z-index: 4; margin-top: 12px; padding: 8px 16px }
+.sel input[name=reason] { flex: 1; min-width: 10rem; width: auto }
+.find { max-width: 22rem; flex: 1 }
+.heat { table-layout: fixed; min-width: 840px }
+.heat td, .heat th { padding: 1px; border: 0; height: 30px; text-align: center; font-size: 11px }
+.heat th:first-child { width: 120px; text-align: left; font-size: var(--t2) }
+.heat td span { display: grid; place-items: center; height: 28px; border-radius: 3px }
+.heat .h4, .heat .h5 { color: var(--card) }
+/* book */
+.said { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 12px }
+.said li { padding: 5px 12px 6px; background: var(--wash); border-radius: 8px; font-weight: 600;
+  line-height: 1.25 }
+.said small { display: block; font-size: var(--t1); font-weight: 500; color: var(--soft) }
+.said .no { background: var(--amber-wash) }
+fieldset { border: 0; border-top: 1px solid var(--line); padding: 12px 0 16px; min-width: 0;
+  margin-top: 16px }
+fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 650; padding: 0 }
+.pickers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 8px }
+.opt { display: flex; gap: 10px; padding: 10px 12px; border: 1px solid var(--edge);
+  border-radius: 8px; cursor: pointer } .opt > span { margin: 0; color: var(--text) }
+.opt small { display: block; font-size: var(--t1); font-weight: 400; color: var(--soft) }
+.opt:has(:checked) { border-color: var(--accent); background: var(--wash) }
+.verdict h2 { display: flex; gap: 8px; align-items: center }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 6px 16px;
+  font-size: var(--t2) } .facts dt { color: var(--soft) } .facts dd { overflow-wrap: anywhere }
+.months { position: relative; display: grid; gap: 12px; align-items: start; overflow-x: auto;
+  grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)) }
+.cal caption { font-weight: 600; font-size: var(--t2); text-align: left }
+.cal th, .cal td { padding: 0; height: 30px; border: 0; text-align: center; font-size: 11px;
+  color: var(--soft) } .cal th { height: 20px; font-weight: 500 }
+.cal td span { display: grid; place-items: center; height: 28px; border-radius: 6px;
+  line-height: 1; align-content: center; gap: 1px } .cal .i { width: 9px; height: 9px }
+.cal .ok { background: var(--green-wash); color: var(--green); font-weight: 700 }
+.cal .no { background: var(--rust-wash); color: var(--rust); font-weight: 700 }
+.cal .out { text-decoration: line-through; box-shadow: inset 0 0 0 1px var(--line) }
+.offer { display: flex; gap: 12px; align-items: center; padding: 8px 0;
+  justify-content: space-between; border-top: 1px solid var(--line) }
+/* one reservation */
+.track { width: 100%; height: 84px }
+.track text { font-size: 12px; fill: var(--soft) }
+.track .run { fill: var(--sunk); stroke: var(--edge) } .track .done { fill: var(--green) }
+.log li { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
+  font-size: var(--t2) }
+.toast { position: fixed; z-index: 8; left: 50%; bottom: 24px; transform: translateX(-50%);
+  display: flex; gap: 16px; align-items: center; width: max-content;
+  max-width: calc(100vw - 32px); padding: 10px 10px 10px 18px; background: var(--text);
+  color: var(--bg); border-radius: 8px; box-shadow: var(--float) }
+.toast button { background: none; border-color: var(--soft); color: inherit }
+.seats { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
+  gap: 8px }
+.seat { display: grid; grid-template-columns: 36px minmax(0, 1fr) auto; gap: 0 12px;
+  align-items: center; padding: 10px 12px }
+.seat > b { font-size: var(--t4); color: var(--accent); text-align: center }
+.qr { width: 148px; height: 148px; background: #fff; border-radius: 8px; padding: 8px }
+.qr path { stroke: #000; stroke-width: 1 }
+/* the first day */
+.hero { text-align: center; padding: 40px 24px; border-radius: 14px;
+  background: linear-gradient(180deg, var(--wash), transparent) }
+.hero > h2 { font-size: 2.25rem; letter-spacing: -.03em }
+.hero > p { font-size: var(--t4); color: var(--soft); margin: 12px auto 24px; max-width: 34em }
+.hero .ask { max-width: 720px; margin: 0 auto; text-align: left }
+.hero .chips { justify-content: center; margin-top: 12px }
+.todo li { display: flex; gap: 12px; align-items: center; padding: 10px 0;
+  border-top: 1px solid var(--line) } .todo li:first-child { border: 0 }
+@media (max-width: 1000px) {
+  .cols { grid-template-columns: minmax(0, 1fr) } .booking > :last-child { order: -1 }
+}
+@media (max-width: 1240px) {
+  .plan { overflow: auto; max-height: 88vh } .board { min-width: 1184px }
+  .who, .corner { position: sticky; left: 0; background: var(--card); z-index: 2;
+    align-self: stretch }
+}
+@media (max-width: 640px) {
+  .top { padding: 0 16px; gap: 8px } .brand { flex: 1 }
+  .wide, .plan, .legend, .tip, .pop, .bar-top .seg, .strip p + p { display: none }
+  .nav { position: fixed; z-index: 7; inset: auto 0 0 0; height: 60px; background: var(--card);
+    border-top: 1px solid var(--line); gap: 0 }
+  .nav a { display: grid; justify-items: center; gap: 2px; padding: 8px 0; flex: 1;
+    font-size: var(--t1); border-radius: 0 }
+  .nav .i { display: block; width: 20px; height: 20px }
+  .nav a[aria-current] { background: none; box-shadow: inset 0 2px var(--accent) }
+  main { padding: 16px 16px 96px } footer { padding: 0 16px 96px } .pad { padding: 16px }
+  input, select, textarea, .ask input { font-size: 16px } .agenda { display: block }
+  .week { display: grid; grid-template-columns: repeat(7, 1fr); padding: 4px; margin: 8px 0 }
+  .bar-top h1 { order: -1; width: 100%; padding: 0; font-size: var(--t4) }
+  .hero { padding: 16px 0; background: none } .hero > h2 { font-size: 1.75rem }
+  .toast { bottom: 72px } .sel { bottom: 64px }
+  .go { position: sticky; bottom: 60px; background: var(--card); padding: 10px 0; z-index: 3 }
+  .log li { grid-template-columns: minmax(0, 1fr); gap: 0 }
+  .months { grid-auto-flow: column; grid-template-columns: none; grid-auto-columns: 190px }
+  .flat thead { display: none } .flat, .flat tbody { display: block }
+  .flat tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 8px 12px;
+    border-bottom: 1px solid var(--line); align-items: center }
+  .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
+  .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
+    font-size: var(--t1) } .flat td:empty, .flat [data-name=change]::before { display: none }
+  .pick input { width: 24px; height: 24px }
 }
 @media print {
-  header nav, header form, footer, form, .tabs, .button, .skip { display: none }
-  .card { border: 0 }
+  .top, footer, form, .btn, button, .toast, .seg, .chips, .skip, .noprint { display: none }
+  body, .card { background: #fff; color: #000; box-shadow: none }
+  .seats { grid-template-columns: 1fr 1fr } .seat { break-inside: avoid }
 }
 '''
 
-SCRIPT = '''
+SCRIPT = r'''
 'use strict';
+const $ = (what, at = document) => at.querySelector(what);
+const $$ = (what, at = document) => [...at.querySelectorAll(what)];
 const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 if (zone && !/(^|; )zone=/.test(document.cookie)) {
   document.cookie = `zone=${encodeURIComponent(zone)}; path=/; max-age=31536000; samesite=strict`;
   if (/(^|; )zone=/.test(document.cookie) && document.body.dataset.zone !== zone) location.reload();
 }
-for (const plot of document.querySelectorAll('svg.plot')) {
-  const {resource, begin, end, snap} = plot.dataset, shade = plot.querySelector('.drag');
-  const edges = plot.dataset.edges ? plot.dataset.edges.split(',').map(Number) : null;
-  let from = null, dragged = false;
-  const nearer = seconds => (a, b) => Math.abs(b - seconds) < Math.abs(a - seconds) ? b : a;
-  const near = seconds => edges ? edges.reduce(nearer(seconds))
-                                : +begin + Math.round((seconds - begin) / snap) * snap;
-  const exact = event => {
-    const box = plot.getBoundingClientRect();
-    const share = (event.clientX - box.left) / box.width;
-    return +begin + Math.min(Math.max(share, 0), 1) * (end - begin);
-  };
-  const at = event => near(exact(event));
-  const draw = (one, other) => {
-    shade.setAttribute('x', `${100 * (one - begin) / (end - begin)}%`);
-    shade.setAttribute('width', `${100 * (other - one) / (end - begin)}%`);
-  };
-  const book = (...ends) => {
-    const [start, stop] = ends.map(each => new Date(1000 * each).toISOString());
-    const chosen = stop ? {resource, start, end: stop} : {resource, start};
-    location.assign('/book?' + new URLSearchParams(chosen));
-  };
-  plot.addEventListener('dragstart', event => event.preventDefault());
-  plot.addEventListener('pointerdown', event => {
-    dragged = false;
-    from = event.button || event.target.closest('.bar') ? null : at(event);
-  });
-  plot.addEventListener('pointermove', event => {
-    if (from === null || !dragged && at(event) === from) return;
-    dragged = true;
-    plot.setPointerCapture(event.pointerId);
-    draw(Math.min(from, at(event)), Math.max(from, at(event)));
-  });
-  plot.addEventListener('pointerup', event => {
-    if (from !== null && dragged && at(event) !== from)
-      book(Math.min(from, at(event)), Math.max(from, at(event)));
-    else draw(0, 0);
-    from = null;
-  });
-  plot.addEventListener('pointercancel', () => { from = null; draw(0, 0); });
-  plot.addEventListener('click', event => {
-    const cell = event.target.closest('a');
-    if (dragged) event.preventDefault();
-    else if (cell && !cell.matches('.bar') && !edges && !event.ctrlKey && !event.metaKey) {
-      event.preventDefault();
-      book(Math.floor((exact(event) - begin) / snap) * snap + +begin);
-    }
-  }, true);
+
+/* A link to sign in has its token where no server and no log sees it. */
+if (location.pathname === '/sign-in' && location.hash.length > 1) {
+  $('[name=token]').value = location.hash.slice(1);
+  history.replaceState(null, '', '/sign-in');
 }
-const form = document.querySelector('form.booking'), verdict = document.getElementById('verdict');
-if (form) {
+
+/* Forms to book: what is typed is checked by the server. */
+const watch = (form, verdict) => {
   let timer, asked = 0;
   const fields = () => {
     const all = new FormData(form);
@@ -20673,31 +20937,320 @@ if (form) {
     return new URLSearchParams(all);
   };
   const check = async () => {
-    const turn = ++asked, answer = await fetch('/book/check?' + fields()).catch(() => null);
+    const turn = ++asked, path = `${form.dataset.check}?${fields()}`;
+    const answer = await fetch(path).catch(() => null);
     if (turn !== asked) return;
     if (answer && answer.ok) verdict.innerHTML = await answer.text();
-    else verdict.textContent = 'It could not be checked; load the page again.';
+    else verdict.textContent = 'It could not be checked. Load the page again.';
   };
   form.addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(check, 300); });
-  form.elements.resource.addEventListener('change', () => location.replace('/book?' + fields()));
+  form.elements.resource.addEventListener('change', () => {
+    if (form.matches('.whole')) location.replace('/book?' + fields());
+  });
+};
+if ($('form.booking')) watch($('form.booking'), $('#verdict'));
+
+/* The time line. Its times are minutes on the clocks of the person's zone. */
+const board = $('.board'), tip = $('.tip:not(.read)'), read = $('.read'), pop = $('.pop');
+const names = ['Sun', 'Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat'];
+const dawn = 420, dusk = 1200;
+const put = (box, x, y, above) => {
+  box.hidden = false;
+  const most = board.clientWidth - box.offsetWidth - 8;
+  box.style.left = `${Math.max(8, Math.min(x, most))}px`;
+  box.style.top = `${above ? y - box.offsetHeight - 8 : y + 8}px`;
+};
+const hide = (...boxes) => boxes.forEach(box => { box.hidden = true; });
+class Plot {
+  constructor(svg) {
+    this.svg = svg;
+    this.shade = $('.drag', svg);
+    const said = svg.dataset;
+    this.first = Date.parse(said.first + 'Z');
+    this.length = +said.length;
+    this.thin = +said.thin;
+    this.snap = +said.snap;
+    this.whole = dusk - dawn + this.thin * (1440 - dusk + dawn);
+    this.caps = JSON.parse(said.caps);
+    this.steps = JSON.parse(said.steps);
+    this.shut = JSON.parse(said.shut);
+    const start = new Date(this.first);
+    this.offset = start.getUTCHours() * 60 + start.getUTCMinutes();
+    this.zero = this.run(this.offset);
+    this.all = this.run(this.offset + this.length) - this.zero;
+  }
+  /* By night, an hour takes less of the width. */
+  run(minute) {
+    const day = Math.floor(minute / 1440), m = minute - 1440 * day;
+    const light = Math.max(0, Math.min(m, dusk) - dawn);
+    return day * this.whole + light + this.thin * (m - light);
+  }
+  back(run) {
+    const day = Math.floor(run / this.whole), r = run - day * this.whole;
+    const a = this.thin * dawn, b = a + dusk - dawn;
+    const m = r < a ? r / this.thin : r < b ? dawn + r - a : dusk + (r - b) / this.thin;
+    return 1440 * day + m;
+  }
+  part(minute) { return (this.run(minute + this.offset) - this.zero) / this.all; }
+  at(event) {
+    const box = this.svg.getBoundingClientRect();
+    const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
+    return this.back(this.zero + share * this.all) - this.offset;
+  }
+  near(minute) {
+    return Math.max(0, Math.min(this.length, Math.round(minute / this.snap) * this.snap));
+  }
+  clock(minute) { return new Date(this.first + 60000 * minute).toISOString(); }
+  text(minute) { return this.clock(minute).slice(0, 16); }
+  span(a, z) {
+    const say = (minute, day) => (day ? names[new Date(this.first + 60000 * minute).getUTCDay()]
+      + ' ' : '') + this.clock(minute).slice(11, 16);
+    return say(a, true) + (z > a ? '–' + say(z, this.text(a).slice(0, 10)
+      !== this.text(z - 1).slice(0, 10)) : '');
+  }
+  /* What is free in [a, z): of all steps that touch it, the one with the least. */
+  free(a, z) {
+    const closed = this.shut.find(([from, to]) => from < z && to > a);
+    if (closed) return [`closed: ${closed[2]}`, true];
+    const touched = this.steps.filter(([from], n) => from < z
+      && (n + 1 < this.steps.length ? this.steps[n + 1][0] : this.length) > a);
+    if (!this.caps.length) return [`${Math.max(0, ...touched.map(each => each[1]))} used`, false];
+    const share = each => each[1] / (this.caps[each[2] || 0][0] || 1);
+    const least = touched.reduce((one, other) => share(other) < share(one) ? other : one);
+    const [most, unit] = this.caps[least[2] || 0];
+    return [least[1] > 0 ? `${least[1]} of ${most} ${unit}free` : 'full', least[1] <= 0];
+  }
+  say(a, z, words, bad) {
+    const box = this.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
+    read.textContent = `${this.span(a, z)} · ${words}`;
+    read.classList.toggle('no', bad);
+    put(read, box.left - home.left + this.part(a) * box.width, box.top - home.top + 14, true);
+  }
+  draw(a, z, bad) {
+    this.shade.classList.toggle('no', bad);
+    this.shade.setAttribute('x', `${100 * this.part(a)}%`);
+    this.shade.setAttribute('width', `${100 * (this.part(z) - this.part(a))}%`);
+  }
+  show(a, z) {
+    const [words, bad] = this.free(a, Math.max(z, a + 1));
+    this.say(a, z, words, bad);
+    this.draw(a, Math.max(a, z), bad);
+  }
+  clear() { hide(read); this.draw(0, 0, false); }
 }
-const live = document.getElementById('live'), told = document.getElementById('told');
+const open = async (plot, a, z) => {
+  const chosen = {resource: plot.svg.dataset.resource, start: plot.text(a)};
+  if (z > a) chosen.end = plot.text(z);
+  const answer = await fetch('/book/small?' + new URLSearchParams(chosen)).catch(() => null);
+  if (!answer || !answer.ok) return location.assign('/book?' + new URLSearchParams(chosen));
+  pop.innerHTML = await answer.text();
+  const box = plot.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
+  put(pop, box.left - home.left + plot.part(a) * box.width, box.bottom - home.top);
+  watch($('form', pop), $('.verdict', pop));
+  $('[name=vms]', pop).focus();
+};
+/* One of one's own is moved, or made longer: what does not fit is shown, and not done. */
+class Move {
+  constructor(plot, bar, event) {
+    Object.assign(this, {plot, bar, a: +bar.dataset.a, z: +bar.dataset.z, fits: false});
+    const box = $('rect', bar).getBoundingClientRect();
+    this.resize = bar.dataset.runs || event.clientX > box.right - 6;
+    this.from = plot.at(event);
+  }
+  to(event) {
+    const by = this.plot.near(this.plot.at(event)) - this.plot.near(this.from);
+    const [a, z] = this.resize ? [this.a, this.z + by] : [this.a + by, this.z + by];
+    if (z <= a || this.start === a && this.end === z) return;
+    [this.start, this.end, this.fits] = [a, z, false];
+    this.bar.classList.add('ghost');
+    this.plot.draw(a, z, false);
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => { this.trial = this.try(a, z); }, 100);
+    this.plot.say(a, z, '…', false);
+  }
+  async try(a, z) {
+    const asked = {project: this.bar.dataset.project, occurrence: this.bar.dataset.occurrence,
+      start: this.plot.text(a), end: this.plot.text(z)};
+    const path = `/r/${encodeURIComponent(this.bar.dataset.label)}/try?`;
+    const answer = await fetch(path + new URLSearchParams(asked)).catch(() => null);
+    if (!answer || a !== this.start || z !== this.end) return;
+    const words = await answer.text();
+    this.fits = answer.ok && words.startsWith('fits');
+    this.plot.say(a, z, words, !this.fits);
+    this.plot.draw(a, z, !this.fits);
+  }
+  async drop() {
+    clearTimeout(this.timer);
+    await this.try(this.start, this.end);
+    const form = $('#move'), said = this.bar.dataset;
+    if (!this.fits) return this.end_();
+    for (const [name, value] of Object.entries({label: said.label, project: said.project,
+      occurrence: said.occurrence, start: this.plot.text(this.start),
+      end: this.plot.text(this.end), was_start: this.plot.text(this.a),
+      was_end: this.plot.text(this.z)})) form.elements[name].value = value;
+    form.submit();
+  }
+  end_() { this.bar.classList.remove('ghost'); setTimeout(() => this.plot.clear(), 1500); }
+}
+const tell = bar => {
+  const home = board.getBoundingClientRect(), box = $('rect', bar).getBoundingClientRect();
+  const [head, rest] = bar.getAttribute('aria-label').split(/: (.*)/s);
+  tip.replaceChildren(...[head, ...(rest || '').split('; ')].map((words, n) =>
+    Object.assign(document.createElement(n ? 'div' : 'b'), {textContent: words})));
+  put(tip, box.left - home.left, box.bottom - home.top);
+};
+for (const svg of $$('svg.plot')) {
+  const plot = new Plot(svg), writes = 'writes' in svg.dataset;
+  let from = null, move = null, dragged = false;
+  svg.addEventListener('dragstart', event => event.preventDefault());
+  svg.addEventListener('pointerdown', event => {
+    const bar = event.target.closest('a');
+    dragged = false;
+    if (event.button || event.pointerType === 'touch' || !writes) return;
+    if (!bar) from = plot.near(plot.at(event));
+    else if (bar.dataset.a) move = new Move(plot, bar, event);
+  });
+  svg.addEventListener('pointermove', event => {
+    const here = plot.at(event);
+    if (move && (dragged || Math.abs(here - move.from) >= plot.snap)) {
+      dragged = true;
+      hide(tip);
+      svg.setPointerCapture(event.pointerId);
+      return move.to(event);
+    }
+    if (from === null)
+      return event.target.closest('a') ? plot.clear() : plot.show(Math.floor(here), 0);
+    if (!dragged && plot.near(here) === from) return;
+    dragged = true;
+    svg.setPointerCapture(event.pointerId);
+    plot.show(Math.min(from, plot.near(here)), Math.max(from, plot.near(here)));
+  });
+  const stop = () => { if (move) move.end_(); from = move = null; plot.clear(); };
+  svg.addEventListener('pointerup', event => {
+    const here = plot.near(plot.at(event)), [one, moved] = [from, move];
+    from = move = null;
+    if (moved && dragged) return moved.drop();
+    if (one === null) return;
+    if (!dragged) open(plot, Math.floor(plot.at(event) / 60) * 60, 0);
+    else if (one !== here) open(plot, Math.min(one, here), Math.max(one, here));
+    else plot.clear();
+  });
+  svg.addEventListener('pointercancel', stop);
+  svg.addEventListener('pointerleave', () => { if (from === null && !move) plot.clear(); });
+  svg.addEventListener('click', event => { if (dragged) event.preventDefault(); }, true);
+  addEventListener('keydown', event => { if (event.key === 'Escape') stop(); });
+  svg.addEventListener('wheel', event => {
+    const way = $(event.deltaY < 0 ? '#zoom-in' : '#zoom-out');
+    if (!event.ctrlKey || !way) return;
+    event.preventDefault();
+    location.assign(way.href.replace(/at=[^&]*/, 'at=' + plot.text(plot.at(event)).slice(0, 13)));
+  }, {passive: false});
+  /* One tab stop a row; arrows go from bar to bar. */
+  const bars = $$('a.b', svg);
+  bars.forEach((bar, n) => {
+    bar.setAttribute('tabindex', n ? -1 : 0);
+    for (const kind of ['pointerenter', 'focus']) bar.addEventListener(kind, () => tell(bar));
+    for (const kind of ['pointerleave', 'blur']) bar.addEventListener(kind, () => hide(tip));
+    bar.addEventListener('keydown', event => {
+      const next = {ArrowRight: bars[n + 1], ArrowLeft: bars[n - 1], Home: bars[0],
+        End: bars.at(-1)}[event.key];
+      if (!next) return;
+      event.preventDefault();
+      bar.setAttribute('tabindex', -1);
+      next.setAttribute('tabindex', 0);
+      next.focus();
+    });
+  });
+}
+if (board && $('line.now')) {
+  const line = $('line.now').getBoundingClientRect();
+  board.parentNode.scrollLeft = line.left - board.getBoundingClientRect().left - 400;
+}
+
+/* What is live is loaded again and again. */
+const live = $('#live'), told = $('#told');
 if (live) {
   let tag = `"${live.dataset.tag}"`;
   setInterval(async () => {
-    if (document.hidden) return;
+    if (document.hidden || live.contains(document.activeElement)
+        && document.activeElement.matches('input')) return;
     const asked = fetch(live.dataset.href, {headers: {'If-None-Match': tag}});
     const answer = await asked.catch(() => null);
     if (answer && answer.status === 401) location.reload();
     if (!answer || !answer.ok) return;
     tag = answer.headers.get('ETag');
-    const before = live.querySelector('.state').textContent;
+    const before = $('.state', live).textContent;
     live.innerHTML = await answer.text();
-    const now = live.querySelector('.state').textContent;
+    const now = $('.state', live).textContent;
     if (now !== before) told.textContent = now;
   }, 1500);
 }
+
+/* Buttons, tables, keys. */
+document.addEventListener('click', async event => {
+  const button = event.target.closest('button');
+  if (button && button.dataset.print !== undefined) print();
+  if (button && button.matches('.close')) hide(pop);
+  if (!button || button.dataset.copy === undefined) return;
+  const lines = button.dataset.copy || $$('[data-line]').map(each => each.textContent).join('\n');
+  await navigator.clipboard.writeText(lines).catch(() => 0);
+  button.textContent = 'Copied';
+});
+for (const table of $$('table.picks')) table.addEventListener('change', event => {
+  const all = $$('tbody .pick input', table);
+  if (event.target.closest('thead'))
+    all.forEach(box => { box.checked = event.target.checked && !box.closest('tr').hidden; });
+  all.forEach(box => box.closest('tr').classList.toggle('on', box.checked));
+  $('.count', table.closest('form')).textContent = all.filter(box => box.checked).length;
+});
+for (const find of $$('input[data-find]')) find.addEventListener('input', () => {
+  for (const row of $$(`#${find.dataset.find} tbody tr`))
+    row.hidden = !row.textContent.toLowerCase().includes(find.value.toLowerCase());
+});
+const left = $('.toast .left');
+if (left) {
+  const timer = setInterval(() => {
+    if ($('.toast').matches(':hover, :focus-within')) return;
+    left.textContent -= 1;
+    if (+left.textContent <= 0) { clearInterval(timer); $('.toast').remove(); }
+  }, 1000);
+}
+addEventListener('keydown', event => {
+  if (event.key === 'Escape' && pop) hide(pop, tip);
+  const typing = event.target.closest('input, textarea, select');
+  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  const way = $(`[data-key="${CSS.escape(event.key)}"]`);
+  if (!way) return;
+  event.preventDefault();
+  if (way.matches('input')) way.focus(); else way.click();
+});
 '''
+
+#: What is drawn, by name: 14 pixels wide and high. A state's sign has the state's name.
+STROKE = 'fill="none" stroke="currentColor" stroke-width'
+DRAWINGS = {
+    'reserved': f'<circle cx="7" cy="7" r="4.6" {STROKE}="2"/>',
+    'starting': f'<circle cx="7" cy="7" r="4.8" {STROKE}="1.8"/>'
+                '<path d="M7 2.5A4.5 4.5 0 0 1 7 11.5z" fill="currentColor"/>',
+    'active': '<circle cx="7" cy="7" r="5.4" fill="currentColor"/>',
+    'degraded': f'<path d="M7 1.5 13 12.5H1zM7 5.5v3.2M7 10v1.3" {STROKE}="1.7"/>',
+    'ending': f'<path d="M2 2h10v10H2z" {STROKE}="1.8"/><path d="M2 7h10v5H2z" '
+              'fill="currentColor"/>',
+    'ended': f'<path d="m2 7.5 3.4 3.4L12 3.6" {STROKE}="2"/>',
+    'waiting': f'<path d="M3 1.5h8M3 12.5h8M4 2c0 4 6 6 6 10M10 2c0 4-6 6-6 10" {STROKE}="1.6"/>',
+    'pending': f'<path d="M4 4.6a3 3 0 1 1 4.4 2.7C7.4 7.8 7 8.2 7 9.5m0 1.8v2" {STROKE}="2"/>',
+    'failed': f'<path d="M4.4 1h5.2L13 4.4v5.2L9.6 13H4.4L1 9.6V4.4zM5 5l4 4m0-4-4 4" '
+              f'{STROKE}="1.6"/>',
+    'cancelled': f'<circle cx="7" cy="7" r="5" {STROKE}="1.6"/><path d="m3.5 10.5 7-7" '
+                 f'{STROKE}="1.6"/>',
+    'no': f'<path d="m3 3 8 8m0-8-8 8" {STROKE}="2.2"/>',
+    'bolt': '<path d="M8 .8 2 8.2h4L5.4 13.2 12 5.4H7.4z" fill="currentColor"/>',
+    'bell': f'<path d="M2.5 10.2c1.1-1 .9-2.6.9-4.2a3.6 3.6 0 0 1 7.2 0c0 1.6-.2 3.2.9 4.2zm3 2h3" '
+            f'{STROKE}="1.3"/>',
+    'plan': f'<path d="M1.5 3h6M4.5 7h8M2.5 11h5" {STROKE}="2.2"/>',
+    'reservations': f'<path d="M5 3h8M5 7h8M5 11h8M1 3h1.5M1 7h1.5M1 11h1.5" {STROKE}="1.6"/>',
+    'book': f'<path d="M7 2v10M2 7h10" {STROKE}="2"/>',
+    'admin': f'<path d="M1 4h6m4 0h2M1 10h2m4 0h6M9 2v4M5 8v4" {STROKE}="1.8"/>'}
 
 TEMPLATES = {'layout': '''<!doctype html>
 <html lang="en">
@@ -20708,86 +21261,128 @@ TEMPLATES = {'layout': '''<!doctype html>
 defer></script>
 </head>
 <body data-zone="{{visit.zone.key}}">
-<a class="skip" href="#main">Skip to content</a>
-<header><a class="brand" href="/">cmres</a>
+<svg class="sprite" aria-hidden="true"><defs>
+<pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse"
+patternTransform="rotate(45)"><path class="hatch" d="M1 0V7"/></pattern>
+<pattern id="stripes" width="9" height="9" patternUnits="userSpaceOnUse"
+patternTransform="rotate(45)"><path class="lines" d="M2 0V9"/></pattern></defs>
+% for name, drawing in drawings.items():
+<symbol id="s-{{name}}" viewBox="0 0 14 14">{{!drawing}}</symbol>
+% end
+</svg>
+<a class="off skip" href="#main">Skip to content</a>
+<header class="top"><a class="brand" href="/"><svg aria-hidden="true"><use
+href="#s-plan"/></svg>cmres</a>
 % if visit.actor:
-<nav aria-label="Main">
+<nav class="nav" aria-label="Main">
 % for href, name in visit.links:
-<a href="{{href}}"{{!' aria-current="page"' if href == here else ''}}>{{name}}</a>
+<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
+{{!visit.sign(name.lower())}}{{name}}</a>
 % end
 </nav>
-<span class="soft small"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
-{{visit.actor.role}}</span>
+<div class="me"><a class="bell" href="/notices"
+aria-label="Notices, {{unread}} unread">{{!visit.sign('bell')}}
+% if unread:
+<b aria-hidden="true">{{unread}}</b>
+% end
+</a>
+<details><summary><span class="face" aria-hidden="true">{{visit.named(visit.actor.user)[:1].upper()}}</span><span
+class="soft small wide"><bdi>{{visit.named(visit.actor.user)}}</bdi> ·
+<bdi>{{visit.named(visit.actor.project)}}</bdi></span><span
+class="off">Account</span></summary><div class="menu card">
+<p class="small soft"><bdi>{{visit.named(visit.actor.user)}}</bdi> in <bdi>{{visit.named(visit.actor.project)}}</bdi>,
+{{visit.actor.role}}</p>
+<a href="/tokens">Tokens</a> <a href="/docs">REST</a>
 <form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
+</div></details></div>
 % end
 </header>
 <main id="main" tabindex="-1">
-% if note:
-<p class="note" role="status">{{note}}</p>
-% end
+% if headed:
 <h1>{{title}}</h1>
+% end
 {{!body}}
+% if note:
+<div class="toast" role="status"><span>{{note['words']}}</span>
+% if note.get('undo'):
+<form method="post" action="/do/{{note['undo'][0]}}">{{!visit.guard}}
+% for name, value in note['undo'][1].items():
+<input type="hidden" name="{{name}}" value="{{value}}">
+% end
+<button>Undo <span class="left">10</span></button></form>
+% end
+</div>
+% end
 </main>
 <footer>
-% if visit.actor:
-<p><a href="/docs">REST</a></p>
-% end
-<form method="post" action="/zone" class="row">{{!visit.guard}}<label>Times are in the zone
+<form method="post" action="/zone" class="line">{{!visit.guard}}<label class="line">Times are in
+the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
-<input type="hidden" name="next" value="{{back}}">
-<button>Change</button></form>
+<input type="hidden" name="next" value="{{back}}"><button class="tiny">Change</button></form>
+% if visit.actor:
+<p class="gap">Keys: P plan, R reservations, B book, T today, D W M a day, a week, a month, / the
+line or
+the filter.</p>
+% end
 </footer>
 </body>
 </html>
 ''', 'sign in': '''
-<div class="card">
+<div class="card pad narrow stack">
 % if refusal:
-<div class="refused" role="alert"><p>{{refusal}}</p></div>
+<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
 % end
 <p>Sign in with the token that an admin gave you.</p>
-<form method="post" action="/sign-in" class="fields">
-<label class="wide">Token
+<form method="post" action="/sign-in" class="stack">
+<label><span>Token</span>
 <input name="token" type="password" autocomplete="current-password" required></label>
 <input type="hidden" name="next" value="{{back}}">
-<div><button class="main">Sign in</button></div>
+<button class="main">Sign in</button>
 </form>
 % if keystone:
 <p>Or with your account of OpenStack. Your password goes to Keystone and is kept nowhere.</p>
 <form method="post" action="/sign-in/keystone" id="keystone" class="fields">
-<label>User
+<label><span>User</span>
 <input name="user" autocomplete="username" required></label>
-<label>Password
+<label><span>Password</span>
 <input name="password" type="password" autocomplete="current-password" required></label>
-<label>Project
+<label><span>Project</span>
 <input name="project" required></label>
-<label>Domain
+<label><span>Domain</span>
 <input name="domain" value="Default" required></label>
 <input type="hidden" name="next" value="{{back}}">
 <div><button class="main">Sign in</button></div>
 </form>
 % end
+% if oidc:
+<p><a id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
+% end
 </div>
+''', 'onward': '''<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Signed in</title>
+<meta http-equiv="refresh" content="0;url={{href}}">
+<p><a href="{{href}}">You are signed in. Go on</a></p></html>
 ''', 'docs': '''
 <p class="soft">All that programs can ask for, with a token in the header
 <code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
 <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
-<nav class="tabs" aria-label="Kinds">
+<nav class="chips gap" aria-label="Kinds">
 % for tag in tags:
-<a href="#{{tag}}">{{tag}}</a>
+<a class="chip" href="#{{tag}}">{{tag}}</a>
 % end
-<a href="#kinds">kinds</a></nav>
+<a class="chip" href="#kinds">kinds</a></nav>
 % for tag, (text, entries) in tags.items():
-<h2 id="{{tag}}">{{tag.capitalize()}}</h2>
+<h2 class="gap" id="{{tag}}">{{tag.capitalize()}}</h2>
 <p class="soft">{{text[0].upper() + text[1:]}}.</p>
 % for verb, path, entry, arguments in sorted(entries, key=lambda each: 'deprecated' in each[2]):
-<details class="card"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
+<details class="card pad gap"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
 {{'(old form)' if entry.get('deprecated') else ''}}
 <span class="soft">{{entry['summary']}}</span></summary>
 % if entry['description'].rstrip('.') != entry['summary']:
 <p>{{entry['description']}}</p>
 % end
 % if arguments:
-<div class="scroll"><table>
+<div class="wrap"><table class="flat">
 <thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
 % for name, place, needed, kind, meaning in arguments:
 <tr><td
@@ -20797,7 +21392,7 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 % end
 </tbody></table></div>
 % end
-<dl>
+<dl class="facts">
 % for status, answer in entry['responses'].items():
 <dt>{{status}}</dt><dd>{{answer.get('description') or refusals[int(status)]}}
 % for kind, content in answer.get('content', {}).items():
@@ -20808,12 +21403,12 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 </dl></details>
 % end
 % end
-<h2 id="kinds">Kinds</h2>
+<h2 class="gap" id="kinds">Kinds</h2>
 % for name, kind in sorted(kinds.items()):
-<details class="card" id="kind-{{name}}"><summary><strong>{{name}}</strong>
+<details class="card pad gap" id="kind-{{name}}"><summary><strong>{{name}}</strong>
 <span class="soft">{{kind.get('description', '')}}</span></summary>
 % if kind.get('properties'):
-<dl>
+<dl class="facts">
 % for field, schema in kind['properties'].items():
 <dt>{{field}}</dt><dd>{{told(schema)}}
 <span class="soft">{{schema.get('description', '')}}</span></dd>
@@ -20825,423 +21420,700 @@ data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}
 </details>
 % end
 ''', 'secret': '''
-<div class="card" role="status"><p>{{words}}</p><p><code>{{secret}}</code></p>
+<div class="card pad stack" role="status"><p>{{words}}</p><p><code>{{secret}}</code>
+<button class="tiny" data-copy="{{secret}}">Copy</button></p>
 <p>It is shown only now: copy it. Nobody can show it again.</p></div>
 <p><a href="{{back}}">Back</a></p>
 ''', 'refused': '''
-<div class="refused" role="alert"><p>{{sentence}}</p></div>
-<p><a href="{{back}}">Back</a></p>
+<div class="refused" role="alert" tabindex="-1" autofocus><p>{{sentence}}</p></div>
+<p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
+<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
 {{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
 % for each in warnings:
 <p><strong>{{each}}.</strong></p>
 % end
-<form method="post" action="/do/{{operation}}" class="row">{{!visit.guard}}
+<form method="post" action="/do/{{operation}}" class="line">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
 % end
 <input type="hidden" name="sure" value="yes"><button class="bad">Yes, {{words.lower()}}</button>
-<a class="button" href="{{back}}">No</a></form></div>
+<a class="btn" href="{{back}}">No</a></form></div>
+''', 'line': '''
+<form class="ask" action="/book">{{!visit.sign('bolt')}}<label class="grow"><span class="off">Book
+in one line</span><input name="q" value="{{typed}}" data-key="/" autocomplete="off"
+placeholder="Try: {{example}}"></label><button
+class="main">{{'Read' if typed else 'Book'}}</button></form>
+''', 'first day': '''
+<section class="hero"><h2>VMs, when you need them</h2>
+<p>Say how many and when. They start before your time begins and are deleted when you are done.</p>
+{{!line}}
+<div class="chips">
+% for each in examples:
+<a class="chip" href="/book?{{urlencode({'q': each})}}">{{each}}</a>
+% end
+</div></section>
+% if visit.actor.role == 'admin':
+<section class="card pad" aria-label="Set up cmres"><h2>Set up cmres</h2><ul class="todo">
+% for done, words, href, go in steps:
+% state = 'ended' if done else 'reserved'
+<li><span class="state {{state}}">{{!visit.sign(state)}}<span
+class="off">{{'done' if done else 'to do'}}</span></span>
+<span class="grow">{{words}}</span><a class="btn tiny" href="{{href}}">{{go}}</a></li>
+% end
+</ul></section>
+% end
+''', 'nothing': '''
+<section class="card pad stack narrow"><h2>Nothing can be booked yet</h2>
+% if visit.actor.role == 'admin':
+<p>First, add a resource: a cloud, or a part of it, and how much of it can be reserved.</p>
+<a class="btn main" href="/admin/resources#resource_add">Add a resource</a>
+% else:
+<p>Ask your admin to add a resource.</p>
+% end
+</section>
 ''', 'plan': '''
-<div class="bar-top">
-<div class="tabs" role="group" aria-label="How much is shown">
-% for each in views:
-<a href="/?view={{each}}&amp;at={{at}}{{more}}"
-{{!'aria-current="true"' if each == view else ''}}>{{each.capitalize()}}</a>
+{{!first}}
+% if not first:
+{{!line}}
 % end
-</div>
-<strong>{{span}}</strong>
-<div class="tabs" role="group" aria-label="When">
-<a href="/?view={{view}}&amp;at={{before}}{{more}}" aria-label="Earlier">‹ Earlier</a>
-<a href="/?view={{view}}{{more}}">Today</a>
-<a href="/?view={{view}}&amp;at={{after}}{{more}}" aria-label="Later">Later ›</a>
-</div>
-</div>
-<svg class="hidden" width="0" height="0" aria-hidden="true"><defs><pattern id="hatch" width="7"
-height="7"
-patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" y1="0" x2="0"
-y2="7"
-stroke-width="2"/></pattern></defs></svg>
-% if not groups:
-<div class="card">
-<p>There is nothing to reserve
-yet{{': add a resource' if visit.actor.role == 'admin' else ''}}.</p></div>
-% end
-% for name, places in groups:
-<section class="card" aria-label="{{name}}">
-<h2>{{name}}</h2>
-<div class="days" aria-hidden="true"><span></span><svg>
-% for each in cells:
-<text x="{{each.left}}%" dx="3" y="15"
-{{!'class="thin"' if view == 'month' and int(each.name) % 5 != 1 else ''}}>{{each.name}}</text>
-% end
-</svg></div>
-% for place in places:
-<div class="place">
-<div><h3><bdi>{{place.name}}</bdi></h3><span class="soft small">{{place.holds}}</span><br>
-% if visit.writes:
-<a class="small" href="/book?resource={{place.name}}">Book<span class="soft"> on
-{{place.name}}</span></a>
-% end
-% if place.left_out:
-<br><a class="small" href="/list">{{place.left_out}} more in the list</a>
-% end
-</div>
-<svg class="plot" height="{{place.height}}" data-resource="{{place.name}}" data-begin="{{begin}}"
-data-end="{{end}}"
-data-snap="{{snap}}" data-edges="{{edges}}" role="group" 
-aria-label="{{place.name}}: {{place.summary}}">
-% if place.open:
-<rect class="room" x="0" y="14" width="100%" height="50"/>
-% end
-<svg x="0" y="14" width="100%" height="50" viewBox="0 0 1000 50" preserveAspectRatio="none"><path
-class="held"
-d="{{place.path}}"/></svg>
-% if place.limited:
-<line class="most" x1="0" x2="100%" y1="14" y2="14"/>
-% end
-<svg width="100%" height="100%" viewBox="0 0 1000 9" preserveAspectRatio="none"><path class="grid"
-d="{{''.join(f'M{10 * each.left:.0f} 0V9' for each in cells)}}"
-vector-effect="non-scaling-stroke"/></svg>
-<g class="free {{view}}">
-% for each in place.cells:
-% if each.free:
-<text x="{{each.left}}%" dx="3" y="11">{{brief(each.free)}}
-% if view != 'month':
-<tspan>{{each.unit}} free</tspan>
-% end
-</text>
-% end
-% end
-</g>
-% for each in place.cells:
-% if visit.writes:
-<a href="/book?resource={{place.name}}&amp;start={{each.start}}" tabindex="-1">
-% end
-<rect class="cell" x="{{each.left}}%" width="{{each.width}}%"
-height="64"><title>{{each.words}}</title></rect>
-% if visit.writes:
-</a>
-% end
-% end
-% for each in place.closed:
-<rect class="closed" x="{{each.left}}%" width="{{each.width}}%" y="14"
-height="50"><title>{{each.words}}</title></rect>
-% end
-% for each in place.bars:
-<a class="bar {{each.kind}}" href="{{each.href}}"><title>{{each.words}}</title>
-<svg x="{{each.left}}%" width="{{each.width}}%" y="{{each.top}}" height="18"><rect width="100%"
-height="100%" rx="4"/>
-% if not each.narrow:
-<text x="5" y="13">{{each.text}}</text>
-% end
-</svg>
-% if each.narrow:
-<text class="beside" x="{{each.beside}}%" dx="{{4 if each.beside > each.left else -4}}"
-y="{{each.top + 13}}"
-text-anchor="{{'start' if each.beside > each.left else 'end'}}">{{each.text}}</text>
-% end
-</a>
-% end
-% if now_at is not None:
-<line class="now" x1="{{now_at}}%" x2="{{now_at}}%" y1="0" y2="{{place.height}}"/>
-% end
-<rect class="drag" x="0" y="0" width="0" height="{{place.height}}"/>
-</svg>
-</div>
+% if cards:
+<section class="strip" aria-label="Yours now">
+% for kind, head, label, words, more, href in cards:
+<div class="card{{' warn' if head == 'Needs you' else ''}}"><div><h2><span
+class="state {{kind}}">{{!visit.sign(kind)}}</span>{{head}}</h2>
+<p><b>{{label}}</b> · {{words}}</p><p class="soft small">{{more}}</p></div>
+<a class="btn" href="{{href}}">Open<span class="off"> {{label}}</span></a></div>
 % end
 </section>
 % end
-<p>
-% if page:
-<a href="/?view={{view}}&amp;at={{at}}&amp;page={{page - 1}}">Resources before</a>
+<div class="bar-top"><a class="btn sq" href="{{way(at=before)}}" aria-label="Earlier">‹</a>
+<a class="btn" href="{{way()}}" data-key="t">Today</a>
+<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a>
+<h1>{{span}}</h1>
+<div class="chips"><a class="chip" href="{{way(at=at, mine='')}}"
+{{!mark('aria-current="true"', not mine)}}>Everyone’s</a>
+<a class="chip" href="{{way(at=at, mine='1')}}"
+{{!mark('aria-current="true"', mine)}}>Only mine</a></div>
+<div class="seg" role="group" aria-label="How much is shown">
+% for each in ('day', 'week', 'month'):
+<a href="{{way(view=each, at=at)}}" data-key="{{each[0]}}"
+{{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
-% if next_places:
-<a href="/?view={{view}}&amp;at={{at}}&amp;page={{next_places}}">More resources</a>
+</div>
+<span class="line wide">
+% if zooms[0]:
+<a class="btn sq" id="zoom-out" href="{{way(view=zooms[0], at=middle)}}" aria-label="Zoom out">−</a>
 % end
-</p>
-% if left_out:
-<p class="soft">Only the first {{bars}} reservations are drawn; <a href="/list">the list</a> has
-them all.</p>
+% if zooms[1]:
+<a class="btn sq" id="zoom-in" href="{{way(view=zooms[1], at=middle)}}" aria-label="Zoom in">+</a>
 % end
-<p class="soft small">Grey is what is held, up to the dashed line of the capacity; the figures are
-what is free.
-Yours are the bars below, by label; dashed ones wait or are pending. Hatched is maintenance; the
-line across is now.
+</span></div>
+<nav class="week card" aria-label="Days">
+% for day in strip:
+<a href="{{way(view='day', at=day.at)}}"{{!mark('aria-current="date"', day.today)}}>
+<span>{{day.name[:3]}}</span><b>{{day.number}}</b><svg aria-hidden="true"><rect
+class="h1" width="28" height="4" rx="2"/><rect class="h4" width="{{round(28 * day.share)}}"
+height="4" rx="2"/></svg></a>
+% end
+</nav>
+<section class="plan card" aria-label="Plan" tabindex="0"><div class="board">
+<div class="head"><div class="corner">{{corner}}</div>
+<svg width="100%" height="46" role="group" aria-label="Days and hours"><defs><g id="ground">
+% for kind, x, width in grounds:
+<rect class="{{kind}}" x="{{x}}%" width="{{width}}%" height="100%"/>
+% end
+% for each in cells[1:]:
+<line class="grid" x1="{{each.x}}%" x2="{{each.x}}%" y2="100%"/>
+% end
+</g></defs>
+% for each in cells:
+<a href="{{way(view=each.view, at=each.at)}}" aria-label="{{each.name}} {{each.number}}"><rect
+x="{{each.x}}%" width="{{each.width}}%" height="46" fill="transparent"/><svg x="{{each.x}}%"
+width="{{each.width}}%" height="46" aria-hidden="true"><text class="{{each.today}}" x="{{each.dx}}"
+y="17">{{each.name}}</text><text class="dom {{each.today}}" x="{{each.dx}}"
+y="37">{{each.number}}</text></svg></a>
+% end
+% if now is not None and view != 'month':
+<svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
+width="38" height="16" rx="8"/><text class="now-t" x="0" y="41"
+text-anchor="middle">{{clock}}</text></svg>
+% end
+</svg></div>
+% for name, places in groups:
+<h2 class="cloud">{{name}} · {{counted(len(places), 'resource')}}</h2>
+% for place in places:
+<div class="res"><div class="who"><h3><bdi>{{place.name}}</bdi></h3><p>{{place.holds}}</p>
+<p><b>{{place.now}}</b> {{place.unit}} now</p>
+<svg class="gauge" aria-hidden="true"><rect class="h0" width="100%" height="5" rx="2.5"/><rect
+class="h4" width="{{round(100 * place.share)}}%" height="5" rx="2.5"/></svg>
 % if visit.writes:
-Drag over free time, or follow a day or Book, to reserve.
+<a href="/book?resource={{place.name}}">Book<span class="off"> on {{place.name}}</span></a>
 % end
-</p>
-''', 'state': '''<span class="state {{state}}"><i
-aria-hidden="true">{{sign}}</i>{{state}}</span>''', 'list': '''
-% if over is not None:
-<div class="bar-top"><div class="tabs" role="group" aria-label="Which">
-<a href="/list"{{!'' if over else ' aria-current="true"'}}>Now and to come</a>
-<a href="/list?over=1"{{!' aria-current="true"' if over else ''}}>Over</a></div>
+</div>
+<svg class="plot" height="{{place.height}}" role="group"
+aria-label="{{place.name}}: {{place.summary}}"
+data-resource="{{place.name}}" data-first="{{first_minute}}" data-length="{{length}}"
+data-thin="{{thin}}" data-snap="{{snap}}" data-caps="{{place.caps}}" data-steps="{{place.steps}}"
+data-shut="{{place.shut}}"{{' data-writes' if visit.writes else ''}}>
+<use href="#ground" height="100%"/><g class="use">
+% for each in place.used:
+<rect class="h{{each.level}}" x="{{each.x}}%" width="{{each.width}}%" y="{{each.y}}"
+height="{{each.height}}"/>
+% end
+% if place.limited and view != 'month':
+<line class="cap" x1="0" x2="100%" y1="18.5" y2="18.5"/>
+% end
+% for x, words, kind in place.figures:
+<text class="{{kind}}" x="{{x}}%" dx="4" y="{{13 if view != 'month' else 26}}">{{words}}</text>
+% end
+</g>
+% for x, width, words in place.closed:
+<rect class="shut" x="{{x}}%" width="{{width}}%"
+height="{{place.height}}"><title>{{words}}</title></rect>
+% if view != 'month':
+<text class="shut-t" x="{{x}}%" dx="4" y="13">{{words}}</text>
+% end
+% end
+% if now is not None:
+<rect class="past" width="{{now}}%" height="{{place.height}}"/>
+<line class="now" x1="{{now}}%" x2="{{now}}%" y2="{{place.height}}"/>
+% end
+% if place.hint:
+<rect class="hint" x="{{place.hint}}%" width="9%" y="56" height="40" rx="6"/><text class="hint-t"
+x="{{place.hint + 10}}%" y="80">Drag here to book a time</text>
+% end
+% for bar in place.bars:
+<a class="b {{bar.kind}}" href="{{bar.href}}" aria-label="{{bar.words}}"{{!bar.data}}><rect
+x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="{{bar.round}}"/>
+% if bar.sign == 'starting':
+<rect class="x" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="4"/>
+% end
+% if bar.inside:
+<svg class="sign" aria-hidden="true" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%"
+height="20">
+% if bar.sign:
+<use href="#s-{{bar.sign}}" x="4" y="4" width="12" height="12"/>
+% end
+<text x="{{20 if bar.sign else 6}}" y="14.5">{{bar.inside}}</text></svg>
+% end
+% if bar.beside:
+<svg class="sign" aria-hidden="true" x="{{bar.beside_x}}%" y="{{bar.y}}"
+width="{{bar.beside_width}}%"
+height="20"><text class="out" x="4" y="14.5">{{bar.beside}}</text></svg>
+% end
+</a>
+% end
+% for x, words, href in place.more:
+<a class="more" href="{{href}}"><text x="{{x}}%" dx="4"
+y="{{place.height - 8}}">{{words}}</text></a>
+% end
+<rect class="drag" x="0" y="0" width="0" height="{{place.height}}"/>
+</svg></div>
+% end
+% end
+<div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
+<div class="pop card" hidden></div></div></section>
 % if visit.writes:
-<a class="button main" href="/book">Book machines</a>
+<form id="move" method="post" action="/do/update" hidden>{{!visit.guard}}
+% for each in ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'):
+<input type="hidden" name="{{each}}">
+% end
+<input type="hidden" name="next" value="{{way(at=at)}}"></form>
+% end
+<section class="agenda" aria-label="Agenda">
+% for day, lines in agenda:
+<h2>{{day}}</h2><div class="card">
+% for each in lines:
+<a href="{{each.href}}"><span>{{each.start}}<small>{{each.end}}</small></span><span
+class="state {{each.state}}">{{!visit.sign(each.state)}}<span
+class="off">{{each.state}}</span></span>
+<span><b>{{each.label}}</b><small>{{each.words}}</small></span></a>
 % end
 </div>
 % end
-% if not lines:
-<div class="card"><p>{{'Nothing is over yet' if over else 'Nothing is reserved'}}.</p></div>
-% else:
-<div class="card scroll" tabindex="0" role="region" aria-label="Reservations"><table>
-<thead><tr><th scope="col">Label</th><th scope="col">State</th><th scope="col">Where</th><th
-scope="col">Machines</th>
-<th scope="col">From</th><th scope="col">To</th><th scope="col">Addresses</th>
-{{!'<th scope="col">Change</th>' if visit.writes else ''}}</tr></thead>
-<tbody>
-% for each in lines:
-<tr><td data-name="Label"><div><a href="{{each['href']}}">{{each['label']}}</a>
-% if visit.actor.role == 'admin':
-<br><span class="soft small"><bdi>{{each['user']}}</bdi> in <bdi>{{each['project']}}</bdi></span>
+% if not agenda:
+<p class="soft gap">You have no reservation in these days.</p>
 % end
-</div></td>
-<td data-name="State"><div>{{!visit.state(each['state'])}}
-% if each['fault']:
-<br><span class="small">{{each['fault'][:200]}}</span>
+</section>
+% if legend:
+<ul class="legend">
+% for each in legend:
+<li><svg class="sw b {{each}}" aria-hidden="true"><rect x="1" y="1" width="24" height="14" rx="3"/>
+% if each != 'other':
+<use href="#s-{{each}}" x="7" y="2" width="12" height="12"/>
 % end
-% if each['late']:
-<br><span class="soft small">{{each['late']}}</span>
+</svg>{{'other people’s' if each == 'other' else each}}</li>
 % end
-</div></td>
-<td data-name="Where"><bdi>{{each['resource']}}</bdi></td>
-<td data-name="Machines"><span>{{each['vms']}} <bdi>{{each['flavor']}}</bdi></span></td>
-<td data-name="From"><span>{{!visit.at(each['start'])}}</span></td>
-<td data-name="To"><span>{{!visit.at(each['end'])}}</span></td>
-<td data-name="Addresses">{{', '.join(each['addresses'])}}</td>
+<li>used <svg class="ramp" aria-hidden="true">
+% for n in range(5):
+<rect class="h{{n + 1}}" x="{{18 * n}}" y="{{8 - 2 * n}}" width="18" height="{{4 + 2 * n}}"/>
+% end
+</svg>full</li></ul>
+% end
+<p class="small">
+% if page:
+<a href="{{way(at=at, page=page - 1)}}">Resources before</a>
+% end
+% if next_places:
+<a href="{{way(at=at, page=next_places)}}">More resources</a>
+% end
+</p>
+% if left_out:
+<p class="soft small">Only the first {{bars}} reservations are drawn. <a href="/list">The list</a>
+has
+them all.</p>
+% end
+''', 'list': '''
+% if over is not None:
+<div class="line between"><div class="chips" role="group" aria-label="State">
+<a class="chip" href="/list"{{!mark('aria-current="true"', not (over or state))}}>now and
+to come</a>
+% for each in states:
+<a class="chip" href="/list?state={{each}}"{{!mark('aria-current="true"', each == state)}}>
+{{!visit.state(each)}}</a>
+% end
+<a class="chip" href="/list?over=1"{{!mark('aria-current="true"', over)}}>finished</a></div>
 % if visit.writes:
-<td data-name="Change"><div>
-% for deed in each['deeds']:
-{{!visit.deed(deed, each)}}
+<a class="btn main" href="/book">Book</a>
 % end
-</div></td>
+</div>
+% end
+{{!table}}
+% if after:
+<p class="gap"><a
+href="/list?{{more}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
+% end
+''', 'table': '''
+% if lines:
+% if len(lines) > 5:
+<p class="gap noprint"><label class="find"><span class="off">Filter {{name}}</span><input
+data-find="{{id}}" data-key="/"
+placeholder="Filter" autocomplete="off"></label></p>
+% end
+<div class="card gap wrap" tabindex="0" role="region" aria-label="{{name}}"><table
+class="flat{{' picks' if picks else ''}}"
+id="{{id}}"><thead><tr>
+% if picks:
+<th class="pick"><input type="checkbox" aria-label="Select all"></th>
+% end
+% for key, head, href, order in heads:
+<th scope="col"{{!f' aria-sort="{order}"' if order else ''}}>
+% if href:
+<a href="{{href}}">{{head}}{{{'ascending': ' ↑', 'descending': ' ↓'}.get(order, '')}}</a>
+% else:
+{{head}}
+% end
+</th>
+% end
+</tr></thead><tbody>
+% for pick, cells in lines:
+<tr>
+% if picks:
+<td class="pick"><input type="checkbox" name="{{picks}}{{pick}}" value="yes"
+aria-label="Select {{pick}}"></td>
+% end
+% for (key, head, _, _), cell in zip(heads, cells):
+<td data-name="{{key}}">{{!cell}}</td>
 % end
 </tr>
 % end
 </tbody></table></div>
+% else:
+<p class="card pad gap soft">{{empty}}</p>
 % end
-% if after:
-<p><a
-href="/list?{{'over=1&amp;' if over else ''}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
+''', 'field': '''
+<label class="{{'all' if kind == 'area' else ''}}"><span>{{words}}</span>
+% if choices:
+<select name="{{name}}">
+% for each, shown in choices:
+<option value="{{each}}"{{!mark('selected', each == value)}}>{{shown}}</option>
+% end
+</select>
+% elif kind == 'area':
+<textarea name="{{name}}" rows="2" placeholder="{{hint}}">{{value}}</textarea>
+% else:
+<input name="{{name}}" value="{{value}}" placeholder="{{hint}}" autocomplete="off"{{!extra}}>
+% end
+</label>
+% if was is not None:
+<input type="hidden" name="was_{{name}}" value="{{was}}">
 % end
 ''', 'verdict': '''
-% if refusal is None and not fits:
-<p class="soft">It says here whether it fits.</p>
-% elif refusal is None:
-<div class="note"><p>{{fits}}.</p>
-% for each in warnings:
+% signs = {'ok': 'ended', 'some': 'degraded', 'no': 'failed'}
+% looks = {'ok': 'active', 'some': 'degraded', 'no': 'failed'}
+% if not kind:
+<p class="soft">{{head}}</p>
+% else:
+<div class="stack{{mark('refused', kind == 'no')}}"{{!mark(TO_ALERT, focus)}}>
+<h2><span class="state {{looks[kind]}}">{{!visit.sign(signs[kind])}}</span>{{head}}</h2>
+% for each in words:
 <p>{{each}}</p>
 % end
-</div>
-% else:
-<div class="refused"><p>{{refusal}}</p>
-% if offers:
-<p>What would fit:</p><div class="offers">
-% for href, words in offers:
-<a class="button" href="{{href}}">{{words}}</a>
-% end
-</div>
-% end
-</div>
-% end
-''', 'book': '''
-<form method="post" action="/book" class="card booking">{{!visit.guard}}
-<div class="fields">
-<label>Label <input name="label" value="{{said['label']}}" required maxlength="64"
-pattern="[A-Za-z0-9._\\-]+"
-placeholder="lab" title="letters, digits, . _ -"></label>
-<label>Resource <select name="resource">
-% for each in places:
-<option value="{{each}}"{{!' selected' if each == said['resource'] else ''}}>{{each}}</option>
-% end
-</select></label>
-<label>From <input name="start" type="datetime-local" value="{{said['start']}}" required></label>
-<label>To <input name="end" type="datetime-local" value="{{said['end']}}" required></label>
-<label>Machines <input name="vms" type="number" min="1" max="1000000" value="{{said['vms']}}"
-required></label>
-<label>Flavor <input name="flavor" value="{{said['flavor']}}" list="flavors"
-autocomplete="off"></label>
-<label>Image <input name="image" value="{{said['image']}}" list="images" autocomplete="off"
-placeholder="none: nothing boots"></label>
-<label>At the end <select name="at_end">
-% for each in ends:
-<option{{!' selected' if each == said['at_end'] else ''}}>{{each}}</option>
-% end
-</select></label>
-<label>Repeat
-<input name="repeat" value="{{said['repeat']}}" list="repeats" autocomplete="off"
-placeholder="once"></label>
-<label>Until <input name="until" type="date" value="{{said['until']}}"></label>
-<label class="wide">Description <textarea name="description"
-rows="2">{{said['description']}}</textarea></label>
-<label><input type="checkbox" name="wait" value="true"{{!' checked' if said['wait'] else ''}}>
-If it does not fit, wait</label>
-</div>
-<details><summary>More</summary><div class="fields">
-% for name, words in more.items():
-<label>{{words}} <input name="{{name}}" value="{{said[name]}}"></label>
-% end
-<label>Where one of a series does not fit <select name="on_conflict">
-% for each in ('', 'skip'):
-<option value="{{each}}"{{!' selected' if each == said['on_conflict'] else ''}}>
-{{'leave it out' if each else 'refuse all'}}</option>
-% end
-</select></label></div></details>
-% if why:
-<p class="soft small">No flavors and images are offered: {{why}}</p>
-% end
-% for kind, names in names.items():
-<datalist id="{{kind}}s">
-% for each in names:
-<option value="{{each}}"></option>
-% end
-</datalist>
-% end
-<datalist id="repeats">
-% for each in usual_rules:
-<option value="{{each}}"></option>
-% end
-</datalist>
-<div id="verdict" role="status" aria-live="polite">{{!verdict}}</div>
-<div class="row"><button class="main">Book</button><button name="check" value="yes"
-formnovalidate>Check</button></div>
-</form>
-''', 'reservation': '''
-<p id="told" class="aside" role="status"></p>
-<div id="live" data-href="{{href}}/live{{query}}" data-tag="{{tag}}">{{!live}}</div>
-% if visit.writes and found['state'] not in over:
-<h2>Change</h2>
-<form method="post" action="/do/update" class="card">{{!visit.guard}}<div class="fields">
-<input type="hidden" name="label" value="{{found['label']}}">
-<input type="hidden" name="project" value="{{found['project']}}">
-<input type="hidden" name="next" value="{{back}}"><input type="hidden" name="was_start"
-value="{{start}}">
-<input type="hidden" name="was_end" value="{{end}}"><input type="hidden" name="was_vms"
-value="{{found['vms']}}">
-% if occurrence:
-<input type="hidden" name="occurrence" value="{{occurrence}}">
-% end
-% if found['state'] in ('reserved', 'waiting', 'pending'):
-<label>From <input name="start" type="datetime-local" value="{{start}}"></label>
-% end
-<label>To <input name="end" type="datetime-local" value="{{end}}"></label>
-<label>Machines <input name="vms" type="number" min="1" value="{{found['vms']}}"></label>
-</div><p><button>Change</button>
-{{'only this one' if occurrence else 'all that has not begun' if found['tz'] else ''}}</p></form>
-% end
-''', 'live': '''
-<div class="card"><dl>
-<dt>State</dt><dd>{{!visit.state(found['state'])}}
-% if found['fault']:
-<span class="small">{{found['fault']}}</span>
-% end
-</dd>
+% if facts:
+<dl class="facts">
 % for name, value in facts:
-<dt>{{name}}</dt><dd>{{!value}}</dd>
+<dt>{{name}}</dt><dd>{{value}}</dd>
 % end
-</dl></div>
-% if deeds:
-<div class="row">
-% for each in deeds:
-{{!each}}
+</dl>
+% end
+% if offers:
+<p>What fits:</p><div class="chips offers">
+% for href, shown in offers:
+<a class="btn tiny" href="{{href}}">{{shown}}</a>
 % end
 </div>
 % end
-% if found.get('occurrences'):
-<h2>Occurrences</h2><div class="card scroll" tabindex="0" role="region"
-aria-label="Occurrences"><table>
-<thead><tr><th scope="col">From</th><th scope="col">To</th><th scope="col">Machines</th>
-<th scope="col">State</th></tr></thead>
-<tbody>
-% for each in found['occurrences'][:60]:
-<tr><td data-name="From"><a href="{{visit.href(found['label'], found['project'], each['start'])}}">
-{{!visit.at(each['start'])}}</a></td>
-<td data-name="To"><span>{{!visit.at(each['end'])}}</span></td>
-<td data-name="Machines"><span>{{each['vms']}} on <bdi>{{each['resource']}}</bdi></span></td>
-<td data-name="State">{{!visit.state(each['state'])}}</td></tr>
+</div>
 % end
-</tbody></table></div>
-% if len(found['occurrences']) > 60:
-<p class="soft">and {{len(found['occurrences']) - 60}} more</p>
-% end
-% end
-% if found['servers']:
-<h2>Servers</h2><div class="card scroll" tabindex="0" role="region" aria-label="Servers"><table>
-<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Addresses</th><th
-scope="col">Ready</th>
-<th scope="col">Fault</th></tr></thead><tbody>
-% for each in found['servers']:
-<tr><td data-name="Name">{{each['name']}}</td><td data-name="State">{{each['state']}}</td>
-<td data-name="Addresses">{{', '.join(each['addresses'])}}</td><td
-data-name="Ready">{{late(each)}}</td>
-<td data-name="Fault">{{each['fault']}}</td></tr>
-% end
-</tbody></table></div>
-% end
-<h2>Journal</h2><div class="card scroll" tabindex="0" role="region" aria-label="Journal"><table>
-<thead><tr><th scope="col">When</th><th scope="col">Who</th><th scope="col">What</th>
-<th scope="col">Why</th></tr></thead><tbody>
-% for each in events:
-<tr><td data-name="When"><span>{{!visit.at(each['at'])}}</span></td>
-<td data-name="Who"><bdi>{{each['actor']}}</bdi></td><td data-name="What">{{each['code']}}</td>
-<td data-name="Why"><bdi>{{each['sentence']}}</bdi></td></tr>
-% end
-</tbody></table></div>
-''', 'table': '''
-<div class="card scroll" tabindex="0" role="region" aria-label="{{name}}">
-% if lines:
-<table><thead><tr>
-% for each in columns:
-<th scope="col">{{each.replace('_', ' ')}}</th>
-% end
-% if deeds:
-<th scope="col">change</th>
+% if months:
+<div class="months gap" tabindex="0" role="region" aria-label="Dates">
+% for name, weeks in months:
+<table class="cal"><caption>{{name}}</caption><thead><tr>
+% for each in days:
+<th scope="col" abbr="{{each}}">{{each[0]}}</th>
 % end
 </tr></thead><tbody>
-% for line in lines:
+% for week in weeks:
 <tr>
-% for each in columns:
-<td data-name="{{each.replace('_', ' ')}}">{{!visit.cell(line.get(each))}}</td>
+% for day, outcome in week:
+% if outcome:
+% look, sign, said = outcomes[outcome]
+<td><span class="{{look}}">{{day}}{{!visit.sign(sign)}}<b class="off">{{said}}</b></span></td>
+% else:
+<td>{{day or ''}}</td>
 % end
-% if deeds:
-<td data-name="change"><div>
-% for deed in deeds:
-{{!visit.deed(deed, line)}}
-% end
-</div></td>
 % end
 </tr>
 % end
 </tbody></table>
-% else:
-<p class="soft">None.</p>
 % end
 </div>
+% end
+% if go:
+<p class="line go gap"><button
+class="main"{{!mark('name="fitting" value="yes"', kind == 'some' and months)}}>{{go}}</button>
+% if waits:
+<button name="wait" value="true">{{waits}}</button>
+% end
+% if whole:
+<button name="check" value="yes" formnovalidate>Check again</button>
+% end
+<span class="small soft">Nothing is booked yet.</span></p>
+% end
+''', 'starts': '''
+<div class="pickers" role="radiogroup" aria-label="What starts">
+% for each, shown, small in choices:
+<label class="opt"><input type="radio" name="what"
+value="{{each}}"{{!mark('checked', each == said['what'])}}><span><b>{{shown}}</b>
+<small>{{small}}</small></span></label>
+% end
+</div>
+<div class="fields gap">
+{{!fields}}
+</div>
+% if why:
+<p class="soft small">Type the names of image and flavor: {{why}}.</p>
+% end
+''', 'book': '''
+% if line:
+{{!line}}
+% if chips:
+<ul class="said" aria-label="Understood as">
+% for name, value in chips:
+<li class="{{mark('no', name.startswith('not '))}}"><small>{{name}}</small>{{value}}</li>
+% end
+</ul>
+% end
+% end
+<form method="post" action="{{action}}" data-check="{{check}}"
+class="cols gap booking whole">{{!visit.guard}}
+<div class="card pad">
+% for name, content in groups:
+<fieldset><legend>{{name}}</legend>{{!content}}</fieldset>
+% end
+<details><summary>More options</summary><div class="fields gap">
+{{!more}}
+</div></details>
+<datalist id="rules">
+% for each in usual_rules:
+<option value="{{each}}"></option>
+% end
+</datalist></div>
+<div class="card pad"><div id="verdict" class="verdict" role="status"
+aria-live="polite">{{!verdict}}</div></div>
+</form>
+% if line:
+<section class="card pad gap" aria-labelledby="find"><h2 id="find">Find a time</h2>
+<form class="ask gap" action="/book"><label class="grow"><span class="off">What is needed, for how
+long, and before
+when</span><input name="find" value="{{finds}}" placeholder="4 vms for 12h before monday, anywhere"
+autocomplete="off"></label><button class="main">Find</button></form>
+% for href, words, small, go in found:
+<div class="offer"><div><b>{{words}}</b><p class="small soft">{{small}}</p></div><a class="btn tiny"
+href="{{href}}">{{go}}<span class="off"> {{words}}</span></a></div>
+% end
+% if finds and not found:
+<p class="gap">Nothing is free for that long. Try fewer VMs, a shorter time or a later date.</p>
+% end
+</section>
+% end
+''', 'small': '''
+<form method="post" action="/book" data-check="/book/check" class="stack booking">{{!visit.guard}}
+<p class="line between"><b>{{when}}</b><button type="button" class="close tiny">Close</button></p>
+% for name in ('resource', 'start', 'end'):
+<input type="hidden" name="{{name}}" value="{{said[name]}}">
+% end
+<div class="fields">{{!fields}}</div>
+{{!starts}}
+<div class="verdict" role="status">{{!verdict}}</div>
+<a href="/book?{{query}}">More options</a></form>
+''', 'reservation': '''
+<p class="line between gap"><a href="/list">Reservations</a>
+% if visit.writes and change:
+<span class="line"><a class="btn" href="{{change}}">Change</a> </span>
+% end
+</p>
+<p id="told" class="off" role="status"></p>
+<div id="live" data-href="{{href}}/live{{query}}" data-tag="{{tag}}">{{!live}}</div>
+{{!share}}
+''', 'share': '''
+<section class="card pad stack gap" id="share"><h2>Share</h2>
+<form method="post" action="/r/{{found['label']}}/share" class="stack">{{!visit.guard}}<input
+type="hidden"
+name="project" value="{{found['project']}}">
+% if link:
+<p class="line"><code>{{link}}</code><button type="button" class="tiny"
+data-copy="{{link}}">Copy</button>
+<a href="{{link}}">Open</a></p>
+<p class="soft small">Everybody with this link can see the state, the times and how to log in, and
+nothing
+else of cmres.</p>
+<label><span>Who sits where, one name a line</span><textarea name="seats"
+rows="3">{{seats}}</textarea></label>
+<p class="line"><button name="do" value="seats">Save the seats</button>
+<button class="bad" name="do" value="revoke">Revoke the link</button></p>
+% else:
+<p class="soft">Give {{'a student' if n == 1 else 'your students'}} a page with {{counted(n, 'VM')}}
+and a line to log in to each.</p>
+<button name="do" value="make">Make a link</button>
+% end
+</form></section>
+''', 'shared': '''
+<p id="told" class="off" role="status"></p>
+% if drawn:
+<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{drawn[0] + 2}} {{drawn[0] + 2}}"
+role="img"
+aria-label="QR code of the address of this page"><path d="{{drawn[1]}}"/></svg></figure>
+% end
+<p class="line noprint"><button class="main" data-copy="">Copy all lines</button><button
+data-print>Print</button></p>
+<div id="live" data-href="{{href}}/live" data-tag="{{tag}}">{{!live}}</div>
+''', 'seats': '''
+<p class="line gap">{{!visit.state(found['state'])}}<span>{{when}} ({{visit.zone.key}})</span></p>
+% if found['description']:
+<p>{{found['description']}}</p>
+% end
+<p class="gap"><b>Find your seat, copy its line, and paste it into a terminal.</b>
+<span class="soft">Save your work before the end: the VMs are {{ends}} then.</span></p>
+<div class="seats gap">
+% for n, name, who, state, lines in lines:
+<div class="seat card"><b>{{n}}</b><span><b><bdi>{{who or name}}</bdi></b>
+<span class="soft small">{{state}}</span><br>
+% for line in lines:
+<code data-line>{{line}}</code>
+% end
+</span>
+% if lines:
+<button class="tiny" data-copy="{{lines[0]}}" aria-label="Copy the line of seat {{n}}">Copy</button>
+% end
+</div>
+% end
+</div>
+% if not lines:
+<p class="soft gap">The VMs have not started yet. This page shows them as soon as they are
+there.</p>
+% end
+''', 'live': '''
+<p class="line gap">{{!visit.state(found['state'])}}
+% if ready:
+<span class="soft">{{ready}}</span>
+% end
+% if found['fault']:
+<span class="small">{{found['fault']}}</span>
+% end
+</p>
+<p>{{starts}}</p>
+% if track:
+<svg class="track" role="img" aria-label="{{track[0]}}"><rect class="run" x="2%" width="96%" y="26"
+height="24"
+rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
+% for x, anchor, y, words in track[2]:
+<text x="{{x}}%" y="{{y}}" text-anchor="{{anchor}}">{{words}}</text>
+% end
+</svg>
+% end
+% if deeds:
+<p class="line gap">
+% for each in deeds:
+{{!each}}
+% end
+</p>
+% end
+<div class="cols gap"><div class="stack">
+% if found['servers']:
+<section><div class="line between"><h2>VMs</h2>
+% if any(each['addresses'] for each in found['servers']):
+<button class="tiny" data-copy="">Copy all lines</button>
+% end
+</div><div class="card wrap" tabindex="0" role="region" aria-label="VMs"><table class="flat">
+<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Log in</th><th
+scope="col">Ready</th></tr></thead><tbody>
+% for each in found['servers']:
+<tr><td data-name="">{{each['name']}}</td><td data-name="">{{each['state']}}
+% if each['fault']:
+<span class="small">{{each['fault']}}</span>
+% end
+</td><td data-name="">
+% for line in logins(each):
+<span class="line"><code data-line>{{line}}</code><button class="tiny" data-copy="{{line}}"
+aria-label="Copy {{line}}">Copy</button></span>
+% end
+</td><td data-name="ready">{{late(each)}}</td></tr>
+% end
+</tbody></table></div></section>
+% end
+% if occurrences:
+<section><h2>Occurrences</h2>{{!occurrences}}
+% if len(found['occurrences']) > 60:
+<p class="soft">and {{len(found['occurrences']) - 60}} more</p>
+% end
+</section>
+% end
+</div><div class="stack"><section class="card pad"><h2>Facts</h2><dl class="facts gap">
+% for name, value in facts:
+<dt>{{name}}</dt><dd>{{!value}}</dd>
+% end
+</dl></section>
+<section class="card pad"><h2>What happened</h2><ul class="log">
+% for each in events:
+<li>{{!visit.at(each['at'])}}<span><bdi>{{each['sentence'] or each['code']}}</bdi></span></li>
+% end
+</ul></section></div></div>
+''', 'admin': '''
+<nav class="seg" aria-label="Admin">
+% for path, name, number in tabs:
+<a href="/admin{{path}}"{{!mark('aria-current="page"', path == here)}}>{{name}} {{number or ''}}</a>
+% end
+</nav>
+{{!body}}
+''', 'decide': '''
+<section class="gap"><h2>{{title}}</h2>
+<form method="post" action="/admin/decide">{{!visit.guard}}
+% if refusal:
+<div class="refused gap" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
+% end
+{{!table}}
+% if some:
+<div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
+class="off">Reason</span><input name="reason" value="{{reason}}"
+placeholder="Reason, sent to the owners (needed to reject)"></label>
+<button class="main" name="do" value="approve">Approve</button>
+<button class="bad" name="do" value="reject">Reject</button></div>
+% end
+</form></section>
 ''', 'form': '''
-<details class="card"><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}">{{!visit.guard}}<input type="hidden" name="next"
-value="{{visit.home}}">
+<details class="card pad gap"
+id="{{operation}}"{{' open' if opened else ''}}><summary>{{title}}</summary>
+<form method="post" action="/do/{{operation}}" class="stack gap">{{!visit.guard}}<input
+type="hidden" name="next"
+value="{{back}}">
 <input type="hidden" name="once" value="{{once}}">
-<p class="soft small">{{summary}}</p><div class="fields">
-% for name, words, required, choices in fields:
-<label>{{name.replace('_', ' ').capitalize()}}
+% if refusal:
+<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
+% end
+<div class="fields">
+% for name, words, required, choices, value, was in fields:
+<label><span>{{HEADS.get(name) or name.replace('_', ' ').capitalize()}}</span>
 % if choices:
 <select name="{{name}}">
 % for each in choices:
-<option>{{each}}</option>
+<option{{!mark('selected', each == value)}}>{{each}}</option>
 % end
 </select>
 % else:
-<input name="{{name}}"{{!' required' if required else ''}}>
+<input name="{{name}}" value="{{value}}" autocomplete="off"{{!mark('required', required)}}>
 % end
-<span class="soft small">{{words}}</span></label>
+<small class="soft">{{words}}</small></label>
+% if was is not None:
+<input type="hidden" name="was_{{name}}" value="{{was}}">
 % end
-</div><p><button class="main">{{title}}</button></p></form></details>
+% end
+</div><p class="line"><button class="main">{{title}}</button>
+% if previews:
+<button name="check" value="yes">Show what it affects</button>
+% end
+</p></form></details>
+''', 'many': '''
+<details class="card pad gap" id="many"{{' open' if refusal else ''}}><summary>Make tokens for many
+people</summary>
+<form method="post" action="/admin/people" class="stack gap">{{!visit.guard}}
+% if refusal:
+<div class="refused" role="alert" tabindex="-1" autofocus><p>{{refusal}}</p></div>
+% end
+<label><span>One person a line: the name, and a project if it is another</span><textarea
+name="people"
+rows="5" placeholder="ana&#10;bo, physics" required>{{said.get('people', '')}}</textarea></label>
+<div class="fields"><label><span>Project</span><input name="project"
+value="{{said.get('project', '')}}"
+required></label><label><span>Role</span><select
+name="role"><option>user</option><option>reader</option></select></label>
+<label><span>Works for</span><input name="lasts" value="{{said.get('lasts', '90d')}}"
+required></label></div>
+<button class="main">Make tokens, and download them as CSV</button>
+<p class="small soft">Each line of the file has a link to sign in. It is made only now: keep it
+safe.</p></form></details>
+''', 'heat': '''
+<section class="gap"><div class="line between"><h2>Used in {{month}}, percent of the capacity</h2>
+<p class="line noprint"><a class="btn tiny" href="?at={{before}}">‹ Before</a>
+<a class="btn tiny" href="?at={{after}}">After ›</a> <a class="btn tiny"
+href="?at={{at}}&amp;format=csv">CSV</a>
+<button class="tiny" data-print>Print</button></p></div>
+<div class="card wrap gap" tabindex="0" role="region" aria-label="Used day by day"><table
+class="heat"><thead><tr>
+<th scope="col">Resource</th>
+% for each in days:
+<th scope="col">{{each}}</th>
+% end
+</tr></thead><tbody>
+% for name, shares in lines:
+<tr><th scope="row"><bdi>{{name}}</bdi></th>
+% for share in shares:
+<td><span class="h{{min(round(share * 5 + .3), 5)}}">{{round(100 * share)}}</span></td>
+% end
+</tr>
+% end
+</tbody></table></div></section>
+''', 'notices': '''
+<form method="post" action="/notices" class="gap">{{!visit.guard}}<input type="hidden" name="seen"
+value="{{newest}}">
+% if unread:
+<button>Mark {{unread}} as read</button>
+% end
+</form>
+<ul class="card pad log gap">
+% for each in events:
+<li>{{!visit.at(each['at'])}}<span>
+% if each['id'] > seen:
+<b>new</b>
+% end
+<a href="{{visit.href(each['label'], each['project'])}}"><bdi>{{each['label']}}</bdi></a>
+<bdi>{{each['sentence'] or each['code']}}</bdi></span></li>
+% end
+% if not events:
+<li>There are no notices yet.</li>
 ''', 'programs': '''
-<h2>Calendar programs</h2>
+<section class="card pad stack gap"><h2>Calendar programs</h2>
 <p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag
 it, and they move. Delete it, and they are cancelled.</p>
 <p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password: a
@@ -21256,12 +22128,14 @@ value="calendar"><input type="hidden" name="purpose" value="calendar program">
 % for name, words in ways.items():
 <li><strong>{{name}}</strong>: {{words}}</li>
 % end
+</ul></section>
+% end
 </ul>
 ''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
 % for name, value in fields.items():
 <input type="hidden" name="{{name}}" value="{{value}}">
 % end
-<button{{!' class="bad"' if bad else ''}} aria-label="{{words}} {{about}}">{{words}}</button>
+<button class="tiny{{' bad' if bad else ''}}" aria-label="{{words}} {{about}}">{{words}}</button>
 % if field:
 <input name="{{field[0]}}" value="{{field[2]}}" placeholder="{{field[1]}}"
 aria-label="{{words}} {{about}} {{field[1]}}">
@@ -21271,25 +22145,58 @@ aria-label="{{words}} {{about}} {{field[1]}}">
 #: What a button does: its word, the field beside it (argument, word, default), and whether it takes
 #: something away.
 DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
-         'keep': ('Keep on', ('until', 'for', '+1h'), False),
+         'keep': ('Keep running', ('until', 'for', '+1h'), False),
          'skip': ('Skip', None, True), 'delete': ('Cancel', None, True),
          'accept': ('Accept', None, False),
          'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
-         'maintenance_delete': ('Call off', None, True), 'token_revoke': ('Revoke', None, True),
+         'maintenance_delete': ('Cancel', None, True), 'token_revoke': ('Revoke', None, True),
          'token_renew': ('Renew', None, False),
-         'limit_delete': ('Take away', None, True), 'resource_delete': ('Remove', None, True)}
+         'limit_delete': ('Delete', None, True), 'resource_delete': ('Delete', None, True)}
 ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
+#: What people can type in one line.
+EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
+            '1 vm tomorrow 9:00-11:00')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
+#: What becomes of VMs at the end.
+ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
+           'snapshot': 'saved as images and deleted'}
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin
 #: says.
 DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
             'reserved': ('extend', 'skip', 'delete'),
             **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
 #: The fields of the admin's forms, in the order in which people think of them.
+ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
+              'people': 'People'}
+FORM_PAGES = {'resource_add': '/admin/resources', 'resource_update': '/admin/resources',
+              'maintenance_add': '/admin/maintenance', 'limit_add': '/admin/people',
+              'token_add': '/admin/people'}
+DEED_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
+              'limit_delete': '/admin/people', 'token_revoke': '/admin/people',
+              'token_renew': '/tokens'}
+MOST_PEOPLE = 500  # tokens that are made at once
+#: What stands above a column, or a field, where it is not its name.
+HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
+         'most_vms': 'VMs at most', 'longest': 'Longest', 'ahead': 'How far ahead',
+         'least_notice': 'Least notice', 'vcpu_hours': 'vCPU-hours', 'exempt': 'Exempt within',
+         'label': 'Name', 'then': 'Affected reservations', 'hold': 'Least free time'}
+#: What of a reservation that was cancelled is reserved again.
+HAD_AGAIN = ('resource', 'vms', 'flavor', 'image', 'server', 'network', 'key', 'security_groups',
+         'metadata', 'at_end', 'notify', 'description', 'personal', 'user', 'host')
+MOST_LATELY = 300  # events of a project that are looked through for notices
+LENGTHS = ('hold', 'approval', 'no_show')
+#: What of a reservation stands on its page, and what it is called.
+FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
+         'at_end': 'At the end', 'notify': 'Notices go to',
+         'invite': 'Invited', 'request': 'Part of',
+         'description': 'Description'}
+#: Fields that a change can make empty.
+CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
+                          'notify', 'invite', 'lead', 'description'))
 FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes',
                           'mode', 'approval'),
          'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode', 'hold', 'approval',
-                             'no_show'),
+                             'no_show', 'default_image', 'default_flavor', 'default_vms'),
          'maintenance_add': ('resource', 'start', 'end', 'reason', 'then'),
          'limit_add': ('project', 'user', 'resource', 'most_vms', 'longest', 'ahead',
                        'least_notice', 'vcpu_hours',
@@ -21302,75 +22209,84 @@ TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_us
 TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
           'token_add': 'Make a token',
           'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'extend': 'is longer now', 'keep': 'goes on', 'skip': 'is left out',
+DONE = {'add': 'is reserved again', 'extend': 'is longer now', 'keep': 'keeps running',
+        'skip': 'is skipped',
         'undo': 'has the occurrence again', 'delete': 'is cancelled',
         'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
         'reject': 'is rejected'}
-MORE = {'network': 'Network', 'key': 'Key pair', 'lead': 'Boot before the start by',
-        'notify': 'Notify',
-        'skip_dates': 'Not on these dates'}  # further fields of the form to book
+#: The fields of a reservation: what stands above each, its kind, and what stands in it.
+FIELDS = {
+    'label': ('Name', 'text', 'a free name'), 'rename': ('Name', 'text', ''),
+    'resource': ('Resource', 'resource', ''), 'vms': ('VMs', 'number', ''),
+    'start': ('From', 'text', 'tue 10:00'), 'end': ('To', 'text', '12:00 or 2h'),
+    'repeat': ('Repeats', 'rules', 'once'), 'until': ('Until', 'text', '23 feb'),
+    'count': ('Or so many times', 'number', ''), 'skip_dates': ('Not on', 'text', '22 dec, 29 dec'),
+    'image': ('Image', 'image', ''), 'flavor': ('Flavor', 'flavor', ''),
+    'at_end': ('At the end', 'choice', ''), 'lead': ('Start VMs early by', 'text', '10m'),
+    'notify': ('Send notices to', 'text', 'eva@example.org'),
+    'description': ('Description', 'area', ''), 'network': ('Network', 'text', ''),
+    'key': ('SSH key pair', 'text', ''), 'server': ('Use an existing server', 'text', ''),
+    'security_groups': ('Security groups', 'text', 'web, ssh'),
+    'user_data': ('User data (cloud-init)', 'area', ''), 'metadata': ('Metadata', 'text', 'k=v'),
+    'personal': ('Who can start VMs in it', 'choice', ''), 'host': ('Whole host', 'text', ''),
+    'holidays': ('Leave out the days of a calendar', 'text', 'https://…/holidays.ics'),
+    'on_conflict': ('If a date does not fit', 'choice', ''), 'user': ('Owner', 'text', ''),
+    'invite': ('Invite by mail', 'text', 'ana@example.org'),
+    'confirm': ('Time to accept what became free', 'text', '30m')}
+FIELD_CHOICES = {
+    'at_end': [('', 'as usual: delete the VMs'), ('delete', 'delete the VMs'),
+               ('stop', 'stop the VMs'), ('shelve', 'shelve the VMs'),
+               ('snapshot', 'save an image of each, then delete')],
+    'personal': [('', 'the project'), ('true', 'only the owner'), ('false', 'the project')],
+    'on_conflict': [('', 'refuse all dates'), ('skip', 'leave it out')]}
+FIELDSETS = {'What': ('label', 'rename', 'resource', 'vms'), 'When': ('start', 'end'),
+          'Repeats': ('repeat', 'until', 'count', 'skip_dates'),
+          'Notices': ('notify', 'invite', 'description')}
+STARTING = ('image', 'flavor', 'at_end', 'lead')  # the fields of what starts
+BOOK_MORE = ('on_conflict', 'confirm', 'network', 'key', 'server', 'security_groups', 'user_data',
+             'metadata', 'personal', 'host', 'holidays')
 USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
                'monthly on first mon')
-BOOKING = ('label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'at_end', 'repeat',
-           'until', 'skip_dates',
-           'on_conflict', 'network', 'key', 'lead', 'notify', 'description', 'wait')
+BOOKING = ('label', 'resource', 'vms', 'start', 'end', *FIELDSETS['Repeats'], 'what', *STARTING,
+           *FIELDSETS['Notices'], *BOOK_MORE, 'wait')
+#: How a date of a series looks: its class, its sign, its word.
+OUTCOMES = {'ok': ('ok', 'ended', 'fits'), 'no': ('no', 'no', 'does not fit'),
+            'out': ('out', 'cancelled', 'left out')}
 
 
-class Cell(NamedTuple):
-    """A day, or some hours, of a time line; where it is in percent of its width; instants in
-    seconds.
+class Verdict(NamedTuple):
+    """What a form says of itself.
+
+    Args:
+      kind: ok, some of it or no; '' before it was checked
+      months: of a series, each with its weeks of days and what becomes of those
+      go, waits: what its buttons do; '' without one
+      focus: it goes to who has just sent the form
     """
-    left: float
-    width: float
-    begin: int
-    until: int
-    name: str
-    start: str
-    words: str = ''
-    free: str = ''
-    unit: str = ''
+    kind: str
+    head: str
+    words: Iterable[str] = ()
+    facts: Iterable[tuple[str, str]] = ()
+    months: Iterable[tuple] = ()
+    offers: Iterable[tuple[str, str]] = ()
+    go: str = ''
+    waits: str = ''
+    focus: bool = False
 
 
-class Bar(NamedTuple):
-    """A reservation, or a maintenance, on a time line."""
-    left: float
-    width: float
-    words: str
-    top: int = 0
-    text: str = ''
-    href: str = ''
-    kind: str = ''
-
-    @property
-    def narrow(self) -> bool:
-        """Whether its text has no room in it, and stands beside it."""
-        return self.width < ROOM
-
-    @property
-    def beside(self) -> float:
-        """Where that text begins, or ends where there is no room behind it."""
-        behind = round(self.left + self.width, 3)
-        return behind if behind <= 100 - ROOM else self.left
-
-
-class Drawn(NamedTuple):
-    """A resource on a time line: what it holds in words, its curve, and what stands on it."""
-    name: str
-    holds: str
-    summary: str
-    limited: bool
-    open: bool
-    path: str
-    cells: list[Cell]
-    closed: list[Bar]
-    bars: list[Bar]
-    height: int
-    left_out: int
+UNCHECKED = Verdict('', 'It says here whether it fits.', go='Book')
+CHOOSE = 'Choose an image, or hold capacity only.'
+MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
 
 
 def render_page(template: str, /, **values) -> str:
     """A template with its values, all of them escaped."""
-    return template_of(template).render(**values).strip('\n')
+    return template_of(template).render(mark=mark, **values).strip('\n')
+
+
+def mark(word: str, holds: Any) -> str:
+    """An attribute, or a class, that an element has where something holds."""
+    return f' {word}' if holds else ''
 
 
 @functools.lru_cache
@@ -21401,11 +22317,6 @@ class Visit:
         return self.service.clouds.keystone.names.get(id, id)
 
     @property
-    def home(self) -> str:
-        """Where what they look after is listed."""
-        return '/admin' if self.actor.role == ADMIN else '/tokens'
-
-    @property
     def writes(self) -> bool:
         """Whether they may change anything at all."""
         return self.actor is not None and self.actor.role != READER and not self.actor.scopes
@@ -21414,7 +22325,7 @@ class Visit:
     def links(self) -> list[tuple[str, str]]:
         """The pages that this person has a use for."""
         return [('/', 'Plan'), ('/list', 'Reservations'),
-                *([('/book', 'Book')] if self.writes else []), ('/tokens', 'Tokens'),
+                *([('/book', 'Book')] if self.writes else []),
                 *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
@@ -21428,22 +22339,29 @@ class Visit:
         return f'<input type="hidden" name="form" value="{self.form}">'
 
     def at(self, moment: datetime) -> str:
-        """A time for people, and where clocks differ from the service's own, that one too."""
-        here, there = moment.astimezone(self.zone), moment.astimezone(self.site)
-        day = '' if here.date() == there.date() else f'{there:%a} '
-        other = '' if here.utcoffset() == there.utcoffset() else (
-            f' <span class="soft small">({day}{there:%H:%M} {there:%Z})</span>')
-        shown = f'{here:%a} {here.day} {here:%b %Y %H:%M}'
-        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{shown}</time>{other}'
+        """A time in a table, whose head tells the zone."""
+        here = moment.astimezone(self.zone)
+        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%Y-%m-%d %H:%M}</time>'
 
     def plain(self, moment: datetime) -> str:
         """A time within a sentence."""
         here = moment.astimezone(self.zone)
-        return f'{here:%a} {here.day} {here:%b %H:%M}'
+        return f'{here:%a} {here.day} {here:%b %Y}, {here:%H:%M}'
+
+    def span(self, start: datetime, end: datetime) -> str:
+        """From when until when, within a sentence."""
+        one, other = start.astimezone(self.zone), end.astimezone(self.zone)
+        until = f'{other:%H:%M}' if one.date() == other.date() else self.plain(end)
+        return f'{self.plain(start)} to {until}'
+
+    @staticmethod
+    def sign(name: str) -> str:
+        """A drawing, for those who see it; a word stands beside it."""
+        return f'<svg class="i" aria-hidden="true"><use href="#s-{name}"/></svg>'
 
     def state(self, word: str) -> str:
         """A state as a word with its sign."""
-        return render_page('state', state=word, sign=SIGNS[word])
+        return f'<span class="state {word}">{self.sign(word)}{word}</span>'
 
     def cell(self, value) -> str:
         """Any value of an answer, as a table shows it."""
@@ -21459,6 +22377,11 @@ class Visit:
         which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
         return f'/r/{quote(label)}?{urlencode(which)}'
 
+    def href_of(self, found) -> str:
+        """The address of the page of a listed reservation, of a series of that occurrence."""
+        start = instant(found.start) if found.repeats else None
+        return self.href(found.label, found.project, start)
+
     def deed(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
         """The button that does something to what a line is about.
 
@@ -21467,35 +22390,728 @@ class Visit:
             reservation
           occurrence: of a series, the one that is meant
         """
+        if name == 'edit':
+            query = urlencode({'edit': line['name']})
+            return (f'<a class="btn tiny" href="/admin/resources?{in_html(query)}'
+                    f'#resource_update">Edit<span class="off"> {in_html(line["name"])}</span></a> ')
         words, field, bad = DEEDS[name]
+        occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
         undo = name == 'skip' and line.get('state') == 'cancelled'
         words, bad = ('Put back', False) if undo else (words, bad)
-        if 'label' in line:
+        if 'label' in line and 'project' in line:
             fields = {'label': line['label'], 'project': line['project']}
-            onward = '/list' if not wide or bad and not occurrence else self.href(*fields.values())
+            stays = line.get('which') or wide and (occurrence or not bad)
+            onward = self.href(*fields.values()) if stays else '/list'
             fields |= {'occurrence': occurrence} if occurrence else {}
             fields |= {'undo': 'true'} if undo else {}
             if name == 'delete':
                 words += ' this one' if occurrence else ' all' if line.get('tz') else ''
         else:
             fields = {key: line[key] for key in ('name', 'id') if key in line}
-            onward = self.home
+            onward = DEED_PAGES[name] if self.actor.role == ADMIN else '/tokens'
             fields = dict([next(iter(fields.items()))])
         field = field if wide or name in ('extend', 'keep') else None
         return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward},
                            words=words, bad=bad,
                            field=field, about=next(iter(fields.values())))
 
-    def deeds(self, found: dict) -> list[str]:
-        """What this person can do to a reservation."""
+    def deeds(self, found: dict, only: Iterable[str] = ()) -> list[str]:
+        """What this person can do to a reservation, or what of that is asked for."""
         asks = []
-        if found['state'] == 'pending' or 'change' in found:
+        if (found['state'] == 'pending' or 'change' in found) and not only:
             held = self.service.look.occurrence(found['id'])
             asks = (['accept'] if held.confirm else ['approve', 'reject']
                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or skips]
+        can = [deed for deed in can if not only or deed in only]
         return [*asks, *can] if self.writes else []
+
+
+# The time line: what of it stands where
+
+
+VIEWS = ('month', 'week', 'day', 'hours')  # from the longest to the shortest
+SNAPS = {'month': 1440, 'week': 15, 'day': 15, 'hours': 5}  # minutes to which a drag keeps
+NIGHT = 0.3        # of the width that an hour has by day, in a week
+DAWN, DUSK = 7 * 60, 20 * 60
+#: A time line is laid out for so many pixels; a wider one has more air, a narrower one scrolls.
+WIDE = 1000
+THINNEST = 7       # pixels that a bar is wide at least
+SIGN, PAD, GAP = 17, 7, 6
+FREELY = 3         # lanes that are opened for a label alone
+MOST_LANES = 8
+MOST_PLACES = 12   # resources on one time line
+MOST_BARS = 200    # reservations on one time line
+MOST_IN_MONTH = 150
+MOST_STEPS_DRAWN = 250   # steps of one resource; else there are spans, each with its peak
+UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
+WIDE_LETTERS, THIN_LETTERS = set('mwMW%@'), set("iljtfrI.,:;'|!()[]- 1")
+
+
+class HeadPart(NamedTuple):
+    """A part of the head of a time line, and what it leads to."""
+    x: float
+    width: float
+    begin: int
+    until: int  # in minutes
+    name: str
+    number: str
+    view: str
+    at: str
+    today: str
+    dx: int = 8
+    share: float = 0
+
+
+class TimeLine:
+    """A stretch of time as the clocks of a zone show it, in minutes from its first on.
+
+    Clocks that are changed move nothing in it: an hour that comes twice is one.
+    """
+
+    def __init__(self, view: str, at: datetime, zone: ZoneInfo):
+        self.view, self.zone, self.thin = view, zone, NIGHT if view == 'week' else 1
+        self.first, self.after = span_of_view(view, at)
+        self.begin, self.end = (int(from_wall(each, zone).timestamp())
+                                for each in (self.first, self.after))
+        self.length = int((self.after - self.first).total_seconds() // 60)
+        self.dawn = (self.first - at_midnight(self.first)).total_seconds() / 60
+        self.all = self.run(self.length) - self.run(0)
+
+    def run(self, minute: float) -> float:
+        """How far a minute is from a midnight, in minutes by day; by night time runs quicker."""
+        day, rest = divmod(minute + self.dawn, 1440)
+        light = max(0, min(rest, DUSK) - DAWN)
+        whole = DUSK - DAWN + self.thin * (1440 - DUSK + DAWN)
+        return day * whole + light + self.thin * (rest - light)
+
+    def x(self, minute: float) -> float:
+        """Where a minute is, in percent."""
+        minute = max(0, min(self.length, minute))
+        return round(100 * (self.run(minute) - self.run(0)) / self.all, 2)
+
+    def minute(self, seconds: float) -> float:
+        """The minute of an instant."""
+        return (to_wall(instant(seconds), self.zone) - self.first).total_seconds() / 60
+
+    def extent(self, begin: float, until: float) -> tuple[float, float]:
+        """Where some minutes are and how wide, in percent."""
+        left = self.x(begin)
+        return left, round(self.x(until) - left, 2)
+
+    def days(self, today: date) -> list[HeadPart]:
+        """The parts of its head: days, or hours of one."""
+        width = {'day': 120, 'hours': 60}.get(self.view, 1440)
+        return [self.part(minute, width, today) for minute in range(0, self.length, width)]
+
+    def part(self, minute: int, width: int, today: date) -> HeadPart:
+        wall = self.first + timedelta(minutes=minute)
+        hours = width < 1440
+        names = (f'{wall:%a}', f'{wall:%H:%M}') if hours else (f'{wall:%a}', f'{wall.day}')
+        at = f'{wall:%Y-%m-%dT%H}' if hours else f'{wall:%Y-%m-%d}'
+        return HeadPart(*self.extent(minute, minute + width), minute, minute + width, *names,
+                   'hours' if hours else 'day', at,
+                   'today' if wall.date() == today and not hours else '',
+                   4 if self.view == 'month' else 8)
+
+    def grounds(self, days: list[HeadPart]) -> list[tuple]:
+        """What lies under all: today, weekends and nights."""
+        shades = [('this-day' if each.today else 'off-day', each.x, each.width) for each in days
+                  if self.view in ('week', 'month')
+                  and (each.today or each.name in ('Sat', 'Sun'))]
+        if self.view == 'month':
+            return shades
+        midnights = range(-int(self.dawn), self.length, 1440)
+        nights = [self.extent(day + first, day + last) for day in midnights
+                  for first, last in ((0, DAWN), (DUSK, 1440))]
+        return shades + [('off-day', *each) for each in nights if each[1]]
+
+
+def span_of_view(view: str, at: datetime) -> tuple[datetime, datetime]:
+    """The first time on the clocks that is shown, and the first that is not any more."""
+    day = at_midnight(at)
+    if view == 'hours':
+        first = day + timedelta(hours=at.hour - at.hour % 3)
+        return first, first + timedelta(hours=6)
+    if view == 'month':
+        first = day.replace(day=1)
+        return first, (first + timedelta(days=31)).replace(day=1)
+    first = day - timedelta(days=day.weekday() if view == 'week' else 0)
+    return first, first + timedelta(days=7 if view == 'week' else 1)
+
+
+def named_span(line: TimeLine) -> str:
+    """What a time line shows, in words."""
+    first, last = line.first, line.after - timedelta(minutes=1)
+    if line.view == 'month':
+        return f'{first:%B %Y}'
+    if line.view == 'week':
+        return f'{first.day} {first:%b} – {last.day} {last:%b %Y}'
+    hours = f', {first:%H:%M} – {line.after:%H:%M}' if line.view == 'hours' else ''
+    return f'{first:%a} {first.day} {first:%b %Y}{hours}'
+
+
+def read_at(text: str | None) -> datetime | None:
+    """A day, or an hour of one, that is in an address; None if it is none."""
+    try:
+        wall = datetime.strptime((text or '')[:13].ljust(13, '0'), '%Y-%m-%dT%H') if 'T' in (
+            text or '') else at_midnight(date.fromisoformat(text or ''))
+        return wall if 1971 <= wall.year < 2199 else None
+    except ValueError:
+        return None
+
+
+class Level(NamedTuple):
+    """How full a resource is from a minute on: its share, what is free, and of which unit."""
+    at: float
+    share: float
+    free: int
+    unit: int
+    closed: bool
+
+
+def levels_of(place, line: TimeLine, days: list[HeadPart]) -> list[Level]:
+    """How full a resource is on a time line: step by step, in a month the fullest of each day."""
+    most, found = capacity(place), []
+    if line.view == 'month':
+        edges = [int(from_wall(line.first + timedelta(minutes=each.begin), line.zone).timestamp())
+                 for each in days] + [line.end]
+        width = math.gcd(*(after - at for at, after in zip(edges, edges[1:])))
+        spans = spans_of(place, line, width)
+        return [max(spans[(at - line.begin) // width:(after - line.begin) // width],
+                    key=lambda each: each.share)._replace(at=day.begin)
+                for day, at, after in zip(days, edges, edges[1:])]
+    for at, held in itertools.islice(steps(place.id, line.begin, line.end, most.names),
+                                     MOST_STEPS_DRAWN + 1):
+        found.append((line.minute(at), held))
+    if len(found) > MOST_STEPS_DRAWN:
+        return spans_of(place, line, (line.end - line.begin) // 168)
+    return levelled(found, in_figures(most))
+
+
+def spans_of(place, line: TimeLine, width: int) -> list[Level]:
+    """How full a resource is in each of some spans of so many seconds, at most."""
+    most = capacity(place)
+    found = peaks(place.id, line.begin, width, (line.end - line.begin) // width,
+                  (CLOSED, *most.names))
+    return levelled([(line.minute(line.begin + n * width), held)
+                     for n, held in enumerate(found)], in_figures(most))
+
+
+def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
+    """What is held from some minutes on, as levels; where nothing limits it, against the most
+    that is shown.
+    """
+    limits = {name: limit for name, limit in most.items() if limit is not None}
+    highest = max((held.vms for _, held in found), default=0)
+    levels, last = [], 0
+    for at, held in found:
+        last = max(at, last)  # an hour that comes twice is one
+        closed = bool(dict(held.classes).get(CLOSED))
+        if not limits:
+            levels.append(Level(last, held.vms / (1.6 * highest or 1), held.vms, 0, closed))
+            continue
+        used = in_figures(held)
+        shares = [used.get(name, 0) / limit if limit else 1 for name, limit in limits.items()]
+        share = max(shares)
+        unit = shares.index(share)
+        name = [*limits][unit]
+        free = max(limits[name] - used.get(name, 0), 0)
+        levels.append(Level(last, min(share, 1), 0 if closed else free, unit, closed))
+    return levels
+
+
+class Used(NamedTuple):
+    """How full a resource is for a while, as it is drawn."""
+    x: float
+    width: float
+    y: float
+    height: float
+    level: int
+
+
+def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[Used]:
+    """The levels as shapes: as high and as dark as it is full; in a month one for each day."""
+    shapes = []
+    for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
+        x, width = line.extent(each.at, after)
+        level = math.ceil(5 * each.share)
+        if month and not each.closed:
+            shapes.append(Used(x, round(width - .12, 2), 8, 26, level))
+        elif level and width and not each.closed:
+            high = max(round(28 * each.share), 2)
+            shapes.append(Used(x, width, 46 - high, high, level))
+    return shapes
+
+
+def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool) -> list[tuple]:
+    """What is free, or used where nothing limits it, wherever there is space to say so: where,
+    what and how.
+    """
+    if line.view == 'month':
+        return [(line.x(each.at + 60), in_brief_figures(each.free),
+                 f'm m{math.ceil(5 * each.share)}') for each in levels if not each.closed]
+    figures, before = [], None
+    for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
+        begin = now if each.at < now < after else each.at
+        words = f'{each.free} free' if limited else f'{each.free} used'
+        words, kind = ('full', 'full') if limited and not each.free else (words, '')
+        x, width = line.extent(begin, after)
+        fits = width * WIDE / 100 > text_width(words) + 12
+        if fits and not each.closed and words not in (before, '0 used'):
+            figures.append((x, words, kind))
+            before = words
+    return figures
+
+
+def in_brief_figures(n: int) -> str:
+    """A figure as short as a column of a month has space for."""
+    return str(n) if n < 1000 else f'{n // 1000}k' if n < 1_000_000 else f'{n // 1_000_000}M'
+
+
+def text_width(text: str) -> float:
+    """How many pixels a text is wide at most, at 12 pixels, half bold, in the usual fonts."""
+    return 12.4 * sum(.92 if letter in WIDE_LETTERS else .38 if letter in THIN_LETTERS else
+                      .74 if letter.isupper() else 1 if letter > '\u02ff' else .64
+                      for letter in text)
+
+
+def shortened(text: str, most: float) -> str:
+    """The longest whole parts of a name that are so wide at most, or ''."""
+    parts = re.split('(?<=[-._ ])', text)
+    shorter = (''.join(parts[:n]).rstrip('-._ ') + '…' for n in range(len(parts) - 1, 0, -1))
+    return next((each for each in shorter if len(each) > 3 and text_width(each) <= most), '')
+
+
+class Spot(NamedTuple):
+    """Where something could stand in a lane, with a text inside of it or beside; in pixels."""
+    low: float
+    high: float
+    side: str = ''
+    text: str = ''
+
+
+def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
+    """Where bars of one lane could have a text, the best first; the last is without one.
+
+    Args:
+      boxes: where each is, and its width
+      texts: what could be said, the longest first
+    """
+    (low, width), high = boxes[0], boxes[-1][0] + boxes[-1][1]
+    space = width - SIGN - 2 * PAD if len(boxes) == 1 else 0
+    inside = next((text for text in texts if text_width(text) <= space), '') or shortened(
+        texts[-1], space)
+    if inside:
+        yield Spot(low, high, 'in', inside)
+    else:
+        for text in (*texts[-2:], shortened(texts[-1], 70)):
+            wide = text_width(text) + 8
+            if text and high + wide <= WIDE:
+                yield Spot(low, high + wide, 'right', text)
+            if text and low >= wide:
+                yield Spot(low - wide, high, 'left', text)
+    yield Spot(low, high)
+
+
+def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | None]:
+    """Puts groups of boxes with their texts into lanes in which nothing touches anything: the
+    lane and spot of each, None where there is none.
+    """
+    taken: list[float] = []
+    for boxes, texts in groups:
+        found = next(((lane, spot) for spot in spots(boxes, texts)
+                      for lane in range(FREELY if spot.side in ('left', 'right') else MOST_LANES)
+                      if lane >= len(taken) or taken[lane] + GAP <= spot.low), None)
+        if found:
+            lane = min(found[0], len(taken))
+            taken[lane:lane + 1] = [found[1].high]
+            found = lane, found[1]
+        yield found
+
+
+class Bar(NamedTuple):
+    """A reservation on a time line: where, how it looks, what stands on it, in it and beside."""
+    x: float
+    width: float
+    y: int
+    kind: str
+    sign: str
+    round: int
+    words: str
+    href: str
+    data: str
+    inside: str = ''
+    beside: str = ''
+    beside_x: float = 0
+    beside_width: float = 0
+
+
+class Drawn(NamedTuple):
+    """A resource on a time line: what it has in words, how full it is, and what stands on it."""
+    name: str
+    holds: str
+    now: str
+    unit: str
+    share: float
+    summary: str
+    limited: bool
+    caps: str
+    steps: str
+    shut: str
+    used: list[Used]
+    figures: list[tuple]
+    closed: list[tuple]
+    bars: list[Bar]
+    more: list[tuple]
+    hint: int
+    height: int
+
+
+class Coming(NamedTuple):
+    """A reservation as a line of the agenda."""
+    href: str
+    start: str
+    end: str
+    state: str
+    label: str
+    words: str
+
+
+class Drawing:
+    """Draws the plan for somebody."""
+
+    def __init__(self, visit: Visit, line: TimeLine, href: Callable[..., str]):
+        self.visit, self.line, self.href = visit, line, href
+        now = visit.here.now.astimezone(visit.zone)
+        self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
+        self.shares: dict[int, float] = defaultdict(float)
+
+    def resource(self, place, found: list, changes: list[dict], hint: int) -> Drawn:
+        """All that stands in the row of a resource.
+
+        Args:
+          found: the reservations
+          changes: its maintenances and other changes of capacity
+          hint: where it says how to begin, in percent, if it does
+        """
+        line, levels = self.line, levels_of(place, self.line, self.days)
+        limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
+        units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
+        closed = [(*line.extent(*edges), words) for *edges, words in self.changes(changes)]
+        bars, more, lanes = self.bars(found)
+        self.note_shares(levels)
+        at_now = levelled([(0, level(place.id, self.visit.here.now.timestamp(),
+                                     (CLOSED, *capacity(place).names)))],
+                          in_figures(capacity(place)))[0]
+        least = min(levels, key=lambda each: -each.share).free
+        caps = [(n, '' if unit == 'VMs' else f'{unit} ')
+                for n, unit in zip(limits.values(), units)]
+        which = caps[at_now.unit] if caps else None
+        names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
+        return Drawn(
+            place.name, (names or 'no limit') + (' · needs approval' if place.approval else ''),
+            f'{at_now.free} of {which[0]}' if which else str(at_now.free),
+            f'{which[1]}free' if which else 'used', at_now.share,
+            f'at least {least} free at any time' if limits else 'nothing limits it', bool(limits),
+            json.dumps(caps), json.dumps([[round(each.at), each.free, each.unit]
+                                          for each in levels]).replace(' ', ''),
+            json.dumps([[round(at) for at in edges] + [words]
+                        for *edges, words in self.changes(changes)]),
+            drawn_use(levels, line, line.view == 'month'),
+            [each for each in drawn_figures(levels, line, self.now, bool(limits))
+             if not any(x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE
+                        for x, _, words in closed)], closed, bars, more, hint,
+            max(112, 68 + 25 * (lanes + bool(more))))
+
+    def strip(self) -> list[HeadPart]:
+        """The days with how full the fullest resource is in each."""
+        return [day._replace(share=self.shares[n]) for n, day in enumerate(self.days)
+                if self.line.view == 'week']
+
+    def note_shares(self, levels: list[Level]) -> None:
+        """Notes how full each day is."""
+        for each, after in zip(levels, [each.at for each in levels[1:]] + [self.line.length]):
+            for day in range(int(each.at // 1440), math.ceil(after / 1440)):
+                self.shares[day] = max(self.shares[day], each.share)
+
+    def changes(self, changes: list[dict]) -> Iterator[tuple]:
+        """When capacity is another, in minutes, and what is said of it."""
+        for each in changes:
+            first, last = (self.line.minute(each[name].timestamp()) for name in ('start', 'end'))
+            if last > 0 and first < self.line.length:
+                none = not any(each[name] for name in ('vms', 'vcpus', 'ram'))
+                yield first, last, f"{'closed' if none else 'less'}: {each['reason']}"
+
+    def bars(self, found: list) -> tuple[list[Bar], list[tuple], int]:
+        """Reservations as bars, where there are more than are drawn, and the number of lanes."""
+        groups = defaultdict(list)
+        for each in found:
+            groups[each.reservation if self.line.view == 'month' else each.id].append(each)
+        placed = in_lanes([([self.box(each) for each in group], self.texts(group[0]))
+                           for group in groups.values()])
+        bars, left, lanes = [], Counter(), 0
+        for group, spot in zip(groups.values(), placed):
+            if not spot:
+                day = next(n for n in reversed(range(len(self.days)))
+                           if self.days[n].begin <= max(self.line.minute(group[0].start), 0))
+                left[day] += len(group)
+                continue
+            lanes = max(lanes, spot[0] + 1)
+            bars += [self.bar(each, 56 + 25 * spot[0], spot[1], first=n == 0,
+                              last=n == len(group) - 1) for n, each in enumerate(group)]
+        word = '' if self.line.view == 'month' else ' more'
+        more = [(self.days[n].x, f'+{number}{word}',
+                 self.href(view='day', at=self.days[n].at) if self.days[n].view == 'day'
+                 else '/list') for n, number in sorted(left.items())]
+        return bars, more, lanes
+
+    def box(self, each) -> tuple[float, float]:
+        """Where a reservation is and how wide it is drawn, in pixels."""
+        x, width = self.line.extent(self.line.minute(each.start), self.line.minute(each.end))
+        width = max(width * WIDE / 100, THINNEST)
+        return min(x * WIDE / 100, WIDE - width), width
+
+    def is_own(self, each) -> bool:
+        return (each.user, each.project) == (self.visit.actor.user, self.visit.actor.project)
+
+    def texts(self, each) -> list[str]:
+        """What could be said of a reservation, the longest first."""
+        whole = f'{each.label} · {each.vms}'
+        return [*([] if self.is_own(each) else [f'{whole} · {each.user}']), whole, each.label]
+
+    def bar(self, each, y: int, spot: Spot, first: bool, last: bool) -> Bar:
+        """A reservation as a bar; of several in a lane, the text is with the first or the last."""
+        x, width = self.box(each)
+        own, side = self.is_own(each), spot.side
+        beside_x = x + width if side == 'right' else spot.low
+        text = spot.text if side == 'right' and last or side == 'left' and first else ''
+        return Bar(x * 100 / WIDE, width * 100 / WIDE, y, each.state if own else 'other',
+                   each.state if own and width >= SIGN else '', 4 if own else 2,
+                   self.words(each), self.visit.href_of(each), self.data(each) if own else '',
+                   spot.text if side == 'in' else ' ' if width >= SIGN and own else '',
+                   text, round(beside_x * 100 / WIDE, 2),
+                   round((text_width(text) + 8) * 100 / WIDE, 2))
+
+    def words(self, each) -> str:
+        """All of a reservation, for who points at it or hears it."""
+        starts = ''
+        if each.image or each.server:
+            at = instant(each.start - each.lead).astimezone(self.visit.zone)
+            starts = f'; {each.image or each.server} starts at {at:%H:%M}'
+        span = self.visit.span(instant(each.start), instant(each.end))
+        vms = counted(each.vms, 'VM')
+        return (f'{self.texts(each)[0]}: {span}; {vms} {each.flavor} on '
+                f'{each.resource}{starts}; {each.state}; {each.user}')
+
+    def data(self, each) -> str:
+        """What a script needs to move a reservation, if it can be moved; nothing else."""
+        running = each.state in ('starting', 'active', 'degraded')
+        if not self.visit.writes or not (running or each.state in ('reserved', 'waiting')):
+            return ''
+        said = {'label': each.label, 'project': each.project,
+                'occurrence': to_plain(instant(each.start)) if each.repeats else '',
+                'a': round(self.line.minute(each.start)), 'z': round(self.line.minute(each.end)),
+                **({'runs': '1'} if running else {})}
+        return ''.join(f' data-{name}="{in_html(value)}"' for name, value in said.items())
+
+    def agenda(self, found: list) -> list[tuple[str, list[Coming]]]:
+        """One's own reservations by day."""
+        days, zone = defaultdict(list), self.visit.zone
+        for each in [each for each in found if self.is_own(each)][:60]:
+            start, end = (instant(at).astimezone(zone) for at in (each.start, each.end))
+            day = f'{start:%a} {start.day} {start:%b}'
+            until = f'{end:%H:%M}' if end.date() == start.date() else f'{end:%a %H:%M}'
+            days[day].append(Coming(self.visit.href_of(each), f'{start:%H:%M}', until,
+                                    each.state, each.label,
+                                    f"{counted(each.vms, 'VM')} on {each.resource}"))
+        return [*days.items()]
+
+
+def at_of(line: TimeLine, wall: datetime) -> str:
+    """A time as an address of the plan has it."""
+    return f'{wall:%Y-%m-%dT%H}' if line.view == 'hours' else f'{wall:%Y-%m-%d}'
+
+
+def counted(number: int, name: str) -> str:
+    """A number of things: 1 VM, 2 VMs."""
+    return f'{number} {name}' if number == 1 else f'{number} {name}s'
+
+
+# One line that says what somebody wants, such as `15 ubuntu every tue 10-12 until 23 feb`
+
+
+CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
+NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from)\b|$)'
+#: Parts that a word begins, in the order in which they are taken out of the line.
+PHRASES = {name: re.compile(pattern) for name, pattern in {
+    'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
+    'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
+    'until': rf'\b(?:until|till) (.+?){NEXT_WORD}',
+    'before': rf'\bbefore (.+?)(?= anywhere\b|{NEXT_WORD[3:-1]})',
+    'count': r'\b(?:for )?(\d{1,3}) times\b',
+    'anywhere': r'\b(anywhere|any resource)\b',
+    'hold': r'\b(hold(?: capacity)?(?: only)?|capacity only|nothing starts)\b',
+    'span': rf'(?<![\d./-])(?:from )?{CLOCKED} ?(?:-|–|to) ?{CLOCKED}(?![\d./-])',
+    'long': r'(?:\bfor )?((?:\b\d+(?:\.\d+)? ?'
+            r'(?:weeks?|days?|d|hours?|hrs?|h|minutes?|mins?)\b ?)+)',
+    'at': r'(?:\bat )?\b(\d{1,2}:\d\d(?:am|pm)?|\d{1,2}(?:am|pm)|(?<=at )\d{1,2}|noon|midnight)\b',
+    'now': r'\b(now)\b'}.items()}
+FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines starting'.split())
+
+
+class QuickLine:
+    """What a person has typed in one line, read into the fields of the form.
+
+    Args:
+      here: where and when it was typed
+      offered: the names that could be meant: of resources, images and flavors
+    """
+
+    def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
+        self.here, self.offered = here, offered
+        self.left = ' '.join(text.lower().replace(',', ' , ').split())[:400]
+        self.today = here.now.astimezone(here.zone).date()
+        self.fields: dict[str, str] = {}
+        self.said: dict[str, str] = {}
+        self.read()
+
+    def take(self, name: str) -> re.Match | None:
+        """Takes a part out of the line."""
+        found = PHRASES[name].search(self.left)
+        if found:
+            self.left = f'{self.left[:found.start()]} {self.left[found.end():]}'
+        return found
+
+    def read(self) -> None:
+        """Reads it part by part; what is left has not been understood."""
+        self.said = {name: found[1].strip(' ,') for name in ('label', 'skip_dates')
+                     if (found := self.take(name))}
+        self.read_repeat()
+        self.said |= {name: found[1].strip(' ,') for name in PHRASES
+                      if name not in ('label', 'skip_dates', 'span') and name != 'at'
+                      and (found := self.take(name))} | (
+            {'span': found.groups()} if (found := self.take('span')) else {})
+        if 'span' not in self.said and (found := self.take('at')):
+            self.said['at'] = found[1]
+        self.read_dates()
+        self.read_times()
+        self.read_words()
+
+    def read_repeat(self) -> None:
+        """The longest run of words that says how it repeats."""
+        words = self.left.split()
+        for first, word in enumerate(words):
+            for last in range(min(len(words), first + 9), first, -1):
+                said = ' '.join(words[first:last]).replace(' , ', ', ')
+                if word in ('every', 'daily', 'weekly', 'monthly', 'weekdays') and is_rule(said):
+                    self.fields['repeat'] = said
+                    self.left = ' '.join(words[:first] + words[last:])
+                    return
+
+    def dates(self, text: str) -> list[date]:
+        """The dates that some words name; none if they name none."""
+        found = []
+        for each in re.split(' ?, ?| and ', text):
+            try:
+                days = dates_of(each.strip().removeprefix('the '), self.today)
+            except ValueError:
+                return []
+            found += days[:1]
+            if not days:
+                return []
+        return found
+
+    def read_dates(self) -> None:
+        """The day of the first, the last one, and those that are left out."""
+        for name in ('until', 'skip_dates', 'before'):
+            found = self.dates(self.said.get(name, ''))[:31] if name in self.said else []
+            if found:
+                self.fields[name] = ', '.join(day_in_words(each) for each in found)
+            elif name == 'until' and as_clock(self.said.get(name, '')):
+                self.said['end'] = self.said[name]
+            elif name in self.said:
+                self.left += f' {self.said[name]}'
+        words = self.left.split()
+        runs = ((n, m) for size in range(4, 0, -1) for n in range(len(words) - size + 1)
+                for m in [n + size])
+        first, last = next((run for run in runs if words[run[0]] not in FILLERS | {','}
+                            and self.dates(' '.join(words[slice(*run)]))), (0, 0))
+        self.day = self.dates(' '.join(words[first:last]))[:1] if last else []
+        self.left = ' '.join(words[:first] + words[last:])
+
+    def read_times(self) -> None:
+        """When it starts and ends; without a clock, at the next full hour, for an hour."""
+        one, other = self.said.get('span') or (self.said.get('at'), self.said.get('end'))
+        if one and other and one[-2:] not in ('am', 'pm') and other[-2:] in ('am', 'pm'):
+            one += other[-2:]
+        clock = as_clock(one or '')
+        if 'now' in self.said:
+            start = self.here.now
+        elif clock or self.day:
+            start = self.first_at(clock or '9:00')
+        else:
+            start = self.here.now.replace(minute=0) + timedelta(hours=1)
+        length = parse_duration(self.said['long']) if 'long' in self.said else timedelta(hours=1)
+        end = start + length
+        if other and as_clock(other):
+            end = parse_time(as_clock(other), self.here.zone, self.here.now, start)
+        self.start, self.end, self.length = start, end, end - start
+        self.timed = bool(clock or self.day or 'now' in self.said)
+
+    def first_at(self, clock: str) -> datetime:
+        """The first time at which clocks show something: on its day, or one of its weekdays."""
+        days = [f'{each} ' for each in re.findall(r'[a-z]+', self.fields.get('repeat', ''))
+                if len(each) > 1 and is_weekday(each)]
+        days = [f'{self.day[0]} '] if self.day else days or ['']
+        return min(parse_time(f'{day.rstrip().removesuffix("s")} {clock}', self.here.zone,
+                              self.here.now) for day in days)
+
+    def read_words(self) -> None:
+        """How many, of what and where; other words are not understood."""
+        unknown = []
+        if 'gpu' in self.left:
+            self.said['gpu'] = 'gpu'
+        for word in self.left.split():
+            number = re.fullmatch(r'(\d{1,6})x?', word)
+            kind, name = ('vms', number[1]) if number and 'vms' not in self.fields else (
+                self.named(word))
+            if kind and kind not in self.fields:
+                self.fields[kind] = name
+            elif word not in FILLERS | {','}:
+                unknown.append(word)
+        self.fields |= {name: self.said[name] for name in ('label', 'count') if name in self.said}
+        self.fields['what'] = 'hold' if 'hold' in self.said else 'image'
+        self.unknown = ' '.join(unknown)
+
+    def named(self, word: str) -> tuple[str, str]:
+        """Of which kind a word is a name, and that name: the latest that begins with it."""
+        for kind in ('resource', 'flavor', 'image'):
+            names = self.offered[kind]
+            same = [name for name in names if name.lower() == word]
+            begins = [name for name in names if kind != 'flavor' and len(word) > 1
+                      and name.lower().startswith(word)]
+            if found := same or sorted(begins):
+                return kind, found[-1]
+        return '', ''
+
+
+def is_rule(words: str) -> bool:
+    try:
+        return bool(read_repeat(words))
+    except ValueError:
+        return False
+
+
+def as_clock(word: str) -> str:
+    """A word as a clock shows it, 10 as 10:00; '' if it is none."""
+    word = f'{word}:00' if re.fullmatch(r'\d{1,2}', word) else word
+    return word if word and read_clock(word) is not None else ''
+
+
+def day_in_words(day: date) -> str:
+    return f'{day.day} {day:%b %Y}'
 
 
 class CloudNames:
@@ -21510,7 +23126,7 @@ class CloudNames:
         self.asking: dict[tuple[str, Sight], threading.Thread] = {}
 
     def of(self, account: str, sight: Sight,
-           patience: float = 1) -> tuple[dict[str, list[str]], str]:
+           patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
         """The names in sight, by kind; and why, if the cloud does not answer within some
         seconds.
         """
@@ -21531,11 +23147,95 @@ class CloudNames:
         """Looks the names up, however long that takes."""
         try:
             cloud = self.clouds.open(account)
-            names, why = {kind: sorted(cloud.names(kind, sight))[:500]
+            names, why = {kind: sorted(self.told(each) for each in cloud.things(kind)
+                                       if each.name and sight.shows(kind, each))[:500]
                           for kind in ('flavor', 'image')}, ''
         except CloudError as error:
             names, why = {'flavor': [], 'image': []}, str(error)
         self.found[account, sight] = time.monotonic() + (10 if why else 60), names, why
+
+    @staticmethod
+    def told(thing: Thing) -> tuple[str, str]:
+        """A name, and what is shown of it: of a flavor also its figures."""
+        if not (size := thing.flavor):
+            return thing.name, thing.name
+        others = ''.join(f' · {n} {name.removeprefix("CUSTOM_")}' for name, n in size.classes)
+        ram = f'{size.ram / 1024:g} GiB' if size.ram >= 1024 else f'{size.ram} MiB'
+        return thing.name, f"{thing.name} · {counted(size.vcpus, 'vCPU')} · {ram}{others}"
+
+
+class OpenId:
+    """Signing in at a provider of OpenID Connect: the code flow with PKCE."""
+    PATIENT = 5  # seconds
+    ALGORITHMS = ('RS256', 'PS256', 'ES256', 'EdDSA')
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @functools.cached_property
+    def provider(self) -> dict:
+        """What the provider tells of itself."""
+        issuer = self.config.oidc.rstrip('/')
+        found = self.ask(f'{issuer}/.well-known/openid-configuration')
+        if found.get('issuer', '').rstrip('/') != issuer:
+            raise Unavailable(f'{issuer} is another provider than it says')
+        return found
+
+    def ask(self, url: str) -> dict:
+        import requests
+        try:
+            answer = requests.get(url, timeout=self.PATIENT, allow_redirects=False)
+            answer.raise_for_status()
+            return answer.json()
+        except (requests.RequestException, ValueError) as error:
+            log.warning('the OpenID provider: %s', first_line(error))
+            raise Unavailable('the provider does not answer, so you can not sign in there. Try '
+                              'again in a minute') from None
+
+    def client(self, back: str):
+        from authlib.integrations.requests_client import OAuth2Session
+        return OAuth2Session(self.config.oidc_client, self.config.oidc_secret or None,
+                             scope='openid profile', redirect_uri=back,
+                             code_challenge_method='S256', default_timeout=self.PATIENT)
+
+    def begin(self, back: str) -> tuple[str, dict]:
+        """Where to sign in, and what must be known again afterwards."""
+        known = {name: secrets.token_urlsafe(32) for name in ('state', 'nonce', 'verifier')}
+        url, _ = self.client(back).create_authorization_url(
+            self.provider['authorization_endpoint'], state=known['state'], nonce=known['nonce'],
+            code_verifier=known['verifier'])
+        return url, known
+
+    def end(self, back: str, known: dict, said: dict, now: float) -> dict:
+        """The claims of who has signed in; Unauthorized if it isn't what was begun."""
+        import requests
+        from authlib.common.errors import AuthlibBaseError
+        from joserfc.errors import JoseError
+        if not secrets.compare_digest(said.get('state', ''), known['state']) or 'code' not in said:
+            raise Unauthorized(f"you are not signed in: {said.get('error') or 'begin anew'}")
+        try:
+            token = self.client(back).fetch_token(
+                self.provider['token_endpoint'], code=said['code'],
+                code_verifier=known['verifier'])
+            return self.claims(token, known['nonce'], now)
+        except (AuthlibBaseError, JoseError, LookupError, ValueError) as error:
+            log.warning('the OpenID provider: %s', first_line(error))
+            raise Unauthorized('you are not signed in: what the provider says of you is not '
+                               'valid') from None
+        except requests.RequestException as error:
+            raise Unavailable(f'the provider does not answer: {first_line(error)}') from None
+
+    def claims(self, token: dict, nonce: str, now: float) -> dict:
+        """What an ID token says, if it is for us, of this sign-in and still good."""
+        from authlib.oidc.core import CodeIDToken
+        from joserfc import jwk, jwt
+        keys = jwk.KeySet.import_key_set(self.ask(self.provider['jwks_uri']))
+        found = jwt.decode(token['id_token'], keys, algorithms=self.ALGORITHMS)
+        client, issuer = self.config.oidc_client, self.provider['issuer']
+        wanted = {'iss': {'value': issuer}, 'aud': {'value': client}}
+        known = {'nonce': nonce, 'client_id': client, 'access_token': token.get('access_token')}
+        CodeIDToken(found.claims, found.header, wanted, known).validate(now, leeway=60)
+        return found.claims
 
 
 class Pages:
@@ -21544,6 +23244,7 @@ class Pages:
     def __init__(self, service: Reservations):
         self.service = service
         self.names = CloudNames(service.clouds)
+        self.openid = OpenId(service.config)
         self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
         self.key_file = key_file(service.config.database, service.config.key)
         self.read: tuple = (None, [])  # the stamp of that file, and what was in it
@@ -21553,13 +23254,26 @@ class Pages:
         for verb, path, handle in (
                 ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
                 ('POST', '/book', self.add), ('GET', '/book/check', self.check),
+                ('GET', '/book/small', self.small),
                 ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('GET', '/tokens', self.tokens),
+                ('GET', '/admin', self.admin), ('GET', '/admin/use', self.use),
+                ('GET', '/admin/<tab>', self.admin), ('POST', '/admin/decide', self.decide),
+                ('POST', '/admin/people', self.people), ('GET', '/tokens', self.tokens),
+                ('GET', '/r/<label>/change', self.change),
+                ('POST', '/r/<label>/change', self.do_change),
+                ('POST', '/r/<label>/share', self.share),
+                ('GET', '/r/<label>/change/check', self.change_check),
+                ('GET', '/r/<label>/try', self.try_change),
+                ('GET', '/notices', self.notices), ('POST', '/notices', self.mark_read),
                 ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
             app.route(path, verb, self.visited(handle))
         for verb, path, handle in (('GET', '/sign-in', self.ask),
+                                   ('GET', '/s/<secret>', self.shared),
+                                   ('GET', '/s/<secret>/live', self.shared_live),
                                    ('POST', '/sign-in', self.sign_in),
                                    ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
+                                   ('GET', '/sign-in/oidc/begin', self.begin_oidc),
+                                   ('GET', '/sign-in/oidc', self.end_oidc),
                                    ('POST', '/sign-out', self.sign_out),
                                    ('POST', '/zone', self.choose_zone)):
             app.route(path, verb, self.visited(handle, signed_in=False))
@@ -21677,26 +23391,37 @@ class Pages:
             raise Forbidden('this form is of another person, or comes from elsewhere; go back and '
                             'load the page again')
 
-    def page(self, visit: Visit, title: str, body: str, status: int = 200):
-        """A whole page; what the last form did is said once."""
+    def page(self, visit: Visit, title: str, body: str, status: int = 200, headed: bool = True):
+        """A whole page; what the last form did is said once.
+
+        Args:
+          headed: its title stands above the body, which has no heading of its own
+        """
         import bottle
         note = self.unsigned('note', unquote(bottle.request.get_cookie('note') or ''))
         here = bottle.request.path
         back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
-        text = render_page('layout', title=title, body=body, visit=visit, note=note, here=here,
-                           version=LOOK,
-                           back=back if bottle.request.method == 'GET' and visit.actor else '/')
+        text = self.laid_out(visit, title, body, json.loads(note) if note else None, here,
+                             back if bottle.request.method == 'GET' and visit.actor else '/',
+                             headed)
         made = answered(text, status)
         if note:
             made.delete_cookie('note', path='/')
         return made
+
+    def laid_out(self, visit: Visit, title: str, body: str, note: dict | None = None,
+                 here: str = '', back: str = '/', headed: bool = True) -> str:
+        """The text of a whole page."""
+        return render_page('layout', title=title, body=body, visit=visit, note=note, here=here,
+                           back=back, headed=headed, drawings=DRAWINGS, version=LOOK,
+                           unread=len(self.told_of(visit, seen_by())) if visit.actor else 0)
 
     def asking(self, visit: Visit, request, given: dict):
         """The form to sign in, which leads back to what was asked for, and to what was typed."""
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
         query = (f'?{urlencode(typed)}' if request.method == 'POST'
                  else f'?{request.query_string}'.rstrip('?'))
-        aside = request.path.endswith(('/live', '/check'))
+        aside = request.path.endswith(('/live', '/check', '/try', '/small'))
         goes = request.method == 'GET' and not aside or request.path == '/book'
         status = 200 if request.method == 'GET' and not aside else 401
         back = request.path + query if goes else '/'
@@ -21730,13 +23455,69 @@ class Pages:
         except (Unauthorized, Forbidden) as error:
             return self.not_signed_in(visit, given, error)
         user, project = (service.names_of(each)[0] for each in found.scoped[:2])
-        lasts = min(service.config.signed_in, found.scoped.ends - service.clock())
-        made = self.token_of_session(Actor(user, project, role), service.clock() + lasts)
-        return self.signed_in_as(Actor(user, project, role), made, lasts, given)
+        actor = Actor(user, project, role)
+        return self.known_elsewhere(actor, 'Keystone', found.scoped.ends, given)
 
-    def token_of_session(self, actor: Actor, ends: float) -> str:
+    def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
+        """Begins a session of somebody whom others know, until they do not any more."""
+        now = self.service.clock()
+        lasts = min(self.service.config.signed_in, ends - now)
+        made = self.token_of_session(actor, f'signed in at {where}', now + lasts)
+        return self.signed_in_as(actor, made, lasts, given)
+
+    def back_here(self) -> str:
+        """The address to which a provider sends people back."""
+        import bottle
+        there = self.service.config.address.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return f'{there}/sign-in/oidc'
+
+    def begin_oidc(self, visit: Visit, given: dict):
+        """Leads to the provider; a cookie tells afterwards that it was begun here."""
+        if not self.service.config.oidc:
+            raise NotFound('nobody signs in here with OpenID Connect')
+        url, known = self.openid.begin(self.back_here())
+        made = self.onward(url)
+        text = json.dumps(known | {'next': local(given.get('next'))})
+        made.set_cookie('oidc', quote(self.signed('oidc', text), safe=''), path='/sign-in/oidc',
+                        httponly=True, samesite='lax', max_age=600,
+                        secure=self.service.config.address.startswith('https:'))
+        return made
+
+    def end_oidc(self, visit: Visit, given: dict):
+        """Signs in who comes back from the provider."""
+        import bottle
+        known = self.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
+        try:
+            if not known:
+                raise Unauthorized('this sign-in was not begun here, or too long ago')
+            known = json.loads(known)
+            said = self.openid.end(self.back_here(), known, given, self.service.clock())
+            actor = self.claimed(said)
+        except (Unauthorized, Forbidden) as error:
+            return self.not_signed_in(visit, given, error)
+        made = self.known_elsewhere(actor, 'the provider', said['exp'], {'next': known['next']})
+        made.delete_cookie('oidc', path='/sign-in/oidc')
+        # A redirect would still be of the provider's site, to which no strict cookie is sent.
+        made.status, made.body = 200, render_page('onward', href=local(known['next']))
+        del made.headers['Location']
+        return made
+
+    def claimed(self, said: dict) -> Actor:
+        """Who somebody is by their claims; Forbidden without a name."""
+        names = [each.strip() for each in self.service.config.oidc_claims.split(',')]
+        user, project, role = (f"{said.get(name) or ''}" for name in (*names, '', '', '')[:3])
+        if not user:
+            raise Forbidden(f"the provider does not say who you are: the claim '{names[0]}' is "
+                            'missing')
+        if role and role not in ROLES:
+            raise Forbidden(f"the provider says that your role is '{role}'; it must be one of "
+                            f"{', '.join(ROLES)}")
+        return Actor(user, project or 'default', role or USER)
+
+    def token_of_session(self, actor: Actor, purpose: str, ends: float) -> str:
         """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
-        purpose, hash = 'signed in at Keystone', secrets.token_hex(32)
+        hash = secrets.token_hex(32)
         with transaction():
             old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
                       'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
@@ -21757,7 +23538,8 @@ class Pages:
 
     def sign_in_form(self, refusal: str, back: str) -> str:
         return render_page('sign in', refusal=refusal, back=back,
-                           keystone=self.service.config.keystone)
+                           keystone=self.service.config.keystone,
+                           oidc=self.service.config.oidc, query=urlencode({'next': back}))
 
     def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
         """Begins a session of somebody, by the hash of a token."""
@@ -21799,11 +23581,17 @@ class Pages:
                         max_age=31536000)
         return made
 
-    def onward(self, href: str, note: str = ''):
-        """Leads on after a form, so that loading again does not send it again."""
+    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
+        """Leads on after a form, so that loading again does not send it again.
+
+        Args:
+          words: what was done, for the next page to say
+          undo: the operation, with its fields, that takes it back
+        """
         made = answered('', 303, {'Location': href})
-        if note:
-            self.set_cookie(made, 'note', quote(self.signed('note', note[:800]), safe=''), 60)
+        if words:
+            note = json.dumps({'words': words[:800], 'undo': undo})
+            self.set_cookie(made, 'note', quote(self.signed('note', note), safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -21814,90 +23602,144 @@ class Pages:
     # The time line
 
     def plan(self, visit: Visit, given: dict):
-        """Resources against time: what is held, what is one's own, what is free."""
-        view = given.get('view', 'week') if given.get('view') in VIEWS else 'week'
-        today = visit.here.now.astimezone(visit.zone).date()
-        first, after = span_of_view(view, read_date(given.get('at')) or today)
-        cells = cells_of(view, first, after, visit.zone)
-        begin, end = (int(from_wall(at_midnight(each), visit.zone).timestamp())
-                      for each in (first, after))
-        page = int(given['page']) if re.fullmatch('[0-9]{1,4}', given.get('page', '')) else 0
+        """Resources against time: how full they are, what is one's own, what is free."""
         places = sorted(visit.service.look.places(),
                         key=lambda each: (each.cloud, each.region, each.name))
+        if not places:
+            return self.page(visit, 'Plan', render_page('nothing', visit=visit))
+        view = given.get('view') if given.get('view') in VIEWS else 'week'
+        at = read_at(given.get('at')) or to_wall(visit.here.now, visit.zone)
+        number = given.get('page', '')
+        page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
+        kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
+
+        def href(**other) -> str:
+            chosen = {name: value for name, value in (kept | other).items() if value != ''}
+            return f'/?{urlencode(chosen)}'
+        line = TimeLine(view, at, visit.zone)
         shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        found = self.on_plan(visit, shown, begin, end)
-        drawn = [(place, self.draw(visit, place, cells, begin, end, view, [
-            each for each in found[:MOST_BARS] if each.resource_id == place.id]))
-                 for place in shown]
-        groups: dict = defaultdict(list)
-        for place, each in drawn:
-            groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(each)
-        now = visit.service.clock()
-        return self.page(visit, 'Plan', render_page(
-            'plan', visit=visit, brief=in_brief_figures, views=VIEWS, view=view, at=first,
-            before=first - timedelta(days=1), after=after,
-            span=named_span(view, first, after), cells=cells, groups=groups.items(), begin=begin,
-            end=end,
-            snap=900 if view == 'day' else 3600, bars=MOST_BARS, page=page,
-            edges=','.join(str(each.begin) for each in cells) + f',{end}' if view == 'month'
-            else '',
-            now_at=percent(now, begin, end) if begin <= now < end else None,
-            left_out=len(found) > MOST_BARS,
-            more=f'&page={page}' if page else '',
-            next_places=page + 1 if len(places) > (page + 1) * MOST_PLACES else 0))
+        more = page + 1 if len(places) > (page + 1) * MOST_PLACES else 0
+        return self.page(visit, 'Plan', self.drawn(visit, line, shown, href, kept, more),
+                         headed=False)
 
-    def on_plan(self, visit: Visit, places: list, begin: int, end: int) -> list:
+    def drawn(self, visit: Visit, line: TimeLine, places: list, href: Callable[..., str],
+              kept: dict, next_places: int) -> str:
+        """The plan of some resources."""
+        drawing = Drawing(visit, line, href)
+        found = self.on_plan(visit, places, line, bool(kept['mine']))
+        most = MOST_IN_MONTH if line.view == 'month' else MOST_BARS
+        left_out, found = len(found) > most, found[:most]
+        coming = visit.service.matching('', dict.fromkeys(('resource', *PLACE), '') | {
+            'user': visit.actor.user, 'project': visit.actor.project}, (), None, None, 30, '')
+        first = not coming and not found and visit.writes and not visit.service.over('', 1)
+        changes, groups = defaultdict(list), defaultdict(list)
+        for each in visit.service.maintenance_list():
+            changes[each['resource']].append(each)
+        for place in places:
+            own = [each for each in found if each.resource_id == place.id]
+            hint = first and place is places[0] and (60 if line.x(drawing.now) < 45 else 10)
+            groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(
+                drawing.resource(place, own, changes[place.name], hint))
+        middle = line.first + (line.after - line.first) / 2
+        today = to_wall(visit.here.now, visit.zone)
+        middle = today if line.first <= today < line.after else middle
+        zoom = VIEWS.index(line.view)
+        ways = [*(VIEWS[zoom - 1:zoom] or ['']), *(VIEWS[zoom + 1:zoom + 2] or [''])]
+        states = dict.fromkeys(each.state if drawing.is_own(each) else 'other' for each in found)
+        inside = 0 <= drawing.now < line.length
+        return render_page(
+            'plan', visit=visit, first=self.first_day(visit, places) if first else '',
+            line=self.ask_line() if visit.writes else '', cards=self.cards(visit, coming),
+            way=href, counted=counted, after=at_of(line, line.after),
+            before=at_of(line, line.first - (line.after - line.first)),
+            at=at_of(line, line.first), span=named_span(line), mine=kept['mine'], view=line.view,
+            zooms=ways, middle=f'{middle:%Y-%m-%dT%H}', strip=drawing.strip(),
+            corner={'week': 'Nights are narrow', 'month': 'Least free that day'}.get(line.view, ''),
+            grounds=line.grounds(drawing.days), cells=drawing.days,
+            now=line.x(drawing.now) if inside else None, clock=f'{today:%H:%M}',
+            groups=groups.items(), first_minute=line.first.isoformat(timespec='minutes'),
+            length=line.length, thin=line.thin, snap=SNAPS[line.view], agenda=drawing.agenda(found),
+            legend=states, page=kept['page'] or 0, next_places=next_places, left_out=left_out,
+            bars=most)
+
+    def on_plan(self, visit: Visit, places: list, line: TimeLine, mine: bool) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        filters, where = visit.service.look.filtered(
-            dict.fromkeys(('user', 'project', 'resource', *PLACE), ''))
+        asked = dict.fromkeys(('user', 'project', 'resource', *PLACE), '')
+        if mine:
+            asked |= {'user': visit.actor.user, 'project': visit.actor.project}
+        filters, where = visit.service.look.filtered(asked)
         filters |= {'places': [each.id for each in places]}
-        where += [('o.start < ?', end), ('o."end" > ?', begin), ('o.cancelled IS NULL',)]
-        ways = visit.service.look.ways(filters, (), begin)
-        return visit.service.look.page(ways, where, (), MOST_BARS + 1, fields=BRIEF)
+        where += [('o.start < ?', line.end), ('o."end" > ?', line.begin), ('o.cancelled IS NULL',)]
+        return visit.service.look.page(visit.service.look.ways(filters, (), line.begin), where, (),
+                                  MOST_BARS + 1, fields=BRIEF)
 
-    def draw(self, visit: Visit, place, cells: list[Cell], begin: int, end: int, view: str,
-             found: list) -> Drawn:
-        """A resource on a time line: its curve, what is free in each cell, and what stands on
-        it.
+    def cards(self, visit: Visit, coming: list) -> list[tuple]:
+        """What runs, what is next, and what needs somebody: a sign, a head, a label, words, the
+        rest, an address.
         """
-        most = capacity(place)
-        width = {'day': 900, 'week': 3600, 'month': 10800}[view]
-        levels = peaks(place.id, begin, width, -(-(end - begin) // width), most.names)
-        limits = {name: n for name, n in in_figures(most).items() if n is not None}
-        highest = max((each.vms for each in levels), default=0)
-        shares = [share_of(in_figures(each), limits, highest) for each in levels]
-        filled = [told_free(cell,
-                            levels[(cell.begin
-                                    - begin) // width:-(-(cell.until - begin) // width)], limits)
-                  for cell in cells]
-        bars, lanes = bars_of(visit, found, begin, end)
-        changes = [(each['start'].timestamp(), each['end'].timestamp(), each['reason'])
-                   for each in visit.service.maintenance_list(place.name)]
-        closed = [Bar(*extent(start, until, begin, end), why) for start, until, why in changes
-                  if start < end and until > begin]
-        holds = ', '.join(f'{n} {name}' for name, n in limits.items()) or 'without a limit'
-        least = min((each for each in filled if each.free), key=lambda each: int(each.free),
-                    default=None)
-        summary = (f"at least {least.free} {least.unit or 'vms'} free at any time" if least
-                   else 'nothing limits it')
-        opened = not limits or all(limits.values())
-        return Drawn(place.name, holds, summary, bool(limits), opened, curve(shares), filled,
-                     closed, bars,
-                     68 + 21 * lanes, len(found) - len(bars))
+        def card(head: str, kinds: tuple, words: Callable, more: Callable) -> list[tuple]:
+            found = next((each for each in coming if each.state in kinds), None)
+            return [(found.state, head, found.label, words(found), more(found),
+                     visit.href_of(found))] if found else []
+
+        def starts(each) -> str:
+            at = instant(each.start - each.lead)
+            what = f"{counted(each.vms, 'VM')} on {each.resource}"
+            return f'{what}, {each.image} starts at {visit.plain(at)[-5:]}' if each.image else what
+
+        def ends(each) -> str:
+            left = format_duration(max(60, (each.end - visit.here.now.timestamp()) // 60 * 60))
+            return f'ends {visit.plain(instant(each.end))}, in {left}'
+        return [*card('Running now', ('active', 'starting'),
+                      lambda each: f'{each.up} of {each.vms} ready' if each.runs
+                      else counted(each.vms, 'VM'), ends),
+                *card('Next', ('reserved',),
+                      lambda each: visit.span(instant(each.start), instant(each.end)), starts),
+                *card('Needs you', ('degraded', 'pending'), lambda each: each.state, starts)]
+
+    def ask_line(self, typed: str = '') -> str:
+        """The line in which people say what they want."""
+        return render_page('line', visit=Visit, typed=typed, example=EXAMPLES[0])
+
+    def first_day(self, visit: Visit, places: list) -> str:
+        """What somebody reads who has reserved nothing yet."""
+        people = row('SELECT count(*) AS n FROM token WHERE revoked IS NULL').n
+        steps = [(True, f"{counted(len(places), 'resource')} can be booked",
+                  '/admin/resources#resource_add', 'Add another'),
+                 (people > 1, 'Let people in: a sign-in token for each',
+                  '/admin/people#token_add', 'Make tokens'),
+                 (False, 'Make the first reservation', '/book', 'Try it')]
+        return render_page('first day', visit=visit, line=self.ask_line(), steps=steps,
+                           examples=EXAMPLES, urlencode=urlencode)
 
     # Reservations
 
     def list(self, visit: Visit, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
-        after, over = given.get('after', ''), 'over' in given
+        after, over, state = given.get('after', ''), 'over' in given, given.get('state', '')
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
+        state = state if state in STATES and not over else ''
         service = visit.service
-        lines = service.over if over else lambda after, most: service.list(limit=most, after=after)
+
+        def lines(after: str, most: int) -> list[dict]:
+            return (service.over(after, most) if over
+                    else service.list(state=[state] if state else (), limit=most, after=after))
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
+        empty = 'Nothing is finished yet.' if over else 'Nothing is reserved.'
+        more = f'state={state}&' if state else 'over=1&' if over else ''
         return self.page(visit, 'Reservations', render_page(
-            'list', visit=visit, lines=self.lines(visit, found), over=over,
+            'list', visit=visit, over=over, state=state, more=more,
+            states=[each for each in STATES if each not in OVER],
+            table=self.listed(visit, found, given, empty),
             after=last if last and lines(last, 1) else ''))
+
+    def listed(self, visit: Visit, found: list[dict], given: dict, empty: str = '') -> str:
+        """A table of reservations."""
+        columns = 'label state resource vms start end addresses'.split()
+        deeds = ['change'] if visit.writes else []
+        return self.table(visit, 'Reservations', columns + deeds, self.lines(visit, found), given,
+                          empty=empty)
 
     def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
         """Reservations with their addresses, how late they were ready, and what can be done to
@@ -21911,8 +23753,51 @@ class Pages:
             servers[each.occurrence_id].append(each)
         return [each | {'addresses': sum((json.loads(server.addresses)
                                           for server in servers[each['id']]), []),
-                        'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each),
-                        'href': visit.href(each['label'], each['project'])} for each in found]
+                        'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each)}
+                for each in found]
+
+    def table(self, visit: Visit, name: str, columns: list[str], lines: list[dict], given: dict,
+              empty: str = 'None.', picks: str = '') -> str:
+        """A table that a click on a head sorts.
+
+        Args:
+          given: the arguments of the page; `sort` is a column, with a minus the other way round
+          picks: what comes before the key of a line in the name of the box that selects it
+        """
+        sort, down = given.get('sort', '').lstrip('-'), given.get('sort', '').startswith('-')
+        if sort in columns:
+            lines = sorted(lines, key=lambda line: sort_key(line.get(sort)), reverse=down)
+        kept = {key: value for key, value in given.items() if key not in ('sort', 'after')}
+        heads = []
+        for key in columns:
+            order = ('descending' if down else 'ascending') if key == sort else ''
+            way = f'-{key}' if order == 'ascending' else key
+            href = '' if key in ('change', 'addresses') else f'?{urlencode(kept | {"sort": way})}'
+            zone = f' ({visit.zone.key})' if any(isinstance(line.get(key), datetime)
+                                                 for line in lines) else ''
+            words = HEADS.get(key, key.replace('_', ' ').capitalize())
+            heads.append((key.replace('_', ' '), words + zone, href, order))
+        rows = [(line.get('label') or line.get('id'),
+                 [self.cell(visit, key, line) for key in columns]) for line in lines]
+        return render_page('table', visit=visit, name=name, id=name.split()[0].lower(), heads=heads,
+                           lines=rows, empty=empty, picks=picks)
+
+    def cell(self, visit: Visit, key: str, line: dict) -> str:
+        """What a table shows of a line."""
+        value = line.get(key)
+        if key == 'state' and value in STATES:
+            more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
+                           for each in ('fault', 'late') if line.get(each))
+            return f'<div>{visit.state(value)}{cut_short(more)}</div>'
+        if key == 'label' and value:
+            of = (f'<br><span class="soft small"><bdi>{in_html(line["user"])}</bdi> in '
+                  f'<bdi>{in_html(line["project"])}</bdi></span>'
+                  if visit.actor.role == ADMIN and 'user' in line else '')
+            href = in_html(visit.href(value, line['project'], line.get('which')))
+            return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
+        if key == 'change' and 'deeds' in line:
+            return '<div>' + ''.join(visit.deed(each, line) for each in line['deeds']) + '</div>'
+        return visit.cell(value)
 
     def reservation(self, visit: Visit, label: str, given: dict):
         """All of one reservation; what is live in it is loaded again and again."""
@@ -21924,23 +23809,23 @@ class Pages:
             project = found['parts'][0]['project']
             whole = [visit.deed(deed, {'label': label, 'project': project}, True)
                      for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
-            return self.page(visit, label, render_page('list', visit=visit,
-                                                       lines=self.lines(visit, found['parts']),
-                                                       after=0, over=None) + ''.join(whole))
+            return self.page(visit, label, self.listed(visit, found['parts'], given)
+                             + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
-        running = found['tz'] and found['state'] in ('starting', 'active', 'degraded')
-        only = occurrence or (to_plain(found['start']) if running else '')
+        href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
+        changes = found['state'] not in (*OVER, 'ending')
         return self.page(visit, label, render_page(
-            'reservation', visit=visit, found=found, live=live, href=f'/r/{quote(label)}',
-            query=f'?{urlencode(query)}',
-            back=visit.href(label, found['project']), over=(*OVER, 'ending'), occurrence=only,
-            tag=hashed(live)[:20],
-            **{name: local_time(found[name], visit.zone) for name in ('start', 'end')}))
+            'reservation', visit=visit, found=found, live=live, href=href, query=query,
+            share=self.share_form(visit, found),
+            change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
 
     def live(self, visit: Visit, label: str, given: dict):
         """What is live of a reservation's page, if it is another than the browser has."""
+        return self.unless_same(self.shown(visit, label, given)[1])
+
+    def unless_same(self, text: str):
+        """A part of a page, if it is another than the browser has."""
         import bottle
-        text = self.shown(visit, label, given)[1]
         tag = f'"{hashed(text)[:20]}"'
         same = tag == header(bottle.request, 'If-None-Match')
         return answered('' if same else text, 304 if same else 200, {'ETag': tag})
@@ -21951,48 +23836,299 @@ class Pages:
         found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
         if 'parts' in found:
             return found, '', ''
-        facts = [('Machines', f"{found['vms']} {found['flavor']} {found['image']}"),
-                 ('Resource', found['resource']),
-                 ('Waits for approval', found.get('change')),
-                 ('Host', found['host']), ('Owner', f"{found['user']} in {found['project']}"),
+        facts = [('Waits for approval', found.get('change')),
+                 ('Owner', f"{found['user']} in {found['project']}"),
                  ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
-                 ('At the end', found['at_end'] if found['image'] or found['server'] else ''),
-                 ('Part of', found['request']), ('Description', found['description'])]
+                 *((words, found[name]) for name, words in FACTS.items())]
         events, occurrence = visit.service.events(label, found['project'],
                                                   limit=50)[::-1], asked.get('occurrence', '')
         deeds = [visit.deed(each, found, True,
                             occurrence if each in ('extend', 'skip', 'delete') else '')
                  for each in visit.deeds(found)]
         facts = [(name, visit.cell(value)) for name, value in facts if value]
-        return found, render_page('live', visit=visit, found=found, events=events,
-                                  late=lateness_told, deeds=deeds,
-                                  facts=facts), occurrence
+        comes = [each | {'label': label, 'project': found['project'], 'which': each['start'],
+                         'deeds': visit.deeds(found | each, only=('skip',))}
+                 for each in found.get('occurrences', ())[:60]]
+        columns = ['label', 'start', 'end', 'vms', 'state', *(['change'] if visit.writes else [])]
+        up = sum(each['state'] == 'active' for each in found['servers'])
+        running = found['state'] in ('starting', 'active', 'degraded')
+        login = self.service.config.login
+        return found, render_page(
+            'live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
+            facts=facts, starts=what_starts(visit, found), track=track_of(visit, found),
+            ready=f"{up} of {found['vms']} ready" if running and found['servers'] else '',
+            logins=lambda server: [login.replace('{address}', each)
+                                   for each in server['addresses']],
+            occurrences=self.table(visit, 'Occurrences', columns, comes, {}) if comes else ''
+        ), occurrence
+
+    # Sharing
+
+    def share_form(self, visit: Visit, found: dict) -> str:
+        """What stands on a reservation's page of the page that is shared."""
+        shared = row('SELECT h.* FROM share h JOIN occurrence o '
+                     'ON o.reservation_id = h.reservation_id WHERE o.id = ?', found['id'])
+        if not visit.writes or found['state'] in OVER and not shared:
+            return ''
+        return render_page('share', visit=visit, found=found, n=found['vms'], counted=counted,
+                           link=self.share_link(shared) if shared else '',
+                           seats='\n'.join(json.loads(shared.seats)) if shared else '')
+
+    def share_link(self, shared) -> str:
+        """The address of a shared page; nobody can make it without our key."""
+        here = self.service.config.served
+        secret = self.sign('share', f'{shared.id} {shared.nonce}')[:40]
+        return f'{here}/s/{shared.id}-{secret}'
+
+    def share(self, visit: Visit, label: str, given: dict):
+        """Makes or revokes the address of a shared page, or says who sits where."""
+        if not visit.writes:
+            raise Forbidden(f"your role is {visit.actor.role}, so you can't share reservations")
+        seats = [each.strip()[:100] for each in given.get('seats', '').splitlines()][:1000]
+        with visit.service.writing():
+            found = visit.service.look.mine(label, given.get('project', ''), live=False)
+            if given.get('do') == 'revoke':
+                run('DELETE FROM share WHERE reservation_id = ?', found.reservation)
+            else:
+                run('INSERT INTO share (reservation_id, nonce, seats) VALUES (?, ?, ?) ON CONFLICT '
+                    '(reservation_id) DO UPDATE SET seats = excluded.seats', found.reservation,
+                    secrets.token_hex(8), json.dumps(seats))
+        words = {'revoke': 'The link is revoked: nobody can use it any more',
+                 'seats': 'The seats are saved'}.get(given.get('do'), 'Everybody with the link '
+                                                     'below can see this reservation')
+        return self.onward(visit.href(found.label, found.project) + '#share', words)
+
+    def shared(self, visit: Visit, secret: str, given: dict):
+        """The page of one reservation, for who has its address; nothing else is on it."""
+        found, text = self.seats(visit, secret)
+        return self.page(visit, found['label'], render_page(
+            'shared', visit=visit, live=text, tag=hashed(text)[:20], href=f'/s/{secret}',
+            drawn=qr_path(f'{self.share_link(found["shared"])}')))
+
+    def shared_live(self, visit: Visit, secret: str, given: dict):
+        """What is live of that page."""
+        return self.unless_same(self.seats(visit, secret)[1])
+
+    def seats(self, visit: Visit, secret: str) -> tuple[dict, str]:
+        """A reservation that is shared, and its VMs as seats."""
+        id, _, sign = secret.partition('-')
+        shared = row('SELECT h.*, r.label, r.user, r.project FROM share h JOIN reservation r '
+                     'ON r.id = h.reservation_id WHERE h.id = ?', int(id)) if re.fullmatch(
+                         '[0-9]{1,18}', id) else None
+        if not shared or not any(secrets.compare_digest(
+                sign.encode(), self.sign('share', f'{shared.id} {shared.nonce}', key)[:40].encode())
+                for key in self.keys):
+            raise NotFound('this link is not known, or was revoked. Ask who gave it to you')
+        service = self.service.acting(Actor(shared.user, shared.project, READER))
+        occurrence = service.look.next_of(shared.reservation_id)
+        found = public(service.look.occurrence(occurrence.id)) | {'shared': shared}
+        login, names = self.service.config.login, json.loads(shared.seats)
+        lines = [(n, each['name'], names[n - 1] if n <= len(names) else '', each['state'], [
+            login.replace('{address}', address) for address in each['addresses']])
+            for n, each in enumerate(service.look.servers_of(occurrence.id), 1)]
+        return found, render_page('seats', visit=visit, found=found, lines=lines,
+                                  when=visit.span(found['start'], found['end']),
+                                  ends=ENDS_SO[found['at_end'] or 'delete'])
+
+    # Changing
+
+    def change(self, visit: Visit, label: str, given: dict):
+        """The form that changes a reservation, with all that can be changed."""
+        found, only = self.to_change(visit, label, given)
+        return self.changing(visit, label, found, only, given, self.stored_fields(visit, found))
+
+    def changing(self, visit: Visit, label: str, found: dict, only: tuple, given: dict, said: dict,
+                 verdict: Verdict | None = None, status: int = 200):
+        """The page with the form that changes a reservation."""
+        query = urlencode({name: given[name] for name in ('project', 'occurrence')
+                           if given.get(name)})
+        verdict = verdict or Verdict('', 'Nothing is changed yet.', go='Change')
+        href = f'/r/{quote(label)}/change'
+        more = tuple(each for each in BOOK_MORE if each != 'confirm') + (
+            ('user',) if visit.actor.role == ADMIN else ())
+        return self.page(visit, f'Change {label}', self.form(
+            visit, said, verdict, more, was=self.stored_fields(visit, found), only=only, line='',
+            action=f'{href}?{query}', check=f'{href}/check?{query}'), status)
+
+    def to_change(self, visit: Visit, label: str, given: dict) -> tuple[dict, tuple]:
+        """A reservation that is to change, and the fields that can, if not all."""
+        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+        found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
+        if 'parts' in found:
+            raise Conflict(f"'{label}' has several parts. Change them one by one.")
+        running = found['state'] in ('starting', 'active', 'degraded')
+        only = ('resource', 'start', 'end', 'vms') if 'occurrence' in asked else ()
+        return found, ('end', 'vms', 'notify', 'description', 'rename') if running else only
+
+    def stored_fields(self, visit: Visit, found: dict) -> dict:
+        """The fields of the form as a reservation has them."""
+        said = {name: in_field(found.get(name)) for name in BOOKING} | {
+            'rename': found['label'], 'what': 'image' if found['image'] or found['server'] else
+            'hold', 'lead': format_duration(found['lead']) if found['lead'] else '',
+            'repeat': in_cell(found['repeat'], visit.zone) if found['repeat'] else '',
+            'user': found['user'], 'count': '', 'until': '', 'skip_dates': ''}
+        return self.timed(visit, said, found['start'], found['end'])
+
+    def changed(self, visit: Visit, label: str, given: dict, dry_run: bool) -> tuple[dict, str]:
+        """Does what a form of changes says: the answer, and its sentence."""
+        found, only = self.to_change(visit, label, given)
+        before = self.stored_fields(visit, found)
+        said = {name: given[name] for name in (*BOOKING, 'rename', 'user') if name in given
+                and name != 'label' and given[name] != given.get(f'was_{name}', before.get(name))}
+        what = said.pop('what', '')
+        if what == 'hold' and found['image']:
+            said['image'] = ''
+        if said.get('skip_dates'):
+            said['skip_dates'] = days_left_out(said['skip_dates'], visit.here)
+        said = {name: {'lead': '0s'}.get(name, value) if value == '' else value
+                for name, value in said.items() if value != '' or name in CAN_BE_EMPTY}
+        occurrence = given.get('occurrence', '')
+        if found['tz'] and not occurrence and found['state'] in ('starting', 'active', 'degraded'):
+            occurrence = to_plain(found['start'])
+        asked = {'label': label, 'project': found['project'], 'occurrence': occurrence}
+        if 'end' in said and 'start' not in said:  # a bare clock comes after the start
+            said['end'] = to_plain(parse_end(said['end'], found['start'], visit.here))
+        said |= {name: value for name, value in asked.items() if value} | {'tz': visit.zone.key}
+        return visit.service.update(**bind(API['update'], said, visit.here), dry_run=dry_run)
+
+    def change_check(self, visit: Visit, label: str, given: dict):
+        """Whether a change would fit."""
+        return answered(self.verdict(visit, self.changes_to(visit, label, given)))
+
+    def changes_to(self, visit: Visit, label: str, given: dict, focus: bool = False) -> Verdict:
+        """What would become of a reservation."""
+        try:
+            answer = self.changed(visit, label, given, True)
+        except Error as error:
+            return Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
+                           go='Change', focus=focus)
+        return Verdict('ok', 'It fits', [what_starts(visit, answer)], go='Change')
+
+    def try_change(self, visit: Visit, label: str, given: dict):
+        """In a few words whether a reservation could be moved, for who drags it."""
+        try:
+            answer = self.changed(visit, label, given, True)
+        except Error as error:
+            return answered(f'does not fit: {error}'[:160], headers=PLAIN_TEXT)
+        free = [each['free_vms'] for each in visit.service.usage(
+            answer['resource'], answer['start'], answer['end']) if each['free_vms'] is not None]
+        words = f'fits, {min(free)} VMs free there now' if free else 'fits'
+        return answered(words, headers=PLAIN_TEXT)
+
+    def do_change(self, visit: Visit, label: str, given: dict):
+        """Changes a reservation, or says in the same form why not."""
+        found, only = self.to_change(visit, label, given)
+        before = self.stored_fields(visit, found)
+        if 'check' in given:
+            verdict, status = self.changes_to(visit, label, given, True), 200
+        else:
+            try:
+                answer = self.changed(visit, label, given, False)
+                words = f"'{answer['label']}' is changed"
+                return self.onward(visit.href(answer['label'], found['project']), words)
+            except Error as error:
+                status = error.status
+                verdict = Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
+                                  go='Change', focus=True)
+        return self.changing(visit, label, found, only, given, before | given, verdict, status)
 
     # Booking
 
     def book(self, visit: Visit, given: dict):
-        """The form, filled in with what was clicked on, and whether that fits."""
-        said = self.filled(visit, given)
-        checked = self.tried(visit, said) if given.get('start') or given.get('resource') else {}
-        return self.booking(visit, said, checked)
+        """The form, filled in with what was typed or clicked on, and whether that fits."""
+        line = given.get('q') or given.get('find') or ''
+        if line:
+            read, said = self.read_line(visit, line)
+            if given.get('find'):
+                return self.booking(visit, said, finds=line, found=self.found(visit, read, said))
+            return self.booking(visit, said, self.tried(visit, said), typed=line,
+                                chips=self.chips(visit, read))
+        try:
+            said = self.filled(visit, given)
+        except Error as error:
+            return self.booking(visit, self.blank(visit) | given,
+                                Verdict('no', str(error), focus=True), status=error.status)
+        asks = given.get('start') or given.get('resource')
+        return self.booking(visit, said, self.tried(visit, said) if asks else UNCHECKED)
 
-    def booking(self, visit: Visit, said: dict, checked: dict, status: int = 200):
+    def booking(self, visit: Visit, said: dict, verdict: Verdict = UNCHECKED, status: int = 200,
+                typed: str = '', **more):
         """The page with the form."""
-        names, why = self.offered(visit, said['resource'])
-        return self.page(visit, 'Book', render_page(
-            'book', visit=visit, said=said,
-            places=[each.name for each in visit.service.look.places()],
-            ends=ENDS, usual_rules=USUAL_RULES, names=names, why=why, more=MORE,
-            verdict=self.verdict(**checked)), status)
+        values = {'chips': (), 'finds': '', 'found': ()} | more
+        return self.page(visit, 'Book', self.form(
+            visit, said, verdict, BOOK_MORE, action='/book', check='/book/check',
+            line=self.ask_line(typed), **values), status)
 
-    def verdict(self, fits: str = '', refusal: str | None = None, offers: Iterable = (),
-                warnings: Iterable = ()) -> str:
-        """What the form says of itself: it fits, or why not and what would."""
-        return render_page('verdict', fits=fits, refusal=refusal, offers=[*offers],
-                           warnings=[*warnings])
+    def form(self, visit: Visit, said: dict, verdict: Verdict, more: tuple, was: dict | None = None,
+             only: Iterable[str] = (), **values) -> str:
+        """All fields of a reservation, to book it or to change it.
+
+        Args:
+          more: the fields that few need
+          was: the fields as they were before it was changed
+          only: the fields that are shown, if not all
+        """
+        names, why = self.offered(visit, said['resource'])
+
+        hidden = 'rename' if was is None else 'label'
+
+        def fields(of: Iterable[str]) -> str:
+            return ''.join(self.field(visit, each, said, names, was) for each in of
+                           if (not only or each in only) and each != hidden)
+        groups = [(name, f'<div class="fields">{content}</div>')
+                  for name, those in FIELDSETS.items() if (content := fields(those))]
+        if not only:
+            starts = self.starts(visit, said, names, why, was)
+            groups[3:3] = [('What starts', starts)]
+        return render_page('book', visit=visit, groups=groups, more=fields(more),
+                           usual_rules=USUAL_RULES,
+                           verdict=self.verdict(visit, verdict, whole=True), **values)
+
+    def starts(self, visit: Visit, said: dict, names: dict, why: str, was: dict | None = None,
+               fields: tuple = STARTING) -> str:
+        """What starts: an image in VMs of a flavor, or nothing, said in so many words."""
+        choices = [('image', 'VMs of an image', 'they start before the time begins'),
+                   ('hold', 'Hold capacity only', 'no VM starts')]
+        if said.get('server'):
+            choices[:1] = [('image', f"The server {said['server']}", 'it starts and stops')]
+        return render_page('starts', visit=visit, said=said, choices=choices, why=why,
+                           fields=''.join(self.field(visit, each, said, names, was)
+                                          for each in fields))
+
+    def field(self, visit: Visit, name: str, said: dict, names: dict,
+              was: dict | None = None) -> str:
+        """One field of a form, with what stands in it."""
+        words, kind, hint = FIELDS[name]
+        value, choices = str(said.get(name, '')), ()
+        if kind == 'resource':
+            choices = [(each.name, self.figures(each)) for each in visit.service.look.places()]
+        elif kind in names and names[kind]:
+            choices = [('', f'choose: {kind}'), *names[kind]]
+        elif kind == 'choice':
+            choices = FIELD_CHOICES[name]
+        if choices and value not in [each for each, _ in choices]:
+            choices = [*choices, (value, value)]
+        extra = ' list="rules"' if kind == 'rules' else (
+            ' type="number" min="1" max="1000000"' if kind == 'number' else '')
+        return render_page('field', name=name, words=words, kind=kind, hint=hint, value=value,
+                           choices=choices, extra=extra,
+                           was=None if was is None else was.get(name, ''))
+
+    def figures(self, place) -> str:
+        """A resource with how much it has."""
+        limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
+        return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
+                                         for name, n in limits.items())])
+
+    def verdict(self, visit: Visit, verdict: Verdict, whole: bool = False) -> str:
+        """What the form says of itself: it fits, or why not and what would; and its button."""
+        return render_page('verdict', visit=visit, days=('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat',
+                                                         'Sun'), whole=whole,
+                           outcomes=OUTCOMES, TO_ALERT='tabindex="-1" autofocus role="alert"',
+                           **verdict._asdict())
 
     def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
-        """The names of flavors and images on a resource's cloud, and why there are none."""
+        """The flavors and images of a resource's cloud, and why there are none."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', resource)
         if not visit.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
@@ -22001,62 +24137,201 @@ class Pages:
         sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
         return self.names.of(account, sight)
 
+    def blank(self, visit: Visit) -> dict:
+        """The form before anything is typed."""
+        places = visit.service.look.places()
+        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
+                                             'vms': '1', 'what': 'image'}
+
     def filled(self, visit: Visit, given: dict) -> dict:
-        """The fields of the form: as given, times as clocks show them there; what was clicked on,
-        not before now.
+        """The fields of the form: as given, times as people write them; what was clicked on, not
+        before now.
         """
+        said = self.blank(visit) | {name: given[name] for name in BOOKING if given.get(name)}
+        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', said['resource'])
+        if place and 'label' not in given:
+            said |= usual_of(place, given)
+        if place and not place.cloud or 'label' in given and not given.get('what'):
+            said['what'] = 'image' if given.get('image') else 'hold'
         hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
         start = (read_argument('start', given['start'], When, visit.here) if given.get('start')
                  else hour)
         start = visit.here.now + start if isinstance(start, timedelta) else start
         start = max(start, visit.here.now) if 'label' not in given else start
-        end = (read_argument('end', given['end'], When, visit.here) if given.get('end')
-               else timedelta(hours=1))
+        end = (read_argument('end', given['end'], When, visit.here._replace(after=start))
+               if given.get('end') else timedelta(hours=1))
         end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
-        places = visit.service.look.places()
-        return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
-                                             'vms': '1'} | {
-            name: given[name] for name in BOOKING if given.get(name)} | {
-            'start': local_time(start, visit.zone), 'end': local_time(end, visit.zone)}
+        return self.timed(visit, said, start, end)
+
+    def timed(self, visit: Visit, said: dict, start: datetime, end: datetime) -> dict:
+        """The fields of the form with these times, and with a name if they have none."""
+        until = visit.span(start, end).rpartition(' to ')[2]
+        base = re.sub('[^A-Za-z0-9._-]', '-', said['image'] or said['resource'])
+        return said | {'start': visit.plain(start), 'end': until,
+                       'label': said['label'] or self.free_label(visit, base)}
+
+    def free_label(self, visit: Visit, base: str) -> str:
+        """A name that nobody in the project has used."""
+        could_be = [base, *(f'{base}-{n}' for n in range(2, 60))]
+        taken = {each.label for each in rows(
+            'SELECT label FROM reservation WHERE project = ? AND label IN '
+            '(SELECT value FROM json_each(?))', visit.actor.project, json.dumps(could_be))}
+        return next((each for each in could_be if each not in taken), '')
+
+    def read_line(self, visit: Visit, text: str) -> tuple[QuickLine, dict]:
+        """What somebody has typed in one line, and the form that it stands for."""
+        said = self.blank(visit)
+        places = [each.name for each in visit.service.look.places()]
+        where = next((each for each in places if each.lower() in text.lower().split()),
+                     said['resource'])
+        names = self.offered(visit, where)[0]
+        line = QuickLine(text, visit.here, {'resource': places} | {
+            kind: [name for name, _ in names[kind]] for kind in names})
+        said |= {'resource': where} | {name: value for name, value in line.fields.items()
+                                       if name in said}
+        said = self.timed(visit, said, line.start, line.end)
+        if place := row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', where):
+            said |= usual_of(place, line.fields)
+        if said['image'] and not said['flavor'] and names['flavor']:
+            said['flavor'] = usual_flavor([name for name, _ in names['flavor']])
+        if not said['image'] and not names['image']:
+            said['what'] = 'hold'
+        others = [] if 'resource' in line.fields else places[:MOST_RESOURCES_TRIED]
+        return line, max((said | {'resource': each} for each in others),
+                         key=lambda each: ('no', 'some', 'ok').index(
+                             self.tried(visit, each).kind or 'no'), default=said)
+
+    def chips(self, visit: Visit, line: QuickLine) -> list[tuple[str, str]]:
+        """What was understood of a line, part by part, and what was not."""
+        fields, span = line.fields, visit.span(line.start, line.end)
+        shown = [('VMs', fields.get('vms')), ('starts', fields.get('image')),
+                 ('flavor', fields.get('flavor')), ('on', fields.get('resource')),
+                 ('repeats', fields.get('repeat')),
+                 ('first' if 'repeat' in fields else 'when', span),
+                 ('until', fields.get('until')), ('times', fields.get('count')),
+                 ('not on', fields.get('skip_dates')), ('name', fields.get('label')),
+                 ('not understood', line.unknown)]
+        return [(name, value) for name, value in shown if value]
+
+    def found(self, visit: Visit, line: QuickLine, said: dict) -> list[tuple]:
+        """When what somebody looks for is free: an address, words, where, and what it does."""
+        here, found = visit.here, []
+        before = here.now + timedelta(days=60)
+        if 'before' in line.fields:
+            before = parse_time(line.fields['before'], here.zone, here.now)
+        fixed, gpu = line.fields.get('resource'), 'gpu' in line.said
+        places = [each for each in visit.service.look.places()
+                  if (not fixed or each.name == fixed)
+                  and (not gpu or 'gpu' in f'{each.name}{each.classes}'.lower())]
+        for place in places[:MOST_PLACES]:
+            for slot in self.slots(visit, said | {'resource': place.name}, here.now,
+                                   here.now + line.length, before):
+                end = slot['start'] + line.length
+                query = {name: value for name, value in said.items() if value} | {
+                    'resource': place.name, 'start': to_plain(slot['start']), 'end': to_plain(end)}
+                found.append((slot['start'], f'/book?{urlencode(query)}',
+                              visit.span(slot['start'], end),
+                              f"{place.name}, {place.cloud or 'no cloud'}", 'Use'))
+        return [each[1:] for each in sorted(found)[:6]]
 
     def asked(self, visit: Visit, said: dict) -> dict:
         """The arguments of `add` that the fields stand for."""
-        given = {name: said[name] for name in BOOKING if said.get(name)}
+        given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
+        if said.get('what') == 'hold':
+            given.pop('image', None)
+        elif said.get('what') and not given.get('image') and not given.get('server'):
+            raise Invalid(CHOOSE)
+        if given.get('skip_dates'):
+            given['skip_dates'] = days_left_out(given['skip_dates'], visit.here)
         return bind(API['add'], given | {'tz': visit.zone.key}, visit.here)
 
-    def tried(self, visit: Visit, said: dict) -> dict:
-        """Whether it fits, and if not, what would: the values of the verdict."""
+    def tried(self, visit: Visit, said: dict, focus: bool = False) -> Verdict:
+        """Whether it fits, and if not, what would."""
         why = (self.offered(visit, said.get('resource', ''))[1] if said.get('flavor')
                or said.get('image') else '')
         if why:  # nobody waits for that cloud before they book
-            return {'refusal': f'not checked: {why}; to book asks once more'}
+            return Verdict('some', 'Not checked', [f'{sentence(why)} Booking asks it once more.'],
+                           go='Book')
+        wish = said | {'label': said.get('label') or self.unused_label}
         try:
-            answer = visit.service.add(**self.asked(visit, said | {'label': said.get('label')
-                                                                   or self.unused_label}),
-                                       dry_run=True)
-            return {'fits': self.told(visit, answer), 'warnings': answer.get('warnings', ())}
+            if said.get('repeat') and not said.get('on_conflict'):
+                return self.tried_series(visit, wish)
+            answer = visit.service.add(**self.asked(visit, wish), dry_run=True)
+            return self.fits(visit, said, answer)
         except Error as error:
-            return {'refusal': str(error), 'offers': self.offers(visit, said, error)}
+            return self.does_not_fit(visit, said, error, focus)
+
+    def tried_series(self, visit: Visit, said: dict) -> Verdict:
+        """Which dates of a series fit."""
+        try:
+            answer = visit.service.add(**self.asked(visit, said), dry_run=True)
+        except NoCapacity as error:
+            try:
+                answer = visit.service.add(**self.asked(visit, said | {'on_conflict': 'skip'}),
+                                           dry_run=True)
+            except Error:
+                raise error from None
+        return self.fits(visit, said, answer)
+
+    def does_not_fit(self, visit: Visit, said: dict, error: Error, focus: bool = False) -> Verdict:
+        """Why something can't be booked, what could be, and how it would wait."""
+        waits = ''
+        if isinstance(error, NoCapacity) and not said.get('repeat'):
+            ahead = row('SELECT count(*) AS n FROM wait WHERE resource_id = (SELECT id FROM '
+                        'resource WHERE name = ? AND removed IS NULL) AND until > ?',
+                        said['resource'], int(visit.service.clock())).n
+            waits = f'Wait for it, {nth(ahead + 1)} in line'
+        if str(error) == CHOOSE and not focus:
+            return Verdict('', CHOOSE, go='Book')
+        head = 'It does not fit' if isinstance(error, Conflict) else 'It can’t be booked like this'
+        return Verdict('no', head, [sentence(str(error))],
+                       offers=[*self.offers(visit, said, error)], go='Book', waits=waits,
+                       focus=focus)
 
     @property
     def unused_label(self) -> str:
         """A label for a dry run of what has none yet."""
         return f'new-{secrets.token_hex(4)}'
 
-    def told(self, visit: Visit, answer: dict) -> str:
+    def fits(self, visit: Visit, said: dict, answer: dict) -> Verdict:
         """What would be, of the answer of a dry run."""
-        taken = [each for each in answer.get('occurrences', ()) if each['outcome'] != 'left out']
-        words = (f"{answer['vms']} vms on {answer['resource']} from {visit.plain(answer['start'])} "
-                 f"to {visit.plain(answer['end'])}")
+        warnings = [sentence(each) for each in answer.get('warnings', ())]
+        if 'parts' in answer:
+            return Verdict('ok', 'It fits', warnings, go='Book')
+        words = [what_starts(visit, answer), *warnings]
         if 'occurrences' in answer:
-            left_out = len(answer['occurrences']) - len(taken)
-            rest = f'; {left_out} times it does not fit and is left out' if left_out else ''
-            return (f'It fits: {len(taken)} times, the first {words}, the last on '
-                    f'{visit.plain(taken[-1]["start"])}{rest}')
+            return self.dates_fit(visit, said, answer, words)
         if answer['state'] == 'waiting':
-            return f'It does not fit now, and will wait: {words}'
-        approval = '; an admin must approve it' if answer['state'] == 'pending' else ''
-        return f'It fits: {words}{approval}'
+            return Verdict('some', 'It does not fit now, and will wait', words, go='Wait for it')
+        if answer['state'] == 'pending':
+            words.append('An admin must approve it.')
+        free = min((each['free_vms'] for each in visit.service.usage(
+            answer['resource'], answer['start'], answer['end'])
+            if each['free_vms'] is not None), default=None)
+        facts = [] if free is None else [
+            ('Free then', f"{max(free - answer['vms'], 0)} VMs on {answer['resource']}")]
+        return Verdict('ok', 'It fits', words, facts, go='Book')
+
+    def dates_fit(self, visit: Visit, said: dict, answer: dict, words: list) -> Verdict:
+        """Which dates of a series would be reserved, as months in which each stands."""
+        outcomes, whys = {}, []
+        for each in answer['occurrences']:
+            day = each['start'].astimezone(visit.zone).date()
+            outcomes[day] = 'no' if each['outcome'] == 'left out' else 'ok'
+            if outcomes[day] == 'no':
+                whys.append(f'{day_in_words(day)} does not fit. {sentence(each.get("why", ""))}')
+        fitting = [each for each in answer['occurrences'] if each['outcome'] != 'left out']
+        whole, number = len(outcomes), len(fitting)
+        head = (f"It fits: {counted(number, 'date')}" if number == whole
+                else f'{number} of {whole} dates fit')
+        ends = [('First', visit.span(fitting[0]['start'], fitting[0]['end'])),
+                ('Last', visit.span(fitting[-1]['start'], fitting[-1]['end']))] if fitting else []
+        out = [date.fromisoformat(each) for each in days_left_out(
+            said.get('skip_dates') or '', visit.here).split(',') if each]
+        months = months_of(dict.fromkeys(out, 'out') | outcomes)
+        go = f"Book the {counted(number, 'date')} that fit{'s' * (number == 1)}"
+        return Verdict('ok' if number == whole else 'some', head, words + whys[:5], ends, months,
+                       go=f"Book {counted(number, 'date')}" if number == whole else go)
 
     def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
         """Links to the same form with what would fit; each was tried."""
@@ -22074,13 +24349,14 @@ class Pages:
     def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
         """What might fit instead of a wish, in words and as other fields of the form."""
         try:
-            start, end = (from_wall(datetime.fromisoformat(said[name]), visit.zone)
-                          for name in ('start', 'end'))
-        except (KeyError, ValueError):
+            asked = self.asked(visit, said | {'label': self.unused_label})
+            start, end = visit.service.resolve(asked['start'], asked['end'])
+            start, end = instant(start), instant(end)
+        except Error:
             return
         if 'most_vms' in error.details:
-            most = str(error.details['most_vms'])
-            yield f'{most} machines then', {'vms': most}
+            most = error.details['most_vms']
+            yield f"{counted(most, 'VM')} then", {'vms': str(most)}
         if 'longest' in error.details:
             longest = error.details['longest']
             yield f'for {longest} only', {'end': start + parse_duration(longest)}
@@ -22091,96 +24367,293 @@ class Pages:
                 begin = slot['start']
                 yield f'from {visit.plain(begin)}', {'start': begin, 'end': begin + (end - start)}
 
-    def slots(self, visit: Visit, said: dict, start: datetime, end: datetime) -> list[dict]:
+    def slots(self, visit: Visit, said: dict, start: datetime, end: datetime,
+              before: datetime | None = None) -> list[dict]:
         """The next free slots for a wish; none where that can't be told."""
         try:
             return visit.service.find(said['resource'], end - start, int(said['vms']),
-                                      said.get('flavor', ''),
-                                      after=start, limit=3)
+                                      said.get('flavor', ''), after=start, before=before, limit=3)
         except Error:
             return []
 
     def check(self, visit: Visit, given: dict):
         """The verdict alone, also on what can't be read."""
-        return answered(self.verdict(**self.tried(visit, given)))
+        return answered(self.verdict(visit, self.tried(visit, given)))
+
+    def small(self, visit: Visit, given: dict):
+        """The small form that opens in the plan where somebody has dragged."""
+        said = self.filled(visit, {name: given[name] for name in ('resource', 'start', 'end')
+                                   if given.get(name)})
+        names, why = self.offered(visit, said['resource'])
+        query = urlencode({name: said[name] for name in ('resource', 'start', 'end')})
+        fields = ''.join(self.field(visit, each, said, names) for each in ('label', 'vms'))
+        return answered(render_page(
+            'small', visit=visit, said=said, fields=fields, query=query,
+            starts=self.starts(visit, said, names, why, fields=STARTING[:2]),
+            when=f"{said['start']} to {said['end']}",
+            verdict=self.verdict(visit, self.tried(visit, said))))
 
     def add(self, visit: Visit, given: dict):
         """Books what the form says, or with its other button only checks it."""
-        said = {name: given.get(name, '') for name in BOOKING}
-        checked, status = self.tried(visit, said) if 'check' in given else {}, 200
+        said = {name: given.get(name, '') for name in BOOKING} | (
+            {'on_conflict': 'skip'} if given.get('fitting') else {})
+        verdict, status = self.tried(visit, said, True) if 'check' in given else UNCHECKED, 200
         if 'check' not in given:
             try:
-                found = visit.service.add(**self.asked(visit, said))
+                asked = self.asked(visit, said | {'label': said['label'] or self.free_label(
+                    visit, said['resource'])})
+                found = visit.service.add(**asked)
                 about = found.get('parts', [found])[0]
-                warnings = ''.join(f'; {each}' for each in found.get('warnings', ()))
-                return self.onward(visit.href(found['label'], about['project']),
-                                   f"'{found['label']}' is {about['state']}{warnings}")
+                words = '. '.join([f"'{found['label']}' is {about['state']}",
+                                   *found.get('warnings', ())])
+                return self.onward(visit.href(found['label'], about['project']), words)
             except Error as error:
-                checked, status = {'refusal': str(error),
-                                   'offers': [*self.offers(visit, said, error)]}, error.status
-        try:
+                verdict, status = self.does_not_fit(visit, said, error, True), error.status
+        with suppress(Error):  # what can't be read stands there as it was typed
             said = self.filled(visit, given)
-        except Error:  # what can't be read stands there as it was typed
-            pass
-        return self.booking(visit, said, checked, status)
+        return self.booking(visit, said, verdict, status)
+
+    # Notices
+
+    def told_of(self, visit: Visit, after: int) -> list:
+        """What others, and cmres, have done lately to one's own reservations, the newest first."""
+        me = visit.actor.user
+        lately = rows(f'''SELECT e.id, e.at, e.actor, e.code, r.label, r.project, r.user, e.sentence
+          FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id IN
+            (SELECT id FROM event WHERE project = ? AND reservation_id > 0 AND id > ?
+              ORDER BY id DESC LIMIT {MOST_LATELY}) ORDER BY e.id DESC''',
+                      visit.actor.project, after)
+        return [public(each) for each in lately if each.user == me != each.actor]
+
+    def notices(self, visit: Visit, given: dict):
+        """The notices, those that are new marked."""
+        found, seen = self.told_of(visit, 0)[:60], seen_by()
+        unread = sum(each['id'] > seen for each in found)
+        return self.page(visit, 'Notices', render_page(
+            'notices', visit=visit, events=found, seen=seen, unread=unread,
+            newest=found[0]['id'] if found else 0))
+
+    def mark_read(self, visit: Visit, given: dict):
+        """From now on, what has happened until now is not new any more."""
+        made, newest = self.onward('/notices'), given.get('seen', '')
+        if re.fullmatch('[0-9]{1,18}', newest):
+            self.set_cookie(made, 'seen', newest, 31536000)
+        return made
 
     # Admins, and all forms
 
-    def admin(self, visit: Visit, given: dict):
-        """What an operator looks after."""
+    def admin(self, visit: Visit, given: dict, tab: str = '', typed: dict | None = None,
+              refusal: str = '', status: int = 200):
+        """What an operator looks after, in parts.
+
+        Args:
+          typed: the form that was refused, or that shows what it would do, with its `operation`
+        """
         service = visit.service
         if visit.actor.role != ADMIN:
             raise Forbidden('this page needs the role admin; '
                             f'{visit.actor.user} is {visit.actor.role}')
-        tokens = [each for each in service.token_list() if not each['revoked']]
-        late = service.punctuality()
-        sections = (
-            ('Resources', service.resource_list(),
-             'name cell cloud region aggregate vms vcpus ram classes mode',
-             ('resource_delete',), ('resource_add', 'resource_update')),
-            ('Maintenance', service.maintenance_list(),
-             'id resource start end vms vcpus ram reason',
-             ('maintenance_delete',), ('maintenance_add',)),
-            ('Pending', service.awaiting_approval(),
-             'label user project resource vms start end change',
-             ('approve', 'reject'), ()),
-            ('Waiting', service.list(state=['waiting']),
-             'label user project resource vms start end', ('delete',), ()),
-            ('Tokens', tokens, TOKEN_COLUMNS, ('token_revoke',), ('token_add',)),
-            ('Limits', service.limit_list(),
-             'id project user resource most_vms longest ahead least_notice vcpu_hours '
-             'waiting exempt', ('limit_delete',), ('limit_add',)),
-            ('Punctuality of the last 30 days, in seconds', late['clouds'],
-             'cloud servers begun_median begun_95 '
-             'begun_worst ready_median ready_95 ready_worst tried_again', (), ()),
-            ('Failed', late['failed'], 'cloud label name tries planned fault', (), ()))
-        return self.page(visit, 'Admin', '\n'.join(self.section(visit, *each) for each in sections))
+        if tab not in ADMIN_TABS:
+            raise NotFound(f"there is no page '/admin/{tab}'")
+        pending = service.awaiting_approval()
+        tabs = [(f'/{path}' if path else '', name, len(pending) if not path else 0)
+                for path, name in ADMIN_TABS.items()]
+        body = getattr(self, f'admin_{tab or "requests"}')(visit, given, typed or {}, refusal)
+        return self.page(visit, 'Admin', render_page(
+            'admin', tabs=tabs, here=f'/{tab}' if tab else '', body=body), status)
+
+    def admin_requests(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+        """What awaits an approval, and what waits for capacity."""
+        service = visit.service
+        pending = [each | {'which': None} for each in service.awaiting_approval()]
+        columns = 'label resource vms start end description change'.split()
+        table = self.table(visit, 'Requests', columns, pending, given, 'Nothing awaits approval.',
+                           picks='pick ')
+        waiting = [each | {'deeds': ['delete']} for each in service.list(state=['waiting'])]
+        return render_page('decide', visit=visit, title='Waiting for your approval', table=table,
+                           some=pending, refusal=refusal, reason=typed.get('reason', '')
+                           ) + self.headed('Waiting for capacity', self.table(
+                               visit, 'Waiting', 'label resource vms start end change'.split(),
+                               waiting, {}, 'Nothing waits.'))
+
+    def decide(self, visit: Visit, given: dict):
+        """Approves or rejects all that is selected, each by itself."""
+        name, reason = given.get('do', ''), given.get('reason', '')
+        picked = [each.removeprefix('pick ') for each in given if each.startswith('pick ')]
+        known = {each['label']: each['project'] for each in visit.service.awaiting_approval()}
+        if name not in ('approve', 'reject') or not picked or name == 'reject' and not reason:
+            words = ('Select at least one.' if not picked else
+                     'Write a reason: it is sent to the owners.')
+            return self.admin(visit, {}, '', given, words, 400)
+        done, refused = [], []
+        for label in picked:
+            more = {'reason': reason} if name == 'reject' else {}
+            try:
+                getattr(visit.service, name)(label, project=known.get(label, ''), **more)
+                done.append(label)
+            except Error as error:
+                refused.append(f'{label}: {error}')
+        words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"
+        return self.onward('/admin', '. '.join([words, *refused]))
+
+    def admin_maintenance(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+        """When resources are closed; and whom a maintenance would affect, before it is made."""
+        there = [each | {'deeds': ['maintenance_delete']}
+                 for each in visit.service.maintenance_list()]
+        columns = 'id resource start end vms vcpus ram reason change'.split()
+        table = self.table(visit, 'Maintenance', columns, there, given,
+                           'No maintenance is planned.')
+        affects = ''
+        if 'affects' in typed:
+            people = len({each['user'] for each in typed['affects']})
+            head = (f"It would affect {counted(len(typed['affects']), 'reservation')} of "
+                    f"{'1 person' if people == 1 else f'{people} people'}. Nothing is changed yet.")
+            affects = self.headed(head, self.table(
+                visit, 'Affected', 'label resource vms start end outcome'.split(),
+                typed['affects'], {}, 'It affects nobody.'))
+        return (self.headed('Maintenance', table)
+                + self.op_form(visit, 'maintenance_add', typed, refusal) + affects)
+
+    def admin_resources(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+        """The resources, each with how to change it."""
+        there = visit.service.resource_list()
+        found = next((each for each in there if each['name'] == given.get('edit')), None)
+        lines = [each | {'deeds': ['edit', 'resource_delete'], 'approval': in_length(
+            each['approval'])} for each in there]
+        columns = 'name cloud region aggregate vms vcpus ram classes mode approval change'.split()
+        body = self.headed('Resources', self.table(visit, 'Resources', columns, lines, given,
+                                                   'There is no resource yet.'))
+        if found:
+            body += self.op_form(visit, 'resource_update', typed, refusal, found)
+        elif typed.get('operation') == 'resource_update':
+            body += self.op_form(visit, 'resource_update', typed, refusal)
+        return body + self.op_form(visit, 'resource_add', typed, refusal)
+
+    def admin_use(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+        """How much of each resource was used day by day, by whom, and how late VMs were."""
+        late = visit.service.punctuality()
+        at = read_at(given.get('at')) or to_wall(visit.here.now, visit.zone)
+        line = TimeLine('month', at, visit.zone)
+        return render_page(
+            'heat', month=named_span(line), days=range(1, line.length // 1440 + 1),
+            lines=self.used(visit, line), at=line.first.date(), after=line.after.date(),
+            before=(line.first - timedelta(days=1)).date(),
+        ) + ''.join(self.headed(name, self.table(visit, name, columns.split(), lines, given))
+                    for name, columns, lines in (
+            ('Report of this month', 'project reserved_hours used_hours unused_hours refused '
+             'late_worst', visit.service.report(instant(line.begin), instant(line.end))),
+            ('How late VMs were in the last 30 days, in seconds', 'cloud servers begun_median '
+             'begun_95 begun_worst ready_median ready_95 ready_worst tried_again', late['clouds']),
+            ('VMs that did not start', 'cloud label name tries planned fault', [
+                each | {'label': ''} | {'id': each['name']} for each in late['failed']])))
+
+    def used(self, visit: Visit, line: TimeLine) -> list[tuple[str, list[float]]]:
+        """Of each resource, which share of it was held on each day."""
+        lines = []
+        for place in visit.service.look.places():
+            shares = [0.0] * (line.length // 1440)
+            most = in_figures(capacity(place))
+            found = [(line.minute(at), held) for at, held in steps(
+                place.id, line.begin, line.end, capacity(place).names)]
+            levels = levelled(found, most)
+            for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
+                for day in range(int(each.at // 1440), math.ceil(after / 1440)):
+                    part = min(after, 1440 * day + 1440) - max(each.at, 1440 * day)
+                    shares[day] += each.share * (not each.closed) * part / 1440
+            lines.append((place.name, shares))
+        return lines
+
+    def admin_people(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+        """Who can sign in, and how much people may have."""
+        service = visit.service
+        many = typed if typed.get('operation') == 'many' else {}
+        tokens = [each | {'deeds': ['token_revoke']} for each in service.token_list()
+                  if not each['revoked']]
+        limits = [each | {'deeds': ['limit_delete']} for each in service.limit_list()]
+        columns = ('id project user resource most_vms longest ahead least_notice vcpu_hours '
+                   'waiting exempt change').split()
+        return ''.join((
+            self.headed('Tokens', self.table(visit, 'Tokens', f'{TOKEN_COLUMNS} change'.split(),
+                                             tokens, given)),
+            self.op_form(visit, 'token_add', typed, refusal),
+            render_page('many', visit=visit, said=many, refusal=refusal if many else ''),
+            self.headed('Limits', self.table(visit, 'Limits', columns, limits, {},
+                                             'There are no limits.')),
+            self.op_form(visit, 'limit_add', typed, refusal)))
+
+    def people(self, visit: Visit, given: dict):
+        """Makes a token for each of many people: a file with a line for each, made only now."""
+        if visit.actor.role != ADMIN:
+            raise Forbidden('this needs the role admin')
+        lines = [each.split(',') for each in given.get('people', '').splitlines() if each.strip()]
+        made, address = [], self.service.config.served
+        try:
+            if len(lines) > MOST_PEOPLE:
+                raise Invalid(f'there are {len(lines)} lines; {MOST_PEOPLE} are made at once')
+            wanted = [bind(API['token_add'], {
+                'user': name.strip(), 'project': ','.join(rest).strip() or given.get('project', ''),
+                'role': given.get('role', USER), 'lasts': given.get('lasts', '')}, visit.here)
+                for name, *rest in lines]
+            with visit.service.writing():
+                for each in wanted:
+                    token = visit.service.token_add(**each)['token']
+                    made.append((each['user'], each['project'], token,
+                                 f'{address}/sign-in#{token}'))
+        except Error as error:
+            return self.admin(visit, {}, 'people', given | {'operation': 'many'},
+                              sentence(str(error)), error.status)
+        return self.as_csv([('user', 'project', 'token', 'link'), *made], 'tokens.csv')
+
+    def as_csv(self, lines: list, name: str):
+        """Lines as a file that a browser saves."""
+        text = io.StringIO()
+        csv.writer(text).writerows(lines)
+        return answered(text.getvalue(), headers={
+            'Content-Type': 'text/csv; charset=utf-8',
+            'Content-Disposition': f'attachment; filename="{name}"'})
+
+    def use(self, visit: Visit, given: dict):
+        """The page of what was used; the report of the month as a file."""
+        if given.get('format') != 'csv' or visit.actor.role != ADMIN:
+            return self.admin(visit, given, 'use')
+        line = TimeLine('month', read_at(given.get('at')) or visit.here.now, visit.zone)
+        found = visit.service.report(instant(line.begin), instant(line.end))
+        return self.as_csv([[*found[0]] if found else [], *(each.values() for each in found)],
+                           f'report-{line.first:%Y-%m}.csv')
 
     def tokens(self, visit: Visit, given: dict):
         """One's own tokens: what for, until when; made, renewed and revoked here."""
         me = (visit.actor.user, visit.actor.project)
-        own = [each for each in visit.service.token_list()
+        can = () if visit.actor.scopes else ('token_renew', 'token_revoke')
+        own = [each | {'deeds': can} for each in visit.service.token_list()
                if not each['revoked'] and (each['user'], each['project']) == me]
-        deeds = () if visit.actor.scopes else ('token_renew', 'token_revoke')
-        forms = () if visit.actor.scopes else ('token_add',)
+        form = '' if visit.actor.scopes else self.op_form(visit, 'token_add', {}, '')
         programs = render_page(
             'programs', visit=visit, address=f'{self.service.config.served}{DAV}/',
-            makes=bool(forms), once=secrets.token_hex(8), ways=HOW_TO_ADD)
-        return self.page(visit, 'Tokens', self.section(
-            visit, 'Your tokens', own, TOKEN_COLUMNS, deeds, forms) + programs)
+            makes=bool(form), once=secrets.token_hex(8), ways=HOW_TO_ADD)
+        return self.page(visit, 'Tokens', self.table(
+            visit, 'Your tokens', f'{TOKEN_COLUMNS} change'.split(), own, given) + form + programs)
 
-    def section(self, visit: Visit, name: str, lines: list, columns: str, deeds: tuple,
-                forms: tuple) -> str:
-        """One part of the admin's page: a table, and the forms that belong to it."""
-        table = render_page('table', visit=visit, name=name, lines=lines, columns=columns.split(),
-                            deeds=deeds)
-        return f'<h2>{name}</h2>{table}' + ''.join(render_page(
-            'form', visit=visit, operation=each, title=TITLES[each], summary=API[each].summary,
-            once=secrets.token_hex(8), fields=[
-                (field, WORDS[field], API[each].parameters[field].default is REQUIRED,
-                 PICKS.get(field))
-                for field in FORMS[each]])
-            for each in forms)
+    def headed(self, name: str, body: str) -> str:
+        """A part of a page with its heading."""
+        return f'<section class="gap"><h2>{in_html(name)}</h2>{body}</section>'
+
+    def op_form(self, visit: Visit, name: str, typed: dict, refusal: str,
+                found: dict | None = None) -> str:
+        """The form of an operation, with what was typed into it, or with what is there now."""
+        mine = typed if typed.get('operation') == name else {}
+        parameters = API[name].parameters
+        values = {field: in_length(found[field]) if field in LENGTHS else in_field(found[field])
+                  for field in FORMS[name] if field in (found or {})}
+        fields = [(field, WORDS[field], parameters[field].default is REQUIRED, PICKS.get(field),
+                   mine.get(field, values.get(field, '')),
+                   values.get(field, '') if found and field != 'name' else None)
+                  for field in FORMS[name]]
+        return render_page(
+            'form', visit=visit, operation=name, title=TITLES[name], fields=fields, HEADS=HEADS,
+            once=secrets.token_hex(8), refusal=refusal if mine else '', opened=mine or found,
+            back=FORM_PAGES[name] if visit.actor.role == ADMIN else '/tokens',
+            previews=name == 'maintenance_add')
 
     def do(self, visit: Visit, name: str, given: dict):
         """Whatever a form asks for: an operation by its name, its fields read as those of REST
@@ -22190,7 +24663,13 @@ class Pages:
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
+        checks = given.pop('check', '')
         said = {field: value for field, value in given.items() if field != 'next'}
+        undo = None
+        if name == 'delete':
+            found = self.to_cancel(visit, said)
+            undo = undo_of_cancel(found, said)
+            sure = sure or not found['servers'] and undo
         if name in ASKS and not sure:
             return self.page(visit, 'Are you sure?', render_page(
                 'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0],
@@ -22199,21 +24678,54 @@ class Pages:
                 about=said.get('label') or said.get('name') or said.get('id'),
                 which=said.get('occurrence')))
         # What a form has shown and nobody has changed is not asked for.
-        said = {field: value for field, value in said.items()
-                if value != '' and not field.startswith('was_')
-                and said.get(f'was_{field}') != value}
+        asked = {field: value for field, value in said.items()
+                 if value != '' and not field.startswith('was_')
+                 and said.get(f'was_{field}') != value}
         if 'tz' in operation.parameters:
-            said.setdefault('tz', visit.zone.key)
+            asked.setdefault('tz', visit.zone.key)
         if once and once in self.sent:  # else loading the answer again makes another secret
             raise Conflict('this form was sent already, and what it made is not shown again; go '
                            'back to the form')
-        answer = getattr(visit.service, name)(**bind(operation, said, visit.here))
+        try:
+            more = {'dry_run': True} if checks else {}
+            answer = getattr(visit.service, name)(**bind(operation, asked | more, visit.here))
+        except Error as error:
+            return self.refused(visit, name, said, error, onward)
+        if checks:
+            hit = [each | {'resource': answer['resource']} for each in answer['hit']]
+            return self.admin(visit, {}, 'maintenance',
+                              said | {'operation': name, 'affects': hit})
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
             self.sent.append(once)
             return self.page(visit, 'Done', render_page(
                 'secret', words=told_done(name, said, answer), secret=answer[secret.pop()],
                 back=onward))
-        return self.onward(onward, told_done(name, said, answer))
+        return self.onward(onward, told_done(name, asked, answer),
+                           undo or undo_of(name, said, answer))
+
+    def to_cancel(self, visit: Visit, said: dict) -> dict:
+        """What a form to cancel is about; without VMs and with Undo, it need not ask first."""
+        try:
+            return visit.service.show(**bind(API['show'], {
+                name: said[name] for name in ('label', 'project', 'occurrence')
+                if said.get(name)}, visit.here))
+        except Error:  # the operation says why
+            return {'servers': ['unknown']}
+
+    def refused(self, visit: Visit, name: str, said: dict, error: Error, back: str):
+        """The form that was refused, with what was typed, and why."""
+        if name in FORMS and visit.actor.role == ADMIN and FORM_PAGES[name].startswith(back):
+            return self.admin(visit, {'edit': said.get('name', '')}, back.rpartition('/')[2],
+                              said | {'operation': name}, sentence(str(error)), error.status)
+        field = DEEDS.get(name, ('', None))[1]
+        if not field or field[0] not in said:
+            raise error
+        again = {key: value for key, value in said.items() if key != field[0]}
+        form = render_page('deed', visit=visit, operation=name, bad=False, words=DEEDS[name][0],
+                           fields=again | {'next': back}, about=said.get('label', ''),
+                           field=(*field[:2], said[field[0]]))
+        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back)
+                         + form, error.status)
 
     def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
         """What a delete would warn of, if it were meant."""
@@ -22221,6 +24733,145 @@ class Pages:
         bound = bind(operation, {'tz': visit.zone.key} | said | {'dry_run': True}, visit.here)
         gone = visit.service.delete(**bound)
         return [warning for each in gone for warning in each.get('warnings', ())]
+
+
+def sentence(text: str) -> str:
+    """A text as a sentence: with a capital letter and a full stop."""
+    text = text[:1].upper() + text[1:]
+    return text if not text or text[-1] in '.!?' else f'{text}.'
+
+
+def what_starts(visit: Visit, found: dict) -> str:
+    """What starts when, and what becomes of it; of what holds capacity only that."""
+    start, end = found['start'], found['end']
+    if not (found['image'] or found['server']):
+        return (f"Reserves capacity for {counted(found['vms'], 'VM')} on {found['resource']}, "
+                f'{visit.span(start, end)}. No VM starts.')
+    begins = visit.plain(start - timedelta(seconds=found['lead'] or 0))
+    until = visit.span(start, end).rpartition(' to ')[2]
+    what = found['image'] or found['server']
+    of = ', '.join(filter(None, (found['flavor'], what)))
+    starts, are = ('starts', 'is') if found['vms'] == 1 else ('start', 'are')
+    return (f"{counted(found['vms'], 'VM')} ({of}) on {found['resource']} {starts} on {begins} and "
+            f"{are} {ENDS_SO[found['at_end'] or 'delete']} at {until}.")
+
+
+def days_left_out(text: str, here: Here) -> str:
+    """Days that people name, as `skip_dates` has them."""
+    found = [read_day(each.strip(), here) for each in text.split(',') if each.strip()]
+    return ','.join(f'{each:%Y-%m-%d}' for each in found if isinstance(each, date))
+
+
+def months_of(outcomes: dict[date, str]) -> list[tuple[str, list]]:
+    """Months with their weeks of days, each with what becomes of it; at most twelve."""
+    import calendar
+    months = sorted({(each.year, each.month) for each in outcomes})[:12]
+    return [(f'{date(*month, 1):%B %Y}', [
+        [(day, outcomes.get(date(*month, day), '') if day else '') for day in week]
+        for week in calendar.Calendar().monthdayscalendar(*month)]) for month in months]
+
+
+def usual_of(place, given: dict) -> dict:
+    """The fields of the form that a resource has for who says nothing of what starts."""
+    if not place.default_image or given.get('image') or given.get('what') == 'hold':
+        return {}
+    vms = {'vms': str(place.default_vms)} if place.default_vms and not given.get('vms') else {}
+    flavor = given.get('flavor') or place.default_flavor
+    return {'image': place.default_image, 'flavor': flavor} | vms
+
+
+def usual_flavor(names: list[str]) -> str:
+    """The flavor that is meant where nobody says one."""
+    return next((name for name in names if 'small' in name), names[0])
+
+
+def seen_by() -> int:
+    """The last notice that this browser has marked as read."""
+    import bottle
+    seen = bottle.request.get_cookie('seen') or ''
+    return int(seen) if re.fullmatch('[0-9]{1,18}', seen) else 0
+
+
+def qr_path(text: str) -> tuple[int, str] | None:
+    """The QR code of a text as a drawing: how wide it is, and its path; None without segno."""
+    try:
+        import segno
+    except ImportError:  # it is optional
+        return None
+    matrix = segno.make(text, micro=False, error='m').matrix
+    spots = (f'M{x} {y + .5}h1' for y, line in enumerate(matrix) for x, dark in enumerate(line)
+             if dark)
+    return len(matrix), ''.join(spots)
+
+
+def in_field(value) -> str:
+    """A value of an answer as a field of a form has it."""
+    if isinstance(value, dict):
+        return ','.join(f'{name}={each}' for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ', '.join(map(str, value))
+    return '' if value is None or value is False else 'true' if value is True else str(value)
+
+
+def in_length(seconds: float | None) -> str:
+    return format_duration(seconds) if seconds else ''
+
+
+def sort_key(value) -> tuple:
+    """A key that puts values of any kind in order."""
+    return (value is None, isinstance(value, str), str(value) if isinstance(value, (dict, list))
+            else value if value is not None else 0)
+
+
+def parse_end(text: str, start: datetime, here: Here) -> datetime:
+    """The end that somebody typed for what starts at an instant."""
+    end = read_argument('end', text, When, here._replace(after=start))
+    return start + end if isinstance(end, timedelta) else end
+
+
+def track_of(visit: Visit, found: dict) -> tuple | None:
+    """How far a reservation is: in words, in percent, and texts with where each stands."""
+    start, end, now = found['start'], found['end'], visit.here.now
+    begin = start - timedelta(seconds=found['lead'] or 0)
+    if found['state'] in OVER or now >= end:
+        return None
+    done = max(0, min(1, (now - begin) / (end - begin)))
+    left = in_length(max(60, int((end if now >= begin else begin).timestamp()
+                                 - now.timestamp()) // 60 * 60))
+    words = f'{left} left' if now >= begin else f'starts in {left}'
+    return words, round(96 * done, 2), [(2, 'start', 18, visit.plain(begin)),
+                                        (98, 'end', 18, visit.plain(end)),
+                                        (50, 'middle', 70, words)]
+
+
+def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
+    """What takes back what a form has done, if anything does."""
+    kept = {field: said[field] for field in ('label', 'project', 'occurrence', 'next')
+            if said.get(field)}
+    if name == 'skip' and not said.get('undo'):
+        return name, kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
+    if name == 'update' and said.get('was_start') and said.get('was_end'):
+        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
+        return name, kept | moved | {'start': said['was_start'], 'end': said['was_end']}
+    if name == 'extend' and 'parts' not in answer:
+        before = answer['end'] - parse_duration(said['by'])
+        return 'update', kept | {'end': to_plain(before)}
+    return None
+
+
+def undo_of_cancel(found: dict, said: dict) -> tuple[str, dict] | None:
+    """What has again what is cancelled, if it holds little and is not a whole series."""
+    kept = {name: said[name] for name in ('label', 'project', 'next') if said.get(name)}
+    if said.get('occurrence') and not said.get('following'):
+        return 'skip', kept | {'occurrence': said['occurrence'], 'undo': 'true'}
+    if found.get('tz') or 'label' not in found or found.get('user_data') or found['request']:
+        return None
+    fields = {name: in_field(found[name]) for name in HAD_AGAIN if found[name]}
+    times = {name: to_plain(found[name]) for name in ('start', 'end')}
+    lead = {'lead': f"{found['lead']}s"} if found['lead'] else {}
+    wait = {'wait': 'true'} if found['state'] == 'waiting' else {}
+    undo = kept | fields | times | lead | wait
+    return ('add', undo) if len(json.dumps(undo)) < 2000 else None
 
 
 def told_done(name: str, said: dict, answer) -> str:
@@ -22234,7 +24885,7 @@ def told_done(name: str, said: dict, answer) -> str:
     warned = [warning for each in gone for warning in each.get('warnings', ())]
     done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
     return '; '.join([done, *warned]) + (
-        f'; {len(hit)} were in the way: {told}' if hit else '')
+        f'; it affects {told}' if hit else '')
 
 
 def arguments_told(entry: dict) -> list[tuple]:
@@ -22279,128 +24930,6 @@ def local(href: str | None) -> str:
     return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
 
 
-def local_time(moment: datetime, zone: ZoneInfo) -> str:
-    """A time as a form's field has it."""
-    return to_wall(moment, zone).isoformat(timespec='minutes')
-
-
-def read_date(text: str | None) -> date | None:
-    """A date that is in an address; None if it is none."""
-    try:
-        day = date.fromisoformat(text or '')
-        return day if 1971 <= day.year < 2199 else None
-    except ValueError:
-        return None
-
-
-def span_of_view(view: str, day: date) -> tuple[date, date]:
-    """The first day that is shown, and the first that is not any more."""
-    if view == 'month':
-        first = day.replace(day=1)
-        return first, (first + timedelta(days=31)).replace(day=1)
-    first = day - timedelta(days=day.weekday() if view == 'week' else 0)
-    return first, first + timedelta(days=VIEWS[view])
-
-
-def named_span(view: str, first: date, after: date) -> str:
-    """What a time line shows, in words."""
-    last = after - timedelta(days=1)
-    return (f'{first:%B %Y}' if view == 'month' else f'{first:%A} {first.day} {first:%B %Y}'
-            if view == 'day' else
-            f'{first.day} {first:%b} to {last.day} {last:%b %Y}')
-
-
-def cells_of(view: str, first: date, after: date, zone: ZoneInfo) -> list[Cell]:
-    """The days of a time line, or of one day every third hour."""
-    begin, end = (from_wall(at_midnight(each), zone).timestamp() for each in (first, after))
-    walls = [at_midnight(first) + timedelta(hours=hour) for hour in (
-        range(0, 24, 3) if view == 'day' else range(0, 24 * (after - first).days, 24))]
-    ends = [from_wall(each, zone).timestamp() for each in walls[1:]] + [end]
-    return [Cell(*extent(from_wall(wall, zone).timestamp(), until, begin, end),
-                 int(from_wall(wall, zone).timestamp()),
-                 int(until),
-                 f'{wall:%H:%M}' if view == 'day' else f'{wall.day}' if view == 'month' else
-                 f'{wall:%a} {wall.day}', wall.isoformat(timespec='minutes').removesuffix('T00:00'))
-            for wall, until in zip(walls, ends)]
-
-
-def told_free(cell: Cell, levels: list[Amount], limits: dict[str, int]) -> Cell:
-    """A cell with how much of the scarcest figure is free in it at any time."""
-    if not limits:
-        return cell._replace(words=cell.name)
-    used = [in_figures(each) for each in levels]
-    free = {name: limit - max(each.get(name, 0) for each in used) for name, limit in limits.items()}
-    scarcest = min(free, key=lambda name: free[name] / limits[name] if limits[name] else 0)
-    least = max(free[scarcest], 0)
-    return cell._replace(words=f'{cell.name}: {least} of {limits[scarcest]} {scarcest} free',
-                         free=str(least),
-                         unit='' if scarcest == 'vms' else scarcest)
-
-
-def percent(at: float, begin: float, end: float) -> float:
-    """Where an instant is on a time line, in percent of its width."""
-    return round(100 * (min(max(at, begin), end) - begin) / (end - begin), 3)
-
-
-def extent(start: float, until: float, begin: float, end: float) -> tuple[float, float]:
-    """Where a window is on a time line, and how wide, in percent."""
-    left = percent(start, begin, end)
-    return left, round(percent(until, begin, end) - left, 3)
-
-
-def share_of(held: dict[str, int], limits: dict[str, int], highest: int) -> float:
-    """How full a resource is, 0 to 1; where nothing limits it, against the highest that is
-    shown.
-    """
-    shares = [held.get(name, 0) / limit if limit else 1.0 for name, limit in limits.items()]
-    return min(max(shares) if shares else held['vms'] / (1.6 * highest or 1), 1)
-
-
-def in_brief_figures(figure: str) -> str:
-    """A figure as short as a column of a month has room for."""
-    n = int(figure)
-    return figure if n < 1000 else f'{n // 1000}k' if n < 1_000_000 else f'{n // 1_000_000}M'
-
-
-def curve(shares: list[float]) -> str:
-    """The area under a step function, as the path of a drawing that is 1000 wide and 50 high."""
-    path, before = ['M0 50'], 0.0
-    for number, share in enumerate(shares):
-        if share != before:
-            path.append(f'H{round(1000 * number / len(shares), 1):g}V{round(50 - 50 * share, 1):g}')
-            before = share
-    return ''.join(path) + 'H1000V50Z'
-
-
-def bars_of(visit: Visit, found: list, begin: int, end: int) -> tuple[list[Bar], int]:
-    """Reservations as bars in lanes, none over another, and the number of lanes; what finds no lane
-    is not drawn.
-    """
-    lanes: list[float] = []  # until where each is taken, in percent
-    bars = []
-    for each in found:
-        left, width = extent(each.start, each.end, begin, end)
-        width = max(width, THINNEST)
-        first, last = left, left + width + (ROOM if width < ROOM else 0)
-        if last > 100 and width < ROOM:
-            first, last = left - ROOM, left + width
-        lane = next((n for n, until in enumerate(lanes) if until <= first), len(lanes))
-        if lane == MOST_LANES:
-            continue
-        lanes[lane:lane + 1] = [last]
-        mine = each.project == visit.actor.project
-        kind = ('own' if mine else 'other') + (' dashed' if mine
-                                               and each.state in ('waiting', 'pending') else '')
-        text = f'{SIGNS[each.state]} {each.label}'
-        words = (f'{each.label}, {each.state}, {each.vms} vms {each.flavor}, '
-                 f'{visit.plain(instant(each.start))} to '
-                 f'{visit.plain(instant(each.end))}, {each.user}')
-        start = instant(each.start) if each.repeats else None
-        bars.append(Bar(left, width, words, 68 + 21 * lane, text,
-                        visit.href(each.label, each.project, start), kind))
-    return bars, len(lanes)
-
-
 def lateness_of(servers: list) -> str:
     """How late the last of some servers was ready, in words."""
     late = [max(each.ready - each.planned, 0) for each in servers if each.ready]
@@ -22413,7 +24942,7 @@ def lateness_told(server: dict) -> str:
     return '' if late is None else f'{format_duration(round(max(late, 0)))} after the start'
 
 
-LOOK = hashed(STYLE + SCRIPT + ''.join(TEMPLATES.values()))[:12]
+LOOK = hashed(STYLE + SCRIPT)[:12]
 
 
 def web(service: Reservations):
@@ -22432,8 +24961,7 @@ def web(service: Reservations):
             bottle.response.set_header(name, value)
         body = render_page('refused', sentence=json.loads(sentence)['error'], back='/')
         title = 'Not available' if failure.status_code >= 500 else 'Not here'
-        return render_page('layout', title=title, body=body, visit=pages.anybody(request), note='',
-                           here='', version=LOOK, back='/')
+        return pages.laid_out(pages.anybody(request), title, body)
     app = rest(service, told, lambda request: pages.visit(request).actor)
     mount_caldav(app, service)
     Blazar(service).mount(app)
@@ -22455,7 +24983,7 @@ NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token '
     'timezone workers call_timeout sweep verify_every connections'.split())
 #: Settings that only their owner may read.
-SECRETS = frozenset(('token', 'webhook', 'webhook_secret'))
+SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 
 class Connections:
@@ -23277,7 +25805,7 @@ def store_migrate(config: Config) -> dict:
 
 
 def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool = False) -> Rows:
-    """Writes into the catalog of a cloud where `openstack reservation`, Horizon and Heat find cmres.
+    """Writes into a cloud's catalog where `openstack reservation`, Horizon and Heat find cmres.
 
     Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
@@ -23534,7 +26062,8 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, alerts, dashboard, container)}
+                      catalog_add, config_show, config_check, event_export, alerts, dashboard,
+                      container)}
 
 
 def in_utc(config: Config) -> None:
