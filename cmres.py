@@ -18900,6 +18900,8 @@ DAV = '/dav'
 MOST_OBJECT = 2**16  # bytes of an event with its exceptions
 MOST_DEPTH = 20      # of elements in one another
 MOST_ELEMENTS = 20_000
+MOST_FILTERS = 100   # elements of a filter
+MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
 CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
@@ -18921,8 +18923,9 @@ ICS = 'text/calendar; charset=utf-8'
 TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
                    r'NOT CHANGED\\?, still \d+ VMs?): ')
 OPENS, CLOSES = '[cmres] ', '[end of cmres]'
-BLOCK = re.compile(r'\A\[cmres\] .*?\[end of cmres\](?:\\[nN])?|'
-                   r'(?:\\[nN])?\[cmres\] .*?\[end of cmres\]', re.S)
+MOST_COPIED = 2000  # letters of a line that each such exception has as well
+CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SEQUENCE', 'STATUS',
+                    'CLASS', 'TRANSP', 'CATEGORIES', 'ORGANIZER'))
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
 NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
@@ -18983,10 +18986,9 @@ class Component:
         return '' if number is None else self.lines[number]
 
     def take_out(self, *names: str) -> None:
-        """Takes out all lines of some properties."""
+        """Takes out some properties that can be there once."""
         for name in names:
-            while self.find(name) is not None:
-                self.put_line(name, '')
+            self.put_line(name, '')
 
     @property
     def key(self) -> str:
@@ -19060,6 +19062,23 @@ def block(text: str) -> str:
     return escaped(f'{OPENS}{text}\n{CLOSES}')
 
 
+def blocks(text: str) -> Iterator[tuple[int, int]]:
+    """Where cmres says something in a description: each begin and end."""
+    end = 0
+    while (begin := text.find(OPENS, end)) >= 0 and (end := text.find(CLOSES, begin)) >= 0:
+        end += len(CLOSES)
+        yield begin, end
+
+
+def without_blocks(text: str) -> str:
+    """A description without what cmres says in it, nor the line ends that part it from the rest."""
+    kept, at = '', 0
+    for begin, end in blocks(text):
+        kept += re.sub(r'\\[nN]\Z', '', text[at:begin])
+        at = end + 2 * (not begin and text[end:end + 2].lower() == '\\n')
+    return kept + text[at:]
+
+
 class Form:
     """How times are written in a series: as its first start is."""
 
@@ -19084,10 +19103,18 @@ class Form:
         return self.line('RECURRENCE-ID', at)
 
 
-def exception_of(head: Component, form: Form, slot: Slot) -> Component:
-    """An occurrence of a series as an event of its own, without alarms."""
-    made = Component([*head.lines[:head.inner], head.lines[-1]])
-    made.take_out('RRULE', 'RDATE', 'EXDATE', 'EXRULE', 'DURATION')
+def carried(head: Component) -> Component:
+    """What of a series each of its occurrences has as well: no alarms, and no long texts."""
+    kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
+            and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
+    made = Component([head.lines[0], *kept, head.lines[-1]])
+    made.put_line('UID', head.line('UID'))
+    return made
+
+
+def exception_of(plain: Component, form: Form, slot: Slot) -> Component:
+    """An occurrence of a series as an event of its own, with what is carried over."""
+    made = Component([*plain.lines])
     made.put_line('RECURRENCE-ID', form.key(slot.key))
     made.put_line(MADE, f'{MADE}:1\r\n')
     for name, at in (('DTSTART', slot.start), ('DTEND', slot.end)):
@@ -19107,7 +19134,7 @@ def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
     parts = components(text)
     events = events_in(parts)
     head = events[0]
-    form, plain = Form(head, zone), Component([*head.lines])
+    form, plain = Form(head, zone), carried(head)
     there = {keys.get(each.key, ''): each for each in events}
     there.setdefault('', head)
     for slot, remark in remarks.items():
@@ -19144,10 +19171,11 @@ def without_remarks(text: str, shown: str = '', before: str = '') -> str:
 def take_remarks_out(event: Component, known: Component | None, own: Component | None) -> None:
     """Takes out of an event what cmres has said in it."""
     title, text = (event.read(name)[1] for name in ('SUMMARY', 'DESCRIPTION'))
-    rest, found = BLOCK.sub('', text), TITLE.match(title)
+    rest, found = without_blocks(text), TITLE.match(title)
     if known and OPENS in rest:  # somebody has deleted a line of it
-        lines = {line for said in BLOCK.findall(known.read('DESCRIPTION')[1])
-                for line in said.split('\\n') if line}
+        before = known.read('DESCRIPTION')[1]
+        lines = {line for begin, end in blocks(before) for line in before[begin:end].split('\\n')}
+        lines.discard('')
         rest = '\\n'.join(line for line in rest.split('\\n') if line not in lines)
     ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
     if rest != text:
@@ -19848,6 +19876,8 @@ class Query:
 
     def __init__(self, root, zone: ZoneInfo, budget: Budget):
         self.zone, self.budget = zone, budget
+        if sum(1 for _ in root.iter()) > MOST_FILTERS:
+            raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
         self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
         inner = [each for part in self.parts for each in part[3]]
         spans = [span for _, _, span, _, _ in inner if span]
@@ -19890,33 +19920,37 @@ class Query:
         if name != 'VEVENT':
             return absent
         found = [each for each in events if all(has_property(each, one) for one in properties)]
-        found = [each for each in found if all(self.has_alarm(each, one, item) for one in inner)]
+        timed = span or any(one[2] for one in inner)
+        groups = by_uid(read_calendar(item.text)).values() if timed else ()
+        found = [each for each in found if all(self.has_alarm(each, one, groups) for one in inner)]
         if absent or not found:
             return absent and not found
-        return not span or any(True for _ in self.occurrences(item.text, *span))
+        return not span or any(True for _ in self.occurrences(groups, *span))
 
 
-    def has_alarm(self, event: Component, part: tuple, item: Item) -> bool:
+    def has_alarm(self, event: Component, part: tuple, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
         name, absent, span, _, _ = part
         if name != 'VALARM' or absent or not span:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
             return there != absent
-        return any(span[0] <= at < span[1] for at in self.alarms(event, item.text, *span))
+        return any(span[0] <= at < span[1] for at in self.alarms(event, groups, *span))
 
-    def occurrences(self, text: str, begin: int, until: int) -> Iterator[dict]:
-        """The occurrences of an event in a window; {} where that can't be told."""
-        for group in by_uid(read_calendar(text)).values():
+    def occurrences(self, groups: Iterable[list[Entry]], begin: int, until: int) -> Iterator[dict]:
+        """The occurrences of events in a window; {} where that can't be told."""
+        for group in groups:
             try:
                 with naming(group[0]), self.budget.event(may_repeat(group)):
                     yield from group_occurrences(group, self.zone, instant(begin), instant(until))
             except BadCalendar:
                 yield {}
 
-    def alarms(self, event: Component, text: str, begin: int, until: int) -> Iterator[int]:
+    def alarms(self, event: Component, groups: Iterable[list[Entry]], begin: int,
+               until: int) -> Iterator[int]:
         """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
-        lines = [read_property(unfolded_line(each)) for each in event.lines]
-        for _, parameters, value in (each for each in lines if each and each[0] == 'TRIGGER'):
+        lines = (read_property(unfolded_line(each)) for each in event.lines
+                 if each[:7].upper() == 'TRIGGER')
+        for _, parameters, value in itertools.islice(filter(None, lines), MOST_ALARMS):
             with suppress(Error, ValueError, OverflowError):
                 if not value.strip('+- ').upper().startswith('P'):
                     yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
@@ -19924,7 +19958,8 @@ class Query:
                 offset = int(read_length(value.strip('+- ')).total_seconds())
                 offset = -offset if value.startswith('-') else offset
                 side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
-                for each in self.occurrences(text, max(begin - offset - 1, 0), until - offset + 1):
+                window = max(begin - offset - 1, 0), until - offset + 1
+                for each in self.occurrences(groups, *window):
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
@@ -19953,10 +19988,9 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
     form = Form(events[0], table.zone)
-    form.instant = not form.whole
-    found = []
+    form.instant, plain, found = not form.whole, carried(events[0]), []
     for slot in table.slots(begin, until):
-        made = exception_of(events[0], form, slot)
+        made = exception_of(plain, form, slot)
         if slot.key in own:
             taken = own[slot.key].lines
             own_one = Component([*taken])

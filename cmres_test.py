@@ -15986,6 +15986,7 @@ def test_nobodys_own_words_are_taken_for_ours(dav, world):
     dav.put('a', own)
     assert dav.get('a') == own and reserved_at(world, 'cancelled-lesson') == [NOON + hours(2)]
     dav.put('b', drawn('two', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:50 x m1.small\\nHello'))
+    dav.put('c', drawn('three', '20261201T180000Z', '20261201T190000Z', f"DESCRIPTION:{'[cmres] ' * 7000}"))
     cut = dav.get('b').replace('\r\n ', '').replace('[end of cmres]\\n', '')  # somebody has deleted the line
     dav.put('b', cut)
     text = dav.shown('b')[0]['DESCRIPTION']
