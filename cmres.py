@@ -2201,11 +2201,13 @@ def read_file(value, here=None) -> str:
 def read_int(value, here=None) -> int:
     if isinstance(value, float) and value.is_integer():  # JSON knows one kind of number
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
-        return value
-    if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,12}', value.strip()):
-        return int(value)
-    raise ValueError(f'{shown(value)} is not a whole number')
+    if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9]{1,30}', value.strip()):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f'{shown(value)} is not a whole number')
+    if abs(value) >= 10**15:
+        raise ValueError(f'{value} has more than 15 digits')
+    return value
 
 
 def read_count(value, here=None) -> int:
@@ -2222,8 +2224,9 @@ def read_page(value, here=None) -> int:
 
 def read_cursor(value, here: Here) -> str:
     """An id, or SECONDS-ID: the start and the id of a line."""
-    start, _, id = str(value).replace('/', '-').rpartition('-')
-    if type(value) is bool or not re.fullmatch('[0-9]{1,18}', id):
+    start, between, id = str(value).replace('/', '-').rpartition('-')
+    negative = between and not start
+    if type(value) is bool or negative or not re.fullmatch('[0-9]{1,18}', id):
         raise ValueError(f'{shown(value)} is not a whole number, nor the start and id of a line '
                          f'such as '
                          '2026-12-01T12:00Z/7')

@@ -13530,6 +13530,8 @@ def test_wrong_rows_are_refused_in_json(app, rows, status):
     ('/reservation?limit=x', 400, 'limit: "x" is not a whole number'),
     ('/reservation?limit=0', 400, 'limit: 0 is not between'),
     ('/reservation?after=99999999999999999999', 400, 'is not a whole number'),
+    ('/reservation?after=-1', 400, 'is not a whole number'),
+    ('/event/?after=9007199254740990', 400, '9007199254740990 has more than 15 digits'),
     ('/reservation?user=a&user=b', 400, 'user is given twice'),
     ('/reservation?user=%ff', 400, 'the query is not UTF-8'),
     ('/reservation?' + '&'.join(f'a{n}=' for n in range(101)), 400, 'more than 100 fields'),
