@@ -19638,7 +19638,7 @@ class Keeper:
         return shown
 
     def take_from_others(self, folder: Folder, name: str, reservation: int | None) -> None:
-        """Lets a reservation be of one object alone: its event was dragged from another calendar."""
+        """Lets a reservation be of one object alone; its event came from another calendar."""
         for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
                          'AND NOT (calendar = ? AND name = ?)', reservation, folder.id, name):
             why = f"The same event stands in the calendar '{folder.name}' now."
