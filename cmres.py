@@ -4133,6 +4133,7 @@ INDEXES = '''
   calendar_object_by_uid ON calendar_object (user, project, calendar, uid);
   calendar_object_by_until ON calendar_object (user, project, calendar, last);
   calendar_object_gone ON calendar_object (gone) WHERE gone IS NOT NULL;
+  calendar_object_last ON calendar_object (last) WHERE gone IS NULL;
   calendar_object_of ON calendar_object (reservation_id) WHERE reservation_id IS NOT NULL;
   capacity_end ON capacity ("end") WHERE removed IS NULL;
   claim_due ON claim (due) WHERE due IS NOT NULL;
@@ -4956,7 +4957,7 @@ def add_openstack() -> None:
 
 
 def add_calendar_objects() -> None:
-    """Version 17: what calendar programs write, and what a resource gives to who asks for nothing."""
+    """Version 17: what calendar programs write, and what a resource gives by itself."""
     name = "VARCHAR(255) NOT NULL DEFAULT ''"
     add_columns('resource', {'default_flavor': name, 'default_image': name,
                              'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
@@ -4971,12 +4972,18 @@ def add_calendar_objects() -> None:
         CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
         CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
           ON calendar_object (user, project, calendar, name);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_uid ON calendar_object (user, project, calendar, uid);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_rev ON calendar_object (user, project, calendar, rev);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_until ON calendar_object (user, project, calendar, last);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_uid
+          ON calendar_object (user, project, calendar, uid);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_rev
+          ON calendar_object (user, project, calendar, rev);
+        CREATE INDEX IF NOT EXISTS calendar_object_by_until
+          ON calendar_object (user, project, calendar, last);
+        CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
+          WHERE gone IS NULL;
         CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
           WHERE reservation_id IS NOT NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone) WHERE gone IS NOT NULL;
+        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
+          WHERE gone IS NOT NULL;
         CREATE TABLE IF NOT EXISTS calendar_property (
           user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
           name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
@@ -8996,11 +9003,15 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
     people = (f'ORGANIZER:mailto:{host}',
               f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
-             for first, last in more]
+    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in more]
     dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
     return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
                     'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+
+
+def stamp_of(at: int) -> str:
+    """An instant as iCalendar writes it."""
+    return f'{instant(at):%Y%m%dT%H%M%SZ}'
 
 
 def escaped(text: str) -> str:
@@ -13849,6 +13860,22 @@ FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description) AS description,')
 
 
+#: The fact: up to which revision nothing is known any more of objects that were deleted.
+FORGOTTEN = 'calendars forgotten'
+
+
+def addresses_of(occurrence: int) -> list[str]:
+    """The addresses of the VMs that an occurrence has now."""
+    found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
+                 "AND goal = 'up' ORDER BY n", occurrence)
+    return [each for one in found for each in json.loads(one.addresses)]
+
+
+def next_revision() -> int:
+    """What the next change of any calendar object is known by."""
+    return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
+
+
 def repeats(booking: Booking) -> bool:
     """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
@@ -14869,7 +14896,24 @@ class Records(Operations):
             run('DELETE FROM capacity WHERE id = ?', each.id)
         leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
-        return len(old) + len(events) + gone + len(changes) + leases
+        objects = self.forget_objects(now, before, most)
+        return len(old) + len(events) + gone + len(changes) + leases + objects
+
+    def forget_objects(self, now: float, before: int, most: int) -> int:
+        """Forgets what calendar programs wrote that is long over, later that it was there."""
+        old = rows('SELECT id FROM calendar_object WHERE gone IS NULL AND last < ? LIMIT ?',
+                   before, most)
+        for each in old:
+            change(CalendarObject, each.id, text='', shown='', etag='', reservation=None,
+                   gone=int(now), rev=next_revision())
+        gone = rows('SELECT id, rev FROM calendar_object WHERE gone < ? '
+                    'AND rev < (SELECT max(rev) FROM calendar_object) LIMIT ?', before, most)
+        for each in gone:
+            run('DELETE FROM calendar_object WHERE id = ?', each.id)
+        if gone:
+            last = max(each.rev for each in gone)
+            note_fact(FORGOTTEN, f"{max(last, int(fact(FORGOTTEN) or 0))}")
+        return len(old) + len(gone)
 
     def forget_occurrence(self, old) -> None:
         """Forgets one occurrence, and its reservation if it was the last."""
@@ -14883,6 +14927,8 @@ class Records(Operations):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
                                     'reservation_id FROM event '
                                     'WHERE reservation_id = ?', old.reservation_id))
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
+                old.reservation_id)
             run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
             run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
             run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
@@ -14981,11 +15027,19 @@ INVITED = {'added': 'Invitation', 'approved': 'Invitation', 'admitted': 'Invitat
            'ready': 'Ready'}
 
 
+STOPS = 'stops invitations'  # the fact: what signs the links that do
+
+
 def stop_link(config: Config, address: str) -> str:
-    """Where somebody says, without an account, that they want no more invitations."""
+    """Where somebody says, without an account, that they want no more invitations.
+
+    What signs it is in the store, as it is good for nothing else, and mails are kept for years.
+    """
     import hmac
-    key = read_keys(key_file(config.database, config.key))[0]
-    sign = hmac.new(key, f'stop\0{address}'.encode(), 'sha256').hexdigest()[:32]
+    if not fact(STOPS):
+        with transaction():
+            note_fact(STOPS, fact(STOPS) or secrets.token_hex(16))
+    sign = hmac.new(fact(STOPS).encode(), address.encode(), 'sha256').hexdigest()[:32]
     return f"{config.served}/invitations/{quote(address, safe='@')}/{sign}"
 
 
@@ -15468,9 +15522,7 @@ class Workers:
         unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
-        addresses = [each for one in rows(
-            "SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
-            "AND goal = 'up' ORDER BY n", found.id) for each in json.loads(one.addresses)]
+        addresses = addresses_of(found.id)
         lines = [found.description, *self.config.logins(addresses)]
         lines += [f'key pair: {found.key}'] if found.key and addresses else []
         first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
@@ -19168,10 +19220,12 @@ DAV = '/dav'
 MOST_OBJECT = 2**16  # bytes of an event with its exceptions
 MOST_DEPTH = 20      # of elements in one another
 MOST_ELEMENTS = 20_000
+MOST_FILTERS = 100   # elements of a filter
+MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
+MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
 CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
-FORGOTTEN = 'calendars forgotten'  # the fact: the last number of which nothing is known any more
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
               'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
               'V': 'urn:cmres'}
@@ -19189,8 +19243,9 @@ ICS = 'text/calendar; charset=utf-8'
 TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
                    r'NOT CHANGED\\?, still \d+ VMs?): ')
 OPENS, CLOSES = '[cmres] ', '[end of cmres]'
-BLOCK = re.compile(r'\A\[cmres\] .*?\[end of cmres\](?:\\[nN])?|'
-                   r'(?:\\[nN])?\[cmres\] .*?(?:\[end of cmres\]|\Z)', re.S)
+MOST_COPIED = 2000  # letters of a line that each such exception has as well
+CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SEQUENCE', 'STATUS',
+                    'CLASS', 'TRANSP', 'CATEGORIES', 'ORGANIZER'))
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
 NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
@@ -19237,9 +19292,13 @@ class Component:
         if number is not None:
             self.lines[number:number + 1] = [line] if line else []
         elif line:
-            inner = (n for n, each in enumerate(self.lines[1:], 1)
-                     if each[:6].upper() == 'BEGIN:' or each[:4].upper() == 'END:')
-            self.lines.insert(next(inner), line)
+            self.lines.insert(self.inner, line)
+
+    @property
+    def inner(self) -> int:
+        """Which of its lines is the first that is none of its own properties."""
+        return next(number for number, line in enumerate(self.lines)
+                    if number and re.match('(?i)BEGIN:|END:', line))
 
     def line(self, name: str) -> str:
         """The line of a property as it stands there; '' without it."""
@@ -19247,10 +19306,9 @@ class Component:
         return '' if number is None else self.lines[number]
 
     def take_out(self, *names: str) -> None:
-        """Takes out all lines of some properties."""
+        """Takes out some properties that can be there once."""
         for name in names:
-            while self.find(name) is not None:
-                self.put_line(name, '')
+            self.put_line(name, '')
 
     @property
     def key(self) -> str:
@@ -19324,6 +19382,23 @@ def block(text: str) -> str:
     return escaped(f'{OPENS}{text}\n{CLOSES}')
 
 
+def blocks(text: str) -> Iterator[tuple[int, int]]:
+    """Where cmres says something in a description: each begin and end."""
+    end = 0
+    while (begin := text.find(OPENS, end)) >= 0 and (end := text.find(CLOSES, begin)) >= 0:
+        end += len(CLOSES)
+        yield begin, end
+
+
+def without_blocks(text: str) -> str:
+    """A description without what cmres says in it, nor the line ends that part it from the rest."""
+    kept, at = '', 0
+    for begin, end in blocks(text):
+        kept += re.sub(r'\\[nN]\Z', '', text[at:begin])
+        at = end + 2 * (not begin and text[end:end + 2].lower() == '\\n')
+    return kept + text[at:]
+
+
 class Form:
     """How times are written in a series: as its first start is."""
 
@@ -19339,7 +19414,7 @@ class Form:
         if self.whole and wall.time() == datetime.min.time():
             return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
         if self.whole or self.instant:
-            return f'{name}:{instant(at):%Y%m%dT%H%M%SZ}\r\n'
+            return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
     def key(self, slot: str) -> str:
@@ -19348,12 +19423,18 @@ class Form:
         return self.line('RECURRENCE-ID', at)
 
 
-def exception_of(head: Component, form: Form, slot: Slot) -> Component:
-    """An occurrence of a series as an event of its own, without alarms."""
-    start = next((n for n, each in enumerate(head.lines[1:], 1) if each[:6].upper() == 'BEGIN:'),
-                 len(head.lines) - 1)
-    made = Component([*head.lines[:start], head.lines[-1]])
-    made.take_out('RRULE', 'RDATE', 'EXDATE', 'EXRULE', 'DURATION')
+def carried(head: Component) -> Component:
+    """What of a series each of its occurrences has as well: no alarms, and no long texts."""
+    kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
+            and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
+    made = Component([head.lines[0], *kept, head.lines[-1]])
+    made.put_line('UID', head.line('UID'))
+    return made
+
+
+def exception_of(plain: Component, form: Form, slot: Slot) -> Component:
+    """An occurrence of a series as an event of its own, with what is carried over."""
+    made = Component([*plain.lines])
     made.put_line('RECURRENCE-ID', form.key(slot.key))
     made.put_line(MADE, f'{MADE}:1\r\n')
     for name, at in (('DTSTART', slot.start), ('DTEND', slot.end)):
@@ -19373,7 +19454,7 @@ def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
     parts = components(text)
     events = events_in(parts)
     head = events[0]
-    form, plain = Form(head, zone), Component([*head.lines])
+    form, plain = Form(head, zone), carried(head)
     there = {keys.get(each.key, ''): each for each in events}
     there.setdefault('', head)
     for slot, remark in remarks.items():
@@ -19410,7 +19491,12 @@ def without_remarks(text: str, shown: str = '', before: str = '') -> str:
 def take_remarks_out(event: Component, known: Component | None, own: Component | None) -> None:
     """Takes out of an event what cmres has said in it."""
     title, text = (event.read(name)[1] for name in ('SUMMARY', 'DESCRIPTION'))
-    rest, found = BLOCK.sub('', text), TITLE.match(title)
+    rest, found = without_blocks(text), TITLE.match(title)
+    if known and OPENS in rest:  # somebody has deleted a line of it
+        before = known.read('DESCRIPTION')[1]
+        lines = {line for begin, end in blocks(before) for line in before[begin:end].split('\\n')}
+        lines.discard('')
+        rest = '\\n'.join(line for line in rest.split('\\n') if line not in lines)
     ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
     if rest != text:
         put_back(event, own, 'DESCRIPTION', rest)
@@ -19438,6 +19524,12 @@ class Folder(NamedTuple):
 
 
 ALL = Folder(0, 'all')
+
+
+def folder_of(place) -> Folder:
+    """The calendar of a resource."""
+    usual = Want(place.default_vms, place.default_flavor, place.default_image, place.name)
+    return Folder(place.id, place.name, usual)
 
 
 class Understood(NamedTuple):
@@ -19468,11 +19560,10 @@ class Understood(NamedTuple):
 
     def guests(self) -> list[str]:
         """The mail addresses of who is invited, but not of who invites."""
-        lines = [read_property(unfolded_line(line)) for event in events_in(components(self.text))
-                 for line in event.lines if GUEST.match(line)]
-        found = {name: [value.strip().lower().removeprefix('mailto:')
-                        for kind, _, value in filter(None, lines) if kind == name]
-                 for name in ('ATTENDEE', 'ORGANIZER')}
+        found = defaultdict(list)
+        for line in filter(GUEST.match, content_lines(self.text)):
+            if said := read_property(unfolded_line(line)):
+                found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
         return [each for each in dict.fromkeys(found['ATTENDEE'])
                 if '@' in each and each not in found['ORGANIZER']]
 
@@ -19505,12 +19596,10 @@ class Shelf:
 
     def folders(self) -> list[Folder]:
         """Of each resource that has VMs for who says nothing, and one for all."""
-        found = [Folder(each.id, each.name,
-                        Want(each.default_vms, each.default_flavor, each.default_image, each.name))
-                 for each in self.acting.look.places() if each.default_vms]
-        return [*found, ALL]
+        return [*(folder_of(each) for each in self.acting.look.places() if each.default_vms), ALL]
 
     def folder(self, name: str) -> Folder:
+        """The calendar of a name; NotFound if there is none."""
         found = next((each for each in self.folders() if each.name == name), None)
         if not found:
             raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
@@ -19522,7 +19611,7 @@ class Shelf:
         return row('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
                    'AND calendar = ? AND name = ? AND gone IS NULL', *self.whose, folder.id, name)
 
-    def all(self, folder: Folder, since: int = -1, until: float = 0) -> list:
+    def all(self, folder: Folder, since: int = -1) -> list:
         """What is in a calendar and does not end before an instant, by name."""
         return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
                     'AND calendar = ? AND gone IS NULL AND last > ? ORDER BY name',
@@ -19535,8 +19624,10 @@ class Shelf:
                     *self.whose, folder.id, since)
 
     def newest(self, folder: Folder) -> int:
-        return row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
-                   'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id).rev
+        """The number of its last change; not one before all that is known of changes."""
+        found = row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
+                    'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id)
+        return max(found.rev, int(fact(FORGOTTEN) or 0))
 
     def token(self, folder: Folder) -> str:
         """What is another as soon as anything in a calendar is, as a URI."""
@@ -19562,10 +19653,9 @@ class Shelf:
     def write(self, folder: Folder, name: str, **values) -> None:
         """Writes an object, or some columns of it; it is another one for all programs then."""
         whose = dict(zip(('user', 'project'), self.whose)) | {'calendar': folder.id, 'name': name}
-        rev = row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
         there = row('SELECT id FROM calendar_object WHERE user = ? AND project = ? '
                     'AND calendar = ? AND name = ?', *whose.values())
-        values |= {'rev': rev, 'changed': int(self.acting.clock())}
+        values |= {'rev': next_revision(), 'changed': int(self.acting.clock())}
         if there:
             change(CalendarObject, there.id, **values)
         else:
@@ -19654,12 +19744,12 @@ class Teller:
             return {'': self.of_none()} if self.all or self.why else {}
         current = self.acting.look.next_of(self.id)
         whole = self.of_stay(current) or Remark()
-        found = {} if whole.title else {
-            each.slot: remark for each in self.all if each.slot in self.slots
-            and (remark := self.of_one(each, self.slots[each.slot]))}
-        whole = found.pop('', whole)
-        whole = whole._replace(after='\n'.join(filter(None, (whole.after, self.state(current)))))
-        return found | ({'': whole} if whole != Remark() else {})
+        known = [each for each in self.all if each.slot in self.slots and not whole.title]
+        found = {each.slot: self.of_one(each, self.slots[each.slot]) for each in known}
+        whole = found.get('') or whole
+        after = '\n'.join(filter(None, (whole.after, self.state(current))))
+        found[''] = whole._replace(after=after)
+        return {slot: remark for slot, remark in found.items() if remark not in (None, Remark())}
 
     def of_none(self) -> Remark:
         """Nothing is reserved."""
@@ -19707,13 +19797,11 @@ class Teller:
             return f'An admin must approve it until {until}.'
         if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
             return ''
-        found = rows("SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL "
-                     "AND goal = 'up' ORDER BY n", current.id)
-        addresses = [each for one in found for each in json.loads(one.addresses)]
+        addresses = addresses_of(current.id)
         when = format_time(instant(current.start), self.event.here)
-        lines = [f"{when + ': ' if current.repeats else ''}{current.state}",
-                 *config.logins(addresses),
-                 f'key pair: {current.key}' if current.key and addresses else '', current.fault]
+        head = f'{when}: {current.state}' if current.repeats else current.state
+        key = f'key pair: {current.key}' if current.key and addresses else ''
+        lines = [head, *config.logins(addresses), key, current.fault]
         return '\n'.join(filter(None, lines))
 
 
@@ -19733,21 +19821,25 @@ class Keeper:
         newest = row('SELECT coalesce(max(id), 0) AS id FROM event').id
         if newest <= seen:
             return
-        changed = self.changed_between(seen, newest)
-        if changed or newest - seen > 1000:
+        left = deque(rows(
+            'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
+            '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
+            'AND e.reservation_id IS NOT NULL)', seen, newest))
+        if not left and newest - seen < MOST_UNSEEN:
+            return
+        while left:  # others can write between
             with transaction():
-                note_fact(LOOKED_AT, f'{newest}')
-                for each in self.changed_between(seen, newest):
-                    self.show_anew(each)
+                for each in some_of(left):
+                    with suppress(Error):
+                        self.show_anew(each.id)
+        with transaction():
+            note_fact(LOOKED_AT, f'{newest}')
 
-    def changed_between(self, seen: int, newest: int) -> list:
-        """The objects of which events tell that came after one, until another."""
-        return rows('SELECT c.* FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id '
-                    'IN (SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
-                    'AND e.reservation_id IS NOT NULL)', seen, newest)
-
-    def show_anew(self, found) -> None:
+    def show_anew(self, id: int) -> None:
         """Writes what is shown of an object if it is another than before."""
+        found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
+        if not found:
+            return
         owner = Actor(found.user, found.project, USER)
         shelf = Shelf(self.acting.acting(owner))
         place = row('SELECT name FROM resource WHERE id = ?', found.calendar)
@@ -19786,10 +19878,9 @@ class Keeper:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
                           href=(other or had).name)
         most = self.acting.config.caldav_events
-        if not had and 0 < most <= len(rows(
-                f'SELECT 1 AS one FROM calendar_object WHERE user = ? AND project = ? AND '
-                f'calendar = ? AND last > -1 AND gone IS NULL LIMIT {most}', *self.shelf.whose,
-                folder.id)):
+        there, = run('SELECT count(*) FROM calendar_object WHERE user = ? AND project = ? '
+                     'AND calendar = ? AND gone IS NULL', *self.shelf.whose, folder.id).fetchone()
+        if not had and 0 < most <= there:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
@@ -19840,11 +19931,11 @@ class Keeper:
             return {'approval' if waits else '': done['why']}
         old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
-        known = left and self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
+        known = self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     '(SELECT value FROM json_each(?))', known.id, json.dumps([*left])) if left else ()
-        return {slot: why for slot, why in old.items() if slot} | {
-            each.slot: left[each.start] for each in there if each.slot}
+                     '(SELECT value FROM json_each(?))', known and known.id, json.dumps([*left]))
+        new = {each.slot: left[each.start] for each in there if each.slot}
+        return {slot: why for slot, why in old.items() if slot} | new
 
     def keep(self, folder: Folder, name: str, event: Understood, had, why: dict,
              booked: bool) -> str:
@@ -19852,8 +19943,7 @@ class Keeper:
         uid = event.booking.uid
         known = self.acting.booked_as(uid, self.shelf.whose, None) if booked else None
         id = known.id if known else had.reservation_id if had else None
-        if id is not None:  # it may have been moved here from another calendar
-            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+        self.take_from_others(folder, name, id)
         first, last = event.span(self.acting.clock() + self.acting.config.horizon * DAY)
         values = {'uid': uid, 'text': event.text, 'reservation': id, 'why': json.dumps(why),
                   'first': first, 'last': last, 'gone': None, 'shown': '', 'etag': ''}
@@ -19863,6 +19953,14 @@ class Keeper:
         change(CalendarObject, found.id, shown='' if shown == event.text else shown,
                etag=etag_of(shown))
         return shown
+
+    def take_from_others(self, folder: Folder, name: str, reservation: int | None) -> None:
+        """Lets a reservation be of one object alone; its event came from another calendar."""
+        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', reservation, folder.id, name):
+            why = f"The same event stands in the calendar '{folder.name}' now."
+            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
+            self.show_anew(each.id)
 
     def refuse(self, folder: Folder, name: str, event: Understood, had, look: Callable,
                refusal: Error) -> str:
@@ -19879,6 +19977,10 @@ class Keeper:
                 int(now))
             if not live and had:
                 had = had._replace(reservation_id=None)
+            if isinstance(refusal, NoCapacity) or 'limit' in refusal.details:
+                user, project = self.shelf.whose  # the operator is told, as of other requests
+                journal(self.acting.config, now, user, 'refused', f'an event of {user}: {why}',
+                        project=project, resource=folder.id or None)
             return self.keep(folder, name, event, had, {'': why}, False)
 
     def explained(self, event: Understood, had, refusal: Error) -> Error:
@@ -19890,24 +19992,26 @@ class Keeper:
         plain = wish._replace(stretches=[], repeat='')
         known = had and had.reservation_id and acting.look.next_of(had.reservation_id)
         live = known if known and known.cancelled is None and known.end > acting.clock() else None
-
-        def deed(wish: Wish, field: str):
-            now = acting.clock()
-            if live:
-                wish = wish._replace(label=live.label)
-                return acting.bookings.commit(acting.admission.edit(
-                    live._replace(repeats=0), wish, ['calendar'], now), now)
-            return acting.admission.book(
-                wish._replace(label=acting.free_label(wish, now)), now)
         try:
-            with acting.shares.paced(), acting.writing(dry_run=True):
+            with acting.shares.paced(), acting.writing(dry_run=True) as now:
+                def deed(each: Wish, field: str) -> None:
+                    self.book_plainly(each, live, now)
                 with acting.offers.explaining(plain, live, deed):
                     deed(plain, '')
         except NoCapacity as told_more:
-            return type(refusal)(in_other_words(told_more, event.here), **told_more.details)
+            return NoCapacity(in_other_words(told_more, event.here), **told_more.details)
         except Error:
             pass
         return refusal
+
+    def book_plainly(self, wish: Wish, live, now: float) -> None:
+        """Books a wish, or makes it of what is there, as if it were of no calendar."""
+        acting = self.acting
+        if live:
+            wish, plain = wish._replace(label=live.label), live._replace(repeats=0)
+            acting.bookings.commit(acting.admission.edit(plain, wish, ['calendar'], now), now)
+        else:
+            acting.admission.book(wish._replace(label=acting.free_label(wish, now)), now)
 
     def delete(self, folder: Folder, name: str, look: Callable) -> None:
         """Cancels what an event has reserved, and forgets its text."""
@@ -19919,7 +20023,8 @@ class Keeper:
                 raise NotFound('there is no such event, or no longer')
             known = found.reservation_id and acting.look.next_of(found.reservation_id)
             if known:
-                acting.admission.cancel(acting.look.live(known), now, 'deleted in the calendar', ends=True)
+                gone = acting.look.live(known)
+                acting.admission.cancel(gone, now, 'deleted in the calendar', ends=True)
             self.shelf.write(folder, name, gone=int(now), text='', shown='', etag='',
                              reservation=None)
 
@@ -20092,6 +20197,8 @@ class Query:
 
     def __init__(self, root, zone: ZoneInfo, budget: Budget):
         self.zone, self.budget = zone, budget
+        if sum(1 for _ in root.iter()) > MOST_FILTERS:
+            raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
         self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
         inner = [each for part in self.parts for each in part[3]]
         spans = [span for _, _, span, _, _ in inner if span]
@@ -20100,13 +20207,12 @@ class Query:
     def read(self, element) -> tuple:
         """A filter of components: their name, whether none may be there, when, with what."""
         span = element.find(full_name('C:time-range'))
+        inner = [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))]
         properties = [self.read_property(each)
                       for each in element.iterfind(full_name('C:prop-filter'))]
-        return (element.get('name', '').upper(),
-                element.find(full_name('C:is-not-defined')) is not None,
-                None if span is None else read_range(span),
-                [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))],
-                properties)
+        absent = element.find(full_name('C:is-not-defined')) is not None
+        span = None if span is None else read_range(span)
+        return element.get('name', '').upper(), absent, span, inner, properties
 
     def read_property(self, element) -> tuple:
         """A filter of a property: its name, whether it may not be there, and a text in it."""
@@ -20134,34 +20240,38 @@ class Query:
         name, absent, span, inner, properties = part
         if name != 'VEVENT':
             return absent
-        found = [each for each in events if all(has_property(each, one) for one in properties)
-                 and all(self.has_alarm(each, one, item) for one in inner)]
+        found = [each for each in events if all(has_property(each, one) for one in properties)]
+        timed = span or any(one[2] for one in inner)
+        groups = by_uid(read_calendar(item.text)).values() if timed else ()
+        found = [each for each in found if all(self.has_alarm(each, one, groups) for one in inner)]
         if absent or not found:
             return absent and not found
-        return not span or any(True for _ in self.occurrences(item.text, *span))
+        return not span or any(True for _ in self.occurrences(groups, *span))
 
 
-    def has_alarm(self, event: Component, part: tuple, item: Item) -> bool:
+    def has_alarm(self, event: Component, part: tuple, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
         name, absent, span, _, _ = part
         if name != 'VALARM' or absent or not span:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
             return there != absent
-        return any(span[0] <= at < span[1] for at in self.alarms(event, item.text, *span))
+        return any(span[0] <= at < span[1] for at in self.alarms(event, groups, *span))
 
-    def occurrences(self, text: str, begin: int, until: int) -> Iterator[dict]:
-        """The occurrences of an event in a window; {} where that can't be told."""
-        for group in by_uid(read_calendar(text)).values():
+    def occurrences(self, groups: Iterable[list[Entry]], begin: int, until: int) -> Iterator[dict]:
+        """The occurrences of events in a window; {} where that can't be told."""
+        for group in groups:
             try:
                 with naming(group[0]), self.budget.event(may_repeat(group)):
                     yield from group_occurrences(group, self.zone, instant(begin), instant(until))
             except BadCalendar:
                 yield {}
 
-    def alarms(self, event: Component, text: str, begin: int, until: int) -> Iterator[int]:
+    def alarms(self, event: Component, groups: Iterable[list[Entry]], begin: int,
+               until: int) -> Iterator[int]:
         """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
-        lines = [read_property(unfolded_line(each)) for each in event.lines]
-        for _, parameters, value in (each for each in lines if each and each[0] == 'TRIGGER'):
+        lines = (read_property(unfolded_line(each)) for each in event.lines
+                 if each[:7].upper() == 'TRIGGER')
+        for _, parameters, value in itertools.islice(filter(None, lines), MOST_ALARMS):
             with suppress(Error, ValueError, OverflowError):
                 if not value.strip('+- ').upper().startswith('P'):
                     yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
@@ -20169,7 +20279,8 @@ class Query:
                 offset = int(read_length(value.strip('+- ')).total_seconds())
                 offset = -offset if value.startswith('-') else offset
                 side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
-                for each in self.occurrences(text, max(begin - offset - 1, 0), until - offset + 1):
+                window = max(begin - offset - 1, 0), until - offset + 1
+                for each in self.occurrences(groups, *window):
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
@@ -20198,10 +20309,9 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
     form = Form(events[0], table.zone)
-    form.instant = not form.whole
-    found = []
+    form.instant, plain, found = not form.whole, carried(events[0]), []
     for slot in table.slots(begin, until):
-        made = exception_of(events[0], form, slot)
+        made = exception_of(plain, form, slot)
         if slot.key in own:
             taken = own[slot.key].lines
             own_one = Component([*taken])
@@ -20240,6 +20350,18 @@ def read_range(element) -> tuple[int, int]:
     return begin, max(until, begin)
 
 
+#: Properties that all calendars have alike.
+FOLDER_VALUES = {
+    'D:resourcetype': '<D:collection/><C:calendar/>', 'D:getcontenttype': ICS,
+    'D:supported-report-set': elements(
+        REPORTS, '<D:supported-report><D:report>{}</D:report></D:supported-report>'),
+    'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
+    'C:supported-calendar-data': '<C:calendar-data content-type="text/calendar" version="2.0"/>',
+    'C:supported-collation-set': ''.join(
+        f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
+    'C:max-resource-size': f'{MOST_OBJECT}'}
+
+
 class Dav:
     """One request of a calendar program."""
 
@@ -20261,13 +20383,13 @@ class Dav:
         verb = self.request.method
         if self.names and self.names[0] != self.user:
             raise Refused(403, 'D:need-privileges', 'this address is of somebody else')
+        if verb in ('MKCALENDAR', 'MKCOL'):
+            raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
+                          'resource, and no others can be made here')
         if len(self.names) > 3:
             raise NotFound('there is nothing at this address')
         if len(self.names) > 1:
             self.folder  # there must be one
-        if verb in ('MKCALENDAR', 'MKCOL'):
-            raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
-                          'resource, and no others can be made here')
         if verb not in DAV_VERBS.split(', '):
             raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
         if verb in ('PUT', 'DELETE', 'PROPPATCH'):
@@ -20314,22 +20436,12 @@ class Dav:
     def values_of_folder(self, folder: Folder) -> dict:
         """Properties of a calendar."""
         token, kept = self.shelf.token(folder), self.shelf.properties(folder)
-        reports = elements(REPORTS, '<D:supported-report><D:report>{}</D:report>'
-                                    '</D:supported-report>')
-        name = folder.name if folder.id else 'all resources'
-        return self.values() | {
-            'D:resourcetype': '<D:collection/><C:calendar/>', 'D:displayname': xml_text(name),
+        values = self.values() | FOLDER_VALUES | {
+            'D:displayname': xml_text(folder.name if folder.id else 'all resources'),
             'D:current-user-privilege-set': self.privileges(True),
-            'D:supported-report-set': reports, 'D:sync-token': token, 'CS:getctag': token,
-            'D:getetag': f'"{token}"', 'D:getcontenttype': ICS,
-            'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
-            'C:supported-calendar-data':
-                '<C:calendar-data content-type="text/calendar" version="2.0"/>',
-            'C:supported-collation-set': ''.join(
-                f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
-            'C:max-resource-size': f'{MOST_OBJECT}',
-            'C:calendar-description': xml_text(self.description(folder)),
-        } | {name: xml_text(value) for name, value in kept.items()}
+            'D:sync-token': token, 'CS:getctag': token, 'D:getetag': f'"{token}"',
+            'C:calendar-description': xml_text(self.description(folder))}
+        return values | {name: xml_text(value) for name, value in kept.items()}
 
     def description(self, folder: Folder) -> str:
         """What people read of a calendar."""
@@ -20343,13 +20455,21 @@ class Dav:
 
     def values_of_item(self, item: Item) -> dict:
         """Properties of what stands in a calendar."""
-        return {'D:getetag': item.etag, 'D:resourcetype': '',
-                'D:getcontenttype': f'{ICS}; component=VEVENT',
-                'D:getcontentlength': lambda: f'{len(item.text.encode())}',
-                'D:current-user-privilege-set': lambda: self.privileges(item.writable),
-                'D:owner': f'<D:href>{href_of(self.user)}/</D:href>',
-                'D:current-user-principal': f'<D:href>{href_of(self.user)}/</D:href>',
-                'C:calendar-data': lambda: xml_text(self.text_of(item))}
+        return self.of_items | {
+            'D:getetag': item.etag, 'C:calendar-data': lambda: xml_text(self.text_of(item)),
+            'D:getcontentlength': lambda: f'{len(item.text.encode())}',
+            'D:current-user-privilege-set': lambda: self.privileges(item.writable)}
+
+    @functools.cached_property
+    def of_items(self) -> dict:
+        """Properties that all of them have alike."""
+        me = f'<D:href>{href_of(self.user)}/</D:href>'
+        return {'D:resourcetype': '', 'D:getcontenttype': f'{ICS}; component=VEVENT',
+                'D:owner': me, 'D:current-user-principal': me}
+
+    @functools.cached_property
+    def zone(self) -> ZoneInfo:
+        return self.shelf.zone(self.folder)
 
     def text_of(self, item: Item) -> str:
         """The text of an object as a report asks for it."""
@@ -20358,7 +20478,7 @@ class Dav:
         try:
             entries = read_calendar(item.text)
             with naming(entries[0]), self.budget.event(True):
-                return expanded(item.text, entries, self.shelf.zone(self.folder), *self.window)
+                return expanded(item.text, entries, self.zone, *self.window)
         except BadCalendar:
             return item.text
 
@@ -20388,12 +20508,12 @@ class Dav:
         if not folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        only = [acting.look.among('o.reservation_id', reservations)] if reservations is not None else []
-        asked = dict.fromkeys((*PLACE, 'resource', 'user', 'project'), '')
-        asked['places'] = [folder.id]
-        found = acting.look.page(acting.look.ways(asked, (), since),
-                            [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose), *only], (),
-                            limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
+        where = [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose)]
+        if reservations is not None:
+            where.append(acting.look.among('o.reservation_id', reservations))
+        asked = dict.fromkeys(('user', 'project'), '') | {'places': [folder.id]}
+        found = acting.look.page(acting.look.ways(asked, (), since), where, (),
+                                 limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
         return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
 
     def busy_named(self, name: str) -> Item | None:
@@ -20401,20 +20521,22 @@ class Dav:
         match = BUSY_NAME.fullmatch(name)
         found = match and row('SELECT reservation_id AS id FROM occurrence WHERE id = ?',
                               int(match[1]))
-        return next((each for each in self.busy(-1, [found.id]) if each.name == name), None) \
-            if found else None
+        there = self.busy(-1, [found.id]) if found else ()
+        return next((each for each in there if each.name == name), None)
 
     def busy_item(self, found) -> Item:
-        """A reservation that the calendar only shows: whose it is, only for its own project."""
-        class Whose(NamedTuple):
-            project: str
-        shown = self.acting.feed_event(found._replace(now=0), Whose(self.shelf.whose[1]), [])
+        """A reservation that the calendar only shows; of others' only how much there is."""
+        mine = (found.user, found.project) == self.shelf.whose
+        viewer = self.acting.actor if mine else Actor('', '', READER)
+        # As at no instant, so that it is another one only when something has changed.
+        shown = self.acting.feed_event(found._replace(now=0), viewer, [])
         text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
 
     # Verbs.
 
     def propfind(self):
+        """Lists properties of the address, and of what is in it."""
         depth = header(self.request, 'Depth', '0').strip().lower()
         if depth == 'infinity':
             raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
@@ -20447,6 +20569,7 @@ class Dav:
             yield from ((self.href(each), self.values_of_item(each)) for each in self.items())
 
     def proppatch(self):
+        """Keeps properties with a calendar."""
         root = self.body()
         if root is None or short_name(root.tag) != 'D:propertyupdate':
             raise Invalid('the body should be a D:propertyupdate')
@@ -20470,6 +20593,7 @@ class Dav:
         return True
 
     def get(self):
+        """The text of an event."""
         if len(self.names) < 3:
             raise Refused(405, 'D:supported-method', 'this is the address for calendar programs, '
                           f'which ask with PROPFIND and REPORT; use one of {DAV_VERBS}')
@@ -20479,6 +20603,7 @@ class Dav:
             'Content-Type': ICS, 'ETag': item.etag})
 
     def put(self):
+        """Makes a reservation of an event, or changes it."""
         self.refuse_no_object()
         look, data = condition(self.request), self.request.body.read(MOST_OBJECT + 1)
         try:
@@ -20488,6 +20613,7 @@ class Dav:
         return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
 
     def delete(self):
+        """Cancels what an event has reserved."""
         if len(self.names) < 3:
             raise Refused(403, 'D:need-privileges', 'only events can be deleted')
         self.refuse_no_object()
@@ -20506,6 +20632,7 @@ class Dav:
             raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
 
     def report(self):
+        """Answers one of REPORTS."""
         root = self.body()
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
@@ -20515,6 +20642,7 @@ class Dav:
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
     def calendar_multiget(self, root):
+        """Tells of events by their addresses."""
         wanted, found = wanted_in(root), []
         hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
         for href in dict.fromkeys(hrefs):
@@ -20528,15 +20656,17 @@ class Dav:
         return multistatus(found)
 
     def calendar_query(self, root):
+        """Tells of the events that a filter takes."""
         wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
-            query = Query(asked, self.shelf.zone(self.folder), self.budget)
+            query = Query(asked, self.zone, self.budget)
             return multistatus(self.response(each, wanted) for each in self.items(query.begin)
                                if query.takes(each))
 
     def sync_collection(self, root):
+        """Tells what has changed since a token (RFC 6578)."""
         wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
         most = (root.findtext(f"{full_name('D:limit')}/{full_name('D:nresults')}") or '').strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
@@ -20574,19 +20704,18 @@ class Dav:
         return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
 
     def free_busy_query(self, root):
+        """Tells when a resource has no room (RFC 4791, 7.10)."""
         element = root.find(full_name('C:time-range'))
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
         begin, until = read_range(element)
         place = self.acting.look.resource_row(self.folder.name)
-        stamps = [f'{instant(each):%Y%m%dT%H%M%SZ}' for each in (
-            int(self.acting.clock()), begin, until)]
-        lines = ['BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-                 'BEGIN:VFREEBUSY', *map(':'.join, zip(('DTSTAMP', 'DTSTART', 'DTEND'), stamps)),
-                 *busy_lines(place, self.folder.usual.vms, begin, until),
-                 'END:VFREEBUSY', 'END:VCALENDAR']
-        return sent(''.join(map(folded, lines)), 200, DAV_HEADERS | {'Content-Type': ICS})
+        times = {'DTSTAMP': int(self.acting.clock()), 'DTSTART': begin, 'DTEND': until}
+        lines = ['BEGIN:VFREEBUSY', *(f'{name}:{stamp_of(at)}' for name, at in times.items()),
+                 *busy_lines(place, self.folder.usual.vms, begin, until), 'END:VFREEBUSY']
+        text = f"{HEAD_OF_BUSY}{''.join(map(folded, lines))}END:VCALENDAR\r\n"
+        return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 
 #: Of an occurrence o: it is of no event of a user's calendars.
@@ -20610,7 +20739,7 @@ def busy_lines(place, number: int, begin: int, until: int) -> list[str]:
     for first, last in joined_spans(partly):
         lines += [(left, right, 'BUSY-TENTATIVE')
                   for left, right in spans_between(full, first, last)]
-    return [f'FREEBUSY;FBTYPE={kind}:{instant(first):%Y%m%dT%H%M%SZ}/{instant(last):%Y%m%dT%H%M%SZ}'
+    return [f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
             for first, last, kind in sorted(lines)]
 
 
