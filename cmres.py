@@ -25858,10 +25858,14 @@ def server_address(url: str) -> str:
     if not url:
         raise Invalid('The address of the server is missing. Give one like '
                       'http://127.0.0.1:8080, or set CMRES_URL.')
-    parts = urlsplit(url if '://' in url else f'http://{url}')
-    if parts.scheme not in ('http', 'https') or not parts.hostname or '://' not in url:
+    try:
+        parts = urlsplit(url if '://' in url else f'http://{url}')
+        host, port = parts.hostname, parts.port
+    except ValueError:  # such as http://[ or a port that is none
+        parts, host, port = urlsplit(''), None, None
+    if parts.scheme not in ('http', 'https') or not host or '://' not in url:
         raise Invalid(f"'{url}' is not the address of a server. Write for example "
-                      f'http://{parts.hostname or "127.0.0.1"}:{parts.port or 8080}.')
+                      f"http://{host or '127.0.0.1'}:{port or 8080}.")
     if parts.path.rstrip('/') or parts.query:
         raise Invalid(f"'{url}' has a path. Write only the address of the server: "
                       f'{parts.scheme}://{parts.netloc}.')
