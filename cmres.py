@@ -45,11 +45,13 @@ The file reads from top to bottom; a section uses only the sections above it:
   Series, Admission, Waiting, Offers  what is to change; the waiting list; what would fit instead
   Approval, Requests, Plan            what admins say; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
-  Life cycle                          what makes it so
+  Servers, Clock, Leadership          what a server goes through; what time it is; who acts
+  Workers, Health, Planner            who calls clouds; how these are; what is wanted
+  Dispatcher, Reconciler, Life cycle  what to call; what became of it; all of that, again and again
   Document, REST, Gate                the faces on the web, and what stands before them
-  Blazar, CalDAV, Page                its REST; calendar programs; what people see in a browser
-  Serving, Client, Command line       sockets; Python elsewhere; the shell
-  Nova filter                         what nova-scheduler loads from this file
+  Blazar, CalDAV, Page                Blazar's REST; calendar programs; what a browser shows
+  Serving, Client                     sockets; Python elsewhere
+  Nova filter, Command line           what nova-scheduler loads from this file; the shell
 """
 
 from __future__ import annotations

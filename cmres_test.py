@@ -315,6 +315,12 @@ def test_promises_are_made_in_one_place():
                      'write_occurrences': {'make_true'}, 'make_true': {'commit'}, 'stays': {'decide_otherwise'}}
 
 
+def test_the_head_of_the_file_names_all_sections_in_their_order():
+    sections = re.findall(r'^# (\w[\w ]*?) #{9,}$', MODULE.read_text(), flags=re.M)
+    lines = cmres.__doc__.split('only the sections above it:')[1].splitlines()
+    assert [name for line in lines for name in line[2:38].strip().split(', ') if name] == sections
+
+
 def test_a_section_uses_only_those_above_it():
     text = MODULE.read_text()
     heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
