@@ -13512,14 +13512,29 @@ class Plan(Operations):
             closes = dict(most.classes).get(CLOSED) == 0
             what = 'is closed' if closes else 'has another capacity'
             why = f"'{name}' {what} from {when}: {reason}"
-            homeless = self.homeless(place, max(begin, int(now)), until)
-            # of a series all at once: after each cancelling it is carried on
-            for those in grouped(homeless, 'reservation') if then == 'cancel' else ():
-                self.admission.cancel(those, now, why)
-            hit = [self.make_room(each, why, then, now) for each in homeless]
             self.journal(now, 'resource', why)
-            return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
-                    'reason': reason, 'hit': hit, 'affected': hit}
+            homeless = self.homeless(place, max(begin, int(now)), until)
+            hit = self.in_pieces(homeless, why, then) if dry_run else []
+        if not dry_run:
+            hit = self.in_pieces(homeless, why, then)
+            self.wake()
+        return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
+                'reason': reason, 'hit': hit, 'affected': hit}
+
+    def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
+        """What becomes of those that have no room any more; others write between, as there may be
+        thousands. If cmres is ended meanwhile, the rest stays as it is.
+        """
+        # of a series all at once: after each cancelling it is carried on
+        left = deque(grouped(homeless, 'reservation') if then == 'cancel'
+                     else [[each] for each in homeless])
+        became: dict[int, dict] = {}
+        while left:
+            with transaction():
+                self.fence()
+                for those in some_of(left):
+                    became |= self.make_room(those, why, then, self.clock())
+        return [became[each.id] for each in homeless if each.id in became]
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held for another capacity; an unlimited figure stays so."""
@@ -13541,11 +13556,19 @@ class Plan(Operations):
             change(Capacity, each.id, **stored(held, 'held_'))
         self.let_start(place.id, now)
 
-    def make_room(self, found, why: str, then: str, now: float) -> dict:
-        """Moves an occurrence that has no room any more, or tells its owner; what became of it."""
-        line = some_of_public(found, *WHOSE)
+    def make_room(self, those: list, why: str, then: str, now: float) -> dict[int, dict]:
+        """Cancels or moves occurrences, or tells their owners; what became of each, by its id."""
+        there = [each for each in self.look.in_order([each.id for each in those])
+                 if each.cancelled is None]  # somebody may have cancelled it meanwhile
         if then == 'cancel':
-            return line | {'outcome': 'cancelled'}
+            self.admission.cancel(there, now, why)
+        return {each.id: some_of_public(each, *WHOSE) | {
+            'outcome': self.became_of(each, why, then, now)} for each in there}
+
+    def became_of(self, found, why: str, then: str, now: float) -> str:
+        """Moves an occurrence that has no room any more, or tells its owner; what became of it."""
+        if then == 'cancel':
+            return 'cancelled'
         place = self.moved_elsewhere(found, now) if then == 'move' else None
         outcome, became = 'left', ('The reservation stays. VMs that do not run yet start when this '
                                    'is over, so choose another time if you can')
@@ -13553,7 +13576,7 @@ class Plan(Operations):
             outcome = f'moved to {place[0]} from {self.config.told_time(place[1], found.tz)}'
             became = f'cmres {outcome.replace("moved", "moved it", 1)}'
         self.tell(now, 'maintenance', f'{why}. {became}', found, found.id)
-        return line | {'outcome': outcome}
+        return outcome
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
         """Moves what has not begun elsewhere in its cloud, else to later: where it is now."""

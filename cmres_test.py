@@ -5043,6 +5043,23 @@ def test_what_a_process_has_begun_to_load_before_it_died_is_dropped_in_a_minute(
     assert len(eva.load(lines_of(5, vms=1))['taken']) == 5
 
 
+@pytest.mark.parametrize('then', ['move', 'cancel', 'notify'])
+def test_between_those_that_a_maintenance_affects_others_write(world, monkeypatch, then):
+    for number in range(5):
+        book(world.as_user(), f'lab-{number}', 5, 6)
+    monkeypatch.setattr(cmres, 'PIECE', 0)
+    transactions, begin = [], cmres.Turns.acquire
+
+    def counted(self, *given, **more):
+        if self is cmres.turns and not self.mine:
+            transactions.append(1)
+        return begin(self, *given, **more)
+    monkeypatch.setattr(cmres.Turns, 'acquire', counted)
+    told = world.service.maintenance_add('demo', NOON + hours(5), NOON + hours(6), reason='disks', then=then)
+    assert len(transactions) == 6 and len(told['hit']) == 5
+    assert world.service.check()['differences'] == 0
+
+
 def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
     eva, seen = world.as_user(), []
 
