@@ -13948,7 +13948,8 @@ class Calendars(Operations):
                     self.tell_refused(subscription, done, now)
         except Held as held:
             with self.writing(dry_run) as now:
-                self.tell_held(subscription, str(held), now)
+                if not subscription.held:  # it is told once
+                    self.journal(now, 'held', str(held), None, json.loads(subscription.notify))
             return {'held': str(held), 'needs_confirmation': str(held), 'events': [],
                     'ignored': ignored}
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
