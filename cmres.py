@@ -15962,10 +15962,12 @@ class Planner:
                        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
                        occurrence.id, occurrence.id)
         if foreign:
-            deed = 'are deleted' if self.config.delete_user_started else 'go on'
+            one = len(foreign) == 1
+            ends, stays = ('is deleted', 'goes on') if one else ('are deleted', 'go on')
+            deed = ends if self.config.delete_user_started else stays
             tell_of(self.config, now, 'foreign',
-                         f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
-                         f"{', '.join((each.server for each in foreign))}", occurrence)
+                    f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
+                    f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.delete_user_started else ():
             self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
 
