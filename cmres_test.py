@@ -11278,7 +11278,7 @@ def test_owners_hear_who_must_start_a_vm_that_was_stopped_by_hand(heard, state, 
     cmres.SimulatedServer.update(power='active').where(cmres.SimulatedServer.name == 'lab-1-2').execute()
     look_at(world, 1, range(400, 700, 10))
     assert [code for code, _ in told_of(inbox)] == ['ready', 'stopped', 'ready']
-    assert told_of(inbox)[2][1].startswith('all 3 are up again: lab-1-1 10.0.0.')
+    assert told_of(inbox)[2][1].startswith('all 3 VMs are running again: lab-1-1 10.0.0.')
 
 
 def test_vms_that_vanish_are_told_of_once_for_all_and_where_the_new_ones_are(heard):
@@ -17883,9 +17883,13 @@ def test_a_client_gives_the_same_answers_as_the_service(client, service):
 
 def test_a_client_changes_what_the_service_shows(client, service):
     client.add('lab', 'demo', NOON + hours(1), hours(1))
-    assert {name: value for name, value in client.update('lab', vms=3).items() if name != 'message'} == service.list('lab')[0]
+    def silent(lines):
+        """Lines without what is said of them once, when they are made."""
+        return [{name: value for name, value in line.items() if name != 'message'} for line in lines]
+    assert silent([client.update('lab', vms=3)]) == service.list('lab')
     assert client.extend('lab', hours(1))['end'] == NOON + hours(3)
-    assert client.load([{'label': 'x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}])['taken'] == service.list('x')
+    loaded = client.load([{'label': 'x', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}])
+    assert silent(loaded['taken']) == service.list('x')
     assert labels(client.delete(resource='demo', vms=3, dry_run=True)) == ['lab']
     assert client.delete(resource='demo', count=2) == service.list(state=['cancelled'])
     client.resource_add('india', vms=4)
