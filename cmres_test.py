@@ -15026,7 +15026,7 @@ def test_a_lease_of_a_flavor(leases):
     assert (found['flavor'], found['vcpus'], found['image']) == ('m1.large', 8, '')
     assert lease['reservations'][0]['flavor_id'] == lease['reservations'][0]['id']
     said = leases.make({'resource_type': 'flavor:instance', 'flavor_id': 2, 'amount': 2}, status=400)
-    assert said['error_message'].startswith("the cloud simulated has no flavor '2'")
+    assert said['error_message'].startswith("The cloud simulated has no flavor '2'")
 
 
 def test_parts_of_a_lease_are_reserved_together_or_not_at_all(leases):
@@ -15078,7 +15078,7 @@ def test_affinity_has_many_spellings(leases, said, read):
     ({'reservations': [instances(resource_properties='["==", "$imagee", "x"]')]}, "resource_properties: 'imagee' is none of"),
     ({'reservations': [instances(resource_properties='[">=", "$image", "x"]')]}, 'what is started is said with =='),
     ({'reservations': [instances(resource_properties='["==", "$image", "cirros!"]')]},
-     "the cloud simulated has no image 'cirros!'; did you mean 'cirros'?"),
+     "The cloud simulated has no image 'cirros!'. Did you mean 'cirros'?"),
     ({'reservations': [{'resource_type': 'virtual:floatingip'}]}, 'The virtual:floatingip resource type is not supported'),
     ({'reservations': [{}]}, 'Missing parameter resource_type'), ({'reservations': 'x'}, 'reservations: "x" is not a list'),
     ({'reservations': [{'resource_type': 'physical:host', 'min': 2, 'max': 1, 'hypervisor_properties': '',
@@ -15133,7 +15133,7 @@ def test_leases_of_other_projects_are_out_of_reach(leases):
     for verb in ('GET', 'PUT', 'DELETE'):
         leases.call(verb, '/leases/nope', {} if verb == 'PUT' else None, 404)
     leases.web.get('/reservation/v1/leases', status=401)
-    assert leases.call('GET', '/plugins', status=404)['error_message'].startswith('there is nothing at /reservation')
+    assert leases.call('GET', '/plugins', status=404)['error_message'].startswith('There is nothing at /reservation')
 
 
 def test_a_lease_follows_what_is_done_to_its_reservations_otherwise(leases):
