@@ -22601,7 +22601,8 @@ FIELDS = {
     'holidays': ('Leave out the days of a calendar', 'text', 'https://…/holidays.ics'),
     'on_conflict': ('If a date does not fit', 'choice', ''), 'user': ('Owner', 'text', ''),
     'invite': ('Invite by mail', 'text', 'ana@example.org'),
-    'accept_within': ('Time to accept what became free', 'text', '30m')}
+    'accept_within': ('Time to accept what became free', 'text', '30m'),
+    'reason': ('Reason, for its owner', 'text', '')}
 FIELD_CHOICES = {
     'at_end': [('', 'as usual: delete the VMs'), ('delete', 'delete the VMs'),
                ('stop', 'stop the VMs'), ('shelve', 'shelve the VMs'),
@@ -24312,7 +24313,7 @@ class Pages:
         verdict = verdict or Verdict('', 'Nothing is changed yet.', go='Change')
         href = f'/r/{quote(label)}/change'
         more = tuple(each for each in BOOK_MORE if each != 'accept_within') + (
-            ('user',) if visit.actor.role == ADMIN else ())
+            ('user', 'reason') if visit.actor.role == ADMIN else ())
         return self.page(visit, f'Change {label}', self.form(
             visit, said, verdict, more, was=self.stored_fields(visit, found), only=only, line='',
             action=f'{href}?{query}', check=f'{href}/check?{query}'), status)
@@ -24330,7 +24331,7 @@ class Pages:
     def stored_fields(self, visit: Visit, found: dict) -> dict:
         """The fields of the form as a reservation has them."""
         said = {name: in_field(found.get(name)) for name in BOOKING} | {
-            'rename': found['label'], 'what': 'image' if found['image'] or found['server'] else
+            'rename': found['label'], 'reason': '', 'what': 'image' if found['image'] or found['server'] else
             'hold', 'lead': format_duration(found['lead']) if found['lead'] else '',
             'repeat': in_cell(found['repeat'], visit.zone) if found['repeat'] else '',
             'user': found['user'], 'count': '', 'until': '', 'skip_dates': ''}
