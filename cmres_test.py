@@ -21941,7 +21941,7 @@ def test_with_a_wrong_password_it_is_taken_and_boots_when_the_file_is_mended(tmp
     write_clouds(clouds_file, password='wrong')
     with living(tmp_path, 'lab-proxy', retry_most=3) as world:
         answer = world.service.add(label, 'lab', world.service.here.now, hours(1), vms=2, **QUICK)
-        assert 'not checked' in answer['warnings'][0] and 'lab-proxy' in answer['warnings'][0]
+        assert 'could not check' in answer['warnings'][0] and 'lab-proxy' in answer['warnings'][0]
         trouble = until(lambda: [each for each in world.service.events(label) if each['code'] == 'trouble'], 20)
         print(trouble[0]['sentence'])
         assert 'lab-proxy' in trouble[0]['sentence'] and '401' in trouble[0]['sentence']
