@@ -23331,7 +23331,7 @@ def test_all_commands_of_openstack_reservation_work(front):
     assert said['made']['gpu'] == 'a100' and said['host']['hypervisor_hostname'] == 'gpu-1'
     assert [each['vcpus'] for each in said['hosts']] == [64]
     assert 'h100' in json.dumps(said['properties']) and 'gpu' not in [each['property'] for each in said['few']]
-    assert 'ERROR' in said['full'] and 'vcpus' in said['full'], said['full']
+    assert 'ERROR' in said['full'] and 'vCPUs' in said['full'], said['full']
     assert [each['name'] for each in said['leases']] == ['cards', 'small', 'whole']
     assert said['lease']['end_date'] == '2050-01-02T12:00:00.000000'
     assert said['now']['name'] == 'tiny' and said['now']['end_date'] == '2050-01-02T13:00:00.000000'
