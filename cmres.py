@@ -25633,7 +25633,7 @@ def grafana_dashboard() -> dict:
 
 
 CONTAINER = r"""
-# podman build -t cmres .   (in the folder of cmres.py; docker reads it with -f Containerfile)
+# podman build --format docker -t cmres .   (beside cmres.py; docker build reads it with -f)
 # podman run --read-only --tmpfs /tmp --cap-drop all --security-opt no-new-privileges \
 #   -v cmres:/var/lib/cmres -p 127.0.0.1:8080:8080 --stop-timeout 40 cmres
 FROM docker.io/library/python:3.13-slim
