@@ -2292,7 +2292,8 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is a word of cmres itself. Choose another name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another '
+                         'name.')
     return label
 
 
@@ -16904,7 +16905,7 @@ WITH_BODY = ('POST', 'PATCH')
 #: A text without unseen characters, as far as all dialects of patterns can say it.
 SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
 DIGITS = ' *[+-]?[0-9]{1,12} *'
-POSITIVE = ' *[+]?0*[1-9][0-9]{0,3} *'
+POSITIVE = ' *[+]?0*[1-9][0-9]{0,11} *'
 SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
                 r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
 ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':

@@ -13891,7 +13891,7 @@ def test_no_name_is_given_that_an_address_has_already(app):
     for word in words:
         body = {'label': word, 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
         told = app.call('POST', '/reservation', body, 400).json['error']
-        assert 'Choose another name' in told or 'is not a valid name' in told
+        assert 'an address of cmres already' in told or 'is not a valid name' in told
 
 
 def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
