@@ -27496,9 +27496,16 @@ def offered(details: dict, zone: ZoneInfo) -> list[str]:
             for name, text in offers.items() if name in details]
 
 
-if __name__ == '__main__':
+def run_program() -> None:
+    """Runs the command line of this process, and ends it.
+
+    Workers may wait for a cloud that hangs: what became of their calls, the next pass finds out.
+    """
     code = main()
     sys.stdout.flush()
     store_file.leave()
-    # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out
     os._exit(code)
+
+
+if __name__ == '__main__':
+    run_program()
