@@ -43,6 +43,7 @@ import json
 import multiprocessing
 import operator
 import os
+import py_compile
 import queue
 import random
 import re
@@ -12004,6 +12005,8 @@ class Chaos:
 
 def in_chaos(tmp_path, *stores) -> list[dict]:
     """Runs several stores side by side: (number of schedulers, whether by the command, seconds, freezing)."""
+    py_compile.compile(__file__)  # once, and not by each of them
+
     def one(n, number, command, seconds, freezing):
         path, seed = tmp_path / str(n), random.randrange(10**6)
         path.mkdir()
