@@ -6525,9 +6525,9 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
-        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
-        return {}
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
+        """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
+        return wanted
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
@@ -6950,23 +6950,20 @@ class OpenStack(Cloud):
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        groups, failures = {}, []
+        answer = {}
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                answer[kind] = there = self.lent(kind, verbs)
                 for name in there.keys() - things.keys():
                     getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
                 for name in things.keys() - there.keys():
                     try:
                         with self.telling(f'lend the {kind} {name}'):
-                            there[name] = lending(verbs, name, things[name])
+                            there[name] = getattr(self, f'lend_{kind}')(verbs, name, things[name])
                     except CloudError as error:  # the others shall have theirs
-                        failures.append(error)
-                groups |= there if kind == 'server_group' else {}
-        if failures:
-            raise failures[0]
-        return groups
+                        log.warning('%s', error)
+        return answer
 
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
@@ -16322,13 +16319,16 @@ class Lender:
     """Has clouds know what the leases have that are active: flavors and server groups where that
     is wanted, and floating IPs.
     """
+    AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, config: Config, workers: Workers):
         self.config, self.workers = config, workers
         self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
+        self.again = math.inf
         places = {each.id: each for each in rows(
             "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
             "AND named <> '') AND removed IS NULL")}
@@ -16377,21 +16377,25 @@ class Lender:
                     policy='affinity' if asked['affinity'] else 'anti-affinity')
 
     def record(self, result: Job, now: float) -> None:
-        if result.error:  # it is tried again at the next pass that has something to do
+        if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-            return
-        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
-        for kind, things in result.target.items():
+        answer = result.answer or {}
+        before, self.lent[result.account] = self.lent.get(result.account, {}), {
+            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
+            for kind, things in result.target.items()}
+        for kind, things in self.lent[result.account].items():
             for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], kind, result.answer.get(name, True))
+                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
+        if self.lent[result.account] != result.target:
+            self.again = now + self.AGAIN
 
 
-def note_lent(lent: Lent, kind: str, id) -> None:
-    """Notes of a part of a lease that a cloud has something for it."""
+def note_lent(lent: Lent, what: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it, and under which id."""
     found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
     parts = json.loads(found.parts) if found else []
     for each in parts:
-        each |= {kind: id} if each['id'] == lent.part else {}
+        each |= {what: id} if each['id'] == lent.part else {}
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
@@ -16803,7 +16807,7 @@ class LifeCycle:
         state = state_of_store()
         if state != self.seen:
             self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
+        return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is
@@ -18968,8 +18972,8 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        return bool(kind and kind not in part and not one.image
-                    and bool(one.host) == (kind == 'address'))
+        what = one.host if kind == 'address' else '' if one.host or one.image else kind
+        return bool(what) and what not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -19185,7 +19189,7 @@ class LeaseRequests:
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
     def choices(self, asked: dict) -> list[list[Wish]]:
-        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        """The wishes for each of a part that must have a certain address, and for any other."""
         certain = asked.get('required_floatingips') or []
         any_other = [''] if len(certain) < asked.get('max', 1) else []
         return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
