@@ -6992,7 +6992,8 @@ class OpenStack(Cloud):
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
-        with self.calling('find a subnet', sure=True) as cloud:
+        there = []
+        with self.calling('find a subnet', sure=True) as cloud, suppress(ValueError):
             there = [each for each in cloud.network.subnets(network_id=network)
                      if ip_address(address) in ip_network(each.cidr)]
         for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
@@ -16315,14 +16316,47 @@ class Dispatcher:
 # What became of it: the answers of workers are compared with what is written, and written down.
 
 
+def lent_parts(places: list[int], now: float) -> list:
+    """The parts of leases that are active on some resources, and start nothing themselves."""
+    return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                'r.host, r.user, r.project, l.parts '
+                'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
+                'JOIN blazar_hold h ON h.reservation = r.id '
+                'JOIN blazar_lease l ON l.id = h.lease_id '
+                'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
+                'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
+                """AND o."end" > ? AND r.image = ''""",
+                json.dumps(places), now, now)
+
+
+def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+    """What a part of a lease has on clouds: on whose account, of what kind and name."""
+    project = clouds.config.read_again().identities.get(found.project, found.project)
+    cloud, _, network = network_behind(place)
+    lent = Lent(found.lease_id, found.part, project)
+    if cloud:
+        yield cloud, 'address', found.host, lent._replace(network=network)
+    elif not found.host:
+        asked = next(each['asked'] for each in json.loads(found.parts)
+                     if each['id'] == found.part)
+        yield place.cloud, 'flavor', found.part, lent._replace(
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
+            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+        account = clouds.account(place.cloud, found.project, found.user)
+        # Nova shows a server group to nobody but its project.
+        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
+            yield account, 'server_group', found.part, lent._replace(
+                policy='affinity' if asked['affinity'] else 'anti-affinity')
+
+
 class Lender:
     """Has clouds know what the leases have that are active: flavors and server groups where that
     is wanted, and floating IPs.
     """
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
-    def __init__(self, config: Config, workers: Workers):
-        self.config, self.workers = config, workers
+    def __init__(self, workers: Workers):
+        self.workers = workers
         self.lent: dict[str, dict] = {}  # by account, as it has them
         self.again = math.inf  # when it is tried again
 
@@ -16338,43 +16372,13 @@ class Lender:
             cloud = network_behind(place)[0]
             wanted.setdefault(cloud or place.cloud, {}).update(
                 {'address': {}} if cloud else {'flavor': {}})
-        for each in self.active([*places], now):
-            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+        for each in lent_parts([*places], now):
+            for account, kind, name, lent in lent_things(
+                    self.workers.clouds, each, places[each.resource_id]):
                 wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
         for account, things in wanted.items():
             if things != self.lent.get(account):
                 self.workers.submit(('lend', account), 'lend', account, things)
-
-    def active(self, ids: list[int], now: float) -> list:
-        """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
-                    'r.host, r.user, r.project, l.parts '
-                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
-                    'JOIN blazar_hold h ON h.reservation = r.id '
-                    'JOIN blazar_lease l ON l.id = h.lease_id '
-                    'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
-                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.image = ''""",
-                    json.dumps(ids), now, now)
-
-    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
-        """What a part of a lease has on clouds: on whose account, of what kind and name."""
-        project = self.config.read_again().identities.get(found.project, found.project)
-        cloud, _, network = network_behind(place)
-        lent = Lent(found.lease_id, found.part, project)
-        if cloud:
-            yield cloud, 'address', found.host, lent._replace(network=network)
-        elif not found.host:
-            asked = next(each['asked'] for each in json.loads(found.parts)
-                         if each['id'] == found.part)
-            yield place.cloud, 'flavor', found.part, lent._replace(
-                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
-            account = self.workers.clouds.account(place.cloud, found.project, found.user)
-            # Nova shows a server group to nobody but its project.
-            if asked.get('affinity') is not None and account != place.cloud:
-                yield account, 'server_group', found.part, lent._replace(
-                    policy='affinity' if asked['affinity'] else 'anti-affinity')
 
     def record(self, result: Job, now: float) -> None:
         if result.error:
@@ -16749,7 +16753,7 @@ class LifeCycle:
         self.post = Post(config, self.workers, self.health)
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
-        self.lender = Lender(config, self.workers)
+        self.lender = Lender(self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
                                      self.post, self.lender)
         self.passed = time.monotonic()  # when a pass has worked last
@@ -18794,7 +18798,9 @@ class Blazar:
                               if key not in ('name', 'id')})
         if any(host.name == name for host in view.hosts()):
             raise Conflict(f"the host '{name}' can be reserved already")
-        cloud, aggregate = view.aggregate_of(name)
+        cloud, (aggregate, *_) = view.first(
+            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
+            'aggregate first: openstack aggregate add host')
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
@@ -18857,8 +18863,8 @@ class Blazar:
         """Lets a floating IP of a network be reserved."""
         network, address = (given.get(name) for name in ('floating_network_id',
                                                          'floating_ip_address'))
-        if not isinstance(network, str) or not is_address(address):
-            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        if not isinstance(network, str) or not isinstance(address, str):
+            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
         cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
                                    f'has {address} in a subnet of the network {network}')
         aggregate = f'floating-IPs {cloud} {subnet} {network}'
@@ -18866,7 +18872,7 @@ class Blazar:
         if address in there:
             raise Conflict(f'{address} can be reserved already')
         view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
-        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+        return {'floatingip': view.host(derived_uuid(f'{aggregate} {address}')).shown}
 
 
 #: What Blazar's clients want to read of a host and cmres does not know.
@@ -18949,7 +18955,8 @@ class LeaseView:
         now, parts = self.acting.clock(), json.loads(found.parts)
         held = [one for part in parts for one in of_part[part['id']]]
         start, end = lease_window(found, held)
-        state = first_state(held) if parts else bare_state(now, start, end)
+        state = first_state(held) if parts else (
+            'reserved' if now < start else 'active' if now < end else 'ended')
         if state == 'active' and any(self.lacks(part, one) for part in parts
                                      for one in of_part[part['id']]):
             state = 'starting'
@@ -19067,7 +19074,7 @@ class LeaseView:
             if bool(network) != addresses:
                 continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = (address_id(place.aggregate, name) if network else
+                id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
@@ -19098,12 +19105,6 @@ class LeaseView:
         """What a cloud answers."""
         opened = self.acting.clouds.open(cloud)
         return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
-
-    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
-        """The cloud and the aggregate that have a host of a name."""
-        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
-                                  'Put it into an aggregate first: openstack aggregate add host')
-        return cloud, found[0]
 
     def first(self, call: Callable, what: str) -> tuple[str, Any]:
         """The first cloud here that answers something, and what; NotFound if none does."""
@@ -19280,19 +19281,6 @@ def host_id(cloud: str, name: str) -> int:
     return int(hashed(f'{cloud}/{name}')[:12], 16)
 
 
-def address_id(aggregate: str, address: str) -> str:
-    """The UUID of a floating IP."""
-    return derived_uuid(f'{aggregate} {address}')
-
-
-def is_address(text) -> bool:
-    """Whether something is the text of an IP address."""
-    from ipaddress import ip_address
-    with suppress(ValueError):
-        return isinstance(text, str) and bool(ip_address(text))
-    return False
-
-
 def date_out(at: int) -> str:
     return f'{instant(at):{DATE_OUT}}'
 
@@ -19312,11 +19300,6 @@ def lease_window(found, held: list) -> tuple[int, int]:
 def first_state(held: list) -> str:
     """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
     return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
-
-
-def bare_state(now: float, start: int, end: int) -> str:
-    """What a lease without reservations would be if it had some."""
-    return 'reserved' if now < start else 'active' if now < end else 'ended'
 
 
 def is_compared(comparison: str, there: str, value: str) -> bool:
