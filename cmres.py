@@ -6959,11 +6959,15 @@ class OpenStack(Cloud):
                     getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
                 for name in things.keys() - there.keys():
                     try:
-                        with self.telling(f'lend the {kind} {name}'):
-                            there[name] = getattr(self, f'lend_{kind}')(verbs, name, things[name])
+                        there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
                         log.warning('%s', error)
         return answer
+
+    def lend_one(self, kind: str, name: str, lent: Lent) -> str:
+        """Makes something that is lent, and tells its id."""
+        with self.calling(f'lend the {kind} {name}') as cloud:
+            return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
@@ -7265,9 +7269,8 @@ class Keystone:
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        # by the hash of the token; made-up ones drive out none that is good
-        self.known: dict[str, Told] = {}
-        self.unknown: dict[str, Told] = {}
+        self.known: dict[str, Told] = {}    # by the hash of the token
+        self.unknown: dict[str, Told] = {}  # apart: a flood of made-up ones drives none out
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -16319,13 +16322,11 @@ class Dispatcher:
 def lent_parts(places: list[int], now: float) -> list:
     """The parts of leases that are active on some resources, and start nothing themselves."""
     return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
-                'r.host, r.user, r.project, l.parts '
-                'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
-                'JOIN blazar_hold h ON h.reservation = r.id '
-                'JOIN blazar_lease l ON l.id = h.lease_id '
-                'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
-                'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                """AND o."end" > ? AND r.image = ''""",
+                'r.host, r.user, r.project, l.parts FROM occurrence o '
+                'CROSS JOIN reservation r ON r.id = o.reservation_id JOIN blazar_hold h '
+                'ON h.reservation = r.id JOIN blazar_lease l ON l.id = h.lease_id '
+                'WHERE o.resource_id IN (SELECT value FROM json_each(?)) AND o.due IS NOT NULL '
+                """AND o.cancelled IS NULL AND o.start <= ? AND o."end" > ? AND r.image = ''""",
                 json.dumps(places), now, now)
 
 
@@ -16370,8 +16371,7 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {}).update(
-                {'address': {}} if cloud else {'flavor': {}})
+            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
                     self.workers.clouds, each, places[each.resource_id]):
@@ -16399,7 +16399,8 @@ def note_lent(lent: Lent, what: str, id) -> None:
     found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
     parts = json.loads(found.parts) if found else []
     for each in parts:
-        each |= {what: id} if each['id'] == lent.part else {}
+        if each['id'] == lent.part:
+            each.setdefault(what, id)
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
@@ -18748,6 +18749,7 @@ class Blazar:
                 insert(BlazarLease, **lease)
                 view.hold(id, parts, requests, answer)
         view.acting.reserve([request for request, _ in requests], also=also)
+        view.lend_groups(id)
         return {'lease': view.lease(id)}
 
     def change_lease(self, view: LeaseView, given: dict) -> dict:
@@ -18758,7 +18760,7 @@ class Blazar:
 
         def deed(now: float) -> None:
             found = view.row(id)
-            before = view.shown(found)
+            before, = view.leases([found])
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
@@ -18861,8 +18863,7 @@ class Blazar:
 
     def add_address(self, view: LeaseView, given: dict) -> dict:
         """Lets a floating IP of a network be reserved."""
-        network, address = (given.get(name) for name in ('floating_network_id',
-                                                         'floating_ip_address'))
+        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
         if not isinstance(network, str) or not isinstance(address, str):
             raise Invalid('Missing parameter floating_network_id or floating_ip_address')
         cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
@@ -18919,6 +18920,19 @@ class LeaseView:
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
 
+    def lend_groups(self, id: str) -> None:
+        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        places = {each.id: each for each in self.acting.look.places() if each.flavors}
+        things = [thing for found in lent_parts([*places], self.acting.clock())
+                  if found.lease_id == id for thing in lent_things(
+                      self.acting.clouds, found, places[found.resource_id])]
+        with suppress(CloudError):  # the life cycle tries it again
+            for account, kind, name, lent in things:
+                if kind == 'server_group':
+                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
+                    with self.acting.writing():
+                        note_lent(lent, kind, made)
+
     # Leases
 
     def row(self, id: str):
@@ -18931,10 +18945,7 @@ class LeaseView:
         return found
 
     def lease(self, id: str) -> dict:
-        return self.shown(self.row(id))
-
-    def shown(self, found) -> dict:
-        return self.leases([found])[0]
+        return self.leases([self.row(id)])[0]
 
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
@@ -18954,7 +18965,8 @@ class LeaseView:
         """A lease with its parts, and what was reserved for each."""
         now, parts = self.acting.clock(), json.loads(found.parts)
         held = [one for part in parts for one in of_part[part['id']]]
-        start, end = lease_window(found, held)
+        start = min((each.start for each in held), default=found.start)
+        end = max((min(each.end, each.cancelled or each.end) for each in held), default=found.end)
         state = first_state(held) if parts else (
             'reserved' if now < start else 'active' if now < end else 'ended')
         if state == 'active' and any(self.lacks(part, one) for part in parts
@@ -19287,14 +19299,6 @@ def date_out(at: int) -> str:
 
 def made_at(at: int | None) -> str | None:
     return at and f'{instant(at):{MADE_OUT}}'
-
-
-def lease_window(found, held: list) -> tuple[int, int]:
-    """From when until when a lease is: as its reservations are, if it has any."""
-    if not held:
-        return found.start, found.end
-    ends = [min(each.end, each.cancelled or each.end) for each in held]
-    return min(each.start for each in held), max(ends)
 
 
 def first_state(held: list) -> str:

@@ -23915,8 +23915,12 @@ def test_a_lease_with_affinity_has_a_server_group_of_its_owners_project(hosts, n
     lease = ann.make(*parts, start='now', end='2026-12-01 13:00')
     his = bob.make(instances(1, affinity=True), start='now', end='2026-12-01 13:00')
     assert ann.get(lease)['status'] == 'STARTING'
+    later = ann.make(instances(1, affinity=True), start='2026-12-01 15:00', end='2026-12-01 16:00')
+    assert len(nova.server_groups) == 2, 'clients read at once what they are for a lease that begins now'
+    early = [each['server_group_id'] for each in (*lease['reservations'], *later['reservations'])]
     live(world, 5)
     lease = ann.get(lease)
+    assert early == [each['server_group_id'] for each in lease['reservations']] + [None]
     groups = [each['server_group_id'] for each in lease['reservations']]
     assert lease['status'] == 'ACTIVE' and groups[2] is None and {*groups[:2]} == nova.server_groups.keys()
     assert [nova.server_groups[each]['policy'] for each in groups[:2]] == ['affinity', 'anti-affinity']
@@ -23924,6 +23928,8 @@ def test_a_lease_with_affinity_has_a_server_group_of_its_owners_project(hosts, n
     assert bob.get(his)['reservations'][0]['server_group_id'] is None and bob.get(his)['status'] == 'ACTIVE'
     world.at(1.1)
     assert nova.server_groups == {} and nova.lent == {}
+    world.at(3.1)
+    assert [ann.get(later)['reservations'][0]['server_group_id']] == [*nova.server_groups]
 
 
 def test_who_has_reserved_vcpus_without_a_flavor_boots_on_them_when_all_is_reserved(hosts):
