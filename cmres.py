@@ -13896,6 +13896,12 @@ def addresses_of(occurrence: int) -> list[str]:
     return [each for one in found for each in json.loads(one.addresses)]
 
 
+def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
+    """How to log in to the VMs of an occurrence, as calendars tell it."""
+    key = [f'key pair: {found.key}'] if found.key and addresses else []
+    return [*config.logins(addresses), *key]
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -14041,11 +14047,13 @@ class Calendars(Operations):
         coming = all_slots(booking.stretches, now, self.series.horizon(booking.stretches, now))
         if booking.cancelled or not coming:
             return None, []
-        asked = said | want._asdict() | {
+        wanted = {name: value for name, value in want._asdict().items()
+                  if value or name not in ('network', 'key')}
+        asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+                 'personal': False, 'lead': None, 'description': booking.summary[:1000]
+                 } | said | wanted | {
             'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None,
-            'server': '', 'personal': False, 'lead': None, 'description': booking.summary[:1000],
-            'repeat': booking.stretches[0].rule, 'late': True}
+            'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
@@ -14062,25 +14070,27 @@ class Calendars(Operations):
         try:
             if error:
                 raise error
-            return line | self.taken(booking, wish, owner, subscription, now)
+            source = subscription.id if subscription else None
+            known = self.booked_as(booking.uid, owner, source)
+            return line | self.taken(booking, wish, known, source, now)
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
-    def taken(self, booking: Booking, wish: Wish | None, owner: tuple[str, str], subscription,
-              now: float, again: bool = True) -> dict:
+    def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
+              again: bool = True) -> dict:
         """The same of an event that was understood; inside a transaction.
 
         Args:
+          known: the row of the reservation that it has made
+          source: the subscription that it is of
           again: one that was cancelled here is booked again, though it says what it said
 
         Raises:
           Error: it is refused, and nothing was changed.
         """
-        source = subscription.id if subscription else None
-        known = self.booked_as(booking.uid, owner, source)
         live = known and known.over > now
         if wish is None:
-            stops = booking.cancelled and not subscription  # else what runs goes on
+            stops = booking.cancelled and not source  # else what runs goes on
             gone = ([each for each in self.look.live(self.look.next_of(known.id)) if stops
                      or not self.look.begun(each)] if live else [])
             if gone:
@@ -14091,16 +14101,22 @@ class Calendars(Operations):
         asked += ['invite'] if wish.invite else []
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
         as_before = known and known.origin.split(' ')[-1] == origin and (
-            self.as_asked_before(known, wish, live, subscription or not again, now))
+            self.as_asked_before(known, wish, live, source or not again, now))
         if as_before:
             return {'label': known.label} | as_before
         with Attempt():
             return self.book_event(booking, wish, known if live else None, origin, source, now)
 
-    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None):
-        """The newest reservation that the event of a UID has made; None if there is none."""
+    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
+                  also: int | None = None):
+        """The newest reservation that the event of a UID has made; None if there is none.
+
+        Args:
+          also: the id of one that counts, whatever calendar it is of
+        """
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
-                   'subscription IS ? ORDER BY id DESC LIMIT 1', uid, *owner[::-1], source)
+                   '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
+                   source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
         """What becomes of an event that asks for no more than it did; nothing, if that is asked for
@@ -14438,9 +14454,7 @@ class Calendars(Operations):
                          f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
-        lines += self.config.logins(addresses)
-        lines += [f'key pair: {found.key}'] if found.key and addresses else []
-        lines += [found.fault] if found.fault else []
+        lines += [*log_in_lines(self.config, found, addresses), found.fault]
         return Shown(uid, found.start, found.end, revision, revised, found.label,
                      '\n'.join(filter(None, lines)),
                      found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
@@ -15548,9 +15562,7 @@ class Workers:
         unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
-        addresses = addresses_of(found.id)
-        lines = [found.description, *self.config.logins(addresses)]
-        lines += [f'key pair: {found.key}'] if found.key and addresses else []
+        lines = [found.description, *log_in_lines(self.config, found, addresses_of(found.id))]
         first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
         state = 'CANCELLED' if not coming else (
             'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
@@ -19239,6 +19251,7 @@ LEASE_READERS = {int: read_lease_number, bool: read_affinity,
 # The text of a program is kept as it came. It is shown with what cmres has to say of it: in a block
 # of the description, before the title, as a status, as the time at which it really is. When it
 # comes back, what we said is taken out of it again, and nothing else. So nobody's words are lost.
+# What was reserved elsewhere has no text of a person until a program writes one.
 #
 # What is shown is written down with a number that grows with every change of any of them, and by
 # that number an index tells what is new. The event log tells which reservations have changed since
@@ -19277,6 +19290,8 @@ CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SE
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
 NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
+CALENDAR_HEAD = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
+CALENDAR_END = 'END:VCALENDAR\r\n'
 
 
 class Refused(Error):
@@ -19303,10 +19318,14 @@ class Component:
                 return number
         return None
 
+    def line(self, name: str) -> str:
+        """The line of a property as it stands there; '' without it."""
+        number = self.find(name)
+        return '' if number is None else self.lines[number]
+
     def read(self, name: str) -> tuple[str, str]:
         """Parameters and value of a property as they are written; both '' without it."""
-        number = self.find(name)
-        found = number is not None and read_property(unfolded_line(self.lines[number]))
+        found = read_property(unfolded_line(self.line(name)))
         return found[1:] if found else ('', '')
 
     def put(self, name: str, value: str) -> None:
@@ -19314,7 +19333,7 @@ class Component:
         parameters = re.sub('(?i);ALTREP="[^"]*"', '', self.read(name)[0])
         self.put_line(name, folded(f'{name}{parameters}:{value}'))
 
-    def put_line(self, name: str, line: str) -> None:
+    def put_line(self, name: str, line: str = '') -> None:
         """Puts a line in the place of that of a property, or before the parts; '' takes it out."""
         number = self.find(name)
         if number is not None:
@@ -19327,16 +19346,6 @@ class Component:
         """Which of its lines is the first that is none of its own properties."""
         return next(number for number, line in enumerate(self.lines)
                     if number and re.match('(?i)BEGIN:|END:', line))
-
-    def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
-        number = self.find(name)
-        return '' if number is None else self.lines[number]
-
-    def take_out(self, *names: str) -> None:
-        """Takes out some properties that can be there once."""
-        for name in names:
-            self.put_line(name, '')
 
     @property
     def key(self) -> str:
@@ -19392,39 +19401,31 @@ class Remark(NamedTuple):
     def write(self, event: Component, form: Form) -> None:
         """Writes it into an event."""
         if self.window:
+            event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
                 event.put_line(name, form.line(name, at))
-            event.take_out('DURATION')
         if self.title:
             event.put('SUMMARY', escaped(f'{self.title}: ') + event.read('SUMMARY')[1])
         if self.cancelled:
             event.put('STATUS', 'CANCELLED')
         if self.first or self.after:
-            said = [block(each) if each else '' for each in (self.first, self.after)]
+            said = [escaped(f'{OPENS}{each}\n{CLOSES}') if each else ''
+                    for each in (self.first, self.after)]
             said.insert(1, event.read('DESCRIPTION')[1])
             event.put('DESCRIPTION', '\\n'.join(filter(None, said)))
 
 
-def block(text: str) -> str:
-    """What cmres says in a description, so that it finds it again."""
-    return escaped(f'{OPENS}{text}\n{CLOSES}')
-
-
-def blocks(text: str) -> Iterator[tuple[int, int]]:
-    """Where cmres says something in a description: each begin and end."""
-    end = 0
-    while (begin := text.find(OPENS, end)) >= 0 and (end := text.find(CLOSES, begin)) >= 0:
-        end += len(CLOSES)
-        yield begin, end
-
-
 def without_blocks(text: str) -> str:
     """A description without what cmres says in it, nor the line ends that part it from the rest."""
-    kept, at = '', 0
-    for begin, end in blocks(text):
-        kept += re.sub(r'\\[nN]\Z', '', text[at:begin])
-        at = end + 2 * (not begin and text[end:end + 2].lower() == '\\n')
-    return kept + text[at:]
+    *closed, rest = text.split(CLOSES)
+    kept = rest
+    for each in reversed(closed):
+        before, opens, _ = each.partition(OPENS)
+        if not opens:
+            kept = each + CLOSES + kept
+        else:
+            kept = before.removesuffix('\\n') + kept if before else kept.removeprefix('\\n')
+    return kept
 
 
 class Form:
@@ -19445,10 +19446,14 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def key(self, slot: str) -> str:
-        """The line that names an occurrence by its slot."""
-        at = int(from_wall(datetime.fromisoformat(slot), self.zone).timestamp())
-        return self.line('RECURRENCE-ID', at)
+    def exception(self, plain: Component, slot: Slot) -> Component:
+        """An occurrence of a series as an event of its own, with what is carried over."""
+        made = Component([*plain.lines])
+        at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
+        times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
+        for name, at in times.items():
+            made.put_line(name, self.line(name, at))
+        return made
 
 
 def carried(head: Component) -> Component:
@@ -19460,16 +19465,6 @@ def carried(head: Component) -> Component:
     return made
 
 
-def exception_of(plain: Component, form: Form, slot: Slot) -> Component:
-    """An occurrence of a series as an event of its own, with what is carried over."""
-    made = Component([*plain.lines])
-    made.put_line('RECURRENCE-ID', form.key(slot.key))
-    made.put_line(MADE, f'{MADE}:1\r\n')
-    for name, at in (('DTSTART', slot.start), ('DTEND', slot.end)):
-        made.put_line(name, form.line(name, at))
-    return made
-
-
 def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
                  keys: dict[str, str], zone: tzinfo) -> str:
     """A calendar with what cmres says of it, by slots; '' is all of it.
@@ -19477,24 +19472,23 @@ def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
     Args:
       keys: the slots that exceptions have there, by what they are written as
     """
-    if not remarks:
-        return text
     parts = components(text)
     events = events_in(parts)
-    head = events[0]
+    head, behind = events[0], parts.index(events[-1]) + 1
     form, plain = Form(head, zone), carried(head)
     there = {keys.get(each.key, ''): each for each in events}
     there.setdefault('', head)
     for slot, remark in remarks.items():
         if slot not in there:
-            there[slot] = exception_of(plain, form, slots[slot])
-            parts.insert(parts.index(events[-1]) + 1, there[slot])
-            events.append(there[slot])
+            there[slot] = form.exception(plain, slots[slot])
+            there[slot].put_line(MADE, f'{MADE}:1\r\n')
+            parts.insert(behind, there[slot])
+            behind += 1
         remark.write(there[slot], form)
     return joined(parts)
 
 
-def without_remarks(text: str, shown: str = '', before: str = '') -> str:
+def without_remarks(text: str, shown: str, before: str) -> str:
     """A calendar without what cmres has said in it.
 
     Args:
@@ -19507,11 +19501,11 @@ def without_remarks(text: str, shown: str = '', before: str = '') -> str:
     for event in events_in(parts):
         known = was.get(event.key)
         # One that only we have made; who moves a series gives its exceptions new names.
-        if event.key not in own and (
-                event.says() == known.says() if known else event.line(MADE)):
+        if event.key not in own and (known.line(MADE) and event.says() == known.says() if known
+                                     else event.line(MADE)):
             parts.remove(event)
         else:
-            event.take_out(MADE)
+            event.put_line(MADE)
             take_remarks_out(event, known, own.get(event.key))
     return joined(parts)
 
@@ -19522,42 +19516,20 @@ def take_remarks_out(event: Component, known: Component | None, own: Component |
     rest, found = without_blocks(text), TITLE.match(title)
     if known and OPENS in rest:  # somebody has deleted a line of it
         before = known.read('DESCRIPTION')[1]
-        lines = {line for begin, end in blocks(before) for line in before[begin:end].split('\\n')}
-        lines.discard('')
-        rest = '\\n'.join(line for line in rest.split('\\n') if line not in lines)
+        said = {*before.split('\\n')} - {*without_blocks(before).split('\\n')}
+        rest = '\\n'.join(line for line in rest.split('\\n') if line not in said)
     ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
-    if rest != text:
-        put_back(event, own, 'DESCRIPTION', rest)
-    if ours:
-        put_back(event, own, 'SUMMARY', title[len(found[0]):])
+    values = {'DESCRIPTION': rest} if rest != text else {}
+    values |= {'SUMMARY': title[len(found[0]):]} if ours else {}
     if ours and found[1] and event.read('STATUS')[1].strip().upper() == 'CANCELLED':
-        event.put_line('STATUS', own.line('STATUS') if own else '')
-
-
-def put_back(event: Component, own: Component | None, name: str, value: str) -> None:
-    """Gives a property the value that is a person's, as they had written it if it is the same."""
-    if own and own.read(name)[1] == value:
-        event.put_line(name, own.line(name))
-    elif value:
-        event.put(name, value)
-    else:
-        event.put_line(name, '')
-
-
-class Folder(NamedTuple):
-    """A calendar: of a resource, or (id 0) of all of them."""
-    id: int
-    name: str
-    usual: Want | None = None  # what an event gets that says nothing
-
-
-ALL = Folder(0, 'all')
-
-
-def folder_of(place) -> Folder:
-    """The calendar of a resource."""
-    usual = Want(place.default_vms, place.default_flavor, place.default_image, place.name)
-    return Folder(place.id, place.name, usual)
+        values['STATUS'] = own.read('STATUS')[1] if own else ''
+    for name, value in values.items():  # as the person had written it if it is the same
+        if own and own.read(name)[1] == value:
+            event.put_line(name, own.line(name))
+        elif value:
+            event.put(name, value)
+        else:
+            event.put_line(name)
 
 
 class Understood(NamedTuple):
@@ -19582,7 +19554,7 @@ class Understood(NamedTuple):
 
     def slot_of(self, entry: Entry, clock: Clock) -> str:
         named = clock.slot(entry.moment('RECURRENCE-ID'))
-        if clock.here is self.here or getattr(clock.here, 'key', '') == self.here.key:
+        if getattr(clock.here, 'key', 'UTC') == self.here.key:
             return named.isoformat()
         return to_wall(from_wall(named, clock.here), self.here).isoformat()
 
@@ -19593,145 +19565,22 @@ class Understood(NamedTuple):
             if said := read_property(unfolded_line(line)):
                 found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
         return [each for each in dict.fromkeys(found['ATTENDEE'])
-                if '@' in each and each not in found['ORGANIZER']]
+                if MAIL_ADDRESS.fullmatch(each) and each not in found['ORGANIZER']]
 
-    def slots(self, begin: float, until: float) -> dict[str, Slot]:
-        """What it wants of a window, by slots; what takes long to follow is left out."""
+    def slots(self, begin: float, until: float) -> list[Slot]:
+        """What it wants of a window; what takes long to follow is left out."""
         try:
             with Budget().event(True):
-                found = all_slots(self.booking.stretches, begin, until)
-            return {slot.key: slot for slot in found}
+                return all_slots(self.booking.stretches, begin, until)
         except (Error, ValueError, OverflowError):
-            return {}
+            return []
 
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
-        try:
-            stretches = self.booking.stretches
-            with Budget().event(True):
-                found = all_slots(stretches, 0, until)
-                last = LAST.timestamp() if goes_on(stretches, until) else found[-1].end
-            return found[0].start, int(last)
-        except (Error, LookupError, ValueError, OverflowError):
-            return 0, int(LAST.timestamp())
-
-
-class Shelf:
-    """The calendars of one user in one project, and what is in them."""
-
-    def __init__(self, acting: Reservations):
-        self.acting, self.whose = acting, tuple(acting.actor[:2])
-
-    def folders(self) -> list[Folder]:
-        """Of each resource that has VMs for who says nothing, and one for all."""
-        return [*(folder_of(each) for each in self.acting.look.places() if each.default_vms), ALL]
-
-    def folder(self, name: str) -> Folder:
-        """The calendar of a name; NotFound if there is none."""
-        found = next((each for each in self.folders() if each.name == name), None)
+        found, last = self.slots(0, until), int(LAST.timestamp())
         if not found:
-            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
-                           'resource VMs for events that say nothing (default_vms)')
-        return found
-
-    def find(self, folder: Folder, name: str):
-        """What a calendar has under a name; None if nothing."""
-        return row('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                   'AND calendar = ? AND name = ? AND gone IS NULL', *self.whose, folder.id, name)
-
-    def all(self, folder: Folder, since: int = -1) -> list:
-        """What is in a calendar and does not end before an instant, by name."""
-        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND gone IS NULL AND last > ? ORDER BY name',
-                    *self.whose, folder.id, since)
-
-    def changed(self, folder: Folder, since: int, most: int) -> list:
-        """What has changed or was deleted after a number."""
-        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                    f'AND calendar = ? AND rev > ? ORDER BY rev LIMIT {most}',
-                    *self.whose, folder.id, since)
-
-    def newest(self, folder: Folder) -> int:
-        """The number of its last change; not one before all that is known of changes."""
-        found = row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
-                    'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id)
-        return max(found.rev, int(fact(FORGOTTEN) or 0))
-
-    def token(self, folder: Folder) -> str:
-        """What is another as soon as anything in a calendar is, as a URI."""
-        seen = self.acting.config.caldav_busy and row('SELECT max(id) AS id FROM event').id or 0
-        store = self.acting.clouds.store
-        return f'urn:cmres:sync:{store}:{folder.id}:{self.newest(folder)}:{seen}'
-
-    def since(self, folder: Folder, token: str) -> tuple[int, int]:
-        """The numbers of the last change and event of a token.
-
-        Raises:
-          Refused: it is none of ours, or so old that what was deleted since is forgotten.
-        """
-        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{folder.id}:')
-        found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
-        numbers = tuple(map(int, found.groups())) if found else (-1, 0)
-        forgotten = int(fact(FORGOTTEN) or 0)
-        if not forgotten <= numbers[0] <= self.newest(folder):
-            raise Refused(403, 'D:valid-sync-token', 'this token is not of this calendar, or is '
-                          'too old. Ask without a token for all that is there')
-        return numbers
-
-    def write(self, folder: Folder, name: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then."""
-        whose = dict(zip(('user', 'project'), self.whose)) | {'calendar': folder.id, 'name': name}
-        there = row('SELECT id FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND name = ?', *whose.values())
-        values |= {'rev': next_revision(), 'changed': int(self.acting.clock())}
-        if there:
-            change(CalendarObject, there.id, **values)
-        else:
-            insert(CalendarObject, **whose, **values)
-
-    def properties(self, folder: Folder) -> dict[str, str]:
-        """What a program keeps with a calendar."""
-        return {each.name: each.value for each in rows(
-            'SELECT name, value FROM calendar_property WHERE user = ? AND project = ? '
-            'AND calendar = ?', *self.whose, folder.id)}
-
-    def keep_property(self, folder: Folder, name: str, value: str | None) -> None:
-        run('DELETE FROM calendar_property WHERE user = ? AND project = ? AND calendar = ? '
-            'AND name = ?', *self.whose, folder.id, name)
-        if value is not None:
-            insert(CalendarProperty, **dict(zip(('user', 'project'), self.whose)),
-                   calendar=folder.id, name=name, value=value)
-
-    def zone(self, folder: Folder) -> ZoneInfo:
-        """The zone of times that name none: that of the calendar, else that of the service."""
-        described = self.properties(folder).get('C:calendar-timezone', '')
-        named = re.search(r'(?mi)^TZID[^:\n]*:\s*(\S+)\s*$', described)
-        return named and table_zone(named[1]) or self.acting.config.zone
-
-    def understand(self, folder: Folder, text: str) -> Understood:
-        """What an object asks for.
-
-        Raises:
-          Refused: it is not what a calendar object may be (RFC 4791, 4.1).
-        """
-        entries = read_calendar(text, 'the event')
-        kinds = kinds_in(text)
-        if not entries or kinds - {'VEVENT', 'VTIMEZONE'}:
-            raise Refused(403, 'C:supported-calendar-component',
-                          'only events are reserved here, no tasks and nothing else')
-        groups = by_uid(entries)
-        if len(groups) > 1 or METHOD_LINE.search(text):
-            raise Refused(403, 'C:valid-calendar-object-resource',
-                          'one event is needed with the exceptions of it, and no METHOD')
-        (uid, group), = groups.items()
-        now, zone = self.acting.here.now, self.zone(folder)
-        until = now + timedelta(days=self.acting.config.horizon)
-        wanted = bookings({uid: group}, zone, now, until, folder.usual or Want(), folder.usual
-                          or Want())
-        if not wanted:
-            raise Refused(403, 'C:valid-calendar-object-resource',
-                          'this event is of a feed of cmres: what it shows is reserved already')
-        return Understood(text, wanted[0], group, zone)
+            return 0, last
+        return found[0].start, last if self.slots(until, last) else found[-1].end
 
 
 GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
@@ -19748,6 +19597,113 @@ def kinds_in(text: str) -> set[str]:
     return kinds
 
 
+class Folder:
+    """A calendar of one user in one project: of a resource, or (id 0) of all of them."""
+    OBJECTS = 'FROM calendar_object WHERE user = ? AND project = ? AND calendar = ?'
+    PROPERTIES = 'FROM calendar_property WHERE user = ? AND project = ? AND calendar = ?'
+
+    def __init__(self, acting: Reservations, place=None):
+        self.acting, self.place = acting, place
+        self.id, self.name = (place.id, place.name) if place else (0, 'all')
+        self.whose = (*acting.actor[:2], self.id)
+        self.usual = None if not place else Want(  # what an event gets that says nothing
+            place.default_vms, place.default_flavor, place.default_image, place.name)
+
+    def objects(self, condition: str, *values) -> list:
+        return rows(f'SELECT * {self.OBJECTS} AND {condition}', *self.whose, *values)
+
+    def find(self, name: str):
+        """What it has under a name; None if nothing."""
+        return next(iter(self.objects('name = ? AND gone IS NULL', name)), None)
+
+    @property
+    def newest(self) -> int:
+        """The number of its last change; not one before all that is known of changes."""
+        last, = run(f'SELECT coalesce(max(rev), 0) {self.OBJECTS}', *self.whose).fetchone()
+        return max(last, int(fact(FORGOTTEN) or 0))
+
+    @property
+    def token(self) -> str:
+        """What is another as soon as anything in it is, as a URI."""
+        seen = newest_event() if self.acting.config.caldav_busy else 0
+        return f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:{self.newest}:{seen}'
+
+    def since(self, token: str) -> tuple[int, int]:
+        """The numbers of the last change and event of a token.
+
+        Raises:
+          Refused: it is none of ours, or so old that what was deleted since is forgotten.
+        """
+        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:')
+        found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
+        numbers = tuple(map(int, found.groups())) if found else (-1, 0)
+        if not int(fact(FORGOTTEN) or 0) <= numbers[0] <= self.newest:
+            raise Refused(403, 'D:valid-sync-token', 'this token is not of this calendar, or is '
+                          'too old. Ask without a token for all that is there')
+        return numbers
+
+    def write(self, name: str, **values) -> None:
+        """Writes an object, or some columns of it; it is another one for all programs then."""
+        there = self.objects('name = ?', name)
+        values |= {'rev': next_revision(), 'changed': int(self.acting.clock())}
+        if there:
+            change(CalendarObject, there[0].id, **values)
+        else:
+            user, project, _ = self.whose
+            insert(CalendarObject, user=user, project=project, calendar=self.id, name=name,
+                   **values)
+
+    def properties(self) -> dict[str, str]:
+        """What a program keeps with it."""
+        return dict(run(f'SELECT name, value {self.PROPERTIES}', *self.whose).fetchall())
+
+    def keep_property(self, name: str, value: str | None) -> None:
+        run(f'DELETE {self.PROPERTIES} AND name = ?', *self.whose, name)
+        if value is not None:
+            user, project, _ = self.whose
+            insert(CalendarProperty, user=user, project=project, calendar=self.id, name=name,
+                   value=value)
+
+    @functools.cached_property
+    def zone(self) -> ZoneInfo:
+        """The zone of times that name none: that of the calendar, else that of the service."""
+        described = self.properties().get('C:calendar-timezone', '')
+        named = re.search(r'(?mi)^TZID[^:\n]*:\s*(\S+)\s*$', described)
+        return named and table_zone(named[1]) or self.acting.config.zone
+
+    def understand(self, text: str) -> Understood:
+        """What an object asks for.
+
+        Raises:
+          Refused: it is not what a calendar object may be (RFC 4791, 4.1).
+        """
+        entries = read_calendar(text, 'the event')
+        if not entries or kinds_in(text) - {'VEVENT', 'VTIMEZONE'}:
+            raise Refused(403, 'C:supported-calendar-component',
+                          'only events are reserved here, no tasks and nothing else')
+        groups = by_uid(entries)
+        if len(groups) > 1 or METHOD_LINE.search(text):
+            raise Refused(403, 'C:valid-calendar-object-resource',
+                          'one event is needed with the exceptions of it, and no METHOD')
+        now, usual = self.acting.here.now, self.usual or Want()
+        until = now + timedelta(days=self.acting.config.horizon)
+        wanted = bookings(groups, self.zone, now, until, usual, usual)
+        if not wanted:
+            raise Refused(403, 'C:valid-calendar-object-resource',
+                          'this event is of a feed of cmres: what it shows is reserved already')
+        return Understood(text, wanted[0], *groups.values(), self.zone)
+
+
+def folders_of(acting: Reservations) -> list[Folder]:
+    """Calendars: one of each resource that has VMs for who says nothing, and one of all."""
+    places = [each for each in acting.look.places() if each.default_vms]
+    return [*(Folder(acting, each) for each in places), Folder(acting)]
+
+
+def newest_event() -> int:
+    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
+
+
 class Teller:
     """What cmres says of the event of an object, as its reservation is now."""
 
@@ -19755,13 +19711,16 @@ class Teller:
         self.acting, self.event, self.why = acting, event, json.loads(found.why)
         self.id = found.reservation_id
         self.all = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', self.id)
-        self.slots = self.planned()
+        around = self.all and (self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+        self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
-    def planned(self) -> dict[str, Slot]:
-        """What the event itself says, around what there is."""
-        if not self.all:
-            return {}
-        return self.event.slots(self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+    def text(self) -> str:
+        """The event as it is shown."""
+        remarks = self.remarks()
+        if not remarks:
+            return self.event.text
+        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
+                            self.event.here)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -19775,17 +19734,23 @@ class Teller:
         known = [each for each in self.all if each.slot in self.slots and not whole.title]
         found = {each.slot: self.of_one(each, self.slots[each.slot]) for each in known}
         whole = found.get('') or whole
-        after = '\n'.join(filter(None, (whole.after, self.state(current))))
+        said = whole.after, state_of(self.acting, current, self.event.here)
+        after = '\n'.join(filter(None, said))
         found[''] = whole._replace(after=after)
         return {slot: remark for slot, remark in found.items() if remark not in (None, Remark())}
+
+    def last_said(self, *codes: str) -> str:
+        """What the event log said last of its reservation under some codes."""
+        found = rows("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
+                     f"({', '.join('?' * len(codes))}) ORDER BY id DESC LIMIT 1", self.id, *codes)
+        return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
         """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
-        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
-                   "('released', 'rejected', 'maintenance') ORDER BY id DESC LIMIT 1", self.id)
-        return Remark('CANCELLED', last.sentence if last else 'it was cancelled', cancelled=True)
+        said = self.last_said('released', 'rejected', 'maintenance')
+        return Remark('CANCELLED', said or 'it was cancelled', cancelled=True)
 
     def of_stay(self, current) -> Remark | None:
         """What is reserved stays as it was, since a change was refused or waits for an approval."""
@@ -19795,286 +19760,384 @@ class Teller:
         slot = self.slots.get(current.slot)
         moved = not slot or (slot.start, slot.end) != (current.start, current.end)
         still = (f'MOVED, still {self.clock(current.start)}' if moved
-                 else f'CHANGED, still {counted_vms(current.vms)}')
+                 else f"CHANGED, still {counted(current.vms, 'VM')}")
         return Remark(f'NOT {still}', why)
 
     def of_one(self, there, slot: Slot) -> Remark | None:
         """What is otherwise of an occurrence than the event says."""
         if there.cancelled is not None:
             why = self.why.get(there.slot, '' if there.altered else 'there was no free capacity')
-            if why:
-                return Remark('NOT RESERVED', why, cancelled=True)
-            return Remark('CANCELLED', 'this occurrence was cancelled', cancelled=True)
+            return Remark('NOT RESERVED' if why else 'CANCELLED',
+                          why or 'this occurrence was cancelled', cancelled=True)
         window = there.start, there.end
         if window == (slot.start, slot.end):
             return None
         if there.slot in self.why:
             return Remark(f'NOT MOVED, still {self.clock(there.start)}', self.why[there.slot])
-        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
-                   "('updated', 'maintenance', 'kept') ORDER BY id DESC LIMIT 1", self.id)
-        return Remark(after=f"Moved: {last.sentence if last else 'in cmres'}", window=window)
+        said = self.last_said('updated', 'maintenance', 'kept')
+        return Remark(after=f"Moved: {said or 'in cmres'}", window=window)
 
     def clock(self, at: int) -> str:
         return f'{to_wall(instant(at), self.event.here):%a %H:%M}'
 
-    def state(self, current) -> str:
-        """How its VMs are and how to log in; of a series, those of now or of the next time."""
-        config = self.acting.config
-        if current.pending is not None and current.state == 'pending':
-            until = config.told_time(current.pending, self.event.here.key)
-            return f'An admin must approve it until {until}.'
-        if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
-            return ''
-        addresses = addresses_of(current.id)
-        when = format_time(instant(current.start), self.event.here)
-        head = f'{when}: {current.state}' if current.repeats else current.state
-        key = f'key pair: {current.key}' if current.key and addresses else ''
-        lines = [head, *config.logins(addresses), key, current.fault]
-        return '\n'.join(filter(None, lines))
+
+def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
+    """How its VMs are and how to log in; of a series, those of now or of the next time."""
+    if current.pending is not None and current.state == 'pending':
+        until = acting.config.told_time(current.pending, getattr(zone, 'key', 'UTC'))
+        return f'An admin must approve it until {until}.'
+    if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
+        return ''
+    when = format_time(instant(current.start), zone)
+    head = f'{when}: {current.state}' if current.repeats else current.state
+    lines = log_in_lines(acting.config, current, addresses_of(current.id))
+    return '\n'.join(filter(None, [head, *lines, current.fault]))
 
 
-def counted_vms(number: int) -> str:
-    return f"{number} VM{'s' * (number != 1)}"
+def refresh(acting: Reservations, known: dict[tuple, int]) -> None:
+    """Writes anew what is shown of reservations that have changed since the last time, and what
+    was reserved elsewhere by who acts.
 
-
-class Keeper:
-    """What keeps objects and reservations together, for one who acts."""
-
-    def __init__(self, acting: Reservations):
-        self.acting, self.shelf = acting, Shelf(acting)
-
-    def refresh(self) -> None:
-        """Writes anew what is shown of reservations that have changed since the last time."""
-        seen = int(fact(LOOKED_AT) or 0)
-        newest = row('SELECT coalesce(max(id), 0) AS id FROM event').id
-        if newest <= seen:
-            return
-        left = deque(rows(
-            'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
-            '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
-            'AND e.reservation_id IS NOT NULL)', seen, newest))
-        if not left and newest - seen < MOST_UNSEEN:
-            return
+    Args:
+      known: up to which event everybody's reservations were looked for
+    """
+    seen, newest = int(fact(LOOKED_AT) or 0), newest_event()
+    changed = deque(rows(
+        'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
+        '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
+        'AND e.reservation_id IS NOT NULL)', seen, newest)) if newest > seen else deque()
+    whose, told = acting.actor[:2], bool(changed)
+    made = deque(elsewhere(acting) if known.get(whose) != newest else ())
+    for left, deed in ((changed, show_anew), (made, take_in)):
         while left:  # others can write between
             with transaction():
                 for each in some_of(left):
                     with suppress(Error):
-                        self.show_anew(each.id)
+                        deed(acting, each.id)
+    known[whose] = newest
+    if newest - seen >= (1 if told else MOST_UNSEEN):
         with transaction():
             note_fact(LOOKED_AT, f'{newest}')
 
-    def show_anew(self, id: int) -> None:
-        """Writes what is shown of an object if it is another than before."""
-        found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
-        if not found:
-            return
-        owner = Actor(found.user, found.project, USER)
-        shelf = Shelf(self.acting.acting(owner))
-        place = row('SELECT name FROM resource WHERE id = ?', found.calendar)
-        folder = Folder(found.calendar, place.name if place else ALL.name)
-        shown = shown_text(shelf, found, shelf.understand(folder, found.text))
-        if shown != (found.shown or found.text):
-            shelf.write(folder, found.name, shown='' if shown == found.text else shown,
-                        etag=etag_of(shown))
 
-    def put(self, folder: Folder, name: str, data: bytes, look: Callable) -> tuple[bool, str]:
+def show_anew(acting: Reservations, id: int) -> None:
+    """Writes what is shown of an object if it is another than before."""
+    found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
+    if not found:
+        return
+    folder = Folder(acting.acting(Actor(found.user, found.project, USER)),
+                    row('SELECT * FROM resource WHERE id = ?', found.calendar))
+    if found.text:
+        shown = Teller(folder.acting, found, folder.understand(found.text)).text()
+    else:
+        shown = reservation_text(folder, found.reservation_id)
+    if not shown:
+        folder.write(found.name, gone=int(acting.clock()), shown='', etag='', reservation=None)
+    elif shown != (found.shown or found.text):
+        folder.write(found.name, shown='' if shown == found.text else shown, etag=etag_of(shown))
+
+
+def elsewhere(acting: Reservations) -> list:
+    """The reservations of who acts that no calendar has, on resources that have one."""
+    places = json.dumps([each.id for each in folders_of(acting) if each.id])
+    return rows('SELECT DISTINCT o.reservation_id AS id FROM occurrence o JOIN reservation r '
+                'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
+                'AND o.due IS NOT NULL AND o.cancelled IS NULL AND r.waiting IS NULL '
+                'AND o.resource_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 '
+                'FROM calendar_object c WHERE c.reservation_id = o.reservation_id)',
+                *acting.actor[:2], places)
+
+
+def take_in(acting: Reservations, id: int) -> None:
+    """Shows a reservation that was made elsewhere in the calendar of its resource."""
+    first = row('SELECT resource_id FROM occurrence WHERE reservation_id = ? '
+                'AND cancelled IS NULL ORDER BY start LIMIT 1', id)
+    folder = Folder(acting, resource_of(first.resource_id))
+    uid = row('SELECT uid FROM reservation WHERE id = ?', id).uid
+    if not uid:  # so that it is known in another calendar as well
+        uid = f'reservation-{id}@{acting.clouds.store}'
+        change(Reservation, id, uid=uid)
+    shown = reservation_text(folder, id)
+    last = int(LAST.timestamp()) if acting.look.stretches(id) else acting.look.next_of(id).end
+    folder.write(f'reservation-{id}.ics', uid=uid, text='', shown=shown, etag=etag_of(shown),
+                 first=0, last=last, reservation=id, why='{}', gone=None)
+
+
+def reservation_text(folder: Folder, id: int) -> str:
+    """A reservation as an event that nobody has written; '' if the calendar has nothing of it."""
+    look = folder.acting.look
+    there = rows('SELECT slot, start, "end", vms, resource_id AS resource, cancelled '
+                 'FROM occurrence WHERE reservation_id = ? ORDER BY start', id)
+    live = [each for each in there if each.cancelled is None and each.resource == folder.id]
+    if not live:
+        return ''
+    found, stretches = look.next_of(id), look.stretches(id)
+    zone = read_zone(stretches[0].zone) if stretches else UTC
+    times = series_lines(stretches, there, zone) if stretches else [
+        f'DTSTART:{stamp_of(live[0].start)}', f'DTEND:{stamp_of(live[0].end)}']
+    said = {'UID': row('SELECT uid FROM reservation WHERE id = ?', id).uid,
+            'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
+    lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
+             *want_lines(found, found.vms), 'END:VEVENT']
+    head = Component([folded(each) for each in lines])
+    form, plain, events = Form(head, zone), carried(head), [head]
+    for each in live if stretches else ():
+        slot = plan_of(stretches, there).get(each.slot)
+        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
+            continue
+        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
+        for line in want_lines(found, each.vms):
+            events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+    return f'{CALENDAR_HEAD}{joined(events)}{CALENDAR_END}'
+
+
+def want_lines(found, vms: int) -> list[str]:
+    """What of an event says which VMs a reservation has, and its description."""
+    said = {'COUNT': vms, 'FLAVOR': found.flavor, 'IMAGE': found.image}
+    plain = f"{vms} x {' '.join(filter(None, (found.flavor, found.image)))}"
+    match = WANT.fullmatch(plain)
+    text = found.description
+    if match and match.group(2, 3) == (found.flavor, found.image):  # it says all of it
+        text = '\n'.join(filter(None, (plain, text)))
+    return ['CATEGORIES:VM', *(f'X-VM-{name}:{escaped(str(each))}' for name, each in said.items()),
+            f'DESCRIPTION:{escaped(text)}']
+
+
+def is_ruled_alone(stretches: list[Stretch]) -> bool:
+    """Whether a rule says all of a series but for single occurrences."""
+    first = stretches[0]
+    return bool(len(stretches) == 1 and first.rule and not first.shift
+                and {*first.dates} <= {first.start})
+
+
+def plan_of(stretches: list[Stretch], there: list) -> dict[str, Slot]:
+    """What a series says without exceptions; without one rule, by the slots that there are."""
+    plan = stretches[0]._replace(skips=(), moved={})
+    if not is_ruled_alone(stretches):
+        keys = tuple(each.slot for each in there)
+        plan = Stretch(keys[0], plan.length, plan.zone, plan.vms, plan.resource, dates=keys,
+                       exact=plan.exact)
+    found = all_slots([plan], there[0].start - MONTH, there[-1].end + MONTH)
+    return {each.key: each for each in found}
+
+
+def series_lines(stretches: list[Stretch], there: list, zone: ZoneInfo) -> list[str]:
+    """When a series is, as lines of an event."""
+    head, tail = ('', 'Z') if zone.key == 'UTC' else (f';TZID={zone.key}', '')
+
+    def local(name: str, *keys: str) -> str:
+        walls = (f'{datetime.fromisoformat(each):%Y%m%dT%H%M%S}{tail}' for each in keys)
+        return f"{name}{head}:{','.join(walls)}"
+    first, keys = stretches[0], [each.slot for each in there]
+    live = {each.slot for each in there if each.cancelled is None}
+    gone = {each for each in plan_of(stretches, there) if each <= max(keys)} - live
+    ruled = is_ruled_alone(stretches)
+    begin = first.start if ruled else keys[0]
+    until = datetime.fromisoformat(begin) + timedelta(seconds=first.length + first.exact)
+    lines = [local('DTSTART', begin), local('DTEND', until.isoformat())]
+    if ruled:
+        gone |= {each if 'T' in each else each + first.start[10:] for each in first.skips}
+        lines.append('RRULE:' + re.sub('(?<=UNTIL=)[^;]*', lambda last: stamp_of(int(
+            from_wall(read_until(last[0]), zone).timestamp())), first.rule))
+    elif keys[1:]:
+        lines.append(local('RDATE', *keys[1:]))
+    return lines + [local('EXDATE', *sorted(gone))] if gone else lines
+
+
+class Draft:
+    """What a program sends for a name of a calendar, and what the calendar has there."""
+
+    def __init__(self, folder: Folder, name: str, look: Callable):
+        self.folder, self.name, self.look, self.acting = folder, name, look, folder.acting
+        self.had = self.as_it_is()
+
+    def as_it_is(self):
+        """What the calendar has now; the request is refused if it was meant for another state."""
+        found = self.folder.find(self.name)
+        self.look(found)
+        return found
+
+    def put(self, data: bytes) -> tuple[bool, str]:
         """Makes a reservation of what a program sends, or changes it.
 
         Returns:
           whether it is new, and its ETag if it is shown as it was sent.
         """
-        had = self.shelf.find(folder, name)
-        look(had)
-        sent_text = object_text(data)
+        had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
-        event = self.shelf.understand(folder, text)
-        self.refuse_other_uid(folder, name, event.booking.uid, had)
+        self.event = self.folder.understand(text)
+        self.booking = self.event.booking
+        self.refuse_other_uid()
         try:
-            shown = self.reserve(folder, name, event, had, look)
+            shown = self.reserve()
         except (Changed, Refused, Unavailable, TooMany):
             raise
         except Error as refusal:
-            shown = self.refuse(folder, name, event, had, look, refusal)
+            shown = self.refuse(refusal)
         return not had, etag_of(shown) if shown == sent_text else ''
 
-    def refuse_other_uid(self, folder: Folder, name: str, uid: str, had) -> None:
+    def refuse_other_uid(self) -> None:
         """Refuses a UID that another object of the calendar has (RFC 4791, 5.3.2.1)."""
-        other = row('SELECT name FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND uid = ? AND name <> ? AND gone IS NULL LIMIT 1',
-                    *self.shelf.whose, folder.id, uid, name)
-        if other or had and had.uid != uid:
+        uid, most = self.booking.uid, self.acting.config.caldav_events
+        other = self.folder.objects('uid = ? AND name <> ? AND gone IS NULL LIMIT 1', uid,
+                                    self.name)
+        if other or self.had and self.had.uid != uid:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
-                          href=(other or had).name)
-        most = self.acting.config.caldav_events
-        there, = run('SELECT count(*) FROM calendar_object WHERE user = ? AND project = ? '
-                     'AND calendar = ? AND gone IS NULL', *self.shelf.whose, folder.id).fetchone()
-        if not had and 0 < most <= there:
+                          href=(other[0] if other else self.had).name)
+        there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
+                     *self.folder.whose).fetchone()
+        if not self.had and 0 < most <= there:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
-    def reserve(self, folder: Folder, name: str, event: Understood, had, look: Callable) -> str:
+    @property
+    def known(self):
+        """The reservation that it is of, the newest; None if there is none."""
+        also = self.had and self.had.reservation_id
+        return self.acting.booked_as(self.booking.uid, self.acting.actor[:2], None, also)
+
+    def wish(self) -> Wish | None:
+        """What the event asks for; what it doesn't say stays as it was reserved."""
+        acting, booking, known = self.acting, self.booking, self.known
+        old = known and known.over > acting.clock() and acting.look.next_of(known.id)
+        said = NOTHING_SAID | (acting.wishes.unaltered(old) if old else {})
+        said |= {'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+        own = not old or bool(self.had and self.had.text)  # else it has words of its own
+        guests = [each for each in self.event.guests() if acting.config.may_tell(each)]
+        if own or guests:
+            said['invite'] = guests[:MOST_INVITED]
+        if own:
+            said['description'] = booking.summary[:1000]
+        with Budget().event(repeats(booking)):
+            return acting.read_booking(booking, said, self.event.zone)[0]
+
+    def reserve(self) -> str:
         """Books what an event asks for, and keeps its text; what is shown of it then.
 
         Raises:
           Error: it is refused, and nothing was changed.
         """
-        acting, booking = self.acting, event.booking
-        guests = [each for each in event.guests() if MAIL_ADDRESS.fullmatch(each)
-                  and acting.config.may_tell(each)]
-        said = said_by(booking) | {'invite': guests[:MOST_INVITED]}
-        (_, wish, error), = acting.read_bookings([booking], said, event.zone)
-        if error:
-            raise error
-        with acting.writing() as now:
-            look(self.shelf.find(folder, name))
-            self.refuse_past(booking, wish, had)
-            self.refuse_begun(event, had, now)
-            done = acting.taken(booking, wish, self.shelf.whose, None, now,
-                                again=not had or had.reservation_id is None)
+        wish = self.wish()
+        with self.acting.writing() as now:
+            self.had = had = self.as_it_is()
+            self.refuse_past(wish, now)
+            done = self.acting.taken(self.booking, wish, self.known, None, now,
+                                     again=not had or had.reservation_id is None)
             booked = done['outcome'] not in ('past', 'cancelled')
-            return self.keep(folder, name, event, had, self.whys(event, done, had), booked)
+            return self.keep(self.whys(done), booked)
 
-    def refuse_past(self, booking: Booking, wish: Wish | None, had) -> None:
-        """Refuses to move what is reserved to where it can't be any more."""
-        if wish or booking.cancelled or repeats(booking) or not had:
+    def refuse_past(self, wish: Wish | None, now: float) -> None:
+        """Refuses to move what is reserved to where it can't be, and what has begun to later."""
+        known = self.had and self.known
+        if not known or known.over <= now or self.booking.cancelled:
             return
-        if row('SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
-               int(self.acting.clock())):
+        if not wish and not repeats(self.booking):
             raise Invalid('its time is past. Move it to a time to come, or delete it')
+        current = self.acting.look.next_of(known.id)
+        if current.start <= now < current.held_until and current.cancelled is None:
+            around = current.start - MONTH, current.end + 12 * MONTH
+            if any(slot.key == current.slot and slot.start > now
+                   for slot in self.event.slots(*around)):
+                raise Conflict('it has begun, so only its end can be changed')
 
-    def refuse_begun(self, event: Understood, had, now: float) -> None:
-        """Refuses to move what has begun to later: of that, the end can change."""
-        known = had and had.reservation_id and row(
-            'SELECT slot, start, "end" FROM occurrence INDEXED BY occurrence_series WHERE '
-            'reservation_id = ? AND (due IS NULL) = 0 AND start <= ? AND held_until > ? '
-            'AND cancelled IS NULL', had.reservation_id, int(now), int(now))
-        slot = known and event.slots(known.start - MONTH, known.end + 12 * MONTH).get(known.slot)
-        if slot and slot.start > now:
-            raise Conflict('it has begun, so only its end can be changed')
-
-    def whys(self, event: Understood, done: dict, had) -> dict[str, str]:
+    def whys(self, done: dict) -> dict[str, str]:
         """By slots why occurrences found no room, of what became of an event."""
-        if done['outcome'] in ('pending', 'unchanged') and done.get('why'):
-            waits = done['outcome'] == 'pending' or done['why'] == A_CHANGE_WAITS
+        outcome, had = done['outcome'], self.had
+        if outcome in ('pending', 'unchanged') and done.get('why'):
+            waits = outcome == 'pending' or done['why'] == A_CHANGE_WAITS
             return {'approval' if waits else '': done['why']}
-        old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
+        old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
-        known = self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     '(SELECT value FROM json_each(?))', known and known.id, json.dumps([*left]))
+                     '(SELECT value FROM json_each(?))', self.known and self.known.id,
+                     json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
 
-    def keep(self, folder: Folder, name: str, event: Understood, had, why: dict,
-             booked: bool) -> str:
-        """Writes an object; what is shown of it. Inside a transaction."""
-        uid = event.booking.uid
-        known = self.acting.booked_as(uid, self.shelf.whose, None) if booked else None
+    def keep(self, why: dict, booked: bool) -> str:
+        """Writes the event; what is shown of it. Inside a transaction."""
+        had, known = self.had, self.known if booked else None
         id = known.id if known else had.reservation_id if had else None
-        self.take_from_others(folder, name, id)
-        first, last = event.span(self.acting.clock() + self.acting.config.horizon * DAY)
-        values = {'uid': uid, 'text': event.text, 'reservation': id, 'why': json.dumps(why),
-                  'first': first, 'last': last, 'gone': None, 'shown': '', 'etag': ''}
-        self.shelf.write(folder, name, **values)
-        found = self.shelf.find(folder, name)
-        shown = shown_text(self.shelf, found, event)
-        change(CalendarObject, found.id, shown='' if shown == event.text else shown,
-               etag=etag_of(shown))
+        self.take_from_others(id)
+        first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
+        text = self.event.text
+        self.folder.write(self.name, uid=self.booking.uid, text=text, reservation=id, first=first,
+                          last=last, why=json.dumps(why), gone=None, shown='', etag='')
+        found = self.folder.find(self.name)
+        shown = Teller(self.acting, found, self.event).text()
+        change(CalendarObject, found.id, shown='' if shown == text else shown, etag=etag_of(shown))
         return shown
 
-    def take_from_others(self, folder: Folder, name: str, reservation: int | None) -> None:
+    def take_from_others(self, reservation: int | None) -> None:
         """Lets a reservation be of one object alone; its event came from another calendar."""
-        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
-                         'AND NOT (calendar = ? AND name = ?)', reservation, folder.id, name):
-            why = f"The same event stands in the calendar '{folder.name}' now."
+        for each in rows('SELECT id, text FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', reservation, self.folder.id,
+                         self.name):
+            why = f"The same event stands in the calendar '{self.folder.name}' now."
             change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
-            self.show_anew(each.id)
+            show_anew(self.acting, each.id)
 
-    def refuse(self, folder: Folder, name: str, event: Understood, had, look: Callable,
-               refusal: Error) -> str:
+    def refuse(self, refusal: Error) -> str:
         """Keeps an event that can't be reserved, with a remark that says why."""
-        why = f'{self.explained(event, had, refusal)}'.removeprefix(f'{event.booking.name}: ')
-        why = why[:1].upper() + why[1:]
-        if self.acting.config.caldav_refusal == '403':
-            raise Refused(403, 'V:no-capacity' if isinstance(refusal, NoCapacity)
-                          else 'V:not-reserved', why)
-        with self.acting.writing() as now:
-            look(self.shelf.find(folder, name))
-            live = had and had.reservation_id is not None and row(
-                'SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
-                int(now))
-            if not live and had:
-                had = had._replace(reservation_id=None)
-            if isinstance(refusal, NoCapacity) or 'limit' in refusal.details:
-                user, project = self.shelf.whose  # the operator is told, as of other requests
-                journal(self.acting.config, now, user, 'refused', f'an event of {user}: {why}',
-                        project=project, resource=folder.id or None)
-            return self.keep(folder, name, event, had, {'': why}, False)
+        acting, full = self.acting, isinstance(refusal, NoCapacity)
+        said = f'{self.explained(refusal)}'.removeprefix(f'{self.booking.name}: ')
+        why = said[:1].upper() + said[1:]
+        if acting.config.caldav_refusal == '403':
+            raise Refused(403, 'V:no-capacity' if full else 'V:not-reserved', why)
+        with acting.writing() as now:
+            self.had = self.as_it_is()
+            if self.had and not (self.known and self.known.over > now):
+                self.had = self.had._replace(reservation_id=None)
+            if full or 'limit' in refusal.details:
+                user, project = acting.actor[:2]  # the operator is told, as of other requests
+                journal(acting.config, now, user, 'refused', f'an event of {user}: {why}',
+                        project=project, resource=self.folder.id or None)
+            return self.keep({'': why}, False)
 
-    def explained(self, event: Understood, had, refusal: Error) -> Error:
+    def explained(self, refusal: Error) -> Error:
         """A refusal for want of capacity, with what would fit instead."""
-        acting, booking = self.acting, event.booking
-        if not isinstance(refusal, NoCapacity) or repeats(booking):
+        acting, known = self.acting, self.known
+        if not isinstance(refusal, NoCapacity) or repeats(self.booking):
             return refusal
-        (_, wish, _), = acting.read_bookings([booking], said_by(booking), event.zone)
-        plain = wish._replace(stretches=[], repeat='')
-        known = had and had.reservation_id and acting.look.next_of(had.reservation_id)
-        live = known if known and known.cancelled is None and known.end > acting.clock() else None
+        wish = self.wish()._replace(stretches=[], repeat='')
         try:
-            with acting.shares.paced(), acting.writing(dry_run=True) as now:
-                def deed(each: Wish, field: str) -> None:
-                    self.book_plainly(each, live, now)
-                with acting.offers.explaining(plain, live, deed):
-                    deed(plain, '')
-        except NoCapacity as told_more:
-            return NoCapacity(in_other_words(told_more, event.here), **told_more.details)
+            if known and known.over > acting.clock():
+                asked = {'start': instant(wish.start), 'end': instant(wish.end)}
+                asked |= {name: getattr(wish, name) for name in ('vms', 'flavor', 'image')}
+                acting.alter(known.label, known.project, asked, True)
+            else:
+                wish = wish._replace(label=acting.free_label(wish, acting.clock()))
+                acting.reserve([Request(wish.label, [[wish]], False, 0, 0)], True)
+        except NoCapacity as more:
+            return NoCapacity(in_other_words(more, self.event.here), **more.details)
         except Error:
             pass
         return refusal
 
-    def book_plainly(self, wish: Wish, live, now: float) -> None:
-        """Books a wish, or makes it of what is there, as if it were of no calendar."""
-        acting = self.acting
-        if live:
-            wish, plain = wish._replace(label=live.label), live._replace(repeats=0)
-            acting.bookings.commit(acting.admission.edit(plain, wish, ['calendar'], now), now)
-        else:
-            acting.admission.book(wish._replace(label=acting.free_label(wish, now)), now)
-
-    def delete(self, folder: Folder, name: str, look: Callable) -> None:
+    def delete(self) -> None:
         """Cancels what an event has reserved, and forgets its text."""
         acting = self.acting
         with acting.writing() as now:
-            found = self.shelf.find(folder, name)
-            look(found)
+            found = self.as_it_is()
             if not found:
                 raise NotFound('there is no such event, or no longer')
             known = found.reservation_id and acting.look.next_of(found.reservation_id)
             if known:
                 gone = acting.look.live(known)
                 acting.admission.cancel(gone, now, 'deleted in the calendar', ends=True)
-            self.shelf.write(folder, name, gone=int(now), text='', shown='', etag='',
-                             reservation=None)
+            self.folder.write(self.name, gone=int(now), text='', shown='', etag='',
+                              reservation=None)
 
 
-def shown_text(shelf: Shelf, found, event: Understood) -> str:
-    """What is shown of an object."""
-    teller = Teller(shelf.acting, found, event)
-    remarks = teller.remarks()
-    keys = event.keys() if remarks else {}
-    return with_remarks(event.text, remarks, teller.slots, keys, event.here)
-
-
-def said_by(booking: Booking) -> dict:
-    """What an event of a calendar program doesn't say, named as in `import`."""
-    return Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': '',
-                               'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+#: What a calendar program doesn't say of a new event, named as in `import`.
+NOTHING_SAID = Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': ''}
 
 
 def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
     """The sentence of a refusal, with what would fit."""
     offers = {'next_start': lambda at: f'from {format_moment(at, zone)}',
-              'most_vms': lambda number: f'with {counted_vms(number)}',
+              'most_vms': lambda number: f"with {counted(number, 'VM')}",
               'longest': lambda length: f'for {length}'}
     found = [say(refusal.details[name]) for name, say in offers.items()
              if refusal.details.get(name)]
@@ -20116,32 +20179,6 @@ def item_of(found) -> Item:
     return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
 
 
-NO_DOCTYPE = 'the XML has a document type or entities, which are not read here'
-
-
-class Tree:
-    """Builds the elements of a body, which has no document type, few elements and little depth."""
-
-    def __init__(self):
-        from xml.etree.ElementTree import TreeBuilder
-        self.builder, self.depth, self.number = TreeBuilder(), 0, 0
-        self.data, self.close = self.builder.data, self.builder.close
-
-    def doctype(self, *_) -> None:
-        raise Invalid(NO_DOCTYPE)
-
-    def start(self, tag: str, attributes: dict) -> None:
-        self.depth, self.number = self.depth + 1, self.number + 1
-        if self.depth > MOST_DEPTH or self.number > MOST_ELEMENTS:
-            raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep, or more than '
-                          f'{MOST_ELEMENTS}')
-        self.builder.start(tag, attributes)
-
-    def end(self, tag: str) -> None:
-        self.depth -= 1
-        self.builder.end(tag)
-
-
 def read_xml(data: bytes):
     """The root of a body; None of an empty one.
 
@@ -20151,14 +20188,21 @@ def read_xml(data: bytes):
     from xml.etree import ElementTree
     if not data.strip():
         return None
-    if b'<!DOCTYPE' in data:  # the parser tells of it later
-        raise Invalid(NO_DOCTYPE)
     try:
-        parser = ElementTree.XMLParser(target=Tree())
-        parser.feed(data)
-        return parser.close()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise Invalid(f'the body is not XML: {first_line(error)}') from None
+        text = data.decode()
+        if '<!DOCTYPE' in text:
+            raise Invalid('the XML has a document type or entities, which are not read here')
+        if text.count('<') > 2 * MOST_ELEMENTS:
+            raise Invalid(f'the XML has more than {MOST_ELEMENTS} elements')
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise Invalid(f'the body is not XML in UTF-8: {first_line(error)}') from None
+    inner = [root]
+    for _ in range(MOST_DEPTH):
+        inner = [each for one in inner for each in one]
+    if inner:
+        raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep')
+    return root
 
 
 def xml_text(text: str) -> str:
@@ -20172,44 +20216,17 @@ def short_name(tag: str) -> str:
     return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
 
 
+def full_name(path: str) -> str:
+    """A path of names with our prefixes as the parser has it."""
+    return re.sub(r'(\w+):', lambda prefix: f'{{{NAMESPACES[prefix[1]]}}}', path)
+
+
 def empty_element(tag: str) -> str:
     name = short_name(tag)
     if name != tag:
         return f'<{name}/>'
     space, _, name = tag.rpartition('}')
     return f'<X:{name} xmlns:X="{escape(space[1:])}"/>' if space else f'<{name} xmlns=""/>'
-
-
-def propstat(elements: list[str], status: str) -> str:
-    return (f"<D:propstat><D:prop>{''.join(elements)}</D:prop>"
-            f'<D:status>HTTP/1.1 {status}</D:status></D:propstat>')
-
-
-def response_text(href: str, values: dict, wanted: list[str] | None) -> str:
-    """What is said of one address: the properties that are wanted, and those that it has not.
-
-    Args:
-      values: properties by short names, as XML or as what makes that
-      wanted: None for those that all may want
-    """
-    if wanted is None:
-        wanted = [name for name in values if name != 'C:calendar-data']
-    found, missing = [], []
-    for tag in wanted:
-        name = short_name(tag)
-        if name in values:
-            value = values[name]
-            found.append(f'<{name}>{value() if callable(value) else value}</{name}>')
-        else:
-            missing.append(empty_element(tag))
-    text = propstat(found, '200 OK') if found or not missing else ''
-    text += propstat(missing, '404 Not Found') if missing else ''
-    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
-
-
-def gone_text(href: str) -> str:
-    return (f'<D:response><D:href>{href}</D:href><D:status>HTTP/1.1 404 Not Found</D:status>'
-            '</D:response>')
 
 
 def elements(names: Iterable[str], around: str = '{}') -> str:
@@ -20220,70 +20237,75 @@ def href_of(*names: str) -> str:
     return '/'.join([DAV, *(quote(each, safe="@:!$'()*,;=~+") for each in names)])
 
 
+def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
+    """What is said of one address.
+
+    Args:
+      told: properties as XML, and their status
+      status: that of the address itself
+    """
+    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''.join(
+        f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
+        f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>'
+        for properties, each in told if properties or each == told[0][1] and not told[-1][0])
+    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
+
+
+COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+
+
 class Query:
     """A filter of `calendar-query` (RFC 4791, 9.7), as far as it is followed here."""
 
     def __init__(self, root, zone: ZoneInfo, budget: Budget):
-        self.zone, self.budget = zone, budget
+        self.root, self.zone, self.budget = root, zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
-        self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
-        inner = [each for part in self.parts for each in part[3]]
-        spans = [span for _, _, span, _, _ in inner if span]
-        self.begin, self.until = spans[0] if spans else (-1, int(LAST.timestamp()))
-
-    def read(self, element) -> tuple:
-        """A filter of components: their name, whether none may be there, when, with what."""
-        span = element.find(full_name('C:time-range'))
-        inner = [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))]
-        properties = [self.read_property(each)
-                      for each in element.iterfind(full_name('C:prop-filter'))]
-        absent = element.find(full_name('C:is-not-defined')) is not None
-        span = None if span is None else read_range(span)
-        return element.get('name', '').upper(), absent, span, inner, properties
-
-    def read_property(self, element) -> tuple:
-        """A filter of a property: its name, whether it may not be there, and a text in it."""
-        if {short_name(each.tag) for each in element} - {'C:text-match', 'C:is-not-defined'}:
-            raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
-        match = element.find(full_name('C:text-match'))
-        if match is not None and match.get('collation', 'i;ascii-casemap') not in COLLATIONS:
-            raise Refused(403, 'C:supported-collation', f"texts are compared by {COLLATIONS}")
-        return (element.get('name', '').upper(),
-                element.find(full_name('C:is-not-defined')) is not None, match)
+        for each in root.iter(full_name('C:prop-filter')):
+            if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
+                raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
+        for each in root.iter(full_name('C:text-match')):
+            if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
+                raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
+        spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
+        first = root.find(full_name('C:comp-filter/C:comp-filter/C:time-range'))
+        self.begin = -1 if first is None else spans[0][0]
 
     def takes(self, item: Item) -> bool:
-        return all(self.is_met(part, item) for part in self.parts)
+        """Whether an object is what the filter wants."""
+        events, groups = events_in(components(item.text)), None
+        if any(True for _ in self.root.iter(full_name('C:time-range'))):
+            groups = by_uid(read_calendar(item.text)).values()
+        for part in self.root.iterfind(full_name('C:comp-filter')):
+            if part.get('name', '').upper() != 'VCALENDAR':
+                if not is_absent(part):
+                    return False
+            elif is_absent(part) or part.find(full_name('C:prop-filter')) is not None or not all(
+                    self.has_event(each, events, groups) for each in inner_filters(part)):
+                return False
+        return True
 
-    def is_met(self, part: tuple, item: Item) -> bool:
-        """Whether an object is what a filter of whole calendars wants."""
-        name, absent, _, inner, properties = part
-        if name != 'VCALENDAR' or absent:
-            return absent and name != 'VCALENDAR'
-        events = events_in(components(item.text))
-        return all(self.is_in(each, events, item) for each in inner) and not properties
+    def has_event(self, part, events: list[Component], groups) -> bool:
+        """Whether one of some events is what a filter wants."""
+        if part.get('name', '').upper() != 'VEVENT':
+            return is_absent(part)
+        span = part.find(full_name('C:time-range'))
+        found = [event for event in events
+                 if all(has_property(event, each)
+                        for each in part.iterfind(full_name('C:prop-filter')))
+                 and all(self.has_alarm(event, each, groups) for each in inner_filters(part))]
+        if is_absent(part) or not found:
+            return is_absent(part) and not found
+        return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
 
-    def is_in(self, part: tuple, events: list[Component], item: Item) -> bool:
-        """Whether one of the events of an object is what a filter wants."""
-        name, absent, span, inner, properties = part
-        if name != 'VEVENT':
-            return absent
-        found = [each for each in events if all(has_property(each, one) for one in properties)]
-        timed = span or any(one[2] for one in inner)
-        groups = by_uid(read_calendar(item.text)).values() if timed else ()
-        found = [each for each in found if all(self.has_alarm(each, one, groups) for one in inner)]
-        if absent or not found:
-            return absent and not found
-        return not span or any(True for _ in self.occurrences(groups, *span))
-
-
-    def has_alarm(self, event: Component, part: tuple, groups: Iterable[list[Entry]]) -> bool:
+    def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
-        name, absent, span, _, _ = part
-        if name != 'VALARM' or absent or not span:
+        name, span = part.get('name', '').upper(), part.find(full_name('C:time-range'))
+        if name != 'VALARM' or is_absent(part) or span is None:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
-            return there != absent
-        return any(span[0] <= at < span[1] for at in self.alarms(event, groups, *span))
+            return there != is_absent(part)
+        begin, until = read_range(span)
+        return any(begin <= at < until for at in self.alarms(event, groups, begin, until))
 
     def occurrences(self, groups: Iterable[list[Entry]], begin: int, until: int) -> Iterator[dict]:
         """The occurrences of events in a window; {} where that can't be told."""
@@ -20312,15 +20334,20 @@ class Query:
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
-COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+def inner_filters(part) -> list:
+    return part.findall(full_name('C:comp-filter'))
 
 
-def has_property(event: Component, wanted: tuple) -> bool:
+def is_absent(part) -> bool:
+    """Whether a filter wants that something is not there."""
+    return part.find(full_name('C:is-not-defined')) is not None
+
+
+def has_property(event: Component, part) -> bool:
     """Whether an event has a property as a filter wants it."""
-    name, absent, match = wanted
-    there = event.find(name) is not None
-    if absent or match is None or not there:
-        return there != absent and (there or absent)
+    name, match = part.get('name', '').upper(), part.find(full_name('C:text-match'))
+    if is_absent(part) or match is None or event.find(name) is None:
+        return (event.find(name) is not None) != is_absent(part)
     value, text = unescaped(event.read(name)[1]), match.text or ''
     if match.get('collation') != 'i;octet':
         value, text = value.casefold(), text.casefold()
@@ -20329,65 +20356,89 @@ def has_property(event: Component, wanted: tuple) -> bool:
 
 def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until: int) -> str:
     """An event as its occurrences in a window, each by itself and in UTC (RFC 4791, 9.6.5)."""
-    events = events_in(components(text))
     (group,) = by_uid(entries).values()
     if not may_repeat(group):
         return text
+    events = events_in(components(text))
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form = Form(events[0], table.zone)
-    form.instant, plain, found = not form.whole, carried(events[0]), []
+    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form.instant = not form.whole
     for slot in table.slots(begin, until):
-        made = exception_of(plain, form, slot)
-        if slot.key in own:
-            taken = own[slot.key].lines
-            own_one = Component([*taken])
-            own_one.take_out('DURATION')
-            for name in ('RECURRENCE-ID', 'DTSTART', 'DTEND'):
-                own_one.put_line(name, made.line(name))
-            made = own_one
-        made.take_out(MADE)
-        found.append(joined([made]))
-    return f"{HEAD_OF_BUSY}{''.join(found)}END:VCALENDAR\r\n"
-
-
-def full_name(name: str) -> str:
-    """A name with one of our prefixes as the parser has it."""
-    prefix, _, rest = name.partition(':')
-    return f'{{{NAMESPACES[prefix]}}}{rest}'
+        one = form.exception(own.get(slot.key, plain), slot)
+        one.put_line('DURATION')
+        found.append(one)
+    return f'{CALENDAR_HEAD}{joined(found)}{CALENDAR_END}'
 
 
 def read_range(element) -> tuple[int, int]:
     """The window of a time-range; without an end, two years from its start on."""
-    found = []
-    for name in ('start', 'end'):
+    found = {}
+    for name in {'start', 'end'} & {*element.keys()}:
         text = element.get(name)
-        match = MOMENT.fullmatch(text or '')
-        if text is not None and not (match and match[7]):
-            raise Refused(403, 'C:valid-filter', f'{name}: {shown(text)} is not such as '
-                          '20270301T090000Z')
         try:
-            found.append(int(read_moment(text, '', Frame(b'')).at(UTC).timestamp())
-                         if text else None)
+            moment = read_moment(text, '', Frame(b''))
+            if moment.zone is not UTC:
+                raise Invalid(f'{shown(text)} is not such as 20270301T090000Z')
+            found[name] = int(moment.at(UTC).timestamp())
         except Invalid as error:
             raise Refused(403, 'C:valid-filter', f'{name}: {error}') from None
-    begin, until = found
-    begin = 0 if begin is None else begin
-    until = min(begin + 2 * 366 * DAY if until is None else until, int(LAST.timestamp()))
+    begin = found.get('start', 0)
+    until = min(found.get('end', begin + 2 * 366 * DAY), int(LAST.timestamp()))
     return begin, max(until, begin)
 
 
-#: Properties that all calendars have alike.
-FOLDER_VALUES = {
-    'D:resourcetype': '<D:collection/><C:calendar/>', 'D:getcontenttype': ICS,
-    'D:supported-report-set': elements(
+def privileges(dav: Dav, writable: bool) -> str:
+    names = READS + (WRITES if writable and dav.writes else ())
+    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+
+
+def described(folder: Folder) -> str:
+    """What people read of a calendar."""
+    if not folder.usual:
+        return ('Each event is a reservation. Write what it is for in the first line of its '
+                'description, such as: 2 x m1.small cirros on demo')
+    usual = ' '.join(filter(None, folder.usual[1:3]))
+    return (f"Each event reserves {counted(folder.usual.vms, 'VM')} {usual}".rstrip()
+            + f' on {folder.name}, or what the first line of its description says, such as: '
+              '2 x m1.small')
+
+
+#: The properties of each kind of address: what gives the XML of their values, of a request and of
+#: what stands at the address.
+EVERYWHERE: dict[str, Callable] = {
+    'D:current-user-principal': lambda dav, at: dav.me, 'D:owner': lambda dav, at: dav.me}
+ABOVE = EVERYWHERE | {
+    'D:resourcetype': lambda dav, at: '<D:collection/>' + '<D:principal/>' * bool(at),
+    'D:displayname': lambda dav, at: xml_text(at or 'cmres'),
+    'D:principal-URL': lambda dav, at: dav.me,
+    'D:principal-collection-set': lambda dav, at: f'<D:href>{DAV}/</D:href>',
+    'C:calendar-home-set': lambda dav, at: dav.me,
+    'C:calendar-user-address-set': lambda dav, at: dav.me,
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, False),
+    'D:supported-report-set': lambda dav, at: ''}
+OF_FOLDERS = ABOVE | {
+    'D:resourcetype': lambda dav, at: '<D:collection/><C:calendar/>',
+    'D:displayname': lambda dav, at: xml_text(at.name if at.id else 'all resources'),
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, True),
+    'D:sync-token': lambda dav, at: at.token, 'CS:getctag': lambda dav, at: at.token,
+    'D:getetag': lambda dav, at: f'"{at.token}"', 'D:getcontenttype': lambda dav, at: ICS,
+    'C:calendar-description': lambda dav, at: xml_text(described(at)),
+    'D:supported-report-set': lambda dav, at: elements(
         REPORTS, '<D:supported-report><D:report>{}</D:report></D:supported-report>'),
-    'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
-    'C:supported-calendar-data': '<C:calendar-data content-type="text/calendar" version="2.0"/>',
-    'C:supported-collation-set': ''.join(
+    'C:supported-calendar-component-set': lambda dav, at: '<C:comp name="VEVENT"/>',
+    'C:supported-calendar-data': lambda dav, at: (
+        '<C:calendar-data content-type="text/calendar" version="2.0"/>'),
+    'C:supported-collation-set': lambda dav, at: ''.join(
         f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
-    'C:max-resource-size': f'{MOST_OBJECT}'}
+    'C:max-resource-size': lambda dav, at: f'{MOST_OBJECT}'}
+OF_ITEMS = EVERYWHERE | {
+    'D:resourcetype': lambda dav, at: '', 'D:getetag': lambda dav, at: at.etag,
+    'D:getcontenttype': lambda dav, at: f'{ICS}; component=VEVENT',
+    'D:getcontentlength': lambda dav, at: f'{len(at.text.encode())}',
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, at.writable),
+    'C:calendar-data': lambda dav, at: xml_text(dav.text_of(at))}
 
 
 class Dav:
@@ -20395,18 +20446,13 @@ class Dav:
 
     def __init__(self, acting: Reservations, request, path: str):
         self.acting, self.request = acting, request
-        self.keeper = Keeper(acting)
-        self.shelf = self.keeper.shelf
         self.names = [each for each in path.split('/') if each]
         self.user = acting.actor.user
+        self.me = f'<D:href>{href_of(self.user)}/</D:href>'
         self.budget = Budget()  # for all that is followed of series
         self.window: tuple[int, int] | None = None  # events are asked for as what occurs in it
 
-    @functools.cached_property
-    def folder(self) -> Folder:
-        return self.shelf.folder(self.names[1])
-
-    def answer(self):
+    def answer(self, known: dict):
         """The answer of a verb at the address."""
         verb = self.request.method
         if self.names and self.names[0] != self.user:
@@ -20420,10 +20466,20 @@ class Dav:
             self.folder  # there must be one
         if verb not in DAV_VERBS.split(', '):
             raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
-        if verb in ('PUT', 'DELETE', 'PROPPATCH'):
-            self.refuse_reader()
-        self.keeper.refresh()
+        if verb in ('PUT', 'DELETE', 'PROPPATCH') and not self.writes:
+            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
+        refresh(self.acting, known)
         return getattr(self, verb.lower().replace('head', 'get'))()
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        """The calendar of the address; NotFound if there is none."""
+        name = self.names[1]
+        found = next((each for each in folders_of(self.acting) if each.name == name), None)
+        if not found:
+            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
+                           'resource VMs for events that say nothing (default_vms)')
+        return found
 
     @functools.cached_property
     def writes(self) -> bool:
@@ -20434,70 +20490,32 @@ class Dav:
             return False
         return self.acting.actor.role != READER
 
-    def refuse_reader(self) -> None:
-        if not self.writes:
-            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
-
     def body(self):
         return read_xml(whole_body(self.request))
 
     # What there is.
 
-    def values(self) -> dict:
-        """Properties of the address, of a calendar or of what is above them."""
-        level, me = len(self.names), f'<D:href>{href_of(self.user)}/</D:href>'
-        values = {'D:current-user-principal': me, 'D:principal-URL': me, 'D:owner': me,
-                  'D:principal-collection-set': f'<D:href>{DAV}/</D:href>',
-                  'C:calendar-home-set': me, 'C:calendar-user-address-set': me,
-                  'D:resourcetype': '<D:collection/>', 'D:displayname': 'cmres',
-                  'D:current-user-privilege-set': self.privileges(False),
-                  'D:supported-report-set': ''}
-        if level == 1:
-            values |= {'D:resourcetype': '<D:collection/><D:principal/>',
-                       'D:displayname': xml_text(self.user)}
-        return values
+    def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
+        """What is told of an address: of a calendar, of what stands in it, or of what is above.
 
-    def privileges(self, writable: bool) -> str:
-        names = READS + (WRITES if writable and self.writes else ())
-        return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
-
-    def values_of_folder(self, folder: Folder) -> dict:
-        """Properties of a calendar."""
-        token, kept = self.shelf.token(folder), self.shelf.properties(folder)
-        values = self.values() | FOLDER_VALUES | {
-            'D:displayname': xml_text(folder.name if folder.id else 'all resources'),
-            'D:current-user-privilege-set': self.privileges(True),
-            'D:sync-token': token, 'CS:getctag': token, 'D:getetag': f'"{token}"',
-            'C:calendar-description': xml_text(self.description(folder))}
-        return values | {name: xml_text(value) for name, value in kept.items()}
-
-    def description(self, folder: Folder) -> str:
-        """What people read of a calendar."""
-        if not folder.usual:
-            return ('Each event is a reservation. Write what it is for in the first line of its '
-                    'description, such as: 2 x m1.small cirros on demo')
-        usual = ' '.join(filter(None, (folder.usual.flavor, folder.usual.image)))
-        return (f'Each event reserves {counted_vms(folder.usual.vms)} {usual}'.rstrip()
-                + f' on {folder.name}, or what the first line of its description says, such as: '
-                  '2 x m1.small')
-
-    def values_of_item(self, item: Item) -> dict:
-        """Properties of what stands in a calendar."""
-        return self.of_items | {
-            'D:getetag': item.etag, 'C:calendar-data': lambda: xml_text(self.text_of(item)),
-            'D:getcontentlength': lambda: f'{len(item.text.encode())}',
-            'D:current-user-privilege-set': lambda: self.privileges(item.writable)}
-
-    @functools.cached_property
-    def of_items(self) -> dict:
-        """Properties that all of them have alike."""
-        me = f'<D:href>{href_of(self.user)}/</D:href>'
-        return {'D:resourcetype': '', 'D:getcontenttype': f'{ICS}; component=VEVENT',
-                'D:owner': me, 'D:current-user-principal': me}
-
-    @functools.cached_property
-    def zone(self) -> ZoneInfo:
-        return self.shelf.zone(self.folder)
+        Args:
+          wanted: names of properties; None for those that all may want
+          names: only their names are
+        """
+        table = OF_ITEMS if isinstance(at, Item) else ABOVE
+        if isinstance(at, Folder):
+            table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
+                                  for name, value in at.properties().items()}
+        if wanted is None:
+            wanted = [full_name(name) for name in table if name != 'C:calendar-data']
+        found, missing = [], []
+        for tag in wanted:
+            name = short_name(tag)
+            if name in table:
+                found.append(f"<{name}>{'' if names else table[name](self, at)}</{name}>")
+            else:
+                missing.append(empty_element(tag))
+        return response_text(self.href(at), (found, '200 OK'), (missing, '404 Not Found'))
 
     def text_of(self, item: Item) -> str:
         """The text of an object as a report asks for it."""
@@ -20506,19 +20524,19 @@ class Dav:
         try:
             entries = read_calendar(item.text)
             with naming(entries[0]), self.budget.event(True):
-                return expanded(item.text, entries, self.zone, *self.window)
+                return expanded(item.text, entries, self.folder.zone, *self.window)
         except BadCalendar:
             return item.text
 
-    def href(self, item: Item) -> str:
-        return href_of(self.user, self.folder.name, item.name)
-
-    def response(self, item: Item, wanted: list[str] | None) -> str:
-        return response_text(self.href(item), self.values_of_item(item), wanted)
+    def href(self, at) -> str:
+        if isinstance(at, Item):
+            return href_of(self.user, self.folder.name, at.name)
+        names = [self.user, at.name] if isinstance(at, Folder) else filter(None, [at])
+        return f'{href_of(*names)}/'
 
     def item(self, name: str) -> Item:
         """What the calendar has under a name; NotFound if nothing."""
-        found = self.shelf.find(self.folder, name)
+        found = self.folder.find(name)
         busy = self.busy_named(name)
         if not found and not busy:
             raise NotFound('there is no such event, or no longer')
@@ -20526,26 +20544,27 @@ class Dav:
 
     def items(self, begin: int = -1) -> list[Item]:
         """All that the calendar has and does not end before an instant."""
-        return [*map(item_of, self.shelf.all(self.folder, begin)), *self.busy(begin)]
+        found = self.folder.objects('gone IS NULL AND last > ? ORDER BY name', begin)
+        return [*map(item_of, found), *self.busy(begin)]
 
     # What others have reserved.
 
     def busy(self, begin: int = -1, reservations: list[int] | None = None) -> list[Item]:
-        """What is reserved there beside what stands in the calendar, of the last month on."""
-        folder, acting = self.folder, self.acting
-        if not folder.id or not acting.config.caldav_busy:
+        """What others have reserved there, of the last month on."""
+        acting, user, project = self.acting, *self.folder.whose[:2]
+        if not self.folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        where = [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose)]
+        where = [('o."end" > ?', since), ('NOT (o.of_user = ? AND o.of_project = ?)', user, project)]
         if reservations is not None:
             where.append(acting.look.among('o.reservation_id', reservations))
-        asked = dict.fromkeys(('user', 'project'), '') | {'places': [folder.id]}
+        asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
         found = acting.look.page(acting.look.ways(asked, (), since), where, (),
                                  limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
         return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
 
     def busy_named(self, name: str) -> Item | None:
-        """What is reserved there, by the name under which it is shown."""
+        """What others have reserved there, by the name under which it is shown."""
         match = BUSY_NAME.fullmatch(name)
         found = match and row('SELECT reservation_id AS id FROM occurrence WHERE id = ?',
                               int(match[1]))
@@ -20553,13 +20572,26 @@ class Dav:
         return next((each for each in there if each.name == name), None)
 
     def busy_item(self, found) -> Item:
-        """A reservation that the calendar only shows; of others' only how much there is."""
-        mine = (found.user, found.project) == self.shelf.whose
-        viewer = self.acting.actor if mine else Actor('', '', READER)
+        """A reservation of others: only how much there is."""
         # As at no instant, so that it is another one only when something has changed.
-        shown = self.acting.feed_event(found._replace(now=0), viewer, [])
-        text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
+        shown = self.acting.feed_event(found._replace(now=0), Actor('', '', READER), [])
+        text = f'{CALENDAR_HEAD}{event_text(shown)}{CALENDAR_END}'
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
+
+    def busy_since(self, event: int) -> list[Item]:
+        """What is otherwise of it since an event."""
+        if not self.folder.id or not self.acting.config.caldav_busy:
+            return []
+        if not event:
+            return self.busy()
+        ids = [each.reservation_id for each in rows(
+            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
+            'AND reservation_id IS NOT NULL', event)]
+        now = {each.name: each for each in self.busy(-1, ids)}
+        there = {f'busy-{each.id}.ics' for each in rows(
+            'SELECT id FROM occurrence WHERE reservation_id IN (SELECT value FROM json_each(?)) '
+            'AND NOT (of_user = ? AND of_project = ?)', json.dumps(ids), *self.folder.whose[:2])}
+        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
 
     # Verbs.
 
@@ -20573,28 +20605,18 @@ class Dav:
         root = self.body()
         wanted = wanted_in(root, 'D:propfind')
         names = root is not None and root.find(full_name('D:propname')) is not None
-        found = [*self.listed(depth == '1')]
-        if names:
-            found = [(href, dict.fromkeys(values, '')) for href, values in found]
-        return multistatus(response_text(href, values, wanted) for href, values in found)
+        return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
-    def listed(self, deep: bool) -> Iterator[tuple[str, dict]]:
-        """The address, and with `deep` what is in it: each with its properties."""
+    def listed(self, deep: bool) -> Iterator:
+        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
-        here = href_of(*self.names)
         if level == 3:
-            item = self.item(self.names[2])
-            yield self.href(item), self.values_of_item(item)
+            yield self.item(self.names[2])
             return
-        yield f'{here}/', self.values_of_folder(self.folder) if level == 2 else self.values()
-        if deep and level == 0:
-            self.names.append(self.user)
-            yield from self.listed(False)
-        elif deep and level == 1:
-            for each in self.shelf.folders():
-                yield f'{href_of(self.user, each.name)}/', self.values_of_folder(each)
-        elif deep:
-            yield from ((self.href(each), self.values_of_item(each)) for each in self.items())
+        yield ('', self.user)[level] if level < 2 else self.folder
+        if deep:
+            yield from ([self.user] if not level else folders_of(self.acting) if level == 1
+                        else self.items())
 
     def proppatch(self):
         """Keeps properties with a calendar."""
@@ -20604,20 +20626,18 @@ class Dav:
         kept, refused = [], []
         with self.acting.writing():
             for deed in root:
-                for each in deed.iterfind(f"{full_name('D:prop')}/*"):
+                for each in deed.iterfind(full_name('D:prop/*')):
                     done = self.keep_property(each, short_name(deed.tag) == 'D:set')
                     (kept if done else refused).append(empty_element(each.tag))
-        text = propstat(kept, '200 OK') if kept else ''
-        text += propstat(refused, '403 Forbidden') if refused else ''
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
-        return multistatus([f'<D:response><D:href>{here}</D:href>{text}</D:response>'])
+        return multistatus([response_text(here, (kept, '200 OK'), (refused, '403 Forbidden'))])
 
     def keep_property(self, element, sets: bool) -> bool:
         """Keeps a property with the calendar, if that may be."""
         name, value = short_name(element.tag), ''.join(element.itertext())
         if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
             return False
-        self.shelf.keep_property(self.folder, name, value if sets else None)
+        self.folder.keep_property(name, value if sets else None)
         return True
 
     def get(self):
@@ -20632,10 +20652,9 @@ class Dav:
 
     def put(self):
         """Makes a reservation of an event, or changes it."""
-        self.refuse_no_object()
-        look, data = condition(self.request), self.request.body.read(MOST_OBJECT + 1)
+        draft, data = self.draft(), self.request.body.read(MOST_OBJECT + 1)
         try:
-            new, etag = self.keeper.put(self.folder, self.names[2], data, look)
+            new, etag = draft.put(data)
         except BadCalendar as error:
             raise Refused(403, 'C:valid-calendar-data', f'{error}') from None
         return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
@@ -20644,20 +20663,20 @@ class Dav:
         """Cancels what an event has reserved."""
         if len(self.names) < 3:
             raise Refused(403, 'D:need-privileges', 'only events can be deleted')
-        self.refuse_no_object()
-        self.keeper.delete(self.folder, self.names[2], condition(self.request))
+        self.draft().delete()
         return sent('', 204, DAV_HEADERS)
 
-    def refuse_no_object(self) -> None:
-        """Refuses to write where no event is, or one that is only shown."""
+    def draft(self) -> Draft:
+        """What is to be written; refused where no event is, or one that is only shown."""
         if len(self.names) < 3:
             raise Refused(405, 'D:supported-method', 'events are put into a calendar by a name of '
                           'their own')
         name = self.names[2]
-        if BUSY_NAME.fullmatch(name) and self.busy_named(name):
-            raise Refused(403, 'D:need-privileges', 'this event shows what is reserved elsewhere')
+        if self.busy_named(name):
+            raise Refused(403, 'D:need-privileges', 'this event shows what others have reserved')
         if len(name) > 255:
             raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
+        return Draft(self.folder, name, condition(self.request))
 
     def report(self):
         """Answers one of REPORTS."""
@@ -20665,7 +20684,7 @@ class Dav:
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
-        window = root.find('/'.join(map(full_name, ('D:prop', 'C:calendar-data', 'C:expand'))))
+        window = root.find(full_name('D:prop/C:calendar-data/C:expand'))
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
@@ -20678,9 +20697,9 @@ class Dav:
             try:
                 if names[:2] != self.names[:2] or len(names) != 3:
                     raise NotFound(href)
-                found.append(self.response(self.item(names[2]), wanted))
+                found.append(self.told(wanted, self.item(names[2])))
             except NotFound:
-                found.append(gone_text(xml_text(href)))
+                found.append(response_text(xml_text(href), status='404 Not Found'))
         return multistatus(found)
 
     def calendar_query(self, root):
@@ -20689,106 +20708,67 @@ class Dav:
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
-            query = Query(asked, self.zone, self.budget)
-            return multistatus(self.response(each, wanted) for each in self.items(query.begin)
+            query = Query(asked, self.folder.zone, self.budget)
+            return multistatus(self.told(wanted, each) for each in self.items(query.begin)
                                if query.takes(each))
 
     def sync_collection(self, root):
         """Tells what has changed since a token (RFC 6578)."""
         wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
-        most = (root.findtext(f"{full_name('D:limit')}/{full_name('D:nresults')}") or '').strip()
+        most = (root.findtext(full_name('D:limit/D:nresults')) or '').strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
-        now, since = self.shelf.token(self.folder), (0, 0)
-        if token:
-            since = self.shelf.since(self.folder, token)
-        found = self.shelf.changed(self.folder, since[0], most + 1)
-        texts = [self.changed_text(item_of(each), wanted) for each in found[:most]
-                 if token or each.gone is None]
+        now, since = self.folder.token, self.folder.since(token) if token else (0, 0)
+        found = self.folder.objects('rev > ? ORDER BY rev LIMIT ?', since[0], most + 1)
+        items = [item_of(each) for each in found[:most] if token or each.gone is None]
+        more = ''
         if len(found) > most:  # the rest comes after the token that is told now
-            now = re.sub(r'\d+(?=:\d+$)', f'{found[most - 1].rev}', now)
-            now = re.sub(r'\d+$', f'{since[1]}', now)
-            texts.append(f'<D:response><D:href>{href_of(*self.names)}/</D:href><D:status>'
-                         'HTTP/1.1 507 Insufficient Storage</D:status></D:response>')
+            now = re.sub(r'\d+:\d+$', f'{found[most - 1].rev}:{since[1]}', now)
+            more = response_text(f'{href_of(*self.names)}/', status='507 Insufficient Storage')
         else:
-            texts += [self.changed_text(each, wanted) for each in self.busy_since(token, since[1])]
-        return multistatus(texts, f'<D:sync-token>{now}</D:sync-token>')
-
-    def changed_text(self, item: Item, wanted: list[str] | None) -> str:
-        return gone_text(self.href(item)) if item.gone else self.response(item, wanted)
-
-    def busy_since(self, token: str, event: int) -> list[Item]:
-        """What is otherwise since an event of that which is only shown."""
-        if not self.folder.id or not self.acting.config.caldav_busy:
-            return []
-        if not token:
-            return self.busy()
-        ids = [each.reservation_id for each in rows(
-            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
-            'AND reservation_id IS NOT NULL', event)]
-        now = {each.name: each for each in self.busy(-1, ids)}
-        there = {f'busy-{each.id}.ics' for each in rows(
-            'SELECT id FROM occurrence o WHERE reservation_id IN (SELECT value FROM json_each(?)) '
-            f'AND {NOT_MINE}', json.dumps(ids), *self.shelf.whose)}
-        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
+            items += self.busy_since(since[1])
+        texts = [response_text(self.href(each), status='404 Not Found') if each.gone
+                 else self.told(wanted, each) for each in items]
+        return multistatus([*texts, more], f'<D:sync-token>{now}</D:sync-token>')
 
     def free_busy_query(self, root):
-        """Tells when a resource has no room (RFC 4791, 7.10)."""
+        """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
         element = root.find(full_name('C:time-range'))
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
         begin, until = read_range(element)
-        place = self.acting.look.resource_row(self.folder.name)
         times = {'DTSTAMP': int(self.acting.clock()), 'DTSTART': begin, 'DTEND': until}
         lines = ['BEGIN:VFREEBUSY', *(f'{name}:{stamp_of(at)}' for name, at in times.items()),
-                 *busy_lines(place, self.folder.usual.vms, begin, until), 'END:VFREEBUSY']
-        text = f"{HEAD_OF_BUSY}{''.join(map(folded, lines))}END:VCALENDAR\r\n"
+                 *busy_lines(self.folder.place, begin, until), 'END:VFREEBUSY']
+        text = f"{CALENDAR_HEAD}{''.join(map(folded, lines))}{CALENDAR_END}"
         return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 
-#: Of an occurrence o: it is of no event of a user's calendars.
-NOT_MINE = ('NOT EXISTS (SELECT 1 FROM calendar_object c WHERE c.user = ? AND c.project = ? '
-            'AND c.reservation_id = o.reservation_id)')
 BUSY_NAME = re.compile(r'busy-(\d{1,15})\.ics')
-HEAD_OF_BUSY = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
 DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
                         'DAV': '1, 3, calendar-access'}
 
 
-def busy_lines(place, number: int, begin: int, until: int) -> list[str]:
-    """When a resource has no room for so many VMs, and when it is held in part."""
-    full = [*spans_between(free_windows(place, Amount(number), begin, until), begin, until)]
-    steps = run("SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
-                'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall()
-    held = sum(level(place.id, begin)[:3])
-    edges = [(begin, held), *steps, (until, 0)]
-    partly = [(at, after) for (at, much), (after, _) in itertools.pairwise(edges) if much > 0]
-    lines = [(first, last, 'BUSY') for first, last in full]
-    for first, last in joined_spans(partly):
-        lines += [(left, right, 'BUSY-TENTATIVE')
-                  for left, right in spans_between(full, first, last)]
-    return [f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
-            for first, last, kind in sorted(lines)]
-
-
-def spans_between(spans: Iterable[tuple], begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """What of a window is in none of some spans, which are in order."""
-    for first, last in spans:
-        if begin < min(first, until):
-            yield begin, int(min(first, until))
-        begin = max(begin, int(last))
-    if begin < until:
-        yield begin, until
-
-
-def joined_spans(spans: Iterable[tuple]) -> list[tuple[int, int]]:
-    """Spans in order, those made one that touch."""
-    found: list = []
-    for first, last in spans:
-        if found and found[-1][1] == first:
-            first = found.pop()[0]
-        found.append((first, last))
-    return found
+def busy_lines(place, begin: int, until: int) -> Iterator[str]:
+    """When a resource has no free capacity for what an event usually gets, and when it has less
+    than all.
+    """
+    usual = Amount(place.default_vms)
+    free = [(max(begin, int(first)), int(min(last, until)))
+            for first, last in free_windows(place, usual, begin, until)]
+    held = {begin: sum(level(place.id, begin)[:3])} | dict(run(
+        "SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
+        'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall())
+    begins, ends = ({each[side] for each in free} for side in (0, 1))
+    spans, fits, much = [], False, 0
+    for first, last in itertools.pairwise(sorted({*held, *begins, *ends, until})):
+        fits, much = first in begins or fits and first not in ends, held.get(first, much)
+        spans.append((first, last, 'BUSY-TENTATIVE' if fits and much else '' if fits else 'BUSY'))
+    for kind, some in itertools.groupby(spans, operator.itemgetter(2)):
+        (first, last, _), *more = some
+        if kind:
+            last = more[-1][1] if more else last
+            yield f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
 
 
 def condition(request) -> Callable:
@@ -20814,8 +20794,9 @@ def wanted_in(root, name: str = '') -> list[str] | None:
     if name and short_name(root.tag) != name:
         raise Invalid(f'the body should be a {name}')
     prop = root.find(full_name('D:prop'))
-    return [*dict.fromkeys(each.tag for each in prop)] if prop is not None else (
-        None if name else [])
+    if prop is None:
+        return None if name else []
+    return [*dict.fromkeys(each.tag for each in prop)]
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
@@ -20826,10 +20807,8 @@ def multistatus(parts: Iterable[str], more: str = ''):
 
 def dav_refusal(error: Error):
     """What says to a program why something is not done, and in words to its user."""
-    name = getattr(error, 'element', '')
-    inner = ''
-    if href := error.details.get('href'):
-        inner = f'<D:href>{xml_text(href)}</D:href>'
+    name, href = getattr(error, 'element', ''), error.details.get('href')
+    inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
     headers = headers_of(error)
     if error.status == 401:
@@ -20845,7 +20824,7 @@ class Programs:
     MOST = 10_000  # tokens that are remembered
 
     def __init__(self, service: Reservations):
-        self.service, self.known = service, {}
+        self.service, self.known, self.seen = service, {}, {}
 
     def answer(self, path: str = ''):
         import bottle
@@ -20857,7 +20836,7 @@ class Programs:
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer()
+                return Dav(acting, request, path).answer(self.seen)
         except Error as error:
             return dav_refusal(error)
 
@@ -20867,7 +20846,7 @@ class Programs:
 
     def who(self, request) -> Actor:
         """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request) or password_of(header(request, 'Authorization'))
+        secret = bearer(request)
         if not secret:
             raise Unauthorized('sign in with your name and, as password, a token of cmres')
         try:
@@ -20894,17 +20873,6 @@ class Programs:
 def may(actor: Actor) -> tuple[str, str]:
     """What a token must be good for, to look at calendars and to write to them."""
     return ('calendar_list', 'import_') if actor.resource is None else ('list', 'add')
-
-
-def password_of(text: str) -> str:
-    """The password of an Authorization header; '' without one."""
-    scheme, _, given = text.partition(' ')
-    if scheme.lower() != 'basic':
-        return ''
-    try:
-        return base64.b64decode(given.strip(), validate=True).decode().partition(':')[2]
-    except ValueError:
-        return ''
 
 
 #: How a person adds the calendars to a program.
