@@ -7962,6 +7962,7 @@ class Shares:
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
 MOST_COMPONENTS = 150_000  # components that are looked at
+MOST_LINES = 2**20
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
@@ -7989,24 +7990,11 @@ PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
-#: No event wants a VM without one of these in its text, maybe folded: #vm, 2 x, 2 &times;, VM.
-WISH = re.compile(
-    rb'&\x1f?(?:#|num)|#\x1f?[vV]\x1f?[mM]|\n(?i:CATEGORIES)[^\n]*(?i:v\x1f?m)'
-    rb'|[\d\x80-\xff](?:[ \t\x1f\x80-\xff]|&[A-Za-z0-9#\x1f]{1,9};)*(?:[xX&]|\xc3\x1f?\x97)')
-#: Stands where a line was folded, and counts as one.
-FOLD = b'\x1f'
-FOLDED_NAME = re.compile(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
-#: Patterns that begin with the end of the line before are found fast.
-STRUCTURE = re.compile(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
-KEPT_LINE = re.compile(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
-EXCEPTION = re.compile(rb'\n(?i:RECURRENCE-ID)[;:]')
-NAMING_LINE = re.compile(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
-UID_LINE = re.compile(rb'\n(?i:UID)[;:][^\n]*')
-REPEATS = re.compile(rb'\n(?i:RRULE|RDATE)[;:]')
-FIRST_DAY = re.compile(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
-LAST_DAY = re.compile(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
-ZONE_NAME = re.compile(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
-BESIDE = re.compile(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
+#: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
+WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
+                  rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
+FOLD = b'\x1f'  # stands where a line was folded, and counts as one
+LINE_NAME = re.compile(rb'([A-Za-z0-9-]+)[;:]')
 MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
@@ -8041,9 +8029,8 @@ class Booking(NamedTuple):
 class Frame:
     """What stands around the events of a VCALENDAR: zones that it describes or names."""
 
-    def __init__(self, data: bytes):
-        self.data, self.beside = data, ''
-        self.described: dict[str, tuple[int, int]] = {}
+    def __init__(self):
+        self.beside, self.described = '', {}  # the lines that describe zones, by names
         self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
@@ -8054,17 +8041,11 @@ class Frame:
         """
         name = name.strip(' "')
         if name not in self.known:
-            self.known[name] = table_zone(name) or described_zone(self.lines_of(name))
+            self.known[name] = table_zone(name) or described_zone(self.described.get(name, []))
         if self.known[name] is None:
             raise Invalid(f'The time zone {shown(name)} is not known, and the calendar does not '
                           'describe it.')
         return self.known[name]
-
-    def lines_of(self, name: str) -> list[str]:
-        """What describes a zone."""
-        begin, end = self.described.get(name, (0, 0))
-        STEPS.take((end - begin) // 10)
-        return [plain_line(line) for line in self.data[begin:end].split(b'\n') if line]
 
     def clock(self) -> tzinfo:
         """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
@@ -8084,40 +8065,30 @@ def table_zone(name: str) -> ZoneInfo | None:
     return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
 
 
-class DescribedZone(tzinfo):
-    """A zone that a calendar describes: its changes, as instants without their zone."""
+def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
+    """A zone by its changes, as instants without their zone, in the form of a zone table's file
+    (RFC 8536).
+    """
+    offsets = [before, *(offset for _, offset in changes)]
+    kinds = [*dict.fromkeys(offsets)]
 
-    def __init__(self, changes: list[tuple[datetime, timedelta]], before: timedelta):
-        self.instants = [at for at, _ in changes]
-        self.offsets = [before, *(offset for _, offset in changes)]
-        pairs = [*zip(self.instants, itertools.pairwise(self.offsets))]
-        # What a clock shows at a change: of an hour that it shows twice its end, or its begin.
-        self.walls = [[at + side(pair) for at, pair in pairs] for side in (max, min)]
-
-    def utcoffset(self, moment: datetime | None) -> timedelta | None:
-        wall = moment.replace(tzinfo=None, fold=0)
-        return self.offsets[bisect_right(self.walls[moment.fold], wall)]
-
-    def dst(self, moment: datetime | None) -> timedelta | None:
-        return None
-
-    def tzname(self, moment: datetime | None) -> str:
-        return 'local'
-
-    def fromutc(self, moment: datetime) -> datetime:
-        at = moment.replace(tzinfo=None)
-        number = bisect_right(self.instants, at)
-        wall = at + self.offsets[number]
-        return wall.replace(tzinfo=self, fold=number and wall < self.walls[0][number - 1])
+    def block(version: bytes, ats: list[int]) -> bytes:
+        head = struct.pack('>4sc15x6l', b'TZif', version, 0, 0, 0, len(ats), len(kinds), 6)
+        turns = bytes(kinds.index(each) for each in offsets[1:][:len(ats)])
+        types = b''.join(struct.pack('>lbb', int(each.total_seconds()), 0, 0) for each in kinds)
+        return head + struct.pack(f'>{len(ats)}q', *ats) + turns + types + b'local\0'
+    ats = [int(at.replace(tzinfo=UTC).timestamp()) for at, _ in changes]
+    return ZoneInfo.from_file(io.BytesIO(block(b'2', []) + block(b'2', ats) + b'\n\n'), '')
 
 
-def described_zone(lines: list[str]) -> tzinfo | None:
+def described_zone(lines: list[str]) -> ZoneInfo | None:
     """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
     try:
+        STEPS.take(sum(map(len, lines)) // 10)
         parts = [*observances(lines)]
         changes = sorted(change for part in parts for change in changes_of(part))
         standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
-        return DescribedZone(changes, read_offset(standard['TZOFFSETTO'][0]))
+        return zone_of_changes(changes, read_offset(standard['TZOFFSETTO'][0]))
     except (Error, ValueError, LookupError, OverflowError):
         return None
 
@@ -8242,36 +8213,27 @@ class Entry:
 
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
-        self.pieces: list[tuple[int, int]] = []  # without the components in it
+        self.lines: dict[str, list[bytes]] = defaultdict(list)  # those that may be asked for
 
     @functools.cached_property
     def said(self) -> dict[str, list[tuple[str, str]]]:
         """Parameters and values of what may be asked for, by names."""
-        return self.read(KEPT_LINE, MOST_DATES)
+        found = {name: self.read(name) for name in self.lines}
+        return {name: each for name, each in found.items() if each}
 
-    def read(self, pattern: re.Pattern, most: int) -> dict[str, list[tuple[str, str]]]:
-        """What the first lines of a kind say."""
-        found: dict = defaultdict(list)
-        lines = (match[0] for piece in self.pieces
-                 for match in pattern.finditer(self.frame.data, *piece))
-        for line in itertools.islice(lines, most):
-            STEPS.take(2)
-            if read := read_property(plain_line(line)):
-                found[read[0]].append(read[1:])
-        return found
-
-    def holds(self, pattern: re.Pattern) -> bool:
-        """Whether its text as it stands there has something."""
-        return any(pattern.search(self.frame.data, *piece) for piece in self.pieces)
+    def read(self, name: str, most: int = MOST_DATES) -> list[tuple[str, str]]:
+        """What the first lines of a name say."""
+        lines = self.lines.get(name, [])[:most]
+        STEPS.take(2 * len(lines))
+        return [found[1:] for found in map(read_property, map(plain_line, lines)) if found]
 
     def outside(self, first: str, last: str) -> bool:
         """Whether it is once, and plainly ends before a day or starts after another."""
-        data = self.frame.data
-        begin, end = ([match[1].decode() for piece in self.pieces
-                       for match in pattern.finditer(data, *piece)]
-                      for pattern in (FIRST_DAY, LAST_DAY))
-        plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
-        return plain and (end[0] < first or last < begin[0])
+        times = [self.lines.get(name, []) for name in ('DTSTART', 'DTEND')]
+        if self.repeats or self.exception or [len(each) for each in times] != [1, 1]:
+            return False
+        begin, end = (plain_line(each[0]).rpartition(':')[2][:8] for each in times)
+        return f'{begin}{end}'.isdigit() and (end < first or last < begin)
 
     def one(self, name: str) -> tuple[str, str]:
         """Parameters and value of what may be there once; both '' without it."""
@@ -8329,11 +8291,11 @@ class Entry:
     @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
-        return self.holds(EXCEPTION)
+        return 'RECURRENCE-ID' in self.lines
 
     @property
     def repeats(self) -> bool:
-        return 'RRULE' in self.said or 'RDATE' in self.said
+        return not self.lines.keys().isdisjoint(('RRULE', 'RDATE'))
 
     @property
     def status(self) -> str:
@@ -8347,11 +8309,9 @@ class Entry:
     @functools.cached_property
     def uid(self) -> str:
         """Its UID; for one without it a name by its start and title, which stays while they do."""
-        named = self.read(UID_LINE, 1).get('UID', [('', '')])
-        if uid := unescaped(named[0][1]).strip():
+        if (named := self.read('UID', 1)) and (uid := unescaped(named[0][1]).strip()):
             return uid
-        said = self.read(NAMING_LINE, 9)
-        named = repr([said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        named = repr([self.read(name, 9) or None for name in ('DTSTART', 'SUMMARY')])
         return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
 
     @property
@@ -8388,12 +8348,10 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
     Raises:
       BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
     """
-    data = unfolded(guarded_text(text, what))
-    reader = Reader(what, data)
-    for number, match in enumerate(STRUCTURE.finditer(data)):
-        reader.take(match)
-        if number > 2 * MOST_COMPONENTS:
-            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components.')
+    reader, number = Reader(what), 1
+    for line in unfolded(guarded_text(text, what)).split(b'\n'):
+        reader.take(number, line.replace(FOLD, b''))
+        number += 1 + line.count(FOLD)
     if reader.path:
         raise BadCalendar(f'{what} is incomplete: the last line END:VCALENDAR is missing.')
     return reader.entries
@@ -8402,8 +8360,8 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
 def guarded_text(text: str, what: str) -> bytes:
     """The bytes of what may be a calendar; what is no UTF-8 only spoils its own text."""
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
-    if len(data) > MOST_ICS:
-        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes.')
+    if len(data) > MOST_ICS or data.count(b'\n') > MOST_LINES:
+        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes or {MOST_LINES} lines.')
     if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
         begins = shown(data[:20].decode('utf8', 'replace'))
         raise BadCalendar(f'{what} is not iCalendar: it starts with {begins}, not with '
@@ -8412,71 +8370,66 @@ def guarded_text(text: str, what: str) -> bytes:
 
 
 def unfolded(data: bytes) -> bytes:
-    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1).
-
-    An end of line stands before the first and behind the last. A fold may be within a letter, and
-    even within a name.
-    """
+    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1)."""
     for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
         data = data.replace(old, new)
-    return FOLDED_NAME.sub(rb'\1\3\2', b'\n%b\n' % data, MOST_DATES)
+    return data
 
 
 def plain_line(line: bytes) -> str:
-    return line.replace(FOLD, b'').strip(b'\r\n').decode('utf8', 'replace')
+    return line.strip(b'\r\n').decode('utf8', 'replace')
 
 
 class Reader:
-    """Takes a calendar a component at a time; what is neither event nor zone is passed over."""
+    """Takes a calendar a line at a time; what is neither event nor zone is passed over."""
 
-    def __init__(self, what: str, data: bytes):
-        self.what, self.data = what, data
-        self.path, self.entries = [], []
-        self.frame, self.zone = Frame(data), 0
-        self.behind, self.line = 0, 0
+    def __init__(self, what: str):
+        self.what, self.path, self.entries = what, [], []
+        self.frame, self.zone, self.number = Frame(), '', 0
 
-    def take(self, match: re.Match) -> None:
-        """Takes a line that begins or ends a component, and what stands before it."""
-        begin, end = match.span()
-        self.keep(self.behind, begin)
-        self.line += self.data.count(b'\n', self.behind, end)
-        self.line += self.data.count(FOLD, self.behind, end)
-        self.behind = end
-        kind = plain_line(match[2]).strip().upper()
-        if match[1]:
-            self.begin(kind, begin)
-        else:
-            self.end(kind, end)
+    def take(self, number: int, line: bytes) -> None:
+        """Takes a line by its number in the file."""
+        begins, ends = line[:6].upper() == b'BEGIN:', line[:4].upper() == b'END:'
+        kind = plain_line(line.partition(b':')[2]).strip().upper() if begins or ends else ''
+        if begins:
+            self.begin(kind, number)
+        if 'VTIMEZONE' in self.path and len(self.zone) < MOST_ZONE:
+            self.zone += f'{plain_line(line)}\n'
+        if ends:
+            self.end(kind)
+        elif self.path and not begins and (name := LINE_NAME.match(line)):
+            self.keep(name[1].decode().upper(), line)
 
-    def begin(self, kind: str, at: int) -> None:
-        self.end(kind, at)  # no component is within its like: an end is missing
+    def begin(self, kind: str, number: int) -> None:
+        self.end(kind)  # no component is within its like: an end is missing
         if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
             return
         self.path.append(kind)
+        self.number += 1
         if len(self.path) > MOST_NESTING:
             raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep.')
+        if self.number > MOST_COMPONENTS:
+            raise BadCalendar(f'{self.what} has more than {MOST_COMPONENTS} components.')
         if kind == 'VCALENDAR':
-            self.frame = Frame(self.data)
+            self.frame = Frame()
         elif kind == 'VEVENT':
-            self.entries.append(Entry(self.line, self.frame))
+            self.entries.append(Entry(number, self.frame))
         elif kind == 'VTIMEZONE':
-            self.zone = at
+            self.zone = ''
 
-    def end(self, kind: str, at: int) -> None:
+    def end(self, kind: str) -> None:
         """Ends the component of a kind that is open, with all that was left open in it."""
         if kind in self.path:
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
-            if kind == 'VTIMEZONE' and (name := ZONE_NAME.search(self.data, self.zone, at)):
-                named = plain_line(name[1]).strip(' "')
-                self.frame.described[named] = self.zone, min(at, self.zone + MOST_ZONE)
+            if kind == 'VTIMEZONE' and (name := re.search(r'(?im)^TZID[^:\n]*:(.*)', self.zone)):
+                self.frame.described[name[1].strip(' "')] = self.zone.rstrip('\n').split('\n')
 
-    def keep(self, begin: int, end: int) -> None:
-        """Keeps the lines between two components where they may be asked for."""
-        kind = self.path[-1] if end > begin and self.path else ''
-        if kind == 'VEVENT':
-            self.entries[-1].pieces.append((begin, end))
-        elif kind == 'VCALENDAR' and (beside := BESIDE.search(self.data, begin, end)):
-            self.frame.beside = plain_line(beside[1]).strip()
+    def keep(self, name: str, line: bytes) -> None:
+        """Keeps a line where it may be asked for."""
+        if self.path[-1] == 'VEVENT' and name in KEPT:
+            self.entries[-1].lines[name].append(line)
+        elif self.path[-1] == 'VCALENDAR' and name == 'X-WR-TIMEZONE':
+            self.frame.beside = plain_line(line).rpartition(':')[2].strip()
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -8492,7 +8445,9 @@ def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
 
 def wishful(entries: list[Entry]) -> list[Entry]:
     """The events of those UIDs of which one may want VMs: what has no wish needs no reading."""
-    uids = {entry.uid for entry in entries if entry.holds(WISH)}
+    texts = ('SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES')
+    uids = {entry.uid for entry in entries
+            if any(WISH.search(line) for name in texts for line in entry.lines.get(name, ()))}
     return [entry for entry in entries if entry.uid in uids]
 
 
@@ -8731,7 +8686,7 @@ def simple_first(groups: Iterable[list[Entry]]) -> list[list[Entry]]:
 
 
 def may_repeat(group: list[Entry]) -> bool:
-    return len(group) > 1 or group[0].holds(REPEATS)
+    return len(group) > 1 or group[0].repeats
 
 
 class Budget:
@@ -11119,6 +11074,7 @@ class Bookings:
     def write_old(self, deal: Deal, now: float) -> None:
         """Writes what is otherwise of a reservation, and until when its label is taken."""
         columns, id = deal.columns | {'changed': int(now)}, deal.old.reservation
+        self.uninvite(deal, now)
         if deal.code == 'released' and (deal.old.waiting, deal.old.pending) != (None, None):
             run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
                 'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
@@ -11132,6 +11088,20 @@ class Bookings:
                      FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
         run(change_text(Reservation, tuple(columns), over), *columns.values(),
             int(LAST.timestamp()) if on else None, int(now), id, id)
+
+    def uninvite(self, deal: Deal, now: float) -> None:
+        """Writes down that those hear of it who are no longer invited."""
+        before, after = deal.old.invite, deal.columns.get('invite', deal.old.invite)
+        gone = [each for each in json.loads(before) if each not in json.loads(after)]
+        if not gone or rehearsal.on:
+            return
+        about = {'reservation': deal.old.reservation, 'occurrence': NONE_OF_THEM, 'project': '',
+                 'resource': None}
+        event = write_event(now, self.service.actor.user, 'uninvited',
+                            f"no longer invited: {', '.join(gone)}", about)
+        for each in gone:
+            insert(Outbox, event=event, target=each, owner=f'{deal.old.project}/{deal.old.user}',
+                   due=now, tries=0, fault='', invites=True)
 
     def write_occurrences(self, reservation: int, patches: dict, decided: list[tuple],
                           now: float) -> None:
@@ -15562,9 +15532,10 @@ class Workers:
         unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
+        goes = not coming or notice.target not in json.loads(found.invite)
         lines = [found.description, *log_in_lines(self.config, found, addresses_of(found.id))]
-        first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
-        state = 'CANCELLED' if not coming else (
+        first, method = (coming or [found])[0], 'CANCEL' if goes else 'REQUEST'
+        state = 'CANCELLED' if goes else (
             'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
         shown = Shown(f'reservation-{found.reservation}@{self.clouds.store}', first.start,
                       first.end, 0, int(notice.at), found.label, '\n'.join(filter(None, lines)),
@@ -15572,7 +15543,7 @@ class Workers:
         event = invitation_text(method, notice.event, shown, self.config.mail_from, notice.target,
                                 [(each.start, each.end) for each in coming[1:]])
         when = self.config.told_time(first.start, found.tz)
-        word = 'Cancelled' if not coming else INVITED.get(notice.code, 'Changed')
+        word = 'Cancelled' if goes else INVITED.get(notice.code, 'Changed')
         send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
                         '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
                         method, event, stop_link(self.config, notice.target))
@@ -20324,7 +20295,7 @@ class Query:
         for _, parameters, value in itertools.islice(filter(None, lines), MOST_ALARMS):
             with suppress(Error, ValueError, OverflowError):
                 if not value.strip('+- ').upper().startswith('P'):
-                    yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
+                    yield int(read_moment(value, '', Frame()).at(self.zone).timestamp())
                     continue
                 offset = int(read_length(value.strip('+- ')).total_seconds())
                 offset = -offset if value.startswith('-') else offset
@@ -20378,7 +20349,7 @@ def read_range(element) -> tuple[int, int]:
     for name in {'start', 'end'} & {*element.keys()}:
         text = element.get(name)
         try:
-            moment = read_moment(text, '', Frame(b''))
+            moment = read_moment(text, '', Frame())
             if moment.zone is not UTC:
                 raise Invalid(f'{shown(text)} is not such as 20270301T090000Z')
             found[name] = int(moment.at(UTC).timestamp())
