@@ -8034,10 +8034,8 @@ class Frame:
         self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
-        """The zone of a name, of the zone table rather than of the calendar.
-
-        Raises:
-          Invalid: neither knows it; such a time would be read as one without a zone, in silence.
+        """The zone of a name, of the zone table rather than of the calendar; Invalid if neither
+        knows it, or it would be none in silence.
         """
         name = name.strip(' "')
         if name not in self.known:
@@ -8094,11 +8092,7 @@ def described_zone(lines: list[str]) -> ZoneInfo | None:
 
 
 def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
-    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names.
-
-    Raises:
-      ValueError: it is cut off.
-    """
+    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names; ValueError if it is cut."""
     part: dict[str, list[str]] = {}
     if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
         raise ValueError(lines[-1:])
@@ -8116,11 +8110,11 @@ def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta
     long.
     """
     before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
-    start = zone_wall(part['DTSTART'][0])
+    start = read_moment(part['DTSTART'][0], '', Frame()).wall
     dates = [each.partition('/')[0] for values in part.get('RDATE', ())
              for each in values.split(',')]
     STEPS.take(5 * len(dates))
-    walls = {start, *map(zone_wall, dates)}
+    walls = {start, *(read_moment(each, '', Frame()).wall for each in dates)}
     for rule in part.get('RRULE', ()):
         ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
         STEPS.take(len(ruled))
@@ -8128,14 +8122,6 @@ def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta
     if len(walls) >= MOST_CHANGES:
         raise ValueError(len(walls))
     return ((wall - before, offset) for wall in walls)
-
-
-def zone_wall(text: str) -> datetime:
-    """A local time of a VTIMEZONE."""
-    match = MOMENT.fullmatch(text.strip())
-    if not match:
-        raise ValueError(text)
-    return datetime(*(int(each or 0) for each in match.groups()[:6]))
 
 
 def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
@@ -8178,11 +8164,7 @@ class Moment(NamedTuple):
 
 
 def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
-    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts.
-
-    Raises:
-      Invalid: it is none, or in a zone that nobody knows.
-    """
+    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts."""
     match = MOMENT.fullmatch(text.strip())
     try:
         *numbers, second = (int(each or 0) for each in match.groups()[:6])
@@ -8343,13 +8325,9 @@ def naming(entry: Entry) -> Iterator[None]:
 
 
 def read_calendar(text: str, what: str = 'this') -> list[Entry]:
-    """The events of the calendars in a text, as they stand there.
-
-    Raises:
-      BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
-    """
+    """The events of the calendars in a text; BadCalendar if it is none, cut short or too large."""
     reader, number = Reader(what), 1
-    for line in unfolded(guarded_text(text, what)).split(b'\n'):
+    for line in guarded_text(text, what).split(b'\n'):
         reader.take(number, line.replace(FOLD, b''))
         number += 1 + line.count(FOLD)
     if reader.path:
@@ -8358,7 +8336,9 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
 
 
 def guarded_text(text: str, what: str) -> bytes:
-    """The bytes of what may be a calendar; what is no UTF-8 only spoils its own text."""
+    """What may be a calendar with each property on a line, FOLD where it had a fold (RFC 5545,
+    3.1); what is no UTF-8 only spoils its own text.
+    """
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
     if len(data) > MOST_ICS or data.count(b'\n') > MOST_LINES:
         raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes or {MOST_LINES} lines.')
@@ -8366,11 +8346,6 @@ def guarded_text(text: str, what: str) -> bytes:
         begins = shown(data[:20].decode('utf8', 'replace'))
         raise BadCalendar(f'{what} is not iCalendar: it starts with {begins}, not with '
                           'BEGIN:VCALENDAR.')
-    return data
-
-
-def unfolded(data: bytes) -> bytes:
-    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1)."""
     for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
         data = data.replace(old, new)
     return data
@@ -8397,8 +8372,12 @@ class Reader:
             self.zone += f'{plain_line(line)}\n'
         if ends:
             self.end(kind)
-        elif self.path and not begins and (name := LINE_NAME.match(line)):
-            self.keep(name[1].decode().upper(), line)
+        elif self.path and not begins and (match := LINE_NAME.match(line)):
+            name, around = match[1].decode().upper(), self.path[-1]
+            if around == 'VEVENT' and name in KEPT:
+                self.entries[-1].lines[name].append(line)
+            elif around == 'VCALENDAR' and name == 'X-WR-TIMEZONE':
+                self.frame.beside = plain_line(line).rpartition(':')[2].strip()
 
     def begin(self, kind: str, number: int) -> None:
         self.end(kind)  # no component is within its like: an end is missing
@@ -8423,13 +8402,6 @@ class Reader:
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
             if kind == 'VTIMEZONE' and (name := re.search(r'(?im)^TZID[^:\n]*:(.*)', self.zone)):
                 self.frame.described[name[1].strip(' "')] = self.zone.rstrip('\n').split('\n')
-
-    def keep(self, name: str, line: bytes) -> None:
-        """Keeps a line where it may be asked for."""
-        if self.path[-1] == 'VEVENT' and name in KEPT:
-            self.entries[-1].lines[name].append(line)
-        elif self.path[-1] == 'VCALENDAR' and name == 'X-WR-TIMEZONE':
-            self.frame.beside = plain_line(line).rpartition(':')[2].strip()
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -8549,11 +8521,7 @@ class Timetable(NamedTuple):
 
 def timetable(entries: list[Entry], owner: tzinfo,
               vms: Callable[[Entry], int] = lambda entry: 1) -> Timetable:
-    """When a series and its exceptions occur, cancelled ones too.
-
-    Raises:
-      Error: one of them can't be understood; BadCalendar names it.
-    """
+    """When a series and its exceptions occur, cancelled ones too; Error if that is not clear."""
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
@@ -8662,13 +8630,10 @@ def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
 
 def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
                    until: datetime) -> tuple[list[dict], list[BadCalendar]]:
-    """The occurrences in a window, and why some events have none; bare times are the owner's.
-
-    Raises:
-      BadCalendar: they are too many.
-    """
+    """The occurrences in a window, and why some events have none; BadCalendar for too many."""
     found, refused, budget = [], [], Budget()
-    for group in simple_first(by_uid(near_window(entries, begin, until)).values()):
+    groups = by_uid(near_window(entries, begin, until)).values()
+    for group in sorted(groups, key=may_repeat):  # what is simple first
         try:
             with naming(group[0]), budget.event(may_repeat(group)):
                 found += group_occurrences(group, owner, begin, until)
@@ -8678,11 +8643,6 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
             raise BadCalendar(f'There are too many occurrences from {begin:%Y-%m-%d} to '
                               f'{until:%Y-%m-%d}. Ask for a shorter time window.')
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
-
-
-def simple_first(groups: Iterable[list[Entry]]) -> list[list[Entry]]:
-    """The events of UIDs, those first that don't repeat."""
-    return sorted(groups, key=may_repeat)
 
 
 def may_repeat(group: list[Entry]) -> bool:
@@ -8732,13 +8692,12 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       begin, until: the window that a series in a zone of its own making is spelled out for
       usual: what an event wants that says nothing
     """
-    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
-    for group in simple_first(groups.values()):
-        uid = uids[id(group)]
+    found, budget = {}, Budget()
+    for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more, usual)
+        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, budget, more, usual)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
@@ -8873,7 +8832,8 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
         return spoken_want(said, defaults) if said else defaults
     if said := spoken(entry):
         return spoken_want(said, defaults)
-    return programmed_want(entry, defaults) if 'VM' in categories_of(entry) else None
+    words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
+    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -8891,11 +8851,6 @@ def programmed_want(entry: Entry, defaults: Want) -> Want:
     vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
     return defaults._replace(vms=vms,
                              **{name.lower(): read_name(value) for name, value in said.items()})
-
-
-def categories_of(entry: Entry) -> list[str]:
-    values = (value for _, value in entry.said.get('CATEGORIES', ()))
-    return [name.strip().upper() for value in values for name in value.split(',')]
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -8948,22 +8903,26 @@ def event_text(shown: Shown) -> str:
 
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
-                    more: list[tuple[int, int]]) -> str:
+                    others: list[tuple[int, int]]) -> str:
     """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
 
     Args:
       host: the mail address of who invites
-      more: the further windows of a series
+      others: the further windows of a series
     """
-    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-            f'METHOD:{method}')
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
     people = (f'ORGANIZER:mailto:{host}',
               f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in more]
+    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
     dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
-                    'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
+    return whole_calendar(event + more, f'METHOD:{method}')
+
+
+def whole_calendar(parts: str, *head: str) -> str:
+    """A calendar of components, and what stands before them."""
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN', *head)
+    return f"{''.join(map(folded, head))}{parts}END:VCALENDAR\r\n"
 
 
 def stamp_of(at: int) -> str:
@@ -8991,10 +8950,9 @@ def folded(line: str) -> str:
 
 def calendar_text(name: str, shown: Iterable[Shown]) -> str:
     """A whole feed; how often it is looked at again is the subscriber's choice."""
-    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-            'METHOD:PUBLISH', f'X-WR-CALNAME:{escaped(name)}',
-            'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
-    return ''.join([*map(folded, head), *map(event_text, shown), 'END:VCALENDAR\r\n'])
+    return whole_calendar(''.join(map(event_text, shown)), 'METHOD:PUBLISH',
+                          f'X-WR-CALNAME:{escaped(name)}',
+                          'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
 
 
 # Service #####################################################################
@@ -14054,9 +14012,6 @@ class Calendars(Operations):
           known: the row of the reservation that it has made
           source: the subscription that it is of
           again: one that was cancelled here is booked again, though it says what it said
-
-        Raises:
-          Error: it is refused, and nothing was changed.
         """
         live = known and known.over > now
         if wish is None:
@@ -19261,8 +19216,6 @@ CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SE
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
 NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
-CALENDAR_HEAD = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
-CALENDAR_END = 'END:VCALENDAR\r\n'
 
 
 class Refused(Error):
@@ -19529,15 +19482,6 @@ class Understood(NamedTuple):
             return named.isoformat()
         return to_wall(from_wall(named, clock.here), self.here).isoformat()
 
-    def guests(self) -> list[str]:
-        """The mail addresses of who is invited, but not of who invites."""
-        found = defaultdict(list)
-        for line in filter(GUEST.match, content_lines(self.text)):
-            if said := read_property(unfolded_line(line)):
-                found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
-        return [each for each in dict.fromkeys(found['ATTENDEE'])
-                if MAIL_ADDRESS.fullmatch(each) and each not in found['ORGANIZER']]
-
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
         try:
@@ -19556,16 +19500,17 @@ class Understood(NamedTuple):
 
 GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
 METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
+OTHER_KINDS = re.compile(r'(?mi)^BEGIN:V(?:TODO|JOURNAL|FREEBUSY|AVAILABILITY|CARD)\b')
 
 
-def kinds_in(text: str) -> set[str]:
-    """Which kinds of components a calendar has."""
-    depth, kinds = 0, set()
-    for begins, kind in re.findall(r'(?mi)^(BEGIN|END):(\S*)', text):
-        depth += 1 if begins.upper() == 'BEGIN' else -1
-        if depth == 2 and begins.upper() == 'BEGIN':
-            kinds.add(kind.upper())
-    return kinds
+def guests_in(text: str) -> list[str]:
+    """The mail addresses of who is invited to an event, but not of who invites."""
+    found = defaultdict(list)
+    for line in filter(GUEST.match, content_lines(text)):
+        if said := read_property(unfolded_line(line)):
+            found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
+    return [each for each in dict.fromkeys(found['ATTENDEE'])
+            if MAIL_ADDRESS.fullmatch(each) and each not in found['ORGANIZER']]
 
 
 class Folder:
@@ -19577,6 +19522,7 @@ class Folder:
         self.acting, self.place = acting, place
         self.id, self.name = (place.id, place.name) if place else (0, 'all')
         self.whose = (*acting.actor[:2], self.id)
+        self.named = dict(zip(('user', 'project', 'calendar'), self.whose))
         self.usual = None if not place else Want(  # what an event gets that says nothing
             place.default_vms, place.default_flavor, place.default_image, place.name)
 
@@ -19600,11 +19546,7 @@ class Folder:
         return f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:{self.newest}:{seen}'
 
     def since(self, token: str) -> tuple[int, int]:
-        """The numbers of the last change and event of a token.
-
-        Raises:
-          Refused: it is none of ours, or so old that what was deleted since is forgotten.
-        """
+        """The numbers of the last change and event of a token, if all since is still known."""
         head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:')
         found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
         numbers = tuple(map(int, found.groups())) if found else (-1, 0)
@@ -19613,16 +19555,20 @@ class Folder:
                           'too old. Ask without a token for all that is there')
         return numbers
 
-    def write(self, name: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then."""
+    def write(self, name: str, text: str, shown: str, **values) -> None:
+        """Writes an object, or some columns of it; it is another one for all programs then.
+
+        Args:
+          text: what a person wrote
+          shown: the same with what cmres says of it
+        """
         there = self.objects('name = ?', name)
-        values |= {'rev': next_revision(), 'changed': int(self.acting.clock())}
+        values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
+                   'rev': next_revision(), 'changed': int(self.acting.clock())}
         if there:
             change(CalendarObject, there[0].id, **values)
         else:
-            user, project, _ = self.whose
-            insert(CalendarObject, user=user, project=project, calendar=self.id, name=name,
-                   **values)
+            insert(CalendarObject, **self.named, name=name, **values)
 
     def properties(self) -> dict[str, str]:
         """What a program keeps with it."""
@@ -19631,9 +19577,7 @@ class Folder:
     def keep_property(self, name: str, value: str | None) -> None:
         run(f'DELETE {self.PROPERTIES} AND name = ?', *self.whose, name)
         if value is not None:
-            user, project, _ = self.whose
-            insert(CalendarProperty, user=user, project=project, calendar=self.id, name=name,
-                   value=value)
+            insert(CalendarProperty, **self.named, name=name, value=value)
 
     @functools.cached_property
     def zone(self) -> ZoneInfo:
@@ -19643,13 +19587,9 @@ class Folder:
         return named and table_zone(named[1]) or self.acting.config.zone
 
     def understand(self, text: str) -> Understood:
-        """What an object asks for.
-
-        Raises:
-          Refused: it is not what a calendar object may be (RFC 4791, 4.1).
-        """
+        """What an object asks for, if it is what one may be (RFC 4791, 4.1)."""
         entries = read_calendar(text, 'the event')
-        if not entries or kinds_in(text) - {'VEVENT', 'VTIMEZONE'}:
+        if not entries or OTHER_KINDS.search(text):
             raise Refused(403, 'C:supported-calendar-component',
                           'only events are reserved here, no tasks and nothing else')
         groups = by_uid(entries)
@@ -19678,9 +19618,8 @@ def newest_event() -> int:
 class Teller:
     """What cmres says of the event of an object, as its reservation is now."""
 
-    def __init__(self, acting: Reservations, found, event: Understood):
-        self.acting, self.event, self.why = acting, event, json.loads(found.why)
-        self.id = found.reservation_id
+    def __init__(self, acting: Reservations, event: Understood, id: int | None, why: dict):
+        self.acting, self.event, self.id, self.why = acting, event, id, why
         self.all = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', self.id)
         around = self.all and (self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
         self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
@@ -19799,13 +19738,14 @@ def show_anew(acting: Reservations, id: int) -> None:
     folder = Folder(acting.acting(Actor(found.user, found.project, USER)),
                     row('SELECT * FROM resource WHERE id = ?', found.calendar))
     if found.text:
-        shown = Teller(folder.acting, found, folder.understand(found.text)).text()
+        shown = Teller(folder.acting, folder.understand(found.text), found.reservation_id,
+                       json.loads(found.why)).text()
     else:
         shown = reservation_text(folder, found.reservation_id)
     if not shown:
-        folder.write(found.name, gone=int(acting.clock()), shown='', etag='', reservation=None)
+        folder.write(found.name, '', '', gone=int(acting.clock()), reservation=None)
     elif shown != (found.shown or found.text):
-        folder.write(found.name, shown='' if shown == found.text else shown, etag=etag_of(shown))
+        folder.write(found.name, found.text, shown)
 
 
 def elsewhere(acting: Reservations) -> list:
@@ -19828,10 +19768,9 @@ def take_in(acting: Reservations, id: int) -> None:
     if not uid:  # so that it is known in another calendar as well
         uid = f'reservation-{id}@{acting.clouds.store}'
         change(Reservation, id, uid=uid)
-    shown = reservation_text(folder, id)
     last = int(LAST.timestamp()) if acting.look.stretches(id) else acting.look.next_of(id).end
-    folder.write(f'reservation-{id}.ics', uid=uid, text='', shown=shown, etag=etag_of(shown),
-                 first=0, last=last, reservation=id, why='{}', gone=None)
+    folder.write(f'reservation-{id}.ics', '', reservation_text(folder, id), uid=uid, first=0,
+                 last=last, reservation=id, why='{}', gone=None)
 
 
 def reservation_text(folder: Folder, id: int) -> str:
@@ -19860,7 +19799,7 @@ def reservation_text(folder: Folder, id: int) -> str:
         for line in want_lines(found, each.vms):
             events[-1].put_line(line.partition(':')[0], folded(line))
     Remark(after=state_of(folder.acting, found, zone)).write(head, form)
-    return f'{CALENDAR_HEAD}{joined(events)}{CALENDAR_END}'
+    return whole_calendar(joined(events))
 
 
 def want_lines(found, vms: int) -> list[str]:
@@ -19930,10 +19869,8 @@ class Draft:
         return found
 
     def put(self, data: bytes) -> tuple[bool, str]:
-        """Makes a reservation of what a program sends, or changes it.
-
-        Returns:
-          whether it is new, and its ETag if it is shown as it was sent.
+        """Makes a reservation of what a program sends, or changes it; whether it is new, and its
+        ETag if it is shown as it was sent.
         """
         had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
@@ -19974,21 +19911,20 @@ class Draft:
         old = known and known.over > acting.clock() and acting.look.next_of(known.id)
         said = NOTHING_SAID | (acting.wishes.unaltered(old) if old else {})
         said |= {'on_conflict': 'skip' if repeats(booking) else 'refuse'}
-        own = not old or bool(self.had and self.had.text)  # else it has words of its own
-        guests = [each for each in self.event.guests() if acting.config.may_tell(each)]
-        if own or guests:
-            said['invite'] = guests[:MOST_INVITED]
-        if own:
-            said['description'] = booking.summary[:1000]
+        before = self.had.text if self.had else ''
+        guests, invited = guests_in(self.event.text), guests_in(before)
+        if guests != invited:
+            others = [each for each in said.get('invite', ()) if each not in invited]
+            may = [each for each in guests if acting.config.may_tell(each)]
+            said['invite'] = [*others, *may][:MOST_INVITED]
+        for each in events_in(components(before))[:1] if old else ():
+            if unescaped(each.read('SUMMARY')[1]) == old.description:
+                said['description'] = booking.summary[:1000]
         with Budget().event(repeats(booking)):
             return acting.read_booking(booking, said, self.event.zone)[0]
 
     def reserve(self) -> str:
-        """Books what an event asks for, and keeps its text; what is shown of it then.
-
-        Raises:
-          Error: it is refused, and nothing was changed.
-        """
+        """Books what an event asks for, and keeps its text; what is shown of it then."""
         wish = self.wish()
         with self.acting.writing() as now:
             self.had = had = self.as_it_is()
@@ -20032,12 +19968,9 @@ class Draft:
         id = known.id if known else had.reservation_id if had else None
         self.take_from_others(id)
         first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
-        text = self.event.text
-        self.folder.write(self.name, uid=self.booking.uid, text=text, reservation=id, first=first,
-                          last=last, why=json.dumps(why), gone=None, shown='', etag='')
-        found = self.folder.find(self.name)
-        shown = Teller(self.acting, found, self.event).text()
-        change(CalendarObject, found.id, shown='' if shown == text else shown, etag=etag_of(shown))
+        shown = Teller(self.acting, self.event, id, why).text()
+        self.folder.write(self.name, self.event.text, shown, uid=self.booking.uid, reservation=id,
+                          first=first, last=last, why=json.dumps(why), gone=None)
         return shown
 
     def take_from_others(self, reservation: int | None) -> None:
@@ -20097,8 +20030,7 @@ class Draft:
             if known:
                 gone = acting.look.live(known)
                 acting.admission.cancel(gone, now, 'deleted in the calendar', ends=True)
-            self.folder.write(self.name, gone=int(now), text='', shown='', etag='',
-                              reservation=None)
+            self.folder.write(self.name, '', '', gone=int(now), reservation=None)
 
 
 #: What a calendar program doesn't say of a new event, named as in `import`.
@@ -20117,11 +20049,7 @@ def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
 
 
 def object_text(data: bytes) -> str:
-    """The text of a calendar object.
-
-    Raises:
-      Refused: it is too large or no text.
-    """
+    """The text of a calendar object, if it is one and not too large."""
     if len(data) > MOST_OBJECT:
         raise Refused(403, 'C:max-resource-size', f'an event has at most {MOST_OBJECT} bytes')
     try:
@@ -20151,11 +20079,7 @@ def item_of(found) -> Item:
 
 
 def read_xml(data: bytes):
-    """The root of a body; None of an empty one.
-
-    Raises:
-      Invalid: it is no XML, or more than is read here.
-    """
+    """The root of a body; None of an empty one, Invalid for more than is read here."""
     from xml.etree import ElementTree
     if not data.strip():
         return None
@@ -20340,7 +20264,7 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
         one = form.exception(own.get(slot.key, plain), slot)
         one.put_line('DURATION')
         found.append(one)
-    return f'{CALENDAR_HEAD}{joined(found)}{CALENDAR_END}'
+    return whole_calendar(joined(found))
 
 
 def read_range(element) -> tuple[int, int]:
@@ -20508,10 +20432,9 @@ class Dav:
     def item(self, name: str) -> Item:
         """What the calendar has under a name; NotFound if nothing."""
         found = self.folder.find(name)
-        busy = self.busy_named(name)
-        if not found and not busy:
-            raise NotFound('there is no such event, or no longer')
-        return item_of(found) if found else busy
+        if item := item_of(found) if found else self.busy_named(name):
+            return item
+        raise NotFound('there is no such event, or no longer')
 
     def items(self, begin: int = -1) -> list[Item]:
         """All that the calendar has and does not end before an instant."""
@@ -20546,7 +20469,7 @@ class Dav:
         """A reservation of others: only how much there is."""
         # As at no instant, so that it is another one only when something has changed.
         shown = self.acting.feed_event(found._replace(now=0), Actor('', '', READER), [])
-        text = f'{CALENDAR_HEAD}{event_text(shown)}{CALENDAR_END}'
+        text = whole_calendar(event_text(shown))
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
 
     def busy_since(self, event: int) -> list[Item]:
@@ -20711,7 +20634,7 @@ class Dav:
         times = {'DTSTAMP': int(self.acting.clock()), 'DTSTART': begin, 'DTEND': until}
         lines = ['BEGIN:VFREEBUSY', *(f'{name}:{stamp_of(at)}' for name, at in times.items()),
                  *busy_lines(self.folder.place, begin, until), 'END:VFREEBUSY']
-        text = f"{CALENDAR_HEAD}{''.join(map(folded, lines))}{CALENDAR_END}"
+        text = whole_calendar(''.join(map(folded, lines)))
         return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 

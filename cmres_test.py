@@ -15361,7 +15361,6 @@ def test_each_occurrence_that_finds_no_room_is_marked_by_itself(dav, world):
 
 
 
-
 def lessons(*lines, more='', rule='RRULE:FREQ=DAILY;COUNT=4'):
     return drawn('one', ';TZID=Europe/Paris:20261201T150000', ';TZID=Europe/Paris:20261201T160000', rule, *lines, more=more)
 
@@ -15684,7 +15683,7 @@ class Twin:
         more = ''.join(exception(stamp(at), stamp(start), stamp(end), uid=name) for at, (start, end) in sorted(each['moved'].items()))
         rule = [f"RRULE:FREQ=DAILY;COUNT={each['days']}"] if each['days'] > 1 else []
         skips = [f'EXDATE:{stamp(at)}' for at in sorted(each['skips'])]
-        return drawn(name, stamp(each['start']), stamp(each['end']), *rule, *skips, f"LOCATION:{each['vms']} x m1.small", more=more)
+        return drawn(name, stamp(each['start']), stamp(each['end']), *rule, *skips, f"LOCATION:{each['vms']} x m1.small", more=more + each['rest'])
 
     def put(self, name: str) -> bool:
         """Whether the reservation is as the event says now."""
@@ -15699,7 +15698,7 @@ class Twin:
     def add(self):
         name = f'e{next(self.numbers)}'
         start, end = self.window()
-        each = dict(start=start, end=end, vms=self.random.randrange(1, 4), days=self.random.choice([1, 1, 3]), moved={}, skips=set())
+        each = dict(start=start, end=end, vms=self.random.randrange(1, 4), days=self.random.choice([1, 1, 3]), moved={}, skips=set(), rest='')
         self.events[name] = each
         fits = self.put(name)
         repeat = {'repeat': 'daily', 'count': each['days'], 'on_conflict': 'skip'} if each['days'] > 1 else {}
@@ -15735,7 +15734,7 @@ class Twin:
 
     def edit_one(self):
         name = self.pick(series=True)
-        if not name:
+        if not name or self.events[name]['rest']:
             return
         each = self.events[name]
         days = [each['start'] + timedelta(days=n) for n in range(each['days'])]
@@ -15754,6 +15753,31 @@ class Twin:
         if not fits:
             del each['moved'][at]
             self.put(name)
+
+    def edit_following(self):
+        """From an occurrence on otherwise, if that fits: in one event, or in a new one as Thunderbird and Evolution do."""
+        name = self.pick(series=True)
+        each = self.events.get(name)
+        if not each or each['moved'] or each['skips'] or each['rest']:
+            return
+        days = self.random.randrange(1, each['days'])
+        at = each['start'] + timedelta(days=days)
+        start = at + hours(self.random.choice([-1, 1]))
+        window = {'start': start, 'end': start + (each['end'] - each['start'])}
+        if not self.done(lambda: self.bob.update(name, occurrence=at, following=True, on_conflict='refuse', dry_run=True, **window)):
+            return
+        if self.random.random() < .5:
+            begin, stop, key = (f'{one:%Y%m%dT%H%M%SZ}' for one in (*window.values(), at))
+            each['rest'] = exception(f';RANGE=THISANDFUTURE:{key}', begin, stop, uid=name)
+            assert self.put(name)
+            self.bob.update(name, occurrence=at, following=True, **window)
+            return
+        new = f'e{next(self.numbers)}'
+        self.events[new] = each | window | dict(days=each['days'] - days, moved={}, skips=set())
+        each['days'] = days
+        assert self.put(name) and self.put(new)
+        self.bob.update(name, until=(at - timedelta(days=1)).date())
+        self.bob.add(new, 'twin', *window.values(), vms=each['vms'], flavor='m1.small', repeat='daily', count=self.events[new]['days'])
 
     def delete(self):
         name = self.pick(series=False)
@@ -15784,7 +15808,7 @@ def test_whatever_two_programs_do_the_store_is_what_the_operations_would_have_ma
     choice = random.Random(seed)
     twin = Twin(world, choice)
     for _ in range(12):
-        choice.choice([twin.add, twin.add, twin.change, twin.change, twin.edit_one, twin.delete])()
+        choice.choice([twin.add, twin.add, twin.change, twin.change, twin.edit_one, twin.edit_following, twin.delete])()
         twin.compare()
         if choice.random() < .5:
             twin.sync(choice.randrange(2))
@@ -15903,6 +15927,118 @@ def test_a_series_is_one_invitation_and_an_event_that_is_drawn_invites_its_atten
     dav.ask('DELETE', 'demo/a.ics', status=204)
     world.cycle.settle()
     assert invitation(came[2])[0] == 'CANCEL'
+
+
+def test_what_was_reserved_elsewhere_stands_in_the_calendar_and_can_be_edited_there(dav, world):
+    eva = world.as_user()
+    book(eva, 'lab', 2, 4, vms=3, flavor='m1.small', image='cirros', description='bring a laptop', at_end='stop', notify=['https://example.org/x'])
+    book(world.as_user('bob', 'other'), 'secret', 5, 6)
+    token, (name,) = dav.changes()
+    (event,) = dav.shown(name[:-4])
+    assert (event['SUMMARY'], event['DTSTART'].dt, event['DESCRIPTION']) == ('lab', NOON + hours(2), '3 x m1.small cirros\nbring a laptop')
+    assert 'D:write/' in dav.ask('PROPFIND', f'demo/{name}', asked('D:current-user-privilege-set'), Depth='0').text
+    eva.update('lab', start=NOON + hours(3))
+    token, changed = dav.changes(token)
+    assert [*changed] == [name] and dav.shown(name[:-4])[0]['DTSTART'].dt == NOON + hours(3)
+    before = eva.show('lab')
+    dav.put(name[:-4], dav.get(name[:-4]).replace('20261201T1', '20261202T1'), 204)  # dragged to tomorrow
+    after = eva.show('lab')
+    assert after['start'] == NOON + hours(27) and len(world.service.list(state=['reserved'])) == 2
+    same = ('id', 'vms', 'flavor', 'image', 'description', 'at_end', 'notify', 'user')
+    assert [after[each] for each in same] == [before[each] for each in same]
+    dav.put(name[:-4], dav.get(name[:-4]).replace('3 x', '2 x'))
+    assert eva.show('lab')['vms'] == 2 and dav.changes(token)[1].keys() == {name}
+    dav.ask('DELETE', f'demo/{name}', status=204)
+    assert labels(eva.list()) == [] and dav.changes(token)[1] == {name: None}
+
+
+def test_what_is_cancelled_elsewhere_is_gone_from_the_calendar(dav, world):
+    eva = world.as_user()
+    book(eva, 'lab', 2, 4)
+    token, (name,) = dav.changes()
+    eva.delete('lab')
+    assert dav.changes(token)[1] == {name: None}
+
+
+def test_a_series_that_was_reserved_elsewhere_comes_back_as_it_was(dav, world):
+    eva = world.as_user()
+    eva.add('course', 'demo', NOON + hours(2), NOON + hours(4), vms=2, flavor='m1.small', repeat='daily', count=5, tz='Europe/Paris')
+    eva.update('course', occurrence=date(2026, 12, 2), start=NOON + hours(27), vms=3)
+    eva.skip('course', occurrence=date(2026, 12, 3))
+    _, (name,) = dav.changes()
+    kinds = lambda: [(each['id'], each['start'], each['end'], each['vms']) for each in eva.list('course', state=['reserved'])]
+    before, text = kinds(), dav.get(name[:-4])
+    assert 'RRULE:FREQ=DAILY;COUNT=5' in text and 'EXDATE;TZID=Europe/Paris:20261203T150000' in text
+    master, moved = dav.shown(name[:-4])
+    assert moved['DTSTART'].dt == NOON + hours(27) and 'X-VM-COUNT:3' in text
+    dav.put(name[:-4], text.replace('SUMMARY:course', 'SUMMARY:Course'))
+    assert kinds() == before
+    dav.put(name[:-4], text.replace('COUNT=5', 'COUNT=6'))
+    assert kinds()[:-1] == before and len(kinds()) == 5 and world.service.check()['differences'] == 0
+
+
+def test_a_series_that_was_moved_from_an_occurrence_on_is_shown_as_it_is(dav, world):
+    eva = world.as_user()
+    eva.add('course', 'demo', NOON + hours(2), NOON + hours(4), vms=2, flavor='m1.small', repeat='daily', count=5, tz='Europe/Paris')
+    eva.update('course', occurrence=date(2026, 12, 3), following=True, start=NOON + hours(47), end=NOON + hours(50))
+    _, (name,) = dav.changes()
+    kinds = lambda: [(each['id'], each['start'], each['end']) for each in eva.list('course', state=['reserved'])]
+    before = kinds()
+    found = properties(dav.ask('REPORT', 'demo/', query(
+        '<C:comp-filter name="VEVENT"><C:time-range start="20261203T000000Z" end="20261204T000000Z"/></C:comp-filter>', '<C:calendar-data>'
+        '<C:expand start="20261203T000000Z" end="20261204T000000Z"/></C:calendar-data>')))
+    (event,) = icalendar.Calendar.from_ical(found[f'/dav/eva/demo/{name}']['calendar-data'][1].encode()).walk('VEVENT')
+    assert (event['DTSTART'].dt, event['DTEND'].dt) == (NOON + hours(47), NOON + hours(50))
+    dav.put(name[:-4], dav.get(name[:-4]).replace('SUMMARY:course', 'SUMMARY:Course'))
+    assert kinds() == before and world.service.check()['differences'] == 0
+
+
+def test_a_guest_who_is_taken_off_hears_of_it_and_those_who_stay_of_what_is_new(mails):
+    world, came = mails()
+    world.service.resource_update('demo', default_vms=1, default_flavor='m1.small', default_image='cirros')
+    eva = world.as_user()
+    book(eva, 'lab', flavor='m1.small', image='cirros', vms=1, invite=['ann@example.org', 'bob@example.org'])
+    world.cycle.settle()
+    first = {mail['To']: invitation(mail)[1] for mail in came}
+    eva.update('lab', invite=['bob@example.org', 'cy@example.org'])
+    world.cycle.settle()
+    told = {mail['To']: invitation(mail) for mail in came[2:]}
+    assert {to: method for to, (method, _) in told.items()} == {'ann@example.org': 'CANCEL', 'bob@example.org': 'REQUEST', 'cy@example.org': 'REQUEST'}
+    gone = told['ann@example.org'][1]
+    assert gone['UID'] == first['ann@example.org']['UID'] and gone['STATUS'] == 'CANCELLED' and gone['ATTENDEE'] == 'mailto:ann@example.org'
+    assert all(told[to][1]['SEQUENCE'] > first[to]['SEQUENCE'] for to in ('ann@example.org', 'bob@example.org'))
+    ready = len(came)
+    for n in (1, 1.01, 1.02):
+        world.at(n)
+    last = {mail['To']: invitation(mail)[1] for mail in came[ready:]}
+    assert [*sorted(last)] == ['bob@example.org', 'cy@example.org'] and 'ssh 10.0.0.' in last['cy@example.org']['DESCRIPTION']
+    assert last['bob@example.org']['SEQUENCE'] > told['bob@example.org'][1]['SEQUENCE'] and len(came) == 7
+
+
+def test_an_attendee_who_is_taken_out_of_an_event_hears_of_it(mails):
+    world, came = mails()
+    world.service.resource_update('demo', default_vms=1, default_flavor='m1.small', default_image='cirros')
+    dav = Program(world)
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'ATTENDEE:mailto:ann@example.org', 'ATTENDEE:mailto:bob@example.org'))
+    world.cycle.settle()
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'ATTENDEE:mailto:bob@example.org'))
+    world.cycle.settle()
+    assert sorted((mail['To'], invitation(mail)[0]) for mail in came[2:]) == [('ann@example.org', 'CANCEL'), ('bob@example.org', 'REQUEST')]
+    dav.put('a', drawn())  # nobody is left
+    world.cycle.settle()
+    assert [(mail['To'], invitation(mail)[0]) for mail in came[4:]] == [('bob@example.org', 'CANCEL')] and world.service.show('lesson')['invite'] == []
+
+
+def test_who_was_invited_elsewhere_stays_invited_when_the_event_is_moved(mails):
+    world, came = mails()
+    world.service.resource_update('demo', default_vms=1)
+    dav, eva = Program(world), world.as_user()
+    dav.put('a', drawn('one', '20261201T140000Z', '20261201T160000Z', 'ATTENDEE:mailto:ann@example.org'))
+    eva.update('lesson', invite=['ann@example.org', 'bob@example.org'], description='bring a laptop')
+    dav.put('a', drawn('one', '20261202T140000Z', '20261202T160000Z', 'ATTENDEE:mailto:ann@example.org'))
+    assert (eva.show('lesson')['invite'], eva.show('lesson')['description']) == (['ann@example.org', 'bob@example.org'], 'bring a laptop')
+    dav.put('a', drawn('one', '20261202T140000Z', '20261202T160000Z', 'ATTENDEE:mailto:cy@example.org'))
+    assert eva.show('lesson')['invite'] == ['bob@example.org', 'cy@example.org']
 
 
 def test_what_is_long_over_is_forgotten_and_then_that_it_was_there(dav, world):
@@ -24162,6 +24298,58 @@ def bench_calendar(folder: Path) -> None:
     cmres.close_store()
 
 
+def bench_caldav(folder: Path) -> None:
+    """A first sync of 5,000 events against Radicale's of the same files; one of an unchanged calendar against GET of one reservation."""
+    import waitress
+    for name in ('ours', 'theirs'):
+        (folder / name).mkdir()
+    world = World(folder / 'ours', requests_per_user=0, requests_per_address=0, mib_per_user=0, mib_per_address=0)
+    world.service.resource_update('demo', vms=10**6, default_flavor='m1.small', default_image='cirros', default_vms=1)
+    program, number = Program(world), 5000
+    server = waitress.create_server(cmres.web(world.service), host='127.0.0.1', port=0, threads=8, asyncore_use_poll=True)
+    threading.Thread(target=server.run, daemon=True).start()
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port, python = free.getsockname()[1], CALDAV_CLIENTS / 'bin' / 'python'
+    radicale = subprocess.Popen([
+        python, '-m', 'radicale', '--server-hosts', f'127.0.0.1:{port}', '--auth-type', 'none', '--logging-level', 'error',
+        '--storage-filesystem-folder', folder / 'theirs'])
+    signed = 'Basic ' + base64.b64encode(f'eva:{program.token}'.encode()).decode()
+    lines = {each: http.client.HTTPConnection('127.0.0.1', each) for each in (server.effective_port, port)}
+    home = {server.effective_port: '/dav/eva/demo/', port: '/eva/demo/'}
+    soon(lambda: not socket.socket().connect_ex(('127.0.0.1', port)))
+
+    def ask(port, verb, path='', body='', **headers):
+        lines[port].request(verb, path if path.startswith('/') else home[port] + path, body, {'Authorization': signed, 'Content-Type': 'text/calendar'} | headers)
+        answer = lines[port].getresponse()
+        text = answer.read().decode()
+        assert answer.status < 300, (answer.status, text)
+        return text
+    ask(port, 'MKCALENDAR')
+    for n in range(number):
+        start = NOON + hours(n % 4000 + 24)
+        text = drawn(f'u{n}', *(f'{at:%Y%m%dT%H%M%SZ}' for at in (start, start + hours(1))), 'DESCRIPTION:what a lesson is about, and what to bring')
+        for each in lines:
+            ask(each, 'PUT', f'e{n}.ics', text)
+
+    def first(port):
+        """What Thunderbird and Evolution do: a list of what there is, then all of it by hundreds."""
+        found = ask(port, 'REPORT', '', '<D:sync-collection xmlns:D="DAV:"><D:sync-token/><D:sync-level>1</D:sync-level><D:prop><D:getetag/>'
+                                        '<D:getcontenttype/></D:prop></D:sync-collection>')
+        names = re.findall(f'{home[port]}e[0-9]+.ics', found)
+        texts = [ask(port, 'REPORT', '', '<C:calendar-multiget xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:caldav"><D:prop><D:getetag/><C:calendar-data/>'
+                     f"</D:prop>{''.join(f'<D:href>{name}</D:href>' for name in names[n:n + 100])}</C:calendar-multiget>") for n in range(0, number, 100)]
+        assert sum(each.count('BEGIN:VEVENT') for each in texts) == len(names) == number
+    show('first sync of 5,000 events against Radicale', *by_turns(5, *(functools.partial(lambda each, turn: first(each), each) for each in lines)))
+    ours = server.effective_port
+    show('sync of 5,000 unchanged events against GET of one', *by_turns(
+        200, lambda turn: ask(ours, 'PROPFIND', '', asked('CS:getctag', 'D:sync-token'), Depth='0'),
+        lambda turn: ask(ours, 'GET', f'{cmres.BASE}/reservation/lesson')))
+    radicale.terminate()
+    radicale.wait()
+    server.close()
+    cmres.close_store()
+
+
 def bench_start(folder: Path) -> None:
     environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
     cmres.open_store(environment['CMRES_DATABASE'])
@@ -24410,7 +24598,7 @@ def bench_anger(folder: Path) -> None:
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
     import tempfile
-    all_of_them = ('start rest keystone page lists calendar add series claim filter starts idle '
+    all_of_them = ('start rest keystone page lists calendar caldav add series claim filter starts idle '
                    'anger').split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
