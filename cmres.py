@@ -7972,8 +7972,8 @@ MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ALIKE = 100        # series of one UID
-MOST_ZONE = 50_000      # letters that describe a time zone
-MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
+MOST_CHANGES = 2000     # of the clocks of a time zone that a part of it describes
+LAST_CHANGE = 230 * 366 * 86400  # seconds after 1970 of the last one
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
 MOST_STEPS = 300_000    # to follow all events of a calendar: a step is about a microsecond
@@ -7992,11 +7992,12 @@ PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)',
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
-                  'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
+                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                   rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
+OBSERVANCES = ('STANDARD', 'DAYLIGHT')
 FOLD = b'\x1f'  # stands where a line was folded, and counts as one
 LINE_NAME = re.compile(rb'([A-Za-z0-9-]+)[;:]')
 MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
@@ -8034,7 +8035,7 @@ class Frame:
     """What stands around the events of a VCALENDAR: zones that it describes or names."""
 
     def __init__(self):
-        self.beside, self.described = '', {}  # the lines that describe zones, by names
+        self.beside, self.described = '', {}  # the parts that describe zones, by names
         self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
@@ -8083,59 +8084,29 @@ def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta
     return ZoneInfo.from_file(io.BytesIO(block(b'2', []) + block(b'2', ats) + b'\n\n'), '')
 
 
-def described_zone(lines: list[str]) -> ZoneInfo | None:
-    """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
+def described_zone(parts: list[Entry]) -> ZoneInfo | None:
+    """The zone of the parts of a VTIMEZONE; None if it can't be followed in reasonable time."""
     try:
-        STEPS.take(sum(map(len, lines)) // 10)
-        parts = [*observances(lines)]
         changes = sorted(change for part in parts for change in changes_of(part))
-        standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
-        return zone_of_changes(changes, read_offset(standard['TZOFFSETTO'][0]))
+        return zone_of_changes([each[:2] for each in changes], changes[0][2])
     except (Error, ValueError, LookupError, OverflowError):
         return None
 
 
-def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
-    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names; ValueError if it is cut."""
-    part: dict[str, list[str]] = {}
-    if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
-        raise ValueError(lines[-1:])
-    for name, _, value in filter(None, map(read_property, lines)):
-        value = value.strip()
-        if name == 'BEGIN':
-            part = defaultdict(list)
-        elif name == 'END' and value.upper() in ('STANDARD', 'DAYLIGHT'):
-            yield part
-        part[name].append(value.upper())
-
-
-def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
-    """The changes to the offset of a part; ValueError for offsets of days and rules that take
-    long.
+def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
+    """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
+    before it: a part is a series by the clock.
     """
-    before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
-    start = read_moment(part['DTSTART'][0], '', Frame()).wall
-    dates = [each.partition('/')[0] for values in part.get('RDATE', ())
-             for each in values.split(',')]
-    STEPS.take(5 * len(dates))
-    walls = {start, *(read_moment(each, '', Frame()).wall for each in dates)}
-    for rule in part.get('RRULE', ()):
-        ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
-        STEPS.take(len(ruled))
-        walls.update(ruled)
-    if len(walls) >= MOST_CHANGES:
-        raise ValueError(len(walls))
-    return ((wall - before, offset) for wall in walls)
-
-
-def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
-    """The wall times of a rule of a VTIMEZONE."""
-    parts = parts_of(checked_rule(re.sub(r'\s', '', rule)))
-    if parts['FREQ'] != 'YEARLY':
-        raise ValueError(rule)
-    if 'UNTIL' in parts:  # it is an instant; by the clock a day more holds no other change
-        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
-    return followed(';'.join('='.join(each) for each in parts.items()), start, start)
+    before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
+    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
+    # Its UNTIL is an instant; by the clock a day more holds no other change.
+    rule = re.sub('(?<=UNTIL=)[^;]*', lambda last: (
+        f'{read_until(last[0]) + timedelta(days=1):%Y%m%dT%H%M%S}'), stretch.rule)
+    found = all_slots([stretch._replace(rule=rule, length=1)], 0, LAST_CHANGE)
+    if len(found) > MOST_CHANGES:
+        raise ValueError(len(found))
+    walls = {part.start.wall, *(to_wall(instant(slot.start), UTC) for slot in found)}
+    return ((wall - before, offset, before) for wall in walls)
 
 
 def read_offset(text: str) -> timedelta:
@@ -8364,7 +8335,7 @@ class Reader:
 
     def __init__(self, what: str):
         self.what, self.path, self.entries = what, [], []
-        self.frame, self.zone, self.number = Frame(), '', 0
+        self.frame, self.parts, self.zone, self.number = Frame(), [], '', 0
 
     def take(self, number: int, line: bytes) -> None:
         """Takes a line by its number in the file."""
@@ -8372,14 +8343,14 @@ class Reader:
         kind = plain_line(line.partition(b':')[2]).strip().upper() if begins or ends else ''
         if begins:
             self.begin(kind, number)
-        if 'VTIMEZONE' in self.path and len(self.zone) < MOST_ZONE:
-            self.zone += f'{plain_line(line)}\n'
-        if ends:
+        elif ends:
             self.end(kind)
-        elif self.path and not begins and (match := LINE_NAME.match(line)):
+        elif self.path and (match := LINE_NAME.match(line)):
             name, around = match[1].decode().upper(), self.path[-1]
-            if around == 'VEVENT' and name in KEPT:
-                self.entries[-1].lines[name].append(line)
+            if around in ('VEVENT', *OBSERVANCES) and name in KEPT:
+                (self.entries if around == 'VEVENT' else self.parts)[-1].lines[name].append(line)
+            elif around == 'VTIMEZONE' and name == 'TZID':
+                self.zone = plain_line(line).partition(':')[2].strip(' "')
             elif around == 'VCALENDAR' and name == 'X-WR-TIMEZONE':
                 self.frame.beside = plain_line(line).rpartition(':')[2].strip()
 
@@ -8397,15 +8368,17 @@ class Reader:
             self.frame = Frame()
         elif kind == 'VEVENT':
             self.entries.append(Entry(number, self.frame))
+        elif kind in OBSERVANCES:
+            self.parts.append(Entry(number, self.frame))
         elif kind == 'VTIMEZONE':
-            self.zone = ''
+            self.parts, self.zone = [], ''
 
     def end(self, kind: str) -> None:
         """Ends the component of a kind that is open, with all that was left open in it."""
         if kind in self.path:
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
-            if kind == 'VTIMEZONE' and (name := re.search(r'(?im)^TZID[^:\n]*:(.*)', self.zone)):
-                self.frame.described[name[1].strip(' "')] = self.zone.rstrip('\n').split('\n')
+            if kind == 'VTIMEZONE' and self.zone:
+                self.frame.described[self.zone] = self.parts
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -19712,27 +19685,29 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
     return '\n'.join(filter(None, [head, *lines, current.fault]))
 
 
-def refresh(acting: Reservations, known: dict[tuple, int]) -> None:
+def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
     """Writes anew what is shown of reservations that have changed since the last time, and what
     was reserved elsewhere by who acts.
 
     Args:
-      known: up to which event everybody's reservations were looked for
+      known: up to which event, and on what, everybody's reservations were looked for
     """
-    seen, newest = int(fact(LOOKED_AT) or 0), newest_event()
+    seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
     changed = deque(rows(
         'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
         '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
         'AND e.reservation_id IS NOT NULL)', seen, newest)) if newest > seen else deque()
-    whose, told = acting.actor[:2], bool(changed)
-    made = deque(elsewhere(acting) if known.get(whose) != newest else ())
+    told, made, (last, before) = bool(changed), deque(), known.get(whose, (0, ''))
+    if last != newest:
+        places = json.dumps([each.id for each in folders_of(acting) if each.id])
+        made = deque(elsewhere(acting, places, last if places == before else 0))
+        known[whose] = newest, places
     for left, deed in ((changed, show_anew), (made, take_in)):
         while left:  # others can write between
             with transaction():
                 for each in some_of(left):
                     with suppress(Error):
                         deed(acting, each.id)
-    known[whose] = newest
     if newest - seen >= (1 if told else MOST_UNSEEN):
         with transaction():
             note_fact(LOOKED_AT, f'{newest}')
@@ -19756,21 +19731,26 @@ def show_anew(acting: Reservations, id: int) -> None:
         folder.write(found.name, found.text, shown)
 
 
-def elsewhere(acting: Reservations) -> list:
-    """The reservations of who acts that no calendar has, on resources that have one."""
-    places = json.dumps([each.id for each in folders_of(acting) if each.id])
-    return rows('SELECT DISTINCT o.reservation_id AS id FROM occurrence o JOIN reservation r '
+def elsewhere(acting: Reservations, places: str, since: int) -> list:
+    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
+    those that an event after that tells of.
+    """
+    told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
+    return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
                 'AND o.due IS NOT NULL AND o.cancelled IS NULL AND r.waiting IS NULL '
                 'AND o.resource_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 '
-                'FROM calendar_object c WHERE c.reservation_id = o.reservation_id)',
-                *acting.actor[:2], places)
+                f"FROM calendar_object c WHERE c.reservation_id = r.id) {told or ''}",
+                *acting.actor[:2], places, *([since] if since else []))
 
 
 def take_in(acting: Reservations, id: int) -> None:
     """Shows a reservation that was made elsewhere in the calendar of its resource."""
-    first = row('SELECT resource_id FROM occurrence WHERE reservation_id = ? '
-                'AND cancelled IS NULL ORDER BY start LIMIT 1', id)
+    first = row('SELECT resource_id FROM occurrence o WHERE reservation_id = ? AND cancelled '
+                'IS NULL AND NOT EXISTS (SELECT 1 FROM calendar_object c WHERE '
+                'c.reservation_id = o.reservation_id) ORDER BY start LIMIT 1', id)
+    if not first:  # it has gone meanwhile, or another request was faster
+        return
     folder = Folder(acting, resource_of(first.resource_id))
     uid = row('SELECT uid FROM reservation WHERE id = ?', id).uid
     if not uid:  # so that it is known in another calendar as well
@@ -20161,7 +20141,7 @@ class Query:
     """A filter of `calendar-query` (RFC 4791, 9.7), as far as it is followed here."""
 
     def __init__(self, root, zone: ZoneInfo, budget: Budget):
-        self.root, self.zone, self.budget = root, zone, budget
+        self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
         for each in root.iter(full_name('C:prop-filter')):
@@ -20170,23 +20150,19 @@ class Query:
         for each in root.iter(full_name('C:text-match')):
             if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
                 raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
+        whole = root.find(full_name('C:comp-filter'))
+        if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
+            raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
         spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
-        first = root.find(full_name('C:comp-filter/C:comp-filter/C:time-range'))
-        self.begin = -1 if first is None else spans[0][0]
+        self.parts, self.timed = inner_filters(whole), bool(spans)
+        first = whole.find(full_name('C:comp-filter/C:time-range'))
+        self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
         """Whether an object is what the filter wants."""
-        events, groups = events_in(components(item.text)), None
-        if any(True for _ in self.root.iter(full_name('C:time-range'))):
-            groups = by_uid(read_calendar(item.text)).values()
-        for part in self.root.iterfind(full_name('C:comp-filter')):
-            if part.get('name', '').upper() != 'VCALENDAR':
-                if not is_absent(part):
-                    return False
-            elif is_absent(part) or part.find(full_name('C:prop-filter')) is not None or not all(
-                    self.has_event(each, events, groups) for each in inner_filters(part)):
-                return False
-        return True
+        events = events_in(components(item.text))
+        groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
+        return all(self.has_event(each, events, groups) for each in self.parts)
 
     def has_event(self, part, events: list[Component], groups) -> bool:
         """Whether one of some events is what a filter wants."""

@@ -20037,8 +20037,9 @@ def test_lines_are_those_of_the_file_whatever_is_folded(service):
 def test_a_zone_that_is_described_goes_as_the_one_it_describes():
     autumn, spring = ((day, f'BYMONTH={month};BYDAY=-1SU') for day, month in
                       (('19701025T030000', 10), ('19700329T020000', 3)))
-    lines = zone('Office', ('+0100', *autumn), ('+0200', *spring)).split('\n')
-    office, paris = cmres.described_zone([each for each in lines if each]), read_zone('Europe/Paris')
+    text = zone('Office', ('+0100', *autumn), ('+0200', *spring)) + event('DTSTART;TZID=Office:20261201T130000')
+    (entry,) = cmres.read_calendar(calendar(text).decode())
+    office, paris = entry.frame.zone('Office'), read_zone('Europe/Paris')
     for year in (2005, 2026, 2150):
         for day in (date(year, 3, 24), date(year, 10, 24)):
             for minutes in range(0, 9 * 1440, 60):
