@@ -2045,6 +2045,7 @@ WORDS = {
     'security_groups': 'security groups of the VMs (comma-separated)',
     'scopes': 'what the token is good for: read, claim, calendar; default: everything',
     'seed': 'the same number gives the same reservations',
+    'trust': 'id of a trust from you to the user of cmres: openstack trust create',
     'application': 'id of an application credential of yours: openstack application credential '
                    'create cmres',
     'secret': 'the secret of that application credential',
@@ -3018,6 +3019,7 @@ class CredentialAnswer(Answer):
     project: str
     cloud: str
     application: str
+    trust: str
     added: datetime
 
 
@@ -4100,8 +4102,8 @@ class Credential(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     cloud = peewee.CharField()
-    name = peewee.CharField()     # of the application credential: its id
-    secret = peewee.TextField()
+    name = peewee.CharField()     # the id of the application credential, or of the trust
+    secret = peewee.TextField()   # '' of a trust
     added = peewee.IntegerField()
 
     class Meta:
@@ -6366,12 +6368,18 @@ def classes_of(extra_specs: dict) -> tuple:
 
 
 class Lent(NamedTuple):
-    """A flavor that a project has for as long as its lease is active; one as `like`, or of sizes."""
-    project: str  # its id
-    vcpus: int
-    ram: int
-    disk: int
+    """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
+    server group of a policy, a floating IP of a network.
+    """
+    lease: str
+    part: str
+    project: str = ''  # its id
+    vcpus: int = 0
+    ram: int = 0
+    disk: int = 0
     like: str = ''
+    policy: str = ''
+    network: str = ''
 
 
 class Seen(NamedTuple):
@@ -6398,7 +6406,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts lend'.split())
+                     'aggregates mark hosts lend trust subnet'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -6517,8 +6525,17 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, Lent]) -> None:
-        """Has just these flavors of ours, by their ids; for the operator of a cloud."""
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
+        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
+        return {}
+
+    def trust(self, id: str) -> tuple[str, str, bool] | None:
+        """Who lets the account act in which project, and whether under their name."""
+        raise NotImplementedError
+
+    def subnet(self, network: str, address: str) -> str:
+        """The id of the subnet of a network that has an address; '' if it knows none."""
+        return ''
 
     def mark(self, aggregate: str, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
@@ -6632,17 +6649,21 @@ class OpenStack(Cloud):
         return connection
 
     def as_person(self, entry) -> dict:
-        """How to log in to the cloud of an entry with the application credential of a person."""
+        """How to log in to the cloud of an entry with what a person has given."""
         found = row('SELECT name, secret FROM credential WHERE id = ?',
                     int(self.account.partition(OF_PERSON)[2]))
         if not found:
             raise CloudError(f'the credential for {self.account} was taken away', sure=True)
-        auth = {'auth_url': entry.config['auth']['auth_url'],
-                'application_credential_id': found.name,
-                'application_credential_secret': decrypted(self.config, found.secret)}
+        ours, way = entry.config['auth'], 'v3applicationcredential'
+        if found.secret:
+            auth = {'auth_url': ours['auth_url'], 'application_credential_id': found.name,
+                    'application_credential_secret': decrypted(self.config, found.secret)}
+        else:
+            way, auth = 'v3password', {'trust_id': found.name} | {
+                name: each for name, each in ours.items() if not name.startswith('project')}
         same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
                 if entry.config.get(name) is not None}
-        return same | {'auth': auth, 'auth_type': 'v3applicationcredential',
+        return same | {'auth': auth, 'auth_type': way,
                        'load_yaml_config': False, 'load_envvars': False}
 
     def door(self):
@@ -6915,33 +6936,82 @@ class OpenStack(Cloud):
                 service = service or identity.create_service(
                     type='reservation', name='cmres', description='Reservations of VMs and hosts')
                 for each in other:
-                    self.point(identity, there.get(each), service_id=service.id, url=address,
-                               interface=each, region_id=region)
+                    if each in there:
+                        identity.update_endpoint(there[each], url=address)
+                        continue
+                    identity.create_endpoint(service_id=service.id, url=address, interface=each,
+                                             region_id=region)
         return lines
 
-    def point(self, identity, endpoint, **values) -> None:
-        """Makes an endpoint of the catalog, or gives one another address."""
-        if endpoint:
-            identity.update_endpoint(endpoint, url=values['url'])
-        else:
-            identity.create_endpoint(**values)
+    #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
+    LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
+                       'id'),
+            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        with self.calling('lend flavors') as cloud:
-            ours = {each.id: each for each in cloud.compute.flavors(is_public=None)
-                    if each.description == self.store}
-            for id in ours.keys() - wanted.keys():
-                cloud.compute.delete_flavor(id, ignore_missing=True)
-            for id in wanted.keys() - ours.keys():
-                self.lend_one(cloud.compute, id, wanted[id])
+        groups, failures = {}, []
+        with self.calling('lend what is reserved') as cloud:
+            for kind, things in wanted.items():
+                verbs = getattr(cloud, self.LENT[kind][0])
+                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                for name in there.keys() - things.keys():
+                    getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
+                for name in things.keys() - there.keys():
+                    try:
+                        with self.telling(f'lend the {kind} {name}'):
+                            there[name] = lending(verbs, name, things[name])
+                    except CloudError as error:  # the others shall have theirs
+                        failures.append(error)
+                groups |= there if kind == 'server_group' else {}
+        if failures:
+            raise failures[0]
+        return groups
 
-    def lend_one(self, compute, id: str, lent: Lent) -> None:
+    def lent(self, kind: str, verbs) -> dict[str, str]:
+        """The ids of what is lent of a kind, by name."""
+        _, listing, which, _, mark, name = self.LENT[kind]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
+                for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)}
+
+    def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
         compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
                               disk=like.disk, is_public=False, description=self.store)
         if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
             compute.create_flavor_extra_specs(id, specs)
         compute.flavor_add_tenant_access(id, lent.project)
+        return id
+
+    def lend_server_group(self, compute, name: str, lent: Lent) -> str:
+        return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
+
+    def lend_address(self, network, address: str, lent: Lent) -> str:
+        made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
+                                 project_id=lent.project, description=self.store)
+        network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
+        return made.id
+
+    def subnet(self, network, address):
+        from ipaddress import ip_address, ip_network
+        with self.calling('find a subnet', sure=True) as cloud:
+            there = [each for each in cloud.network.subnets(network_id=network)
+                     if ip_address(address) in ip_network(each.cidr)]
+        for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
+            if ip_address(each['start']) <= ip_address(address) <= ip_address(each['end']):
+                raise Conflict(f"Neutron gives {address} to anybody: it is in the allocation pool "
+                               f"from {each['start']} to {each['end']}. Choose one outside.")
+        return there[0].id if there else ''
+
+    def trust(self, id):
+        with self.calling('show a trust', sure=True) as cloud:
+            if 'password' not in cloud.config.config['auth']:
+                raise Invalid(f'cmres itself uses an application credential on {self.account}, '
+                              'with which no trust works. Give an application credential of yours.')
+            for each in self.by_id(cloud.identity.get_trust, id):
+                return each.trustor_user_id, each.project_id, each.is_impersonation
+        return None
 
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
@@ -7192,12 +7262,14 @@ class Keystone:
     """
     FRESH, REFUSED = 120, 10  # seconds that an answer, and a refusal, is remembered
     SHUT = 10    # seconds that nobody else waits for a Keystone that has not answered
-    PATIENT = 5  # seconds that one waits
-    MOST = 10_000  # tokens that are remembered
+    PATIENT, SOON = 5, 1  # seconds that one waits, and who was known before
+    MOST = 10_000  # tokens that are remembered, and as many refusals
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        self.known: dict[str, Told] = {}  # by the hash of the token
+        # by the hash of the token; made-up ones drive out none that is good
+        self.known: dict[str, Told] = {}
+        self.unknown: dict[str, Told] = {}
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -7212,7 +7284,7 @@ class Keystone:
           Unavailable: Keystone does not answer.
         """
         key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
-        found = self.known.get(key)
+        found = self.known.get(key) or self.unknown.get(key)
         ended = found and found.scoped and found.scoped.ends <= now
         if not found or found.fresh <= now or ended:
             known = found and found.scoped and not ended
@@ -7227,22 +7299,24 @@ class Keystone:
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token))
+            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
         except (CloudError, TooMany, Unavailable):
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
         with self.lock:
-            if len(self.known) >= self.MOST:
-                self.known.pop(next(iter(self.known)))
-            self.known.pop(key, None)  # the latest come last
-            self.known[key] = found
+            kept = self.known if found.scoped else self.unknown
+            for each in (self.known, self.unknown):  # the latest come last
+                each.pop(key, None)
+            if len(kept) >= self.MOST:
+                kept.pop(next(iter(kept)))
+            kept[key] = found
         return found
 
-    def look(self, token: str) -> Told:
+    def look(self, token: str, patience: float) -> Told:
         """What Keystone says of a token."""
         return self.answer('GET', 'Keystone does not know this token, or it has ended. Get a new '
-                           'one: openstack token issue',
+                           'one: openstack token issue', patience,
                            headers={'X-Auth-Token': token, 'X-Subject-Token': token})
 
     def sign_in(self, user: str, password: str, project: str, domain: str) -> Told:
@@ -7251,16 +7325,16 @@ class Keystone:
         identity = {'methods': ['password'],
                     'password': {'user': {'name': user, 'password': password} | where}}
         return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
-                           f"project '{project}'", json={'auth': {
+                           f"project '{project}'", self.PATIENT, json={'auth': {
                                'identity': identity, 'scope': {'project': {'name': project} | where}}})
 
-    def answer(self, verb: str, refusal: str, **what) -> Told:
+    def answer(self, verb: str, refusal: str, patience: float, **what) -> Told:
         """What Keystone answers; Unavailable if that is nothing of use."""
         import requests
         url, verify = self.door
         try:
             answer = self.session.request(
-                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=patience, verify=verify,
                 allow_redirects=False, **what)
             if answer.status_code in (401, 403, 404):
                 return self.refused(refusal)
@@ -9841,6 +9915,12 @@ class Lookup:
 # What somebody asks for, read and resolved, with what the cloud knows of it; why it doesn't fit.
 
 
+def network_behind(place) -> tuple[str, str, str]:
+    """Cloud, subnet and network of a resource whose hosts are floating IPs; of another, nothing."""
+    _, *there = place.aggregate.split(' ') if place.named and not place.cloud else [''] * 4
+    return tuple(there)
+
+
 class Wishes:
     """Reads what is asked: resources, clouds, repetitions."""
 
@@ -10028,6 +10108,8 @@ class Wishes:
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
         name = asked.get('host') or ''
+        if not name and network_behind(place)[0]:
+            raise Invalid(f"Resource '{place.name}' has floating IPs. Choose one with --host.")
         if not name:
             return '', None
         named = json.loads(place.named or '{}')
@@ -14548,22 +14630,28 @@ class Tokens(Operations):
         return {'user': user, 'tokens': len(found)}
 
     @api('POST', '/credential/', made='/credential/')
-    def credential_add(self, cloud: Name, application: Name, secret: Name,
-                       dry_run: bool = False) -> CredentialAnswer:
+    def credential_add(self, cloud: Name, application: Name = '', secret: Name = '',
+                       trust: Name = '', dry_run: bool = False) -> CredentialAnswer:
         """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
 
-        Give an application credential of yours. Its secret is kept encrypted, and the key is not in
-        the database. What is reserved already uses it for VMs that are not started yet.
+        Give an application credential of yours, or a trust from you to the user of cmres there. The
+        secret is kept encrypted, and the key is not in the database. What is reserved already uses
+        it for VMs that are not started yet.
 
         Example:
           python cmres.py credential add chameleon 8f2c... SECRET
+          python cmres.py credential add chameleon --trust 709e...
         """
         if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
             raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+        if bool(trust) == bool(application and secret):
+            raise Invalid('Give an application credential with its secret, or a trust.')
+        if trust:
+            self.refuse_trust_of_others(cloud, trust)
         mine = {'user': self.actor.user, 'project': self.actor.project, 'cloud': cloud}
+        values = {'name': trust or application, 'added': int(self.clock()), 'secret': secret
+                  and cipher(self.config).encrypt(secret.encode()).decode()}
         with self.writing(dry_run) as now:
-            values = {'name': application, 'added': int(now),
-                      'secret': cipher(self.config).encrypt(secret.encode()).decode()}
             old = row('SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
                       *mine.values())
             if old:  # VMs that were made with it go on
@@ -14571,7 +14659,18 @@ class Tokens(Operations):
                 self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
             id = old.id if old else insert(Credential, **mine, **values)
             self.journal(now, 'token', f'gave a credential for {cloud}')
-        return {'id': id, **mine, 'application': application, 'added': instant(int(now))}
+        return {'id': id, **mine, 'application': application, 'trust': trust,
+                'added': instant(values['added'])}
+
+    def refuse_trust_of_others(self, cloud: str, trust: str) -> None:
+        """Refuses a trust that is not from who asks, for their project and in their name."""
+        opened, known = self.clouds.open(cloud), self.config.read_again().identities
+        found = self.shares.ask(f'the cloud {cloud}', lambda: opened.trust(trust))
+        mine = [known.get(each, each) for each in (self.actor.user, self.actor.project)]
+        if found != (*mine, True):
+            raise Invalid(f"The cloud {cloud} has no trust '{trust}' from you in your project. "
+                          'Create one: openstack trust create --impersonate --project PROJECT '
+                          '--role member YOU USER_OF_CMRES')
 
     @api('GET', '/credential/')
     def credential_list(self) -> list[CredentialAnswer]:
@@ -14582,7 +14681,8 @@ class Tokens(Operations):
         """
         own, values = self.own_tokens()
         return [public(each) for each in rows(
-            'SELECT id, user, project, cloud, name AS application, added FROM credential t '
+            "SELECT id, user, project, cloud, iif(secret = '', '', name) AS application, "
+            "iif(secret = '', name, '') AS trust, added FROM credential t "
             f'WHERE {own} ORDER BY id', *values)]
 
     @api('DELETE', '/credential/<id>')
@@ -15441,8 +15541,8 @@ class Workers:
     def do_clear(self, call: Job) -> None:
         self.clouds.open(call.account).delete(call.target)
 
-    def do_lend(self, call: Job) -> None:
-        self.clouds.open(call.account).lend(call.target)
+    def do_lend(self, call: Job) -> dict[str, str]:
+        return self.clouds.open(call.account).lend(call.target)
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -16130,45 +16230,80 @@ class Dispatcher:
 
 
 class Lender:
-    """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
+    """Has clouds know what the leases have that are active: flavors and server groups where that
+    is wanted, and floating IPs.
+    """
 
     def __init__(self, config: Config, workers: Workers):
         self.config, self.workers = config, workers
-        self.lent: dict[str, dict] = {}  # by cloud, as it has them
+        self.lent: dict[str, dict] = {}  # by account, as it has them
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
-        places = defaultdict(list)
-        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
-            places[each.cloud].append(each.id)
-        for cloud, ids in places.items():
-            wanted = {each.part: self.flavor_for(each) for each in self.active(ids, now)}
-            if wanted != self.lent.get(cloud):
-                self.workers.submit(('lend', cloud), 'lend', cloud, wanted)
+        places = {each.id: each for each in rows(
+            "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
+            "AND named <> '') AND removed IS NULL")}
+        # What an account had and is over is taken back.
+        wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
+        for place in places.values():
+            cloud = network_behind(place)[0]
+            wanted.setdefault(cloud or place.cloud, {}).update(
+                {'address': {}} if cloud else {'flavor': {}})
+        for each in self.active([*places], now):
+            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+                wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
+        for account, things in wanted.items():
+            if things != self.lent.get(account):
+                self.workers.submit(('lend', account), 'lend', account, things)
 
     def active(self, ids: list[int], now: float) -> list:
         """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
+        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                    'r.host, r.user, r.project, l.parts '
                     'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
                     'JOIN blazar_hold h ON h.reservation = r.id '
                     'JOIN blazar_lease l ON l.id = h.lease_id '
                     'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
                     'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.host = '' AND r.image = ''""",
+                    """AND o."end" > ? AND r.image = ''""",
                     json.dumps(ids), now, now)
 
-    def flavor_for(self, found) -> Lent:
-        """The flavor of a part of a lease; Nova boots nothing from a disk of nothing."""
-        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
+    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+        """What a part of a lease has on clouds: on whose account, of what kind and name."""
         project = self.config.read_again().identities.get(found.project, found.project)
-        return Lent(project, found.vcpus // found.vms, found.ram // found.vms,
-                    asked.get('disk_gb') or 1, found.flavor)
+        cloud, _, network = network_behind(place)
+        lent = Lent(found.lease_id, found.part, project)
+        if cloud:
+            yield cloud, 'address', found.host, lent._replace(network=network)
+        elif not found.host:
+            asked = next(each['asked'] for each in json.loads(found.parts)
+                         if each['id'] == found.part)
+            yield place.cloud, 'flavor', found.part, lent._replace(
+                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
+                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+            account = self.workers.clouds.account(place.cloud, found.project, found.user)
+            # Nova shows a server group to nobody but its project.
+            if asked.get('affinity') is not None and account != place.cloud:
+                yield account, 'server_group', found.part, lent._replace(
+                    policy='affinity' if asked['affinity'] else 'anti-affinity')
 
     def record(self, result: Job, now: float) -> None:
         if result.error:  # it is tried again at the next pass that has something to do
-            log.warning('could not lend flavors on %s: %s', result.account, result.error)
-        else:
-            self.lent[result.account] = result.target
+            log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
+            return
+        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
+        for kind, things in result.target.items():
+            for name in things.keys() - before.get(kind, {}).keys():
+                note_lent(things[name], kind, result.answer.get(name, True))
+
+
+def note_lent(lent: Lent, kind: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it."""
+    found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
+    parts = json.loads(found.parts) if found else []
+    for each in parts:
+        each |= {kind: id} if each['id'] == lent.part else {}
+    run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
 class Reconciler:
@@ -18372,10 +18507,13 @@ def resident() -> int:
 #     virtual:instance     `amount` VMs of so many vcpus and so much memory, on whatever resource
 #     flavor:instance      `amount` VMs of a flavor
 #     physical:host        as many hosts by name as fit, from `max` down to `min`: one each
+#     virtual:floatingip   `amount` floating IPs, which are the hosts of a resource of their network
 #   resource_properties    where it may be, and with $image what is started there
 #   dates, state           of the reservations: PENDING until the start, ACTIVE, TERMINATED; a lease
 #                          without reservations has dates of its own
 #   host                   a host that can be reserved by its name; else a resource as a whole
+#   flavor, server group,  what clouds have of an active lease, by their names in blazar_lease.parts
+#   address                since they have it; see Lender
 #
 # Someone who extends or deletes the reservations of a lease otherwise changes the lease.
 
@@ -18396,9 +18534,10 @@ LEASE_FIELDS = {
     'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
                         'resource_properties': str},
     'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
-                      'resource_properties': str, 'before_end': str}}
+                      'resource_properties': str, 'before_end': str},
+    'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
-                  'disk_gb'}
+                  'disk_gb', 'required_floatingips'}
 AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
@@ -18417,44 +18556,51 @@ class Blazar:
     def mount(self, app) -> None:
         """Gives an application all addresses."""
         for path in ('', '/versions'):
-            app.route(BLAZAR + path, 'GET', self.answering(self.versions, status=300, free=True))
-        for verb, path, handle, needed, status in (
-                ('GET', '/leases', self.list_leases, 'list', 200),
-                ('POST', '/leases', self.make_lease, 'add', 201),
-                ('GET', '/leases/<id>', self.show_lease, 'list', 200),
-                ('PUT', '/leases/<id>', self.change_lease, 'update', 200),
-                ('DELETE', '/leases/<id>', self.end_lease, 'delete', 204),
-                ('GET', '/os-hosts', self.list_hosts, 'resource_list', 200),
-                ('POST', '/os-hosts', self.add_host, 'resource_sync', 201),
-                ('GET', '/os-hosts/allocations', self.list_allocations, 'resource_list', 200),
-                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list', 200),
-                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync', 200),
-                ('GET', '/os-hosts/<id:int>', self.show_host, 'resource_list', 200),
-                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync', 200),
-                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync', 204),
-                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list',
-                 200)):
+            app.route(BLAZAR + path, 'GET', self.versions)
+        for verb, path, handle, needed in (
+                ('GET', '/leases', self.list_leases, 'list'),
+                ('POST', '/leases', self.make_lease, 'add'),
+                ('GET', '/leases/<id>', lambda view, given: {
+                    'lease': view.lease(given['id'])}, 'list'),
+                ('PUT', '/leases/<id>', self.change_lease, 'update'),
+                ('DELETE', '/leases/<id>', self.end_lease, 'delete'),
+                ('GET', '/os-hosts', lambda view, given: {
+                    'hosts': [each.shown for each in view.hosts()]}, 'resource_list'),
+                ('POST', '/os-hosts', self.add_host, 'resource_sync'),
+                ('GET', '/os-hosts/allocations', lambda view, given: {
+                    'allocations': view.allocations(given)}, 'resource_list'),
+                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list'),
+                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync'),
+                ('GET', '/os-hosts/<id:int>', lambda view, given: {
+                    'host': view.host(given['id']).shown}, 'resource_list'),
+                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync'),
+                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync'),
+                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list'),
+                ('GET', '/floatingips', lambda view, given: {
+                    'floatingips': [each.shown for each in view.hosts(True)]}, 'resource_list'),
+                ('POST', '/floatingips', self.add_address, 'resource_sync'),
+                ('GET', '/floatingips/<id>', lambda view, given: {
+                    'floatingip': view.host(given['id']).shown}, 'resource_list'),
+                ('DELETE', '/floatingips/<id>', self.remove_host, 'resource_sync')):
+            status = {'POST': 201, 'DELETE': 204}.get(verb, 200)
             app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
 
-    def answering(self, handle: Callable, needed: str = '', status: int = 200,
-                  free: bool = False) -> Callable:
-        """A handler: who asks, what is asked, the answer or what Blazar's clients read of none.
-
-        Args:
-          needed: the operation that one must be allowed to call for that
-          free: nobody need say who they are
+    def answering(self, handle: Callable, needed: str, status: int) -> Callable:
+        """A handler for who may call the operation that is needed: the answer, or what Blazar's
+        clients read of none.
         """
         import bottle
 
         def handler(**path):
             request = bottle.request
             try:
-                if free:
-                    return sent(json_text(handle()), status, UNKEPT)
                 acting = self.service.acting(who_asks(self.service, request))
                 acting.wanted = while_there(request.environ)
                 with acting.shares.answering(acting.actor.user):
-                    self.refuse(acting, needed)
+                    refuse_to(acting.actor, API[needed])
+                    if acting.actor.resource is not None:
+                        raise Forbidden('this token is only for one resource, and leases are of '
+                                        'all')
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
@@ -18466,19 +18612,13 @@ class Blazar:
             return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
         return handler
 
-    def refuse(self, acting: Reservations, needed: str) -> None:
-        """Forbidden for who may not do so much here."""
-        refuse_to(acting.actor, API[needed])
-        if acting.actor.resource is not None:
-            raise Forbidden('this token is only for one resource, and leases are of all')
-
-    def versions(self) -> dict:
+    def versions(self):
         import bottle
         there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
             bottle.request.urlparts)
-        return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
-                              'max_version': '1.0', 'links': [
-                                  {'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}
+        return sent(json_text({'versions': [{
+            'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0', 'max_version': '1.0',
+            'links': [{'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}), 300, UNKEPT)
 
     # Leases
 
@@ -18488,9 +18628,6 @@ class Blazar:
         return {'leases': view.leases(rows(
             f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
             *values))}
-
-    def show_lease(self, view: LeaseView, given: dict) -> dict:
-        return {'lease': view.lease(given['id'])}
 
     def make_lease(self, view: LeaseView, given: dict) -> dict:
         """Reserves all parts of a lease, or none."""
@@ -18555,12 +18692,6 @@ class Blazar:
 
     # Hosts
 
-    def list_hosts(self, view: LeaseView, given: dict) -> dict:
-        return {'hosts': [host.shown for host in view.hosts()]}
-
-    def show_host(self, view: LeaseView, given: dict) -> dict:
-        return {'host': view.host(given['id']).shown}
-
     def add_host(self, view: LeaseView, given: dict) -> dict:
         """Lets a host of an aggregate be reserved by its name."""
         name = given.get('name') or given.get('id')
@@ -18588,7 +18719,7 @@ class Blazar:
         return {'host': view.host(given['id']).shown}
 
     def remove_host(self, view: LeaseView, given: dict) -> None:
-        """Lets a host no more be reserved by its name."""
+        """Lets a host or floating IP no more be reserved by its name."""
         host = view.host(given['id'])
         left = view.named(host.cloud, host.aggregate)
         if not left.pop(host.name, None):
@@ -18598,9 +18729,6 @@ class Blazar:
         else:
             view.acting.resource_delete(host.resource)
         view.set_extras(host.id, dict.fromkeys(host.extras))
-
-    def list_allocations(self, view: LeaseView, given: dict) -> dict:
-        return {'allocations': view.allocations(given)}
 
     def show_allocation(self, view: LeaseView, given: dict) -> dict:
         id = f"{view.host(given.pop('id')).id}"
@@ -18630,14 +18758,32 @@ class Blazar:
             'private': private, 'created_at': None, 'updated_at': None}}
 
 
+    # Floating IPs
+
+    def add_address(self, view: LeaseView, given: dict) -> dict:
+        """Lets a floating IP of a network be reserved."""
+        network, address = (given.get(name) for name in ('floating_network_id',
+                                                         'floating_ip_address'))
+        if not isinstance(network, str) or not is_address(address):
+            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
+                                   f'has {address} in a subnet of the network {network}')
+        aggregate = f'floating-IPs {cloud} {subnet} {network}'
+        there = view.named('', aggregate)
+        if address in there:
+            raise Conflict(f'{address} can be reserved already')
+        view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
+        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+
+
 #: What Blazar's clients want to read of a host and cmres does not know.
 LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
                   'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
 
 
 class LeaseHost(NamedTuple):
-    """A host that can be reserved by its name, or a resource as a whole."""
-    id: int
+    """A host that can be reserved by its name, a floating IP, or a resource as a whole."""
+    id: int | str
     name: str
     resource: str
     cloud: str
@@ -18646,14 +18792,18 @@ class LeaseHost(NamedTuple):
     extras: dict
     added: int
     whole: bool     # it is the resource
+    network: str    # it is a floating IP of that
 
     @property
     def shown(self) -> dict:
         """It as Blazar's clients read it."""
+        made = {'id': f'{self.id}', 'created_at': made_at(self.added), 'updated_at': None}
+        if self.network:
+            return made | {'floating_network_id': self.network, 'floating_ip_address': self.name,
+                           'subnet_id': self.aggregate.split(' ')[2], 'reservable': True}
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
-        names = {'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name}
-        made = {'created_at': made_at(self.added), 'updated_at': None}
+        names = {'hypervisor_hostname': self.name, 'service_name': self.name}
         return self.extras | names | figures | made | LIKE_ALL_HOSTS
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
@@ -18707,6 +18857,9 @@ class LeaseView:
         held = [one for part in parts for one in of_part[part['id']]]
         start, end = lease_window(found, held)
         state = first_state(held) if parts else bare_state(now, start, end)
+        if state == 'active' and any(self.lacks(part, one) for part in parts
+                                     for one in of_part[part['id']]):
+            state = 'starting'
         status = LEASE_STATES[state][1]
         made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
         whose = {'user_id': found.user, 'project_id': found.project, 'trust_id': ''}
@@ -18716,6 +18869,18 @@ class LeaseView:
                 'start_date': date_out(start), 'end_date': date_out(end),
                 'degraded': any(each.state == 'degraded' for each in held),
                 'reservations': shown_parts, 'events': [each | made for each in events]}
+
+    @functools.cached_property
+    def lending(self) -> dict[str, str]:
+        """What a cloud lends to who has reserved, by resource."""
+        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
+                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+
+    def lacks(self, part: dict, one) -> bool:
+        """Whether a cloud does not have yet what it lends for an occurrence."""
+        kind = self.lending.get(one.resource, '')
+        return bool(kind and kind not in part and not one.image
+                    and bool(one.host) == (kind == 'address'))
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -18731,10 +18896,10 @@ class LeaseView:
         """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
         asked, state = part['asked'], LEASE_STATES[first_state(held)][0]
         of_type = {name: asked.get(name) for name in LEASE_FIELDS[asked['resource_type']]}
-        if 'amount' in of_type and held:
-            of_type['amount'] = held[0].vms
-        if asked['resource_type'] != 'physical:host':
-            of_type |= {'flavor_id': part['id'], 'aggregate_id': None, 'server_group_id': None}
+        if 'max' not in asked:
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': None,
+                        'server_group_id': part.get('server_group')}
+            of_type |= {'amount': held[0].vms} if held else {}
         return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
                           'resource_type': asked['resource_type'], 'status': state,
                           'missing_resources': False, 'resources_changed': False}
@@ -18786,7 +18951,7 @@ class LeaseView:
         new = read_lease_part({name: old[name] for name in LEASE_FIELDS[old['resource_type']]}
                               | {'resource_type': old['resource_type']} | given)
         other = [name for name in new if name in old and new[name] != old[name]
-                 and name != 'amount' and name != 'flavor_id']
+                 and name != 'flavor_id' and (name != 'amount' or 'max' in new)]
         if other:
             raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease "
                            'and make another')
@@ -18796,26 +18961,32 @@ class LeaseView:
 
     # Hosts
 
-    def hosts(self) -> list[LeaseHost]:
-        """All hosts that can be reserved by their names; of resources without such, themselves."""
+    def hosts(self, addresses: bool = False) -> list[LeaseHost]:
+        """All hosts that can be reserved by their names; of resources without such, themselves; or
+        all floating IPs.
+        """
         extras = defaultdict(dict)
         for each in rows('SELECT * FROM host_property WHERE host > 0'):
             extras[each.host][each.name] = each.value
         found = []
         for place in self.acting.look.places():
-            named = json.loads(place.named or '{}')
+            named, network = json.loads(place.named or '{}'), network_behind(place)[2]
+            if bool(network) != addresses:
+                continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = host_id(place.cloud if named else f'resource {place.id}', name)
+                id = (address_id(place.aggregate, name) if network else
+                      host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
-                                       figures | extras[id], place.added, not named))
+                                       figures | extras[id], place.added, not named, network))
         return found
 
-    def host(self, id: int) -> LeaseHost:
-        found = [each for each in self.hosts() if each.id == id]
-        if not found:
-            raise NotFound(f'there is no host {id}')
-        return found[0]
+    def host(self, id: int | str) -> LeaseHost:
+        """A host by its number, or a floating IP by its UUID."""
+        for each in self.hosts(addresses=isinstance(id, str)):
+            if each.id == id:
+                return each
+        raise NotFound(f'there is no host or floating IP {id}')
 
     def named(self, cloud: str, aggregate: str) -> dict[str, Amount]:
         """The hosts of an aggregate that can be reserved by their names, and what each holds."""
@@ -18837,14 +19008,19 @@ class LeaseView:
 
     def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
         """The cloud and the aggregate that have a host of a name."""
+        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
+                                  'Put it into an aggregate first: openstack aggregate add host')
+        return cloud, found[0]
+
+    def first(self, call: Callable, what: str) -> tuple[str, Any]:
+        """The first cloud here that answers something, and what; NotFound if none does."""
         config = self.acting.config
         clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
         clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
         for cloud in sorted(clouds):
-            if found := self.asks(cloud, lambda opened: opened.aggregates(name)):
-                return cloud, found[0]
-        raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
-                       f"'{name}'. Put it into one first: openstack aggregate add host")
+            if found := self.asks(cloud, call):
+                return cloud, found
+        raise NotFound(f"none of the clouds {', '.join(sorted(clouds))} {what}")
 
     def hidden(self) -> set[str]:
         """The properties that lists leave out."""
@@ -18873,19 +19049,14 @@ class LeaseView:
                for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
-            line = self.allocation(each)
-            known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
+            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
+                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
+                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
             host = ids.get((each.resource_id, each.host))
-            if host and all(known[name] == value for name, value in wanted.items()):
+            if host and all(line[name.removeprefix('reservation_')] == value
+                            for name, value in wanted.items()):
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
-
-    def allocation(self, found) -> dict:
-        """When an occurrence is, and of which lease; what is of none has ids of its own."""
-        lease = found.lease_id or derived_uuid(f'lease {found.reservation_id}')
-        return {'id': found.part or derived_uuid(f'part {found.reservation_id}'),
-                'lease_id': lease, 'start_date': date_out(found.start),
-                'end_date': date_out(found.end)}
 
 
 class LeaseRequests:
@@ -18896,23 +19067,24 @@ class LeaseRequests:
         self.common = {name: each.default for name, each in API['add'].parameters.items()}
         self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
                         'resource': ANY}
-        self.hosts = LeaseView(acting).hosts()
+        self.view = LeaseView(acting)
 
     def requests(self) -> list[tuple[Request, list[int]]]:
         """Each with how many of its parts are of which part of the lease."""
-        spans = [(each['min'], each['max']) if 'max' in each else (1, 1) for each in self.asked]
+        spans = [(each.get('min', 1), each.get('max', 1)) for each in self.asked]
         label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
         for fewer in range(max(most - least for least, most in spans) + 1):
             sizes = [max(least, most - fewer) for least, most in spans]
             total = sum(sizes)
             if total <= MOST_PARTS:
                 names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
-                each = [choice for size, choice in zip(sizes, choices) for _ in range(size)]
+                each = [choice[min(n, len(choice) - 1)] for size, choice in zip(sizes, choices)
+                        for n in range(size)]
                 wishes = [[wish._replace(label=name) for wish in choice]
                           for name, choice in zip(names, each)]
                 found.append((Request(label, wishes, False, 0, 0), sizes))
         if not found:
-            raise Invalid(f'a lease has at most {MOST_PARTS} hosts')
+            raise Invalid(f'a lease has at most {MOST_PARTS} hosts and floating IPs')
         return found
 
     def label(self) -> str:
@@ -18923,9 +19095,15 @@ class LeaseRequests:
         taken = taken_label(self.lease['project'], name, self.acting.clock())
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
-    def choices(self, asked: dict) -> list[Wish]:
+    def choices(self, asked: dict) -> list[list[Wish]]:
+        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        certain = asked.get('required_floatingips') or []
+        any_other = [''] if len(certain) < asked.get('max', 1) else []
+        return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
+
+    def wishes(self, asked: dict) -> list[Wish]:
         """The wishes for one part, wherever it could be; the reason if that is nowhere."""
-        conditions = read_properties(asked['resource_properties'])
+        conditions = read_properties(asked.get('resource_properties', ''))
         conditions += read_properties(asked.get('hypervisor_properties', ''))
         words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
         if any(name in LEASE_WORDS and comparison not in ('=', '==')
@@ -18943,9 +19121,16 @@ class LeaseRequests:
         return found
 
     def options(self, asked: dict, conditions: list) -> Iterator[dict]:
-        """Where a part could be: on a host, or on a resource."""
+        """Where a part could be: on a host, at an address, or on a resource."""
+        if asked['resource_type'] == 'virtual:floatingip':
+            others = {'', *asked['required_floatingips']} - {asked['address']}
+            for host in self.view.hosts(addresses=True):
+                if host.network == asked['network_id'] and host.name not in others and (
+                        asked['address'] in ('', host.name)):
+                    yield {'resource': host.resource, 'host': host.name, 'cloud_': ''}
+            return
         if asked['resource_type'] == 'physical:host':
-            for host in self.hosts:
+            for host in self.view.hosts():
                 if not host.whole and host.meets(conditions):
                     yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
             return
@@ -18962,7 +19147,7 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': asked.get('amount', 1)}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -19000,6 +19185,19 @@ def derived_uuid(text: str) -> str:
 def host_id(cloud: str, name: str) -> int:
     """The number of a host: clients take nothing else for an id."""
     return int(hashed(f'{cloud}/{name}')[:12], 16)
+
+
+def address_id(aggregate: str, address: str) -> str:
+    """The UUID of a floating IP."""
+    return derived_uuid(f'{aggregate} {address}')
+
+
+def is_address(text) -> bool:
+    """Whether something is the text of an IP address."""
+    from ipaddress import ip_address
+    with suppress(ValueError):
+        return isinstance(text, str) and bool(ip_address(text))
+    return False
 
 
 def date_out(at: int) -> str:
@@ -19128,6 +19326,10 @@ def read_lease_part(given: dict) -> dict:
         raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
     if read.get('amount', 1) < 1:
         raise Invalid(f"amount: {read['amount']} is less than 1")
+    if kind == 'virtual:floatingip':
+        if len(read['required_floatingips']) > read['amount']:
+            raise Invalid('required_floatingips: these are more than amount')
+        read |= {'min': read['amount'], 'max': read['amount']}
     return read
 
 
@@ -19146,7 +19348,14 @@ def read_affinity(name: str, value) -> bool | None:
     return AFFINITIES[word]
 
 
-LEASE_READERS = {int: read_lease_number, bool: read_affinity,
+def read_addresses(name: str, value) -> list[str]:
+    """Several floating IPs."""
+    if not isinstance(value or [], list):
+        raise Invalid(f'{name}: {shown(value)} is not a list of addresses')
+    return [read_str(f'{each}') for each in value or []]
+
+
+LEASE_READERS = {int: read_lease_number, bool: read_affinity, list: read_addresses,
                  str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
 
 
