@@ -1752,7 +1752,7 @@ BOUNDS = {'request_seconds': (0.005, 0.02, 0.1, 0.5, 2, 10, 60),
 MEASURED = {
     'requests_total': 'requests, by operation and status',
     'request_seconds': 'time until requests were answered, by operation',
-    'refusals_total': 'requests that were refused, by the kind of the error',
+    'refusals_total': 'requests that were refused, by the kind of the error and its cause',
     'limited_total': 'requests that were over a limit of a setting, by the setting',
     'hung_up_total': 'changes that were not made because the client had disconnected',
     'connections_closed_total': 'connections closed for newer ones, by the bound that was reached',
@@ -1868,19 +1868,27 @@ log_requests = logging.getLogger('cmres.requests')
 log_calls = logging.getLogger('cmres.calls')
 
 
+#: What may not stand in the log, in whatever a library or a traceback says: tokens, and the
+#: secrets in addresses of feeds and shared pages.
+HUSHED = re.compile(r'(cmres_|/calendar/|/s/[0-9]+-)[A-Za-z0-9_-]{32,}')
+
+
 class Lines(logging.Formatter):
-    """Lines of the log, as text or as JSON, in which nothing is unseen."""
+    """Lines of the log, as text or as JSON, in which nothing is unseen and no secret is told."""
 
     def __init__(self, form: str = 'text'):
         super().__init__('%(asctime)sZ %(levelname)s %(message)s')
         self.converter, self.form = time.gmtime, form
 
     def format(self, record):
+        return legible(HUSHED.sub(r'\1...', self.line(record)))
+
+    def line(self, record) -> str:
         fields = getattr(record, 'fields', {})
         if self.form == 'json':
-            return legible(json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str))
+            return json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str)
         told = ' '.join(f'{name}={self.word(each)}' for name, each in fields.items())
-        return legible(f'{super().format(record)} {told}'.rstrip())
+        return f'{super().format(record)} {told}'.rstrip()
 
     def whole(self, record) -> dict:
         """What every line has as JSON."""
@@ -1894,6 +1902,14 @@ class Lines(logging.Formatter):
         text = f'{value}'
         plain = re.fullmatch(r'[\w.:/@,+<>-]+', text)
         return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def log_as(config: Config) -> None:
+    """Lets the log be as the settings say, from now on."""
+    log_requests.disabled = log_calls.disabled = not config.log_requests
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, Lines):
+            handler.formatter.form = config.log_format
 
 
 # Calls #######################################################################
@@ -5227,8 +5243,8 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
-    'reservation': ('occurrence', 'texts')}
+                           'limits', 'token', 'credential', 'feed', 'subscription', 'share'), ())
+REHEARSED['reservation'] = ('occurrence', 'texts')
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
 INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
@@ -5554,6 +5570,7 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     mails = [target for target in targets if not is_web(target)]
     left = mails_left(config, owner, len(mails), at) if mails else 0
     may_go = mails[:max(left, 0)]
+    METRICS.count('limited_total', len(mails) - len(may_go), setting='notices_per_day')
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
@@ -8028,6 +8045,7 @@ class Shares:
     def refusal(self, full: tuple[str, str]) -> Error:
         kind, name = full
         error, sentence = FULL[kind]
+        METRICS.count('limited_total', setting=f'slow_per_{kind}' if name else 'threads')
         return error(sentence.format(most=self.most[kind], name=name))
 
 
@@ -14455,6 +14473,12 @@ OWN_FOR = timedelta(days=90)
 FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes,
                             s.name AS resource, t.added, t.ends, t.last_used, t.revoked
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+#: By what somebody can see anything; who is known elsewhere has no token.
+ACCESS = '''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
+  UNION ALL SELECT NULL, project FROM feed WHERE user = ?1 AND revoked IS NULL
+  UNION ALL SELECT NULL, project FROM subscription WHERE user = ?1 AND due IS NOT NULL
+  UNION ALL SELECT NULL, r.project FROM share h JOIN reservation r ON r.id = h.reservation_id
+            WHERE r.user = ?1'''
 
 
 class Tokens(Operations):
@@ -14588,8 +14612,8 @@ class Tokens(Operations):
     def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token invalid at once.
 
-        With the last token of a user in a project, the user's feeds and subscriptions end, too.
-        Their reservations stay.
+        With the last token of a user in a project, the user's feeds, subscriptions and shared pages
+        end, too. Their reservations stay.
 
         Example:
           python cmres.py token revoke 3
@@ -14609,7 +14633,7 @@ class Tokens(Operations):
 
     @api('DELETE', '/user/<user>', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
-        """Ends all access of a person: tokens, sign-ins, feeds and subscriptions.
+        """Ends all access of a person: tokens, sign-ins, feeds, subscriptions and shared pages.
 
         In all projects, or in one. Their reservations stay.
 
@@ -14617,17 +14641,18 @@ class Tokens(Operations):
           python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
-            found = rows('SELECT id, project FROM token WHERE user = ? AND revoked IS NULL', user)
-            found = [each for each in found if project in ('', each.project)]
+            found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
             if not found:
                 where = f' in {project}' if project else ''
-                raise NotFound(f"'{user}' has no active token{where}.")
-            for each in found:
-                self.revoke(each.id, now)
+                raise NotFound(f"'{user}' has no active token, feed, subscription or shared page"
+                               f'{where}.')
+            tokens = [each.id for each in found if each.id]
+            for each in tokens:
+                self.revoke(each, now)
             ended = ''.join(self.end_calendars(user, each, now)
                             for each in sorted({each.project for each in found}))
-            self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
-        return {'user': user, 'tokens': len(found)}
+            self.journal(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
+        return {'user': user, 'tokens': len(tokens)}
 
     @api('POST', '/credential/', made='/credential/')
     def credential_add(self, cloud: Name, application: Name = '', secret: Name = '',
@@ -14713,12 +14738,13 @@ class Tokens(Operations):
         number, = run(f'SELECT count(*) FROM {what[:-1]} '
                       f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
         if self.actor.role != ADMIN and 0 < most <= number:
+            METRICS.count('limited_total', setting=f'{what}_per_user')
             raise TooMany(f'{user} has {number} {what}, and at most {most} are allowed. Remove '
                           'one first.')
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, the subscriptions of who may not book; the
-        end of a sentence that says so.
+        """Ends the feeds and shared pages of who has no token any more, the subscriptions of who
+        may not book; the end of a sentence that says so.
         """
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
@@ -14727,6 +14753,9 @@ class Tokens(Operations):
         if not roles:
             ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
                               int(now), user, project).rowcount, 'feeds'))
+            ended.append((run('DELETE FROM share WHERE EXISTS (SELECT 1 FROM reservation r '
+                              'WHERE r.id = reservation_id AND r.user = ? AND r.project = ?)',
+                              user, project).rowcount, 'shared pages'))
         if not roles - {READER}:
             ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
                               user, project).rowcount, 'subscriptions'))
@@ -17367,8 +17396,7 @@ def statuses_of(operation: Operation, verb: str) -> set[int]:
     """The statuses with which it may be refused."""
     kinds = {each.annotation for each in operation.parameters.values()}
     names = operation.parameters.keys()
-    found = {400: True, 401: True, 429: True, 500: True, 503: True,
-             403: operation.changes or operation.role != READER,
+    found = {400: True, 401: True, 403: True, 429: True, 500: True, 503: True,
              404: bool(kinds & {Label, Place, Name}) or 'id' in names,
              409: operation.changes or 'label' in names,
              412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
@@ -17483,7 +17511,9 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     """The answer to a call on the conditions of its request."""
     once = once_of(acting, operation, bound, request, given)
     if once and (kept := once.kept()):
-        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
+        again = {'Idempotency-Replayed': 'true'} | location(
+            operation, json.loads(kept.answer), kept.status)
+        return sent(kept.answer, kept.status, UNKEPT | again)
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
@@ -17494,9 +17524,9 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     text = json_text(answer)
     if once:
         once.keep(status, text)
-    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
-               'Link': next_page(operation, answer, request)}
-    return sent(text, status, UNKEPT | {name: each for name, each in headers.items() if each})
+    headers = {'ETag': tag, 'Link': next_page(operation, answer, request)}
+    headers = {name: each for name, each in headers.items() if each}
+    return sent(text, status, UNKEPT | headers | location(operation, answer, status))
 
 
 def in_turn(*looks: Callable | None) -> Callable:
@@ -17545,9 +17575,12 @@ def headers_of(error: Error) -> dict[str, str]:
     return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
 
 
-def location(operation: Operation, answer: dict) -> str:
-    """Where that is found which was made."""
-    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+def location(operation: Operation, answer: dict, status: int) -> dict[str, str]:
+    """The header that says where that is found which was made."""
+    if status != 201:
+        return {}
+    path = re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+    return {'Location': BASE + path}
 
 
 def next_page(operation: Operation, answer, request) -> str:
@@ -17953,7 +17986,8 @@ def note_wait(environ: dict, error: Error) -> None:
 
 
 def error_body(error: Error) -> dict:
-    METRICS.count('refusals_total', kind=type(error).__name__)
+    cause = {'cause': error.details['cause']} if 'cause' in error.details else {}
+    METRICS.count('refusals_total', kind=type(error).__name__, **cause)
     return {'error': str(error),
             'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
@@ -17970,7 +18004,7 @@ def error_text(failure, request, response) -> str:
     if failure.status_code == 404 and not isinstance(error, Error):
         error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
     if not isinstance(error, Error):
-        error = Invalid(f'{error}'.lower())
+        error = Invalid(str(error))
     for name, value in headers_of(error).items():
         response.set_header(name, value)
     return json_text(error_body(error))
@@ -18239,6 +18273,9 @@ QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the t
 FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
              'HTTP_X_FORWARDED_PORT', 'HTTP_X_FORWARDED_BY', 'HTTP_FORWARDED')
 END_IS_NEAR = 14 * DAY  # then answers tell that a token ends
+#: Settings that bound something else than what comes within a minute.
+LIMITED_ELSEWHERE = (*(f'{each}_per_user' for each in STILL), 'notices_per_day', 'slow_per_user',
+                     'slow_per_target', 'threads')
 
 
 class Gate:
@@ -18259,6 +18296,7 @@ class Gate:
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
+            refuse_malformed(environ)
             reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
             if reads and environ['PATH_INFO'] == METRICS_PATH:
                 body = self.metrics(environ, answer)
@@ -18318,8 +18356,7 @@ class Gate:
         rates.add('mib_per_address', environ['cmres.address'], mib)
         if token and token.role != ADMIN:
             rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
-        if self.service.config.log_requests and not (
-                environ['PATH_INFO'] in QUIET and answer.status < 400):
+        if environ['PATH_INFO'] not in QUIET or answer.status >= 400:
             told_fields(log_requests, 'request', id=environ['cmres.request_id'],
                         address=environ['cmres.address'], user=token and token.user,
                         project=token and token.project, token=token and token.id,
@@ -18333,6 +18370,15 @@ class Gate:
         rule = getattr(environ.get('bottle.route'), 'rule', '-')
         verb = environ['REQUEST_METHOD']
         return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+
+
+def refuse_malformed(environ: dict) -> None:
+    """Refuses what `waitress` could not read as a request, with the status that it found."""
+    if wrong := environ.get('cmres.malformed'):
+        error = (TooLarge if wrong.code == 413 else Invalid)(
+            f'The server cannot read this request: {wrong.body}.'.replace('..', '.'))
+        error.status = wrong.code
+        raise error
 
 
 class Reply:
@@ -18410,10 +18456,12 @@ class StoreMetrics:
         self.seen: int | None = None  # the last event that was counted
         for code in TEXTS:  # Prometheus sees no increase from nothing to one
             METRICS.count('events_total', 0, code=code)
-        for setting in LIMITED:
+        for setting in (*LIMITED, *LIMITED_ELSEWHERE):
             METRICS.count('limited_total', 0, setting=setting)
         for name in ('wrong_tokens_total', 'sign_ins_total', 'hung_up_total'):
             METRICS.count(name, 0)
+        with suppress(Unavailable, *STORE_ERRORS), db.connection_context():
+            self.count_events()  # what comes from now on is counted, also before the first look
 
     def samples(self) -> list[tuple]:
         """Samples of all that is measured; without the store, where that can't be read."""
@@ -23778,7 +23826,7 @@ class Pages:
             request, given = bottle.request, {}
             visit = self.visit(request)
             try:
-                given = read_query(request) if request.method == 'GET' else read_form(request)
+                given = read_form(request) if request.method == 'POST' else read_query(request)
                 if signed_in and not visit.actor:
                     return self.asking(visit, request, given)
                 if request.method == 'POST':
@@ -23842,8 +23890,9 @@ class Pages:
         query = (f'?{urlencode(typed)}' if request.method == 'POST'
                  else f'?{request.query_string}'.rstrip('?'))
         aside = request.path.endswith(('/live', '/check', '/try', '/small'))
-        goes = request.method == 'GET' and not aside or request.path == '/book'
-        status = 200 if request.method == 'GET' and not aside else 401
+        reads = request.method in ('GET', 'HEAD') and not aside
+        goes = reads or request.path == '/book'
+        status = 200 if reads else 401
         back = request.path + query if goes else '/'
         return self.page(visit, 'Sign in', self.sign_in_form('', back), status)
 
@@ -25411,7 +25460,7 @@ MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
 NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token '
-    'timezone workers call_timeout poll_running verify_every connections'.split())
+    'timezone workers call_timeout poll_running verify_every connections keystone oidc'.split())
 #: Settings that only their owner may read.
 SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
@@ -25499,12 +25548,24 @@ class Watch:
             each.requests or each.total_outbufs_len or each.will_close or each.close_when_flushed)
 
 
+def answer_malformed(channel, request):
+    """waitress' task for what it can't read: the application answers, counts and logs that too."""
+    from waitress.task import ErrorTask, WSGITask
+    if request.error.code == 500:  # the application has failed
+        return ErrorTask(channel, request)
+    task, request.command = WSGITask(channel, request), ''
+    task.environ = {'REMOTE_ADDR': channel.addr[0], 'REQUEST_METHOD': '', 'PATH_INFO': '',
+                    'cmres.malformed': request.error}
+    task.set_close_on_finish()
+    return task
+
+
 def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
     from waitress.channel import HTTPChannel
 
     class Channel(HTTPChannel):
-        peer = ''
+        peer, error_task_class = '', staticmethod(answer_malformed)
 
         def __init__(self, server, sock, addr, adj, map=None):
             super().__init__(server, sock, addr, adj, map=map)
@@ -25532,7 +25593,7 @@ class Front:
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
             ident=None,
             channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
-        self.port = getattr(self.server, 'effective_port', config.port)
+        self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
         self.watch, self.looked = Watch(self.sockets), time.monotonic()
@@ -25633,7 +25694,7 @@ CHARTS = (
     ('VMs by state', 'short', (('sum by (cloud, state) (cmres_servers)', '{{cloud}} {{state}}'),)),
     ('Reserved and refused', 'short', (
         ('increase(cmres_events_total{code=~"added|admitted"}[1h])', '{{code}}'),
-        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}}'))),
+        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}} {{cause}}'))),
     ('Waiting and pending', 'short', (
         ('cmres_reservations_waiting', 'waiting'), ('cmres_reservations_pending', 'pending'))),
     ('VMs ready after their planned start', 's', tuple(
@@ -25791,8 +25852,9 @@ class Housekeeper(threading.Thread):
         try:
             for line in read_settings_again(self.service.config):
                 log.info('settings: %s', line)
+            log_as(self.service.config)
         except Invalid as error:
-            log.warning('settings: %s; nothing was changed', error)
+            log.warning('settings: %s Nothing was changed.', sentence(str(error)))
         tell_systemd('READY=1')
 
 
@@ -26585,9 +26647,9 @@ def in_utc(config: Config) -> None:
     os.environ['TZ'] = 'UTC'
     time.tzset()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(config.log_format))
+    handler.setFormatter(Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    log_calls.disabled = not config.log_requests
+    log_as(config)
     for name in config.old_names:
         log.warning('the setting %s is now called %s', name, RENAMED['setting'][name])
     # it warns at every request that waits
@@ -27104,7 +27166,7 @@ def say_end(told: str, zone: ZoneInfo) -> None:
     """Tells on the error output that the token ends soon, as the server has said."""
     id, _, at = told.partition(' ')
     if at:
-        print(f'Your token {id} ends at {format_time(parse_time(at, zone), zone)}. '
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
               f'Renew it: token renew {id} --for 90d', file=sys.stderr)
 
 

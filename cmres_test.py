@@ -13982,6 +13982,26 @@ def test_the_readme_begins_with_a_start_for_each_reader():
     assert {*re.findall(r'\]\(#([a-z-]+)\)', '\n'.join(lines))} <= heads
 
 
+def test_the_document_says_that_a_token_may_be_too_narrow_for_whatever_it_asks(app):
+    narrow = Rest(app.world, app.world.service.token_add('eva', 'biology', scopes=['calendar'])['token'])
+    for path, verbs in cmres.openapi()['paths'].items():
+        if 'get' in verbs and path.startswith('/cm/') and '/calendar' not in path and '{' not in path:
+            status = narrow.call('GET', path, status='*').status_int
+            assert f'{status}' in verbs['get']['responses'] and status in (400, 403), path
+
+
+def test_an_answer_that_is_given_again_says_again_where_it_is(app):
+    asked = {'label': 'lab', 'resource': 'demo', 'start': '+2h', 'end': '+3h', 'vms': 2}
+    for replayed in (None, 'true'):
+        told = app.call('POST', '/reservation/', asked, 201, Idempotency_Key='one')
+        assert told.headers['Location'] == '/cm/v1.0/reservation/lab'
+        assert told.headers.get('Idempotency-Replayed') == replayed
+
+
+def test_an_address_that_is_not_utf_8_is_refused_in_a_sentence(app):
+    assert app.web.get('/%ff', status=400).json['error'] == 'The address is not UTF-8.'
+
+
 # Shares ######################################################################
 
 
@@ -14423,6 +14443,27 @@ def test_people_look_after_their_tokens_on_the_page(world):
     assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
 
 
+def test_who_leaves_leaves_no_shared_page_also_who_had_no_token_here(world):
+    for label, user in (('hers', 'eva'), ('his', 'max'), ('other', 'ann')):
+        book(world.as_user(user), label)
+        cmres.run("INSERT INTO share (reservation_id, nonce, seats) SELECT id, 'n', '[]' FROM reservation "
+                  'WHERE label = ?', label)
+    world.as_user('max').calendar_feed()
+    world.service.token_add('eva', 'biology')
+    shared = lambda: [each.label for each in cmres.rows(  # noqa: E731
+        'SELECT r.label FROM share h JOIN reservation r ON r.id = h.reservation_id ORDER BY r.id')]
+    assert world.service.user_end('max', dry_run=True) == {'user': 'max', 'tokens': 0}
+    assert shared() == ['hers', 'his', 'other']
+    world.service.token_revoke(1)
+    assert shared() == ['his', 'other']
+    assert world.service.user_end('max') == {'user': 'max', 'tokens': 0}
+    assert world.service.events()[-1]['sentence'] == (
+        'revoked all tokens of max: 0; 1 feeds of max ended; 1 shared pages of max ended')
+    assert shared() == ['other'] and world.service.calendar_list() == []
+    with pytest.raises(NotFound, match="'max' has no active token, feed, subscription or shared page"):
+        world.service.user_end('max')
+
+
 # Identity ####################################################################
 
 def basic(user, password):
@@ -14817,7 +14858,7 @@ def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
              for name, labels in (
         ('requests_total', {'operation': 'add', 'status': '409'}),
         ('requests_total', {'operation': 'add', 'status': '201'}),
-        ('refusals_total', {'kind': 'NoCapacity'}))}
+        ('refusals_total', {'kind': 'NoCapacity', 'cause': 'reserved'}))}
     assert grown == {'requests_total': 2, 'refusals_total': 1}
     assert metric(text, 'events_total', code='refused') >= 1 and metric(text, 'events_total',
             code='added') >= 1
@@ -14985,6 +15026,58 @@ def test_nothing_is_written_for_a_client_that_has_hung_up(world, gated):
     assert add().status_int == 503 and world.service.list() == []
     here[0] = True
     assert add().status_int == 201 and labels(world.service.list()) == ['lab']
+
+
+def test_limits_that_do_not_count_by_the_minute_are_counted_too(world, gated):
+    eva = gated(feeds_per_user=1, tokens_per_user=1, slow_per_user=1)
+    look = functools.partial(Gated(world, world.service.token_add('root', 'ops', 'admin')['token']).ask, '/metrics')
+    before = look().text
+    for path in ('/calendar/feed', '/calendar/feed', '/calendar/feed', '/token/'):
+        eva.ask(cmres.BASE + path, 'POST')
+    shares = world.service.shares
+
+    def compute():
+        with shares.answering('eva'), shares.computing(0):
+            return True
+    with shares.answering('eva'), shares.computing(), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(cmres.TooMany):
+            pool.submit(compute).result()
+    after = look().text
+    grown = {name: metric(after, 'limited_total', setting=name) - metric(before, 'limited_total', setting=name)
+             for name in ('feeds_per_user', 'tokens_per_user', 'slow_per_user', 'subscriptions_per_user')}
+    assert grown == {'feeds_per_user': 2, 'tokens_per_user': 1, 'slow_per_user': 1, 'subscriptions_per_user': 0}
+
+
+def test_what_came_before_the_first_look_at_metrics_is_counted(world, gated):
+    admin = gated('admin', metrics='open')
+    before = metric(cmres.exposition(cmres.METRICS.samples()), 'events_total', code='added')
+    book(world.service)
+    assert metric(admin.ask('/metrics').text, 'events_total', code='added') == before + 1
+
+
+def test_refusals_are_counted_by_their_cause(world, gated):
+    eva = gated(metrics='open')
+    count = lambda: metric(eva.ask('/metrics').text, 'refusals_total', kind='NoCapacity', cause='too_large') or 0  # noqa: E731
+    before = count()
+    eva.ask('/reservation/', 'POST', {'label': 'big', 'resource': 'demo', 'start': '+2h', 'end': '+3h', 'vms': 1000})
+    assert count() == before + 1
+
+
+@pytest.mark.parametrize('form', ['text', 'json'])
+def test_no_line_of_the_log_has_a_token_or_a_secret_address_whoever_wrote_it(world, form, caplog):
+    token = world.service.token_add('eva')['token']
+    feed = urlsplit(world.service.calendar_feed()['feed']).path
+    secrets_ = token, feed.split('/')[2], 'ab' * 20
+    for secret, line in zip(secrets_, (f'GET /?t={token}', feed, f'/s/12-{"ab" * 20}')):
+        cmres.logging.getLogger('waitress').warning('Client disconnected while serving %s', line)
+        try:
+            raise ValueError(line)
+        except ValueError as error:
+            cmres.mistake(error, types.SimpleNamespace(method='GET', path=line))
+    text = '\n'.join(map(cmres.Lines(form).format, caplog.records))
+    assert text.count('...') >= 6 and not any(each in text for each in secrets_)
+    if form == 'json':
+        assert all(map(json.loads, text.splitlines()))
 
 
 # Blazar ######################################################################
@@ -17868,6 +17961,14 @@ def test_in_a_browser_a_shared_page_keeps_nobody_out(world, browse):
     assert page.locator('.seat').count() == 2
 
 
+def test_head_of_a_page_is_answered_as_get_is(world):
+    for visitor in (webtest.TestApp(cmres.web(world.service)), as_visitor(world)):
+        for path in ('/', '/list?state=active', '/docs', '/list/live', '/nowhere', '/list?tz=%ff'):
+            said, head = (getattr(visitor, verb)(path, status='*') for verb in ('get', 'head'))
+            assert (said.status_int, said.content_type) == (head.status_int, head.content_type), path
+            assert not head.body
+
+
 # Serving #####################################################################
 
 
@@ -18133,6 +18234,61 @@ def test_serve_reads_settings_again_and_logs_as_json_and_ends_in_good_order(serv
     assert 'settings' in {each['code'] for each in json.loads(cli(tmp_path, 'events', '--format', 'json').stdout)}
 
 
+@pytest.mark.parametrize('sent, status', [
+    (b'GARBAGE\r\n\r\n', 400), (b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -4\r\n\r\n', 400),
+    (b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n', 413),
+    (b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n', 501)])
+def test_what_is_no_request_is_answered_counted_and_logged_as_one(world, fronted, caplog, sent, status):
+    caplog.set_level('INFO')
+    gate = cmres.Gate(cmres.web(world.service), world.service)
+    gate.let = threading.Event()
+    front, thread, connect = fronted(gate)
+    line = connect()
+    with contextlib.suppress(OSError):
+        line.sendall(sent)
+    head, _, body = line.makefile('rb').read().partition(b'\r\n\r\n')
+    headers = dict(each.lower().split(': ', 1) for each in head.decode().splitlines()[1:])
+    assert head.split()[1] == b'%d' % status and headers['content-type'] == 'application/json'
+    assert headers['x-content-type-options'] == 'nosniff' and headers['connection'] == 'close'
+    assert json.loads(body)['error'].startswith('The server cannot read this request: ')
+    soon(lambda: [each for each in caplog.records if each.name == 'cmres.requests'])
+    told = [each.fields for each in caplog.records if each.name == 'cmres.requests'][-1]
+    assert (told['status'], told['id'], told['address']) == (status, headers['x-request-id'], '127.0.0.1')
+
+
+def test_a_port_that_stays_needs_no_restart(folder, fronted):
+    front, *_ = fronted(Patient())
+    folder('config.ini', f'[cmres]\nport = {front.port}\n')
+    config = load_config(environ={})
+    config.take(port=front.port)
+    assert cmres.read_settings_again(config, {}) == []
+
+
+def test_the_log_is_from_the_next_line_on_as_the_settings_say(folder, world, monkeypatch, caplog):
+    caplog.set_level('INFO')
+    folder('config.ini', '[cmres]\nlog_format = text\nlog_requests = false\n')
+    handler = cmres.logging.StreamHandler(io.StringIO())
+    handler.setFormatter(cmres.Lines())
+    monkeypatch.setattr(cmres.logging.getLogger(), 'handlers', [handler])
+    keeper = cmres.Housekeeper(world.service)
+    monkeypatch.setattr(keeper.service, 'config', load_config(environ={}))
+    for form, on in (('json', 'true'), ('text', 'false'), ('text', 'true')):
+        folder('config.ini', f'[cmres]\nlog_format = {form}\nlog_requests = {on}\n')
+        keeper.settings()
+        handler.stream.truncate(0)
+        for each in (cmres.log_requests, cmres.log_calls):
+            cmres.told_fields(each, 'line', ms=1)
+        lines = handler.stream.getvalue().split('\0')[-1].splitlines()
+        assert len(lines) == 2 * (on == 'true') and all(each.startswith('{') == (form == 'json') for each in lines)
+
+
+def test_who_may_come_in_elsewhere_is_asked_for_again_only_after_a_restart(folder):
+    folder('config.ini', '[cmres]\n')
+    config = load_config(environ={})
+    told = cmres.read_settings_again(config, {'CMRES_KEYSTONE': 'https://a.example', 'CMRES_OIDC': 'https://b.example'})
+    assert told == ['keystone has changed and needs a restart', 'oidc has changed and needs a restart']
+
+
 # Client ######################################################################
 
 
@@ -18140,7 +18296,8 @@ def test_serve_reads_settings_again_and_logs_as_json_and_ends_in_good_order(serv
 def client(world):
     """A client of a real server, on behalf of an admin."""
     token = world.service.token_add('root', 'default', 'admin')['token']
-    server = waitress.create_server(cmres.rest(world.service), host='127.0.0.1', port=0, threads=2)
+    server = waitress.create_server(cmres.Gate(cmres.rest(world.service), world.service),
+                                    host='127.0.0.1', port=0, threads=2)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     yield Client(f'http://127.0.0.1:{server.effective_port}', token)
@@ -18296,6 +18453,18 @@ def test_the_command_line_talks_to_a_server_where_one_is_set(client, world, run,
     assert (code, out) == (1, '') and '6 VMs at that time' in err
     assert json.loads(run('list', '--format=json')[1])[0]['label'] == 'lab'
     assert not (tmp_path / 'unused.db').exists()
+
+
+def test_a_command_says_that_its_token_ends_soon_and_answers_all_the_same(client, world, run, monkeypatch):
+    for name, value in (('CMRES_URL', client.url), ('CMRES_TOKEN', client.token)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cmres.time, 'time', lambda: world.now)
+    world.service.token_renew(1, timedelta(days=9, hours=1))
+    code, out, err = run('token', 'add', 'ida', '--for', '3d')
+    assert code == 0 and 'cmres_' in out
+    assert err == 'Your token 1 ends at 2026-12-10 13:00 UTC. Renew it: token renew 1 --for 90d\n'
+    world.service.token_renew(1, timedelta(days=15))
+    assert run('list')[2] == ''
 
 
 # Command line ################################################################
