@@ -56,7 +56,6 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
-import base64
 import csv
 import dataclasses
 import difflib
