@@ -24516,7 +24516,7 @@ def test_roles_of_a_provider_are_taken_and_others_refused(provider):
     for claims in ({'role': 'boss'}, {'preferred_username': ''}):
         provider.claims, web = claims, webtest.TestApp(provider.web.app)
         said = web.get('/sign-in/oidc', provider.authorize(sent_to(provider, web)), status=401)
-        assert 'the provider' in said.text
+        assert 'The provider' in said.text
 
 
 def test_without_a_provider_nobody_is_sent_to_one(world):
