@@ -14424,7 +14424,7 @@ def test_a_token_that_a_program_has_does_not_sign_in(world):
     for asked in ({'scopes': ['calendar']}, {'resource': 'demo'}):
         form = someone.get('/').forms[0]
         form['token'] = world.service.token_add('eva', 'biology', **asked)['token']
-        assert 'this token is for a program' in form.submit(status=401).text
+        assert 'This token is for a program' in form.submit(status=401).text
 
 
 def test_people_look_after_their_tokens_on_the_page(world):
