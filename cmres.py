@@ -5280,7 +5280,6 @@ def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
     if run('PRAGMA temp.table_info(texts_now)').fetchone():
         return
-    run('PRAGMA temp_store = memory')
     for table in REHEARSED:
         columns = run(f'PRAGMA main.table_info({table})').fetchall()
         names = ', '.join(f'"{name}"' for _, name, *_ in columns)
