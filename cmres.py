@@ -1513,6 +1513,7 @@ class Config:
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
+    read: Config | None = dataclasses.field(default=None, compare=False)  # without options
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1667,6 +1668,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.proxies, config.roles, config.check_choices()
     config.tells_who('')
+    config.take(read=dataclasses.replace(config))
     return config
 
 
@@ -25716,8 +25718,8 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
     """
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
-        before, after = getattr(config, name), getattr(new, name)
-        if before == after:
+        before, after = getattr(config.read or config, name), getattr(new, name)
+        if before == after:  # an option of the command stays as it is
             continue
         if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
@@ -25725,7 +25727,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else
                     f'[{name}] has changed')
         config.take(**{name: after})
-    config.take(sources=new.sources, stamp=new.stamp)
+    config.take(sources=new.sources, stamp=new.stamp, read=new)
     return told
 
 

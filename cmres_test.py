@@ -18321,8 +18321,11 @@ def test_a_port_that_stays_needs_no_restart(folder, fronted):
     front, *_ = fronted(Patient())
     folder('config.ini', f'[cmres]\nport = {front.port}\n')
     config = load_config(environ={})
-    config.take(port=front.port)
-    assert cmres.read_settings_again(config, {}) == []
+    for port in (front.port, 8734):  # as it is listened on, and as an option has it
+        config.take(port=port)
+        assert cmres.read_settings_again(config, {}) == [] and config.port == port
+    told = ['port has changed and needs a restart', 'drain is 9 now']
+    assert sorted(cmres.read_settings_again(config, {'CMRES_PORT': '8735', 'CMRES_DRAIN': '9'})) == sorted(told)
 
 
 def test_the_log_is_from_the_next_line_on_as_the_settings_say(folder, world, monkeypatch, caplog):
