@@ -1513,6 +1513,7 @@ class Config:
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
+    read: Config | None = dataclasses.field(default=None, compare=False)  # without options
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1667,6 +1668,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.proxies, config.roles, config.check_choices()
     config.tells_who('')
+    config.take(read=dataclasses.replace(config))
     return config
 
 
@@ -2188,7 +2190,8 @@ def guarded_by_role(method):
             kwargs['asked'] = {name: usual[name] for name in names} | given
         refuse_to(self.actor, API[method.__name__])
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
-        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
+        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
+            method.__name__ == 'delete' and not kwargs['asked']['label'])
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
               self.shares.computing() if takes_long else nullcontext()):
@@ -2196,8 +2199,9 @@ def guarded_by_role(method):
     return checked
 
 
-#: What may compute for seconds: calendars and many lines at once, and by these arguments, series.
-LONG = ('import_', 'load', 'generate')
+#: What may compute for seconds: calendars and many at once (of `delete`, what has no label), and by
+#: these arguments, series.
+LONG = ('import_', 'load', 'generate', 'maintenance_add', 'resource_capacity')
 LONG_BY = ('repeat', 'holidays')
 
 
@@ -5278,7 +5282,6 @@ def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
     if run('PRAGMA temp.table_info(texts_now)').fetchone():
         return
-    run('PRAGMA temp_store = memory')
     for table in REHEARSED:
         columns = run(f'PRAGMA main.table_info({table})').fetchall()
         names = ', '.join(f'"{name}"' for _, name, *_ in columns)
@@ -5639,6 +5642,9 @@ BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description,',
     "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
     'AS description,')
+#: Of many at once, also without long metadata.
+SLIM = BRIEF.replace('r.metadata,',
+                     "iif(length(r.metadata) > 1000, '{}', r.metadata) AS metadata,")
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
@@ -13007,8 +13013,9 @@ class Requests(Operations):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.admission.cancel(self.look.live(each), now, ends=True)
-            lines = in_lines(self.look.in_order([each.id for each in found]))
-            return [line | self.admission.ends_with(each) for line, each in zip(lines, found)]
+            after = self.look.in_order([each.id for each in found], fields=SLIM)
+            return [public(line) | self.admission.ends_with(each)
+                    for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -13040,7 +13047,7 @@ class Requests(Operations):
         if label:
             ways = [('series', f'1{self.look.within(filters)}')]
             where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
-        return self.look.page(ways, where, (), 2**31)
+        return self.look.page(ways, where, (), 2**31, fields=SLIM)
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
@@ -17467,7 +17474,6 @@ def health_of(service: Reservations, told: Callable | None = None):
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     app.route('/healthz', 'GET', health_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
@@ -17496,16 +17502,13 @@ def handler(service: Reservations, operation: Operation, fixed: dict,
 
     def handle(**path):
         request = bottle.request
-        try:
-            acting = service.acting(who_asks(service, request, visitor))
-            acting.wanted = while_there(request.environ)
-            with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-                given = given_once(read_query(request, several(operation)),
-                                   read_body(request, most_body(operation)), path, fixed)
-                bound = bind(operation, given, acting.here)
-                return respond(acting, operation, bound, request, given)
-        except Error as error:
-            return refused(error)
+        acting = service.acting(who_asks(service, request, visitor))
+        acting.wanted = while_there(request.environ)
+        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
+            bound = bind(operation, given, acting.here)
+            return respond(acting, operation, bound, request, given)
     return handle
 
 
@@ -17519,11 +17522,8 @@ def document_handler(service: Reservations, visitor: Callable | None) -> Callabl
     import bottle
 
     def handle():
-        try:
-            who_asks(service, bottle.request, visitor)
-            return sent(json_text(openapi()), 200, UNKEPT)
-        except Error as error:
-            return refused(error)
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -17744,10 +17744,7 @@ def feed_handler(service: Reservations) -> Callable:
     written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
-        try:
-            etag, text = written.current(secret)
-        except Error as error:
-            return refused(error)
+        etag, text = written.current(secret)
         same = etag in header(bottle.request, 'If-None-Match')
         return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
@@ -18048,13 +18045,6 @@ def request_name(environ: dict) -> str:
     import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
-
-
-def name_request(request, response) -> None:
-    """Gives an answer the name that its request came with, or a new one."""
-    name = request.environ.get('cmres.request_id') or request_name(request.environ)
-    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
-        response.set_header(header, name)
 
 
 def plain_path(environ: dict) -> None:
@@ -18425,7 +18415,6 @@ class Reply:
             yield 'X-Cmres-Token-Ends', f"{token.id} {to_plain(instant(token.ends))}"
 
     def refuse(self, error: Error) -> list[bytes]:
-        note_wait(self.environ, error)
         body = json_text(error_body(error)).encode()
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
@@ -25729,8 +25718,8 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
     """
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
-        before, after = getattr(config, name), getattr(new, name)
-        if before == after:
+        before, after = getattr(config.read or config, name), getattr(new, name)
+        if before == after:  # an option of the command stays as it is
             continue
         if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
@@ -25738,7 +25727,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else
                     f'[{name}] has changed')
         config.take(**{name: after})
-    config.take(sources=new.sources, stamp=new.stamp)
+    config.take(sources=new.sources, stamp=new.stamp, read=new)
     return told
 
 

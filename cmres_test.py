@@ -13909,6 +13909,7 @@ def test_no_name_is_given_that_an_address_has_already(app):
 
 
 def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
+    app.web = webtest.TestApp(cmres.Gate(cmres.rest(app.world.service), app.world.service))
     for verb, path, status in (('GET', '/reservation', 200), ('GET', '/resource/x', 404), ('PUT', '/resource', 405),
                                ('GET', '/nothing', 404), ('GET', '/healthz', 200), ('GET', '/openapi.json', 200),
                                ('HEAD', '/resource', 200), ('GET', '/reservation?limit=x', 400)):
@@ -14265,6 +14266,27 @@ def test_what_computes_for_long_keeps_no_more_than_its_share(hanging, kind):
     let.set()
     assert all(each.result()[0] in (200, 201, 429, 503) for each in of_eva + of_others)
     assert ask('eva', 5).result()[0] in (200, 201) and not here.world.service.shares.taken
+
+
+def test_what_is_about_many_at_once_waits_for_its_turn_and_what_has_a_label_does_not(world):
+    eva, shares = world.as_user(role='admin'), world.service.shares
+    for label in ('one', 'two'):
+        book(eva, label, description='x' * 900, metadata={f'k{n}': 'v' * 200 for n in range(9)})
+    deeds = [lambda: eva.delete(resource='demo', dry_run=True),
+             lambda: eva.maintenance_add('demo', NOON, hours(9), dry_run=True), lambda: eva.delete('one')]
+
+    def outcome(deed):
+        with shares.answering('eva'):
+            try:
+                return deed()
+            except cmres.TooMany:
+                return None
+    shares.taken.update({('user', 'eva'): shares.most['user'], ('wait', ''): shares.most['wait']})
+    first, second, named = map(outcome, deeds)
+    assert first is second is None and labels(named) == ['one']
+    shares.taken.clear()
+    told, = outcome(deeds[0])
+    assert (told['label'], len(told['description']), told['metadata']) == ('two', 200, {})
 
 
 # Tokens ######################################################################
@@ -18299,8 +18321,11 @@ def test_a_port_that_stays_needs_no_restart(folder, fronted):
     front, *_ = fronted(Patient())
     folder('config.ini', f'[cmres]\nport = {front.port}\n')
     config = load_config(environ={})
-    config.take(port=front.port)
-    assert cmres.read_settings_again(config, {}) == []
+    for port in (front.port, 8734):  # as it is listened on, and as an option has it
+        config.take(port=port)
+        assert cmres.read_settings_again(config, {}) == [] and config.port == port
+    told = ['port has changed and needs a restart', 'drain is 9 now']
+    assert sorted(cmres.read_settings_again(config, {'CMRES_PORT': '8735', 'CMRES_DRAIN': '9'})) == sorted(told)
 
 
 def test_the_log_is_from_the_next_line_on_as_the_settings_say(folder, world, monkeypatch, caplog):
