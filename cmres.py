@@ -6550,9 +6550,9 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
-        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
-        return {}
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
+        """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
+        return wanted
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
@@ -6975,23 +6975,24 @@ class OpenStack(Cloud):
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        groups, failures = {}, []
+        answer = {}
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                answer[kind] = there = self.lent(kind, verbs)
                 for name in there.keys() - things.keys():
                     getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
                 for name in things.keys() - there.keys():
                     try:
-                        with self.telling(f'lend the {kind} {name}'):
-                            there[name] = lending(verbs, name, things[name])
+                        there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
-                        failures.append(error)
-                groups |= there if kind == 'server_group' else {}
-        if failures:
-            raise failures[0]
-        return groups
+                        log.warning('%s', error)
+        return answer
+
+    def lend_one(self, kind: str, name: str, lent: Lent) -> str:
+        """Makes something that is lent, and tells its id."""
+        with self.calling(f'lend the {kind} {name}') as cloud:
+            return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
@@ -7020,7 +7021,8 @@ class OpenStack(Cloud):
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
-        with self.calling('find a subnet', sure=True) as cloud:
+        there = []
+        with self.calling('find a subnet', sure=True) as cloud, suppress(ValueError):
             there = [each for each in cloud.network.subnets(network_id=network)
                      if ip_address(address) in ip_network(each.cidr)]
         for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
@@ -7292,9 +7294,8 @@ class Keystone:
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        # by the hash of the token; made-up ones drive out none that is good
-        self.known: dict[str, Told] = {}
-        self.unknown: dict[str, Told] = {}
+        self.known: dict[str, Told] = {}    # by the hash of the token
+        self.unknown: dict[str, Told] = {}  # apart: a flood of made-up ones drives none out
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -16270,17 +16271,51 @@ class Dispatcher:
 # What became of it: the answers of workers are compared with what is written, and written down.
 
 
+def lent_parts(places: list[int], now: float) -> list:
+    """The parts of leases that are active on some resources, and start nothing themselves."""
+    return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                'r.host, r.user, r.project, l.parts FROM occurrence o '
+                'CROSS JOIN reservation r ON r.id = o.reservation_id JOIN blazar_hold h '
+                'ON h.reservation = r.id JOIN blazar_lease l ON l.id = h.lease_id '
+                'WHERE o.resource_id IN (SELECT value FROM json_each(?)) AND o.due IS NOT NULL '
+                """AND o.cancelled IS NULL AND o.start <= ? AND o."end" > ? AND r.image = ''""",
+                json.dumps(places), now, now)
+
+
+def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+    """What a part of a lease has on clouds: on whose account, of what kind and name."""
+    project = clouds.config.read_again().identities.get(found.project, found.project)
+    cloud, _, network = network_behind(place)
+    lent = Lent(found.lease_id, found.part, project)
+    if cloud:
+        yield cloud, 'address', found.host, lent._replace(network=network)
+    elif not found.host:
+        asked = next(each['asked'] for each in json.loads(found.parts)
+                     if each['id'] == found.part)
+        yield place.cloud, 'flavor', found.part, lent._replace(
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
+            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+        account = clouds.account(place.cloud, found.project, found.user)
+        # Nova shows a server group to nobody but its project.
+        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
+            yield account, 'server_group', found.part, lent._replace(
+                policy='affinity' if asked['affinity'] else 'anti-affinity')
+
+
 class Lender:
     """Has clouds know what the leases have that are active: flavors and server groups where that
     is wanted, and floating IPs.
     """
+    AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
-    def __init__(self, config: Config, workers: Workers):
-        self.config, self.workers = config, workers
+    def __init__(self, workers: Workers):
+        self.workers = workers
         self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
+        self.again = math.inf
         places = {each.id: each for each in rows(
             "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
             "AND named <> '') AND removed IS NULL")}
@@ -16288,62 +16323,36 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {}).update(
-                {'address': {}} if cloud else {'flavor': {}})
-        for each in self.active([*places], now):
-            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+        for each in lent_parts([*places], now):
+            for account, kind, name, lent in lent_things(
+                    self.workers.clouds, each, places[each.resource_id]):
                 wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
         for account, things in wanted.items():
             if things != self.lent.get(account):
                 self.workers.submit(('lend', account), 'lend', account, things)
 
-    def active(self, ids: list[int], now: float) -> list:
-        """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
-                    'r.host, r.user, r.project, l.parts '
-                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
-                    'JOIN blazar_hold h ON h.reservation = r.id '
-                    'JOIN blazar_lease l ON l.id = h.lease_id '
-                    'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
-                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.image = ''""",
-                    json.dumps(ids), now, now)
-
-    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
-        """What a part of a lease has on clouds: on whose account, of what kind and name."""
-        project = self.config.read_again().identities.get(found.project, found.project)
-        cloud, _, network = network_behind(place)
-        lent = Lent(found.lease_id, found.part, project)
-        if cloud:
-            yield cloud, 'address', found.host, lent._replace(network=network)
-        elif not found.host:
-            asked = next(each['asked'] for each in json.loads(found.parts)
-                         if each['id'] == found.part)
-            yield place.cloud, 'flavor', found.part, lent._replace(
-                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
-            account = self.workers.clouds.account(place.cloud, found.project, found.user)
-            # Nova shows a server group to nobody but its project.
-            if asked.get('affinity') is not None and account != place.cloud:
-                yield account, 'server_group', found.part, lent._replace(
-                    policy='affinity' if asked['affinity'] else 'anti-affinity')
-
     def record(self, result: Job, now: float) -> None:
-        if result.error:  # it is tried again at the next pass that has something to do
+        if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-            return
-        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
-        for kind, things in result.target.items():
+        answer = result.answer or {}
+        before, self.lent[result.account] = self.lent.get(result.account, {}), {
+            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
+            for kind, things in result.target.items()}
+        for kind, things in self.lent[result.account].items():
             for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], kind, result.answer.get(name, True))
+                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
+        if self.lent[result.account] != result.target:
+            self.again = now + self.AGAIN
 
 
-def note_lent(lent: Lent, kind: str, id) -> None:
-    """Notes of a part of a lease that a cloud has something for it."""
+def note_lent(lent: Lent, what: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it, and under which id."""
     found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
     parts = json.loads(found.parts) if found else []
     for each in parts:
-        each |= {kind: id} if each['id'] == lent.part else {}
+        if each['id'] == lent.part:
+            each.setdefault(what, id)
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
@@ -16697,7 +16706,7 @@ class LifeCycle:
         self.post = Post(config, self.workers, self.health)
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
-        self.lender = Lender(config, self.workers)
+        self.lender = Lender(self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
                                      self.post, self.lender)
         self.passed = time.monotonic()  # when a pass has worked last
@@ -16756,7 +16765,7 @@ class LifeCycle:
         state = state_of_store()
         if state != self.seen:
             self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
+        return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is
@@ -18708,6 +18717,7 @@ class Blazar:
                 insert(BlazarLease, **lease)
                 view.hold(id, parts, requests, answer)
         view.acting.reserve([request for request, _ in requests], also=also)
+        view.lend_groups(id)
         return {'lease': view.lease(id)}
 
     def change_lease(self, view: LeaseView, given: dict) -> dict:
@@ -18718,7 +18728,7 @@ class Blazar:
 
         def deed(now: float) -> None:
             found = view.row(id)
-            before = view.shown(found)
+            before, = view.leases([found])
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
@@ -18758,7 +18768,9 @@ class Blazar:
                               if key not in ('name', 'id')})
         if any(host.name == name for host in view.hosts()):
             raise Conflict(f"the host '{name}' can be reserved already")
-        cloud, aggregate = view.aggregate_of(name)
+        cloud, (aggregate, *_) = view.first(
+            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
+            'aggregate first: openstack aggregate add host')
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
@@ -18819,10 +18831,9 @@ class Blazar:
 
     def add_address(self, view: LeaseView, given: dict) -> dict:
         """Lets a floating IP of a network be reserved."""
-        network, address = (given.get(name) for name in ('floating_network_id',
-                                                         'floating_ip_address'))
-        if not isinstance(network, str) or not is_address(address):
-            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
+        if not isinstance(network, str) or not isinstance(address, str):
+            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
         cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
                                    f'has {address} in a subnet of the network {network}')
         aggregate = f'floating-IPs {cloud} {subnet} {network}'
@@ -18830,7 +18841,7 @@ class Blazar:
         if address in there:
             raise Conflict(f'{address} can be reserved already')
         view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
-        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+        return {'floatingip': view.host(derived_uuid(f'{aggregate} {address}')).shown}
 
 
 #: What Blazar's clients want to read of a host and cmres does not know.
@@ -18877,6 +18888,19 @@ class LeaseView:
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
 
+    def lend_groups(self, id: str) -> None:
+        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        places = {each.id: each for each in self.acting.look.places() if each.flavors}
+        things = [thing for found in lent_parts([*places], self.acting.clock())
+                  if found.lease_id == id for thing in lent_things(
+                      self.acting.clouds, found, places[found.resource_id])]
+        with suppress(CloudError):  # the life cycle tries it again
+            for account, kind, name, lent in things:
+                if kind == 'server_group':
+                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
+                    with self.acting.writing():
+                        note_lent(lent, kind, made)
+
     # Leases
 
     def row(self, id: str):
@@ -18889,10 +18913,7 @@ class LeaseView:
         return found
 
     def lease(self, id: str) -> dict:
-        return self.shown(self.row(id))
-
-    def shown(self, found) -> dict:
-        return self.leases([found])[0]
+        return self.leases([self.row(id)])[0]
 
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
@@ -18912,8 +18933,10 @@ class LeaseView:
         """A lease with its parts, and what was reserved for each."""
         now, parts = self.acting.clock(), json.loads(found.parts)
         held = [one for part in parts for one in of_part[part['id']]]
-        start, end = lease_window(found, held)
-        state = first_state(held) if parts else bare_state(now, start, end)
+        start = min((each.start for each in held), default=found.start)
+        end = max((min(each.end, each.cancelled or each.end) for each in held), default=found.end)
+        state = first_state(held) if parts else (
+            'reserved' if now < start else 'active' if now < end else 'ended')
         if state == 'active' and any(self.lacks(part, one) for part in parts
                                      for one in of_part[part['id']]):
             state = 'starting'
@@ -18936,8 +18959,8 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        return bool(kind and kind not in part and not one.image
-                    and bool(one.host) == (kind == 'address'))
+        what = one.host if kind == 'address' else '' if one.host or one.image else kind
+        return bool(what) and what not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -19031,7 +19054,7 @@ class LeaseView:
             if bool(network) != addresses:
                 continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = (address_id(place.aggregate, name) if network else
+                id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
@@ -19062,12 +19085,6 @@ class LeaseView:
         """What a cloud answers."""
         opened = self.acting.clouds.open(cloud)
         return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
-
-    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
-        """The cloud and the aggregate that have a host of a name."""
-        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
-                                  'Put it into an aggregate first: openstack aggregate add host')
-        return cloud, found[0]
 
     def first(self, call: Callable, what: str) -> tuple[str, Any]:
         """The first cloud here that answers something, and what; NotFound if none does."""
@@ -19153,7 +19170,7 @@ class LeaseRequests:
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
     def choices(self, asked: dict) -> list[list[Wish]]:
-        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        """The wishes for each of a part that must have a certain address, and for any other."""
         certain = asked.get('required_floatingips') or []
         any_other = [''] if len(certain) < asked.get('max', 1) else []
         return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
@@ -19244,19 +19261,6 @@ def host_id(cloud: str, name: str) -> int:
     return int(hashed(f'{cloud}/{name}')[:12], 16)
 
 
-def address_id(aggregate: str, address: str) -> str:
-    """The UUID of a floating IP."""
-    return derived_uuid(f'{aggregate} {address}')
-
-
-def is_address(text) -> bool:
-    """Whether something is the text of an IP address."""
-    from ipaddress import ip_address
-    with suppress(ValueError):
-        return isinstance(text, str) and bool(ip_address(text))
-    return False
-
-
 def date_out(at: int) -> str:
     return f'{instant(at):{DATE_OUT}}'
 
@@ -19265,22 +19269,9 @@ def made_at(at: int | None) -> str | None:
     return at and f'{instant(at):{MADE_OUT}}'
 
 
-def lease_window(found, held: list) -> tuple[int, int]:
-    """From when until when a lease is: as its reservations are, if it has any."""
-    if not held:
-        return found.start, found.end
-    ends = [min(each.end, each.cancelled or each.end) for each in held]
-    return min(each.start for each in held), max(ends)
-
-
 def first_state(held: list) -> str:
     """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
     return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
-
-
-def bare_state(now: float, start: int, end: int) -> str:
-    """What a lease without reservations would be if it had some."""
-    return 'reserved' if now < start else 'active' if now < end else 'ended'
 
 
 def is_compared(comparison: str, there: str, value: str) -> bool:
