@@ -8093,8 +8093,8 @@ PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)',
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
-                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE', 'X-VM-COUNT',
-                  *(f'X-VM-{name}' for name in PROGRAMMED)))
+                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
+                  'X-VM-COUNT', *(f'X-VM-{name}' for name in PROGRAMMED)))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                   rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
@@ -8667,7 +8667,10 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
         with naming(entry):
             start, (length, exact) = clock.wall(entry.start), entry.lengths
             rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-            if rest and is_ruled(stretches[-1], key):
+            last = stretches[-1]
+            first, slot = map(datetime.fromisoformat, (last.start, key))
+            # what was added by hand has none that follow
+            if rest and (slot == first or last.rule and on_rule(last.rule, first, slot)):
                 STEPS.take(5 * len(stretches))
                 stretches, moved = with_moved(stretches, moved), {}
                 stretches = following(stretches, key, entry, start, length=length, exact=exact,
@@ -8686,12 +8689,6 @@ def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretc
         found.append(stretch._replace(moved=stretch.moved | moved,
                                       dates=(*dates, *more) if more else stretch.dates))
     return found
-
-
-def is_ruled(stretch: Stretch, key: str) -> bool:
-    """Whether a slot is one of a rule; what was added by hand has none that follow."""
-    start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
@@ -8995,6 +8992,10 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
     dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
     more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
     return whole_calendar(event + more, f'METHOD:{method}')
+
+
+def etag_of(text: str) -> str:
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
 
 
 def whole_calendar(parts: str, *head: str) -> str:
@@ -13919,6 +13920,10 @@ def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
     return [*config.logins(addresses), *key]
 
 
+def newest_event() -> int:
+    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -14067,10 +14072,10 @@ class Calendars(Operations):
         wanted = {name: value for name, value in want._asdict().items()
                   if value or name not in ('network', 'key')}
         asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                 'personal': False, 'lead': None, 'description': booking.summary[:1000]
-                 } | said | wanted | {
-            'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
+                 'personal': False, 'lead': None, 'description': booking.summary[:1000]}
+        asked |= said | wanted
+        asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+                  'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
@@ -17800,23 +17805,19 @@ class WrittenFeeds:
     def size(self) -> int:
         return sum(len(each.text) for each in self.kept.values())
 
-    def newest(self) -> int | None:
-        return row('SELECT max(id) AS newest FROM event').newest
-
     def is_old(self, found: Written) -> bool:
-        return found.newest != self.newest() or self.service.clock() >= found.holds
+        return found.newest != newest_event() or self.service.clock() >= found.holds
 
     def written_anew(self, name: str, feed) -> Written:
         """The feed as it is now; somebody else may have written it meanwhile."""
-        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        found, newest = self.kept.get(feed.id, Written()), newest_event()
         if not self.is_old(found):
             return found
         digest = self.service.feed_digest(feed)
         if digest != found.digest or self.service.clock() >= found.holds:
             events, holds = self.service.feed_events(feed)
-            text = calendar_text(name, events).encode()
-            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"',
-                            text)
+            text = calendar_text(name, events)
+            found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
         while self.kept and self.size() + len(found.text) > self.MOST:
             del self.kept[next(iter(self.kept))]
@@ -19710,15 +19711,13 @@ class Understood(NamedTuple):
         """The slots of its exceptions, by what they are written as."""
         if self.booking.error:
             return {}
-        clock = clock_of(self.entries, self.zone)
-        return {each.one('RECURRENCE-ID')[1].strip(): self.slot_of(each, clock)
-                for each in self.entries if each.exception}
-
-    def slot_of(self, entry: Entry, clock: Clock) -> str:
-        named = clock.slot(entry.moment('RECURRENCE-ID'))
-        if getattr(clock.here, 'key', 'UTC') == self.here.key:
-            return named.isoformat()
-        return to_wall(from_wall(named, clock.here), self.here).isoformat()
+        clock, found = clock_of(self.entries, self.zone), {}
+        for each in filter(operator.attrgetter('exception'), self.entries):
+            slot = clock.slot(each.moment('RECURRENCE-ID'))
+            if getattr(clock.here, 'key', 'UTC') != self.here.key:
+                slot = to_wall(from_wall(slot, clock.here), self.here)
+            found[each.one('RECURRENCE-ID')[1].strip()] = slot.isoformat()
+        return found
 
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
@@ -19731,9 +19730,10 @@ class Understood(NamedTuple):
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
         found, last = self.slots(0, until), int(LAST.timestamp())
-        if not found:
-            return 0, last
-        return found[0].start, last if self.slots(until, last) else found[-1].end
+        with suppress(Error, ValueError, OverflowError), Budget().event(True):
+            if found and not goes_on(self.booking.stretches, until):
+                last = found[-1].end
+        return found[0].start if found else 0, last
 
 
 GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
@@ -19847,10 +19847,6 @@ def folders_of(acting: Reservations) -> list[Folder]:
     """Calendars: one of each resource that has VMs for who says nothing, and one of all."""
     places = [each for each in acting.look.places() if each.default_vms]
     return [*(Folder(acting, each) for each in places), Folder(acting)]
-
-
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 class Teller:
@@ -20138,9 +20134,11 @@ class Draft:
         if other or self.had and self.had.uid != uid:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
                           href=(other[0] if other else self.had).name)
+        if self.had or not most:
+            return
         there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
                      *self.folder.whose).fetchone()
-        if not self.had and 0 < most <= there:
+        if there >= most:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
@@ -20306,10 +20304,6 @@ def object_text(data: bytes) -> str:
     return text
 
 
-def etag_of(text: str) -> str:
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
-
-
 class Item(NamedTuple):
     """What stands in a calendar, as programs see it."""
     name: str
@@ -20329,7 +20323,7 @@ def read_xml(data: bytes):
     if not data.strip():
         return None
     try:
-        text = data.decode()
+        text = data.decode('utf-8-sig')
         if '<!DOCTYPE' in text:
             raise Invalid('the XML has a document type or entities, which are not read here')
         if text.count('<') > 2 * MOST_ELEMENTS:
@@ -20384,10 +20378,10 @@ def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> 
       told: properties as XML, and their status
       status: that of the address itself
     """
-    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''.join(
-        f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
-        f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>'
-        for properties, each in told if properties or each == told[0][1] and not told[-1][0])
+    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
+    for properties, each in [one for one in told if one[0]] or told[:1]:
+        text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
+                 f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>')
     return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
 
 
