@@ -6501,7 +6501,9 @@ class Ledger(threading.local):
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
         if not missing:
             return
-        for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
+        # steps are at whole seconds
+        whole = [(*of, math.floor(begin), math.ceil(until)) for *of, begin, until in missing]
+        for piece, found in zip(missing, run(PEAKS, json.dumps(whole)).fetchall()):
             at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
             self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
