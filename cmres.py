@@ -12,7 +12,7 @@
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
-# ]
+# ]  # and for a database in PostgreSQL, "psycopg[binary]>=3.2,<4"
 # ///
 """cmres: reservations for virtual machines on OpenStack clouds.
 
