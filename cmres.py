@@ -222,10 +222,11 @@ DURATION = re.compile(r'\+?' + ' *'.join(
     rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
         'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')),
                       re.I | re.A)
-CLOCK_LENGTH = re.compile(r'\+?(\d{1,4}):([0-5]\d)')
+CLOCK_LENGTH = re.compile(r'\+?(\d{1,4})[:h]([0-5]\d)', re.I)
 ISO_DURATION = re.compile(
     r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
     re.I | re.A)
+FROM_NOW = re.compile(r'(\+.*)|in (.+)|(.+) from now', re.I)
 # An offset's + that an unescaped query made a space.
 LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
 CLOCK = re.compile(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
@@ -233,7 +234,7 @@ DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday',
 MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', 'august',
                'september', 'october', 'november', 'december')
 #: Days from today; what else names a date, `dates_of` reads.
-NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tomorrow': 1}
+NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day after tomorrow': 2}
 
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
@@ -294,8 +295,9 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
     Args:
       text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; what a clock, a
         weekday or a date says, such as 9:00, 9am, mon 9:00, next tue 14:00, tomorrow 9:00 and
-        1 Dec 2026, 9:00; `now`; `in 2h` or `+2h`, from now; all that `format_time` and
-        `format_moment` make. A zone that stands behind it goes before `zone`.
+        1 Dec 2026, 9:00; a week or month, such as last month, from its first day on; `now`;
+        `in 2h`, `+2h` or `2h from now`; all that `format_time` and `format_moment` make. A zone
+        that stands behind it goes before `zone`.
       zone: the zone of a time without an offset
       after: what says no date, or no year, is the first such after this; without it, after now
 
@@ -306,10 +308,10 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
       ValueError: it is none of these, may be two, or is outside the years 1970 to 2199.
     """
     word = LOST_PLUS.sub(r'\1+\2', text.strip())
-    if word == 'now':
+    if word.lower() == 'now':
         return now
-    if word.startswith('+') or word.startswith('in '):
-        return now + parse_duration(word.removeprefix('in').strip())
+    if match := FROM_NOW.fullmatch(word):
+        return now + parse_duration(match[1] or match[2] or match[3])
     try:
         moment = iso_time(word, zone) or spoken_time(word, zone, after or now, now)
     except OverflowError:
@@ -368,10 +370,11 @@ def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None
     if name or called in ('UTC', 'GMT', 'Z'):
         name, called = name or 'UTC', None if not name else called
         zone = ZoneInfo(name) if known_zone(name) else None
-    words = re.sub(r'(\d{4}-\d\d-\d\d)t', r'\1 ', words.lower().replace(',', ' '))
-    words = re.sub(r'(\d) ([ap]m)\b', r'\1\2', words)
+    words = re.sub(r'\b(\d{4})[-/](\d\d?)[-/](\d\d?)(t| |$)', r'\1-\2-\3 ',
+                   words.lower().replace(',', ' '))
+    words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
-    return [word for word in words.split() if word not in ('at', 'on')], zone, called or ''
+    return [word for word in words.split() if word not in ('at', 'on', 'the')], zone, called or ''
 
 
 def is_word(text: str) -> bool:
@@ -411,22 +414,34 @@ def dates_of(words: str, today: date) -> list[date]:
         return [today, today + timedelta(days=1), today + timedelta(days=2)]
     if words in NEAR_DAYS:
         return [today + timedelta(days=NEAR_DAYS[words])]
-    if match := re.fullmatch(r'(next |this )?([a-z]{2,})', words):
-        return coming_weekdays(match[2], today, match[1] == 'next ')
-    if match := re.fullmatch(r'(\d{4})-(\d\d)-(\d\d)t?', words):
+    if match := re.fullmatch('(last|this|next) (week|month)', words):
+        return [first_day(today, match[2], ('last', 'this', 'next').index(match[1]) - 1)]
+    if match := re.fullmatch(r'(?:(next|this|last) )?([a-z]{2,})', words):
+        return coming_weekdays(match[2], today, match[1])
+    if match := re.fullmatch(r'(\d{4})-(\d\d?)-(\d\d?)t?', words):
         return dates_on(match[3], match[2], match[1])
     if match := re.fullmatch(r'(\d{1,2})([./])(\d{1,2})\2(\d{4})', words):
         return slashed_date(*match.groups())
     return named_dates(words, today)
 
 
-def coming_weekdays(word: str, today: date, later: bool) -> list[date]:
+def first_day(today: date, unit: str, later: int) -> date:
+    """The first day of this week or month, or of that so much later."""
+    if unit == 'week':
+        return today + timedelta(days=7 * later - today.weekday())
+    months = 12 * today.year + today.month - 1 + later
+    return date(months // 12, months % 12 + 1, 1)
+
+
+def coming_weekdays(word: str, today: date, which: str | None) -> list[date]:
     days = [number for number, name in enumerate(DAY_NAMES) if name.startswith(word)]
     if len(days) != 1:
         return []
     first = today + timedelta(days=(days[0] - today.weekday()) % 7)
-    dates = [first, first + timedelta(days=7)]
-    return [max(each for each in dates[:1 + (first == today)])] if later else dates
+    before, after = (first + timedelta(days=each) for each in (-7, 7))
+    if which == 'next':
+        return [after if first == today else first]
+    return [before] if which == 'last' else [first, after]
 
 
 def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
@@ -503,11 +518,11 @@ def parse_duration(text: str) -> Length:
     Args:
       text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
     """
-    word = text.strip()
+    word = re.sub(r'(?<=[a-z])(?: and|,) | and (?=\d)', ' ', text.strip(), flags=re.I)
     match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
     clock = CLOCK_LENGTH.fullmatch(word)
     if not clock and not (match and any(match.groups())):
-        raise ValueError(f"'{text}' is not a duration. Write 2h, 1d12h, 90m, 1.5h or PT2H.")
+        raise ValueError(f"'{text}' is not a duration. Write 2h, 1d12h, 90min or 1.5h.")
     parts = (0, 0, *clock.groups(), 0) if clock else match.groups()
     weeks, days, hours, minutes, seconds = (float(part or 0) for part in parts)
     days += 7 * weeks
@@ -576,7 +591,8 @@ FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YE
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
-ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
+ORDINALS = {'1st': '1', 'first': '1', '2nd': '2', 'second': '2', '3rd': '3', 'third': '3', '4th': '4',
+            'fourth': '4', '5th': '5', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
                'monthly on first mon, or an RRULE.')
 
@@ -654,40 +670,50 @@ def at_midnight(day: date) -> datetime:
     return datetime(day.year, day.month, day.day)
 
 
-def read_repeat(text: str, here=None) -> str:
+def read_repeat(text: str, today: date = date.min) -> str:
     """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
+
+    Args:
+      today: a last date without a year is the first after that
 
     Raises:
       ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
     """
     word = ' '.join(text.split()).removeprefix('RRULE:')
-    return checked_rule(word.upper() if '=' in word else spoken_rule(word.lower())) if word else ''
+    rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
+    return checked_rule(rule) if rule else ''
 
 
 #: What people say for what `spoken_rule` reads.
-SAME_RULES = {'weekdays': 'weekly on mon,tue,wed,thu,fri', 'biweekly': 'every 2 weeks',
-              'fortnightly': 'every 2 weeks', 'every weekday': 'weekly on mon,tue,wed,thu,fri'}
+SAME_RULES = {
+    'fortnightly': 'every 2 weeks', 'annually': 'yearly', 'quarterly': 'every 3 months',
+    **dict.fromkeys(('biweekly', 'bi-weekly'), 'every 2 weeks'),
+    **dict.fromkeys(('weekdays', 'every weekday', 'mon-fri', 'every mon-fri', 'mon to fri'),
+                    'weekly on mon,tue,wed,thu,fri'),
+    **dict.fromkeys(('weekends', 'every weekend'), 'weekly on sat,sun')}
+SAID_OTHERWISE = (('^each ', 'every '), (r'^every (?:other|two|second) (day|week|month|year)s?\b',
+                                         r'every 2 \1s'))
 SPOKEN = re.compile(
     r'(?:(?P<name>daily|weekly|monthly|yearly)|'
     r'every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
     r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
-SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})'
-                        '(?: of the month)?')
+SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|1st|second|2nd|third|3rd|fourth|4th|fifth|5th|last) )?'
+                        '([a-z]{2,})(?: of (?:the|each|every) month)?')
 SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
 
 
-def spoken_rule(words: str) -> str:
+def spoken_rule(words: str, today: date) -> str:
     """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until
     23 feb 2027.
     """
     text, ends = words, ''
     if match := SPOKEN_END.fullmatch(words):
         text = match[1]
-        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words)}'
+        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words, today)}'
     text = SAME_RULES.get(text, text)
-    text = re.sub('^every other (day|week|month|year)$', r'every 2 \1s', text)
-    text = re.sub('^every other (day|week|month|year)( on .+)$', r'every 2 \1s\2', text)
-    match = SPOKEN.fullmatch(text)
+    for said, meant in SAID_OTHERWISE:
+        text = re.sub(said, meant, text)
+    match = SPOKEN.fullmatch(text) or SPOKEN.fullmatch(f'every {text}')
     if not match:
         raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
     if match['days']:
@@ -703,23 +729,26 @@ def every_named_day(text: str, interval: str, words: str) -> str:
     monthly = re.search('=.*[0-9]', days)
     if 'BYMONTHDAY' in days:  # `every 15` says neither month nor day
         raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
+    if re.search('=.*[2-5]', days) and 'month' not in text:
+        raise ValueError(f"'{words}' can mean every few weeks or once a month. Write every 2 weeks "
+                         'on tue, or monthly on second tue.')
     rule = 'FREQ=MONTHLY' if monthly else 'FREQ=WEEKLY'
     return rule + (f';INTERVAL={interval}' if interval else '') + days
 
 
-def last_day(text: str, words: str) -> str:
-    """The last date of a repetition as UNTIL has it, of words that name one with its year."""
-    days = dates_of(' '.join(text.replace(',', ' ').split()), date.min)
-    if len(days) != 1:
-        raise ValueError(f"'{words}' is not a last date. Write it with its year, for example "
+def last_day(text: str, words: str, today: date) -> str:
+    """The last date of a repetition as UNTIL has it; without a year, the first after today."""
+    days = dates_of(' '.join(text.replace(',', ' ').split()), today)
+    if not days or len(days) > 1 and today == date.min:
+        raise ValueError(f"'{words}' has no last date that can be understood. Write for example "
                          'until 23 feb 2027.')
     return f'{days[0]:%Y%m%d}T235959'
 
 
 def spoken_days(text: str, words: str) -> str:
-    days = [day.strip().removeprefix('the ') for day in re.split(',| and ', text)]
+    days = [day.strip().removeprefix('the ') for day in re.split('[,&/]| and ', text)]
     days = [re.sub(r'^(\d{1,2})(st|nd|rd|th)$', r'\1', '-1' if day == 'last day' else day)
-            for day in days]
+            for day in days if day]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
     found = [SPOKEN_DAY.fullmatch(day) for day in days]
@@ -1256,6 +1285,22 @@ def stored_stretches(stretches: Iterable[Stretch]) -> str:
 
 def read_stretches(text: str) -> list[Stretch]:
     return [Stretch(**stretch) for stretch in json.loads(text)] if text else []
+
+
+def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
+    """What to tell of dates to leave out on which a series has nothing anyway."""
+    told = []
+    for skip in skips:
+        day = datetime.fromisoformat(skip)
+        near = [wall for stretch in stretches for wall in itertools.takewhile(
+            lambda wall: wall < day + timedelta(days=40),
+            walls(stretch._replace(skips=()), day - timedelta(days=40)))]
+        if not any(wall.isoformat().startswith(skip) for wall in near):
+            nearest = min(near, key=lambda wall: abs(wall - day), default=None)
+            told.append(f"The series has nothing on {day:%a} {day.day} {day:%b %Y}, so nothing is "
+                        'left out there.' + (f' The nearest date is {nearest:%a} {nearest.day} '
+                                             f'{nearest:%b %Y}.' if nearest else ''))
+    return told
 
 
 # Config ######################################################################
@@ -1987,6 +2032,7 @@ WORDS = {
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
     'find.lead': 'lead time before the start, which must be free too',
+    'find.resource': 'name of the resource, or - for all of them',
     'limit': 'maximum number of lines',
     'metadata': 'metadata of the VMs: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
@@ -2184,11 +2230,13 @@ LONG_BY = ('repeat', 'holidays')
 class Here(NamedTuple):
     """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
 
-    A bare clock time is the first `after` that instant, or after `now` where it is None.
+    What names no day or no year is the first `after` that instant, or after `now` where it is None;
+    with `past` the last before now.
     """
     zone: ZoneInfo
     now: datetime
     after: datetime | None = None
+    past: bool = False
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
@@ -2215,13 +2263,13 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     read = {}
     # what others come after is read first
     for name in sorted(given, key=lambda name: name in AFTER):
-        later = here._replace(after=start_of(read, AFTER.get(name), here))
+        later = here._replace(after=start_of(read, AFTER.get(name), here), past=name == 'since')
         read[name] = read_argument(name, given[name], parameters[name].annotation, later)
     return read
 
 
 #: What comes after what: a bare `17:00` there is the next one after it.
-AFTER = {'end': 'start', 'before': 'after'}
+AFTER = {'end': 'start', 'before': 'after', 'until': 'since'}
 
 
 def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
@@ -2369,9 +2417,14 @@ def read_when(value, here: Here):
     if isinstance(value, datetime):
         return value.replace(tzinfo=here.zone)
     text = read_str(value).strip()
-    if text[:1] in ('+', 'P') or DURATION.fullmatch(text) and text:
+    if text[:1] in ('+', 'P') or text and (DURATION.fullmatch(text) or ISO_DURATION.fullmatch(text)):
         return parse_duration(text)
-    return parse_time(text, here.zone, here.now, here.after)
+    if not here.past:
+        return parse_time(text, here.zone, here.now, here.after)
+    # the last that was: of a clock within a day, of a weekday a week, of a date a year
+    found = [parse_time(text, here.zone, here.now, here.now - timedelta(days=days))
+             for days in (1, 7, 366)]
+    return next((each for each in found if each <= here.now), found[-1])
 
 
 def read_day(value, here: Here):
@@ -2475,6 +2528,10 @@ def read_part(part, here) -> dict:
             if each is not None}
 
 
+def read_rule_said(value, here: Here) -> str:
+    return read_repeat(read_str(value, most=500), here.now.astimezone(here.zone).date())
+
+
 def read_zone_name(value, here=None) -> str:
     return read_zone(name).key if (name := read_name(value)) else ''
 
@@ -2534,7 +2591,7 @@ READERS = {
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows,
     Zone: read_zone_name,
     Clash: read_clash,
-    Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics,
+    Repeat: read_rule_said, Ics: read_ics,
     Source: read_source,
     Url: read_url}
 
@@ -2756,7 +2813,8 @@ class LoadedAnswer(Answer):
 
 
 class SlotAnswer(Answer):
-    """A time window that is free for so many VMs."""
+    """A time window in which a resource has so many VMs free."""
+    resource: str
     start: datetime
     until: datetime
     duration: Lasts
@@ -9885,9 +9943,12 @@ class Lookup:
                 raise NotFound(f"Resource '{found.name}' is not in {self.place_of(asked)}. Remove "
                                'the location, or choose another resource.')
             return [found]
-        found = self.places(*place)
+        classes = {*(asked.get('classes') or ())}  # of a resource that doesn't name them, who knows
+        found = [each for each in self.places(*place)
+                 if classes <= json.loads(each.classes or '{}').keys()]
         if not found:
-            raise NotFound(f'There is no resource in {self.place_of(asked)}.')
+            what = f" with {', '.join(sorted(classes))}" if classes else ''
+            raise NotFound(f'There is no resource{what} in {self.place_of(asked)}.')
         return found
 
     def place_of(self, asked: dict) -> str:
@@ -10185,14 +10246,17 @@ class Wishes:
             length, exact = self.stretch_of(old, stretches)[1:]
         if stretches and 'start' not in changes:
             first = self.planned(old, stretches)[1]
-        skips = self.read_skips(asked, zone, wish.start, wish.warnings)
+        skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
             field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
             raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
                           hint='--repeat')
         rule = local_rule(self.ended_rule(asked, zone), zone)
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
-                          skips=skips, exact=exact)
+                          exact=exact)
+        wish.warnings.extend(unmet_skips([stretch], skips))
+        days = self.holidays(asked.get('holidays'), zone, wish.start, wish.warnings)
+        stretch = stretch._replace(skips=(*skips, *days))
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
         if not slot:
             begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
@@ -10236,7 +10300,10 @@ class Wishes:
         if not REPEATING & set(changes):
             return stretches
         zone = read_zone(stretches[-1].zone)
-        skips = self.read_skips(asked, zone, int(self.service.clock()), warnings)
+        now = int(self.service.clock())
+        skips = self.read_skips(asked, zone, now)
+        warnings += unmet_skips(stretches, skips)
+        skips += self.holidays(asked.get('holidays'), zone, now, warnings)
         ends = {'until', 'count'} & set(changes)
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
             asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule
@@ -10258,31 +10325,33 @@ class Wishes:
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def read_skips(self, asked: dict, zone: ZoneInfo, start: int,
-                   warnings: list) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence; outside any transaction."""
+    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
+        """Days, or wall times, without an occurrence."""
         skips = []
         for text in asked.get('skip_dates') or ():
-            try:
-                moment = datetime.fromisoformat(text.replace('/', '-'))
-            except ValueError:
-                raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24.") from None
-            wall = to_wall(moment, zone) if moment.tzinfo else moment
-            skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text)
-                         else wall.isoformat())
-        if source := asked.get('holidays'):
-            skips += self.holidays(source, zone, instant(start), warnings)
+            found = read_argument('skip_dates', text, Day, Here(zone, instant(start)))
+            if isinstance(found, timedelta):
+                raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24 or 24 dec.")
+            skips.append(found.isoformat() if type(found) is date
+                         else typed_wall(found, zone).isoformat())
         return tuple(skips)
 
-    def holidays(self, source: str, zone: ZoneInfo, begin: datetime, warnings: list) -> list[str]:
-        """The days of a calendar's all-day events for ten years; what can't be read is told."""
+    def holidays(self, source: str | None, zone: ZoneInfo, start: int,
+                 warnings: list) -> tuple[str, ...]:
+        """The days of a calendar's all-day events for ten years; what can't be read is told.
+
+        Outside any transaction: it may be fetched.
+        """
+        if not source:
+            return ()
+        begin = instant(start)
         entries = read_calendar(self.fetched(source), 'the calendar of holidays')
         begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
         found, refused = days_of(entries, zone, begin, until)
         if refused and not found:
             raise BadCalendar(f'the calendar of holidays: {refused[0]}')
         warnings += [f'no holiday: {why}' for why in refused[:10]]
-        return found
+        return tuple(found)
 
     def fetched(self, source: str) -> str:
         """The text of a calendar, or of the one at an address; never of a file of this machine."""
@@ -13050,29 +13119,42 @@ class Requests(Operations):
                            labels=[each.label for each in found[:100]], count=len(found))
 
     @api('GET', '/resource/<resource>/find')
-    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '',
-             lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
+    def find(self, resource: Place, duration: Span, vms: Count = 1, flavor: Name = '',
+             classes: Classes = None, lead: Span = None, after: When = None, before: When = None,
+             limit: Page = 10) -> list[SlotAnswer]:
         """Finds the next free time slots for a number of VMs and a duration.
 
-        Each slot shows from when until when the capacity is free. The search ends a year from now,
-        or at --before.
+        Each slot shows from when until when the capacity is free. With - as RESOURCE, cmres looks
+        at all resources. The search ends a year from now, or at --before.
 
         Example:
           python cmres.py find demo 2h --vms 4
+          python cmres.py find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon
         """
-        place = self.look.resource_row(resource)
         if duration < timedelta(seconds=1):
             raise Invalid('duration: a free slot has at least one second.')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
-        amount = self.wishes.each_takes(self.wishes.ask_cloud(place, {'flavor': flavor}, [])) * vms
         need, ahead = duration.total_seconds(), seconds_of(lead)
-        slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
-                 if last - first >= need + ahead)
-        return [{'start': instant(int(first + ahead)), 'until': instant(int(last)),
-                 'duration': format_duration(last - first - ahead), 'vms': vms}
-                for (first, last), _ in zip(slots, range(limit))]
+        found, refusals, places = [], [], self.look.resources_at(
+            {'resource': resource, 'classes': classes})
+        for place in places:
+            try:
+                known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
+            except Error as error:  # another one may have what is asked for
+                refusals.append(error)
+                continue
+            by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
+            amount = (self.wishes.each_takes(known) + by_hand) * vms
+            windows = free_windows(place, amount, begin - ahead, until)
+            slots = (each for each in windows if each[1] - each[0] >= need + ahead)
+            found += [(first + ahead, place.name, last)
+                      for (first, last), _ in zip(slots, range(limit))]
+        if len(refusals) == len(places):
+            raise refusals[0]
+        return [{'resource': name, 'start': instant(int(first)), 'until': instant(int(last)),
+                 'duration': format_duration(last - first), 'vms': vms}
+                for first, name, last in sorted(found)[:limit]]
 
     @api('GET', '/resource/<resource>/usage')
     def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
