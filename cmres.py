@@ -350,7 +350,8 @@ def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> da
     if not zone or not words or len(clocks) > 1:
         return None
     clock = read_clock(clocks[0]) if clocks else timedelta(0)
-    today = (now if day in NEAR_DAYS else after).astimezone(zone).date()
+    from_now = day in NEAR_DAYS or re.match('last |this |.* (week|month)$', day)
+    today = (now if from_now else after).astimezone(zone).date()
     walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
     moments = [at_clock(wall, zone, called) for wall in walls]
     return next((each for each in moments if each > after), moments[-1] if moments else None)
@@ -2034,6 +2035,8 @@ WORDS = {
     'find.lead': 'lead time before the start, which must be free too',
     'find.resource': 'name of the resource, or - for all of them',
     'limit': 'maximum number of lines',
+    'lock': 'so long before its start, and from then on, only an admin can change or cancel a '
+            'reservation, for example 24h; 0s: never',
     'metadata': 'metadata of the VMs: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
     'network': 'network of the VMs, by name or id; default: the cloud decides',
@@ -2844,6 +2847,7 @@ class LimitAnswer(Answer):
     vcpu_hours: int | None
     waiting: int | None
     exempt: Lasts
+    lock: Lasts
     added: datetime
     max_vms: int | None
     max_duration: Lasts | None
@@ -2870,6 +2874,7 @@ class ResourceAnswer(Answer):
     hold: int
     approval: int
     no_show: int
+    lock: int
     default_flavor: str
     default_image: str
     default_vms: int
@@ -3716,6 +3721,8 @@ class Resource(Table):
     hold = peewee.IntegerField(default=0)  # seconds
     approval = peewee.IntegerField(default=0)  # seconds that an admin has to approve; 0: no need
     no_show = peewee.IntegerField(default=0)   # seconds until what nobody uses goes; 0: never
+    # seconds before a start from which on only admins change what is reserved
+    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
@@ -3890,6 +3897,7 @@ class Limit(Table):
     vcpu_hours = peewee.IntegerField(null=True)
     waiting = peewee.IntegerField(null=True)
     exempt = peewee.IntegerField()                 # seconds
+    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     added = peewee.IntegerField()
 
     class Meta:
@@ -4244,7 +4252,7 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares()]
+    lambda: add_shares(), lambda: add_locks()]
 
 
 def long_texts(row: str) -> str:
@@ -5067,6 +5075,12 @@ def add_shares() -> None:
           reservation_id INTEGER NOT NULL REFERENCES reservation (id),
           nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
         CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
+
+
+def add_locks() -> None:
+    """Version 20: what is reserved can be locked before its start."""
+    for table in ('resource', 'limits'):
+        add_columns(table, {'lock': 'INTEGER NOT NULL DEFAULT 0'})
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -10741,6 +10755,8 @@ class View(NamedTuple):
     line: tuple  # its place among those that wait, if it waits
 
 
+#: The codes of deals that locks don't hold up: what time and admins bring about.
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -10776,7 +10792,8 @@ class Policy:
 
     def refuse_deal(self, deal: Deal, now: float) -> None:
         """Raises what the first rule says that is against a deal, whatever it wants to hold."""
-        for rule in self.refuse_fixed, self.refuse_waiting_series, self.refuse_taken_label:
+        for rule in (self.refuse_fixed, self.refuse_locked, self.refuse_waiting_series,
+                     self.refuse_taken_label):
             rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
@@ -10877,6 +10894,25 @@ class Policy:
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
             raise Conflict(f"There is already a resource '{name}'. Choose another name, or update "
                            'that one.')
+
+    def refuse_locked(self, deal: Deal, now: float) -> None:
+        """What is locked before its start is changed and cancelled by admins only."""
+        old = deal.old
+        if (not old or self.service.actor.role == ADMIN or deal.code in UNLOCKED
+                or (old.waiting, old.pending) != (None, None)):
+            return
+        for each in deal.changes:
+            is_at = each.before
+            if not is_at or not each.had or is_at.end <= now or is_same(each):
+                continue
+            place = resource_of(is_at.resource_id, removed=True)
+            owner = deal.wish._replace(resource=place, user=old.user, project=old.project)
+            lock = max([place.lock, *(limit.lock for limit in self.limits.limits_for(owner))])
+            if lock and now >= is_at.start - lock:
+                since = self.service.config.told_time(is_at.start - lock, old.tz)
+                raise Conflict(f"'{old.label}' is locked since {since}, {format_duration(lock)} "
+                               'before its start. Ask an admin to change or cancel it.',
+                               cause='lock')
 
     def refuse_many_texts(self, wish: Wish, old=None) -> None:
         """Refuses more long texts than a project may keep; after they were written."""
@@ -13186,7 +13222,8 @@ class Plan(Operations):
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
                   max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
                   min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
-                  exempt_within: Span = None, dry_run: bool = False) -> LimitAnswer:
+                  exempt_within: Span = None, lock: Span = None,
+                  dry_run: bool = False) -> LimitAnswer:
         """Sets a limit for a user or a project.
 
         Without both, the limit applies to every project that has no limit of its own. With
@@ -13199,13 +13236,14 @@ class Plan(Operations):
         figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
                    'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
                    'waiting': max_waiting}
-        if all(each is None for each in figures.values()):
-            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}.")
+        if all(each is None for each in (lock, *figures.values())):
+            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}, lock.")
         seconds = {name: seconds_of(each) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
-                        **seconds, added=int(now), exempt=seconds_of(exempt_within))
+                        **seconds, added=int(now), exempt=seconds_of(exempt_within),
+                        lock=seconds_of(lock))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
@@ -13239,7 +13277,7 @@ class Plan(Operations):
 
     def limit_public(self, found) -> dict:
         """A limit as answers show it: lengths in words."""
-        lengths = ('longest', 'ahead', 'least_notice', 'exempt')
+        lengths = ('longest', 'ahead', 'least_notice', 'exempt', 'lock')
         return with_twins({
             name: format_duration(value) if name in lengths and value is not None else value
             for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
@@ -13249,7 +13287,7 @@ class Plan(Operations):
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
                      ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
-                     default_flavor: Name = '', default_image: Name = '',
+                     lock: Span = None, default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
@@ -13263,7 +13301,8 @@ class Plan(Operations):
             self.policy.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show)
+            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show,
+                                        lock=lock)
             self.refuse_idle(self.read_mode(mode), lengths)
             drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
                                       cloud, default_flavor=default_flavor or None,
@@ -13313,8 +13352,9 @@ class Plan(Operations):
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
-                        approval: Span = None, no_show: Span = None, default_flavor: Name = None,
-                        default_image: Name = None, default_vms: Figure = None, force: bool = False,
+                        approval: Span = None, no_show: Span = None, lock: Span = None,
+                        default_flavor: Name = None, default_image: Name = None,
+                        default_vms: Figure = None, force: bool = False,
                         dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
@@ -13328,7 +13368,7 @@ class Plan(Operations):
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
                 for field in (*PLACE, *FIGURES) if asked[field] is not None}
         new |= {} if mode is None else {'mode': self.read_mode(mode)}
-        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show}
+        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
         new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
@@ -26188,7 +26228,7 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'calendar_list': 'id kind user project shows added polled fault needs_confirmation',
            'affected': 'label user project vms start end outcome',
            'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
-                         'max_vcpu_hours max_waiting exempt_within',
+                         'max_vcpu_hours max_waiting exempt_within lock',
            'resource_sync': 'resource what before after',
            'servers': 'n name state addresses planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
