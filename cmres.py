@@ -1984,6 +1984,7 @@ UNLIMITED = -1
 WEB = 'https?://[!-~]+'
 CLASHES = ('refuse', 'skip', 'shift')
 NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
+TAKEN = ('generate', 'import', 'load', 'sync')  # addresses of their own, since not so long ago
 ANY = '-'  # for an argument that filters: anything, as if it were not given
 FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms',
            'start', 'end'}
@@ -2341,6 +2342,8 @@ def read_new_label(value, here=None) -> str:
     if (label := read_label(value)).startswith('-'):
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
+    if label in TAKEN:
+        raise ValueError(f'{shown(label)} is a word of cmres itself. Choose another name.')
     return label
 
 
@@ -2366,8 +2369,8 @@ def read_int(value, here=None) -> int:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f'{shown(value)} is not a whole number.')
-    if abs(value) >= 10**15:
-        raise ValueError(f'{value} has more than 15 digits.')
+    if abs(value) >= 2**53:  # RFC 8259 §6: what all programs read as the same number
+        raise ValueError(f'{value} is too large. Use a number with at most 15 digits.')
     return value
 
 
@@ -17023,6 +17026,7 @@ WITH_BODY = ('POST', 'PATCH')
 #: A text without unseen characters, as far as all dialects of patterns can say it.
 SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
 DIGITS = ' *[+-]?[0-9]{1,12} *'
+POSITIVE = ' *[+]?0*[1-9][0-9]{0,3} *'
 SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
                 r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
 ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':
@@ -17046,7 +17050,7 @@ COMMAS = {'type': 'string', 'description': 'with commas between'}
 def number_schema(least: int, most: int, **more) -> dict:
     """A number, or its digits: text is what addresses, forms and files have."""
     return {'type': ['integer', 'string'], 'minimum': least, 'maximum': most,
-            'pattern': f'^{DIGITS}$'} | more
+            'pattern': f'^{POSITIVE if least > 0 else DIGITS}$'} | more
 
 
 def list_schema(item: dict, **more) -> dict:
@@ -17078,7 +17082,8 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     Figure: ('Amount', number_schema(0, 10**12)),
     Most: ('Capacity', CAPACITY),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
-    NewLabel: ('NewLabel', LABEL | {'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
+    NewLabel: ('NewLabel', LABEL | {'not': {'enum': [*NO_LABELS, *TAKEN]},
+                                    'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
     Place: ('ResourceName', LABEL | {
         'not': {'enum': [each for each in NO_LABELS if each != ANY]},
         'pattern': '^[A-Za-z0-9._-]{1,64}$', 'examples': ['demo', ANY]}),
@@ -17502,10 +17507,12 @@ def no_metrics():
 
 
 def rule(operation: Operation, path: str) -> str:
-    """An address as bottle takes it: where a number must be, a word is of another address."""
+    """An address as bottle takes it: where a number or a name must be, a word is of another."""
     for name, each in operation.parameters.items():
         if each.annotation is int:
             path = path.replace(f'<{name}>', f'<{name}:re:[+-]?[0-9]+>')
+        elif path.endswith(f'/<{name}>'):
+            path = path.replace(f'<{name}>', f'<{name}:re:(?!(?:{"|".join(TAKEN)})$)[^/]+>')
     return (BASE + path).rstrip('/')
 
 
@@ -25748,7 +25755,7 @@ def grafana_dashboard() -> dict:
 
 
 CONTAINER = r"""
-# podman build -t cmres .   (in the folder of cmres.py; docker reads it with -f Containerfile)
+# podman build --format docker -t cmres .   (beside cmres.py; docker build reads it with -f)
 # podman run --read-only --tmpfs /tmp --cap-drop all --security-opt no-new-privileges \
 #   -v cmres:/var/lib/cmres -p 127.0.0.1:8080:8080 --stop-timeout 40 cmres
 FROM docker.io/library/python:3.13-slim

@@ -13566,7 +13566,7 @@ def test_wrong_rows_are_refused_in_json(app, rows, status):
     ('/reservation?limit=0', 400, 'limit: 0 is not between'),
     ('/reservation?after=99999999999999999999', 400, 'is not a whole number'),
     ('/reservation?after=-1', 400, 'is not a whole number'),
-    ('/event/?after=9007199254740990', 400, '9007199254740990 has more than 15 digits'),
+    ('/event/?after=9007199254740992', 400, '9007199254740992 is too large'),
     ('/reservation?user=a&user=b', 400, 'user was given twice'),
     ('/reservation?user=%ff', 400, 'The query is not UTF-8'),
     ('/reservation?' + '&'.join(f'a{n}=' for n in range(101)), 400, 'more than 100 fields'),
@@ -13873,12 +13873,25 @@ def test_a_page_of_a_list_links_to_the_next(app):
     (f'{BASE}/reservation', 'DELETE, GET, HEAD, OPTIONS, POST'),
     (f'{BASE}/reservation/lab', 'DELETE, GET, HEAD, OPTIONS, PATCH'), ('/calendar/x.ics', 'GET, HEAD, OPTIONS'),
     ('/metrics', 'GET, HEAD, OPTIONS'), (f'{BASE}/limit/1', 'DELETE, OPTIONS'),
+    *((f'{BASE}/reservation/{word}', 'OPTIONS, POST') for word in ('generate', 'import', 'load')),
+    (f'{BASE}/resource/sync', 'OPTIONS, POST'), (f'{BASE}/resource/demo', 'DELETE, GET, HEAD, OPTIONS, PATCH'),
     (f'{BASE}/calendar/subscription', 'OPTIONS, POST')])
 def test_an_address_tells_its_verbs(app, path, allowed):
     told = app.web.options(path, status=204)
     wrong = app.web.request(path, method='PUT', status=405)
     assert told.headers['Allow'] == wrong.headers['Allow'] == allowed and not told.body
     assert wrong.json['error'].startswith('PUT is not possible at this address. Use ')
+
+
+def test_no_name_is_given_that_an_address_has_already(app):
+    routes = {path.split('/')[1:] and tuple(path.split('/')[1:]) for each in cmres.API.values() for _, path, _ in each.routes}
+    named = {path[0] for path in routes if len(path) == 2 and path[1] in ('<label>', '<name>')}
+    words = {path[1] for path in routes if len(path) == 2 and path[0] in named and path[1].isalpha()}
+    assert words - {'add', 'delete'} == {*cmres.TAKEN}
+    for word in words:
+        body = {'label': word, 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
+        told = app.call('POST', '/reservation', body, 400).json['error']
+        assert 'Choose another name' in told or 'is not a valid name' in told
 
 
 def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
