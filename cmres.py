@@ -1363,7 +1363,8 @@ TEXTS = {
     'updated': '{label} was changed\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'kept': '{label} continues until {end}\n{message}.',
     'released': '{label} was cancelled\n{label}, {when}: {message}.\n\n{link}',
-    'pending': '{label} needs an answer\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
+    'pending': '{label} needs an answer\n{message}.\n\nWho:   {user}, project {project}\n'
+               'When:  {when}\nWhat:  {what}\n\n{link}',
     'admitted': 'Reserved: {label}, {start}\nCapacity became free, and {label} left the waiting '
                 'list.\n\nWhen:  {when}\nWhat:  {what}\nThen:  {then}\n\n{link}',
     'approved': '{label} is approved\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
@@ -1495,6 +1496,8 @@ class Config:
     mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
                                    'mail and refuses mail addresses')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
+    notify_admins: str = setting(
+        '', 'mail addresses or URLs that get a message when an admin must approve something')
     mail_domains: str = setting(
         '', 'domains that mails may go to (comma-separated); empty: any')
     notices_per_day: int = setting(
@@ -1986,6 +1989,7 @@ CLASHES = ('refuse', 'skip', 'shift')
 NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
 TAKEN = ('generate', 'import', 'load', 'sync')  # addresses of their own, since not so long ago
 ANY = '-'  # for an argument that filters: anything, as if it were not given
+WHO = ('user', 'project')
 FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms',
            'start', 'end'}
 
@@ -2752,6 +2756,7 @@ class ServerAnswer(Answer):
     fault: str
     account: str
     uid: str | None
+    login: list[str]
 
 
 class KeptAnswer(Answer):
@@ -9661,6 +9666,16 @@ class Service:
         """Appends an event in the name of the actor; inside the transaction of what it tells."""
         journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
+    def because(self, sentence: str) -> str:
+        """A sentence with the reason that was given for the change, if there is one."""
+        return f'{sentence}: {self.reason}' if self.reason else sentence
+
+    def ask_admins(self, now: float, sentence: str, reservation: int,
+                   notify: Iterable[str]) -> None:
+        """Appends that an admin must answer, which admins hear of as well."""
+        admins = filter(None, map(str.strip, self.config.notify_admins.split(',')))
+        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *admins]))
+
     def tell(self, now: float, code: str, sentence: str, found,
              occurrence: int | None = None) -> None:
         """Appends an event about a row that tells its reservation and whom to notify."""
@@ -9913,10 +9928,31 @@ class Lookup:
         """Whether an occurrence has begun: with machines, from its lead on."""
         return self.service.clock() >= (found.held_from if found.runs else found.start)
 
-    def refuse_unknown_resource(self, name: str) -> None:
-        """NotFound if there never was a resource of a name; it names the nearest."""
-        if not row('SELECT id FROM resource WHERE name = ? LIMIT 1', name):
-            self.resource_row(name)
+    def refuse_unknown_filters(self, asked: dict) -> None:
+        """NotFound for a resource, user or project that there never was; it names the nearest."""
+        if asked['resource'] and not row('SELECT id FROM resource WHERE name = ? LIMIT 1',
+                                         asked['resource']):
+            self.resource_row(asked['resource'])
+        for unknown in filter(None, map(functools.partial(self.unknown, asked), WHO)):
+            raise NotFound(unknown)
+
+    def unknown(self, asked: dict, kind: str) -> str:
+        """What to tell of a user or a project that neither reserves nor has a token; '' if known.
+
+        Who is no admin learns nothing of other projects.
+        """
+        name, actor = asked[kind], self.service.actor
+        own = '' if actor.role == ADMIN else actor.project
+        if not name or own and kind == 'project':
+            return ''
+        token = f"FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
+        there = [f"SELECT 1 FROM occurrence WHERE of_{kind} = ?2 AND ?1 IN ('', of_project) AND "
+                 f'due IS {half}' for half in ('NULL', 'NOT NULL')]
+        anything = ' UNION ALL '.join([*there, f'SELECT 1 {token} AND {kind} = ?2'])
+        if run(f'{anything} LIMIT 1', own, name).fetchone():
+            return ''
+        known = [each.name for each in rows(f'SELECT DISTINCT {kind} AS name {token}', own)]
+        return f"No reservation and no token has the {kind} '{name}'{nearest(name, known)}"
 
     def resource_row(self, name: str):
         """The resource of a name; NotFound names the nearest."""
@@ -9975,7 +10011,8 @@ class Lookup:
 
     def servers_of(self, occurrence: int) -> Rows:
         """The servers of an occurrence, as answers show them."""
-        return [public(each) for each in rows(
+        logins = self.service.config.logins
+        return [public(each) | {'login': logins(json.loads(each.addresses))} for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, '
             'fault, account, uid '
             "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id",
@@ -10051,6 +10088,9 @@ class Wishes:
         user, project = self.owner_of(asked, old)
         place, warnings, changes = place or self.look.resource_at(asked), [], set(changes)
         self.refuse_unbootable(asked, place)
+        if not old:  # a new project is none of our business, one that is nearly known may be mistyped
+            warnings += [each for kind in WHO if 'Did you mean' in (each := self.look.unknown(
+                asked, kind))]
         if 'notify' in changes:
             self.refuse_untellable(asked['notify'])
         self.refuse_uninvitable(asked.get('invite') or ())
@@ -11398,8 +11438,8 @@ class Bookings:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.journal(now, 'pending', f'an admin must approve it before {said}', reservation,
-                             wish.notify)
+        self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
+                                wish.notify)
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
@@ -11414,10 +11454,9 @@ class Bookings:
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.journal(now, 'pending',
-                             f"an admin must approve the change of {', '.join(asked)} before "
-                             f'{said}; until then everything stays as approved', old.reservation,
-                             wish.notify)
+        self.service.ask_admins(now, f"an admin must approve the change of {', '.join(asked)} before "
+                                     f'{said}; until then everything stays as approved',
+                                old.reservation, wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -11695,10 +11734,10 @@ class Admission:
         what = (self.told_series(wish, done) if wish.stretches
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
-        if pending and not wish.stretches:
+        if pending:
             until = self.service.config.told_time(pending, wish.tz)
-            self.service.journal(now, 'pending', f'an admin must approve it before {until}',
-                                 reservation, wish.notify)
+            self.service.ask_admins(now, f'an admin must approve it before {until}', reservation,
+                                    wish.notify)
         return reservation, done
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -12282,12 +12321,12 @@ class Approvals(Operations):
     """What admins say of what waits for their word."""
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '',
+    def approve(self, label: Label, project: Name = '', reason: Text = '',
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Approves a pending reservation, or a pending change of a reservation.
 
         Example:
-          python cmres.py approve lab --project biology
+          python cmres.py approve lab --project biology --reason 'as agreed'
         """
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
@@ -12296,7 +12335,8 @@ class Approvals(Operations):
             for proposal, each in proposals:
                 with self.offers.explaining(restored_wish(proposal.wish), each):
                     self.admission.grant(proposal, now)
-                self.tell(now, 'approved', f'{self.actor.user} approved the change', each)
+                said = self.because(f'{self.actor.user} approved the change')
+                self.tell(now, 'approved', said, each)
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
@@ -12344,7 +12384,7 @@ class Approvals(Operations):
                                   {'pending': None}), now)
         run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
             found.reservation)
-        self.tell(now, 'approved', f'{deed} by {self.actor.user}', found)
+        self.tell(now, 'approved', self.because(f'{deed} by {self.actor.user}'), found)
 
     def pending_of(self, label: str, project: str) -> tuple[list, list, list[tuple]]:
         """What a label means; what of it waits for a word, and what changes of it do."""
@@ -12623,7 +12663,7 @@ class Requests(Operations):
                     if not left and staged.pieces:
                         run('DELETE FROM fact WHERE name = ?', staged.name)  # it is real now
                 taken, refused = taken + done, refused + failed
-        except NoCapacity:
+        except (NoCapacity, KeyboardInterrupt):
             staged.drop_all()
             raise
         return taken, refused
@@ -12690,9 +12730,30 @@ class Requests(Operations):
         found = self.matching(label, asked, state, start, end, limit, after)
         if label and not found and not self.look.labelled(label):
             raise NotFound(f"There is no reservation '{label}'.")
-        if resource and not found:
-            self.look.refuse_unknown_resource(resource)
-        return [public(each) for each in found]
+        if not found:
+            self.look.refuse_unknown_filters(asked)
+        return self.with_changes(found)
+
+    def with_changes(self, found: list) -> list[dict]:
+        """Lines of the listing; what a maintenance or a lower capacity affects says so."""
+        lines, now = [*map(public, found)], int(self.clock())
+        changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" > ?', now)
+        for each, line in zip(found, lines) if changes else ():
+            for change in changes:
+                if not line['fault'] and self.is_affected(each, change, now):
+                    closed = dict(amount_of(change).classes).get(CLOSED) == 0
+                    when = self.config.told_window(change.start, change.end, each.tz)
+                    line['fault'] = (f"{'in maintenance' if closed else 'less capacity'} from {when}"
+                                     f": {change.reason}")
+        return lines
+
+    def is_affected(self, found, change, now: float) -> bool:
+        """Whether an occurrence has no room in the time of a change of capacity."""
+        begin = max(found.held_from, change.start, now)
+        until = min(found.held_until, change.end)
+        return (found.resource_id == change.resource_id and begin < until
+                and found.waiting is None and found.id in self.must_go(
+                    resource_of(change.resource_id, removed=True), begin, until))
 
     def refuse_unknown_states(self, states: Iterable[str]) -> None:
         for word in states:
@@ -12734,8 +12795,8 @@ class Requests(Operations):
           python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
-        answer = public(found) | {'user_data': found.user_data,
-                                  'servers': self.look.servers_of(found.id)}
+        answer = self.with_changes([found])[0] | {
+            'user_data': found.user_data, 'servers': self.look.servers_of(found.id)}
         if not found.repeats:
             return answer
         comes = self.look.page([('series', f'o.reservation_id = {found.reservation}')],
@@ -13036,10 +13097,6 @@ class Requests(Operations):
                      old.reservation, tells, NONE_OF_THEM if done or not old.repeats else
                      None if wish.stretches else old.id)
 
-    def because(self, sentence: str) -> str:
-        """A sentence with the reason that was given for the change, if there is one."""
-        return f'{sentence}: {self.reason}' if self.reason else sentence
-
     def in_words_changed(self, old, wish: Wish, asked: dict) -> str:
         """What is otherwise in a reservation, old and new."""
         before, after = public(old), wish.columns(*STORED) | {
@@ -13103,7 +13160,7 @@ class Requests(Operations):
             else:
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
-                self.refuse_uncounted(found, label, count, dry_run)
+                self.refuse_uncounted(found, asked)
                 for each in found:
                     self.admission.cancel(self.look.live(each), now, ends=True)
             lines = in_lines(self.look.in_order([each.id for each in found]))
@@ -13141,9 +13198,11 @@ class Requests(Operations):
             where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where, (), 2**31)
 
-    def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
+    def refuse_uncounted(self, found: list, asked: dict) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
+        label, count = asked['label'], asked['count']
         if not found:
+            self.look.refuse_unknown_filters(asked)
             which = f" '{label}'" if label else ' that matches all of these filters'
             raise NotFound(f'There is no current or future reservation{which}.')
         if label and len({each.project for each in found}) > 1:
@@ -13151,7 +13210,7 @@ class Requests(Operations):
             found[:] = [each for each in found if each.project == self.actor.project]
             if not found:
                 raise refusal
-        if (not label or count) and count != len(found) and not dry_run:
+        if (not label or count) and count != len(found) and not asked['dry_run']:
             raise Conflict(f"This would cancel {counted(len(found), 'reservation')}. Nothing was "
                            'cancelled.',
                            hint=f'--count {len(found)} confirms it',
@@ -26237,7 +26296,7 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
                          'max_vcpu_hours max_waiting exempt_within lock',
            'resource_sync': 'resource what before after',
-           'servers': 'n name state addresses planned begun ready deleted snapshot fault',
+           'servers': 'n name state addresses login planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
            'refused': 'line label error',
            'occurrences': 'uid start end status vms resource state outcome why',
@@ -26245,7 +26304,7 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
 MOST_SHOWN = 40  # lines of a table within an answer
 #: What a table that is too wide for its terminal goes without, the first first.
 LEAST = ('id cloud project request vcpus ram image host flavor cell region aggregate kind warnings '
-         'user repeat resource fault change vms').split()
+         'begun planned ready user repeat resource change vms fault').split()
 #: Options that every command takes, and those of them that have no value.
 COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
 SWITCHES = ('--wide', '--watch')
@@ -26473,6 +26532,8 @@ def fault_of_addresses(config: Config) -> str:
     wrong = [f"{name}: '{text}' is not an http(s) address"
              for name in ('url', 'public_url', 'webhook')
              if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
+    if '@' in config.notify_admins and not config.mail_server:
+        wrong.append('notify_admins: no mail_server is set that could send to mail addresses')
     port = config.mail_server.partition(':')[2]
     if port and not port.isdecimal():
         wrong.append(f"mail_server: '{config.mail_server}' is not HOST:PORT")
@@ -26820,7 +26881,7 @@ def commands(leaf: Callable) -> Group:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
-    options, zone = {}, UTC
+    options, zone, code = {}, UTC, 0
     argv = list(sys.argv[1:] if argv is None else argv)
     if '_CMRES_COMPLETE' in os.environ:
         print('\n'.join(completed(argv)))
@@ -26837,25 +26898,21 @@ def main(argv: list[str] | None = None) -> int:
                     else call)
         return 0
     except Error as error:
-        as_json = options.get('format') == 'json'
-        said = (json_text(error_body(error), indent=2) if as_json
-                else '\n'.join(in_words(error, zone)))
-        print(legible(said).rstrip('\n'), file=sys.stderr)
-        return 2 if isinstance(error, Invalid) else 1
+        refusal = error
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
             raise
-        print(f'cmres: {refusal}', file=sys.stderr)
-        return 1
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
-    except KeyboardInterrupt:
-        print('cmres: Interrupted. A change is made as a whole or not at all: `events` shows it.',
-              file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        refusal, code = Error(f"Interrupted. {stopped or 'Nothing was changed.'}"), 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    said = (json_text(error_body(refusal), indent=2) if options.get('format') in ('json', 'jsonl')
+            else '\n'.join(in_words(refusal, zone)))
+    print(legible(said).rstrip('\n'), file=sys.stderr)
+    return code or (2 if isinstance(refusal, Invalid) else 1)
 
 
 def take_options(argv: list[str], options: dict) -> list[str]:
@@ -26906,11 +26963,12 @@ def run_command(argv: list[str], finish: Callable) -> None:
     if '--help' in argv or isinstance(here, Group):
         show_help(here, path)
     words = plain_flags(here, argv[len(path):])
-    call = plain_call(here, words)
-    if call is None:
+    calls = plain_calls(here, words)
+    if not calls:
         by_fire(path + words, finish)
-    elif (text := finish(call)) is not None:
-        print(text)
+    for call in calls:
+        if (text := finish(call)) is not None:
+            print(text)
 
 
 def show_help(here: Group | Operation, path: list[str]) -> None:
@@ -27011,9 +27069,13 @@ def by_fire(words: list[str], finish: Callable) -> None:
     fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)
 
 
-def plain_call(operation: Operation, words: list[str]) -> Call | None:
-    """The call of a line with nothing but words and flags with values, as Fire reads it; else
-    None.
+#: Commands that take several labels, each for itself.
+FOR_EACH = ('accept', 'approve', 'delete', 'end', 'reject', 'servers', 'show', 'skip')
+
+
+def plain_calls(operation: Operation, words: list[str]) -> list[Call]:
+    """The calls of a line with nothing but words and flags with values, as Fire reads it; none of
+    any other. There are several where it has several labels.
     """
     flags, plain, each = {}, [], iter(words)
     for word in each:
@@ -27022,13 +27084,20 @@ def plain_call(operation: Operation, words: list[str]) -> Call | None:
             plain.append(word)
             continue
         value = value if equals else next(each, '--')
-        if not equals and value.startswith('-') or (name := name.replace('-', '_')) in flags:
-            return None
+        if not equals and value.startswith('--'):
+            raise Invalid(f'--{name} needs a value.')
+        if (name := name.replace('-', '_')) in flags:
+            raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
+        if not equals and value.startswith('-'):
+            return []
         flags[name] = value
     rest = [name for name in operation.parameters if name not in flags]
+    if len(plain) > 1 and operation.name in FOR_EACH and rest[0] == 'label':
+        return [Call(operation, flags | {'label': each}) for each in plain]
     if len(plain) > len(rest):
-        return None
-    return Call(operation, dict(zip(rest, plain)) | flags)
+        raise Invalid(f"{operation.words}: '{plain[len(rest)]}' is one word too many. Put quotes "
+                      'around what belongs together.')
+    return [Call(operation, dict(zip(rest, plain)) | flags)]
 
 
 #: What may stand for some arguments.
@@ -27163,7 +27232,7 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         shown = render(asked(**bound), form, config.zone, table)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
-    answer = asked(**bound)
+    answer = kept_if_stopped(asked, bound) if operation.changes and not config.url else asked(**bound)
     text = render(answer, form, config.zone, table)
     say_end(getattr(service, 'token_ends', ''), config.zone)
     if more := what_follows(operation, asked, bound, answer):
@@ -27172,6 +27241,19 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         print(text)
         raise refused
     return text
+
+
+def kept_if_stopped(asked: Callable, bound: dict):
+    """What a call answers; if somebody interrupts it, that says what it has done and is kept."""
+    newest = 'SELECT coalesce(max(id), 0) FROM event'
+    before, = run(newest).fetchone()
+    try:
+        return asked(**bound)
+    except KeyboardInterrupt:
+        done = rows("SELECT code, count(*) AS number FROM event WHERE id > ? AND actor <> 'cmres' "
+                    "AND code <> 'dropped' GROUP BY code", before)
+        kept = ', '.join(f'{each.number} {each.code}' for each in done)
+        raise KeyboardInterrupt(kept and f'This was done before and stays: {kept}.') from None
 
 
 def say_end(told: str, zone: ZoneInfo) -> None:
@@ -27427,7 +27509,7 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if not look.chosen:
         filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
         names = [name for name in look.columns or names if name in filled] or names
-    cells = [[in_table(line.get(name), zone) for name in names] for line in lines]
+    cells = [[in_table(worded(name, line.get(name)), zone) for name in names] for line in lines]
     times = {name for name in names if any(isinstance(line.get(name), datetime) for line in lines)}
     heads = [f'{name} ({zone.key})' if name in times else name for name in names]
     shown = range(len(names))
@@ -27454,10 +27536,21 @@ def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
         return '\n'.join(in_cell(each, zone) for each in answer.values())
     inner = {name: each for name, each in answer.items()
              if each and isinstance(each, list) and isinstance(each[0], dict)}
-    pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
-             if name not in inner and each is not False and each not in EMPTY]
+    pairs = [(name, in_cell(worded(name, each), zone)) for name, each in answer.items()
+             if name not in inner and each is not False and each not in EMPTY
+             and (each or name not in LENGTH_FIELDS) and each != '0s']
     tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
     return '\n'.join([said, drawn([], pairs) if pairs else '', *tables]).strip('\n')
+
+
+#: Fields that are lengths in seconds.
+LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
+
+
+def worded(name: str, value):
+    """A field as people read it: a length with its units."""
+    is_length = name in LENGTH_FIELDS and isinstance(value, int)
+    return format_duration(value) if is_length else value
 
 
 def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:

@@ -18512,7 +18512,8 @@ def test_every_command_is_read_alike_with_and_without_fire(monkeypatch, name):
     for _ in range(4):
         taken = [each for each in operation.parameters if random.random() < 0.5]
         typed = {each: random.choice(TYPED) for each in taken}
-        flags = [word for each, value in typed.items() if random.random() < 0.6
+        several = name in cmres.FOR_EACH  # whose words are all labels
+        flags = [word for each, value in typed.items() if random.random() < 0.6 or several and each != 'label'
                  for word in ([f'--{each.replace("_", "-")}', value]
                               if random.random() < 0.5 and operation.parameters[each].annotation is not bool
                               else [f'--{each}={value}'])]
@@ -18522,18 +18523,25 @@ def test_every_command_is_read_alike_with_and_without_fire(monkeypatch, name):
         note = lambda into: lambda call: into.append((call._operation, call._given))  # noqa: E731
         cmres.run_command(line, note(read))
         with monkeypatch.context() as patch:
-            patch.setattr(cmres, 'plain_call', lambda *_: None)
+            patch.setattr(cmres, 'plain_calls', lambda *_: [])
             cmres.run_command(line, note(seen))
         assert read == seen and len(read) == 1, line
 
 
-@pytest.mark.parametrize('line', [['list', '--label'], ['list', '--label', '--user'], ['list', '--label=a', '--label=b'],
-                                  ['skip', 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']])
-def test_what_is_no_plain_line_is_read_by_fire(monkeypatch, line):
+def test_what_is_no_plain_line_is_read_by_fire(monkeypatch):
     came = []
     monkeypatch.setattr(cmres, 'by_fire', lambda words, finish: came.append(words))
-    cmres.run_command(line, lambda call: came.append('plain'))
+    cmres.run_command(['list', '--limit', '-1'], lambda call: came.append('plain'))
     assert came and 'plain' not in came
+
+
+@pytest.mark.parametrize('line, why', [
+    ('list --label', '--label needs a value.'), ('list --label --user', '--label needs a value.'),
+    ('list --label=a --label b', "label was given twice: 'a' and 'b'."),
+    ('extend a 1h b c d e f g', "extend: 'f' is one word too many. Put quotes around what belongs together.")])
+def test_a_line_that_lacks_a_value_or_has_too_much_is_refused_in_a_sentence(run, line, why):
+    code, _, err = run(*line.split())
+    assert (code, err) == (2, f'cmres: {why}\n')
 
 
 def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
