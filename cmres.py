@@ -61,6 +61,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gc
 import getpass
 import hashlib
 import heapq
@@ -97,6 +98,7 @@ from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotR
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
+gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import peewee
 
 # What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
@@ -115,6 +117,19 @@ log = logging.getLogger('cmres')
 #
 # Whoever raises one of these has written the sentence that the user will read. Only the REST
 # wrapper makes a status of it, only `main` an exit code.
+
+
+class Pattern:
+    """A regular expression that is compiled when it is first used: `list` needs few of them."""
+
+    def __init__(self, pattern: str | bytes, flags: int = 0):
+        self.pattern, self.flags = pattern, flags
+
+    def __getattr__(self, name: str):
+        """A method of the compiled one, which is kept."""
+        found = getattr(re.compile(self.pattern, self.flags), name)
+        setattr(self, name, found)
+        return found
 
 
 class Error(Exception):
@@ -189,7 +204,7 @@ def counted(number: int, one: str, many: str = '') -> str:
 #: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1
 #: but tab and newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators
 #: and tags, and halves of pairs.
-UNSEEN = re.compile(
+UNSEEN = Pattern(
     '[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
     '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
 
@@ -217,19 +232,19 @@ def first_line(error: Exception) -> str:
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 # a time and the zone of its clock (RFC 9557)
-ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')
-DURATION = re.compile(r'\+?' + ' *'.join(
+ZONED = Pattern(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')
+DURATION = Pattern(r'\+?' + ' *'.join(
     rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
         'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')),
                       re.I | re.A)
-CLOCK_LENGTH = re.compile(r'\+?(\d{1,4})[:h]([0-5]\d)', re.I)
-ISO_DURATION = re.compile(
+CLOCK_LENGTH = Pattern(r'\+?(\d{1,4})[:h]([0-5]\d)', re.I)
+ISO_DURATION = Pattern(
     r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
     re.I | re.A)
-FROM_NOW = re.compile(r'(\+.*)|in (.+)|(.+) from now', re.I)
+FROM_NOW = Pattern(r'(\+.*)|in (.+)|(.+) from now', re.I)
 # An offset's + that an unescaped query made a space.
-LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
-CLOCK = re.compile(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
+LOST_PLUS = Pattern(r'(:\d\d) (\d\d:?\d\d)$')
+CLOCK = Pattern(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
 DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', 'august',
                'september', 'october', 'november', 'december')
@@ -358,8 +373,8 @@ def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> da
 
 
 #: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
-WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
-                       r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+WITH_ZONE = Pattern(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
+                    r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
 
 
 def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
@@ -694,13 +709,13 @@ SAME_RULES = {
     **dict.fromkeys(('weekends', 'every weekend'), 'weekly on sat,sun')}
 SAID_OTHERWISE = (('^each ', 'every '), (r'^every (?:other|two|second) (day|week|month|year)s?\b',
                                          r'every 2 \1s'))
-SPOKEN = re.compile(
+SPOKEN = Pattern(
     r'(?:(?P<name>daily|weekly|monthly|yearly)|'
     r'every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
     r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
-SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|1st|second|2nd|third|3rd|fourth|4th|fifth|5th|last) )?'
-                        '([a-z]{2,})(?: of (?:the|each|every) month)?')
-SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
+SPOKEN_DAY = Pattern(r'(?:the )?(?:(first|1st|second|2nd|third|3rd|fourth|4th|fifth|5th|last) )?'
+                     '([a-z]{2,})(?: of (?:the|each|every) month)?')
+SPOKEN_END = Pattern(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
 
 
 def spoken_rule(words: str, today: date) -> str:
@@ -5303,9 +5318,9 @@ rehearsal = Rehearsal()
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
                            'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
     'reservation': ('occurrence', 'texts')}
-WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
-NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
-INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
+WRITTEN = Pattern(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
+NAMED = Pattern(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
+INDEXED = Pattern(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
 
 
 @contextmanager
@@ -6630,7 +6645,7 @@ class Cloud:
         return found
 
 
-UUID = re.compile('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
+UUID = Pattern('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 
 
 class OpenStack(Cloud):
@@ -8056,39 +8071,39 @@ MOST_STEPS_EACH = 50_000  # of these for one event
 MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros
 #: on demo.
-WANT = re.compile(
+WANT = Pattern(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?'
     r'(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
-MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
-MAYBE_MARKED = re.compile('#vm|&#|&num', re.I)
+MARKED = Pattern(r'#vm\b\s*([^\n<]*)', re.I)
+MAYBE_MARKED = Pattern('#vm|&#|&num', re.I)
 #: An event of our own feeds: what it shows is booked already.
-FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
-PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
+FEED_UID = Pattern(r'occurrence-\d+@cmres-[0-9a-f]{8}')
+PROPERTY = Pattern(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
 #: No event wants a VM without one of these in its text, maybe folded: #vm, 2 x, 2 &times;, VM.
-WISH = re.compile(
+WISH = Pattern(
     rb'&\x1f?(?:#|num)|#\x1f?[vV]\x1f?[mM]|\n(?i:CATEGORIES)[^\n]*(?i:v\x1f?m)'
     rb'|[\d\x80-\xff](?:[ \t\x1f\x80-\xff]|&[A-Za-z0-9#\x1f]{1,9};)*(?:[xX&]|\xc3\x1f?\x97)')
 #: Stands where a line was folded, and counts as one.
 FOLD = b'\x1f'
-FOLDED_NAME = re.compile(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
+FOLDED_NAME = Pattern(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
 #: Patterns that begin with the end of the line before are found fast.
-STRUCTURE = re.compile(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
-KEPT_LINE = re.compile(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
-EXCEPTION = re.compile(rb'\n(?i:RECURRENCE-ID)[;:]')
-NAMING_LINE = re.compile(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
-UID_LINE = re.compile(rb'\n(?i:UID)[;:][^\n]*')
-REPEATS = re.compile(rb'\n(?i:RRULE|RDATE)[;:]')
-FIRST_DAY = re.compile(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
-LAST_DAY = re.compile(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
-ZONE_NAME = re.compile(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
-BESIDE = re.compile(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
-MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
-OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
+STRUCTURE = Pattern(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
+KEPT_LINE = Pattern(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
+EXCEPTION = Pattern(rb'\n(?i:RECURRENCE-ID)[;:]')
+NAMING_LINE = Pattern(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
+UID_LINE = Pattern(rb'\n(?i:UID)[;:][^\n]*')
+REPEATS = Pattern(rb'\n(?i:RRULE|RDATE)[;:]')
+FIRST_DAY = Pattern(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
+LAST_DAY = Pattern(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
+ZONE_NAME = Pattern(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
+BESIDE = Pattern(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
+MOMENT = Pattern(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
+OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 class Want(NamedTuple):
@@ -9394,7 +9409,7 @@ MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
 MOST_INVITED = 200  # people to one reservation
-MAIL_ADDRESS = re.compile(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
+MAIL_ADDRESS = Pattern(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
@@ -17658,7 +17673,7 @@ def sent(text: str | bytes, status: int, headers: dict):
     return bottle.HTTPResponse(data, status, headers)
 
 
-TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+TAKES_GZIP = Pattern(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
 
 
 def header(request, name: str, default: str | None = '') -> str | None:
@@ -19456,15 +19471,15 @@ READS = ('read', 'read-current-user-privilege-set')
 WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
-TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
-                   r'NOT CHANGED\\?, still \d+ VMs?): ')
+TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
+                r'NOT CHANGED\\?, still \d+ VMs?): ')
 OPENS, CLOSES = '[cmres] ', '[end of cmres]'
 MOST_COPIED = 2000  # letters of a line that each such exception has as well
 CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SEQUENCE', 'STATUS',
                     'CLASS', 'TRANSP', 'CATEGORIES', 'ORGANIZER'))
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
-NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
+NO_XML = Pattern('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
 
 
 class Refused(Error):
@@ -19922,8 +19937,8 @@ class Shelf:
         return Understood(text, wanted[0], group, zone)
 
 
-GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
-METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
+GUEST = Pattern('(?i)(ATTENDEE|ORGANIZER)[;:]')
+METHOD_LINE = Pattern(r'(?mi)^METHOD[;:]')
 
 
 def kinds_in(text: str) -> set[str]:
@@ -20937,7 +20952,7 @@ class Dav:
 #: Of an occurrence o: it is of no event of a user's calendars.
 NOT_MINE = ('NOT EXISTS (SELECT 1 FROM calendar_object c WHERE c.user = ? AND c.project = ? '
             'AND c.reservation_id = o.reservation_id)')
-BUSY_NAME = re.compile(r'busy-(\d{1,15})\.ics')
+BUSY_NAME = Pattern(r'busy-(\d{1,15})\.ics')
 HEAD_OF_BUSY = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
 DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
                         'DAV': '1, 3, calendar-access'}
@@ -23498,7 +23513,7 @@ def at_of(line: TimeLine, wall: datetime) -> str:
 CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
 NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from)\b|$)'
 #: Parts that a word begins, in the order in which they are taken out of the line.
-PHRASES = {name: re.compile(pattern) for name, pattern in {
+PHRASES = {name: Pattern(pattern) for name, pattern in {
     'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
     'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
     'until': rf'\b(?:until|till) (.+?){NEXT_WORD}',
@@ -26905,7 +26920,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
     except KeyboardInterrupt as stopped:
-        refusal, code = Error(f"Interrupted. {stopped or 'Nothing was changed.'}"), 130
+        refusal, code = Error(f"Interrupted. {str(stopped) or 'Nothing was changed.'}"), 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -27374,7 +27389,7 @@ def file_rows(text: str, name: str) -> list[dict]:
 
 
 #: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
-FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
+FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
 
 
 def unquoted(cell):
@@ -27710,6 +27725,7 @@ def offered(details: dict, zone: ZoneInfo) -> list[str]:
             for name, text in offers.items() if name in details]
 
 
+gc.enable()
 if __name__ == '__main__':
     code = main()
     sys.stdout.flush()
