@@ -13,7 +13,7 @@ serve: $(VENV)/cmres $(BIN)/cmres   ## serve the page and REST, and run the life
 	$(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
-	$(PYTEST) -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
+	$(PYTEST) --assert=plain -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
 test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m openstack cmres_test.py
@@ -35,7 +35,7 @@ $(VENV)/%: %.py FORCE | $(BIN)/python
 $(VENV)/cmres_test: $(VENV)/cmres
 
 $(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled once
-	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom cmres import main\nsys.exit(main())\n' \
+	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom cmres import run_program\nrun_program()\n' \
 	  '$(abspath $(BIN))/python' '$(CURDIR)' > $@ && chmod +x $@
 
 $(VENV)-clients/done: | $(BIN)/python   # an environment of their own; the suite needs no tempest

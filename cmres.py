@@ -2362,7 +2362,8 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is a word of cmres itself. Choose another name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another '
+                         'name.')
     return label
 
 
@@ -17100,7 +17101,7 @@ WITH_BODY = ('POST', 'PATCH')
 #: A text without unseen characters, as far as all dialects of patterns can say it.
 SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
 DIGITS = ' *[+-]?[0-9]{1,12} *'
-POSITIVE = ' *[+]?0*[1-9][0-9]{0,3} *'
+POSITIVE = ' *[+]?0*[1-9][0-9]{0,11} *'
 SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
                 r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
 ISO_LENGTH = {'type': 'string', 'minLength': 3, 'examples': ['PT2H'], 'pattern':
@@ -27725,10 +27726,17 @@ def offered(details: dict, zone: ZoneInfo) -> list[str]:
             for name, text in offers.items() if name in details]
 
 
-gc.enable()
-if __name__ == '__main__':
+def run_program() -> None:
+    """Runs the command line of this process, and ends it.
+
+    Workers may wait for a cloud that hangs: what became of their calls, the next pass finds out.
+    """
     code = main()
     sys.stdout.flush()
     store_file.leave()
-    # workers may wait for a cloud that hangs; what became of their calls, the next pass finds out
     os._exit(code)
+
+
+gc.enable()
+if __name__ == '__main__':
+    run_program()

@@ -43,6 +43,7 @@ import json
 import multiprocessing
 import operator
 import os
+import py_compile
 import queue
 import random
 import re
@@ -80,6 +81,12 @@ import yaml
 from dateutil.rrule import rrulestr
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
+#: Programs are started some hundred times: they read what the first has compiled.
+CACHE = str(Path(__file__).parent / '.pytest_cache' / 'bytecode')
+os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix = os.environ.get('PYTHONPYCACHEPREFIX', CACHE)
+os.environ.pop('PYTHONDONTWRITEBYTECODE', '')
+sys.dont_write_bytecode = False
+
 import cmres
 from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
                    NoCapacity, NotFound, Unauthorized, Unavailable, bind, load_config, read_repeat, read_zone)
@@ -87,6 +94,9 @@ from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict,
 UTC = timezone.utc
 NOON = datetime(2026, 12, 1, 12, tzinfo=UTC)
 MODULE = Path(cmres.__file__)
+#: cmres as its command beside Python starts it.
+PROGRAM = [sys.executable, '-c', f'import sys; sys.path.insert(0, {str(MODULE.parent)!r}); sys.argv[0] = {str(MODULE)!r}; '
+           'from cmres import run_program; run_program()']
 
 
 def hours(number: float) -> timedelta:
@@ -777,7 +787,7 @@ class Serving:
     def start(self):
         """Starts it, and waits until it serves."""
         with open(self.folder / 'out', 'w') as out:
-            self.process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'serve', *self.argv], cwd=self.folder,
+            self.process = subprocess.Popen([*PROGRAM, 'serve', *self.argv], cwd=self.folder,
                                             env=self.env, stdout=out, stderr=subprocess.STDOUT)
         soon(lambda: 'serves http' in self.said() or self.process.poll() is not None)
         assert self.process.poll() is None, self.said()
@@ -819,7 +829,7 @@ class Serving:
 
 def cli(folder, *argv, **env):
     """One command as a process of its own."""
-    return subprocess.run([sys.executable, '-B', str(MODULE), *argv], cwd=folder, env=env or environment(), text=True,
+    return subprocess.run([*PROGRAM, *argv], cwd=folder, env=env or environment(), text=True,
                           capture_output=True, timeout=120)
 
 
@@ -1484,7 +1494,7 @@ def test_readiness_needs_somebody_who_makes_passes(world):
 def test_a_scheduler_of_its_own_tells_what_it_counts_and_how_it_is(world, tmp_path):
     """On its own port; nothing else is there."""
     token = world.service.token_add('root', 'default', 'admin', scopes=['read'])['token']
-    process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler', '--port', '0'], cwd=tmp_path,
+    process = subprocess.Popen([*PROGRAM, 'scheduler', '--port', '0'], cwd=tmp_path,
                                env=environment() | {'CMRES_DATABASE': world.config.database, 'CMRES_SWEEP': '0.2'},
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -1524,7 +1534,7 @@ def test_copies_made_under_four_writers_are_whole_and_have_all_that_was_acknowle
     copies, pause = int(os.environ.get('COPIES', 6)), float(os.environ.get('PAUSE', 0))
     world.service.resource_update('demo', vms=cmres.UNLIMITED)
     said = [open(tmp_path / f'said-{n}', 'w') for n in range(4)]
-    writers = [subprocess.Popen([sys.executable, '-B', '-c', WRITER, world.config.database, f'w{n}'],
+    writers = [subprocess.Popen([sys.executable, '-c', WRITER, world.config.database, f'w{n}'],
                                 cwd=MODULE.parent, stdout=said[n]) for n in range(4)]
     try:
         soon(lambda: all((tmp_path / f'said-{n}').stat().st_size for n in range(4)))
@@ -11846,7 +11856,7 @@ class Chaos:
             variables = {f'CMRES_{name.upper()}': str(value) for name, value in HASTY.items()}
             with open(self.path / 'log', 'a') as log:
                 self.pids.append(subprocess.Popen(
-                    [sys.executable, '-B', str(MODULE), 'scheduler'], stdout=subprocess.DEVNULL, stderr=log,
+                    [*PROGRAM, 'scheduler'], stdout=subprocess.DEVNULL, stderr=log,
                     env=environment() | variables | {'CMRES_DATABASE': self.config.database}).pid)
             return
         cmres.close_store()
@@ -11995,13 +12005,15 @@ class Chaos:
 
 def in_chaos(tmp_path, *stores) -> list[dict]:
     """Runs several stores side by side: (number of schedulers, whether by the command, seconds, freezing)."""
+    py_compile.compile(__file__)  # once, and not by each of them
+
     def one(n, number, command, seconds, freezing):
         path, seed = tmp_path / str(n), random.randrange(10**6)
         path.mkdir()
         program = (f'import json, sys; sys.path[:0] = {sys.path!r}; from {Path(__file__).stem} import Chaos; '
                    f'print(json.dumps(Chaos({str(path)!r}, {seed}, {number}, {command}).run({seconds}, {freezing})))')
         with open(path / 'said', 'w') as said, open(path / 'error', 'w') as error:  # no pipe: its children outlive it
-            running = subprocess.Popen([sys.executable, '-B', '-W', 'ignore', '-c', program], stdout=said, stderr=error,
+            running = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], stdout=said, stderr=error,
                                        env=environment(), start_new_session=True)
         try:
             running.wait(seconds + 400)
@@ -13891,7 +13903,7 @@ def test_no_name_is_given_that_an_address_has_already(app):
     for word in words:
         body = {'label': word, 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
         told = app.call('POST', '/reservation', body, 400).json['error']
-        assert 'Choose another name' in told or 'is not a valid name' in told
+        assert 'an address of cmres already' in told or 'is not a valid name' in told
 
 
 def test_every_answer_says_how_it_may_be_kept_and_whose_request_it_is_for(app):
@@ -18262,7 +18274,7 @@ def test_a_list_imports_only_what_it_uses(tmp_path, empty):
     shutil.copy(empty, tmp_path)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
             "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
-    ended = subprocess.run([sys.executable, '-B', '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
+    ended = subprocess.run([sys.executable, '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(),
                            capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.startswith('nothing found\n')
     loaded = set(ended.stdout.split())
@@ -18275,7 +18287,7 @@ def on_terminal(tmp_path, *argv, columns=80, **env):
     import pty
     leader, follower = pty.openpty()
     env = environment() | {'COLUMNS': str(columns), 'TERM': 'xterm'} | env
-    process = subprocess.Popen([sys.executable, '-B', str(MODULE), *argv], cwd=tmp_path, env=env, stdin=follower,
+    process = subprocess.Popen([*PROGRAM, *argv], cwd=tmp_path, env=env, stdin=follower,
                                stdout=follower, stderr=subprocess.PIPE)
     os.close(follower)
     text = b''
@@ -18554,7 +18566,7 @@ def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
 
 def test_events_can_be_followed_as_they_come(run, tmp_path):
     run('resource', 'add', 'demo', '--vms=3')
-    follower = subprocess.Popen([sys.executable, str(MODULE), 'events', '--follow'], cwd=tmp_path, text=True,
+    follower = subprocess.Popen([*PROGRAM, 'events', '--follow'], cwd=tmp_path, text=True,
                                 stdout=subprocess.PIPE,  # a shell's background jobs ignore SIGINT, and hand that on
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert 'resource  -  added the resource' in follower.stdout.readline()
@@ -19321,7 +19333,7 @@ def served(tmp_path):
     """`cmres.py serve` as a process: call('POST', '/reservation', {...}), and its address."""
     (tmp_path / 'home').mkdir()
     env = environment() | {'CMRES_DATABASE': str(tmp_path / 'serve.db'), 'HOME': str(tmp_path / 'home')}
-    process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'serve', '--port', '0'], cwd=tmp_path, env=env,
+    process = subprocess.Popen([*PROGRAM, 'serve', '--port', '0'], cwd=tmp_path, env=env,
                                stdout=subprocess.PIPE, text=True)
     lines = [process.stdout.readline() for _ in range(2)]
     while not re.search('cmres_[A-Za-z0-9_-]{20,}', lines[-1]) and len(lines) < 20:
@@ -21450,7 +21462,7 @@ class Scheduler:
 
     def start(self):
         with open(self.folder / 'log', 'ab') as out:
-            self.process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler'], cwd=self.folder,
+            self.process = subprocess.Popen([*PROGRAM, 'scheduler'], cwd=self.folder,
                                             env=self.environ, stdout=out, stderr=out)
 
     def kill(self):
@@ -24255,7 +24267,7 @@ def bench_idle(folder: Path) -> None:
         service.add('later', 'demo', service.here.now + hours(5), hours(1))
         if number:
             service.add('now', 'demo', service.here.now, hours(1), vms=number, flavor='m1.tiny', image='cirros')
-        process = subprocess.Popen([sys.executable, '-B', str(MODULE), 'scheduler'], env=environment() | variables,
+        process = subprocess.Popen([*PROGRAM, 'scheduler'], env=environment() | variables,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         def used():
@@ -24341,7 +24353,7 @@ def bench_anger(folder: Path) -> None:
         tokens[user] = service.token_add(user, user, 'user')['token']
         service.acting(Actor(user, user, 'user')).add(
             f'series-{user}', 'big', service.here.now + hours(1), hours(1), **SERIES)
-    serves = [sys.executable, '-B', '-c', SERVES_SLOWLY]
+    serves = [sys.executable, '-c', SERVES_SLOWLY]
     process = subprocess.Popen(serves, env=environment() | variables | {
         'PYTHONPATH': str(MODULE.parent)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True)
