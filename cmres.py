@@ -133,9 +133,7 @@ class Pattern:
 
 
 class Error(Exception):
-    """What could not be done and what would be right, in one sentence; `details` says more to
-    programs.
-    """
+    """What could not be done and what would be right; `details` says more to programs."""
     status = 500
 
     def __init__(self, sentence: str, **details):
@@ -157,9 +155,7 @@ class Unavailable(Error): status = 503   # noqa: E701
 
 
 class NoCapacity(Conflict):
-    """It does not fit; its `cause` is reserved, too_large, maintenance, capacity_change, host or
-    waiting_list.
-    """
+    """It does not fit. Its `cause`: reserved, too_large, maintenance, capacity_change, host, waiting_list."""
 
     def __init__(self, sentence: str, **details):
         super().__init__(sentence, **{'cause': 'reserved'} | details)
@@ -271,9 +267,7 @@ def instant(seconds: float | None) -> datetime | None:
 
 
 def zone_table() -> str:
-    """Which releases of the zone table are here: that of the system, and that of the package
-    tzdata.
-    """
+    """Which releases of the zone table are here: of the system, and of the package tzdata."""
     from importlib.metadata import version
     try:
         with open('/usr/share/zoneinfo/tzdata.zi', encoding='ascii') as file:
@@ -295,9 +289,7 @@ def read_zone(name: str) -> ZoneInfo:
 
 
 def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
-    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points
-    to.
-    """
+    """The zone that the clocks of this machine show: by TZ, else by what `link` points to."""
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
     return (name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name)
@@ -340,9 +332,7 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
 
 
 def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
-    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is
-    none.
-    """
+    """The instant of an ISO 8601 time, maybe with a zone in brackets (RFC 9557), or None."""
     if named := ZONED.fullmatch(word):
         word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
     # Python takes any letter between date and time.
@@ -356,9 +346,7 @@ def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
 
 
 def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
-    """The instant that words name: a date and what a clock shows, or one of both; None if it is
-    none.
-    """
+    """The instant that words name by a date, what a clock shows or both, or None."""
     words, zone, called = zone_of_words(text, zone)
     clocks = [word for word in words if read_clock(word) is not None]
     day = ' '.join(word for word in words if word not in clocks)
@@ -513,19 +501,14 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
     """
     folds = [wall.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
     if not called:
-        return typed_at(folds[0].astimezone(UTC), wall, zone)
+        typed = Typed.fromtimestamp(folds[0].timestamp(), UTC)
+        typed.wall, typed.zone = wall, zone
+        return typed
     for each in folds:
         if each.tzname() == called:
             return each.astimezone(UTC)
     raise ValueError(f'Clocks in {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}. Write '
                      f'the time zone: {wall:%Y-%m-%d %H:%M} ({zone.key}).')
-
-
-def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
-    """An instant with the time that was typed for it."""
-    typed = Typed.fromtimestamp(moment.timestamp(), UTC)
-    typed.wall, typed.zone = wall, zone
-    return typed
 
 
 def parse_duration(text: str) -> Length:
@@ -557,13 +540,18 @@ def format_time(moment: datetime, zone: ZoneInfo) -> str:
     return local.strftime(f'%Y-%m-%d {clock} %Z')
 
 
+def format_day(day: date) -> str:
+    """A date for people: Tue 1 Dec 2026."""
+    return f'{day:%a} {day.day} {day:%b %Y}'
+
+
 def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
     local = moment.astimezone(zone)
     clock = '%H:%M:%S' if local.second else '%H:%M'
     twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
     called = ' %Z' if twice else ''
-    return local.strftime(f'%a {local.day} %b %Y, {clock}{called} ({zone.key})')
+    return f'{format_day(local)}, {local:{clock}{called}} ({zone.key})'
 
 
 def format_window(start: datetime, end: datetime, zone: ZoneInfo) -> str:
@@ -639,9 +627,7 @@ class Stretch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """An occurrence that a series wants: its key ('' if it is the only one), and seconds since
-    1970.
-    """
+    """An occurrence that a series wants: its key ('' of the only one), and seconds since 1970."""
     key: str
     start: int
     end: int
@@ -707,6 +693,10 @@ SAME_RULES = {
     **dict.fromkeys(('weekdays', 'every weekday', 'mon-fri', 'every mon-fri', 'mon to fri'),
                     'weekly on mon,tue,wed,thu,fri'),
     **dict.fromkeys(('weekends', 'every weekend'), 'weekly on sat,sun')}
+#: What a rule can also say, in words that stand in parentheses.
+MORE_PARTS = {'BYMONTH': 'months', 'BYMONTHDAY': 'days of the month', 'BYDAY': 'weekdays',
+              'BYYEARDAY': 'days of the year', 'BYWEEKNO': 'weeks', 'BYSETPOS': 'positions',
+              'BYHOUR': 'hours', 'BYMINUTE': 'minutes', 'BYSECOND': 'seconds'}
 SAID_OTHERWISE = (('^each ', 'every '), (r'^every (?:other|two|second) (day|week|month|year)s?\b',
                                          r'every 2 \1s'))
 SPOKEN = Pattern(
@@ -719,13 +709,15 @@ SPOKEN_END = Pattern(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
 
 
 def spoken_rule(words: str, today: date) -> str:
-    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until
-    23 feb 2027.
-    """
+    """The RRULE of: daily, every tue and thu, monthly on last fri, weekly until 23 feb 2027."""
     text, ends = words, ''
     if match := SPOKEN_END.fullmatch(words):
         text = match[1]
         ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words, today)}'
+    text, _, more = text.removesuffix(')').partition(' (')
+    names = {word: name for name, word in MORE_PARTS.items()}
+    said = [part.rpartition(' ') for part in more.split('; ') if part]
+    ends = ''.join(f';{names.get(word, word)}={value.upper()}' for word, _, value in said) + ends
     text = SAME_RULES.get(text, text)
     for said, meant in SAID_OTHERWISE:
         text = re.sub(said, meant, text)
@@ -778,17 +770,15 @@ def is_weekday(word: str) -> bool:
 
 
 def rule_in_words(rule: str) -> str:
-    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't
-    say it.
-    """
+    """A repetition for people, which `read_repeat` reads back."""
     parts = dict(part.split('=') for part in rule.split(';'))
     unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
     number = int(parts.get('INTERVAL', 1))
     every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
-    days = days_in_words(parts)
-    said = {'FREQ', 'INTERVAL', 'BYDAY', 'BYMONTHDAY', 'UNTIL', 'COUNT', 'WKST'}
-    if parts.keys() - said or days is None or 'BYDAY' in parts and 'BYMONTHDAY' in parts:
-        return rule
+    days = None if {'BYDAY', 'BYMONTHDAY'} <= parts.keys() else days_in_words(parts)
+    rest = '; '.join(f'{MORE_PARTS[name]} {value}' for name, value in parts.items()
+                     if name in MORE_PARTS and (days is None or not name.endswith('DAY')
+                                                or name == 'BYYEARDAY'))
     if number == 1 and unit == 'week' and days:
         every, days = ('every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday'
                        else 'weekday')
@@ -798,7 +788,7 @@ def rule_in_words(rule: str) -> str:
     if 'UNTIL' in parts:
         last = read_until(parts['UNTIL'])
         ends = f'until {last.day} {last:%b %Y}'
-    return ' '.join(filter(None, (every, days, ends)))
+    return ' '.join(filter(None, (every, days, rest and f'({rest})', ends)))
 
 
 def days_in_words(parts: dict) -> str | None:
@@ -1129,9 +1119,7 @@ def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for
-    ever.
-    """
+    """The wall times of all slots of a stretch in order, maybe for ever; of its rule from one on."""
     start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
@@ -1198,7 +1186,7 @@ def slots(stretch: Stretch, begin: float, until: float,
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
         if found > MOST_OCCURRENCES:
             raise Invalid(f'This series has more than {MOST_OCCURRENCES} occurrences before '
-                          f'{instant(int(until)):%Y-%m-%d}. Choose an earlier last date.')
+                          f'{format_day(instant(int(until)))}. Choose an earlier last date.')
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
@@ -1234,9 +1222,7 @@ def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
 
 
 def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
-    """A series that is otherwise from a slot on: shifted by so many seconds more, or with other
-    values.
-    """
+    """A series that is otherwise from a slot on: shifted by so many seconds, or with other values."""
     shift = changes.pop('shift', 0)
     after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
              for stretch in stretches if not stretch.until or stretch.until > key]
@@ -1273,16 +1259,13 @@ def shifted_rule(stretch: Stretch) -> str:
     if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
         if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
             parts['WKST'] = parts.get('WKST', 'MO')
-        parts |= {name: later_days(parts[name], days) for name in parts.keys() & {'BYDAY', 'WKST'}}
+        parts |= {name: ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7]
+                                 for day in parts[name].split(','))
+                  for name in parts.keys() & {'BYDAY', 'WKST'}}
     elif days and (by or max(first.day, moved.day) > 28 or moved.day - first.day != days):
         # Months differ in length.
         return ''
     return ';'.join(f'{name}={value}' for name, value in parts.items())
-
-
-def later_days(text: str, days: int) -> str:
-    """Weekdays that are so many days later."""
-    return ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7] for day in text.split(','))
 
 
 def unskipped(stretch: Stretch, key: str) -> Stretch:
@@ -1313,9 +1296,8 @@ def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
             walls(stretch._replace(skips=()), day - timedelta(days=40)))]
         if not any(wall.isoformat().startswith(skip) for wall in near):
             nearest = min(near, key=lambda wall: abs(wall - day), default=None)
-            told.append(f"The series has nothing on {day:%a} {day.day} {day:%b %Y}, so nothing is "
-                        'left out there.' + (f' The nearest date is {nearest:%a} {nearest.day} '
-                                             f'{nearest:%b %Y}.' if nearest else ''))
+            told.append(f'The series has nothing on {format_day(day)}, so nothing is left out there.'
+                        + (f' The nearest date is {format_day(nearest)}.' if nearest else ''))
     return told
 
 
@@ -1429,9 +1411,8 @@ class Config:
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
                            'database')
     token: str = setting('', 'the token for that server')
-    connections: int = setting(
-        2000, 'open connections at the same time; for one '
-              'more, cmres closes the oldest idle one', 10, 100_000)
+    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
+                                     'closes the oldest idle one', 10, 100_000)
     connections_per_address: int = setting(200, 'open connections from one address, also from a '
                                                 'proxy', 1)
     requests_per_address: int = setting(
@@ -1440,9 +1421,8 @@ class Config:
         3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
     mib_per_address: int = setting(
         2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(
-        500, 'MiB to and from one user within a minute; 0: no limit. Admins have no such limit',
-        0)
+    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
+                                     'Admins have no such limit', 0)
     cpu_per_user: float = setting(
         30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
               'limit. Admins have no such limit', 0.0)
@@ -1487,9 +1467,8 @@ class Config:
                                          'replaced', 0.1)
     lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
                                             'the VM is created again', 0.0)
-    common_names: str = setting(
-        '', "names that users may use on a cloud entry that is not their own project's, besides "
-            'public ones: KIND:NAME,KIND:NAME')
+    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
+                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
     poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
                                         'stopping', 0.01)
     poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
@@ -1499,13 +1478,11 @@ class Config:
     leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
                                          'scheduler takes over', 0.1)
     remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder',
-                            0.0)
+                                          'reminder', 0.0)
     end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
                                       'then the VM is deleted', 0.0)
     webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('',
-                                  'the key for the HMAC-SHA256 signature of webhooks')
+    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
     private_addresses: bool = setting(
         False, 'allow webhook and calendar addresses in private networks and on this computer')
     mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
@@ -1513,21 +1490,17 @@ class Config:
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
     notify_admins: str = setting(
         '', 'mail addresses or URLs that get a message when an admin must approve something')
-    mail_domains: str = setting(
-        '', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(
-        200, 'mails for one user within a day; more are dropped', 0)
+    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
+    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
     own_token_days: int = setting(
         365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(
-        50, 'tokens that one user may have in a project; 0: no limit', 0)
+    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
     feeds_per_user: int = setting(
         50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
     subscriptions_per_user: int = setting(
         50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366,
-                           'days ahead for which the occurrences of a series are reserved', 1,
-                           3660)
+    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
+                                1, 3660)
     invitations_per_day: int = setting(
         200, 'mails that invite people to what one user has reserved, within a day', 0)
     calendar_poll: float = setting(300.0, 'seconds between '
@@ -1539,9 +1512,8 @@ class Config:
         False, 'whether the calendar of a resource shows what others have reserved, as busy')
     caldav_events: int = setting(
         20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('',
-                           'address of this server for people, for links, for example '
-                           'https://cmres.example.org')
+    public_url: str = setting('', 'address of this server for people, for links, for example '
+                                  'https://cmres.example.org')
     session_length: float = setting(43200.0, 'seconds after '
                                         'which people must sign in to the page again', 0.1)
     login_command: str = setting('ssh {address}',
@@ -1714,8 +1686,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     old = [name for name in (*sections['cmres'], *twins) if name in renamed]
     sources = {renamed.get(name, name): path for name in sections['cmres']} | {
         renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres'])
-             | with_new_names('setting', twins))
+    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
@@ -2015,8 +1986,7 @@ WORDS = {
     'events.after': 'show the events after this id',
     'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
-    'at_end': 'what happens to the VMs at the end: delete, stop, shelve or snapshot (save an image '
-              'of each VM, then delete the VM)',
+    'at_end': 'at the end: delete, stop, shelve or snapshot (save as an image, then delete)',
     'before': 'latest end',
     'by': 'how much longer, for example +1h',
     'cell': 'cell of the resource',
@@ -2029,8 +1999,7 @@ WORDS = {
     'dry_run': 'show the result; change nothing',
     'duration': 'length of the time window, for example 2h, 90min, 1.5h or 1d12h',
     'end': 'end time, or duration such as +2h; 17:00 is the next one after the start',
-    'default_flavor': 'the flavor of the VMs that an event without words gets, which is drawn in '
-                      'the calendar of the resource',
+    'default_flavor': 'flavor of the VMs of an event that is only drawn in its calendar',
     'default_image': 'their image',
     'default_vms': 'how many they are; 0: the resource has no calendar to draw in',
     'invite': 'mail addresses that get it as an event for their calendars, with commas between',
@@ -2038,15 +2007,13 @@ WORDS = {
     'flavor': 'flavor of each VM, by name or id; its vCPUs and RAM count',
     'find.flavor': 'flavor of each VM',
     'force': 'change the capacity even if existing reservations no longer fit',
-    'flavors': 'give Nova a private flavor, with the id of the reservation, for each active lease '
-               'of VMs',
+    'flavors': 'give Nova a private flavor, with the id of the reservation, for each lease of VMs',
     'following': 'also all occurrences after it',
     'holidays': 'calendar file or address; leave out the days of its all-day events',
     'host': 'reserve this whole host; m[01-05] means five hosts',
     'serve.host': 'IP address to listen on',
     'id': 'the id that the list shows',
-    'image': 'image to start, by name or id; without an image, cmres reserves capacity and starts '
-             'no VM',
+    'image': 'image to start, by name or id; without one, cmres only reserves capacity',
     'kept': 'the VMs that stayed after their end, stopped or shelved',
     'key': 'SSH key pair for the VMs',
     'lasts': 'how long the token is valid, for example 90d',
@@ -2055,18 +2022,15 @@ WORDS = {
     'find.lead': 'lead time before the start, which must be free too',
     'find.resource': 'name of the resource, or - for all of them',
     'limit': 'maximum number of lines',
-    'lock': 'so long before its start, and from then on, only an admin can change or cancel a '
-            'reservation, for example 24h; 0s: never',
+    'lock': 'this long before its start, only an admin can change or cancel it; 0s: never',
     'metadata': 'metadata of the VMs: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
     'network': 'network of the VMs, by name or id; default: the cloud decides',
     'notify': 'send messages to these mail addresses or URLs (comma-separated)',
     'occurrence': 'date or start time of one occurrence of a series',
-    'on_conflict': 'if an occurrence does not fit: refuse the series, skip it, or shift=2h (move '
-                   'it by up to 2h)',
+    'on_conflict': 'if one does not fit: refuse the series, skip it, or shift=2h (by up to 2h)',
     'reservable_hosts': 'allow reservations of single hosts by name',
-    'part': 'reserve RESOURCE:VMS or RESOURCE:VMS:FLAVOR:IMAGE; repeat the option. All parts are '
-            'reserved, or none',
+    'part': 'RESOURCE:VMS or RESOURCE:VMS:FLAVOR:IMAGE, repeatedly; all are reserved, or none',
     'partial': 'reserve the lines that fit; default: all lines, or nothing',
     'project': 'project of the reservation',
     'limit_add.project': 'project that the limit is for',
@@ -2076,8 +2040,7 @@ WORDS = {
     'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
-    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an '
-              'RRULE',
+    'repeat': 'daily, weekdays, every tue, weekly on tue,thu, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for any resource in a location',
     'limit_add.resource': 'the limit counts only on this resource',
     'token_add.resource': 'the token is only for this resource',
@@ -2087,21 +2050,16 @@ WORDS = {
     'min_free_time': "in mode 'shared': how long capacity must stay free before a VM without "
                      'reservation may start, for example 1h',
     'resources': 'names of resources (comma-separated)',
-    'aggregates': 'names of aggregates (comma-separated); default: all aggregates that cmres '
-                  'manages',
+    'aggregates': 'names of aggregates (comma-separated); default: all that cmres manages',
     'max_advance': 'latest possible start, counted from now, for example 30d',
-    'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no '
-                'approval needed',
+    'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no need',
     'group_by': 'project, user or resource',
-    'accept_within': 'when capacity becomes free, keep it this long until you accept, for example '
-                     '30m; default: accept automatically',
-    'exempt_within': 'no limit for reservations of at most a day that start within this time, for '
-                     'example 4h',
+    'accept_within': 'keep freed capacity this long until you accept; default: accept automatically',
+    'exempt_within': 'no limit for what starts within this time and takes a day at most: 4h',
     'min_notice': 'earliest possible start, counted from now, for example 1h',
     'max_duration': 'longest reservation, for example 7d',
     'max_vms': 'maximum number of VMs at the same time',
-    'no_show': 'cancel a reservation if nobody starts a VM in it for this long, for example 30m; '
-               '0s: never',
+    'no_show': 'cancel it if nobody starts a VM in it for this long, for example 30m; 0s: never',
     'priority': 'priority on the waiting list; higher goes first (admins only)',
     'reason': 'why; the affected people read it',
     'affected': 'what to do with affected reservations: notify the owners, move, or cancel',
@@ -2113,12 +2071,10 @@ WORDS = {
     'security_groups': 'security groups of the VMs (comma-separated)',
     'scopes': 'what the token is good for: read, claim, calendar; default: everything',
     'seed': 'the same number gives the same reservations',
-    'application': 'id of an application credential of yours: openstack application credential '
-                   'create cmres',
+    'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
-    'server': 'use this existing server (name or id) instead of an image; cmres starts and stops '
-              'it and never deletes it',
+    'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
     'start': 'start time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
@@ -2362,13 +2318,8 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another '
-                         'name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another ' 'name.')
     return label
-
-
-def read_place(value, here=None) -> str:
-    return value if value == ANY else read_label(value)
 
 
 def read_text(value, here=None) -> str:
@@ -2431,10 +2382,6 @@ def read_most(value, here=None) -> int:
         return read_figure(value)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
-
-
-def read_span(value, here=None) -> timedelta:
-    return value if isinstance(value, timedelta) else parse_duration(read_str(value))
 
 
 def read_when(value, here: Here):
@@ -2584,10 +2531,6 @@ def read_url(value, here=None) -> str:
     return re.sub('^webcal', 'http', url)
 
 
-def read_source(value, here=None) -> str:
-    return read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value)) else value
-
-
 def read_rows(value, here=None) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ValueError("Write a list of reservations, each an object with the fields of 'add'.")
@@ -2609,16 +2552,18 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
-    Place: read_place, Name: read_name,
+    Place: lambda value, here=None: value if value == ANY else read_label(value), Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page,
     Cursor: read_cursor, Figure: read_figure, Most: read_most,
-    Span: read_span,
+    Span: lambda value, here=None: (value if isinstance(value, timedelta)
+                                    else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows,
     Zone: read_zone_name,
     Clash: read_clash,
     Repeat: read_rule_said, Ics: read_ics,
-    Source: read_source,
+    Source: lambda value, here=None: (read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value))
+                                      else value),
     Url: read_url}
 
 
@@ -7711,9 +7656,7 @@ ENDED = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 
 
 def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
-    """What a reservation will do, for people: `when`, `what` runs, what happens `then`, and
-    `message`, all of it as a sentence.
-    """
+    """What a reservation will do: `when`, `what` runs, what is `then`, and all as a `message`."""
     when = format_window(about['start'], about['end'], zone)
     vms, kinds = counted(about['vms'], 'VM'), ', '.join(
         filter(None, (about['flavor'], about['image'])))
@@ -9589,7 +9532,7 @@ def token_in_force(found, now: float):
     if not found or found.revoked is not None:
         raise Unauthorized('This token is invalid or was revoked. Ask an admin for a new token.')
     if found.ends is not None and found.ends <= now:
-        raise Unauthorized(f'This token ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
+        raise Unauthorized(f'This token ended on {format_day(instant(found.ends))}. Renew it with '
                            'another token of yours, or ask an admin.',
                            hint=f'token renew {found.id}')
     return found
@@ -9724,9 +9667,9 @@ class Service:
             first = at_midnight(asked)
             begin, until = (int(from_wall(each, zone).timestamp())
                             for each in (first, first + timedelta(days=1)))
-            return begin, until, f'{asked}'
+            return begin, until, format_day(asked)
         asked = self.here.now + asked if isinstance(asked, timedelta) else asked
-        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
+        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_moment(asked, zone)
 
     def owner(self, asked: dict) -> tuple[str, str]:
         """Whose it will be: only an admin may reserve for others."""
@@ -9924,8 +9867,12 @@ class Lookup:
                              ('o.start < ?', until),
                              *([(NOT_OVER, None)] if live else [])], limit=1)
         if not there:
+            near = self.search([('r.id = ?', found.reservation), (NOT_OVER, None)])
+            nearest = [self.service.config.told_time(each.start, found.tz) for each in sorted(
+                near, key=lambda each: abs(each.start - begin))[:1]]
             raise NotFound(f"'{found.label}' has no "
-                           f"{'current or future ' if live else ''}occurrence on {text}.")
+                           f"{'current or future ' if live else ''}occurrence on {text}."
+                           + ''.join(f' The nearest is on {each}.' for each in nearest))
         return there[0]
 
     def live(self, found, since: str = '') -> list:
@@ -10107,9 +10054,9 @@ class Wishes:
         if not old:  # a new project is none of our business, one that is nearly known may be mistyped
             warnings += [each for kind in WHO if 'Did you mean' in (each := self.look.unknown(
                 asked, kind))]
-        if 'notify' in changes:
-            self.refuse_untellable(asked['notify'])
-        self.refuse_uninvitable(asked.get('invite') or ())
+        for name, most, web in ('notify', 10, True), ('invite', MOST_INVITED, False):
+            if name in changes:
+                self.refuse_untellable(name, asked.get(name) or (), most, web)
         whose = {'user': user, 'project': project}
         each, made_of = self.made_of(asked | whose, old, place, changes, warnings)
         same = {name: asked[name] for name in Wish._fields if name in SAME}
@@ -10178,27 +10125,22 @@ class Wishes:
                    old.project):
             raise Forbidden(f"'{user}' has no token in project '{old.project}'. Ask an admin.")
 
-    def refuse_untellable(self, targets: Iterable[str]) -> None:
-        """Refuses mail addresses to which nothing would ever be sent."""
+    def refuse_untellable(self, name: str, targets: Iterable[str], most: int, web: bool) -> None:
+        """Refuses many addresses, what is none, and those to which nothing would ever be sent."""
         config = self.service.config
-        for target in targets:
-            if not config.may_tell(target):
-                raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
+        if len(targets) > most:
+            raise Invalid(f'{name}: Write at most {most} addresses, not {len(targets)}.')
+        for each in targets:
+            on_web = web and re.fullmatch(r'https?://\S+', each)
+            if not on_web and not MAIL_ADDRESS.fullmatch(each):
+                raise Invalid(f'{name}: {shown(each)} is not a mail address like ann@example.org'
+                              f"{' or an http(s) address' if web else ''}.")
+            if not on_web and not config.may_tell(each):
+                raise Invalid(f"{name}: cmres sends no mails to '{each}'. It sends only to "
                               f'addresses of {config.mail_domains}.')
-            if '@' in target and not is_web(target) and not config.mail_server:
-                raise Invalid(f"notify: cmres cannot send mails to '{target}': no mail server is "
+            if not on_web and not config.mail_server:
+                raise Invalid(f"{name}: cmres cannot send mails to '{each}': no mail server is "
                               'set. An admin can set one (setting mail_server).')
-
-    def refuse_uninvitable(self, people: Iterable[str]) -> None:
-        """Refuses to invite many, or who has no mail address to which mails may go."""
-        if len(people) > MOST_INVITED:
-            raise Invalid(f'invite: You can invite at most {MOST_INVITED} people.')
-        for each in people:
-            if not MAIL_ADDRESS.fullmatch(each):
-                raise Invalid(f'invite: {shown(each)} is not a mail address like ann@example.org.')
-            if not self.service.config.may_tell(each):
-                raise Invalid(f"invite: cmres sends no mails to '{each}'. It sends only to "
-                              f'addresses of {self.service.config.mail_domains}.')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -10214,11 +10156,6 @@ class Wishes:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         ends = ENDS[1:3] if has else ENDS
         refuse_unknown_word('at_end', asked['at_end'], ends, '')
-        for target in asked['notify']:
-            if (not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target)
-                or len(asked['notify']) > 10):
-                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or "
-                              f"they are over 10")
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
         """What the resource's cloud knows under the names that are asked for.
@@ -13013,9 +12950,7 @@ class Requests(Operations):
         return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
-        """The occurrence that a series was left without at an instant or on a date, else next; and
-        its row if any.
-        """
+        """The occurrence that a series was left without then, else next; and its row if any."""
         if not found.repeats:
             raise Conflict(f"'{found.label}' is not a series. Reserve it again.")
         begin, until, on = int(now), 2**62, ''
@@ -13039,8 +12974,7 @@ class Requests(Operations):
               occurrence: datetime | None = None, alone: bool = True) -> dict:
         """Changes a reservation, whose cloud is asked before; `alone`: no later occurrence."""
         if not asked.keys() - {'tz'}:
-            raise Invalid('Choose what to change.',
-                          hint='for example --end or --vms')
+            raise Invalid('Choose what to change.', hint='for example --end or --vms')
         # what the cloud was asked about may be out of date by the time we write
         for _ in range(10):
             old, stretches, key = self.to_alter(label, project, occurrence, asked)
@@ -26074,9 +26008,7 @@ class Client:
         return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
 
     def refusal(self, answer) -> Error:
-        """The error that the server sent, of the same kind; something else's words if it wasn't
-        cmres.
-        """
+        """The error that the server sent, of the same kind; else the words of who answered."""
         try:
             body = json.load(answer)
             return ERRORS.get(body.get('kind'), Error)(body['error'],
@@ -26204,55 +26136,26 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # when the whole line has been understood: a line with a mistake does nothing. Values stay the text
 # that was typed until `bind` reads them.
 
-GROUPS = {'resource': """Things that people can reserve, and their capacities.
-
-Example:
-  python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Tokens: they sign people in to the page, and programs to REST.
-
-Example:
-  python cmres.py token add eva --project biology --role user
-""", 'credential': """In whose name VMs are made: yours, with an application credential of yours.
-
-Example:
-  python cmres.py credential add chameleon 8f2c... SECRET
-""", 'catalog': """Where OpenStack's own tools find cmres.
-
-Example:
-  python cmres.py catalog add chameleon --dry-run
-""", 'user': """People who leave.
-
-Example:
-  python cmres.py user end eva
-""", 'limit': """What projects and users may reserve at most.
-
-Example:
-  python cmres.py limit add --project biology --max-vms 20
-""", 'maintenance': """Maintenances and other capacity changes.
-
-Example:
-  python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks'
-""", 'calendar': """Calendars that show reservations, and calendars that reserve.
-
-Example:
-  python cmres.py calendar feed
-""", 'config': """The settings.
-
-Example:
-  python cmres.py config show
-""", 'event': """The whole event log; `events` shows some of it.
-
-Example:
-  python cmres.py event export --since 2027-01-01
-""", 'key': """The key that signs cookies; only on this computer.
-
-Example:
-  python cmres.py key rotate
-""", 'store': """The database file: copies, checks, updates; only on this computer.
-
-Example:
-  python cmres.py store backup cmres-monday.db
-"""}
+#: Groups of commands: what they are about, and an example.
+GROUPS = {name: f'{about}\n\nExample:\n  python cmres.py {name} {example}\n'
+          for name, about, example in (
+    ('resource', 'Things that people can reserve, and their capacities.',
+     'add india --cloud simulated --vms 40'),
+    ('token', 'Tokens: they sign people in to the page, and programs to REST.',
+     'add eva --project biology --role user'),
+    ('credential', 'In whose name VMs are made: yours, with an application credential of yours.',
+     'add chameleon 8f2c... SECRET'),
+    ('catalog', "Where OpenStack's own tools find cmres.", 'add chameleon --dry-run'),
+    ('user', 'People who leave.', 'end eva'),
+    ('limit', 'What projects and users may reserve at most.', 'add --project biology --max-vms 20'),
+    ('maintenance', 'Maintenances and other capacity changes.',
+     "add demo 2027-03-01T08:00 +4h --reason 'new disks'"),
+    ('calendar', 'Calendars that show reservations, and calendars that reserve.', 'feed'),
+    ('config', 'The settings.', 'show'),
+    ('event', 'The whole event log; `events` shows some of it.', 'export --since 2027-01-01'),
+    ('key', 'The key that signs cookies; only on this computer.', 'rotate'),
+    ('store', 'The database file: copies, checks, updates; only on this computer.',
+     'backup cmres-monday.db'))}
 
 HELP = """Reserves virtual machines (VMs) on OpenStack: cmres starts and deletes them on time.
 
@@ -26777,9 +26680,7 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
-    """Runs a life cycle in a thread until `stop` is set: begins another if it dies, and tells if it
-    hangs.
-    """
+    """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
     import traceback
     thread, told = None, False
     while not stop.is_set():
@@ -26840,9 +26741,7 @@ def welcome(service: Reservations, url: str) -> list[str]:
 
 
 class Call:
-    """A command that was understood but not made yet; it has no members that Fire could go on
-    to.
-    """
+    """A command that was understood but not made yet, without members for Fire to go on to."""
 
     def __init__(self, operation: Operation, given: dict):
         self._operation, self._given = operation, given
@@ -26882,9 +26781,7 @@ def command(operation: Operation) -> Callable:
 
 
 def commands(leaf: Callable) -> Group:
-    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of
-    an operation.
-    """
+    """The tree of all commands; `leaf` makes one of an operation."""
     tree: dict = {}
     groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
@@ -26978,10 +26875,10 @@ def run_command(argv: list[str], finish: Callable) -> None:
     path, here = command_path(commands(lambda operation: operation), argv)
     if '--help' in argv or isinstance(here, Group):
         show_help(here, path)
-    words = plain_flags(here, argv[len(path):])
-    calls = plain_calls(here, words)
+    flags, plain = read_words(here, argv[len(path):])
+    calls = plain_calls(here, flags, plain)
     if not calls:
-        by_fire(path + words, finish)
+        by_fire([*path, *plain, *(f'--{name}={value}' for name, value in flags.items())], finish)
     for call in calls:
         if (text := finish(call)) is not None:
             print(text)
@@ -27030,7 +26927,9 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
                                 for name, word in zip(needed, words)))
     for title, names in kinds_of(optional).items():
         blocks.append('\n'.join([title, *(two_columns(
-            f'  {option_in_help(operation, name)}', said_in_help(operation, name), 27)
+            f"  --{name.replace('_', '-')} "
+            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
+            said_in_help(operation, name), 27)
             for name in names)]))
     return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
 
@@ -27051,11 +26950,6 @@ def kinds_of(names: list[str]) -> dict[str, list[str]]:
     return {title: each for title, each in (found | {'Other': rest}).items() if each}
 
 
-def option_in_help(operation: Operation, name: str) -> str:
-    value = SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')
-    return f"--{name.replace('_', '-')} {value}".rstrip()
-
-
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
     default = operation.parameters[name].default
@@ -27072,8 +26966,7 @@ def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
 
 def wrapped(text: str, width: int = 80) -> str:
     """Paragraphs for a terminal of 80 columns."""
-    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width)
-                       for each in text.split('\n\n'))
+    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
@@ -27089,25 +26982,11 @@ def by_fire(words: list[str], finish: Callable) -> None:
 FOR_EACH = ('accept', 'approve', 'delete', 'end', 'reject', 'servers', 'show', 'skip')
 
 
-def plain_calls(operation: Operation, words: list[str]) -> list[Call]:
-    """The calls of a line with nothing but words and flags with values, as Fire reads it; none of
-    any other. There are several where it has several labels.
-    """
-    flags, plain, each = {}, [], iter(words)
-    for word in each:
-        name, equals, value = word[2:].partition('=')
-        if not word.startswith('--'):
-            plain.append(word)
-            continue
-        value = value if equals else next(each, '--')
-        if not equals and value.startswith('--'):
-            raise Invalid(f'--{name} needs a value.')
-        if (name := name.replace('-', '_')) in flags:
-            raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
-        if not equals and value.startswith('-'):
-            return []
-        flags[name] = value
+def plain_calls(operation: Operation, flags: dict[str, str], plain: list[str]) -> list[Call]:
+    """The calls of a line, one for each label, as Fire reads it; none if it is for Fire to read."""
     rest = [name for name in operation.parameters if name not in flags]
+    if any(value.startswith('-') and value != ANY for value in flags.values()):
+        return []
     if len(plain) > 1 and operation.name in FOR_EACH and rest[0] == 'label':
         return [Call(operation, flags | {'label': each}) for each in plain]
     if len(plain) > len(rest):
@@ -27162,9 +27041,7 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
-    """The words of a line that name its command, and that command; refuses an unknown one with the
-    nearest.
-    """
+    """The words that name a command, and that command; refuses an unknown one with the nearest."""
     path, here = [], tree
     for word in argv:
         if not isinstance(here, Group) or word == '--help':
@@ -27176,45 +27053,35 @@ def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
     return path, here
 
 
-def joined_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, those of a list that come under one flag again and again with
-    commas between.
-    """
-    rest, lists, each = [], {}, iter(words)
+def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The flags and the other words after a command; a flag of yes or no has no value."""
+    flags, plain, each = {}, [], iter(words)
+    renamed, known = RENAMED.get(operation.name, {}), operation.parameters
     for word in each:
-        flag, equals, value = word.partition('=')
-        kind = (operation.parameters.get(flag[2:].replace('-', '_')) if flag.startswith('--')
-                else None)
-        if kind and kind.annotation in (Names, Parts, Hosts, Classes, Pairs):
-            lists.setdefault(flag, []).append(value if equals else next(each, ''))
-        else:
-            rest.append(word)
-    return rest + [f"{flag}={','.join(values)}" for flag, values in lists.items()]
-
-
-def plain_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its
-    value.
-    """
-    plain, renamed = [], RENAMED.get(operation.name, {})
-    for word in joined_flags(operation, words):
-        flag, equals, value = word.partition('=')
-        new = renamed.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
-        word = f"--{new.replace('_', '-')}{equals}{value}" if new else word
         if re.match('-[A-Za-z]|--$', word):
             raise Invalid(f'{operation.words} has no option {shown(word)}. Options start with two '
                           'dashes. Write a value that starts with a dash like this: --label=-x')
-        flag, equals, _ = word.partition('=')
-        name = flag[2:].replace('-', '_')
-        off = name.removeprefix('no')
-        if (flag.startswith('--') and off in operation.parameters
-            and name not in operation.parameters):
-            name, word, equals = off, f'--{off}=false', '='
-        if flag.startswith('--'):
-            refuse_unknown(operation, [name])
-            word += '=true' if not equals and operation.parameters[name].annotation is bool else ''
-        plain.append(word)
-    return plain
+        if not word.startswith('--'):
+            plain.append(word)
+            continue
+        name, equals, value = word[2:].partition('=')
+        name = renamed.get(name.replace('-', '_'), name.replace('-', '_'))
+        if name not in known and name.removeprefix('no') in known:
+            name, equals, value = name.removeprefix('no'), '=', 'false'
+        refuse_unknown(operation, [name])
+        kind = known[name].annotation
+        if not equals:
+            value = 'true' if kind is bool else next(each, '--')
+        if not equals and value.startswith('--'):
+            raise Invalid(f"--{name.replace('_', '-')} needs a value.")
+        if name in flags and kind not in LISTS:
+            raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
+        flags[name] = f'{flags[name]},{value}' if name in flags else value
+    return flags, plain
+
+
+#: What may come under its flag again and again.
+LISTS = (Names, Parts, Hosts, Classes, Pairs)
 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
@@ -27252,7 +27119,7 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     text = render(answer, form, config.zone, table)
     say_end(getattr(service, 'token_ends', ''), config.zone)
     if more := what_follows(operation, asked, bound, answer):
-        say_more(more, form)
+        print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
@@ -27308,11 +27175,6 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     shown = (last['id'] if operation.name == 'events'
              else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
-
-
-def say_more(more: str, form: str) -> None:
-    """Tells that a list goes on, where no program takes it for a line of the list."""
-    print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
@@ -27400,9 +27262,7 @@ def unquoted(cell):
 
 
 def csv_rows(text: str) -> list[dict]:
-    """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries
-    write them.
-    """
+    """The lines of a CSV text with commas, or with semicolons, as many spreadsheets write it."""
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
@@ -27457,9 +27317,7 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
 
 
 def sorted_lines(lines: list[dict], names: str) -> list[dict]:
-    """Lines by the fields that are named, with - before one whose last comes first; empty ones are
-    last.
-    """
+    """Lines by the fields that are named, with - before one from its end; empty ones are last."""
     for name in reversed([each.strip() for each in names.split(',')]):
         field = name.removeprefix('-')
         refuse_unknown_column(field, lines)
@@ -27545,8 +27403,7 @@ TWINS = LIMIT_FIELDS | {'hit': 'affected', 'held': 'needs_confirmation', 'held_n
 
 def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
     """One thing: a line for each field that is not empty, then its lists as tables of their own."""
-    answer = {name: each for name, each in answer.items()
-              if TWINS.get(name) not in answer}
+    answer = {name: each for name, each in answer.items() if TWINS.get(name) not in answer}
     said = answer.pop('message', '')
     if len(answer) == 1:
         return '\n'.join(in_cell(each, zone) for each in answer.values())
@@ -27578,9 +27435,7 @@ def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str
 
 
 def in_table(value, zone: ZoneInfo) -> str:
-    """A value in a table, where the head of a column says the zone; an hour that comes twice says
-    which it is.
-    """
+    """A value in a table, whose head says the zone; an hour that comes twice says which it is."""
     if not isinstance(value, datetime):
         return in_cell(value, zone)
     text, local = format_time(value, zone), value.astimezone(zone)
@@ -27589,9 +27444,7 @@ def in_table(value, zone: ZoneInfo) -> str:
 
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
-    """The columns for which a terminal has room: first goes what all lines share, then what matters
-    least.
-    """
+    """The columns for which a terminal has room: first goes what all share, then the least."""
     widths = [max(map(len, (head, *(line[place] for line in cells))))
               for place, head in enumerate(heads)]
     shared = {name for place, name in enumerate(names)
@@ -27607,9 +27460,7 @@ def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: i
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, each column as wide as it needs to be; a terminal's widest ones are
-    folded.
-    """
+    """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
     widths = [max(wide(part) for line in table for part in line[place].split('\n'))
               for place in range(len(table[0]))]
@@ -27633,9 +27484,7 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the
-    least.
-    """
+    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
     widths = widths[:]
     while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
         there = sorted({width for width, fixed in zip(widths, whole) if not fixed
