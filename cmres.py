@@ -126,9 +126,7 @@ class Pattern:
         self.pattern, self.flags = pattern, flags
 
     def __getattr__(self, name: str):
-        """A method of the compiled one, which is kept."""
-        found = getattr(re.compile(self.pattern, self.flags), name)
-        setattr(self, name, found)
+        self.__dict__[name] = found = getattr(re.compile(self.pattern, self.flags), name)
         return found
 
 
@@ -155,7 +153,7 @@ class Unavailable(Error): status = 503   # noqa: E701
 
 
 class NoCapacity(Conflict):
-    """It does not fit. Its `cause`: reserved, too_large, maintenance, capacity_change, host, waiting_list."""
+    """It does not fit; its `cause` is reserved, too_large, maintenance, waiting_list, ..."""
 
     def __init__(self, sentence: str, **details):
         super().__init__(sentence, **{'cause': 'reserved'} | details)
@@ -388,10 +386,9 @@ def is_word(text: str) -> bool:
 
 
 def known_zone(name: str) -> bool:
-    try:
+    with suppress(Invalid):
         return bool(read_zone(name))
-    except Invalid:
-        return False
+    return False
 
 
 def read_clock(word: str) -> timedelta | None:
@@ -460,10 +457,9 @@ def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
 
 
 def dates_on(day: str, month: str | int, year: str | int) -> list[date]:
-    try:
+    with suppress(ValueError):
         return [date(int(year), int(month), int(day))]
-    except ValueError:
-        return []
+    return []
 
 
 def named_dates(words: str, today: date) -> list[date]:
@@ -548,10 +544,13 @@ def format_day(day: date) -> str:
 def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
     local = moment.astimezone(zone)
-    clock = '%H:%M:%S' if local.second else '%H:%M'
-    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
-    called = ' %Z' if twice else ''
-    return f'{format_day(local)}, {local:{clock}{called}} ({zone.key})'
+    clock = ('%H:%M:%S' if local.second else '%H:%M') + (' %Z' if comes_twice(local) else '')
+    return f'{format_day(local)}, {local:{clock}} ({zone.key})'
+
+
+def comes_twice(local: datetime) -> bool:
+    """Whether clocks show a local time a second time, or not at all."""
+    return local.replace(fold=1 - local.fold).utcoffset() != local.utcoffset()
 
 
 def format_window(start: datetime, end: datetime, zone: ZoneInfo) -> str:
@@ -595,8 +594,8 @@ FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YE
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
-ORDINALS = {'1st': '1', 'first': '1', '2nd': '2', 'second': '2', '3rd': '3', 'third': '3', '4th': '4',
-            'fourth': '4', '5th': '5', 'fifth': '5', 'last': '-1'}
+ORDINALS = {'1st': '1', 'first': '1', '2nd': '2', 'second': '2', '3rd': '3', 'third': '3',
+            '4th': '4', 'fourth': '4', '5th': '5', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
                'monthly on first mon, or an RRULE.')
 
@@ -1119,7 +1118,7 @@ def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order, maybe for ever; of its rule from one on."""
+    """The wall times of all slots of a stretch in order, of its rule from one on; maybe endless."""
     start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
@@ -1222,7 +1221,7 @@ def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
 
 
 def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
-    """A series that is otherwise from a slot on: shifted by so many seconds, or with other values."""
+    """A series that is otherwise from a slot on: shifted by some seconds, or with other values."""
     shift = changes.pop('shift', 0)
     after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
              for stretch in stretches if not stretch.until or stretch.until > key]
@@ -1296,8 +1295,8 @@ def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
             walls(stretch._replace(skips=()), day - timedelta(days=40)))]
         if not any(wall.isoformat().startswith(skip) for wall in near):
             nearest = min(near, key=lambda wall: abs(wall - day), default=None)
-            told.append(f'The series has nothing on {format_day(day)}, so nothing is left out there.'
-                        + (f' The nearest date is {format_day(nearest)}.' if nearest else ''))
+            told.append(f'The series has nothing on {format_day(day)}, so nothing is left out.' + (
+                f' The nearest date is {format_day(nearest)}.' if nearest else ''))
     return told
 
 
@@ -1564,18 +1563,13 @@ class Config:
         return frozenset(names)
 
     @property
-    def proxies(self) -> list:
-        """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
-        return read_networks(self.trusted_proxies)
-
-    @property
     def served(self) -> str:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
-        return is_among(peer, self.proxies)
+        return is_among(peer, read_networks(self.trusted_proxies))
 
     def tells_who(self, peer: str) -> bool:
         """Whether an address is that of a proxy that says who asks."""
@@ -1698,8 +1692,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
                     old_names=tuple(old))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.proxies, config.roles, config.check_choices()
-    config.tells_who('')
+    config.zone, config.common, config.roles, config.check_choices()
+    config.is_proxy(''), config.tells_who('')
     return config
 
 
@@ -1725,11 +1719,10 @@ def is_web(target: str) -> bool:
 
 def file_stamp(path: str) -> tuple:
     """What changes when a file does; nothing if there is none."""
-    try:
+    with suppress(OSError):
         found = os.stat(path)
         return found.st_mtime_ns, found.st_size, found.st_ino
-    except OSError:
-        return ()
+    return ()
 
 
 def read_config_file(path: str) -> dict[str, dict]:
@@ -2054,7 +2047,7 @@ WORDS = {
     'max_advance': 'latest possible start, counted from now, for example 30d',
     'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no need',
     'group_by': 'project, user or resource',
-    'accept_within': 'keep freed capacity this long until you accept; default: accept automatically',
+    'accept_within': 'keep freed capacity this long until you accept; default: accept by itself',
     'exempt_within': 'no limit for what starts within this time and takes a day at most: 4h',
     'min_notice': 'earliest possible start, counted from now, for example 1h',
     'max_duration': 'longest reservation, for example 7d',
@@ -2345,16 +2338,17 @@ def read_int(value, here=None) -> int:
     return value
 
 
-def read_count(value, here=None) -> int:
-    if not 1 <= (number := read_int(value)) <= 1_000_000:
-        raise ValueError(f'{number} is not between 1 and 1000000.')
-    return number
+def between(least: int, most: int, said: str = '') -> Callable:
+    """What reads a number from one to another."""
+    def read(value, here=None) -> int:
+        if not least <= (number := read_int(value)) <= most:
+            raise ValueError(f'{number} is not between {least} and {said or most}.')
+        return number
+    return read
 
 
-def read_page(value, here=None) -> int:
-    if not 1 <= (number := read_int(value)) <= 10_000:
-        raise ValueError(f'{number} is not between 1 and 10000.')
-    return number
+read_count, read_page, read_figure = (between(1, 10**6), between(1, 10**4),
+                                      between(0, 10**12, '10^12'))
 
 
 def read_cursor(value, here: Here) -> str:
@@ -2367,12 +2361,6 @@ def read_cursor(value, here: Here) -> str:
     if not start or re.fullmatch('[0-9]{1,11}', start):
         return '-'.join(filter(None, (start, id)))
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
-
-
-def read_figure(value, here=None) -> int:
-    if not 0 <= (number := read_int(value)) <= 10**12:
-        raise ValueError(f'{number} is not between 0 and 10^12.')
-    return number
 
 
 def read_most(value, here=None) -> int:
@@ -2390,7 +2378,7 @@ def read_when(value, here: Here):
     if isinstance(value, datetime):
         return value.replace(tzinfo=here.zone)
     text = read_str(value).strip()
-    if text[:1] in ('+', 'P') or text and (DURATION.fullmatch(text) or ISO_DURATION.fullmatch(text)):
+    if text[:1] in ('+', 'P', 'p') or DURATION.fullmatch(text) and text:
         return parse_duration(text)
     if not here.past:
         return parse_time(text, here.zone, here.now, here.after)
@@ -7508,10 +7496,8 @@ def cut_off(seconds: float) -> Iterator[Callable]:
 
 
 def hang_up(line: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it may be closed already
         line.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it is closed already
-        pass
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
@@ -7544,18 +7530,14 @@ def is_public(address) -> bool:
     bits, reserved = NOT_PUBLIC[address.version]
     if int(address) >> bits == reserved:
         return False
-    if address.version == 6 and not (inside and is_translated(address)):
+    # One that is mapped, or by NAT64 (RFC 6052), only stands for an IPv4 one.
+    if address.version == 6 and not (inside and int(address) >> 32 in (0xffff, 0x64ff9b << 64)):
         # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
             return False
     elif address.version == 4 and (not address.is_global or address.is_multicast):
         return False
     return all(map(is_public, inside))
-
-
-def is_translated(address) -> bool:
-    """Whether an IPv6 address only stands for an IPv4 one: mapped, or by NAT64 (RFC 6052)."""
-    return int(address) >> 32 in (0xffff, 0x64ff9b << 64)
 
 
 def embedded(address) -> list:
@@ -9900,10 +9882,7 @@ class Lookup:
             raise NotFound(unknown)
 
     def unknown(self, asked: dict, kind: str) -> str:
-        """What to tell of a user or a project that neither reserves nor has a token; '' if known.
-
-        Who is no admin learns nothing of other projects.
-        """
+        """What to tell of a user or a project that has nothing where one may look; '' if known."""
         name, actor = asked[kind], self.service.actor
         own = '' if actor.role == ADMIN else actor.project
         if not name or own and kind == 'project':
@@ -10051,7 +10030,7 @@ class Wishes:
         user, project = self.owner_of(asked, old)
         place, warnings, changes = place or self.look.resource_at(asked), [], set(changes)
         self.refuse_unbootable(asked, place)
-        if not old:  # a new project is none of our business, one that is nearly known may be mistyped
+        if not old:  # what is nearly known may be mistyped
             warnings += [each for kind in WHO if 'Did you mean' in (each := self.look.unknown(
                 asked, kind))]
         for name, most, web in ('notify', 10, True), ('invite', MOST_INVITED, False):
@@ -10348,10 +10327,7 @@ class Wishes:
 
     def holidays(self, source: str | None, zone: ZoneInfo, start: int,
                  warnings: list) -> tuple[str, ...]:
-        """The days of a calendar's all-day events for ten years; what can't be read is told.
-
-        Outside any transaction: it may be fetched.
-        """
+        """The days of a calendar's all-day events for ten years; outside any transaction."""
         if not source:
             return ()
         begin = instant(start)
@@ -11407,9 +11383,9 @@ class Bookings:
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.ask_admins(now, f"an admin must approve the change of {', '.join(asked)} before "
-                                     f'{said}; until then everything stays as approved',
-                                old.reservation, wish.notify)
+        self.service.ask_admins(
+            now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
+                 'everything stays as approved', old.reservation, wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -12690,14 +12666,13 @@ class Requests(Operations):
     def with_changes(self, found: list) -> list[dict]:
         """Lines of the listing; what a maintenance or a lower capacity affects says so."""
         lines, now = [*map(public, found)], int(self.clock())
-        changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" > ?', now)
-        for each, line in zip(found, lines) if changes else ():
-            for change in changes:
+        for change in rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" > ?', now):
+            closed = dict(amount_of(change).classes).get(CLOSED) == 0
+            what = 'in maintenance' if closed else 'less capacity'
+            for each, line in zip(found, lines):
                 if not line['fault'] and self.is_affected(each, change, now):
-                    closed = dict(amount_of(change).classes).get(CLOSED) == 0
                     when = self.config.told_window(change.start, change.end, each.tz)
-                    line['fault'] = (f"{'in maintenance' if closed else 'less capacity'} from {when}"
-                                     f": {change.reason}")
+                    line['fault'] = f'{what} from {when}: {change.reason}'
         return lines
 
     def is_affected(self, found, change, now: float) -> bool:
@@ -25967,6 +25942,7 @@ class Client:
 
     def all(self, **filters) -> Iterator[Answer]:
         """All reservations that `list` would show page by page."""
+        filters = {'limit': 1000} | filters
         while found := self.list(**filters):
             yield from found
             filters['after'] = cursor_of(found[-1])
@@ -26042,6 +26018,9 @@ def client_method(operation: Operation) -> Callable:
     def method(self, *args, **kwargs):
         given = inspect.signature(operation.method).bind(
             self, *args, **with_new_names(operation.name, kwargs)).arguments
+        if operation.name == 'list' and not {'limit', 'after'} & given.keys():
+            given.pop('self')
+            return [*self.all(**given)]
         return self.call(operation, {name: value for name, value in given.items()
                                      if name != 'self'
                                      and value != operation.parameters[name].default})
@@ -26424,52 +26403,34 @@ def config_check(config: Config) -> dict:
     Example:
       python cmres.py config check --config /etc/cmres.ini
     """
-    faults = [fault for check in CHECKS if (fault := check(config))]
-    if faults:
+    if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
     return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
 
 
-def fault_of_folder(config: Config) -> str:
+def faults_of(config: Config) -> Iterator[str]:
+    """What is wrong with settings: folder, key, addresses, entries of clouds.yaml."""
     folder = os.path.dirname(os.path.abspath(config.database))
-    fine = os.access(folder, os.W_OK | os.X_OK)
-    return '' if fine else f"database: cmres cannot write to its folder '{folder}'"
-
-
-def fault_of_key(config: Config) -> str:
-    file = key_file(config.database, config.key)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        yield f"database: cmres cannot write to its folder '{folder}'"
     try:
-        if os.path.exists(file):
+        if os.path.exists(file := key_file(config.database, config.key)):
             read_key(file)
     except Unavailable as error:
-        return f'key: {error}'
-    return ''
-
-
-def fault_of_addresses(config: Config) -> str:
-    """A setting that is an address and isn't."""
-    wrong = [f"{name}: '{text}' is not an http(s) address"
-             for name in ('url', 'public_url', 'webhook')
-             if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
+        yield f'key: {error}'
+    for name in ('url', 'public_url', 'webhook'):
+        if (text := getattr(config, name)) and not re.fullmatch(WEB, text):
+            yield f"{name}: '{text}' is not an http(s) address"
     if '@' in config.notify_admins and not config.mail_server:
-        wrong.append('notify_admins: no mail_server is set that could send to mail addresses')
+        yield 'notify_admins: no mail_server is set that could send to mail addresses'
     port = config.mail_server.partition(':')[2]
     if port and not port.isdecimal():
-        wrong.append(f"mail_server: '{config.mail_server}' is not HOST:PORT")
-    return '; '.join(wrong)
-
-
-def fault_of_credentials(config: Config) -> str:
-    """An entry of clouds.yaml that is named and isn't there."""
+        yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
-    if not named:
-        return ''
-    from openstack.config import OpenStackConfig
-    missing = sorted(named - {*OpenStackConfig().get_cloud_names()})
-    return f"[credentials]: clouds.yaml has no {', '.join(missing)}" if missing else ''
-
-
-CHECKS = (fault_of_folder, fault_of_key, fault_of_addresses, fault_of_credentials)
+    if named:
+        from openstack.config import OpenStackConfig
+        if missing := sorted(named - {*OpenStackConfig().get_cloud_names()}):
+            yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
 
 
 def event_export(config: Config, since: When = None) -> None:
@@ -26567,32 +26528,27 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def alerts(config: Config) -> None:
-    """Prints ten alert rules for Prometheus, which reads /metrics as the job `cmres`.
+def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Callable:
+    """A command that only prints a text, which belongs into a file."""
+    def command(config: Config) -> None:
+        print(text().strip('\n'))
+    command.__name__ = name
+    command.__doc__ = f'{about}\n\nExample:\n  python cmres.py {name} > {file}'
+    return command
 
-    Example:
-      python cmres.py alerts > /etc/prometheus/cmres.yml
-    """
+
+def alerts_as_yaml() -> str:
     import yaml
-    print(yaml.safe_dump(alert_rules(), sort_keys=False, width=200), end='')
+    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
 
 
-def dashboard(config: Config) -> None:
-    """Prints a dashboard for Grafana.
-
-    Example:
-      python cmres.py dashboard > cmres.json
-    """
-    print(json_text(grafana_dashboard(), indent=2), end='')
-
-
-def container(config: Config) -> None:
-    """Prints a Containerfile: not root, and only one volume is written.
-
-    Example:
-      python cmres.py container > Containerfile
-    """
-    print(CONTAINER.strip('\n'))
+PRINTING = (
+    printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
+             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+    printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
+             lambda: json_text(grafana_dashboard(), indent=2)),
+    printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
+             'Containerfile', lambda: CONTAINER))
 
 
 def completion(config: Config, shell: Name) -> None:
@@ -26630,8 +26586,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, alerts, dashboard,
-                      container)}
+                      catalog_add, config_show, config_check, event_export, *PRINTING)}
 
 
 def in_utc(config: Config) -> None:
@@ -27108,6 +27063,8 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     service = (Client(config.url, config.token) if config.url
                else local_service(config, make=begins))
     asked = getattr(service, operation.name)
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
     table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
@@ -27115,7 +27072,8 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         shown = render(asked(**bound), form, config.zone, table)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
-    answer = kept_if_stopped(asked, bound) if operation.changes and not config.url else asked(**bound)
+    answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
+              else asked(**bound))
     text = render(answer, form, config.zone, table)
     say_end(getattr(service, 'token_ends', ''), config.zone)
     if more := what_follows(operation, asked, bound, answer):
@@ -27128,8 +27086,7 @@ def make(call: Call, config: Config, options: dict) -> str | None:
 
 def kept_if_stopped(asked: Callable, bound: dict):
     """What a call answers; if somebody interrupts it, that says what it has done and is kept."""
-    newest = 'SELECT coalesce(max(id), 0) FROM event'
-    before, = run(newest).fetchone()
+    before, = run('SELECT coalesce(max(id), 0) FROM event').fetchone()
     try:
         return asked(**bound)
     except KeyboardInterrupt:
@@ -27155,12 +27112,12 @@ CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
 def nothing_taken(name: str, answer) -> Error | None:
     """What a command that took nothing of many ends with."""
     if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
-        number = counted(len(answer['events']), 'event')
-        return BadCalendar(f'Nothing was reserved: {number} refused.')
-    if name == 'load' and answer.get('refused') and not answer.get('taken'):
-        number = counted(len(answer['refused']), 'line')
-        return Conflict(f'Nothing was reserved: {number} refused.')
-    return None
+        kind, number = BadCalendar, counted(len(answer['events']), 'event')
+    elif name == 'load' and answer.get('refused') and not answer.get('taken'):
+        kind, number = Conflict, counted(len(answer['refused']), 'line')
+    else:
+        return None
+    return kind(f'Nothing was reserved: {number} refused.')
 
 
 def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> str:
@@ -27356,10 +27313,7 @@ def as_yaml(answer) -> str:
 def as_csv(lines: list[dict]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    for number, line in enumerate(lines):
-        if number == 0:
-            writer.writerow(line)
-        writer.writerow(map(csv_cell, line.values()))
+    writer.writerows([*lines[:1], *(map(csv_cell, line.values()) for line in lines)])
     return out.getvalue().rstrip('\n')
 
 
@@ -27438,9 +27392,8 @@ def in_table(value, zone: ZoneInfo) -> str:
     """A value in a table, whose head says the zone; an hour that comes twice says which it is."""
     if not isinstance(value, datetime):
         return in_cell(value, zone)
-    text, local = format_time(value, zone), value.astimezone(zone)
-    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != value.astimezone(UTC)
-    return text if twice else text.rpartition(' ')[0]
+    text = format_time(value, zone)
+    return text if comes_twice(value.astimezone(zone)) else text.rpartition(' ')[0]
 
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
@@ -27566,13 +27519,11 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
     """What a refusal says that would fit."""
-    offers = {'next_start': 'the same from {}', 'most_vms': '{} at that time',
-              'latest_end': 'from the same start until {}'}
     moment = functools.partial(format_moment, zone=zone)
-    values = {'most_vms': lambda number: counted(number, 'VM'), 'next_start': moment,
-              'latest_end': moment}
-    return [text.format(values[name](details[name]))
-            for name, text in offers.items() if name in details]
+    offers = (('next_start', 'the same from {}', moment),
+              ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),
+              ('latest_end', 'from the same start until {}', moment))
+    return [text.format(said(details[name])) for name, text, said in offers if name in details]
 
 
 def run_program() -> None:

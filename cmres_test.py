@@ -6101,7 +6101,7 @@ def test_an_occurrence_that_is_not_there_is_named(service):
                  lambda *a, **more: service.extend(*a, hours(1), **more)):
         said = refused(lambda: verb('class', occurrence=date(2026, 12, 9)), NotFound)
         assert str(said) == ("'class' has no current or future occurrence on Wed 9 Dec 2026. The nearest is on "
-                             "XX")
+                             "Tue 8 Dec 2026, 14:00 (Europe/Paris).")
 
 
 def test_an_occurrence_is_named_by_its_date_in_the_zone_of_the_series(service):
