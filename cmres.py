@@ -56,7 +56,6 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
-import base64
 import csv
 import dataclasses
 import difflib
@@ -92,7 +91,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import escape, unescape
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
                     get_args, get_origin, get_type_hints)
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
@@ -1515,6 +1514,9 @@ class Config:
                                   'https://cmres.example.org')
     session_length: float = setting(43200.0, 'seconds after '
                                         'which people must sign in to the page again', 0.1)
+    undo_time: float = setting(
+        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. 0: no Undo',
+        0.0, 600)
     login_command: str = setting('ssh {address}',
                          'how people log in to a VM; their calendar shows it')
     no_overtaking_after: float = setting(
@@ -1780,7 +1782,7 @@ BOUNDS = {'request_seconds': (0.005, 0.02, 0.1, 0.5, 2, 10, 60),
 MEASURED = {
     'requests_total': 'requests, by operation and status',
     'request_seconds': 'time until requests were answered, by operation',
-    'refusals_total': 'requests that were refused, by the kind of the error',
+    'refusals_total': 'requests that were refused, by the kind of the error and its cause',
     'limited_total': 'requests that were over a limit of a setting, by the setting',
     'hung_up_total': 'changes that were not made because the client had disconnected',
     'connections_closed_total': 'connections closed for newer ones, by the bound that was reached',
@@ -1896,19 +1898,27 @@ log_requests = logging.getLogger('cmres.requests')
 log_calls = logging.getLogger('cmres.calls')
 
 
+#: What may not stand in the log, in whatever a library or a traceback says: tokens, and the
+#: secrets in addresses of feeds and shared pages.
+HUSHED = Pattern(r'(cmres_|/calendar/|/s/[0-9]+-)[A-Za-z0-9_-]{32,}')
+
+
 class Lines(logging.Formatter):
-    """Lines of the log, as text or as JSON, in which nothing is unseen."""
+    """Lines of the log, as text or as JSON, in which nothing is unseen and no secret is told."""
 
     def __init__(self, form: str = 'text'):
         super().__init__('%(asctime)sZ %(levelname)s %(message)s')
         self.converter, self.form = time.gmtime, form
 
     def format(self, record):
+        return legible(HUSHED.sub(r'\1...', self.line(record)))
+
+    def line(self, record) -> str:
         fields = getattr(record, 'fields', {})
         if self.form == 'json':
-            return legible(json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str))
+            return json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str)
         told = ' '.join(f'{name}={self.word(each)}' for name, each in fields.items())
-        return legible(f'{super().format(record)} {told}'.rstrip())
+        return f'{super().format(record)} {told}'.rstrip()
 
     def whole(self, record) -> dict:
         """What every line has as JSON."""
@@ -1922,6 +1932,14 @@ class Lines(logging.Formatter):
         text = f'{value}'
         plain = re.fullmatch(r'[\w.:/@,+<>-]+', text)
         return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def log_as(config: Config) -> None:
+    """Lets the log be as the settings say, from now on."""
+    log_requests.disabled = log_calls.disabled = not config.log_requests
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, Lines):
+            handler.formatter.form = config.log_format
 
 
 # Calls #######################################################################
@@ -2064,6 +2082,7 @@ WORDS = {
     'security_groups': 'security groups of the VMs (comma-separated)',
     'scopes': 'what the token is good for: read, claim, calendar; default: everything',
     'seed': 'the same number gives the same reservations',
+    'trust': 'id of a trust from you to the user of cmres: openstack trust create',
     'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
@@ -3034,6 +3053,7 @@ class CredentialAnswer(Answer):
     project: str
     cloud: str
     application: str
+    trust: str
     added: datetime
 
 
@@ -4119,8 +4139,8 @@ class Credential(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     cloud = peewee.CharField()
-    name = peewee.CharField()     # of the application credential: its id
-    secret = peewee.TextField()
+    name = peewee.CharField()     # the id of the application credential, or of the trust
+    secret = peewee.TextField()   # '' of a trust
     added = peewee.IntegerField()
 
     class Meta:
@@ -5250,8 +5270,8 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
-    'reservation': ('occurrence', 'texts')}
+                           'limits', 'token', 'credential', 'feed', 'subscription', 'share'), ())
+REHEARSED['reservation'] = ('occurrence', 'texts')
 WRITTEN = Pattern(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = Pattern(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
 INDEXED = Pattern(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
@@ -5577,6 +5597,7 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     mails = [target for target in targets if not is_web(target)]
     left = mails_left(config, owner, len(mails), at) if mails else 0
     may_go = mails[:max(left, 0)]
+    METRICS.count('limited_total', len(mails) - len(may_go), setting='notices_per_day')
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
@@ -6391,12 +6412,18 @@ def classes_of(extra_specs: dict) -> tuple:
 
 
 class Lent(NamedTuple):
-    """A flavor that a project has for as long as its lease is active; one as `like`, or of sizes."""
-    project: str  # its id
-    vcpus: int
-    ram: int
-    disk: int
+    """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
+    server group of a policy, a floating IP of a network.
+    """
+    lease: str
+    part: str
+    project: str = ''  # its id
+    vcpus: int = 0
+    ram: int = 0
+    disk: int = 0
     like: str = ''
+    policy: str = ''
+    network: str = ''
 
 
 class Seen(NamedTuple):
@@ -6423,7 +6450,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts lend'.split())
+                     'aggregates mark hosts lend trust subnet'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -6542,8 +6569,17 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, Lent]) -> None:
-        """Has just these flavors of ours, by their ids; for the operator of a cloud."""
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
+        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
+        return {}
+
+    def trust(self, id: str) -> tuple[str, str, bool] | None:
+        """Who lets the account act in which project, and whether under their name."""
+        raise NotImplementedError
+
+    def subnet(self, network: str, address: str) -> str:
+        """The id of the subnet of a network that has an address; '' if it knows none."""
+        return ''
 
     def mark(self, aggregate: str, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
@@ -6657,17 +6693,21 @@ class OpenStack(Cloud):
         return connection
 
     def as_person(self, entry) -> dict:
-        """How to log in to the cloud of an entry with the application credential of a person."""
+        """How to log in to the cloud of an entry with what a person has given."""
         found = row('SELECT name, secret FROM credential WHERE id = ?',
                     int(self.account.partition(OF_PERSON)[2]))
         if not found:
             raise CloudError(f'the credential for {self.account} was taken away', sure=True)
-        auth = {'auth_url': entry.config['auth']['auth_url'],
-                'application_credential_id': found.name,
-                'application_credential_secret': decrypted(self.config, found.secret)}
+        ours, way = entry.config['auth'], 'v3applicationcredential'
+        if found.secret:
+            auth = {'auth_url': ours['auth_url'], 'application_credential_id': found.name,
+                    'application_credential_secret': decrypted(self.config, found.secret)}
+        else:
+            way, auth = 'v3password', {'trust_id': found.name} | {
+                name: each for name, each in ours.items() if not name.startswith('project')}
         same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
                 if entry.config.get(name) is not None}
-        return same | {'auth': auth, 'auth_type': 'v3applicationcredential',
+        return same | {'auth': auth, 'auth_type': way,
                        'load_yaml_config': False, 'load_envvars': False}
 
     def door(self):
@@ -6940,33 +6980,82 @@ class OpenStack(Cloud):
                 service = service or identity.create_service(
                     type='reservation', name='cmres', description='Reservations of VMs and hosts')
                 for each in other:
-                    self.point(identity, there.get(each), service_id=service.id, url=address,
-                               interface=each, region_id=region)
+                    if each in there:
+                        identity.update_endpoint(there[each], url=address)
+                        continue
+                    identity.create_endpoint(service_id=service.id, url=address, interface=each,
+                                             region_id=region)
         return lines
 
-    def point(self, identity, endpoint, **values) -> None:
-        """Makes an endpoint of the catalog, or gives one another address."""
-        if endpoint:
-            identity.update_endpoint(endpoint, url=values['url'])
-        else:
-            identity.create_endpoint(**values)
+    #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
+    LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
+                       'id'),
+            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        with self.calling('lend flavors') as cloud:
-            ours = {each.id: each for each in cloud.compute.flavors(is_public=None)
-                    if each.description == self.store}
-            for id in ours.keys() - wanted.keys():
-                cloud.compute.delete_flavor(id, ignore_missing=True)
-            for id in wanted.keys() - ours.keys():
-                self.lend_one(cloud.compute, id, wanted[id])
+        groups, failures = {}, []
+        with self.calling('lend what is reserved') as cloud:
+            for kind, things in wanted.items():
+                verbs = getattr(cloud, self.LENT[kind][0])
+                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                for name in there.keys() - things.keys():
+                    getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
+                for name in things.keys() - there.keys():
+                    try:
+                        with self.telling(f'lend the {kind} {name}'):
+                            there[name] = lending(verbs, name, things[name])
+                    except CloudError as error:  # the others shall have theirs
+                        failures.append(error)
+                groups |= there if kind == 'server_group' else {}
+        if failures:
+            raise failures[0]
+        return groups
 
-    def lend_one(self, compute, id: str, lent: Lent) -> None:
+    def lent(self, kind: str, verbs) -> dict[str, str]:
+        """The ids of what is lent of a kind, by name."""
+        _, listing, which, _, mark, name = self.LENT[kind]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
+                for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)}
+
+    def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
         compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
                               disk=like.disk, is_public=False, description=self.store)
         if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
             compute.create_flavor_extra_specs(id, specs)
         compute.flavor_add_tenant_access(id, lent.project)
+        return id
+
+    def lend_server_group(self, compute, name: str, lent: Lent) -> str:
+        return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
+
+    def lend_address(self, network, address: str, lent: Lent) -> str:
+        made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
+                                 project_id=lent.project, description=self.store)
+        network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
+        return made.id
+
+    def subnet(self, network, address):
+        from ipaddress import ip_address, ip_network
+        with self.calling('find a subnet', sure=True) as cloud:
+            there = [each for each in cloud.network.subnets(network_id=network)
+                     if ip_address(address) in ip_network(each.cidr)]
+        for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
+            if ip_address(each['start']) <= ip_address(address) <= ip_address(each['end']):
+                raise Conflict(f"Neutron gives {address} to anybody: it is in the allocation pool "
+                               f"from {each['start']} to {each['end']}. Choose one outside.")
+        return there[0].id if there else ''
+
+    def trust(self, id):
+        with self.calling('show a trust', sure=True) as cloud:
+            if 'password' not in cloud.config.config['auth']:
+                raise Invalid(f'cmres itself uses an application credential on {self.account}, '
+                              'with which no trust works. Give an application credential of yours.')
+            for each in self.by_id(cloud.identity.get_trust, id):
+                return each.trustor_user_id, each.project_id, each.is_impersonation
+        return None
 
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
@@ -7217,12 +7306,14 @@ class Keystone:
     """
     FRESH, REFUSED = 120, 10  # seconds that an answer, and a refusal, is remembered
     SHUT = 10    # seconds that nobody else waits for a Keystone that has not answered
-    PATIENT = 5  # seconds that one waits
-    MOST = 10_000  # tokens that are remembered
+    PATIENT, SOON = 5, 1  # seconds that one waits, and who was known before
+    MOST = 10_000  # tokens that are remembered, and as many refusals
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        self.known: dict[str, Told] = {}  # by the hash of the token
+        # by the hash of the token; made-up ones drive out none that is good
+        self.known: dict[str, Told] = {}
+        self.unknown: dict[str, Told] = {}
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -7237,7 +7328,7 @@ class Keystone:
           Unavailable: Keystone does not answer.
         """
         key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
-        found = self.known.get(key)
+        found = self.known.get(key) or self.unknown.get(key)
         ended = found and found.scoped and found.scoped.ends <= now
         if not found or found.fresh <= now or ended:
             known = found and found.scoped and not ended
@@ -7252,22 +7343,24 @@ class Keystone:
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token))
+            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
         except (CloudError, TooMany, Unavailable):
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
         with self.lock:
-            if len(self.known) >= self.MOST:
-                self.known.pop(next(iter(self.known)))
-            self.known.pop(key, None)  # the latest come last
-            self.known[key] = found
+            kept = self.known if found.scoped else self.unknown
+            for each in (self.known, self.unknown):  # the latest come last
+                each.pop(key, None)
+            if len(kept) >= self.MOST:
+                kept.pop(next(iter(kept)))
+            kept[key] = found
         return found
 
-    def look(self, token: str) -> Told:
+    def look(self, token: str, patience: float) -> Told:
         """What Keystone says of a token."""
         return self.answer('GET', 'Keystone does not know this token, or it has ended. Get a new '
-                           'one: openstack token issue',
+                           'one: openstack token issue', patience,
                            headers={'X-Auth-Token': token, 'X-Subject-Token': token})
 
     def sign_in(self, user: str, password: str, project: str, domain: str) -> Told:
@@ -7276,16 +7369,16 @@ class Keystone:
         identity = {'methods': ['password'],
                     'password': {'user': {'name': user, 'password': password} | where}}
         return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
-                           f"project '{project}'", json={'auth': {
+                           f"project '{project}'", self.PATIENT, json={'auth': {
                                'identity': identity, 'scope': {'project': {'name': project} | where}}})
 
-    def answer(self, verb: str, refusal: str, **what) -> Told:
+    def answer(self, verb: str, refusal: str, patience: float, **what) -> Told:
         """What Keystone answers; Unavailable if that is nothing of use."""
         import requests
         url, verify = self.door
         try:
             answer = self.session.request(
-                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=patience, verify=verify,
                 allow_redirects=False, **what)
             if answer.status_code in (401, 403, 404):
                 return self.refused(refusal)
@@ -7971,6 +8064,7 @@ class Shares:
     def refusal(self, full: tuple[str, str]) -> Error:
         kind, name = full
         error, sentence = FULL[kind]
+        METRICS.count('limited_total', setting=f'slow_per_{kind}' if name else 'threads')
         return error(sentence.format(most=self.most[kind], name=name))
 
 
@@ -7983,13 +8077,14 @@ class Shares:
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
 MOST_COMPONENTS = 150_000  # components that are looked at
+MOST_LINES = 2**20
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ALIKE = 100        # series of one UID
-MOST_ZONE = 50_000      # letters that describe a time zone
-MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
+MOST_CHANGES = 2000     # of the clocks of a time zone that a part of it describes
+LAST_CHANGE = 230 * 366 * 86400  # seconds after 1970 of the last one
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
 MOST_STEPS = 300_000    # to follow all events of a calendar: a step is about a microsecond
@@ -8008,26 +8103,14 @@ PROPERTY = Pattern(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
-                  'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
+                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
-#: No event wants a VM without one of these in its text, maybe folded: #vm, 2 x, 2 &times;, VM.
-WISH = Pattern(
-    rb'&\x1f?(?:#|num)|#\x1f?[vV]\x1f?[mM]|\n(?i:CATEGORIES)[^\n]*(?i:v\x1f?m)'
-    rb'|[\d\x80-\xff](?:[ \t\x1f\x80-\xff]|&[A-Za-z0-9#\x1f]{1,9};)*(?:[xX&]|\xc3\x1f?\x97)')
-#: Stands where a line was folded, and counts as one.
-FOLD = b'\x1f'
-FOLDED_NAME = Pattern(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
-#: Patterns that begin with the end of the line before are found fast.
-STRUCTURE = Pattern(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
-KEPT_LINE = Pattern(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
-EXCEPTION = Pattern(rb'\n(?i:RECURRENCE-ID)[;:]')
-NAMING_LINE = Pattern(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
-UID_LINE = Pattern(rb'\n(?i:UID)[;:][^\n]*')
-REPEATS = Pattern(rb'\n(?i:RRULE|RDATE)[;:]')
-FIRST_DAY = Pattern(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
-LAST_DAY = Pattern(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
-ZONE_NAME = Pattern(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
-BESIDE = Pattern(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
+#: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
+WISH = Pattern(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
+               rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
+OBSERVANCES = ('STANDARD', 'DAYLIGHT')
+FOLD = b'\x1f'  # stands where a line was folded, and counts as one
+LINE_NAME = Pattern(rb'([A-Za-z0-9-]+)[;:]')
 MOMENT = Pattern(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
@@ -8062,30 +8145,21 @@ class Booking(NamedTuple):
 class Frame:
     """What stands around the events of a VCALENDAR: zones that it describes or names."""
 
-    def __init__(self, data: bytes):
-        self.data, self.beside = data, ''
-        self.described: dict[str, tuple[int, int]] = {}
+    def __init__(self):
+        self.beside, self.described = '', {}  # the parts that describe zones, by names
         self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
-        """The zone of a name, of the zone table rather than of the calendar.
-
-        Raises:
-          Invalid: neither knows it; such a time would be read as one without a zone, in silence.
+        """The zone of a name, of the zone table rather than of the calendar; Invalid if neither
+        knows it, or it would be none in silence.
         """
         name = name.strip(' "')
         if name not in self.known:
-            self.known[name] = table_zone(name) or described_zone(self.lines_of(name))
+            self.known[name] = table_zone(name) or described_zone(self.described.get(name, []))
         if self.known[name] is None:
             raise Invalid(f'The time zone {shown(name)} is not known, and the calendar does not '
                           'describe it.')
         return self.known[name]
-
-    def lines_of(self, name: str) -> list[str]:
-        """What describes a zone."""
-        begin, end = self.described.get(name, (0, 0))
-        STEPS.take((end - begin) // 10)
-        return [plain_line(line) for line in self.data[begin:end].split(b'\n') if line]
 
     def clock(self) -> tzinfo:
         """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
@@ -8105,97 +8179,45 @@ def table_zone(name: str) -> ZoneInfo | None:
     return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
 
 
-class DescribedZone(tzinfo):
-    """A zone that a calendar describes: its changes, as instants without their zone."""
+def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
+    """A zone by its changes, as instants without their zone, in the form of a zone table's file
+    (RFC 8536).
+    """
+    offsets = [before, *(offset for _, offset in changes)]
+    kinds = [*dict.fromkeys(offsets)]
 
-    def __init__(self, changes: list[tuple[datetime, timedelta]], before: timedelta):
-        self.instants = [at for at, _ in changes]
-        self.offsets = [before, *(offset for _, offset in changes)]
-        pairs = [*zip(self.instants, itertools.pairwise(self.offsets))]
-        # What a clock shows at a change: of an hour that it shows twice its end, or its begin.
-        self.walls = [[at + side(pair) for at, pair in pairs] for side in (max, min)]
-
-    def utcoffset(self, moment: datetime | None) -> timedelta | None:
-        wall = moment.replace(tzinfo=None, fold=0)
-        return self.offsets[bisect_right(self.walls[moment.fold], wall)]
-
-    def dst(self, moment: datetime | None) -> timedelta | None:
-        return None
-
-    def tzname(self, moment: datetime | None) -> str:
-        return 'local'
-
-    def fromutc(self, moment: datetime) -> datetime:
-        at = moment.replace(tzinfo=None)
-        number = bisect_right(self.instants, at)
-        wall = at + self.offsets[number]
-        return wall.replace(tzinfo=self, fold=number and wall < self.walls[0][number - 1])
+    def block(version: bytes, ats: list[int]) -> bytes:
+        head = struct.pack('>4sc15x6l', b'TZif', version, 0, 0, 0, len(ats), len(kinds), 6)
+        turns = bytes(kinds.index(each) for each in offsets[1:][:len(ats)])
+        types = b''.join(struct.pack('>lbb', int(each.total_seconds()), 0, 0) for each in kinds)
+        return head + struct.pack(f'>{len(ats)}q', *ats) + turns + types + b'local\0'
+    ats = [int(at.replace(tzinfo=UTC).timestamp()) for at, _ in changes]
+    return ZoneInfo.from_file(io.BytesIO(block(b'2', []) + block(b'2', ats) + b'\n\n'), '')
 
 
-def described_zone(lines: list[str]) -> tzinfo | None:
-    """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
+def described_zone(parts: list[Entry]) -> ZoneInfo | None:
+    """The zone of the parts of a VTIMEZONE; None if it can't be followed in reasonable time."""
     try:
-        parts = [*observances(lines)]
         changes = sorted(change for part in parts for change in changes_of(part))
-        standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
-        return DescribedZone(changes, read_offset(standard['TZOFFSETTO'][0]))
+        return zone_of_changes([each[:2] for each in changes], changes[0][2])
     except (Error, ValueError, LookupError, OverflowError):
         return None
 
 
-def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
-    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names.
-
-    Raises:
-      ValueError: it is cut off.
+def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
+    """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
+    before it: a part is a series by the clock.
     """
-    part: dict[str, list[str]] = {}
-    if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
-        raise ValueError(lines[-1:])
-    for name, _, value in filter(None, map(read_property, lines)):
-        value = value.strip()
-        if name == 'BEGIN':
-            part = defaultdict(list)
-        elif name == 'END' and value.upper() in ('STANDARD', 'DAYLIGHT'):
-            yield part
-        part[name].append(value.upper())
-
-
-def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
-    """The changes to the offset of a part; ValueError for offsets of days and rules that take
-    long.
-    """
-    before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
-    start = zone_wall(part['DTSTART'][0])
-    dates = [each.partition('/')[0] for values in part.get('RDATE', ())
-             for each in values.split(',')]
-    STEPS.take(5 * len(dates))
-    walls = {start, *map(zone_wall, dates)}
-    for rule in part.get('RRULE', ()):
-        ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
-        STEPS.take(len(ruled))
-        walls.update(ruled)
-    if len(walls) >= MOST_CHANGES:
-        raise ValueError(len(walls))
-    return ((wall - before, offset) for wall in walls)
-
-
-def zone_wall(text: str) -> datetime:
-    """A local time of a VTIMEZONE."""
-    match = MOMENT.fullmatch(text.strip())
-    if not match:
-        raise ValueError(text)
-    return datetime(*(int(each or 0) for each in match.groups()[:6]))
-
-
-def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
-    """The wall times of a rule of a VTIMEZONE."""
-    parts = parts_of(checked_rule(re.sub(r'\s', '', rule)))
-    if parts['FREQ'] != 'YEARLY':
-        raise ValueError(rule)
-    if 'UNTIL' in parts:  # it is an instant; by the clock a day more holds no other change
-        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
-    return followed(';'.join('='.join(each) for each in parts.items()), start, start)
+    before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
+    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
+    # Its UNTIL is an instant; by the clock a day more holds no other change.
+    rule = re.sub('(?<=UNTIL=)[^;]*', lambda last: (
+        f'{read_until(last[0]) + timedelta(days=1):%Y%m%dT%H%M%S}'), stretch.rule)
+    found = all_slots([stretch._replace(rule=rule, length=1)], 0, LAST_CHANGE)
+    if len(found) > MOST_CHANGES:
+        raise ValueError(len(found))
+    walls = {part.start.wall, *(to_wall(instant(slot.start), UTC) for slot in found)}
+    return ((wall - before, offset, before) for wall in walls)
 
 
 def read_offset(text: str) -> timedelta:
@@ -8228,11 +8250,7 @@ class Moment(NamedTuple):
 
 
 def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
-    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts.
-
-    Raises:
-      Invalid: it is none, or in a zone that nobody knows.
-    """
+    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts."""
     match = MOMENT.fullmatch(text.strip())
     try:
         *numbers, second = (int(each or 0) for each in match.groups()[:6])
@@ -8263,36 +8281,27 @@ class Entry:
 
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
-        self.pieces: list[tuple[int, int]] = []  # without the components in it
+        self.lines: dict[str, list[bytes]] = defaultdict(list)  # those that may be asked for
 
     @functools.cached_property
     def said(self) -> dict[str, list[tuple[str, str]]]:
         """Parameters and values of what may be asked for, by names."""
-        return self.read(KEPT_LINE, MOST_DATES)
+        found = {name: self.read(name) for name in self.lines}
+        return {name: each for name, each in found.items() if each}
 
-    def read(self, pattern: re.Pattern, most: int) -> dict[str, list[tuple[str, str]]]:
-        """What the first lines of a kind say."""
-        found: dict = defaultdict(list)
-        lines = (match[0] for piece in self.pieces
-                 for match in pattern.finditer(self.frame.data, *piece))
-        for line in itertools.islice(lines, most):
-            STEPS.take(2)
-            if read := read_property(plain_line(line)):
-                found[read[0]].append(read[1:])
-        return found
-
-    def holds(self, pattern: re.Pattern) -> bool:
-        """Whether its text as it stands there has something."""
-        return any(pattern.search(self.frame.data, *piece) for piece in self.pieces)
+    def read(self, name: str, most: int = MOST_DATES) -> list[tuple[str, str]]:
+        """What the first lines of a name say."""
+        lines = self.lines.get(name, [])[:most]
+        STEPS.take(2 * len(lines))
+        return [found[1:] for found in map(read_property, map(plain_line, lines)) if found]
 
     def outside(self, first: str, last: str) -> bool:
         """Whether it is once, and plainly ends before a day or starts after another."""
-        data = self.frame.data
-        begin, end = ([match[1].decode() for piece in self.pieces
-                       for match in pattern.finditer(data, *piece)]
-                      for pattern in (FIRST_DAY, LAST_DAY))
-        plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
-        return plain and (end[0] < first or last < begin[0])
+        times = [self.lines.get(name, []) for name in ('DTSTART', 'DTEND')]
+        if self.repeats or self.exception or [len(each) for each in times] != [1, 1]:
+            return False
+        begin, end = (plain_line(each[0]).rpartition(':')[2][:8] for each in times)
+        return f'{begin}{end}'.isdigit() and (end < first or last < begin)
 
     def one(self, name: str) -> tuple[str, str]:
         """Parameters and value of what may be there once; both '' without it."""
@@ -8350,11 +8359,11 @@ class Entry:
     @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
-        return self.holds(EXCEPTION)
+        return 'RECURRENCE-ID' in self.lines
 
     @property
     def repeats(self) -> bool:
-        return 'RRULE' in self.said or 'RDATE' in self.said
+        return not self.lines.keys().isdisjoint(('RRULE', 'RDATE'))
 
     @property
     def status(self) -> str:
@@ -8368,11 +8377,9 @@ class Entry:
     @functools.cached_property
     def uid(self) -> str:
         """Its UID; for one without it a name by its start and title, which stays while they do."""
-        named = self.read(UID_LINE, 1).get('UID', [('', '')])
-        if uid := unescaped(named[0][1]).strip():
+        if (named := self.read('UID', 1)) and (uid := unescaped(named[0][1]).strip()):
             return uid
-        said = self.read(NAMING_LINE, 9)
-        named = repr([said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        named = repr([self.read(name, 9) or None for name in ('DTSTART', 'SUMMARY')])
         return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
 
     @property
@@ -8404,100 +8411,85 @@ def naming(entry: Entry) -> Iterator[None]:
 
 
 def read_calendar(text: str, what: str = 'this') -> list[Entry]:
-    """The events of the calendars in a text, as they stand there.
-
-    Raises:
-      BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
-    """
-    data = unfolded(guarded_text(text, what))
-    reader = Reader(what, data)
-    for number, match in enumerate(STRUCTURE.finditer(data)):
-        reader.take(match)
-        if number > 2 * MOST_COMPONENTS:
-            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components.')
+    """The events of the calendars in a text; BadCalendar if it is none, cut short or too large."""
+    reader, number = Reader(what), 1
+    for line in guarded_text(text, what).split(b'\n'):
+        reader.take(number, line.replace(FOLD, b''))
+        number += 1 + line.count(FOLD)
     if reader.path:
         raise BadCalendar(f'{what} is incomplete: the last line END:VCALENDAR is missing.')
     return reader.entries
 
 
 def guarded_text(text: str, what: str) -> bytes:
-    """The bytes of what may be a calendar; what is no UTF-8 only spoils its own text."""
+    """What may be a calendar with each property on a line, FOLD where it had a fold (RFC 5545,
+    3.1); what is no UTF-8 only spoils its own text.
+    """
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
-    if len(data) > MOST_ICS:
-        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes.')
+    if len(data) > MOST_ICS or data.count(b'\n') > MOST_LINES:
+        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes or {MOST_LINES} lines.')
     if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
         begins = shown(data[:20].decode('utf8', 'replace'))
         raise BadCalendar(f'{what} is not iCalendar: it starts with {begins}, not with '
                           'BEGIN:VCALENDAR.')
+    for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
+        data = data.replace(old, new)
     return data
 
 
-def unfolded(data: bytes) -> bytes:
-    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1).
-
-    An end of line stands before the first and behind the last. A fold may be within a letter, and
-    even within a name.
-    """
-    for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
-        data = data.replace(old, new)
-    return FOLDED_NAME.sub(rb'\1\3\2', b'\n%b\n' % data, MOST_DATES)
-
-
 def plain_line(line: bytes) -> str:
-    return line.replace(FOLD, b'').strip(b'\r\n').decode('utf8', 'replace')
+    return line.strip(b'\r\n').decode('utf8', 'replace')
 
 
 class Reader:
-    """Takes a calendar a component at a time; what is neither event nor zone is passed over."""
+    """Takes a calendar a line at a time; what is neither event nor zone is passed over."""
 
-    def __init__(self, what: str, data: bytes):
-        self.what, self.data = what, data
-        self.path, self.entries = [], []
-        self.frame, self.zone = Frame(data), 0
-        self.behind, self.line = 0, 0
+    def __init__(self, what: str):
+        self.what, self.path, self.entries = what, [], []
+        self.frame, self.parts, self.zone, self.number = Frame(), [], '', 0
 
-    def take(self, match: re.Match) -> None:
-        """Takes a line that begins or ends a component, and what stands before it."""
-        begin, end = match.span()
-        self.keep(self.behind, begin)
-        self.line += self.data.count(b'\n', self.behind, end)
-        self.line += self.data.count(FOLD, self.behind, end)
-        self.behind = end
-        kind = plain_line(match[2]).strip().upper()
-        if match[1]:
-            self.begin(kind, begin)
-        else:
-            self.end(kind, end)
+    def take(self, number: int, line: bytes) -> None:
+        """Takes a line by its number in the file."""
+        begins, ends = line[:6].upper() == b'BEGIN:', line[:4].upper() == b'END:'
+        kind = plain_line(line.partition(b':')[2]).strip().upper() if begins or ends else ''
+        if begins:
+            self.begin(kind, number)
+        elif ends:
+            self.end(kind)
+        elif self.path and (match := LINE_NAME.match(line)):
+            name, around = match[1].decode().upper(), self.path[-1]
+            if around in ('VEVENT', *OBSERVANCES) and name in KEPT:
+                (self.entries if around == 'VEVENT' else self.parts)[-1].lines[name].append(line)
+            elif around == 'VTIMEZONE' and name == 'TZID':
+                self.zone = plain_line(line).partition(':')[2].strip(' "')
+            elif around == 'VCALENDAR' and name == 'X-WR-TIMEZONE':
+                self.frame.beside = plain_line(line).rpartition(':')[2].strip()
 
-    def begin(self, kind: str, at: int) -> None:
-        self.end(kind, at)  # no component is within its like: an end is missing
+    def begin(self, kind: str, number: int) -> None:
+        self.end(kind)  # no component is within its like: an end is missing
         if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
             return
         self.path.append(kind)
+        self.number += 1
         if len(self.path) > MOST_NESTING:
             raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep.')
+        if self.number > MOST_COMPONENTS:
+            raise BadCalendar(f'{self.what} has more than {MOST_COMPONENTS} components.')
         if kind == 'VCALENDAR':
-            self.frame = Frame(self.data)
+            self.frame = Frame()
         elif kind == 'VEVENT':
-            self.entries.append(Entry(self.line, self.frame))
+            self.entries.append(Entry(number, self.frame))
+        elif kind in OBSERVANCES:
+            self.parts.append(Entry(number, self.frame))
         elif kind == 'VTIMEZONE':
-            self.zone = at
+            self.parts, self.zone = [], ''
 
-    def end(self, kind: str, at: int) -> None:
+    def end(self, kind: str) -> None:
         """Ends the component of a kind that is open, with all that was left open in it."""
         if kind in self.path:
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
-            if kind == 'VTIMEZONE' and (name := ZONE_NAME.search(self.data, self.zone, at)):
-                named = plain_line(name[1]).strip(' "')
-                self.frame.described[named] = self.zone, min(at, self.zone + MOST_ZONE)
-
-    def keep(self, begin: int, end: int) -> None:
-        """Keeps the lines between two components where they may be asked for."""
-        kind = self.path[-1] if end > begin and self.path else ''
-        if kind == 'VEVENT':
-            self.entries[-1].pieces.append((begin, end))
-        elif kind == 'VCALENDAR' and (beside := BESIDE.search(self.data, begin, end)):
-            self.frame.beside = plain_line(beside[1]).strip()
+            if kind == 'VTIMEZONE' and self.zone:
+                self.frame.described[self.zone] = self.parts
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -8513,7 +8505,9 @@ def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
 
 def wishful(entries: list[Entry]) -> list[Entry]:
     """The events of those UIDs of which one may want VMs: what has no wish needs no reading."""
-    uids = {entry.uid for entry in entries if entry.holds(WISH)}
+    texts = ('SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES')
+    uids = {entry.uid for entry in entries
+            if any(WISH.search(line) for name in texts for line in entry.lines.get(name, ()))}
     return [entry for entry in entries if entry.uid in uids]
 
 
@@ -8615,11 +8609,7 @@ class Timetable(NamedTuple):
 
 def timetable(entries: list[Entry], owner: tzinfo,
               vms: Callable[[Entry], int] = lambda entry: 1) -> Timetable:
-    """When a series and its exceptions occur, cancelled ones too.
-
-    Raises:
-      Error: one of them can't be understood; BadCalendar names it.
-    """
+    """When a series and its exceptions occur, cancelled ones too; Error if that is not clear."""
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
@@ -8728,13 +8718,10 @@ def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
 
 def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
                    until: datetime) -> tuple[list[dict], list[BadCalendar]]:
-    """The occurrences in a window, and why some events have none; bare times are the owner's.
-
-    Raises:
-      BadCalendar: they are too many.
-    """
+    """The occurrences in a window, and why some events have none; BadCalendar for too many."""
     found, refused, budget = [], [], Budget()
-    for group in simple_first(by_uid(near_window(entries, begin, until)).values()):
+    groups = by_uid(near_window(entries, begin, until)).values()
+    for group in sorted(groups, key=may_repeat):  # what is simple first
         try:
             with naming(group[0]), budget.event(may_repeat(group)):
                 found += group_occurrences(group, owner, begin, until)
@@ -8746,13 +8733,8 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
-def simple_first(groups: Iterable[list[Entry]]) -> list[list[Entry]]:
-    """The events of UIDs, those first that don't repeat."""
-    return sorted(groups, key=may_repeat)
-
-
 def may_repeat(group: list[Entry]) -> bool:
-    return len(group) > 1 or group[0].holds(REPEATS)
+    return len(group) > 1 or group[0].repeats
 
 
 class Budget:
@@ -8798,13 +8780,12 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       begin, until: the window that a series in a zone of its own making is spelled out for
       usual: what an event wants that says nothing
     """
-    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
-    for group in simple_first(groups.values()):
-        uid = uids[id(group)]
+    found, budget = {}, Budget()
+    for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more, usual)
+        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, budget, more, usual)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
@@ -8939,7 +8920,8 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
         return spoken_want(said, defaults) if said else defaults
     if said := spoken(entry):
         return spoken_want(said, defaults)
-    return programmed_want(entry, defaults) if 'VM' in categories_of(entry) else None
+    words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
+    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -8957,11 +8939,6 @@ def programmed_want(entry: Entry, defaults: Want) -> Want:
     vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
     return defaults._replace(vms=vms,
                              **{name.lower(): read_name(value) for name, value in said.items()})
-
-
-def categories_of(entry: Entry) -> list[str]:
-    values = (value for _, value in entry.said.get('CATEGORIES', ()))
-    return [name.strip().upper() for value in values for name in value.split(',')]
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -9014,22 +8991,26 @@ def event_text(shown: Shown) -> str:
 
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
-                    more: list[tuple[int, int]]) -> str:
+                    others: list[tuple[int, int]]) -> str:
     """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
 
     Args:
       host: the mail address of who invites
-      more: the further windows of a series
+      others: the further windows of a series
     """
-    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-            f'METHOD:{method}')
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
     people = (f'ORGANIZER:mailto:{host}',
               f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in more]
+    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
     dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
-                    'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
+    return whole_calendar(event + more, f'METHOD:{method}')
+
+
+def whole_calendar(parts: str, *head: str) -> str:
+    """A calendar of components, and what stands before them."""
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN', *head)
+    return f"{''.join(map(folded, head))}{parts}END:VCALENDAR\r\n"
 
 
 def stamp_of(at: int) -> str:
@@ -9057,10 +9038,9 @@ def folded(line: str) -> str:
 
 def calendar_text(name: str, shown: Iterable[Shown]) -> str:
     """A whole feed; how often it is looked at again is the subscriber's choice."""
-    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-            'METHOD:PUBLISH', f'X-WR-CALNAME:{escaped(name)}',
-            'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
-    return ''.join([*map(folded, head), *map(event_text, shown), 'END:VCALENDAR\r\n'])
+    return whole_calendar(''.join(map(event_text, shown)), 'METHOD:PUBLISH',
+                          f'X-WR-CALNAME:{escaped(name)}',
+                          'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
 
 
 # Service #####################################################################
@@ -10008,6 +9988,12 @@ class Lookup:
 # What somebody asks for, read and resolved, with what the cloud knows of it; why it doesn't fit.
 
 
+def network_behind(place) -> tuple[str, str, str]:
+    """Cloud, subnet and network of a resource whose hosts are floating IPs; of another, nothing."""
+    _, *there = place.aggregate.split(' ') if place.named and not place.cloud else [''] * 4
+    return tuple(there)
+
+
 class Wishes:
     """Reads what is asked: resources, clouds, repetitions."""
 
@@ -10188,6 +10174,8 @@ class Wishes:
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
         name = asked.get('host') or ''
+        if not name and network_behind(place)[0]:
+            raise Invalid(f"Resource '{place.name}' has floating IPs. Choose one with --host.")
         if not name:
             return '', None
         named = json.loads(place.named or '{}')
@@ -11196,6 +11184,7 @@ class Bookings:
     def write_old(self, deal: Deal, now: float) -> None:
         """Writes what is otherwise of a reservation, and until when its label is taken."""
         columns, id = deal.columns | {'changed': int(now)}, deal.old.reservation
+        self.uninvite(deal, now)
         if deal.code == 'released' and (deal.old.waiting, deal.old.pending) != (None, None):
             run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
                 'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
@@ -11209,6 +11198,20 @@ class Bookings:
                      FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
         run(change_text(Reservation, tuple(columns), over), *columns.values(),
             int(LAST.timestamp()) if on else None, int(now), id, id)
+
+    def uninvite(self, deal: Deal, now: float) -> None:
+        """Writes down that those hear of it who are no longer invited."""
+        before, after = deal.old.invite, deal.columns.get('invite', deal.old.invite)
+        gone = [each for each in json.loads(before) if each not in json.loads(after)]
+        if not gone or rehearsal.on:
+            return
+        about = {'reservation': deal.old.reservation, 'occurrence': NONE_OF_THEM, 'project': '',
+                 'resource': None}
+        event = write_event(now, self.service.actor.user, 'uninvited',
+                            f"no longer invited: {', '.join(gone)}", about)
+        for each in gone:
+            insert(Outbox, event=event, target=each, owner=f'{deal.old.project}/{deal.old.user}',
+                   due=now, tries=0, fault='', invites=True)
 
     def write_occurrences(self, reservation: int, patches: dict, decided: list[tuple],
                           now: float) -> None:
@@ -12351,6 +12354,8 @@ GOES_ON = 60
 #: What was written in pieces of which the last has not come: facts, whose values begin with the
 #: instant at which they are dropped.
 STAGED = "name > 'staged-' AND name < 'staged.'"
+#: What people have asked for on the page and can still take back: facts that begin in that way.
+LATER = "name > 'later-' AND name < 'later.'"
 
 
 def not_real_yet() -> tuple[Callable, Callable]:
@@ -14005,6 +14010,12 @@ def addresses_of(occurrence: int) -> list[str]:
     return [each for one in found for each in json.loads(one.addresses)]
 
 
+def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
+    """How to log in to the VMs of an occurrence, as calendars tell it."""
+    key = [f'key pair: {found.key}'] if found.key and addresses else []
+    return [*config.logins(addresses), *key]
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -14150,11 +14161,13 @@ class Calendars(Operations):
         coming = all_slots(booking.stretches, now, self.series.horizon(booking.stretches, now))
         if booking.cancelled or not coming:
             return None, []
-        asked = said | want._asdict() | {
+        wanted = {name: value for name, value in want._asdict().items()
+                  if value or name not in ('network', 'key')}
+        asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+                 'personal': False, 'lead': None, 'description': booking.summary[:1000]
+                 } | said | wanted | {
             'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None,
-            'server': '', 'personal': False, 'lead': None, 'description': booking.summary[:1000],
-            'repeat': booking.stretches[0].rule, 'late': True}
+            'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
@@ -14171,25 +14184,24 @@ class Calendars(Operations):
         try:
             if error:
                 raise error
-            return line | self.taken(booking, wish, owner, subscription, now)
+            source = subscription.id if subscription else None
+            known = self.booked_as(booking.uid, owner, source)
+            return line | self.taken(booking, wish, known, source, now)
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
-    def taken(self, booking: Booking, wish: Wish | None, owner: tuple[str, str], subscription,
-              now: float, again: bool = True) -> dict:
+    def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
+              again: bool = True) -> dict:
         """The same of an event that was understood; inside a transaction.
 
         Args:
+          known: the row of the reservation that it has made
+          source: the subscription that it is of
           again: one that was cancelled here is booked again, though it says what it said
-
-        Raises:
-          Error: it is refused, and nothing was changed.
         """
-        source = subscription.id if subscription else None
-        known = self.booked_as(booking.uid, owner, source)
         live = known and known.over > now
         if wish is None:
-            stops = booking.cancelled and not subscription  # else what runs goes on
+            stops = booking.cancelled and not source  # else what runs goes on
             gone = ([each for each in self.look.live(self.look.next_of(known.id)) if stops
                      or not self.look.begun(each)] if live else [])
             if gone:
@@ -14200,16 +14212,22 @@ class Calendars(Operations):
         asked += ['invite'] if wish.invite else []
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
         as_before = known and known.origin.split(' ')[-1] == origin and (
-            self.as_asked_before(known, wish, live, subscription or not again, now))
+            self.as_asked_before(known, wish, live, source or not again, now))
         if as_before:
             return {'label': known.label} | as_before
         with Attempt():
             return self.book_event(booking, wish, known if live else None, origin, source, now)
 
-    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None):
-        """The newest reservation that the event of a UID has made; None if there is none."""
+    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
+                  also: int | None = None):
+        """The newest reservation that the event of a UID has made; None if there is none.
+
+        Args:
+          also: the id of one that counts, whatever calendar it is of
+        """
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
-                   'subscription IS ? ORDER BY id DESC LIMIT 1', uid, *owner[::-1], source)
+                   '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
+                   source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
         """What becomes of an event that asks for no more than it did; nothing, if that is asked for
@@ -14547,9 +14565,7 @@ class Calendars(Operations):
                          f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
-        lines += self.config.logins(addresses)
-        lines += [f'key pair: {found.key}'] if found.key and addresses else []
-        lines += [found.fault] if found.fault else []
+        lines += [*log_in_lines(self.config, found, addresses), found.fault]
         return Shown(uid, found.start, found.end, revision, revised, found.label,
                      '\n'.join(filter(None, lines)),
                      found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
@@ -14566,6 +14582,12 @@ OWN_FOR = timedelta(days=90)
 FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes,
                             s.name AS resource, t.added, t.ends, t.last_used, t.revoked
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+#: By what somebody can see anything; who is known elsewhere has no token.
+ACCESS = '''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
+  UNION ALL SELECT NULL, project FROM feed WHERE user = ?1 AND revoked IS NULL
+  UNION ALL SELECT NULL, project FROM subscription WHERE user = ?1 AND due IS NOT NULL
+  UNION ALL SELECT NULL, r.project FROM share h JOIN reservation r ON r.id = h.reservation_id
+            WHERE r.user = ?1'''
 
 
 class Tokens(Operations):
@@ -14699,8 +14721,8 @@ class Tokens(Operations):
     def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token invalid at once.
 
-        With the last token of a user in a project, the user's feeds and subscriptions end, too.
-        Their reservations stay.
+        With the last token of a user in a project, the user's feeds, subscriptions and shared pages
+        end, too. Their reservations stay.
 
         Example:
           python cmres.py token revoke 3
@@ -14720,7 +14742,7 @@ class Tokens(Operations):
 
     @api('DELETE', '/user/<user>', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
-        """Ends all access of a person: tokens, sign-ins, feeds and subscriptions.
+        """Ends all access of a person: tokens, sign-ins, feeds, subscriptions and shared pages.
 
         In all projects, or in one. Their reservations stay.
 
@@ -14728,35 +14750,42 @@ class Tokens(Operations):
           python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
-            found = rows('SELECT id, project FROM token WHERE user = ? AND revoked IS NULL', user)
-            found = [each for each in found if project in ('', each.project)]
+            found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
             if not found:
                 where = f' in {project}' if project else ''
-                raise NotFound(f"'{user}' has no active token{where}.")
-            for each in found:
-                self.revoke(each.id, now)
+                raise NotFound(f"'{user}' has no active token, feed, subscription or shared page"
+                               f'{where}.')
+            tokens = [each.id for each in found if each.id]
+            for each in tokens:
+                self.revoke(each, now)
             ended = ''.join(self.end_calendars(user, each, now)
                             for each in sorted({each.project for each in found}))
-            self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
-        return {'user': user, 'tokens': len(found)}
+            self.journal(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
+        return {'user': user, 'tokens': len(tokens)}
 
     @api('POST', '/credential/', made='/credential/')
-    def credential_add(self, cloud: Name, application: Name, secret: Name,
-                       dry_run: bool = False) -> CredentialAnswer:
+    def credential_add(self, cloud: Name, application: Name = '', secret: Name = '',
+                       trust: Name = '', dry_run: bool = False) -> CredentialAnswer:
         """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
 
-        Give an application credential of yours. Its secret is kept encrypted, and the key is not in
-        the database. What is reserved already uses it for VMs that are not started yet.
+        Give an application credential of yours, or a trust from you to the user of cmres there. The
+        secret is kept encrypted, and the key is not in the database. What is reserved already uses
+        it for VMs that are not started yet.
 
         Example:
           python cmres.py credential add chameleon 8f2c... SECRET
+          python cmres.py credential add chameleon --trust 709e...
         """
         if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
             raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+        if bool(trust) == bool(application and secret):
+            raise Invalid('Give an application credential with its secret, or a trust.')
+        if trust:
+            self.refuse_trust_of_others(cloud, trust)
         mine = {'user': self.actor.user, 'project': self.actor.project, 'cloud': cloud}
+        values = {'name': trust or application, 'added': int(self.clock()), 'secret': secret
+                  and cipher(self.config).encrypt(secret.encode()).decode()}
         with self.writing(dry_run) as now:
-            values = {'name': application, 'added': int(now),
-                      'secret': cipher(self.config).encrypt(secret.encode()).decode()}
             old = row('SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
                       *mine.values())
             if old:  # VMs that were made with it go on
@@ -14764,7 +14793,18 @@ class Tokens(Operations):
                 self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
             id = old.id if old else insert(Credential, **mine, **values)
             self.journal(now, 'token', f'gave a credential for {cloud}')
-        return {'id': id, **mine, 'application': application, 'added': instant(int(now))}
+        return {'id': id, **mine, 'application': application, 'trust': trust,
+                'added': instant(values['added'])}
+
+    def refuse_trust_of_others(self, cloud: str, trust: str) -> None:
+        """Refuses a trust that is not from who asks, for their project and in their name."""
+        opened, known = self.clouds.open(cloud), self.config.read_again().identities
+        found = self.shares.ask(f'the cloud {cloud}', lambda: opened.trust(trust))
+        mine = [known.get(each, each) for each in (self.actor.user, self.actor.project)]
+        if found != (*mine, True):
+            raise Invalid(f"The cloud {cloud} has no trust '{trust}' from you in your project. "
+                          'Create one: openstack trust create --impersonate --project PROJECT '
+                          '--role member YOU USER_OF_CMRES')
 
     @api('GET', '/credential/')
     def credential_list(self) -> list[CredentialAnswer]:
@@ -14775,7 +14815,8 @@ class Tokens(Operations):
         """
         own, values = self.own_tokens()
         return [public(each) for each in rows(
-            'SELECT id, user, project, cloud, name AS application, added FROM credential t '
+            "SELECT id, user, project, cloud, iif(secret = '', '', name) AS application, "
+            "iif(secret = '', name, '') AS trust, added FROM credential t "
             f'WHERE {own} ORDER BY id', *values)]
 
     @api('DELETE', '/credential/<id>')
@@ -14806,12 +14847,13 @@ class Tokens(Operations):
         number, = run(f'SELECT count(*) FROM {what[:-1]} '
                       f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
         if self.actor.role != ADMIN and 0 < most <= number:
+            METRICS.count('limited_total', setting=f'{what}_per_user')
             raise TooMany(f'{user} has {number} {what}, and at most {most} are allowed. Remove '
                           'one first.')
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, the subscriptions of who may not book; the
-        end of a sentence that says so.
+        """Ends the feeds and shared pages of who has no token any more, the subscriptions of who
+        may not book; the end of a sentence that says so.
         """
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
@@ -14820,6 +14862,9 @@ class Tokens(Operations):
         if not roles:
             ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
                               int(now), user, project).rowcount, 'feeds'))
+            ended.append((run('DELETE FROM share WHERE EXISTS (SELECT 1 FROM reservation r '
+                              'WHERE r.id = reservation_id AND r.user = ? AND r.project = ?)',
+                              user, project).rowcount, 'shared pages'))
         if not roles - {READER}:
             ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
                               user, project).rowcount, 'subscriptions'))
@@ -15143,7 +15188,8 @@ DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.d
        'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
        'wait': ('wait w', 'w.due', '1'), 'pending': ('reservation r', 'r.pending', '1'),
        'proposal': ('proposal p', 'p.until', '1'),
-       'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED)}
+       'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED),
+       'later': ('fact f', 'CAST(f.value AS REAL)', LATER)}
 #: The soonest instant of all of these that is after another one.
 SOONEST = 'SELECT min(due) AS due FROM ({})'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
@@ -15634,8 +15680,8 @@ class Workers:
     def do_clear(self, call: Job) -> None:
         self.clouds.open(call.account).delete(call.target)
 
-    def do_lend(self, call: Job) -> None:
-        self.clouds.open(call.account).lend(call.target)
+    def do_lend(self, call: Job) -> dict[str, str]:
+        return self.clouds.open(call.account).lend(call.target)
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -15657,11 +15703,10 @@ class Workers:
         unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
-        addresses = addresses_of(found.id)
-        lines = [found.description, *self.config.logins(addresses)]
-        lines += [f'key pair: {found.key}'] if found.key and addresses else []
-        first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
-        state = 'CANCELLED' if not coming else (
+        goes = not coming or notice.target not in json.loads(found.invite)
+        lines = [found.description, *log_in_lines(self.config, found, addresses_of(found.id))]
+        first, method = (coming or [found])[0], 'CANCEL' if goes else 'REQUEST'
+        state = 'CANCELLED' if goes else (
             'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
         shown = Shown(f'reservation-{found.reservation}@{self.clouds.store}', first.start,
                       first.end, 0, int(notice.at), found.label, '\n'.join(filter(None, lines)),
@@ -15669,7 +15714,7 @@ class Workers:
         event = invitation_text(method, notice.event, shown, self.config.mail_from, notice.target,
                                 [(each.start, each.end) for each in coming[1:]])
         when = self.config.told_time(first.start, found.tz)
-        word = 'Cancelled' if not coming else INVITED.get(notice.code, 'Changed')
+        word = 'Cancelled' if goes else INVITED.get(notice.code, 'Changed')
         send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
                         '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
                         method, event, stop_link(self.config, notice.target))
@@ -16324,45 +16369,80 @@ class Dispatcher:
 
 
 class Lender:
-    """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
+    """Has clouds know what the leases have that are active: flavors and server groups where that
+    is wanted, and floating IPs.
+    """
 
     def __init__(self, config: Config, workers: Workers):
         self.config, self.workers = config, workers
-        self.lent: dict[str, dict] = {}  # by cloud, as it has them
+        self.lent: dict[str, dict] = {}  # by account, as it has them
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
-        places = defaultdict(list)
-        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
-            places[each.cloud].append(each.id)
-        for cloud, ids in places.items():
-            wanted = {each.part: self.flavor_for(each) for each in self.active(ids, now)}
-            if wanted != self.lent.get(cloud):
-                self.workers.submit(('lend', cloud), 'lend', cloud, wanted)
+        places = {each.id: each for each in rows(
+            "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
+            "AND named <> '') AND removed IS NULL")}
+        # What an account had and is over is taken back.
+        wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
+        for place in places.values():
+            cloud = network_behind(place)[0]
+            wanted.setdefault(cloud or place.cloud, {}).update(
+                {'address': {}} if cloud else {'flavor': {}})
+        for each in self.active([*places], now):
+            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+                wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
+        for account, things in wanted.items():
+            if things != self.lent.get(account):
+                self.workers.submit(('lend', account), 'lend', account, things)
 
     def active(self, ids: list[int], now: float) -> list:
         """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
+        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                    'r.host, r.user, r.project, l.parts '
                     'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
                     'JOIN blazar_hold h ON h.reservation = r.id '
                     'JOIN blazar_lease l ON l.id = h.lease_id '
                     'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
                     'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.host = '' AND r.image = ''""",
+                    """AND o."end" > ? AND r.image = ''""",
                     json.dumps(ids), now, now)
 
-    def flavor_for(self, found) -> Lent:
-        """The flavor of a part of a lease; Nova boots nothing from a disk of nothing."""
-        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
+    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+        """What a part of a lease has on clouds: on whose account, of what kind and name."""
         project = self.config.read_again().identities.get(found.project, found.project)
-        return Lent(project, found.vcpus // found.vms, found.ram // found.vms,
-                    asked.get('disk_gb') or 1, found.flavor)
+        cloud, _, network = network_behind(place)
+        lent = Lent(found.lease_id, found.part, project)
+        if cloud:
+            yield cloud, 'address', found.host, lent._replace(network=network)
+        elif not found.host:
+            asked = next(each['asked'] for each in json.loads(found.parts)
+                         if each['id'] == found.part)
+            yield place.cloud, 'flavor', found.part, lent._replace(
+                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
+                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+            account = self.workers.clouds.account(place.cloud, found.project, found.user)
+            # Nova shows a server group to nobody but its project.
+            if asked.get('affinity') is not None and account != place.cloud:
+                yield account, 'server_group', found.part, lent._replace(
+                    policy='affinity' if asked['affinity'] else 'anti-affinity')
 
     def record(self, result: Job, now: float) -> None:
         if result.error:  # it is tried again at the next pass that has something to do
-            log.warning('could not lend flavors on %s: %s', result.account, result.error)
-        else:
-            self.lent[result.account] = result.target
+            log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
+            return
+        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
+        for kind, things in result.target.items():
+            for name in things.keys() - before.get(kind, {}).keys():
+                note_lent(things[name], kind, result.answer.get(name, True))
+
+
+def note_lent(lent: Lent, kind: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it."""
+    found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
+    parts = json.loads(found.parts) if found else []
+    for each in parts:
+        each |= {kind: id} if each['id'] == lent.part else {}
+    run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
 class Reconciler:
@@ -16747,6 +16827,7 @@ class LifeCycle:
         if self.has_work(now):
             self.admit_waiting(now)
             self.drop_staged(now)
+            self.do_later(now)
             self.planner.plan(now)
             self.dispatcher.call(now)
             self.lender.lend(now)
@@ -16993,6 +17074,20 @@ class LifeCycle:
         for each in left:
             with self.leader.acting():
                 Staged(self.service, each.name).drop_some(now)
+
+    def do_later(self, now: float) -> None:
+        """Does what people have asked for and can't take back any more."""
+        for each in those_due('later', 'SELECT f.name, f.value FROM fact f', now):
+            said = json.loads(each.value.partition(' ')[2])
+            service = self.service.acting(Actor(*said['by']))
+            with self.leader.acting():
+                run('DELETE FROM fact WHERE name = ?', each.name)
+                for name, asked in said['calls']:
+                    try:
+                        with Attempt():
+                            getattr(service, name)(**bind(API[name], asked, service.here))
+                    except Error as error:  # it has ended meanwhile
+                        log.info('%s of %s was not done: %s', name, asked, error)
 
 
 # Document ####################################################################
@@ -17426,8 +17521,7 @@ def statuses_of(operation: Operation, verb: str) -> set[int]:
     """The statuses with which it may be refused."""
     kinds = {each.annotation for each in operation.parameters.values()}
     names = operation.parameters.keys()
-    found = {400: True, 401: True, 429: True, 500: True, 503: True,
-             403: operation.changes or operation.role != READER,
+    found = {400: True, 401: True, 403: True, 429: True, 500: True, 503: True,
              404: bool(kinds & {Label, Place, Name}) or 'id' in names,
              409: operation.changes or 'label' in names,
              412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
@@ -17542,7 +17636,9 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     """The answer to a call on the conditions of its request."""
     once = once_of(acting, operation, bound, request, given)
     if once and (kept := once.kept()):
-        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
+        again = {'Idempotency-Replayed': 'true'} | location(
+            operation, json.loads(kept.answer), kept.status)
+        return sent(kept.answer, kept.status, UNKEPT | again)
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
@@ -17553,9 +17649,9 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     text = json_text(answer)
     if once:
         once.keep(status, text)
-    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
-               'Link': next_page(operation, answer, request)}
-    return sent(text, status, UNKEPT | {name: each for name, each in headers.items() if each})
+    headers = {'ETag': tag, 'Link': next_page(operation, answer, request)}
+    headers = {name: each for name, each in headers.items() if each}
+    return sent(text, status, UNKEPT | headers | location(operation, answer, status))
 
 
 def in_turn(*looks: Callable | None) -> Callable:
@@ -17604,9 +17700,12 @@ def headers_of(error: Error) -> dict[str, str]:
     return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
 
 
-def location(operation: Operation, answer: dict) -> str:
-    """Where that is found which was made."""
-    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+def location(operation: Operation, answer: dict, status: int) -> dict[str, str]:
+    """The header that says where that is found which was made."""
+    if status != 201:
+        return {}
+    path = re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+    return {'Location': BASE + path}
 
 
 def next_page(operation: Operation, answer, request) -> str:
@@ -18012,7 +18111,8 @@ def note_wait(environ: dict, error: Error) -> None:
 
 
 def error_body(error: Error) -> dict:
-    METRICS.count('refusals_total', kind=type(error).__name__)
+    cause = {'cause': error.details['cause']} if 'cause' in error.details else {}
+    METRICS.count('refusals_total', kind=type(error).__name__, **cause)
     return {'error': str(error),
             'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
@@ -18029,7 +18129,7 @@ def error_text(failure, request, response) -> str:
     if failure.status_code == 404 and not isinstance(error, Error):
         error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
     if not isinstance(error, Error):
-        error = Invalid(f'{error}'.lower())
+        error = Invalid(str(error))
     for name, value in headers_of(error).items():
         response.set_header(name, value)
     return json_text(error_body(error))
@@ -18298,6 +18398,9 @@ QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the t
 FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
              'HTTP_X_FORWARDED_PORT', 'HTTP_X_FORWARDED_BY', 'HTTP_FORWARDED')
 END_IS_NEAR = 14 * DAY  # then answers tell that a token ends
+#: Settings that bound something else than what comes within a minute.
+LIMITED_ELSEWHERE = (*(f'{each}_per_user' for each in STILL), 'notices_per_day', 'slow_per_user',
+                     'slow_per_target', 'threads')
 
 
 class Gate:
@@ -18318,6 +18421,7 @@ class Gate:
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
+            refuse_malformed(environ)
             reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
             if reads and environ['PATH_INFO'] == METRICS_PATH:
                 body = self.metrics(environ, answer)
@@ -18377,8 +18481,7 @@ class Gate:
         rates.add('mib_per_address', environ['cmres.address'], mib)
         if token and token.role != ADMIN:
             rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
-        if self.service.config.log_requests and not (
-                environ['PATH_INFO'] in QUIET and answer.status < 400):
+        if environ['PATH_INFO'] not in QUIET or answer.status >= 400:
             told_fields(log_requests, 'request', id=environ['cmres.request_id'],
                         address=environ['cmres.address'], user=token and token.user,
                         project=token and token.project, token=token and token.id,
@@ -18392,6 +18495,15 @@ class Gate:
         rule = getattr(environ.get('bottle.route'), 'rule', '-')
         verb = environ['REQUEST_METHOD']
         return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+
+
+def refuse_malformed(environ: dict) -> None:
+    """Refuses what `waitress` could not read as a request, with the status that it found."""
+    if wrong := environ.get('cmres.malformed'):
+        error = (TooLarge if wrong.code == 413 else Invalid)(
+            f'The server cannot read this request: {wrong.body}.'.replace('..', '.'))
+        error.status = wrong.code
+        raise error
 
 
 class Reply:
@@ -18469,10 +18581,12 @@ class StoreMetrics:
         self.seen: int | None = None  # the last event that was counted
         for code in TEXTS:  # Prometheus sees no increase from nothing to one
             METRICS.count('events_total', 0, code=code)
-        for setting in LIMITED:
+        for setting in (*LIMITED, *LIMITED_ELSEWHERE):
             METRICS.count('limited_total', 0, setting=setting)
         for name in ('wrong_tokens_total', 'sign_ins_total', 'hung_up_total'):
             METRICS.count(name, 0)
+        with suppress(Unavailable, *STORE_ERRORS), db.connection_context():
+            self.count_events()  # what comes from now on is counted, also before the first look
 
     def samples(self) -> list[tuple]:
         """Samples of all that is measured; without the store, where that can't be read."""
@@ -18566,10 +18680,13 @@ def resident() -> int:
 #     virtual:instance     `amount` VMs of so many vcpus and so much memory, on whatever resource
 #     flavor:instance      `amount` VMs of a flavor
 #     physical:host        as many hosts by name as fit, from `max` down to `min`: one each
+#     virtual:floatingip   `amount` floating IPs, which are the hosts of a resource of their network
 #   resource_properties    where it may be, and with $image what is started there
 #   dates, state           of the reservations: PENDING until the start, ACTIVE, TERMINATED; a lease
 #                          without reservations has dates of its own
 #   host                   a host that can be reserved by its name; else a resource as a whole
+#   flavor, server group,  what clouds have of an active lease, by their names in blazar_lease.parts
+#   address                since they have it; see Lender
 #
 # Someone who extends or deletes the reservations of a lease otherwise changes the lease.
 
@@ -18590,9 +18707,10 @@ LEASE_FIELDS = {
     'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
                         'resource_properties': str},
     'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
-                      'resource_properties': str, 'before_end': str}}
+                      'resource_properties': str, 'before_end': str},
+    'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
-                  'disk_gb'}
+                  'disk_gb', 'required_floatingips'}
 AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
@@ -18611,44 +18729,51 @@ class Blazar:
     def mount(self, app) -> None:
         """Gives an application all addresses."""
         for path in ('', '/versions'):
-            app.route(BLAZAR + path, 'GET', self.answering(self.versions, status=300, free=True))
-        for verb, path, handle, needed, status in (
-                ('GET', '/leases', self.list_leases, 'list', 200),
-                ('POST', '/leases', self.make_lease, 'add', 201),
-                ('GET', '/leases/<id>', self.show_lease, 'list', 200),
-                ('PUT', '/leases/<id>', self.change_lease, 'update', 200),
-                ('DELETE', '/leases/<id>', self.end_lease, 'delete', 204),
-                ('GET', '/os-hosts', self.list_hosts, 'resource_list', 200),
-                ('POST', '/os-hosts', self.add_host, 'resource_sync', 201),
-                ('GET', '/os-hosts/allocations', self.list_allocations, 'resource_list', 200),
-                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list', 200),
-                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync', 200),
-                ('GET', '/os-hosts/<id:int>', self.show_host, 'resource_list', 200),
-                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync', 200),
-                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync', 204),
-                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list',
-                 200)):
+            app.route(BLAZAR + path, 'GET', self.versions)
+        for verb, path, handle, needed in (
+                ('GET', '/leases', self.list_leases, 'list'),
+                ('POST', '/leases', self.make_lease, 'add'),
+                ('GET', '/leases/<id>', lambda view, given: {
+                    'lease': view.lease(given['id'])}, 'list'),
+                ('PUT', '/leases/<id>', self.change_lease, 'update'),
+                ('DELETE', '/leases/<id>', self.end_lease, 'delete'),
+                ('GET', '/os-hosts', lambda view, given: {
+                    'hosts': [each.shown for each in view.hosts()]}, 'resource_list'),
+                ('POST', '/os-hosts', self.add_host, 'resource_sync'),
+                ('GET', '/os-hosts/allocations', lambda view, given: {
+                    'allocations': view.allocations(given)}, 'resource_list'),
+                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list'),
+                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync'),
+                ('GET', '/os-hosts/<id:int>', lambda view, given: {
+                    'host': view.host(given['id']).shown}, 'resource_list'),
+                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync'),
+                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync'),
+                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list'),
+                ('GET', '/floatingips', lambda view, given: {
+                    'floatingips': [each.shown for each in view.hosts(True)]}, 'resource_list'),
+                ('POST', '/floatingips', self.add_address, 'resource_sync'),
+                ('GET', '/floatingips/<id>', lambda view, given: {
+                    'floatingip': view.host(given['id']).shown}, 'resource_list'),
+                ('DELETE', '/floatingips/<id>', self.remove_host, 'resource_sync')):
+            status = {'POST': 201, 'DELETE': 204}.get(verb, 200)
             app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
 
-    def answering(self, handle: Callable, needed: str = '', status: int = 200,
-                  free: bool = False) -> Callable:
-        """A handler: who asks, what is asked, the answer or what Blazar's clients read of none.
-
-        Args:
-          needed: the operation that one must be allowed to call for that
-          free: nobody need say who they are
+    def answering(self, handle: Callable, needed: str, status: int) -> Callable:
+        """A handler for who may call the operation that is needed: the answer, or what Blazar's
+        clients read of none.
         """
         import bottle
 
         def handler(**path):
             request = bottle.request
             try:
-                if free:
-                    return sent(json_text(handle()), status, UNKEPT)
                 acting = self.service.acting(who_asks(self.service, request))
                 acting.wanted = while_there(request.environ)
                 with acting.shares.answering(acting.actor.user):
-                    self.refuse(acting, needed)
+                    refuse_to(acting.actor, API[needed])
+                    if acting.actor.resource is not None:
+                        raise Forbidden('this token is only for one resource, and leases are of '
+                                        'all')
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
@@ -18660,19 +18785,13 @@ class Blazar:
             return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
         return handler
 
-    def refuse(self, acting: Reservations, needed: str) -> None:
-        """Forbidden for who may not do so much here."""
-        refuse_to(acting.actor, API[needed])
-        if acting.actor.resource is not None:
-            raise Forbidden('this token is only for one resource, and leases are of all')
-
-    def versions(self) -> dict:
+    def versions(self):
         import bottle
         there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
             bottle.request.urlparts)
-        return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
-                              'max_version': '1.0', 'links': [
-                                  {'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}
+        return sent(json_text({'versions': [{
+            'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0', 'max_version': '1.0',
+            'links': [{'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}), 300, UNKEPT)
 
     # Leases
 
@@ -18682,9 +18801,6 @@ class Blazar:
         return {'leases': view.leases(rows(
             f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
             *values))}
-
-    def show_lease(self, view: LeaseView, given: dict) -> dict:
-        return {'lease': view.lease(given['id'])}
 
     def make_lease(self, view: LeaseView, given: dict) -> dict:
         """Reserves all parts of a lease, or none."""
@@ -18749,12 +18865,6 @@ class Blazar:
 
     # Hosts
 
-    def list_hosts(self, view: LeaseView, given: dict) -> dict:
-        return {'hosts': [host.shown for host in view.hosts()]}
-
-    def show_host(self, view: LeaseView, given: dict) -> dict:
-        return {'host': view.host(given['id']).shown}
-
     def add_host(self, view: LeaseView, given: dict) -> dict:
         """Lets a host of an aggregate be reserved by its name."""
         name = given.get('name') or given.get('id')
@@ -18782,7 +18892,7 @@ class Blazar:
         return {'host': view.host(given['id']).shown}
 
     def remove_host(self, view: LeaseView, given: dict) -> None:
-        """Lets a host no more be reserved by its name."""
+        """Lets a host or floating IP no more be reserved by its name."""
         host = view.host(given['id'])
         left = view.named(host.cloud, host.aggregate)
         if not left.pop(host.name, None):
@@ -18792,9 +18902,6 @@ class Blazar:
         else:
             view.acting.resource_delete(host.resource)
         view.set_extras(host.id, dict.fromkeys(host.extras))
-
-    def list_allocations(self, view: LeaseView, given: dict) -> dict:
-        return {'allocations': view.allocations(given)}
 
     def show_allocation(self, view: LeaseView, given: dict) -> dict:
         id = f"{view.host(given.pop('id')).id}"
@@ -18824,14 +18931,32 @@ class Blazar:
             'private': private, 'created_at': None, 'updated_at': None}}
 
 
+    # Floating IPs
+
+    def add_address(self, view: LeaseView, given: dict) -> dict:
+        """Lets a floating IP of a network be reserved."""
+        network, address = (given.get(name) for name in ('floating_network_id',
+                                                         'floating_ip_address'))
+        if not isinstance(network, str) or not is_address(address):
+            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
+                                   f'has {address} in a subnet of the network {network}')
+        aggregate = f'floating-IPs {cloud} {subnet} {network}'
+        there = view.named('', aggregate)
+        if address in there:
+            raise Conflict(f'{address} can be reserved already')
+        view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
+        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+
+
 #: What Blazar's clients want to read of a host and cmres does not know.
 LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
                   'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
 
 
 class LeaseHost(NamedTuple):
-    """A host that can be reserved by its name, or a resource as a whole."""
-    id: int
+    """A host that can be reserved by its name, a floating IP, or a resource as a whole."""
+    id: int | str
     name: str
     resource: str
     cloud: str
@@ -18840,14 +18965,18 @@ class LeaseHost(NamedTuple):
     extras: dict
     added: int
     whole: bool     # it is the resource
+    network: str    # it is a floating IP of that
 
     @property
     def shown(self) -> dict:
         """It as Blazar's clients read it."""
+        made = {'id': f'{self.id}', 'created_at': made_at(self.added), 'updated_at': None}
+        if self.network:
+            return made | {'floating_network_id': self.network, 'floating_ip_address': self.name,
+                           'subnet_id': self.aggregate.split(' ')[2], 'reservable': True}
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
-        names = {'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name}
-        made = {'created_at': made_at(self.added), 'updated_at': None}
+        names = {'hypervisor_hostname': self.name, 'service_name': self.name}
         return self.extras | names | figures | made | LIKE_ALL_HOSTS
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
@@ -18901,6 +19030,9 @@ class LeaseView:
         held = [one for part in parts for one in of_part[part['id']]]
         start, end = lease_window(found, held)
         state = first_state(held) if parts else bare_state(now, start, end)
+        if state == 'active' and any(self.lacks(part, one) for part in parts
+                                     for one in of_part[part['id']]):
+            state = 'starting'
         status = LEASE_STATES[state][1]
         made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
         whose = {'user_id': found.user, 'project_id': found.project, 'trust_id': ''}
@@ -18910,6 +19042,18 @@ class LeaseView:
                 'start_date': date_out(start), 'end_date': date_out(end),
                 'degraded': any(each.state == 'degraded' for each in held),
                 'reservations': shown_parts, 'events': [each | made for each in events]}
+
+    @functools.cached_property
+    def lending(self) -> dict[str, str]:
+        """What a cloud lends to who has reserved, by resource."""
+        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
+                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+
+    def lacks(self, part: dict, one) -> bool:
+        """Whether a cloud does not have yet what it lends for an occurrence."""
+        kind = self.lending.get(one.resource, '')
+        return bool(kind and kind not in part and not one.image
+                    and bool(one.host) == (kind == 'address'))
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -18925,10 +19069,10 @@ class LeaseView:
         """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
         asked, state = part['asked'], LEASE_STATES[first_state(held)][0]
         of_type = {name: asked.get(name) for name in LEASE_FIELDS[asked['resource_type']]}
-        if 'amount' in of_type and held:
-            of_type['amount'] = held[0].vms
-        if asked['resource_type'] != 'physical:host':
-            of_type |= {'flavor_id': part['id'], 'aggregate_id': None, 'server_group_id': None}
+        if 'max' not in asked:
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': None,
+                        'server_group_id': part.get('server_group')}
+            of_type |= {'amount': held[0].vms} if held else {}
         return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
                           'resource_type': asked['resource_type'], 'status': state,
                           'missing_resources': False, 'resources_changed': False}
@@ -18980,7 +19124,7 @@ class LeaseView:
         new = read_lease_part({name: old[name] for name in LEASE_FIELDS[old['resource_type']]}
                               | {'resource_type': old['resource_type']} | given)
         other = [name for name in new if name in old and new[name] != old[name]
-                 and name != 'amount' and name != 'flavor_id']
+                 and name != 'flavor_id' and (name != 'amount' or 'max' in new)]
         if other:
             raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease "
                            'and make another')
@@ -18990,26 +19134,32 @@ class LeaseView:
 
     # Hosts
 
-    def hosts(self) -> list[LeaseHost]:
-        """All hosts that can be reserved by their names; of resources without such, themselves."""
+    def hosts(self, addresses: bool = False) -> list[LeaseHost]:
+        """All hosts that can be reserved by their names; of resources without such, themselves; or
+        all floating IPs.
+        """
         extras = defaultdict(dict)
         for each in rows('SELECT * FROM host_property WHERE host > 0'):
             extras[each.host][each.name] = each.value
         found = []
         for place in self.acting.look.places():
-            named = json.loads(place.named or '{}')
+            named, network = json.loads(place.named or '{}'), network_behind(place)[2]
+            if bool(network) != addresses:
+                continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = host_id(place.cloud if named else f'resource {place.id}', name)
+                id = (address_id(place.aggregate, name) if network else
+                      host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
-                                       figures | extras[id], place.added, not named))
+                                       figures | extras[id], place.added, not named, network))
         return found
 
-    def host(self, id: int) -> LeaseHost:
-        found = [each for each in self.hosts() if each.id == id]
-        if not found:
-            raise NotFound(f'there is no host {id}')
-        return found[0]
+    def host(self, id: int | str) -> LeaseHost:
+        """A host by its number, or a floating IP by its UUID."""
+        for each in self.hosts(addresses=isinstance(id, str)):
+            if each.id == id:
+                return each
+        raise NotFound(f'there is no host or floating IP {id}')
 
     def named(self, cloud: str, aggregate: str) -> dict[str, Amount]:
         """The hosts of an aggregate that can be reserved by their names, and what each holds."""
@@ -19031,14 +19181,19 @@ class LeaseView:
 
     def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
         """The cloud and the aggregate that have a host of a name."""
+        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
+                                  'Put it into an aggregate first: openstack aggregate add host')
+        return cloud, found[0]
+
+    def first(self, call: Callable, what: str) -> tuple[str, Any]:
+        """The first cloud here that answers something, and what; NotFound if none does."""
         config = self.acting.config
         clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
         clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
         for cloud in sorted(clouds):
-            if found := self.asks(cloud, lambda opened: opened.aggregates(name)):
-                return cloud, found[0]
-        raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
-                       f"'{name}'. Put it into one first: openstack aggregate add host")
+            if found := self.asks(cloud, call):
+                return cloud, found
+        raise NotFound(f"none of the clouds {', '.join(sorted(clouds))} {what}")
 
     def hidden(self) -> set[str]:
         """The properties that lists leave out."""
@@ -19067,19 +19222,14 @@ class LeaseView:
                for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
-            line = self.allocation(each)
-            known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
+            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
+                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
+                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
             host = ids.get((each.resource_id, each.host))
-            if host and all(known[name] == value for name, value in wanted.items()):
+            if host and all(line[name.removeprefix('reservation_')] == value
+                            for name, value in wanted.items()):
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
-
-    def allocation(self, found) -> dict:
-        """When an occurrence is, and of which lease; what is of none has ids of its own."""
-        lease = found.lease_id or derived_uuid(f'lease {found.reservation_id}')
-        return {'id': found.part or derived_uuid(f'part {found.reservation_id}'),
-                'lease_id': lease, 'start_date': date_out(found.start),
-                'end_date': date_out(found.end)}
 
 
 class LeaseRequests:
@@ -19090,23 +19240,24 @@ class LeaseRequests:
         self.common = {name: each.default for name, each in API['add'].parameters.items()}
         self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
                         'resource': ANY}
-        self.hosts = LeaseView(acting).hosts()
+        self.view = LeaseView(acting)
 
     def requests(self) -> list[tuple[Request, list[int]]]:
         """Each with how many of its parts are of which part of the lease."""
-        spans = [(each['min'], each['max']) if 'max' in each else (1, 1) for each in self.asked]
+        spans = [(each.get('min', 1), each.get('max', 1)) for each in self.asked]
         label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
         for fewer in range(max(most - least for least, most in spans) + 1):
             sizes = [max(least, most - fewer) for least, most in spans]
             total = sum(sizes)
             if total <= MOST_PARTS:
                 names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
-                each = [choice for size, choice in zip(sizes, choices) for _ in range(size)]
+                each = [choice[min(n, len(choice) - 1)] for size, choice in zip(sizes, choices)
+                        for n in range(size)]
                 wishes = [[wish._replace(label=name) for wish in choice]
                           for name, choice in zip(names, each)]
                 found.append((Request(label, wishes, False, 0, 0), sizes))
         if not found:
-            raise Invalid(f'a lease has at most {MOST_PARTS} hosts')
+            raise Invalid(f'a lease has at most {MOST_PARTS} hosts and floating IPs')
         return found
 
     def label(self) -> str:
@@ -19117,9 +19268,15 @@ class LeaseRequests:
         taken = taken_label(self.lease['project'], name, self.acting.clock())
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
-    def choices(self, asked: dict) -> list[Wish]:
+    def choices(self, asked: dict) -> list[list[Wish]]:
+        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        certain = asked.get('required_floatingips') or []
+        any_other = [''] if len(certain) < asked.get('max', 1) else []
+        return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
+
+    def wishes(self, asked: dict) -> list[Wish]:
         """The wishes for one part, wherever it could be; the reason if that is nowhere."""
-        conditions = read_properties(asked['resource_properties'])
+        conditions = read_properties(asked.get('resource_properties', ''))
         conditions += read_properties(asked.get('hypervisor_properties', ''))
         words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
         if any(name in LEASE_WORDS and comparison not in ('=', '==')
@@ -19137,9 +19294,16 @@ class LeaseRequests:
         return found
 
     def options(self, asked: dict, conditions: list) -> Iterator[dict]:
-        """Where a part could be: on a host, or on a resource."""
+        """Where a part could be: on a host, at an address, or on a resource."""
+        if asked['resource_type'] == 'virtual:floatingip':
+            others = {'', *asked['required_floatingips']} - {asked['address']}
+            for host in self.view.hosts(addresses=True):
+                if host.network == asked['network_id'] and host.name not in others and (
+                        asked['address'] in ('', host.name)):
+                    yield {'resource': host.resource, 'host': host.name, 'cloud_': ''}
+            return
         if asked['resource_type'] == 'physical:host':
-            for host in self.hosts:
+            for host in self.view.hosts():
                 if not host.whole and host.meets(conditions):
                     yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
             return
@@ -19156,7 +19320,7 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': asked.get('amount', 1)}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -19194,6 +19358,19 @@ def derived_uuid(text: str) -> str:
 def host_id(cloud: str, name: str) -> int:
     """The number of a host: clients take nothing else for an id."""
     return int(hashed(f'{cloud}/{name}')[:12], 16)
+
+
+def address_id(aggregate: str, address: str) -> str:
+    """The UUID of a floating IP."""
+    return derived_uuid(f'{aggregate} {address}')
+
+
+def is_address(text) -> bool:
+    """Whether something is the text of an IP address."""
+    from ipaddress import ip_address
+    with suppress(ValueError):
+        return isinstance(text, str) and bool(ip_address(text))
+    return False
 
 
 def date_out(at: int) -> str:
@@ -19322,6 +19499,10 @@ def read_lease_part(given: dict) -> dict:
         raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
     if read.get('amount', 1) < 1:
         raise Invalid(f"amount: {read['amount']} is less than 1")
+    if kind == 'virtual:floatingip':
+        if len(read['required_floatingips']) > read['amount']:
+            raise Invalid('required_floatingips: these are more than amount')
+        read |= {'min': read['amount'], 'max': read['amount']}
     return read
 
 
@@ -19340,7 +19521,14 @@ def read_affinity(name: str, value) -> bool | None:
     return AFFINITIES[word]
 
 
-LEASE_READERS = {int: read_lease_number, bool: read_affinity,
+def read_addresses(name: str, value) -> list[str]:
+    """Several floating IPs."""
+    if not isinstance(value or [], list):
+        raise Invalid(f'{name}: {shown(value)} is not a list of addresses')
+    return [read_str(f'{each}') for each in value or []]
+
+
+LEASE_READERS = {int: read_lease_number, bool: read_affinity, list: read_addresses,
                  str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
 
 
@@ -19352,6 +19540,7 @@ LEASE_READERS = {int: read_lease_number, bool: read_affinity,
 # The text of a program is kept as it came. It is shown with what cmres has to say of it: in a block
 # of the description, before the title, as a status, as the time at which it really is. When it
 # comes back, what we said is taken out of it again, and nothing else. So nobody's words are lost.
+# What was reserved elsewhere has no text of a person until a program writes one.
 #
 # What is shown is written down with a number that grows with every change of any of them, and by
 # that number an index tells what is new. The event log tells which reservations have changed since
@@ -19416,10 +19605,14 @@ class Component:
                 return number
         return None
 
+    def line(self, name: str) -> str:
+        """The line of a property as it stands there; '' without it."""
+        number = self.find(name)
+        return '' if number is None else self.lines[number]
+
     def read(self, name: str) -> tuple[str, str]:
         """Parameters and value of a property as they are written; both '' without it."""
-        number = self.find(name)
-        found = number is not None and read_property(unfolded_line(self.lines[number]))
+        found = read_property(unfolded_line(self.line(name)))
         return found[1:] if found else ('', '')
 
     def put(self, name: str, value: str) -> None:
@@ -19427,7 +19620,7 @@ class Component:
         parameters = re.sub('(?i);ALTREP="[^"]*"', '', self.read(name)[0])
         self.put_line(name, folded(f'{name}{parameters}:{value}'))
 
-    def put_line(self, name: str, line: str) -> None:
+    def put_line(self, name: str, line: str = '') -> None:
         """Puts a line in the place of that of a property, or before the parts; '' takes it out."""
         number = self.find(name)
         if number is not None:
@@ -19440,16 +19633,6 @@ class Component:
         """Which of its lines is the first that is none of its own properties."""
         return next(number for number, line in enumerate(self.lines)
                     if number and re.match('(?i)BEGIN:|END:', line))
-
-    def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
-        number = self.find(name)
-        return '' if number is None else self.lines[number]
-
-    def take_out(self, *names: str) -> None:
-        """Takes out some properties that can be there once."""
-        for name in names:
-            self.put_line(name, '')
 
     @property
     def key(self) -> str:
@@ -19505,39 +19688,31 @@ class Remark(NamedTuple):
     def write(self, event: Component, form: Form) -> None:
         """Writes it into an event."""
         if self.window:
+            event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
                 event.put_line(name, form.line(name, at))
-            event.take_out('DURATION')
         if self.title:
             event.put('SUMMARY', escaped(f'{self.title}: ') + event.read('SUMMARY')[1])
         if self.cancelled:
             event.put('STATUS', 'CANCELLED')
         if self.first or self.after:
-            said = [block(each) if each else '' for each in (self.first, self.after)]
+            said = [escaped(f'{OPENS}{each}\n{CLOSES}') if each else ''
+                    for each in (self.first, self.after)]
             said.insert(1, event.read('DESCRIPTION')[1])
             event.put('DESCRIPTION', '\\n'.join(filter(None, said)))
 
 
-def block(text: str) -> str:
-    """What cmres says in a description, so that it finds it again."""
-    return escaped(f'{OPENS}{text}\n{CLOSES}')
-
-
-def blocks(text: str) -> Iterator[tuple[int, int]]:
-    """Where cmres says something in a description: each begin and end."""
-    end = 0
-    while (begin := text.find(OPENS, end)) >= 0 and (end := text.find(CLOSES, begin)) >= 0:
-        end += len(CLOSES)
-        yield begin, end
-
-
 def without_blocks(text: str) -> str:
     """A description without what cmres says in it, nor the line ends that part it from the rest."""
-    kept, at = '', 0
-    for begin, end in blocks(text):
-        kept += re.sub(r'\\[nN]\Z', '', text[at:begin])
-        at = end + 2 * (not begin and text[end:end + 2].lower() == '\\n')
-    return kept + text[at:]
+    *closed, rest = text.split(CLOSES)
+    kept = rest
+    for each in reversed(closed):
+        before, opens, _ = each.partition(OPENS)
+        if not opens:
+            kept = each + CLOSES + kept
+        else:
+            kept = before.removesuffix('\\n') + kept if before else kept.removeprefix('\\n')
+    return kept
 
 
 class Form:
@@ -19558,10 +19733,14 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def key(self, slot: str) -> str:
-        """The line that names an occurrence by its slot."""
-        at = int(from_wall(datetime.fromisoformat(slot), self.zone).timestamp())
-        return self.line('RECURRENCE-ID', at)
+    def exception(self, plain: Component, slot: Slot) -> Component:
+        """An occurrence of a series as an event of its own, with what is carried over."""
+        made = Component([*plain.lines])
+        at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
+        times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
+        for name, at in times.items():
+            made.put_line(name, self.line(name, at))
+        return made
 
 
 def carried(head: Component) -> Component:
@@ -19573,16 +19752,6 @@ def carried(head: Component) -> Component:
     return made
 
 
-def exception_of(plain: Component, form: Form, slot: Slot) -> Component:
-    """An occurrence of a series as an event of its own, with what is carried over."""
-    made = Component([*plain.lines])
-    made.put_line('RECURRENCE-ID', form.key(slot.key))
-    made.put_line(MADE, f'{MADE}:1\r\n')
-    for name, at in (('DTSTART', slot.start), ('DTEND', slot.end)):
-        made.put_line(name, form.line(name, at))
-    return made
-
-
 def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
                  keys: dict[str, str], zone: tzinfo) -> str:
     """A calendar with what cmres says of it, by slots; '' is all of it.
@@ -19590,24 +19759,23 @@ def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
     Args:
       keys: the slots that exceptions have there, by what they are written as
     """
-    if not remarks:
-        return text
     parts = components(text)
     events = events_in(parts)
-    head = events[0]
+    head, behind = events[0], parts.index(events[-1]) + 1
     form, plain = Form(head, zone), carried(head)
     there = {keys.get(each.key, ''): each for each in events}
     there.setdefault('', head)
     for slot, remark in remarks.items():
         if slot not in there:
-            there[slot] = exception_of(plain, form, slots[slot])
-            parts.insert(parts.index(events[-1]) + 1, there[slot])
-            events.append(there[slot])
+            there[slot] = form.exception(plain, slots[slot])
+            there[slot].put_line(MADE, f'{MADE}:1\r\n')
+            parts.insert(behind, there[slot])
+            behind += 1
         remark.write(there[slot], form)
     return joined(parts)
 
 
-def without_remarks(text: str, shown: str = '', before: str = '') -> str:
+def without_remarks(text: str, shown: str, before: str) -> str:
     """A calendar without what cmres has said in it.
 
     Args:
@@ -19620,11 +19788,11 @@ def without_remarks(text: str, shown: str = '', before: str = '') -> str:
     for event in events_in(parts):
         known = was.get(event.key)
         # One that only we have made; who moves a series gives its exceptions new names.
-        if event.key not in own and (
-                event.says() == known.says() if known else event.line(MADE)):
+        if event.key not in own and (known.line(MADE) and event.says() == known.says() if known
+                                     else event.line(MADE)):
             parts.remove(event)
         else:
-            event.take_out(MADE)
+            event.put_line(MADE)
             take_remarks_out(event, known, own.get(event.key))
     return joined(parts)
 
@@ -19635,42 +19803,20 @@ def take_remarks_out(event: Component, known: Component | None, own: Component |
     rest, found = without_blocks(text), TITLE.match(title)
     if known and OPENS in rest:  # somebody has deleted a line of it
         before = known.read('DESCRIPTION')[1]
-        lines = {line for begin, end in blocks(before) for line in before[begin:end].split('\\n')}
-        lines.discard('')
-        rest = '\\n'.join(line for line in rest.split('\\n') if line not in lines)
+        said = {*before.split('\\n')} - {*without_blocks(before).split('\\n')}
+        rest = '\\n'.join(line for line in rest.split('\\n') if line not in said)
     ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
-    if rest != text:
-        put_back(event, own, 'DESCRIPTION', rest)
-    if ours:
-        put_back(event, own, 'SUMMARY', title[len(found[0]):])
+    values = {'DESCRIPTION': rest} if rest != text else {}
+    values |= {'SUMMARY': title[len(found[0]):]} if ours else {}
     if ours and found[1] and event.read('STATUS')[1].strip().upper() == 'CANCELLED':
-        event.put_line('STATUS', own.line('STATUS') if own else '')
-
-
-def put_back(event: Component, own: Component | None, name: str, value: str) -> None:
-    """Gives a property the value that is a person's, as they had written it if it is the same."""
-    if own and own.read(name)[1] == value:
-        event.put_line(name, own.line(name))
-    elif value:
-        event.put(name, value)
-    else:
-        event.put_line(name, '')
-
-
-class Folder(NamedTuple):
-    """A calendar: of a resource, or (id 0) of all of them."""
-    id: int
-    name: str
-    usual: Want | None = None  # what an event gets that says nothing
-
-
-ALL = Folder(0, 'all')
-
-
-def folder_of(place) -> Folder:
-    """The calendar of a resource."""
-    usual = Want(place.default_vms, place.default_flavor, place.default_image, place.name)
-    return Folder(place.id, place.name, usual)
+        values['STATUS'] = own.read('STATUS')[1] if own else ''
+    for name, value in values.items():  # as the person had written it if it is the same
+        if own and own.read(name)[1] == value:
+            event.put_line(name, own.line(name))
+        elif value:
+            event.put(name, value)
+        else:
+            event.put_line(name)
 
 
 class Understood(NamedTuple):
@@ -19695,186 +19841,159 @@ class Understood(NamedTuple):
 
     def slot_of(self, entry: Entry, clock: Clock) -> str:
         named = clock.slot(entry.moment('RECURRENCE-ID'))
-        if clock.here is self.here or getattr(clock.here, 'key', '') == self.here.key:
+        if getattr(clock.here, 'key', 'UTC') == self.here.key:
             return named.isoformat()
         return to_wall(from_wall(named, clock.here), self.here).isoformat()
 
-    def guests(self) -> list[str]:
-        """The mail addresses of who is invited, but not of who invites."""
-        found = defaultdict(list)
-        for line in filter(GUEST.match, content_lines(self.text)):
-            if said := read_property(unfolded_line(line)):
-                found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
-        return [each for each in dict.fromkeys(found['ATTENDEE'])
-                if '@' in each and each not in found['ORGANIZER']]
-
-    def slots(self, begin: float, until: float) -> dict[str, Slot]:
-        """What it wants of a window, by slots; what takes long to follow is left out."""
+    def slots(self, begin: float, until: float) -> list[Slot]:
+        """What it wants of a window; what takes long to follow is left out."""
         try:
             with Budget().event(True):
-                found = all_slots(self.booking.stretches, begin, until)
-            return {slot.key: slot for slot in found}
+                return all_slots(self.booking.stretches, begin, until)
         except (Error, ValueError, OverflowError):
-            return {}
+            return []
 
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
-        try:
-            stretches = self.booking.stretches
-            with Budget().event(True):
-                found = all_slots(stretches, 0, until)
-                last = LAST.timestamp() if goes_on(stretches, until) else found[-1].end
-            return found[0].start, int(last)
-        except (Error, LookupError, ValueError, OverflowError):
-            return 0, int(LAST.timestamp())
-
-
-class Shelf:
-    """The calendars of one user in one project, and what is in them."""
-
-    def __init__(self, acting: Reservations):
-        self.acting, self.whose = acting, tuple(acting.actor[:2])
-
-    def folders(self) -> list[Folder]:
-        """Of each resource that has VMs for who says nothing, and one for all."""
-        return [*(folder_of(each) for each in self.acting.look.places() if each.default_vms), ALL]
-
-    def folder(self, name: str) -> Folder:
-        """The calendar of a name; NotFound if there is none."""
-        found = next((each for each in self.folders() if each.name == name), None)
+        found, last = self.slots(0, until), int(LAST.timestamp())
         if not found:
-            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
-                           'resource VMs for events that say nothing (default_vms)')
-        return found
+            return 0, last
+        return found[0].start, last if self.slots(until, last) else found[-1].end
 
-    def find(self, folder: Folder, name: str):
-        """What a calendar has under a name; None if nothing."""
-        return row('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                   'AND calendar = ? AND name = ? AND gone IS NULL', *self.whose, folder.id, name)
 
-    def all(self, folder: Folder, since: int = -1) -> list:
-        """What is in a calendar and does not end before an instant, by name."""
-        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND gone IS NULL AND last > ? ORDER BY name',
-                    *self.whose, folder.id, since)
+GUEST = Pattern('(?i)(ATTENDEE|ORGANIZER)[;:]')
+METHOD_LINE = Pattern(r'(?mi)^METHOD[;:]')
+OTHER_KINDS = Pattern(r'(?mi)^BEGIN:V(?:TODO|JOURNAL|FREEBUSY|AVAILABILITY|CARD)\b')
 
-    def changed(self, folder: Folder, since: int, most: int) -> list:
-        """What has changed or was deleted after a number."""
-        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                    f'AND calendar = ? AND rev > ? ORDER BY rev LIMIT {most}',
-                    *self.whose, folder.id, since)
 
-    def newest(self, folder: Folder) -> int:
+def guests_in(text: str) -> list[str]:
+    """The mail addresses of who is invited to an event, but not of who invites."""
+    found = defaultdict(list)
+    for line in filter(GUEST.match, content_lines(text)):
+        if said := read_property(unfolded_line(line)):
+            found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
+    return [each for each in dict.fromkeys(found['ATTENDEE'])
+            if MAIL_ADDRESS.fullmatch(each) and each not in found['ORGANIZER']]
+
+
+class Folder:
+    """A calendar of one user in one project: of a resource, or (id 0) of all of them."""
+    OBJECTS = 'FROM calendar_object WHERE user = ? AND project = ? AND calendar = ?'
+    PROPERTIES = 'FROM calendar_property WHERE user = ? AND project = ? AND calendar = ?'
+
+    def __init__(self, acting: Reservations, place=None):
+        self.acting, self.place = acting, place
+        self.id, self.name = (place.id, place.name) if place else (0, 'all')
+        self.whose = (*acting.actor[:2], self.id)
+        self.named = dict(zip(('user', 'project', 'calendar'), self.whose))
+        self.usual = None if not place else Want(  # what an event gets that says nothing
+            place.default_vms, place.default_flavor, place.default_image, place.name)
+
+    def objects(self, condition: str, *values) -> list:
+        return rows(f'SELECT * {self.OBJECTS} AND {condition}', *self.whose, *values)
+
+    def find(self, name: str):
+        """What it has under a name; None if nothing."""
+        return next(iter(self.objects('name = ? AND gone IS NULL', name)), None)
+
+    @property
+    def newest(self) -> int:
         """The number of its last change; not one before all that is known of changes."""
-        found = row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
-                    'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id)
-        return max(found.rev, int(fact(FORGOTTEN) or 0))
+        last, = run(f'SELECT coalesce(max(rev), 0) {self.OBJECTS}', *self.whose).fetchone()
+        return max(last, int(fact(FORGOTTEN) or 0))
 
-    def token(self, folder: Folder) -> str:
-        """What is another as soon as anything in a calendar is, as a URI."""
-        seen = self.acting.config.caldav_busy and row('SELECT max(id) AS id FROM event').id or 0
-        store = self.acting.clouds.store
-        return f'urn:cmres:sync:{store}:{folder.id}:{self.newest(folder)}:{seen}'
+    @property
+    def token(self) -> str:
+        """What is another as soon as anything in it is, as a URI."""
+        seen = newest_event() if self.acting.config.caldav_busy else 0
+        return f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:{self.newest}:{seen}'
 
-    def since(self, folder: Folder, token: str) -> tuple[int, int]:
-        """The numbers of the last change and event of a token.
-
-        Raises:
-          Refused: it is none of ours, or so old that what was deleted since is forgotten.
-        """
-        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{folder.id}:')
+    def since(self, token: str) -> tuple[int, int]:
+        """The numbers of the last change and event of a token, if all since is still known."""
+        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:')
         found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
         numbers = tuple(map(int, found.groups())) if found else (-1, 0)
-        forgotten = int(fact(FORGOTTEN) or 0)
-        if not forgotten <= numbers[0] <= self.newest(folder):
+        if not int(fact(FORGOTTEN) or 0) <= numbers[0] <= self.newest:
             raise Refused(403, 'D:valid-sync-token', 'this token is not of this calendar, or is '
                           'too old. Ask without a token for all that is there')
         return numbers
 
-    def write(self, folder: Folder, name: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then."""
-        whose = dict(zip(('user', 'project'), self.whose)) | {'calendar': folder.id, 'name': name}
-        there = row('SELECT id FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND name = ?', *whose.values())
-        values |= {'rev': next_revision(), 'changed': int(self.acting.clock())}
+    def write(self, name: str, text: str, shown: str, **values) -> None:
+        """Writes an object, or some columns of it; it is another one for all programs then.
+
+        Args:
+          text: what a person wrote
+          shown: the same with what cmres says of it
+        """
+        there = self.objects('name = ?', name)
+        values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
+                   'rev': next_revision(), 'changed': int(self.acting.clock())}
         if there:
-            change(CalendarObject, there.id, **values)
+            change(CalendarObject, there[0].id, **values)
         else:
-            insert(CalendarObject, **whose, **values)
+            insert(CalendarObject, **self.named, name=name, **values)
 
-    def properties(self, folder: Folder) -> dict[str, str]:
-        """What a program keeps with a calendar."""
-        return {each.name: each.value for each in rows(
-            'SELECT name, value FROM calendar_property WHERE user = ? AND project = ? '
-            'AND calendar = ?', *self.whose, folder.id)}
+    def properties(self) -> dict[str, str]:
+        """What a program keeps with it."""
+        return dict(run(f'SELECT name, value {self.PROPERTIES}', *self.whose).fetchall())
 
-    def keep_property(self, folder: Folder, name: str, value: str | None) -> None:
-        run('DELETE FROM calendar_property WHERE user = ? AND project = ? AND calendar = ? '
-            'AND name = ?', *self.whose, folder.id, name)
+    def keep_property(self, name: str, value: str | None) -> None:
+        run(f'DELETE {self.PROPERTIES} AND name = ?', *self.whose, name)
         if value is not None:
-            insert(CalendarProperty, **dict(zip(('user', 'project'), self.whose)),
-                   calendar=folder.id, name=name, value=value)
+            insert(CalendarProperty, **self.named, name=name, value=value)
 
-    def zone(self, folder: Folder) -> ZoneInfo:
+    @functools.cached_property
+    def zone(self) -> ZoneInfo:
         """The zone of times that name none: that of the calendar, else that of the service."""
-        described = self.properties(folder).get('C:calendar-timezone', '')
+        described = self.properties().get('C:calendar-timezone', '')
         named = re.search(r'(?mi)^TZID[^:\n]*:\s*(\S+)\s*$', described)
         return named and table_zone(named[1]) or self.acting.config.zone
 
-    def understand(self, folder: Folder, text: str) -> Understood:
-        """What an object asks for.
-
-        Raises:
-          Refused: it is not what a calendar object may be (RFC 4791, 4.1).
-        """
+    def understand(self, text: str) -> Understood:
+        """What an object asks for, if it is what one may be (RFC 4791, 4.1)."""
         entries = read_calendar(text, 'the event')
-        kinds = kinds_in(text)
-        if not entries or kinds - {'VEVENT', 'VTIMEZONE'}:
+        if not entries or OTHER_KINDS.search(text):
             raise Refused(403, 'C:supported-calendar-component',
                           'only events are reserved here, no tasks and nothing else')
         groups = by_uid(entries)
         if len(groups) > 1 or METHOD_LINE.search(text):
             raise Refused(403, 'C:valid-calendar-object-resource',
                           'one event is needed with the exceptions of it, and no METHOD')
-        (uid, group), = groups.items()
-        now, zone = self.acting.here.now, self.zone(folder)
+        now, usual = self.acting.here.now, self.usual or Want()
         until = now + timedelta(days=self.acting.config.horizon)
-        wanted = bookings({uid: group}, zone, now, until, folder.usual or Want(), folder.usual
-                          or Want())
+        wanted = bookings(groups, self.zone, now, until, usual, usual)
         if not wanted:
             raise Refused(403, 'C:valid-calendar-object-resource',
                           'this event is of a feed of cmres: what it shows is reserved already')
-        return Understood(text, wanted[0], group, zone)
+        return Understood(text, wanted[0], *groups.values(), self.zone)
 
 
-GUEST = Pattern('(?i)(ATTENDEE|ORGANIZER)[;:]')
-METHOD_LINE = Pattern(r'(?mi)^METHOD[;:]')
+def folders_of(acting: Reservations) -> list[Folder]:
+    """Calendars: one of each resource that has VMs for who says nothing, and one of all."""
+    places = [each for each in acting.look.places() if each.default_vms]
+    return [*(Folder(acting, each) for each in places), Folder(acting)]
 
 
-def kinds_in(text: str) -> set[str]:
-    """Which kinds of components a calendar has."""
-    depth, kinds = 0, set()
-    for begins, kind in re.findall(r'(?mi)^(BEGIN|END):(\S*)', text):
-        depth += 1 if begins.upper() == 'BEGIN' else -1
-        if depth == 2 and begins.upper() == 'BEGIN':
-            kinds.add(kind.upper())
-    return kinds
+def newest_event() -> int:
+    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 class Teller:
     """What cmres says of the event of an object, as its reservation is now."""
 
-    def __init__(self, acting: Reservations, found, event: Understood):
-        self.acting, self.event, self.why = acting, event, json.loads(found.why)
-        self.id = found.reservation_id
+    def __init__(self, acting: Reservations, event: Understood, id: int | None, why: dict):
+        self.acting, self.event, self.id, self.why = acting, event, id, why
         self.all = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', self.id)
-        self.slots = self.planned()
+        around = self.all and (self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+        self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
-    def planned(self) -> dict[str, Slot]:
-        """What the event itself says, around what there is."""
-        if not self.all:
-            return {}
-        return self.event.slots(self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+    def text(self) -> str:
+        """The event as it is shown."""
+        remarks = self.remarks()
+        if not remarks:
+            return self.event.text
+        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
+                            self.event.here)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -19888,17 +20007,23 @@ class Teller:
         known = [each for each in self.all if each.slot in self.slots and not whole.title]
         found = {each.slot: self.of_one(each, self.slots[each.slot]) for each in known}
         whole = found.get('') or whole
-        after = '\n'.join(filter(None, (whole.after, self.state(current))))
+        said = whole.after, state_of(self.acting, current, self.event.here)
+        after = '\n'.join(filter(None, said))
         found[''] = whole._replace(after=after)
         return {slot: remark for slot, remark in found.items() if remark not in (None, Remark())}
+
+    def last_said(self, *codes: str) -> str:
+        """What the event log said last of its reservation under some codes."""
+        found = rows("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
+                     f"({', '.join('?' * len(codes))}) ORDER BY id DESC LIMIT 1", self.id, *codes)
+        return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
         """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
-        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
-                   "('released', 'rejected', 'maintenance') ORDER BY id DESC LIMIT 1", self.id)
-        return Remark('CANCELLED', last.sentence if last else 'it was cancelled', cancelled=True)
+        said = self.last_said('released', 'rejected', 'maintenance')
+        return Remark('CANCELLED', said or 'it was cancelled', cancelled=True)
 
     def of_stay(self, current) -> Remark | None:
         """What is reserved stays as it was, since a change was refused or waits for an approval."""
@@ -19908,286 +20033,384 @@ class Teller:
         slot = self.slots.get(current.slot)
         moved = not slot or (slot.start, slot.end) != (current.start, current.end)
         still = (f'MOVED, still {self.clock(current.start)}' if moved
-                 else f'CHANGED, still {counted_vms(current.vms)}')
+                 else f"CHANGED, still {counted(current.vms, 'VM')}")
         return Remark(f'NOT {still}', why)
 
     def of_one(self, there, slot: Slot) -> Remark | None:
         """What is otherwise of an occurrence than the event says."""
         if there.cancelled is not None:
             why = self.why.get(there.slot, '' if there.altered else 'there was no free capacity')
-            if why:
-                return Remark('NOT RESERVED', why, cancelled=True)
-            return Remark('CANCELLED', 'this occurrence was cancelled', cancelled=True)
+            return Remark('NOT RESERVED' if why else 'CANCELLED',
+                          why or 'this occurrence was cancelled', cancelled=True)
         window = there.start, there.end
         if window == (slot.start, slot.end):
             return None
         if there.slot in self.why:
             return Remark(f'NOT MOVED, still {self.clock(there.start)}', self.why[there.slot])
-        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
-                   "('updated', 'maintenance', 'kept') ORDER BY id DESC LIMIT 1", self.id)
-        return Remark(after=f"Moved: {last.sentence if last else 'in cmres'}", window=window)
+        said = self.last_said('updated', 'maintenance', 'kept')
+        return Remark(after=f"Moved: {said or 'in cmres'}", window=window)
 
     def clock(self, at: int) -> str:
         return f'{to_wall(instant(at), self.event.here):%a %H:%M}'
 
-    def state(self, current) -> str:
-        """How its VMs are and how to log in; of a series, those of now or of the next time."""
-        config = self.acting.config
-        if current.pending is not None and current.state == 'pending':
-            until = config.told_time(current.pending, self.event.here.key)
-            return f'An admin must approve it until {until}.'
-        if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
-            return ''
-        addresses = addresses_of(current.id)
-        when = format_time(instant(current.start), self.event.here)
-        head = f'{when}: {current.state}' if current.repeats else current.state
-        key = f'key pair: {current.key}' if current.key and addresses else ''
-        lines = [head, *config.logins(addresses), key, current.fault]
-        return '\n'.join(filter(None, lines))
+
+def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
+    """How its VMs are and how to log in; of a series, those of now or of the next time."""
+    if current.pending is not None and current.state == 'pending':
+        until = acting.config.told_time(current.pending, getattr(zone, 'key', 'UTC'))
+        return f'An admin must approve it until {until}.'
+    if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
+        return ''
+    when = format_time(instant(current.start), zone)
+    head = f'{when}: {current.state}' if current.repeats else current.state
+    lines = log_in_lines(acting.config, current, addresses_of(current.id))
+    return '\n'.join(filter(None, [head, *lines, current.fault]))
 
 
-def counted_vms(number: int) -> str:
-    return f"{number} VM{'s' * (number != 1)}"
+def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
+    """Writes anew what is shown of reservations that have changed since the last time, and what
+    was reserved elsewhere by who acts.
 
-
-class Keeper:
-    """What keeps objects and reservations together, for one who acts."""
-
-    def __init__(self, acting: Reservations):
-        self.acting, self.shelf = acting, Shelf(acting)
-
-    def refresh(self) -> None:
-        """Writes anew what is shown of reservations that have changed since the last time."""
-        seen = int(fact(LOOKED_AT) or 0)
-        newest = row('SELECT coalesce(max(id), 0) AS id FROM event').id
-        if newest <= seen:
-            return
-        left = deque(rows(
-            'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
-            '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
-            'AND e.reservation_id IS NOT NULL)', seen, newest))
-        if not left and newest - seen < MOST_UNSEEN:
-            return
+    Args:
+      known: up to which event, and on what, everybody's reservations were looked for
+    """
+    seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
+    changed = deque(rows(
+        'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
+        '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
+        'AND e.reservation_id IS NOT NULL)', seen, newest)) if newest > seen else deque()
+    told, made, (last, before) = bool(changed), deque(), known.get(whose, (0, ''))
+    if last != newest:
+        places = json.dumps([each.id for each in folders_of(acting) if each.id])
+        made = deque(elsewhere(acting, places, last if places == before else 0))
+        known[whose] = newest, places
+    for left, deed in ((changed, show_anew), (made, take_in)):
         while left:  # others can write between
             with transaction():
                 for each in some_of(left):
                     with suppress(Error):
-                        self.show_anew(each.id)
+                        deed(acting, each.id)
+    if newest - seen >= (1 if told else MOST_UNSEEN):
         with transaction():
             note_fact(LOOKED_AT, f'{newest}')
 
-    def show_anew(self, id: int) -> None:
-        """Writes what is shown of an object if it is another than before."""
-        found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
-        if not found:
-            return
-        owner = Actor(found.user, found.project, USER)
-        shelf = Shelf(self.acting.acting(owner))
-        place = row('SELECT name FROM resource WHERE id = ?', found.calendar)
-        folder = Folder(found.calendar, place.name if place else ALL.name)
-        shown = shown_text(shelf, found, shelf.understand(folder, found.text))
-        if shown != (found.shown or found.text):
-            shelf.write(folder, found.name, shown='' if shown == found.text else shown,
-                        etag=etag_of(shown))
 
-    def put(self, folder: Folder, name: str, data: bytes, look: Callable) -> tuple[bool, str]:
-        """Makes a reservation of what a program sends, or changes it.
+def show_anew(acting: Reservations, id: int) -> None:
+    """Writes what is shown of an object if it is another than before."""
+    found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
+    if not found:
+        return
+    folder = Folder(acting.acting(Actor(found.user, found.project, USER)),
+                    row('SELECT * FROM resource WHERE id = ?', found.calendar))
+    if found.text:
+        shown = Teller(folder.acting, folder.understand(found.text), found.reservation_id,
+                       json.loads(found.why)).text()
+    else:
+        shown = reservation_text(folder, found.reservation_id)
+    if not shown:
+        folder.write(found.name, '', '', gone=int(acting.clock()), reservation=None)
+    elif shown != (found.shown or found.text):
+        folder.write(found.name, found.text, shown)
 
-        Returns:
-          whether it is new, and its ETag if it is shown as it was sent.
+
+def elsewhere(acting: Reservations, places: str, since: int) -> list:
+    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
+    those that an event after that tells of.
+    """
+    told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
+    return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
+                'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
+                'AND o.due IS NOT NULL AND o.cancelled IS NULL AND r.waiting IS NULL '
+                'AND o.resource_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 '
+                f"FROM calendar_object c WHERE c.reservation_id = r.id) {told or ''}",
+                *acting.actor[:2], places, *([since] if since else []))
+
+
+def take_in(acting: Reservations, id: int) -> None:
+    """Shows a reservation that was made elsewhere in the calendar of its resource."""
+    first = row('SELECT resource_id FROM occurrence o WHERE reservation_id = ? AND cancelled '
+                'IS NULL AND NOT EXISTS (SELECT 1 FROM calendar_object c WHERE '
+                'c.reservation_id = o.reservation_id) ORDER BY start LIMIT 1', id)
+    if not first:  # it has gone meanwhile, or another request was faster
+        return
+    folder = Folder(acting, resource_of(first.resource_id))
+    uid = row('SELECT uid FROM reservation WHERE id = ?', id).uid
+    if not uid:  # so that it is known in another calendar as well
+        uid = f'reservation-{id}@{acting.clouds.store}'
+        change(Reservation, id, uid=uid)
+    last = int(LAST.timestamp()) if acting.look.stretches(id) else acting.look.next_of(id).end
+    folder.write(f'reservation-{id}.ics', '', reservation_text(folder, id), uid=uid, first=0,
+                 last=last, reservation=id, why='{}', gone=None)
+
+
+def reservation_text(folder: Folder, id: int) -> str:
+    """A reservation as an event that nobody has written; '' if the calendar has nothing of it."""
+    look = folder.acting.look
+    there = rows('SELECT slot, start, "end", vms, resource_id AS resource, cancelled '
+                 'FROM occurrence WHERE reservation_id = ? ORDER BY start', id)
+    live = [each for each in there if each.cancelled is None and each.resource == folder.id]
+    if not live:
+        return ''
+    found, stretches = look.next_of(id), look.stretches(id)
+    zone = read_zone(stretches[0].zone) if stretches else UTC
+    times = series_lines(stretches, there, zone) if stretches else [
+        f'DTSTART:{stamp_of(live[0].start)}', f'DTEND:{stamp_of(live[0].end)}']
+    said = {'UID': row('SELECT uid FROM reservation WHERE id = ?', id).uid,
+            'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
+    lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
+             *want_lines(found, found.vms), 'END:VEVENT']
+    head = Component([folded(each) for each in lines])
+    form, plain, events = Form(head, zone), carried(head), [head]
+    for each in live if stretches else ():
+        slot = plan_of(stretches, there).get(each.slot)
+        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
+            continue
+        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
+        for line in want_lines(found, each.vms):
+            events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+    return whole_calendar(joined(events))
+
+
+def want_lines(found, vms: int) -> list[str]:
+    """What of an event says which VMs a reservation has, and its description."""
+    said = {'COUNT': vms, 'FLAVOR': found.flavor, 'IMAGE': found.image}
+    plain = f"{vms} x {' '.join(filter(None, (found.flavor, found.image)))}"
+    match = WANT.fullmatch(plain)
+    text = found.description
+    if match and match.group(2, 3) == (found.flavor, found.image):  # it says all of it
+        text = '\n'.join(filter(None, (plain, text)))
+    return ['CATEGORIES:VM', *(f'X-VM-{name}:{escaped(str(each))}' for name, each in said.items()),
+            f'DESCRIPTION:{escaped(text)}']
+
+
+def is_ruled_alone(stretches: list[Stretch]) -> bool:
+    """Whether a rule says all of a series but for single occurrences."""
+    first = stretches[0]
+    return bool(len(stretches) == 1 and first.rule and not first.shift
+                and {*first.dates} <= {first.start})
+
+
+def plan_of(stretches: list[Stretch], there: list) -> dict[str, Slot]:
+    """What a series says without exceptions; without one rule, by the slots that there are."""
+    plan = stretches[0]._replace(skips=(), moved={})
+    if not is_ruled_alone(stretches):
+        keys = tuple(each.slot for each in there)
+        plan = Stretch(keys[0], plan.length, plan.zone, plan.vms, plan.resource, dates=keys,
+                       exact=plan.exact)
+    found = all_slots([plan], there[0].start - MONTH, there[-1].end + MONTH)
+    return {each.key: each for each in found}
+
+
+def series_lines(stretches: list[Stretch], there: list, zone: ZoneInfo) -> list[str]:
+    """When a series is, as lines of an event."""
+    head, tail = ('', 'Z') if zone.key == 'UTC' else (f';TZID={zone.key}', '')
+
+    def local(name: str, *keys: str) -> str:
+        walls = (f'{datetime.fromisoformat(each):%Y%m%dT%H%M%S}{tail}' for each in keys)
+        return f"{name}{head}:{','.join(walls)}"
+    first, keys = stretches[0], [each.slot for each in there]
+    live = {each.slot for each in there if each.cancelled is None}
+    gone = {each for each in plan_of(stretches, there) if each <= max(keys)} - live
+    ruled = is_ruled_alone(stretches)
+    begin = first.start if ruled else keys[0]
+    until = datetime.fromisoformat(begin) + timedelta(seconds=first.length + first.exact)
+    lines = [local('DTSTART', begin), local('DTEND', until.isoformat())]
+    if ruled:
+        gone |= {each if 'T' in each else each + first.start[10:] for each in first.skips}
+        lines.append('RRULE:' + re.sub('(?<=UNTIL=)[^;]*', lambda last: stamp_of(int(
+            from_wall(read_until(last[0]), zone).timestamp())), first.rule))
+    elif keys[1:]:
+        lines.append(local('RDATE', *keys[1:]))
+    return lines + [local('EXDATE', *sorted(gone))] if gone else lines
+
+
+class Draft:
+    """What a program sends for a name of a calendar, and what the calendar has there."""
+
+    def __init__(self, folder: Folder, name: str, look: Callable):
+        self.folder, self.name, self.look, self.acting = folder, name, look, folder.acting
+        self.had = self.as_it_is()
+
+    def as_it_is(self):
+        """What the calendar has now; the request is refused if it was meant for another state."""
+        found = self.folder.find(self.name)
+        self.look(found)
+        return found
+
+    def put(self, data: bytes) -> tuple[bool, str]:
+        """Makes a reservation of what a program sends, or changes it; whether it is new, and its
+        ETag if it is shown as it was sent.
         """
-        had = self.shelf.find(folder, name)
-        look(had)
-        sent_text = object_text(data)
+        had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
-        event = self.shelf.understand(folder, text)
-        self.refuse_other_uid(folder, name, event.booking.uid, had)
+        self.event = self.folder.understand(text)
+        self.booking = self.event.booking
+        self.refuse_other_uid()
         try:
-            shown = self.reserve(folder, name, event, had, look)
+            shown = self.reserve()
         except (Changed, Refused, Unavailable, TooMany):
             raise
         except Error as refusal:
-            shown = self.refuse(folder, name, event, had, look, refusal)
+            shown = self.refuse(refusal)
         return not had, etag_of(shown) if shown == sent_text else ''
 
-    def refuse_other_uid(self, folder: Folder, name: str, uid: str, had) -> None:
+    def refuse_other_uid(self) -> None:
         """Refuses a UID that another object of the calendar has (RFC 4791, 5.3.2.1)."""
-        other = row('SELECT name FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND uid = ? AND name <> ? AND gone IS NULL LIMIT 1',
-                    *self.shelf.whose, folder.id, uid, name)
-        if other or had and had.uid != uid:
+        uid, most = self.booking.uid, self.acting.config.caldav_events
+        other = self.folder.objects('uid = ? AND name <> ? AND gone IS NULL LIMIT 1', uid,
+                                    self.name)
+        if other or self.had and self.had.uid != uid:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
-                          href=(other or had).name)
-        most = self.acting.config.caldav_events
-        there, = run('SELECT count(*) FROM calendar_object WHERE user = ? AND project = ? '
-                     'AND calendar = ? AND gone IS NULL', *self.shelf.whose, folder.id).fetchone()
-        if not had and 0 < most <= there:
+                          href=(other[0] if other else self.had).name)
+        there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
+                     *self.folder.whose).fetchone()
+        if not self.had and 0 < most <= there:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
-    def reserve(self, folder: Folder, name: str, event: Understood, had, look: Callable) -> str:
-        """Books what an event asks for, and keeps its text; what is shown of it then.
+    @property
+    def known(self):
+        """The reservation that it is of, the newest; None if there is none."""
+        also = self.had and self.had.reservation_id
+        return self.acting.booked_as(self.booking.uid, self.acting.actor[:2], None, also)
 
-        Raises:
-          Error: it is refused, and nothing was changed.
-        """
-        acting, booking = self.acting, event.booking
-        guests = [each for each in event.guests() if MAIL_ADDRESS.fullmatch(each)
-                  and acting.config.may_tell(each)]
-        said = said_by(booking) | {'invite': guests[:MOST_INVITED]}
-        (_, wish, error), = acting.read_bookings([booking], said, event.zone)
-        if error:
-            raise error
-        with acting.writing() as now:
-            look(self.shelf.find(folder, name))
-            self.refuse_past(booking, wish, had)
-            self.refuse_begun(event, had, now)
-            done = acting.taken(booking, wish, self.shelf.whose, None, now,
-                                again=not had or had.reservation_id is None)
+    def wish(self) -> Wish | None:
+        """What the event asks for; what it doesn't say stays as it was reserved."""
+        acting, booking, known = self.acting, self.booking, self.known
+        old = known and known.over > acting.clock() and acting.look.next_of(known.id)
+        said = NOTHING_SAID | (acting.wishes.unaltered(old) if old else {})
+        said |= {'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+        before = self.had.text if self.had else ''
+        guests, invited = guests_in(self.event.text), guests_in(before)
+        if guests != invited:
+            others = [each for each in said.get('invite', ()) if each not in invited]
+            may = [each for each in guests if acting.config.may_tell(each)]
+            said['invite'] = [*others, *may][:MOST_INVITED]
+        for each in events_in(components(before))[:1] if old else ():
+            if unescaped(each.read('SUMMARY')[1]) == old.description:
+                said['description'] = booking.summary[:1000]
+        with Budget().event(repeats(booking)):
+            return acting.read_booking(booking, said, self.event.zone)[0]
+
+    def reserve(self) -> str:
+        """Books what an event asks for, and keeps its text; what is shown of it then."""
+        wish = self.wish()
+        with self.acting.writing() as now:
+            self.had = had = self.as_it_is()
+            self.refuse_past(wish, now)
+            done = self.acting.taken(self.booking, wish, self.known, None, now,
+                                     again=not had or had.reservation_id is None)
             booked = done['outcome'] not in ('past', 'cancelled')
-            return self.keep(folder, name, event, had, self.whys(event, done, had), booked)
+            return self.keep(self.whys(done), booked)
 
-    def refuse_past(self, booking: Booking, wish: Wish | None, had) -> None:
-        """Refuses to move what is reserved to where it can't be any more."""
-        if wish or booking.cancelled or repeats(booking) or not had:
+    def refuse_past(self, wish: Wish | None, now: float) -> None:
+        """Refuses to move what is reserved to where it can't be, and what has begun to later."""
+        known = self.had and self.known
+        if not known or known.over <= now or self.booking.cancelled:
             return
-        if row('SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
-               int(self.acting.clock())):
+        if not wish and not repeats(self.booking):
             raise Invalid('its time is past. Move it to a time to come, or delete it')
+        current = self.acting.look.next_of(known.id)
+        if current.start <= now < current.held_until and current.cancelled is None:
+            around = current.start - MONTH, current.end + 12 * MONTH
+            if any(slot.key == current.slot and slot.start > now
+                   for slot in self.event.slots(*around)):
+                raise Conflict('it has begun, so only its end can be changed')
 
-    def refuse_begun(self, event: Understood, had, now: float) -> None:
-        """Refuses to move what has begun to later: of that, the end can change."""
-        known = had and had.reservation_id and row(
-            'SELECT slot, start, "end" FROM occurrence INDEXED BY occurrence_series WHERE '
-            'reservation_id = ? AND (due IS NULL) = 0 AND start <= ? AND held_until > ? '
-            'AND cancelled IS NULL', had.reservation_id, int(now), int(now))
-        slot = known and event.slots(known.start - MONTH, known.end + 12 * MONTH).get(known.slot)
-        if slot and slot.start > now:
-            raise Conflict('it has begun, so only its end can be changed')
-
-    def whys(self, event: Understood, done: dict, had) -> dict[str, str]:
+    def whys(self, done: dict) -> dict[str, str]:
         """By slots why occurrences found no room, of what became of an event."""
-        if done['outcome'] in ('pending', 'unchanged') and done.get('why'):
-            waits = done['outcome'] == 'pending' or done['why'] == A_CHANGE_WAITS
+        outcome, had = done['outcome'], self.had
+        if outcome in ('pending', 'unchanged') and done.get('why'):
+            waits = outcome == 'pending' or done['why'] == A_CHANGE_WAITS
             return {'approval' if waits else '': done['why']}
-        old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
+        old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
-        known = self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     '(SELECT value FROM json_each(?))', known and known.id, json.dumps([*left]))
+                     '(SELECT value FROM json_each(?))', self.known and self.known.id,
+                     json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
 
-    def keep(self, folder: Folder, name: str, event: Understood, had, why: dict,
-             booked: bool) -> str:
-        """Writes an object; what is shown of it. Inside a transaction."""
-        uid = event.booking.uid
-        known = self.acting.booked_as(uid, self.shelf.whose, None) if booked else None
+    def keep(self, why: dict, booked: bool) -> str:
+        """Writes the event; what is shown of it. Inside a transaction."""
+        had, known = self.had, self.known if booked else None
         id = known.id if known else had.reservation_id if had else None
-        self.take_from_others(folder, name, id)
-        first, last = event.span(self.acting.clock() + self.acting.config.horizon * DAY)
-        values = {'uid': uid, 'text': event.text, 'reservation': id, 'why': json.dumps(why),
-                  'first': first, 'last': last, 'gone': None, 'shown': '', 'etag': ''}
-        self.shelf.write(folder, name, **values)
-        found = self.shelf.find(folder, name)
-        shown = shown_text(self.shelf, found, event)
-        change(CalendarObject, found.id, shown='' if shown == event.text else shown,
-               etag=etag_of(shown))
+        self.take_from_others(id)
+        first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
+        shown = Teller(self.acting, self.event, id, why).text()
+        self.folder.write(self.name, self.event.text, shown, uid=self.booking.uid, reservation=id,
+                          first=first, last=last, why=json.dumps(why), gone=None)
         return shown
 
-    def take_from_others(self, folder: Folder, name: str, reservation: int | None) -> None:
+    def take_from_others(self, reservation: int | None) -> None:
         """Lets a reservation be of one object alone; its event came from another calendar."""
-        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
-                         'AND NOT (calendar = ? AND name = ?)', reservation, folder.id, name):
-            why = f"The same event stands in the calendar '{folder.name}' now."
+        for each in rows('SELECT id, text FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', reservation, self.folder.id,
+                         self.name):
+            why = f"The same event stands in the calendar '{self.folder.name}' now."
             change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
-            self.show_anew(each.id)
+            show_anew(self.acting, each.id)
 
-    def refuse(self, folder: Folder, name: str, event: Understood, had, look: Callable,
-               refusal: Error) -> str:
+    def refuse(self, refusal: Error) -> str:
         """Keeps an event that can't be reserved, with a remark that says why."""
-        why = f'{self.explained(event, had, refusal)}'.removeprefix(f'{event.booking.name}: ')
-        why = why[:1].upper() + why[1:]
-        if self.acting.config.caldav_refusal == '403':
-            raise Refused(403, 'V:no-capacity' if isinstance(refusal, NoCapacity)
-                          else 'V:not-reserved', why)
-        with self.acting.writing() as now:
-            look(self.shelf.find(folder, name))
-            live = had and had.reservation_id is not None and row(
-                'SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
-                int(now))
-            if not live and had:
-                had = had._replace(reservation_id=None)
-            if isinstance(refusal, NoCapacity) or 'limit' in refusal.details:
-                user, project = self.shelf.whose  # the operator is told, as of other requests
-                journal(self.acting.config, now, user, 'refused', f'an event of {user}: {why}',
-                        project=project, resource=folder.id or None)
-            return self.keep(folder, name, event, had, {'': why}, False)
+        acting, full = self.acting, isinstance(refusal, NoCapacity)
+        said = f'{self.explained(refusal)}'.removeprefix(f'{self.booking.name}: ')
+        why = said[:1].upper() + said[1:]
+        if acting.config.caldav_refusal == '403':
+            raise Refused(403, 'V:no-capacity' if full else 'V:not-reserved', why)
+        with acting.writing() as now:
+            self.had = self.as_it_is()
+            if self.had and not (self.known and self.known.over > now):
+                self.had = self.had._replace(reservation_id=None)
+            if full or 'limit' in refusal.details:
+                user, project = acting.actor[:2]  # the operator is told, as of other requests
+                journal(acting.config, now, user, 'refused', f'an event of {user}: {why}',
+                        project=project, resource=self.folder.id or None)
+            return self.keep({'': why}, False)
 
-    def explained(self, event: Understood, had, refusal: Error) -> Error:
+    def explained(self, refusal: Error) -> Error:
         """A refusal for want of capacity, with what would fit instead."""
-        acting, booking = self.acting, event.booking
-        if not isinstance(refusal, NoCapacity) or repeats(booking):
+        acting, known = self.acting, self.known
+        if not isinstance(refusal, NoCapacity) or repeats(self.booking):
             return refusal
-        (_, wish, _), = acting.read_bookings([booking], said_by(booking), event.zone)
-        plain = wish._replace(stretches=[], repeat='')
-        known = had and had.reservation_id and acting.look.next_of(had.reservation_id)
-        live = known if known and known.cancelled is None and known.end > acting.clock() else None
+        wish = self.wish()._replace(stretches=[], repeat='')
         try:
-            with acting.shares.paced(), acting.writing(dry_run=True) as now:
-                def deed(each: Wish, field: str) -> None:
-                    self.book_plainly(each, live, now)
-                with acting.offers.explaining(plain, live, deed):
-                    deed(plain, '')
-        except NoCapacity as told_more:
-            return NoCapacity(in_other_words(told_more, event.here), **told_more.details)
+            if known and known.over > acting.clock():
+                asked = {'start': instant(wish.start), 'end': instant(wish.end)}
+                asked |= {name: getattr(wish, name) for name in ('vms', 'flavor', 'image')}
+                acting.alter(known.label, known.project, asked, True)
+            else:
+                wish = wish._replace(label=acting.free_label(wish, acting.clock()))
+                acting.reserve([Request(wish.label, [[wish]], False, 0, 0)], True)
+        except NoCapacity as more:
+            return NoCapacity(in_other_words(more, self.event.here), **more.details)
         except Error:
             pass
         return refusal
 
-    def book_plainly(self, wish: Wish, live, now: float) -> None:
-        """Books a wish, or makes it of what is there, as if it were of no calendar."""
-        acting = self.acting
-        if live:
-            wish, plain = wish._replace(label=live.label), live._replace(repeats=0)
-            acting.bookings.commit(acting.admission.edit(plain, wish, ['calendar'], now), now)
-        else:
-            acting.admission.book(wish._replace(label=acting.free_label(wish, now)), now)
-
-    def delete(self, folder: Folder, name: str, look: Callable) -> None:
+    def delete(self) -> None:
         """Cancels what an event has reserved, and forgets its text."""
         acting = self.acting
         with acting.writing() as now:
-            found = self.shelf.find(folder, name)
-            look(found)
+            found = self.as_it_is()
             if not found:
                 raise NotFound('there is no such event, or no longer')
             known = found.reservation_id and acting.look.next_of(found.reservation_id)
             if known:
                 gone = acting.look.live(known)
                 acting.admission.cancel(gone, now, 'deleted in the calendar', ends=True)
-            self.shelf.write(folder, name, gone=int(now), text='', shown='', etag='',
-                             reservation=None)
+            self.folder.write(self.name, '', '', gone=int(now), reservation=None)
 
 
-def shown_text(shelf: Shelf, found, event: Understood) -> str:
-    """What is shown of an object."""
-    teller = Teller(shelf.acting, found, event)
-    remarks = teller.remarks()
-    keys = event.keys() if remarks else {}
-    return with_remarks(event.text, remarks, teller.slots, keys, event.here)
-
-
-def said_by(booking: Booking) -> dict:
-    """What an event of a calendar program doesn't say, named as in `import`."""
-    return Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': '',
-                               'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+#: What a calendar program doesn't say of a new event, named as in `import`.
+NOTHING_SAID = Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': ''}
 
 
 def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
     """The sentence of a refusal, with what would fit."""
     offers = {'next_start': lambda at: f'from {format_moment(at, zone)}',
-              'most_vms': lambda number: f'with {counted_vms(number)}',
+              'most_vms': lambda number: f"with {counted(number, 'VM')}",
               'longest': lambda length: f'for {length}'}
     found = [say(refusal.details[name]) for name, say in offers.items()
              if refusal.details.get(name)]
@@ -20196,11 +20419,7 @@ def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
 
 
 def object_text(data: bytes) -> str:
-    """The text of a calendar object.
-
-    Raises:
-      Refused: it is too large or no text.
-    """
+    """The text of a calendar object, if it is one and not too large."""
     if len(data) > MOST_OBJECT:
         raise Refused(403, 'C:max-resource-size', f'an event has at most {MOST_OBJECT} bytes')
     try:
@@ -20229,49 +20448,26 @@ def item_of(found) -> Item:
     return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
 
 
-NO_DOCTYPE = 'the XML has a document type or entities, which are not read here'
-
-
-class Tree:
-    """Builds the elements of a body, which has no document type, few elements and little depth."""
-
-    def __init__(self):
-        from xml.etree.ElementTree import TreeBuilder
-        self.builder, self.depth, self.number = TreeBuilder(), 0, 0
-        self.data, self.close = self.builder.data, self.builder.close
-
-    def doctype(self, *_) -> None:
-        raise Invalid(NO_DOCTYPE)
-
-    def start(self, tag: str, attributes: dict) -> None:
-        self.depth, self.number = self.depth + 1, self.number + 1
-        if self.depth > MOST_DEPTH or self.number > MOST_ELEMENTS:
-            raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep, or more than '
-                          f'{MOST_ELEMENTS}')
-        self.builder.start(tag, attributes)
-
-    def end(self, tag: str) -> None:
-        self.depth -= 1
-        self.builder.end(tag)
-
-
 def read_xml(data: bytes):
-    """The root of a body; None of an empty one.
-
-    Raises:
-      Invalid: it is no XML, or more than is read here.
-    """
+    """The root of a body; None of an empty one, Invalid for more than is read here."""
     from xml.etree import ElementTree
     if not data.strip():
         return None
-    if b'<!DOCTYPE' in data:  # the parser tells of it later
-        raise Invalid(NO_DOCTYPE)
     try:
-        parser = ElementTree.XMLParser(target=Tree())
-        parser.feed(data)
-        return parser.close()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise Invalid(f'the body is not XML: {first_line(error)}') from None
+        text = data.decode()
+        if '<!DOCTYPE' in text:
+            raise Invalid('the XML has a document type or entities, which are not read here')
+        if text.count('<') > 2 * MOST_ELEMENTS:
+            raise Invalid(f'the XML has more than {MOST_ELEMENTS} elements')
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise Invalid(f'the body is not XML in UTF-8: {first_line(error)}') from None
+    inner = [root]
+    for _ in range(MOST_DEPTH):
+        inner = [each for one in inner for each in one]
+    if inner:
+        raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep')
+    return root
 
 
 def xml_text(text: str) -> str:
@@ -20285,44 +20481,17 @@ def short_name(tag: str) -> str:
     return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
 
 
+def full_name(path: str) -> str:
+    """A path of names with our prefixes as the parser has it."""
+    return re.sub(r'(\w+):', lambda prefix: f'{{{NAMESPACES[prefix[1]]}}}', path)
+
+
 def empty_element(tag: str) -> str:
     name = short_name(tag)
     if name != tag:
         return f'<{name}/>'
     space, _, name = tag.rpartition('}')
     return f'<X:{name} xmlns:X="{escape(space[1:])}"/>' if space else f'<{name} xmlns=""/>'
-
-
-def propstat(elements: list[str], status: str) -> str:
-    return (f"<D:propstat><D:prop>{''.join(elements)}</D:prop>"
-            f'<D:status>HTTP/1.1 {status}</D:status></D:propstat>')
-
-
-def response_text(href: str, values: dict, wanted: list[str] | None) -> str:
-    """What is said of one address: the properties that are wanted, and those that it has not.
-
-    Args:
-      values: properties by short names, as XML or as what makes that
-      wanted: None for those that all may want
-    """
-    if wanted is None:
-        wanted = [name for name in values if name != 'C:calendar-data']
-    found, missing = [], []
-    for tag in wanted:
-        name = short_name(tag)
-        if name in values:
-            value = values[name]
-            found.append(f'<{name}>{value() if callable(value) else value}</{name}>')
-        else:
-            missing.append(empty_element(tag))
-    text = propstat(found, '200 OK') if found or not missing else ''
-    text += propstat(missing, '404 Not Found') if missing else ''
-    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
-
-
-def gone_text(href: str) -> str:
-    return (f'<D:response><D:href>{href}</D:href><D:status>HTTP/1.1 404 Not Found</D:status>'
-            '</D:response>')
 
 
 def elements(names: Iterable[str], around: str = '{}') -> str:
@@ -20333,6 +20502,23 @@ def href_of(*names: str) -> str:
     return '/'.join([DAV, *(quote(each, safe="@:!$'()*,;=~+") for each in names)])
 
 
+def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
+    """What is said of one address.
+
+    Args:
+      told: properties as XML, and their status
+      status: that of the address itself
+    """
+    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''.join(
+        f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
+        f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>'
+        for properties, each in told if properties or each == told[0][1] and not told[-1][0])
+    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
+
+
+COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+
+
 class Query:
     """A filter of `calendar-query` (RFC 4791, 9.7), as far as it is followed here."""
 
@@ -20340,63 +20526,47 @@ class Query:
         self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
-        self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
-        inner = [each for part in self.parts for each in part[3]]
-        spans = [span for _, _, span, _, _ in inner if span]
-        self.begin, self.until = spans[0] if spans else (-1, int(LAST.timestamp()))
-
-    def read(self, element) -> tuple:
-        """A filter of components: their name, whether none may be there, when, with what."""
-        span = element.find(full_name('C:time-range'))
-        inner = [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))]
-        properties = [self.read_property(each)
-                      for each in element.iterfind(full_name('C:prop-filter'))]
-        absent = element.find(full_name('C:is-not-defined')) is not None
-        span = None if span is None else read_range(span)
-        return element.get('name', '').upper(), absent, span, inner, properties
-
-    def read_property(self, element) -> tuple:
-        """A filter of a property: its name, whether it may not be there, and a text in it."""
-        if {short_name(each.tag) for each in element} - {'C:text-match', 'C:is-not-defined'}:
-            raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
-        match = element.find(full_name('C:text-match'))
-        if match is not None and match.get('collation', 'i;ascii-casemap') not in COLLATIONS:
-            raise Refused(403, 'C:supported-collation', f"texts are compared by {COLLATIONS}")
-        return (element.get('name', '').upper(),
-                element.find(full_name('C:is-not-defined')) is not None, match)
+        for each in root.iter(full_name('C:prop-filter')):
+            if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
+                raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
+        for each in root.iter(full_name('C:text-match')):
+            if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
+                raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
+        whole = root.find(full_name('C:comp-filter'))
+        if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
+            raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
+        spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
+        self.parts, self.timed = inner_filters(whole), bool(spans)
+        first = whole.find(full_name('C:comp-filter/C:time-range'))
+        self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
-        return all(self.is_met(part, item) for part in self.parts)
-
-    def is_met(self, part: tuple, item: Item) -> bool:
-        """Whether an object is what a filter of whole calendars wants."""
-        name, absent, _, inner, properties = part
-        if name != 'VCALENDAR' or absent:
-            return absent and name != 'VCALENDAR'
+        """Whether an object is what the filter wants."""
         events = events_in(components(item.text))
-        return all(self.is_in(each, events, item) for each in inner) and not properties
+        groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
+        return all(self.has_event(each, events, groups) for each in self.parts)
 
-    def is_in(self, part: tuple, events: list[Component], item: Item) -> bool:
-        """Whether one of the events of an object is what a filter wants."""
-        name, absent, span, inner, properties = part
-        if name != 'VEVENT':
-            return absent
-        found = [each for each in events if all(has_property(each, one) for one in properties)]
-        timed = span or any(one[2] for one in inner)
-        groups = by_uid(read_calendar(item.text)).values() if timed else ()
-        found = [each for each in found if all(self.has_alarm(each, one, groups) for one in inner)]
-        if absent or not found:
-            return absent and not found
-        return not span or any(True for _ in self.occurrences(groups, *span))
+    def has_event(self, part, events: list[Component], groups) -> bool:
+        """Whether one of some events is what a filter wants."""
+        if part.get('name', '').upper() != 'VEVENT':
+            return is_absent(part)
+        span = part.find(full_name('C:time-range'))
+        found = [event for event in events
+                 if all(has_property(event, each)
+                        for each in part.iterfind(full_name('C:prop-filter')))
+                 and all(self.has_alarm(event, each, groups) for each in inner_filters(part))]
+        if is_absent(part) or not found:
+            return is_absent(part) and not found
+        return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
 
-
-    def has_alarm(self, event: Component, part: tuple, groups: Iterable[list[Entry]]) -> bool:
+    def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
-        name, absent, span, _, _ = part
-        if name != 'VALARM' or absent or not span:
+        name, span = part.get('name', '').upper(), part.find(full_name('C:time-range'))
+        if name != 'VALARM' or is_absent(part) or span is None:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
-            return there != absent
-        return any(span[0] <= at < span[1] for at in self.alarms(event, groups, *span))
+            return there != is_absent(part)
+        begin, until = read_range(span)
+        return any(begin <= at < until for at in self.alarms(event, groups, begin, until))
 
     def occurrences(self, groups: Iterable[list[Entry]], begin: int, until: int) -> Iterator[dict]:
         """The occurrences of events in a window; {} where that can't be told."""
@@ -20415,7 +20585,7 @@ class Query:
         for _, parameters, value in itertools.islice(filter(None, lines), MOST_ALARMS):
             with suppress(Error, ValueError, OverflowError):
                 if not value.strip('+- ').upper().startswith('P'):
-                    yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
+                    yield int(read_moment(value, '', Frame()).at(self.zone).timestamp())
                     continue
                 offset = int(read_length(value.strip('+- ')).total_seconds())
                 offset = -offset if value.startswith('-') else offset
@@ -20425,15 +20595,20 @@ class Query:
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
-COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+def inner_filters(part) -> list:
+    return part.findall(full_name('C:comp-filter'))
 
 
-def has_property(event: Component, wanted: tuple) -> bool:
+def is_absent(part) -> bool:
+    """Whether a filter wants that something is not there."""
+    return part.find(full_name('C:is-not-defined')) is not None
+
+
+def has_property(event: Component, part) -> bool:
     """Whether an event has a property as a filter wants it."""
-    name, absent, match = wanted
-    there = event.find(name) is not None
-    if absent or match is None or not there:
-        return there != absent and (there or absent)
+    name, match = part.get('name', '').upper(), part.find(full_name('C:text-match'))
+    if is_absent(part) or match is None or event.find(name) is None:
+        return (event.find(name) is not None) != is_absent(part)
     value, text = unescaped(event.read(name)[1]), match.text or ''
     if match.get('collation') != 'i;octet':
         value, text = value.casefold(), text.casefold()
@@ -20442,65 +20617,89 @@ def has_property(event: Component, wanted: tuple) -> bool:
 
 def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until: int) -> str:
     """An event as its occurrences in a window, each by itself and in UTC (RFC 4791, 9.6.5)."""
-    events = events_in(components(text))
     (group,) = by_uid(entries).values()
     if not may_repeat(group):
         return text
+    events = events_in(components(text))
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form = Form(events[0], table.zone)
-    form.instant, plain, found = not form.whole, carried(events[0]), []
+    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form.instant = not form.whole
     for slot in table.slots(begin, until):
-        made = exception_of(plain, form, slot)
-        if slot.key in own:
-            taken = own[slot.key].lines
-            own_one = Component([*taken])
-            own_one.take_out('DURATION')
-            for name in ('RECURRENCE-ID', 'DTSTART', 'DTEND'):
-                own_one.put_line(name, made.line(name))
-            made = own_one
-        made.take_out(MADE)
-        found.append(joined([made]))
-    return f"{HEAD_OF_BUSY}{''.join(found)}END:VCALENDAR\r\n"
-
-
-def full_name(name: str) -> str:
-    """A name with one of our prefixes as the parser has it."""
-    prefix, _, rest = name.partition(':')
-    return f'{{{NAMESPACES[prefix]}}}{rest}'
+        one = form.exception(own.get(slot.key, plain), slot)
+        one.put_line('DURATION')
+        found.append(one)
+    return whole_calendar(joined(found))
 
 
 def read_range(element) -> tuple[int, int]:
     """The window of a time-range; without an end, two years from its start on."""
-    found = []
-    for name in ('start', 'end'):
+    found = {}
+    for name in {'start', 'end'} & {*element.keys()}:
         text = element.get(name)
-        match = MOMENT.fullmatch(text or '')
-        if text is not None and not (match and match[7]):
-            raise Refused(403, 'C:valid-filter', f'{name}: {shown(text)} is not such as '
-                          '20270301T090000Z')
         try:
-            found.append(int(read_moment(text, '', Frame(b'')).at(UTC).timestamp())
-                         if text else None)
+            moment = read_moment(text, '', Frame())
+            if moment.zone is not UTC:
+                raise Invalid(f'{shown(text)} is not such as 20270301T090000Z')
+            found[name] = int(moment.at(UTC).timestamp())
         except Invalid as error:
             raise Refused(403, 'C:valid-filter', f'{name}: {error}') from None
-    begin, until = found
-    begin = 0 if begin is None else begin
-    until = min(begin + 2 * 366 * DAY if until is None else until, int(LAST.timestamp()))
+    begin = found.get('start', 0)
+    until = min(found.get('end', begin + 2 * 366 * DAY), int(LAST.timestamp()))
     return begin, max(until, begin)
 
 
-#: Properties that all calendars have alike.
-FOLDER_VALUES = {
-    'D:resourcetype': '<D:collection/><C:calendar/>', 'D:getcontenttype': ICS,
-    'D:supported-report-set': elements(
+def privileges(dav: Dav, writable: bool) -> str:
+    names = READS + (WRITES if writable and dav.writes else ())
+    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+
+
+def described(folder: Folder) -> str:
+    """What people read of a calendar."""
+    if not folder.usual:
+        return ('Each event is a reservation. Write what it is for in the first line of its '
+                'description, such as: 2 x m1.small cirros on demo')
+    usual = ' '.join(filter(None, folder.usual[1:3]))
+    return (f"Each event reserves {counted(folder.usual.vms, 'VM')} {usual}".rstrip()
+            + f' on {folder.name}, or what the first line of its description says, such as: '
+              '2 x m1.small')
+
+
+#: The properties of each kind of address: what gives the XML of their values, of a request and of
+#: what stands at the address.
+EVERYWHERE: dict[str, Callable] = {
+    'D:current-user-principal': lambda dav, at: dav.me, 'D:owner': lambda dav, at: dav.me}
+ABOVE = EVERYWHERE | {
+    'D:resourcetype': lambda dav, at: '<D:collection/>' + '<D:principal/>' * bool(at),
+    'D:displayname': lambda dav, at: xml_text(at or 'cmres'),
+    'D:principal-URL': lambda dav, at: dav.me,
+    'D:principal-collection-set': lambda dav, at: f'<D:href>{DAV}/</D:href>',
+    'C:calendar-home-set': lambda dav, at: dav.me,
+    'C:calendar-user-address-set': lambda dav, at: dav.me,
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, False),
+    'D:supported-report-set': lambda dav, at: ''}
+OF_FOLDERS = ABOVE | {
+    'D:resourcetype': lambda dav, at: '<D:collection/><C:calendar/>',
+    'D:displayname': lambda dav, at: xml_text(at.name if at.id else 'all resources'),
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, True),
+    'D:sync-token': lambda dav, at: at.token, 'CS:getctag': lambda dav, at: at.token,
+    'D:getetag': lambda dav, at: f'"{at.token}"', 'D:getcontenttype': lambda dav, at: ICS,
+    'C:calendar-description': lambda dav, at: xml_text(described(at)),
+    'D:supported-report-set': lambda dav, at: elements(
         REPORTS, '<D:supported-report><D:report>{}</D:report></D:supported-report>'),
-    'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
-    'C:supported-calendar-data': '<C:calendar-data content-type="text/calendar" version="2.0"/>',
-    'C:supported-collation-set': ''.join(
+    'C:supported-calendar-component-set': lambda dav, at: '<C:comp name="VEVENT"/>',
+    'C:supported-calendar-data': lambda dav, at: (
+        '<C:calendar-data content-type="text/calendar" version="2.0"/>'),
+    'C:supported-collation-set': lambda dav, at: ''.join(
         f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
-    'C:max-resource-size': f'{MOST_OBJECT}'}
+    'C:max-resource-size': lambda dav, at: f'{MOST_OBJECT}'}
+OF_ITEMS = EVERYWHERE | {
+    'D:resourcetype': lambda dav, at: '', 'D:getetag': lambda dav, at: at.etag,
+    'D:getcontenttype': lambda dav, at: f'{ICS}; component=VEVENT',
+    'D:getcontentlength': lambda dav, at: f'{len(at.text.encode())}',
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, at.writable),
+    'C:calendar-data': lambda dav, at: xml_text(dav.text_of(at))}
 
 
 class Dav:
@@ -20508,18 +20707,13 @@ class Dav:
 
     def __init__(self, acting: Reservations, request, path: str):
         self.acting, self.request = acting, request
-        self.keeper = Keeper(acting)
-        self.shelf = self.keeper.shelf
         self.names = [each for each in path.split('/') if each]
         self.user = acting.actor.user
+        self.me = f'<D:href>{href_of(self.user)}/</D:href>'
         self.budget = Budget()  # for all that is followed of series
         self.window: tuple[int, int] | None = None  # events are asked for as what occurs in it
 
-    @functools.cached_property
-    def folder(self) -> Folder:
-        return self.shelf.folder(self.names[1])
-
-    def answer(self):
+    def answer(self, known: dict):
         """The answer of a verb at the address."""
         verb = self.request.method
         if self.names and self.names[0] != self.user:
@@ -20533,10 +20727,20 @@ class Dav:
             self.folder  # there must be one
         if verb not in DAV_VERBS.split(', '):
             raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
-        if verb in ('PUT', 'DELETE', 'PROPPATCH'):
-            self.refuse_reader()
-        self.keeper.refresh()
+        if verb in ('PUT', 'DELETE', 'PROPPATCH') and not self.writes:
+            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
+        refresh(self.acting, known)
         return getattr(self, verb.lower().replace('head', 'get'))()
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        """The calendar of the address; NotFound if there is none."""
+        name = self.names[1]
+        found = next((each for each in folders_of(self.acting) if each.name == name), None)
+        if not found:
+            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
+                           'resource VMs for events that say nothing (default_vms)')
+        return found
 
     @functools.cached_property
     def writes(self) -> bool:
@@ -20547,70 +20751,32 @@ class Dav:
             return False
         return self.acting.actor.role != READER
 
-    def refuse_reader(self) -> None:
-        if not self.writes:
-            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
-
     def body(self):
         return read_xml(whole_body(self.request))
 
     # What there is.
 
-    def values(self) -> dict:
-        """Properties of the address, of a calendar or of what is above them."""
-        level, me = len(self.names), f'<D:href>{href_of(self.user)}/</D:href>'
-        values = {'D:current-user-principal': me, 'D:principal-URL': me, 'D:owner': me,
-                  'D:principal-collection-set': f'<D:href>{DAV}/</D:href>',
-                  'C:calendar-home-set': me, 'C:calendar-user-address-set': me,
-                  'D:resourcetype': '<D:collection/>', 'D:displayname': 'cmres',
-                  'D:current-user-privilege-set': self.privileges(False),
-                  'D:supported-report-set': ''}
-        if level == 1:
-            values |= {'D:resourcetype': '<D:collection/><D:principal/>',
-                       'D:displayname': xml_text(self.user)}
-        return values
+    def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
+        """What is told of an address: of a calendar, of what stands in it, or of what is above.
 
-    def privileges(self, writable: bool) -> str:
-        names = READS + (WRITES if writable and self.writes else ())
-        return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
-
-    def values_of_folder(self, folder: Folder) -> dict:
-        """Properties of a calendar."""
-        token, kept = self.shelf.token(folder), self.shelf.properties(folder)
-        values = self.values() | FOLDER_VALUES | {
-            'D:displayname': xml_text(folder.name if folder.id else 'all resources'),
-            'D:current-user-privilege-set': self.privileges(True),
-            'D:sync-token': token, 'CS:getctag': token, 'D:getetag': f'"{token}"',
-            'C:calendar-description': xml_text(self.description(folder))}
-        return values | {name: xml_text(value) for name, value in kept.items()}
-
-    def description(self, folder: Folder) -> str:
-        """What people read of a calendar."""
-        if not folder.usual:
-            return ('Each event is a reservation. Write what it is for in the first line of its '
-                    'description, such as: 2 x m1.small cirros on demo')
-        usual = ' '.join(filter(None, (folder.usual.flavor, folder.usual.image)))
-        return (f'Each event reserves {counted_vms(folder.usual.vms)} {usual}'.rstrip()
-                + f' on {folder.name}, or what the first line of its description says, such as: '
-                  '2 x m1.small')
-
-    def values_of_item(self, item: Item) -> dict:
-        """Properties of what stands in a calendar."""
-        return self.of_items | {
-            'D:getetag': item.etag, 'C:calendar-data': lambda: xml_text(self.text_of(item)),
-            'D:getcontentlength': lambda: f'{len(item.text.encode())}',
-            'D:current-user-privilege-set': lambda: self.privileges(item.writable)}
-
-    @functools.cached_property
-    def of_items(self) -> dict:
-        """Properties that all of them have alike."""
-        me = f'<D:href>{href_of(self.user)}/</D:href>'
-        return {'D:resourcetype': '', 'D:getcontenttype': f'{ICS}; component=VEVENT',
-                'D:owner': me, 'D:current-user-principal': me}
-
-    @functools.cached_property
-    def zone(self) -> ZoneInfo:
-        return self.shelf.zone(self.folder)
+        Args:
+          wanted: names of properties; None for those that all may want
+          names: only their names are
+        """
+        table = OF_ITEMS if isinstance(at, Item) else ABOVE
+        if isinstance(at, Folder):
+            table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
+                                  for name, value in at.properties().items()}
+        if wanted is None:
+            wanted = [full_name(name) for name in table if name != 'C:calendar-data']
+        found, missing = [], []
+        for tag in wanted:
+            name = short_name(tag)
+            if name in table:
+                found.append(f"<{name}>{'' if names else table[name](self, at)}</{name}>")
+            else:
+                missing.append(empty_element(tag))
+        return response_text(self.href(at), (found, '200 OK'), (missing, '404 Not Found'))
 
     def text_of(self, item: Item) -> str:
         """The text of an object as a report asks for it."""
@@ -20619,46 +20785,46 @@ class Dav:
         try:
             entries = read_calendar(item.text)
             with naming(entries[0]), self.budget.event(True):
-                return expanded(item.text, entries, self.zone, *self.window)
+                return expanded(item.text, entries, self.folder.zone, *self.window)
         except BadCalendar:
             return item.text
 
-    def href(self, item: Item) -> str:
-        return href_of(self.user, self.folder.name, item.name)
-
-    def response(self, item: Item, wanted: list[str] | None) -> str:
-        return response_text(self.href(item), self.values_of_item(item), wanted)
+    def href(self, at) -> str:
+        if isinstance(at, Item):
+            return href_of(self.user, self.folder.name, at.name)
+        names = [self.user, at.name] if isinstance(at, Folder) else filter(None, [at])
+        return f'{href_of(*names)}/'
 
     def item(self, name: str) -> Item:
         """What the calendar has under a name; NotFound if nothing."""
-        found = self.shelf.find(self.folder, name)
-        busy = self.busy_named(name)
-        if not found and not busy:
-            raise NotFound('there is no such event, or no longer')
-        return item_of(found) if found else busy
+        found = self.folder.find(name)
+        if item := item_of(found) if found else self.busy_named(name):
+            return item
+        raise NotFound('there is no such event, or no longer')
 
     def items(self, begin: int = -1) -> list[Item]:
         """All that the calendar has and does not end before an instant."""
-        return [*map(item_of, self.shelf.all(self.folder, begin)), *self.busy(begin)]
+        found = self.folder.objects('gone IS NULL AND last > ? ORDER BY name', begin)
+        return [*map(item_of, found), *self.busy(begin)]
 
     # What others have reserved.
 
     def busy(self, begin: int = -1, reservations: list[int] | None = None) -> list[Item]:
-        """What is reserved there beside what stands in the calendar, of the last month on."""
-        folder, acting = self.folder, self.acting
-        if not folder.id or not acting.config.caldav_busy:
+        """What others have reserved there, of the last month on."""
+        acting, user, project = self.acting, *self.folder.whose[:2]
+        if not self.folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        where = [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose)]
+        where = [('o."end" > ?', since), ('NOT (o.of_user = ? AND o.of_project = ?)', user, project)]
         if reservations is not None:
             where.append(acting.look.among('o.reservation_id', reservations))
-        asked = dict.fromkeys(('user', 'project'), '') | {'places': [folder.id]}
+        asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
         found = acting.look.page(acting.look.ways(asked, (), since), where, (),
                                  limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
         return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
 
     def busy_named(self, name: str) -> Item | None:
-        """What is reserved there, by the name under which it is shown."""
+        """What others have reserved there, by the name under which it is shown."""
         match = BUSY_NAME.fullmatch(name)
         found = match and row('SELECT reservation_id AS id FROM occurrence WHERE id = ?',
                               int(match[1]))
@@ -20666,13 +20832,26 @@ class Dav:
         return next((each for each in there if each.name == name), None)
 
     def busy_item(self, found) -> Item:
-        """A reservation that the calendar only shows; of others' only how much there is."""
-        mine = (found.user, found.project) == self.shelf.whose
-        viewer = self.acting.actor if mine else Actor('', '', READER)
+        """A reservation of others: only how much there is."""
         # As at no instant, so that it is another one only when something has changed.
-        shown = self.acting.feed_event(found._replace(now=0), viewer, [])
-        text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
+        shown = self.acting.feed_event(found._replace(now=0), Actor('', '', READER), [])
+        text = whole_calendar(event_text(shown))
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
+
+    def busy_since(self, event: int) -> list[Item]:
+        """What is otherwise of it since an event."""
+        if not self.folder.id or not self.acting.config.caldav_busy:
+            return []
+        if not event:
+            return self.busy()
+        ids = [each.reservation_id for each in rows(
+            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
+            'AND reservation_id IS NOT NULL', event)]
+        now = {each.name: each for each in self.busy(-1, ids)}
+        there = {f'busy-{each.id}.ics' for each in rows(
+            'SELECT id FROM occurrence WHERE reservation_id IN (SELECT value FROM json_each(?)) '
+            'AND NOT (of_user = ? AND of_project = ?)', json.dumps(ids), *self.folder.whose[:2])}
+        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
 
     # Verbs.
 
@@ -20686,28 +20865,18 @@ class Dav:
         root = self.body()
         wanted = wanted_in(root, 'D:propfind')
         names = root is not None and root.find(full_name('D:propname')) is not None
-        found = [*self.listed(depth == '1')]
-        if names:
-            found = [(href, dict.fromkeys(values, '')) for href, values in found]
-        return multistatus(response_text(href, values, wanted) for href, values in found)
+        return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
-    def listed(self, deep: bool) -> Iterator[tuple[str, dict]]:
-        """The address, and with `deep` what is in it: each with its properties."""
+    def listed(self, deep: bool) -> Iterator:
+        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
-        here = href_of(*self.names)
         if level == 3:
-            item = self.item(self.names[2])
-            yield self.href(item), self.values_of_item(item)
+            yield self.item(self.names[2])
             return
-        yield f'{here}/', self.values_of_folder(self.folder) if level == 2 else self.values()
-        if deep and level == 0:
-            self.names.append(self.user)
-            yield from self.listed(False)
-        elif deep and level == 1:
-            for each in self.shelf.folders():
-                yield f'{href_of(self.user, each.name)}/', self.values_of_folder(each)
-        elif deep:
-            yield from ((self.href(each), self.values_of_item(each)) for each in self.items())
+        yield ('', self.user)[level] if level < 2 else self.folder
+        if deep:
+            yield from ([self.user] if not level else folders_of(self.acting) if level == 1
+                        else self.items())
 
     def proppatch(self):
         """Keeps properties with a calendar."""
@@ -20717,20 +20886,18 @@ class Dav:
         kept, refused = [], []
         with self.acting.writing():
             for deed in root:
-                for each in deed.iterfind(f"{full_name('D:prop')}/*"):
+                for each in deed.iterfind(full_name('D:prop/*')):
                     done = self.keep_property(each, short_name(deed.tag) == 'D:set')
                     (kept if done else refused).append(empty_element(each.tag))
-        text = propstat(kept, '200 OK') if kept else ''
-        text += propstat(refused, '403 Forbidden') if refused else ''
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
-        return multistatus([f'<D:response><D:href>{here}</D:href>{text}</D:response>'])
+        return multistatus([response_text(here, (kept, '200 OK'), (refused, '403 Forbidden'))])
 
     def keep_property(self, element, sets: bool) -> bool:
         """Keeps a property with the calendar, if that may be."""
         name, value = short_name(element.tag), ''.join(element.itertext())
         if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
             return False
-        self.shelf.keep_property(self.folder, name, value if sets else None)
+        self.folder.keep_property(name, value if sets else None)
         return True
 
     def get(self):
@@ -20745,10 +20912,9 @@ class Dav:
 
     def put(self):
         """Makes a reservation of an event, or changes it."""
-        self.refuse_no_object()
-        look, data = condition(self.request), self.request.body.read(MOST_OBJECT + 1)
+        draft, data = self.draft(), self.request.body.read(MOST_OBJECT + 1)
         try:
-            new, etag = self.keeper.put(self.folder, self.names[2], data, look)
+            new, etag = draft.put(data)
         except BadCalendar as error:
             raise Refused(403, 'C:valid-calendar-data', f'{error}') from None
         return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
@@ -20757,20 +20923,20 @@ class Dav:
         """Cancels what an event has reserved."""
         if len(self.names) < 3:
             raise Refused(403, 'D:need-privileges', 'only events can be deleted')
-        self.refuse_no_object()
-        self.keeper.delete(self.folder, self.names[2], condition(self.request))
+        self.draft().delete()
         return sent('', 204, DAV_HEADERS)
 
-    def refuse_no_object(self) -> None:
-        """Refuses to write where no event is, or one that is only shown."""
+    def draft(self) -> Draft:
+        """What is to be written; refused where no event is, or one that is only shown."""
         if len(self.names) < 3:
             raise Refused(405, 'D:supported-method', 'events are put into a calendar by a name of '
                           'their own')
         name = self.names[2]
-        if BUSY_NAME.fullmatch(name) and self.busy_named(name):
-            raise Refused(403, 'D:need-privileges', 'this event shows what is reserved elsewhere')
+        if self.busy_named(name):
+            raise Refused(403, 'D:need-privileges', 'this event shows what others have reserved')
         if len(name) > 255:
             raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
+        return Draft(self.folder, name, condition(self.request))
 
     def report(self):
         """Answers one of REPORTS."""
@@ -20778,7 +20944,7 @@ class Dav:
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
-        window = root.find('/'.join(map(full_name, ('D:prop', 'C:calendar-data', 'C:expand'))))
+        window = root.find(full_name('D:prop/C:calendar-data/C:expand'))
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
@@ -20791,9 +20957,9 @@ class Dav:
             try:
                 if names[:2] != self.names[:2] or len(names) != 3:
                     raise NotFound(href)
-                found.append(self.response(self.item(names[2]), wanted))
+                found.append(self.told(wanted, self.item(names[2])))
             except NotFound:
-                found.append(gone_text(xml_text(href)))
+                found.append(response_text(xml_text(href), status='404 Not Found'))
         return multistatus(found)
 
     def calendar_query(self, root):
@@ -20802,106 +20968,67 @@ class Dav:
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
-            query = Query(asked, self.zone, self.budget)
-            return multistatus(self.response(each, wanted) for each in self.items(query.begin)
+            query = Query(asked, self.folder.zone, self.budget)
+            return multistatus(self.told(wanted, each) for each in self.items(query.begin)
                                if query.takes(each))
 
     def sync_collection(self, root):
         """Tells what has changed since a token (RFC 6578)."""
         wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
-        most = (root.findtext(f"{full_name('D:limit')}/{full_name('D:nresults')}") or '').strip()
+        most = (root.findtext(full_name('D:limit/D:nresults')) or '').strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
-        now, since = self.shelf.token(self.folder), (0, 0)
-        if token:
-            since = self.shelf.since(self.folder, token)
-        found = self.shelf.changed(self.folder, since[0], most + 1)
-        texts = [self.changed_text(item_of(each), wanted) for each in found[:most]
-                 if token or each.gone is None]
+        now, since = self.folder.token, self.folder.since(token) if token else (0, 0)
+        found = self.folder.objects('rev > ? ORDER BY rev LIMIT ?', since[0], most + 1)
+        items = [item_of(each) for each in found[:most] if token or each.gone is None]
+        more = ''
         if len(found) > most:  # the rest comes after the token that is told now
-            now = re.sub(r'\d+(?=:\d+$)', f'{found[most - 1].rev}', now)
-            now = re.sub(r'\d+$', f'{since[1]}', now)
-            texts.append(f'<D:response><D:href>{href_of(*self.names)}/</D:href><D:status>'
-                         'HTTP/1.1 507 Insufficient Storage</D:status></D:response>')
+            now = re.sub(r'\d+:\d+$', f'{found[most - 1].rev}:{since[1]}', now)
+            more = response_text(f'{href_of(*self.names)}/', status='507 Insufficient Storage')
         else:
-            texts += [self.changed_text(each, wanted) for each in self.busy_since(token, since[1])]
-        return multistatus(texts, f'<D:sync-token>{now}</D:sync-token>')
-
-    def changed_text(self, item: Item, wanted: list[str] | None) -> str:
-        return gone_text(self.href(item)) if item.gone else self.response(item, wanted)
-
-    def busy_since(self, token: str, event: int) -> list[Item]:
-        """What is otherwise since an event of that which is only shown."""
-        if not self.folder.id or not self.acting.config.caldav_busy:
-            return []
-        if not token:
-            return self.busy()
-        ids = [each.reservation_id for each in rows(
-            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
-            'AND reservation_id IS NOT NULL', event)]
-        now = {each.name: each for each in self.busy(-1, ids)}
-        there = {f'busy-{each.id}.ics' for each in rows(
-            'SELECT id FROM occurrence o WHERE reservation_id IN (SELECT value FROM json_each(?)) '
-            f'AND {NOT_MINE}', json.dumps(ids), *self.shelf.whose)}
-        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
+            items += self.busy_since(since[1])
+        texts = [response_text(self.href(each), status='404 Not Found') if each.gone
+                 else self.told(wanted, each) for each in items]
+        return multistatus([*texts, more], f'<D:sync-token>{now}</D:sync-token>')
 
     def free_busy_query(self, root):
-        """Tells when a resource has no room (RFC 4791, 7.10)."""
+        """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
         element = root.find(full_name('C:time-range'))
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
         begin, until = read_range(element)
-        place = self.acting.look.resource_row(self.folder.name)
         times = {'DTSTAMP': int(self.acting.clock()), 'DTSTART': begin, 'DTEND': until}
         lines = ['BEGIN:VFREEBUSY', *(f'{name}:{stamp_of(at)}' for name, at in times.items()),
-                 *busy_lines(place, self.folder.usual.vms, begin, until), 'END:VFREEBUSY']
-        text = f"{HEAD_OF_BUSY}{''.join(map(folded, lines))}END:VCALENDAR\r\n"
+                 *busy_lines(self.folder.place, begin, until), 'END:VFREEBUSY']
+        text = whole_calendar(''.join(map(folded, lines)))
         return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 
-#: Of an occurrence o: it is of no event of a user's calendars.
-NOT_MINE = ('NOT EXISTS (SELECT 1 FROM calendar_object c WHERE c.user = ? AND c.project = ? '
-            'AND c.reservation_id = o.reservation_id)')
 BUSY_NAME = Pattern(r'busy-(\d{1,15})\.ics')
-HEAD_OF_BUSY = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
 DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
                         'DAV': '1, 3, calendar-access'}
 
 
-def busy_lines(place, number: int, begin: int, until: int) -> list[str]:
-    """When a resource has no room for so many VMs, and when it is held in part."""
-    full = [*spans_between(free_windows(place, Amount(number), begin, until), begin, until)]
-    steps = run("SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
-                'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall()
-    held = sum(level(place.id, begin)[:3])
-    edges = [(begin, held), *steps, (until, 0)]
-    partly = [(at, after) for (at, much), (after, _) in itertools.pairwise(edges) if much > 0]
-    lines = [(first, last, 'BUSY') for first, last in full]
-    for first, last in joined_spans(partly):
-        lines += [(left, right, 'BUSY-TENTATIVE')
-                  for left, right in spans_between(full, first, last)]
-    return [f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
-            for first, last, kind in sorted(lines)]
-
-
-def spans_between(spans: Iterable[tuple], begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """What of a window is in none of some spans, which are in order."""
-    for first, last in spans:
-        if begin < min(first, until):
-            yield begin, int(min(first, until))
-        begin = max(begin, int(last))
-    if begin < until:
-        yield begin, until
-
-
-def joined_spans(spans: Iterable[tuple]) -> list[tuple[int, int]]:
-    """Spans in order, those made one that touch."""
-    found: list = []
-    for first, last in spans:
-        if found and found[-1][1] == first:
-            first = found.pop()[0]
-        found.append((first, last))
-    return found
+def busy_lines(place, begin: int, until: int) -> Iterator[str]:
+    """When a resource has no free capacity for what an event usually gets, and when it has less
+    than all.
+    """
+    usual = Amount(place.default_vms)
+    free = [(max(begin, int(first)), int(min(last, until)))
+            for first, last in free_windows(place, usual, begin, until)]
+    held = {begin: sum(level(place.id, begin)[:3])} | dict(run(
+        "SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
+        'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall())
+    begins, ends = ({each[side] for each in free} for side in (0, 1))
+    spans, fits, much = [], False, 0
+    for first, last in itertools.pairwise(sorted({*held, *begins, *ends, until})):
+        fits, much = first in begins or fits and first not in ends, held.get(first, much)
+        spans.append((first, last, 'BUSY-TENTATIVE' if fits and much else '' if fits else 'BUSY'))
+    for kind, some in itertools.groupby(spans, operator.itemgetter(2)):
+        (first, last, _), *more = some
+        if kind:
+            last = more[-1][1] if more else last
+            yield f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
 
 
 def condition(request) -> Callable:
@@ -20927,8 +21054,9 @@ def wanted_in(root, name: str = '') -> list[str] | None:
     if name and short_name(root.tag) != name:
         raise Invalid(f'the body should be a {name}')
     prop = root.find(full_name('D:prop'))
-    return [*dict.fromkeys(each.tag for each in prop)] if prop is not None else (
-        None if name else [])
+    if prop is None:
+        return None if name else []
+    return [*dict.fromkeys(each.tag for each in prop)]
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
@@ -20939,10 +21067,8 @@ def multistatus(parts: Iterable[str], more: str = ''):
 
 def dav_refusal(error: Error):
     """What says to a program why something is not done, and in words to its user."""
-    name = getattr(error, 'element', '')
-    inner = ''
-    if href := error.details.get('href'):
-        inner = f'<D:href>{xml_text(href)}</D:href>'
+    name, href = getattr(error, 'element', ''), error.details.get('href')
+    inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
     headers = headers_of(error)
     if error.status == 401:
@@ -20958,7 +21084,7 @@ class Programs:
     MOST = 10_000  # tokens that are remembered
 
     def __init__(self, service: Reservations):
-        self.service, self.known = service, {}
+        self.service, self.known, self.seen = service, {}, {}
 
     def answer(self, path: str = ''):
         import bottle
@@ -20970,7 +21096,7 @@ class Programs:
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer()
+                return Dav(acting, request, path).answer(self.seen)
         except Error as error:
             return dav_refusal(error)
 
@@ -20980,7 +21106,7 @@ class Programs:
 
     def who(self, request) -> Actor:
         """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request) or password_of(header(request, 'Authorization'))
+        secret = bearer(request)
         if not secret:
             raise Unauthorized('sign in with your name and, as password, a token of cmres')
         try:
@@ -21007,17 +21133,6 @@ class Programs:
 def may(actor: Actor) -> tuple[str, str]:
     """What a token must be good for, to look at calendars and to write to them."""
     return ('calendar_list', 'import_') if actor.resource is None else ('list', 'add')
-
-
-def password_of(text: str) -> str:
-    """The password of an Authorization header; '' without one."""
-    scheme, _, given = text.partition(' ')
-    if scheme.lower() != 'basic':
-        return ''
-    try:
-        return base64.b64decode(given.strip(), validate=True).decode().partition(':')[2]
-    except ValueError:
-        return ''
 
 
 #: How a person adds the calendars to a program.
@@ -21223,8 +21338,8 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
   color: var(--soft); min-width: 0 } .who h3, .who b { color: var(--text) }
 .who p { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 .who a { display: inline-block; padding: 4px 0 }
-.gauge { width: 110px; height: 5px; margin: 3px 0 2px }
-.plot { width: 100%; touch-action: pan-y; cursor: crosshair; user-select: none }
+.gauge { width: 110px; height: 5px; margin: 3px 0 2px } .week .gauge { width: 28px }
+.plot { width: 100%; touch-action: pan-x pan-y; cursor: crosshair; user-select: none }
 .plot text, .head text { font-size: 12px; fill: var(--soft) }
 .head .dom { font-size: 15px; font-weight: 600; fill: var(--text) }
 .head .today { fill: var(--accent) } .grid { stroke: var(--line) }
@@ -21292,7 +21407,6 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
   text-decoration: none; color: var(--soft); font-size: var(--t1) }
 .week b { font-size: var(--t3); color: var(--text) }
 .week a[aria-current] { background: var(--accent) } .week a[aria-current] * { color: var(--on) }
-.week svg { width: 28px; height: 5px }
 /* tables */
 .wrap { overflow-x: auto; position: relative }
 table { border-collapse: collapse; width: 100% }
@@ -21598,15 +21712,32 @@ const tell = bar => {
 };
 for (const svg of $$('svg.plot')) {
   const plot = new Plot(svg), writes = 'writes' in svg.dataset;
-  let from = null, move = null, dragged = false;
+  let from = null, move = null, dragged = false, press, tapped;
   svg.addEventListener('dragstart', event => event.preventDefault());
-  svg.addEventListener('pointerdown', event => {
+  svg.addEventListener('contextmenu', event => {
+    if (from !== null || move) event.preventDefault();
+  });
+  const begin = event => {
     const bar = event.target.closest('a');
-    dragged = false;
-    if (event.button || event.pointerType === 'touch' || !writes) return;
     if (!bar) from = plot.near(plot.at(event));
     else if (bar.dataset.a) move = new Move(plot, bar, event);
+  };
+  svg.addEventListener('pointerdown', event => {
+    dragged = false;
+    if (event.button || !writes) return;
+    tapped = event.pointerType === 'touch' && !event.target.closest('a');
+    if (event.pointerType !== 'touch') begin(event);
+    else press = setTimeout(() => {  /* a finger that moves before that scrolls the page */
+      begin(event);
+      if (from !== null) plot.show(from, from);
+      if (move) move.bar.classList.add('ghost');
+    }, 400);
   });
+  svg.addEventListener('touchmove', event => {
+    clearTimeout(press);
+    tapped = false;
+    if (from !== null || move) event.preventDefault();
+  }, {passive: false});
   svg.addEventListener('pointermove', event => {
     const here = plot.at(event);
     if (move && (dragged || Math.abs(here - move.from) >= plot.snap)) {
@@ -21622,12 +21753,18 @@ for (const svg of $$('svg.plot')) {
     svg.setPointerCapture(event.pointerId);
     plot.show(Math.min(from, plot.near(here)), Math.max(from, plot.near(here)));
   });
-  const stop = () => { if (move) move.end_(); from = move = null; plot.clear(); };
+  const stop = () => {
+    clearTimeout(press);
+    if (move) move.end_();
+    from = move = null;
+    plot.clear();
+  };
   svg.addEventListener('pointerup', event => {
     const here = plot.near(plot.at(event)), [one, moved] = [from, move];
+    clearTimeout(press);
     from = move = null;
     if (moved && dragged) return moved.drop();
-    if (one === null) return;
+    if (one === null && !tapped) return;
     if (!dragged) open(plot, Math.floor(plot.at(event) / 60) * 60, 0);
     else if (one !== here) open(plot, Math.min(one, here), Math.max(one, here));
     else plot.clear();
@@ -21721,10 +21858,18 @@ addEventListener('keydown', event => {
   if (event.key === 'Escape' && pop) hide(pop, tip);
   const typing = event.target.closest('input, textarea, select');
   if (!keys || !keys.checked || typing || event.ctrlKey || event.metaKey || event.altKey) return;
-  const way = $(`[data-key="${CSS.escape(event.key)}"]`);
-  if (!way) return;
+  const way = $(`[data-key="${CSS.escape(event.key)}"]`), step = {j: 1, k: -1}[event.key];
+  const row = document.activeElement.closest('tbody tr');
+  const pick = event.key === 'x' && row && $('.pick input', row);
+  if (!way && !step && !pick) return;
   event.preventDefault();
-  if (way.matches('input')) way.focus(); else way.click();
+  if (pick) pick.click();
+  else if (!step) way[way.matches('input') ? 'focus' : 'click']();
+  else {  /* from line to line of the tables: to the first link or box of each */
+    const lines = $$('tbody tr:not([hidden])').filter(each => $('a, input', each));
+    const next = lines[row ? lines.indexOf(row) + step : 0];
+    if (next) $('a, input', next).focus();
+  }
 });
 '''
 
@@ -21754,207 +21899,137 @@ DRAWINGS = {
     'book': f'<path d="M7 2v10M2 7h10" {STROKE}="2"/>',
     'admin': f'<path d="M1 4h6m4 0h2M1 10h2m4 0h6M9 2v4M5 8v4" {STROKE}="1.8"/>'}
 
+#: What is drawn on every page, and used from there.
+PATTERNS = (('hatch', 7, 'hatch', 'M1 0V7'), ('stripes', 9, 'lines', 'M2 0V9'))
+SPRITE = '<svg class="sprite" aria-hidden="true"><defs>' + ''.join(
+    f'<pattern id="{name}" width="{size}" height="{size}" patternUnits="userSpaceOnUse" '
+    f'patternTransform="rotate(45)"><path class="{look}" d="{path}"/></pattern>'
+    for name, size, look, path in PATTERNS) + '</defs>' + ''.join(
+    f'<symbol id="s-{name}" viewBox="0 0 14 14">{drawing}</symbol>'
+    for name, drawing in DRAWINGS.items()) + '</svg>'
+
+#: The text of all pages. `visit` is the request; `post` begins a form, which `</form>` ends; the
+#: other macros are those of MACROS.
 TEMPLATES = {'layout': '''<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}} · cmres</title>
-<link rel="stylesheet" href="/page.css?{{version}}"><script src="/page.js?{{version}}"
-defer></script>
-</head>
-<body data-zone="{{visit.zone.key}}">
-<svg class="sprite" aria-hidden="true"><defs>
-<pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse"
-patternTransform="rotate(45)"><path class="hatch" d="M1 0V7"/></pattern>
-<pattern id="stripes" width="9" height="9" patternUnits="userSpaceOnUse"
-patternTransform="rotate(45)"><path class="lines" d="M2 0V9"/></pattern></defs>
-% for name, drawing in drawings.items():
-<symbol id="s-{{name}}" viewBox="0 0 14 14">{{!drawing}}</symbol>
-% end
-</svg>
+<html lang="en"><head><meta charset="utf-8"><title>{{title}} · cmres</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="stylesheet" href="/page.css?{{version}}">
+<script src="/page.js?{{version}}" defer></script></head>
+<body data-zone="{{visit.zone.key}}">{{!sprite}}
 <a class="off skip" href="#main">Skip to content</a>
-<header class="top"><a class="brand" href="/"><svg aria-hidden="true"><use
-href="#s-plan"/></svg>cmres</a>
+<header class="top"><a class="brand" href="/">{{!sign('plan')}}cmres</a>
 % if visit.actor:
 % user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
 <a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
-{{!visit.sign(name.lower())}}{{name}}</a>
+{{!sign(name.lower())}}{{name}}</a>
 % end
 </nav>
-<div class="me"><a class="bell" href="/notices"
-aria-label="Notices, {{unread}} unread">{{!visit.sign('bell')}}
-% if unread:
-<b aria-hidden="true">{{unread}}</b>
-% end
-</a>
+<div class="me"><a class="bell" href="/notices" aria-label="Notices, {{unread}} unread">
+{{!sign('bell')}}{{!when('<b aria-hidden="true">{}</b>', unread)}}</a>
 <details><summary><span class="face" aria-hidden="true">{{user[:1].upper()}}</span><span
-class="soft small wide"><bdi>{{user}}</bdi> ·
-<bdi>{{project}}</bdi></span><span
-class="off">Account</span></summary><div class="menu card">
-<p class="small soft"><bdi>{{user}}</bdi> in <bdi>{{project}}</bdi>,
-{{visit.actor.role}}</p>
+class="soft small wide"><bdi>{{user}}</bdi> · <bdi>{{project}}</bdi></span><span
+class="off">Account</span></summary><div class="menu card"><p class="small soft">
+<bdi>{{user}}</bdi> in <bdi>{{project}}</bdi>, {{visit.actor.role}}</p>
 <a href="/tokens">Tokens</a> <a href="/docs">REST</a>
-<form method="post" action="/sign-out">{{!visit.guard}}<button>Sign out</button></form>
-</div></details></div>
+{{!post('/sign-out')}}<button>Sign out</button></form></div></details></div>
 % end
 </header>
 <main id="main" tabindex="-1">
-% if headed:
-<h1>{{title}}</h1>
-% end
+{{!when('<h1>{}</h1>', headed and title)}}
 {{!body}}
 % if note:
 <div class="toast" role="status"><span>{{note['words']}}</span>
 % if note.get('undo'):
-<form method="post" action="/do/{{note['undo'][0]}}">{{!visit.guard}}
-{{!hidden(note['undo'][1])}}
-<button>Undo <span class="left">10</span></button></form>
+{{!post(*note['undo'])}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
 % end
 </div>
 % end
 </main>
-<footer>
-<form method="post" action="/zone" class="line">{{!visit.guard}}<label class="line">Times are in
-the zone
+<footer>{{!post('/zone', {'next': back}, 'line')}}<label class="line">Times are in the zone
 <input name="zone" value="{{visit.zone.key}}" autocomplete="off"></label>
-<input type="hidden" name="next" value="{{back}}"><button class="tiny">Change</button></form>
+<button class="tiny">Change</button></form>
 % if visit.actor:
-<p class="gap"><label class="line"><input type="checkbox" id="keys" checked> Keys: P plan,
-R reservations, B book, T today, D W M a day, a week, a month, / the line or the filter</label></p>
+<details class="gap" id="help"><summary data-key="?">Keys</summary>
+<label class="line"><input type="checkbox" id="keys" checked> Single keys work</label>
+<p>P plan · R reservations · B book · T today · D W M a day, a week, a month · + − zoom ·
+/ the line or the filter · J K the next or previous line of a table · X select it · ? these
+keys · Escape closes what has opened</p></details>
 % end
-</footer>
-</body>
-</html>
+</footer></body></html>
 ''', 'sign in': '''
-<div class="card pad narrow stack">
-{{!alert(refusal)}}
+<div class="card pad narrow stack">{{!alert(refusal)}}
 <p>Sign in with the token that an admin gave you.</p>
-<form method="post" action="/sign-in" class="stack">
-<label><span>Token</span>
-<input name="token" type="password" autocomplete="current-password" required></label>
-<input type="hidden" name="next" value="{{back}}">
-<button class="main">Sign in</button>
-</form>
+{{!post('/sign-in', to, 'stack')}}
+{{!field('token', 'Token', kind='password', needed=True)}}
+<button class="main">Sign in</button></form>
 % if keystone:
-<p>Or with your account of OpenStack. Your password goes to Keystone and is kept nowhere.</p>
-<form method="post" action="/sign-in/keystone" id="keystone" class="fields">
-<label><span>User</span>
-<input name="user" autocomplete="username" required></label>
-<label><span>Password</span>
-<input name="password" type="password" autocomplete="current-password" required></label>
-<label><span>Project</span>
-<input name="project" required></label>
-<label><span>Domain</span>
-<input name="domain" value="Default" required></label>
-<input type="hidden" name="next" value="{{back}}">
-<div><button class="main">Sign in</button></div>
-</form>
+<p>Or with your OpenStack account. cmres sends your password to Keystone and stores it nowhere.</p>
+{{!post('/sign-in/keystone', to, 'fields', 'keystone')}}
+{{!field('user', 'User', needed=True)}}{{!field('password', 'Password', kind='password')}}
+{{!field('project', 'Project', needed=True)}}{{!field('domain', 'Domain', 'Default', needed=True)}}
+<div><button class="main">Sign in</button></div></form>
 % end
-% if oidc:
-<p><a class="btn" id="oidc" href="/sign-in/oidc/begin?{{query}}">Or sign in at {{oidc}}</a></p>
-% end
+{{!when('<p><a class="btn" id="oidc" href="{1}">Or sign in at {0}</a></p>', oidc, oidc_href)}}
 </div>
-''', 'onward': '''<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Signed in</title>
-<meta http-equiv="refresh" content="0;url={{href}}">
-<p><a href="{{href}}">You are signed in. Go on</a></p></html>
+''', 'onward': '''<!doctype html><html lang="en"><meta charset="utf-8"><title>Signed in</title>
+<meta http-equiv="refresh" content="0;url={{href}}"><p><a href="{{href}}">You are signed in.
+Continue</a></p></html>
 ''', 'docs': '''
-<p class="soft">All that programs can ask for, with a token in the header
+<p class="soft">All operations of the REST interface. Send a token in the header
 <code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
 <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
 <nav class="chips gap" aria-label="Kinds">
-% for tag in tags:
-<a class="chip" href="#{{tag}}">{{tag}}</a>
-% end
-<a class="chip" href="#kinds">kinds</a></nav>
+{{!many('<a class="chip" href="#{0}">{0}</a>', zip([*tags, 'kinds']))}}</nav>
 % for tag, (text, entries) in tags.items():
 <h2 class="gap" id="{{tag}}">{{tag.capitalize()}}</h2>
-<p class="soft">{{text[0].upper() + text[1:]}}.</p>
+<p class="soft">{{sentence(text)}}</p>
 % for verb, path, entry, arguments in sorted(entries, key=lambda each: 'deprecated' in each[2]):
 <details class="card pad gap"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
 {{'(old form)' if entry.get('deprecated') else ''}}
-<span class="soft">{{entry['summary']}}</span></summary>
-% if entry['description'].rstrip('.') != entry['summary']:
-<p>{{entry['description']}}</p>
-% end
-% if arguments:
-<div class="wrap"><table class="flat">
-<thead><tr><th>Argument</th><th>In</th><th>Kind</th><th>Meaning</th></tr></thead><tbody>
-% for name, place, needed, kind, meaning in arguments:
-<tr><td
-data-name="Argument"><span><code>{{name}}</code>{{' (needed)' if needed else ''}}</span></td>
-<td data-name="In">{{place}}</td><td data-name="Kind">{{kind}}</td>
-<td data-name="Meaning">{{meaning}}</td></tr>
-% end
-</tbody></table></div>
-% end
-<dl class="facts">
-% for status, answer in entry['responses'].items():
-<dt>{{status}}</dt><dd>{{answer.get('description') or refusals[int(status)]}}
-% for kind, content in answer.get('content', {}).items():
-<span class="soft">{{told(content['schema'])}} ({{kind}})</span>
-% end
-</dd>
-% end
-</dl></details>
+<span class="soft">{{entry['summary']}}</span></summary><p>{{entry['description']}}</p>
+{{!visit.table(f'Arguments of {verb} {path}', ['argument', 'in', 'kind', 'meaning'], arguments)}}
+{{!facts((status, answer_told(status, answer)) for status, answer in entry['responses'].items())}}
+</details>
 % end
 % end
 <h2 class="gap" id="kinds">Kinds</h2>
 % for name, kind in sorted(kinds.items()):
 <details class="card pad gap" id="kind-{{name}}"><summary><strong>{{name}}</strong>
 <span class="soft">{{kind.get('description', '')}}</span></summary>
-% if kind.get('properties'):
-<dl class="facts">
-% for field, schema in kind['properties'].items():
-<dt>{{field}}</dt><dd>{{told(schema)}}
-<span class="soft">{{schema.get('description', '')}}</span></dd>
-% end
-</dl>
-% else:
-<p>{{told(kind)}}</p>
-% end
+{{!facts((field, field_told(each)) for field, each in kind.get('properties', {'': kind}).items())}}
 </details>
 % end
 ''', 'secret': '''
-<div class="card pad stack" role="status"><p>{{words}}</p><p><code>{{secret}}</code>
-<button class="tiny" data-copy="{{secret}}">Copy</button></p>
-<p>It is shown only now: copy it. Nobody can show it again.</p></div>
+<div class="card pad stack" role="status"><p>{{words}}</p>
+<p><code>{{secret}}</code> {{!copy(secret)}}</p>
+<p>It is shown only now. Copy it: nobody can show it again.</p></div>
 <p><a href="{{back}}">Back</a></p>
 ''', 'refused': '''
-{{!alert(sentence)}}
-<p class="gap"><a href="{{back}}">Back</a></p>
+{{!alert(words)}}<p class="gap">{{!again}}</p><p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
 <div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
-{{f', the one of {which[:16].replace("T", " ")}' if which else ''}}? This can not be undone.</p>
-% for each in warnings:
-<p><strong>{{each}}.</strong></p>
-% end
-<form method="post" action="/do/{{operation}}" class="line">{{!visit.guard}}
-{{!hidden(fields)}}
-<input type="hidden" name="sure" value="yes"><button class="bad">Yes, {{words.lower()}}</button>
+{{f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
+{{!many('<p><strong>{}</strong></p>', zip(warnings))}}
+{{!post(f'/do/{operation}', fields | {'sure': 'yes'}, 'line')}}
+<button class="bad">Yes, {{words.lower()}}</button>
 <a class="btn" href="{{back}}">No</a></form></div>
 ''', 'line': '''
-<form class="ask" action="/book">{{!visit.sign('bolt')}}<label class="grow"><span class="off">Book
-in one line</span><input name="q" value="{{typed}}" data-key="/" autocomplete="off"
-placeholder="Try: {{example}}"></label><button
-class="main">{{'Read' if typed else 'Book'}}</button></form>
+<form class="ask" action="/book">{{!sign('bolt')}}<label class="grow"><span class="off">Book in one
+line</span><input name="q" value="{{typed}}" data-key="/" autocomplete="off"
+placeholder="Try: {{example}}"></label>
+<button class="main">{{'Read' if typed else 'Book'}}</button></form>
 ''', 'first day': '''
 <section class="hero"><h2>VMs, when you need them</h2>
 <p>Say how many and when. They start before your time begins and are deleted when you are done.</p>
-{{!line}}
-<div class="chips">
-% for each in examples:
-<a class="chip" href="/book?{{urlencode({'q': each})}}">{{each}}</a>
-% end
-</div></section>
+{{!line}}<div class="chips">
+{{!many('<a class="chip" href="/book?{}">{}</a>', examples)}}</div></section>
 % if visit.actor.role == 'admin':
 <section class="card pad" aria-label="Set up cmres"><h2>Set up cmres</h2><ul class="todo">
 % for done, words, href, go in steps:
-% state = 'ended' if done else 'reserved'
-<li><span class="state {{state}}">{{!visit.sign(state)}}<span
-class="off">{{'done' if done else 'to do'}}</span></span>
+<li><span class="state {{done}}">{{!sign(done)}}<span
+class="off">{{'done' if done == 'ended' else 'to do'}}</span></span>
 <span class="grow">{{words}}</span><a class="btn tiny" href="{{href}}">{{go}}</a></li>
 % end
 </ul></section>
@@ -21962,22 +22037,19 @@ class="off">{{'done' if done else 'to do'}}</span></span>
 ''', 'nothing': '''
 <section class="card pad stack narrow"><h2>Nothing can be booked yet</h2>
 % if visit.actor.role == 'admin':
-<p>First, add a resource: a cloud, or a part of it, and how much of it can be reserved.</p>
+<p>First, add a resource: a cloud, or a part of it, and how much of it people can reserve.</p>
 <a class="btn main" href="/admin/resources#resource_add">Add a resource</a>
 % else:
 <p>Ask your admin to add a resource.</p>
 % end
 </section>
 ''', 'plan': '''
-{{!first}}
-% if not first:
-{{!line}}
-% end
+{{!first or line}}
 % if cards:
 <section class="strip" aria-label="Yours now">
-% for kind, head, label, words, more, href in cards:
-<div class="card{{' warn' if head == 'Needs you' else ''}}"><div><h2><span
-class="state {{kind}}">{{!visit.sign(kind)}}</span>{{head}}</h2>
+% for head, state, label, words, more, href in cards:
+<div class="card{{mark('warn', head == 'Needs you')}}"><div><h2><span
+class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 <p><b>{{label}}</b> · {{words}}</p><p class="soft small">{{more}}</p></div>
 <a class="btn" href="{{href}}">Open<span class="off"> {{label}}</span></a></div>
 % end
@@ -21985,234 +22057,150 @@ class="state {{kind}}">{{!visit.sign(kind)}}</span>{{head}}</h2>
 % end
 <div class="bar-top"><a class="btn sq" href="{{way(at=before)}}" aria-label="Earlier">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
-<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a>
-<h1>{{span}}</h1>
-<div class="chips"><a class="chip" href="{{way(at=at, mine='')}}"
-{{!mark('aria-current="true"', not mine)}}>Everyone’s</a>
-<a class="chip" href="{{way(at=at, mine='1')}}"
-{{!mark('aria-current="true"', mine)}}>Only mine</a></div>
-<div class="seg" role="group" aria-label="How much is shown">
+<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a><h1>{{span}}</h1>
+<div class="chips">{{!chip(way(at=at, mine=''), 'Everyone’s', not mine)}}
+{{!chip(way(at=at, mine='1'), 'Only mine', mine)}}</div>
+<div class="seg" role="group" aria-label="Time span">
 % for each in ('day', 'week', 'month'):
 <a href="{{way(view=each, at=at)}}" data-key="{{each[0]}}"
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
-</div>
-<span class="line wide">
-% if zooms[0]:
-<a class="btn sq" id="zoom-out" href="{{way(view=zooms[0], at=middle)}}" aria-label="Zoom out">−</a>
-% end
-% if zooms[1]:
-<a class="btn sq" id="zoom-in" href="{{way(view=zooms[1], at=middle)}}" aria-label="Zoom in">+</a>
+</div><span class="line wide">
+% for id, words, drawn, key, to in zooms:
+<a class="btn sq" id="{{id}}" data-key="{{key}}" href="{{way(view=to, at=middle)}}"
+aria-label="{{words}}">{{drawn}}</a>
 % end
 </span></div>
 <nav class="week card" aria-label="Days">
-% for day in strip:
+% for day in days if view == 'week' else ():
 <a href="{{way(view='day', at=day.at)}}"{{!mark('aria-current="date"', day.today)}}>
-<span>{{day.name[:3]}}</span><b>{{day.number}}</b><svg aria-hidden="true"><rect
-class="h1" width="28" height="4" rx="2"/><rect class="h4" width="{{round(28 * day.share)}}"
-height="4" rx="2"/></svg></a>
+<span>{{day.name[:3]}}</span><b>{{day.number}}</b>{{!gauge(day.share)}}</a>
 % end
 </nav>
 <section class="plan card" aria-label="Plan" tabindex="0"><div class="board">
 <div class="head"><div class="corner">{{corner}}</div>
 <svg width="100%" height="46" role="group" aria-label="Days and hours"><defs><g id="ground">
-% for kind, x, width in grounds:
-<rect class="{{kind}}" x="{{x}}%" width="{{width}}%" height="100%"/>
-% end
-% for each in cells[1:]:
-<line class="grid" x1="{{each.x}}%" x2="{{each.x}}%" y2="100%"/>
-% end
-</g></defs>
-% for each in cells:
-<a href="{{way(view=each.view, at=each.at)}}" aria-label="{{each.name}} {{each.number}}"><rect
-x="{{each.x}}%" width="{{each.width}}%" height="46" fill="transparent"/><svg x="{{each.x}}%"
-width="{{each.width}}%" height="46" aria-hidden="true"><text class="{{each.today}}" x="{{each.dx}}"
-y="17">{{each.name}}</text><text class="dom {{each.today}}" x="{{each.dx}}"
-y="37">{{each.number}}</text></svg></a>
+{{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
+{{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
+% for day in days:
+<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}"><rect
+x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
+width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
+y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
+y="37">{{day.number}}</text></svg></a>
 % end
 % if now is not None and view != 'month':
 <svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
-width="38" height="16" rx="8"/><text class="now-t" x="0" y="41"
+width="38" height="16" rx="8"/><text class="now-t" y="41"
 text-anchor="middle">{{clock}}</text></svg>
 % end
 </svg></div>
-% for name, places in groups:
-<h2 class="cloud">{{name}} · {{counted(len(places), 'resource')}}</h2>
-% for place in places:
-<div class="res"><div class="who"><h3><bdi>{{place.name}}</bdi></h3><p>{{place.holds}}</p>
-<p><b>{{place.now}}</b> {{place.unit}} now</p>
-<svg class="gauge" aria-hidden="true"><rect class="h0" width="100%" height="5" rx="2.5"/><rect
-class="h4" width="{{round(100 * place.share)}}%" height="5" rx="2.5"/></svg>
-% if visit.writes:
-<a href="/book?resource={{place.name}}">Book<span class="off"> on {{place.name}}</span></a>
-% end
-</div>
-<svg class="plot" height="{{place.height}}" role="group"
-aria-label="{{place.name}}: {{place.summary}}"
-data-resource="{{place.name}}" data-first="{{first_minute}}" data-length="{{length}}"
-data-thin="{{thin}}" data-snap="{{snap}}" data-caps="{{place.caps}}" data-steps="{{place.steps}}"
-data-shut="{{place.shut}}"{{' data-writes' if visit.writes else ''}}>
-<use href="#ground" height="100%"/><g class="use">
-% for x, width, y, height, level in place.used:
-<rect class="h{{level}}" x="{{x}}%" width="{{width}}%" y="{{y}}" height="{{height}}"/>
-% end
-% if place.limited and view != 'month':
-<line class="cap" x1="0" x2="100%" y1="18.5" y2="18.5"/>
-% end
-% for x, words, kind in place.figures:
-<text class="{{kind}}" x="{{x}}%" dx="4" y="{{13 if view != 'month' else 26}}">{{words}}</text>
-% end
-</g>
-% for x, width, words in place.closed:
-<rect class="shut" x="{{x}}%" width="{{width}}%"
-height="{{place.height}}"><title>{{words}}</title></rect>
-% if view != 'month':
-<text class="shut-t" x="{{x}}%" dx="4" y="13">{{words}}</text>
-% end
-% end
-% if now is not None:
-<rect class="past" width="{{now}}%" height="{{place.height}}"/>
-<line class="now" x1="{{now}}%" x2="{{now}}%" y2="{{place.height}}"/>
-% end
-% if place.hint:
-<rect class="hint" x="{{place.hint}}%" width="9%" y="56" height="40" rx="6"/><text class="hint-t"
-x="{{place.hint + 10}}%" y="80">Drag here to book a time</text>
-% end
-% for bar in place.bars:
-<a class="b {{bar.kind}}" href="{{bar.href}}" aria-label="{{bar.words}}"{{!bar.data}}><rect
-x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="{{bar.round}}"/>
-% if bar.sign == 'starting':
-<rect class="x" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="4"/>
-% end
-% if bar.inside:
-<svg class="sign" aria-hidden="true" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%"
-height="20">
-% if bar.sign:
-<use href="#s-{{bar.sign}}" x="4" y="4" width="12" height="12"/>
-% end
-<text x="{{20 if bar.sign else 6}}" y="14.5">{{bar.inside}}</text></svg>
-% end
-% if bar.beside:
-<svg class="sign" aria-hidden="true" x="{{bar.beside_x}}%" y="{{bar.y}}"
-width="{{bar.beside_width}}%"
-height="20"><text class="out" x="4" y="14.5">{{bar.beside}}</text></svg>
-% end
-</a>
-% end
-% for x, words, href in place.more:
-<a class="more" href="{{href}}"><text x="{{x}}%" dx="4"
-y="{{place.height - 8}}">{{words}}</text></a>
-% end
-<rect class="drag" x="0" y="0" width="0" height="{{place.height}}"/>
-</svg></div>
+% for name, those in groups:
+<h2 class="cloud">{{name}} · {{counted(len(those), 'resource')}}</h2>
+% for row in those:
+<div class="res"><div class="who"><h3><bdi>{{row.name}}</bdi></h3><p>{{row.holds}}</p>
+<p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
+% name = visit.writes and row.name
+{{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
+{{!visit.render('row', row=row, view=view, now=now, data=data)}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
-<form id="move" method="post" action="/do/update" hidden>{{!visit.guard}}
-{{!hidden(dict.fromkeys(moved, '') | {'next': way(at=at)})}}</form>
+{{!post('/do/update', dict.fromkeys(moved, '') | {'next': way(at=at)}, 'off', 'move')}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
 % for day, lines in agenda:
 <h2>{{day}}</h2><div class="card">
 % for href, start, end, state, label, words in lines:
 <a href="{{href}}"><span>{{start}}<small>{{end}}</small></span><span
-class="state {{state}}">{{!visit.sign(state)}}<span class="off">{{state}}</span></span>
+class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span>
 <span><b>{{label}}</b><small>{{words}}</small></span></a>
 % end
 </div>
 % end
-% if not agenda:
-<p class="soft gap">You have no reservation in these days.</p>
-% end
-</section>
-% if legend:
+{{!'' if agenda else '<p class="soft gap">You have no reservation in these days.</p>'}}</section>
 <ul class="legend">
-% for each in legend:
-<li><svg class="sw b {{each}}" aria-hidden="true"><rect x="1" y="1" width="24" height="14" rx="3"/>
-% if each != 'other':
-<use href="#s-{{each}}" x="7" y="2" width="12" height="12"/>
-% end
-</svg>{{'other people’s' if each == 'other' else each}}</li>
+% for state, words in legend:
+<li><svg class="sw b {{state}}" aria-hidden="true"><rect x="1" y="1" width="24" height="14" rx="3"/>
+<use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
-% for n in range(5):
-<rect class="h{{n + 1}}" x="{{18 * n}}" y="{{8 - 2 * n}}" width="18" height="{{4 + 2 * n}}"/>
+{{!many('<rect class="h{}" x="{}" y="{}" width="18" height="{}"/>', ramp)}}</svg>full</li></ul>
+<p class="small">{{!many('<a href="{}">{}</a> ', others)}}{{!left_out}}</p>
+''', 'row': '''
+<svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
+data-resource="{{row.name}}" {{!data}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
+data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
+{{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
+{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and view != 'month')}}
+{{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
+% for x, width, words in row.closed:
+<rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
+</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if view != 'month' else ''}}</text>
 % end
-</svg>full</li></ul>
+% if now is not None:
+<rect class="past" width="{{now}}%" height="{{row.height}}"/>
+<line class="now" x1="{{now}}%" x2="{{now}}%" y2="{{row.height}}"/>
 % end
-<p class="small">
-% if page:
-<a href="{{way(at=at, page=page - 1)}}">Resources before</a>
+% if row.hint:
+<rect class="hint" x="{{row.hint}}%" width="9%" y="56" height="40" rx="6"/><text class="hint-t"
+x="{{row.hint + 10}}%" y="80">Drag here to book a time</text>
 % end
-% if next_places:
-<a href="{{way(at=at, page=next_places)}}">More resources</a>
+% for bar in row.bars:
+<a class="b {{bar.kind}}" href="{{bar.href}}" aria-label="{{bar.words}}"{{!bar.data}}><rect
+x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="{{bar.round}}"/>
+% if bar.sign == 'starting':
+<rect class="x" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%" height="20" rx="4"/>
 % end
-</p>
-% if left_out:
-<p class="soft small">Only the first {{bars}} reservations are drawn. <a href="/list">The list</a>
-has
-them all.</p>
+% if bar.sign or bar.inside:
+<svg class="sign" aria-hidden="true" x="{{bar.x}}%" y="{{bar.y}}" width="{{bar.width}}%"
+height="20">{{!when('<use href="#s-{}" x="4" y="4" width="12" height="12"/>', bar.sign)}}<text
+x="{{20 if bar.sign else 6}}" y="14.5">{{bar.inside}}</text></svg>
 % end
+% if bar.beside:
+<svg class="sign" aria-hidden="true" x="{{bar.beside_x}}%" y="{{bar.y}}"
+width="{{bar.beside_width}}%" height="20"><text class="out" x="4"
+y="14.5">{{bar.beside}}</text></svg>
+% end
+</a>
+% end
+{{!many('<a class="more" href="{}"><text x="{}%" dx="4" y="{}">{}</text></a>', row.more)}}
+<rect class="drag" width="0" height="{{row.height}}"/></svg>
 ''', 'list': '''
-% if over is not None:
 <div class="line between"><div class="chips" role="group" aria-label="State">
-<a class="chip" href="/list"{{!mark('aria-current="true"', not (over or state))}}>now and
-to come</a>
+{{!chip('/list', 'current and future', not (over or state))}}
 % for each in states:
-<a class="chip" href="/list?state={{each}}"{{!mark('aria-current="true"', each == state)}}>
-{{!visit.state(each)}}</a>
+{{!chip(f'/list?state={each}', each, each == state, each)}}
 % end
-<a class="chip" href="/list?over=1"{{!mark('aria-current="true"', over)}}>finished</a></div>
-% if visit.writes:
-<a class="btn main" href="/book">Book</a>
-% end
-</div>
-% end
+{{!chip('/list?over=1', 'finished', over)}}</div>
+{{!when('<a class="btn main" href="/book">Book</a>', visit.writes)}}</div>
 {{!table}}
-% if after:
-<p class="gap"><a
-href="/list?{{more}}after={{after}}">{{'Earlier' if over else 'Later'}} ones</a></p>
-% end
+% words = 'Earlier' if over else 'Later'
+{{!when('<p class="gap"><a href="/list?{}">{} ones</a></p>', onward, words)}}
 ''', 'table': '''
-% if lines:
 % if len(lines) > 5:
 <p class="gap noprint"><label class="find"><span class="off">Filter {{name}}</span><input
-data-find="{{id}}" data-key="/"
-placeholder="Filter" autocomplete="off"></label></p>
+data-find="{{id}}" data-key="/" placeholder="Filter" autocomplete="off"></label></p>
 % end
 <div class="card gap wrap" tabindex="0" role="region" aria-label="{{name}}"><table
-class="flat{{' picks' if picks else ''}}"
-id="{{id}}"><thead><tr>
-% if picks:
-<th class="pick"><input type="checkbox" aria-label="Select all"></th>
-% end
+class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
+{{!when('<th class="pick"><input type="checkbox" aria-label="Select all"></th>', picks)}}
 % for key, head, href, order in heads:
-<th scope="col"{{!f' aria-sort="{order}"' if order else ''}}>
-% if href:
-<a href="{{href}}">{{head}}{{{'ascending': ' ↑', 'descending': ' ↓'}.get(order, '')}}</a>
-% else:
-{{head}}
-% end
-</th>
+<th scope="col"{{!mark(f'aria-sort="{order}"', order)}}>
+{{!f'<a href="{in_html(href)}">{in_html(head)}</a>' if href else in_html(head)}}</th>
 % end
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-% if picks:
-<td class="pick"><input type="checkbox" name="{{picks}}{{pick}}" value="yes"
-aria-label="Select {{pick}}"></td>
-% end
-% for (key, head, _, _), cell in zip(heads, cells):
-<td data-name="{{key}}">{{!cell}}</td>
+{{!when(PICK, picks, pick)}}
+% for head, cell in zip(heads, cells):
+<td data-name="{{head[0]}}">{{!cell}}</td>
 % end
 </tr>
 % end
 </tbody></table></div>
-% else:
-<p class="card pad gap soft">{{empty}}</p>
-% end
 ''', 'field': '''
 <label class="{{'all' if kind == 'area' else ''}}"><span>{{words}}</span>
 % if choices:
@@ -22224,56 +22212,34 @@ aria-label="Select {{pick}}"></td>
 % elif kind == 'area':
 <textarea name="{{name}}" rows="2" placeholder="{{hint}}">{{value}}</textarea>
 % else:
-<input name="{{name}}" value="{{value}}" placeholder="{{hint}}" autocomplete="off"{{!extra}}>
+<input name="{{name}}" value="{{value}}" placeholder="{{hint}}"{{!ATTRIBUTES[kind]}}
+{{!mark('required', needed)}}>
 % end
-</label>
-% if was is not None:
-<input type="hidden" name="was_{{name}}" value="{{was}}">
-% end
+{{!when('<small class="soft">{}</small>', help)}}</label>
+{{!'' if was is None else hidden({f'was_{name}': was})}}
 ''', 'verdict': '''
-% signs = {'ok': 'ended', 'some': 'degraded', 'no': 'failed'}
-% looks = {'ok': 'active', 'some': 'degraded', 'no': 'failed'}
-% if not kind:
-<p class="soft">{{head}}</p>
+% if not verdict.kind:
+<p class="soft">{{verdict.head}}</p>
 % else:
-<div class="stack{{mark('refused', kind == 'no')}}"{{!mark(TO_ALERT, focus)}}>
-<h2><span class="state {{looks[kind]}}">{{!visit.sign(signs[kind])}}</span>{{head}}</h2>
-% for each in words:
-<p>{{each}}</p>
+% sign_of, look = LOOKS[verdict.kind]
+<div class="stack{{mark('refused', verdict.kind == 'no')}}"{{!mark(TO_ALERT, verdict.focus)}}>
+<h2><span class="state {{look}}">{{!sign(sign_of)}}</span>{{verdict.head}}</h2>
+{{!many('<p>{}</p>', zip(verdict.words))}}
+{{!facts((name, in_html(value)) for name, value in verdict.facts)}}
+{{!when('<p>What fits:</p>', verdict.offers)}}<div class="chips offers">
+{{!many('<a class="btn tiny" href="{}">{}</a>', verdict.offers)}}</div></div>
 % end
-% if facts:
-<dl class="facts">
-% for name, value in facts:
-<dt>{{name}}</dt><dd>{{value}}</dd>
-% end
-</dl>
-% end
-% if offers:
-<p>What fits:</p><div class="chips offers">
-% for href, shown in offers:
-<a class="btn tiny" href="{{href}}">{{shown}}</a>
-% end
-</div>
-% end
-</div>
-% end
-% if months:
+% if verdict.months:
 <div class="months gap" tabindex="0" role="region" aria-label="Dates">
-% for name, weeks in months:
+% for name, weeks in verdict.months:
 <table class="cal"><caption>{{name}}</caption><thead><tr>
-% for each in days:
-<th scope="col" abbr="{{each}}">{{each[0]}}</th>
-% end
-</tr></thead><tbody>
+{{!many('<th scope="col" abbr="{}">{}</th>', DAYS)}}</tr></thead><tbody>
 % for week in weeks:
 <tr>
 % for day, outcome in week:
-% if outcome:
-% look, sign, said = outcomes[outcome]
-<td><span class="{{look}}">{{day}}{{!visit.sign(sign)}}<b class="off">{{said}}</b></span></td>
-% else:
-<td>{{day or ''}}</td>
-% end
+% look, drawing, said = OUTCOMES.get(outcome, ('', '', ''))
+% cell = f'<span class="{look}">{day}{sign(drawing)}<b class="off">{said}</b></span>'
+<td>{{!cell if said else day or ''}}</td>
 % end
 </tr>
 % end
@@ -22281,209 +22247,122 @@ aria-label="Select {{pick}}"></td>
 % end
 </div>
 % end
-% if go:
-<p class="line go gap"><button
-class="main"{{!mark('name="fitting" value="yes"', kind == 'some' and months)}}>{{go}}</button>
-% if waits:
-<button name="wait" value="true">{{waits}}</button>
-% end
-% if whole:
-<button name="check" value="yes" formnovalidate>Check again</button>
-% end
-<span class="small soft">Nothing is booked yet.</span></p>
+% if verdict.go:
+% fitting = mark('name="fitting" value="yes"', verdict.kind == 'some' and verdict.months)
+<p class="line go gap"><button class="main"{{!fitting}}>{{verdict.go}}</button>
+{{!when('<button name="wait" value="true">{}</button>', verdict.waits)}}
+{{!when('<button name="check" value="yes" formnovalidate>Check again</button>', whole)}}
+<span class="small soft">{{'' if verdict.go == 'Change' else 'Nothing is booked yet.'}}</span></p>
 % end
 ''', 'starts': '''
 <div class="pickers" role="radiogroup" aria-label="What starts">
 % for each, shown, small in choices:
 <label class="opt"><input type="radio" name="what"
-value="{{each}}"{{!mark('checked', each == said['what'])}}><span><b>{{shown}}</b>
+value="{{each}}"{{!mark('checked', each == what)}}><span><b>{{shown}}</b>
 <small>{{small}}</small></span></label>
 % end
-</div>
-<div class="fields gap">
-{{!fields}}
-</div>
-% if why:
-<p class="soft small">Type the names of image and flavor: {{why}}.</p>
-% end
+</div><div class="fields gap">{{!fields}}</div>
+{{!when('<p class="soft small">Type the names of image and flavor: {}.</p>', why)}}
 ''', 'book': '''
-% if line:
 {{!line}}
 % if chips:
 <ul class="said" aria-label="Understood as">
-% for name, value in chips:
-<li class="{{mark('no', name.startswith('not '))}}"><small>{{name}}</small>{{value}}</li>
+{{!many('<li class="{}"><small>{}</small>{}</li>', chips)}}</ul>
 % end
-</ul>
-% end
-% end
-<form method="post" action="{{action}}" data-check="{{check}}"
-class="cols gap booking whole">{{!visit.guard}}
-<div class="card pad">
+{{!post(action, {}, 'cols gap booking whole', check=check)}}<div class="card pad">
 % for name, content in groups:
 <fieldset><legend>{{name}}</legend>{{!content}}</fieldset>
 % end
-<details><summary>More options</summary><div class="fields gap">
-{{!more}}
-</div></details>
+<details><summary>More options</summary><div class="fields gap">{{!more}}</div></details>
 <datalist id="rules">
-% for each in usual_rules:
-<option value="{{each}}"></option>
-% end
-</datalist></div>
+{{!many('<option value="{}"></option>', zip(usual_rules))}}</datalist></div>
 <div class="card pad"><div id="verdict" class="verdict" role="status"
-aria-live="polite">{{!verdict}}</div></div>
-</form>
+aria-live="polite">{{!verdict}}</div></div></form>
 % if line:
 <section class="card pad gap" aria-labelledby="find"><h2 id="find">Find a time</h2>
-<form class="ask gap" action="/book"><label class="grow"><span class="off">What is needed, for how
-long, and before
-when</span><input name="find" value="{{finds}}" placeholder="4 vms for 12h before monday, anywhere"
-autocomplete="off"></label><button class="main">Find</button></form>
-% for href, words, small, go in found:
+<form class="ask gap" action="/book"><label class="grow"><span class="off">What you need, for how
+long, and before when</span><input name="find" value="{{finds}}" autocomplete="off"
+placeholder="4 vms for 12h before monday, anywhere"></label>
+<button class="main">Find</button></form>
+% for href, words, small in found:
 <div class="offer"><div><b>{{words}}</b><p class="small soft">{{small}}</p></div><a class="btn tiny"
-href="{{href}}">{{go}}<span class="off"> {{words}}</span></a></div>
+href="{{href}}">Use<span class="off"> {{words}}</span></a></div>
 % end
-% if finds and not found:
-<p class="gap">Nothing is free for that long. Try fewer VMs, a shorter time or a later date.</p>
-% end
-</section>
+{{!when('<p class="gap">{}</p>', finds and not found and NOTHING_FREE)}}</section>
 % end
 ''', 'small': '''
-<form method="post" action="/book" data-check="/book/check" class="stack booking">{{!visit.guard}}
-<p class="line between"><b>{{when}}</b><button type="button" class="close tiny">Close</button></p>
-{{!hidden({name: said[name] for name in ('resource', 'start', 'end')})}}
-<div class="fields">{{!fields}}</div>
-{{!starts}}
+{{!post('/book', times, 'stack booking', check='/book/check')}}<p class="line between">
+<b>{{when}}</b><button type="button" class="close tiny">Close</button></p>
+<div class="fields">{{!fields}}</div>{{!starts}}
 <div class="verdict" role="status">{{!verdict}}</div>
-<a href="/book?{{query}}">More options</a></form>
+<a href="/book?{{urlencode(times)}}">More options</a></form>
 ''', 'reservation': '''
 <p class="line between gap"><a href="/list">Reservations</a>
-% if visit.writes and change:
-<span class="line"><a class="btn" href="{{change}}">Change</a> </span>
-% end
-</p>
+{{!when('<a class="btn" href="{}">Change</a>', change)}}</p>
 <p id="told" class="off" role="status"></p>
-<div id="live" data-href="{{href}}/live{{query}}" data-tag="{{tag}}">{{!live}}</div>
+<div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
 {{!share}}
 ''', 'share': '''
 <section class="card pad stack gap" id="share"><h2>Share</h2>
-<form method="post" action="/r/{{found['label']}}/share" class="stack">{{!visit.guard}}<input
-type="hidden"
-name="project" value="{{found['project']}}">
+{{!post(f"/r/{found['label']}/share", {'project': found['project']}, 'stack')}}
 % if link:
-<p class="line"><code>{{link}}</code><button type="button" class="tiny"
-data-copy="{{link}}">Copy</button>
-<a href="{{link}}">Open</a></p>
+<p class="line"><code>{{link}}</code>{{!copy(link)}} <a href="{{link}}">Open</a></p>
 <p class="soft small">Everybody with this link can see the state, the times and how to log in, and
-nothing
-else of cmres.</p>
-<label><span>Who sits where, one name a line</span><textarea name="seats"
-rows="3">{{seats}}</textarea></label>
+nothing else of cmres.</p>
+{{!field('seats', 'Who sits where, one name a line', seats, kind='area')}}
 <p class="line"><button name="do" value="seats">Save the seats</button>
 <button class="bad" name="do" value="revoke">Revoke the link</button></p>
 % else:
-<p class="soft">Give {{'a student' if n == 1 else 'your students'}} a page with {{counted(n, 'VM')}}
-and a line to log in to each.</p>
+<p class="soft">Give {{'a student' if found['vms'] == 1 else 'your students'}} a page with
+{{counted(found['vms'], 'VM')}} and a line to log in to each.</p>
 <button name="do" value="make">Make a link</button>
 % end
 </form></section>
 ''', 'shared': '''
 <p id="told" class="off" role="status"></p>
 % if drawn:
-<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{drawn[0] + 2}} {{drawn[0] + 2}}"
-role="img"
+% size = drawn[0] + 2
+<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{size}} {{size}}" role="img"
 aria-label="QR code of the address of this page"><path d="{{drawn[1]}}"/></svg></figure>
 % end
-<p class="line noprint"><button class="main" data-copy="">Copy all lines</button><button
-data-print>Print</button></p>
-<div id="live" data-href="{{href}}/live" data-tag="{{tag}}">{{!live}}</div>
+<p class="line noprint"><button class="main" data-copy="">Copy all lines</button>
+<button data-print>Print</button></p>
+<div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
 ''', 'seats': '''
-<p class="line gap">{{!visit.state(found['state'])}}<span>{{when}} ({{visit.zone.key}})</span></p>
-% if found['description']:
+<p class="line gap">{{!state(found['state'])}}<span>{{when}} ({{visit.zone.key}})</span></p>
 <p>{{found['description']}}</p>
-% end
 <p class="gap"><b>Find your seat, copy its line, and paste it into a terminal.</b>
 <span class="soft">Save your work before the end: the VMs are {{ends}} then.</span></p>
 <div class="seats gap">
-% for n, name, who, state, lines in lines:
+% for n, name, who, state_word, lines in seats:
 <div class="seat card"><b>{{n}}</b><span><b><bdi>{{who or name}}</bdi></b>
-<span class="soft small">{{state}}</span><br>
-% for line in lines:
-<code data-line>{{line}}</code>
-% end
-</span>
-% if lines:
-<button class="tiny" data-copy="{{lines[0]}}" aria-label="Copy the line of seat {{n}}">Copy</button>
+<span class="soft small">{{state_word}}</span><br>
+{{!many('<code data-line>{}</code>', zip(lines))}}</span>
+{{!copy(lines[0], f'Copy the line of seat {n}') if lines else ''}}</div>
 % end
 </div>
-% end
-</div>
-% if not lines:
+% if not seats:
 <p class="soft gap">The VMs have not started yet. This page shows them as soon as they are
 there.</p>
 % end
 ''', 'live': '''
-<p class="line gap">{{!visit.state(found['state'])}}
-% if ready:
-<span class="soft">{{ready}}</span>
-% end
-% if found['fault']:
-<span class="small">{{found['fault']}}</span>
-% end
-</p>
+<p class="line gap">{{!state(found['state'])}}<span class="soft">{{ready}}</span>
+<span class="small">{{found['fault']}}</span></p>
 <p>{{starts}}</p>
 % if track:
 <svg class="track" role="img" aria-label="{{track[0]}}"><rect class="run" x="2%" width="96%" y="26"
-height="24"
-rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
-% for x, anchor, y, words in track[2]:
-<text x="{{x}}%" y="{{y}}" text-anchor="{{anchor}}">{{words}}</text>
+height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
+{{!many('<text x="{}%" text-anchor="{}" y="{}">{}</text>', track[2])}}</svg>
 % end
-</svg>
-% end
-% if deeds:
-<p class="line gap">
-% for each in deeds:
-{{!each}}
-% end
-</p>
-% end
+<p class="line gap">{{!acts}}</p>
 <div class="cols gap"><div class="stack">
-% if found['servers']:
+% if vms:
 <section><div class="line between"><h2>VMs</h2>
-% if any(each['addresses'] for each in found['servers']):
-<button class="tiny" data-copy="">Copy all lines</button>
+<button class="tiny" data-copy="">Copy all lines</button></div>
+{{!visit.table('VMs', ['name', 'state', 'log_in', 'ready'], vms)}}</section>
 % end
-</div><div class="card wrap" tabindex="0" role="region" aria-label="VMs"><table class="flat">
-<thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Log in</th><th
-scope="col">Ready</th></tr></thead><tbody>
-% for each in found['servers']:
-<tr><td data-name="">{{each['name']}}</td><td data-name="">{{each['state']}}
-% if each['fault']:
-<span class="small">{{each['fault']}}</span>
-% end
-</td><td data-name="">
-% for line in logins(each):
-<span class="line"><code data-line>{{line}}</code><button class="tiny" data-copy="{{line}}"
-aria-label="Copy {{line}}">Copy</button></span>
-% end
-</td><td data-name="ready">{{late(each)}}</td></tr>
-% end
-</tbody></table></div></section>
-% end
-% if occurrences:
-<section><h2>Occurrences</h2>{{!occurrences}}
-% if len(found['occurrences']) > 60:
-<p class="soft">and {{len(found['occurrences']) - 60}} more</p>
-% end
-</section>
-% end
-</div><div class="stack"><section class="card pad"><h2>Facts</h2><dl class="facts gap">
-% for name, value in facts:
-<dt>{{name}}</dt><dd>{{!value}}</dd>
-% end
-</dl></section>
+{{!occurrences}}</div>
+<div class="stack"><section class="card pad"><h2>Facts</h2>{{!facts}}</section>
 <section class="card pad"><h2>What happened</h2><ul class="log">
 % for each in events:
 <li>{{!visit.at(each['at'])}}<span><bdi>{{each['sentence'] or each['code']}}</bdi></span></li>
@@ -22492,14 +22371,11 @@ aria-label="Copy {{line}}">Copy</button></span>
 ''', 'admin': '''
 <nav class="seg" aria-label="Admin">
 % for path, name, number in tabs:
-<a href="/admin{{path}}"{{!mark('aria-current="page"', path == here)}}>{{name}} {{number or ''}}</a>
+<a href="{{path}}"{{!mark('aria-current="page"', path == here)}}>{{name}} {{number or ''}}</a>
 % end
-</nav>
-{{!body}}
+</nav>{{!body}}
 ''', 'decide': '''
-<section class="gap"><h2>{{title}}</h2>
-<form method="post" action="/admin/decide">{{!visit.guard}}
-{{!alert(refusal)}}
+<section class="gap"><h2>Waiting for your approval</h2>{{!post('/admin/decide')}}{{!alert(refusal)}}
 {{!table}}
 % if some:
 <div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
@@ -22510,279 +22386,149 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 % end
 </form></section>
 ''', 'form': '''
-<details class="card pad gap"
-id="{{operation}}"{{' open' if opened else ''}}><summary>{{title}}</summary>
-<form method="post" action="/do/{{operation}}" class="stack gap">{{!visit.guard}}<input
-type="hidden" name="next"
-value="{{back}}">
-<input type="hidden" name="once" value="{{once}}">
-{{!alert(refusal)}}
-<div class="fields">
-% for name, words, required, choices, value, was in fields:
-<label><span>{{HEADS.get(name) or name.replace('_', ' ').capitalize()}}</span>
-% if choices:
-<select name="{{name}}">
-% for each in choices:
-<option{{!mark('selected', each == value)}}>{{each}}</option>
-% end
-</select>
-% else:
-<input name="{{name}}" value="{{value}}" autocomplete="off"{{!mark('required', required)}}>
-% end
-<small class="soft">{{words}}</small></label>
-% if was is not None:
-<input type="hidden" name="was_{{name}}" value="{{was}}">
-% end
-% end
-</div><p class="line"><button class="main">{{title}}</button>
-% if previews:
-<button name="check" value="yes">Show what it affects</button>
-% end
-</p></form></details>
-''', 'many': '''
-<details class="card pad gap" id="many"{{' open' if refusal else ''}}><summary>Make tokens for many
-people</summary>
-<form method="post" action="/admin/people" class="stack gap">{{!visit.guard}}
-{{!alert(refusal)}}
-<label><span>One person a line: the name, and a project if it is another</span><textarea
-name="people"
-rows="5" placeholder="ana&#10;bo, physics" required>{{said.get('people', '')}}</textarea></label>
-<div class="fields"><label><span>Project</span><input name="project"
-value="{{said.get('project', '')}}"
-required></label><label><span>Role</span><select
-name="role"><option>user</option><option>reader</option></select></label>
-<label><span>Works for</span><input name="lasts" value="{{said.get('lasts', '90d')}}"
-required></label></div>
-<button class="main">Make tokens, and download them as CSV</button>
-<p class="small soft">Each line of the file has a link to sign in. It is made only now: keep it
-safe.</p></form></details>
+<details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
+{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields">{{!fields}}</div>
+<p class="line"><button class="main">{{title}}</button>
+{{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
+<p class="small soft">{{note}}</p></form></details>
 ''', 'heat': '''
 <section class="gap"><div class="line between"><h2>Used in {{month}}, percent of the capacity</h2>
 <p class="line noprint"><a class="btn tiny" href="?at={{before}}">‹ Before</a>
 <a class="btn tiny" href="?at={{after}}">After ›</a> <a class="btn tiny"
-href="?at={{at}}&amp;format=csv">CSV</a>
-<button class="tiny" data-print>Print</button></p></div>
+href="?at={{at}}&amp;format=csv">CSV</a> <button class="tiny" data-print>Print</button></p></div>
 <div class="card wrap gap" tabindex="0" role="region" aria-label="Used day by day"><table
-class="heat"><thead><tr>
-<th scope="col">Resource</th>
-% for each in days:
-<th scope="col">{{each}}</th>
-% end
-</tr></thead><tbody>
+class="heat"><thead><tr><th scope="col">Resource</th>
+{{!many('<th scope="col">{}</th>', zip(days))}}</tr></thead><tbody>
 % for name, shares in lines:
 <tr><th scope="row"><bdi>{{name}}</bdi></th>
-% for share in shares:
-<td><span class="h{{min(round(share * 5 + .3), 5)}}">{{round(100 * share)}}</span></td>
-% end
-</tr>
+{{!many('<td><span class="h{}">{}</span></td>', shares)}}</tr>
 % end
 </tbody></table></div></section>
 ''', 'notices': '''
-<form method="post" action="/notices" class="gap">{{!visit.guard}}<input type="hidden" name="seen"
-value="{{newest}}">
-% if unread:
-<button>Mark {{unread}} as read</button>
-% end
-</form>
+{{!post('/notices', {'seen': newest}, 'gap')}}
+{{!when('<button>Mark {} as read</button>', unread)}}</form>
 <ul class="card pad log gap">
 % for each in events:
-<li>{{!visit.at(each['at'])}}<span>
-% if each['id'] > seen:
-<b>new</b>
-% end
+<li>{{!visit.at(each['at'])}}<span>{{!'<b>new</b>' if each['id'] > seen else ''}}
 <a href="{{visit.href(each['label'], each['project'])}}"><bdi>{{each['label']}}</bdi></a>
 <bdi>{{each['sentence'] or each['code']}}</bdi></span></li>
 % end
-% if not events:
-<li>There are no notices yet.</li>
+{{!'' if events else '<li>There are no notices yet.</li>'}}</ul>
 ''', 'programs': '''
 <section class="card pad stack gap"><h2>Calendar programs</h2>
-<p>Draw an event in your calendar program, and it is reserved: its VMs start and end with it. Drag
-it, and they move. Delete it, and they are cancelled.</p>
+<p>Draw an event in your calendar program, and cmres reserves it: its VMs start and end with it.
+Move the event, and they move. Delete it, and cmres cancels them.</p>
 <p>Address: <code>{{address}}</code><br>User: <code>{{visit.actor.user}}</code><br>Password:
 a token</p>
 % if makes:
-<form method="post" action="/do/token_add">{{!visit.guard}}<input type="hidden" name="next"
-value="/tokens"><input type="hidden" name="once" value="{{once}}"><input type="hidden" name="scopes"
-value="calendar"><input type="hidden" name="purpose" value="calendar program">
-<button>Make a token for a calendar program</button></form>
+{{!post('/do/token_add', makes)}}<button>Make a token for a calendar program</button></form>
 % end
-<ul>
-% for name, words in ways.items():
-<li><strong>{{name}}</strong>: {{words}}</li>
-% end
-</ul></section>
-% end
-</ul>
-''', 'deed': '''<form class="deed" method="post" action="/do/{{operation}}">{{!visit.guard}}
-{{!hidden(fields)}}
-<button class="tiny{{' bad' if bad else ''}}" aria-label="{{words}} {{about}}">{{words}}</button>
-% if field:
-<input name="{{field[0]}}" value="{{field[2]}}" placeholder="{{field[1]}}"
-aria-label="{{words}} {{about}} {{field[1]}}">
-% end
-</form>'''}
+<ul>{{!many('<li><strong>{}</strong>: {}</li>', ways.items())}}</ul></section>
+'''}
 
-#: What a button does: its word, the field beside it (argument, word, default), and whether it takes
-#: something away.
-DEEDS = {'extend': ('Extend', ('by', 'by', '+1h'), False),
-         'keep': ('Keep running', ('until', 'for', '+1h'), False),
-         'skip': ('Skip', None, True), 'delete': ('Cancel', None, True),
-         'accept': ('Accept', None, False),
-         'approve': ('Approve', None, False), 'reject': ('Reject', ('reason', 'because', ''), True),
-         'maintenance_delete': ('Cancel', None, True), 'token_revoke': ('Revoke', None, True),
-         'token_renew': ('Renew', None, False),
-         'limit_delete': ('Delete', None, True), 'resource_delete': ('Delete', None, True)}
-ASKS = ('delete', 'resource_delete', 'token_revoke')  # what is asked for twice
-#: What people can type in one line.
-EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
-            '1 vm tomorrow 9:00-11:00')
+
+class Act(NamedTuple):
+    """What a button does.
+
+    Args:
+      words, done: what it says, and what is said of it afterwards
+      field: what is typed beside it: the argument, and what stands there at first
+      bad: it takes something away
+    """
+    words: str
+    done: str
+    field: tuple[str, str] | None = None
+    bad: bool = False
+
+
+ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
+        'keep': Act('Keep running', 'keeps running', ('until', '+1h')),
+        'skip': Act('Skip', 'is skipped', bad=True), 'accept': Act('Accept', 'is yours'),
+        'delete': Act('Cancel', 'is cancelled', bad=True), 'update': Act('Change', 'is changed'),
+        'approve': Act('Approve', 'is approved'),
+        'reject': Act('Reject', 'is rejected', ('reason', ''), True),
+        'token_renew': Act('Renew', 'is renewed'),
+        'token_revoke': Act('Revoke', 'is revoked', bad=True),
+        'maintenance_delete': Act('Cancel', 'is cancelled', bad=True),
+        'limit_delete': Act('Delete', 'is deleted', bad=True),
+        'resource_delete': Act('Delete', 'is deleted', bad=True),
+        'resource_add': Act('Add a resource', 'is added'),
+        'resource_update': Act('Change a resource', 'is changed'),
+        'maintenance_add': Act('Plan a maintenance', 'is planned'),
+        'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
+        'calendar_feed': Act('Make an address', 'is made')}
+ASKED_TWICE = ('resource_delete', 'token_revoke')  # and what deletes VMs that run
+PUT_OFF = ('delete', 'skip', 'reject')  # done only when it can't be taken back any more
+#: What can be done to a reservation in each state; to a pending one, what its holder or an admin
+#: says.
+ACTS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
+           'reserved': ('extend', 'skip', 'delete'),
+           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
+RUNNING = ('starting', 'active', 'degraded')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What becomes of VMs at the end.
 ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
            'snapshot': 'saved as images and deleted'}
-#: What can be done to a reservation in each state; to a pending one, what its holder or an admin
-#: says.
-DEEDS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
-            'reserved': ('extend', 'skip', 'delete'),
-            **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
-#: The fields of the admin's forms, in the order in which people think of them.
 ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
               'people': 'People'}
-FORM_PAGES = {'resource_add': '/admin/resources', 'resource_update': '/admin/resources',
-              'maintenance_add': '/admin/maintenance', 'limit_add': '/admin/people',
-              'token_add': '/admin/people'}
-DEED_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
-              'limit_delete': '/admin/people', 'token_revoke': '/admin/people',
-              'token_renew': '/tokens'}
-MOST_PEOPLE = 500  # tokens that are made at once
+#: The forms of operators: the page of each, and its fields in the order in which people think.
+FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram classes '
+                          'mode approval'),
+         'resource_update': ('/admin/resources', 'name vms vcpus ram classes mode min_free_time '
+                             'approval no_show default_image default_flavor default_vms'),
+         'maintenance_add': ('/admin/maintenance', 'resource start end reason affected'),
+         'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
+                       'min_notice max_vcpu_hours max_waiting exempt_within'),
+         'token_add': ('/admin/people', 'user project role purpose lasts scopes resource')}
+#: Where else the button of an act of operators leads back to.
+ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
+             'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
 #: What stands above a column, or a field, where it is not its name.
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
-         'max_vms': 'VMs at most', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
-         'min_notice': 'Least notice', 'max_vcpu_hours': 'vCPU-hours', 'max_waiting': 'Waiting',
-         'exempt_within': 'Exempt within', 'label': 'Name', 'affected': 'Affected reservations',
-         'min_free_time': 'Least free time'}
-#: What of a reservation that was cancelled is reserved again.
-HAD_AGAIN = ('resource', 'vms', 'flavor', 'image', 'server', 'network', 'key', 'security_groups',
-         'metadata', 'at_end', 'notify', 'description', 'personal', 'user', 'host')
-MOST_LATELY = 300  # events of a project that are looked through for notices
-LENGTHS = ('min_free_time', 'approval', 'no_show')
+         'max_vms': 'Most VMs', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
+         'min_notice': 'Shortest notice', 'max_vcpu_hours': 'Most vCPU-hours',
+         'max_waiting': 'Most waiting', 'label': 'Name', 'affected': 'Affected reservations',
+         'min_free_time': 'Free for at least', 'rename': 'Name', 'repeat': 'Repeats',
+         'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
+         'notify': 'Send notices to', 'key': 'SSH key pair', 'server': 'Use an existing server',
+         'user_data': 'User data (cloud-init)', 'personal': 'Who can start VMs in it',
+         'host': 'Whole host', 'holidays': 'Leave out the days of a calendar',
+         'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
+         'accept_within': 'Time to accept what became free'}
+#: What stands in an empty field.
+HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
+         'until': '23 feb', 'skip_dates': '22 dec, 29 dec', 'lead': '10m',
+         'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
+#: How a field is typed, by the type of its argument.
+INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules'}
+ATTRIBUTES = {'text': ' autocomplete="off"', 'password': ' type="password" '
+              'autocomplete="current-password" required', 'rules': ' list="rules"',
+              'number': ' type="number" min="1" max="1000000"'}
+#: The words of which an argument is one, as people read them.
+CHOICE_WORDS = {
+    'at_end': {'': 'as usual: delete the VMs', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
+               'shelve': 'shelve the VMs', 'snapshot': 'save an image of each, then delete'},
+    'personal': {'': 'the project', 'true': 'only the owner', 'false': 'the project'},
+    'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
+    'scopes': dict.fromkeys(('', *SCOPES)),
+    **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items() if name != 'at_end'}}
+TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
 FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
-         'at_end': 'At the end', 'notify': 'Notices go to',
-         'invite': 'Invited', 'request': 'Part of',
-         'description': 'Description'}
-#: Fields that a change can make empty.
-CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
-                          'notify', 'invite', 'lead', 'description'))
-FORMS = {'resource_add': ('name', 'cloud', 'region', 'aggregate', 'vms', 'vcpus', 'ram', 'classes',
-                          'mode', 'approval'),
-         'resource_update': ('name', 'vms', 'vcpus', 'ram', 'classes', 'mode',
-                             'min_free_time', 'approval',
-                             'no_show', 'default_image', 'default_flavor', 'default_vms'),
-         'maintenance_add': ('resource', 'start', 'end', 'reason', 'affected'),
-         'limit_add': ('project', 'user', 'resource', 'max_vms', 'max_duration', 'max_advance',
-                       'min_notice', 'max_vcpu_hours', 'max_waiting', 'exempt_within'),
-         'token_add': ('user', 'project', 'role', 'purpose', 'lasts', 'scopes', 'resource')}
-#: Of those fields; the first of them is what is meant unless one is chosen.
-PICKS = {'mode': ('', 'open', *MODES), 'affected': THEN, 'role': ('', USER, READER, ADMIN),
-         'scopes': ('', *SCOPES)}
-TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used'
-TITLES = {'resource_add': 'Add a resource', 'resource_update': 'Change a resource',
-          'token_add': 'Make a token',
-          'maintenance_add': 'Plan a maintenance', 'limit_add': 'Set a limit'}
-DONE = {'add': 'is reserved again', 'extend': 'is longer now', 'keep': 'keeps running',
-        'skip': 'is skipped',
-        'undo': 'has the occurrence again', 'delete': 'is cancelled',
-        'update': 'is changed', 'accept': 'is yours', 'approve': 'is approved',
-        'reject': 'is rejected'}
-#: The fields of a reservation: what stands above each, its kind, and what stands in it.
-FIELDS = {
-    'label': ('Name', 'text', 'a free name'), 'rename': ('Name', 'text', ''),
-    'resource': ('Resource', 'resource', ''), 'vms': ('VMs', 'number', ''),
-    'start': ('From', 'text', 'tue 10:00'), 'end': ('To', 'text', '12:00 or 2h'),
-    'repeat': ('Repeats', 'rules', 'once'), 'until': ('Until', 'text', '23 feb'),
-    'count': ('Or so many times', 'number', ''), 'skip_dates': ('Not on', 'text', '22 dec, 29 dec'),
-    'image': ('Image', 'image', ''), 'flavor': ('Flavor', 'flavor', ''),
-    'at_end': ('At the end', 'choice', ''), 'lead': ('Start VMs early by', 'text', '10m'),
-    'notify': ('Send notices to', 'text', 'eva@example.org'),
-    'description': ('Description', 'area', ''), 'network': ('Network', 'text', ''),
-    'key': ('SSH key pair', 'text', ''), 'server': ('Use an existing server', 'text', ''),
-    'security_groups': ('Security groups', 'text', 'web, ssh'),
-    'user_data': ('User data (cloud-init)', 'area', ''), 'metadata': ('Metadata', 'text', 'k=v'),
-    'personal': ('Who can start VMs in it', 'choice', ''), 'host': ('Whole host', 'text', ''),
-    'holidays': ('Leave out the days of a calendar', 'text', 'https://…/holidays.ics'),
-    'on_conflict': ('If a date does not fit', 'choice', ''), 'user': ('Owner', 'text', ''),
-    'invite': ('Invite by mail', 'text', 'ana@example.org'),
-    'accept_within': ('Time to accept what became free', 'text', '30m'),
-    'reason': ('Reason, for its owner', 'text', '')}
-FIELD_CHOICES = {
-    'at_end': [('', 'as usual: delete the VMs'), ('delete', 'delete the VMs'),
-               ('stop', 'stop the VMs'), ('shelve', 'shelve the VMs'),
-               ('snapshot', 'save an image of each, then delete')],
-    'personal': [('', 'the project'), ('true', 'only the owner'), ('false', 'the project')],
-    'on_conflict': [('', 'refuse all dates'), ('skip', 'leave it out')]}
-FIELDSETS = {'What': ('label', 'rename', 'resource', 'vms'), 'When': ('start', 'end'),
-          'Repeats': ('repeat', 'until', 'count', 'skip_dates'),
-          'Notices': ('notify', 'invite', 'description')}
-STARTING = ('image', 'flavor', 'at_end', 'lead')  # the fields of what starts
-BOOK_MORE = ('on_conflict', 'accept_within', 'network', 'key', 'server', 'security_groups', 'user_data',
-             'metadata', 'personal', 'host', 'holidays')
-USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
-               'monthly on first mon')
-BOOKING = ('label', 'resource', 'vms', 'start', 'end', *FIELDSETS['Repeats'], 'what', *STARTING,
-           *FIELDSETS['Notices'], *BOOK_MORE, 'wait')
-#: How a date of a series looks: its class, its sign, its word.
-OUTCOMES = {'ok': ('ok', 'ended', 'fits'), 'no': ('no', 'no', 'does not fit'),
-            'out': ('out', 'cancelled', 'left out')}
+         'at_end': 'At the end', 'notify': 'Notices go to', 'invite': 'Invited',
+         'request': 'Part of', 'description': 'Description'}
+TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
+MOST_PEOPLE = 500   # tokens that are made at once
+MOST_LATELY = 300   # events of a project that are looked through for notices
 
 
-class Verdict(NamedTuple):
-    """What a form says of itself.
-
-    Args:
-      kind: ok, some of it or no; '' before it was checked
-      months: of a series, each with its weeks of days and what becomes of those
-      go, waits: what its buttons do; '' without one
-      focus: it goes to who has just sent the form
-    """
-    kind: str
-    head: str
-    words: Iterable[str] = ()
-    facts: Iterable[tuple[str, str]] = ()
-    months: Iterable[tuple] = ()
-    offers: Iterable[tuple[str, str]] = ()
-    go: str = ''
-    waits: str = ''
-    focus: bool = False
-
-
-UNCHECKED = Verdict('', 'It says here whether it fits.', go='Book')
-CHOOSE = 'Choose an image, or hold capacity only.'
-MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
+# What templates are made with
 
 
 def render_page(template: str, /, **values) -> str:
     """A template with its values, all of them escaped."""
-    helpers = {'mark': mark, 'alert': alert, 'hidden': hidden}
-    return template_of(template).render(**helpers, **values).strip('\n')
-
-
-def alert(words: str) -> str:
-    """Why something was refused, where the focus goes; nothing where nothing was."""
-    return (f'<div class="refused" role="alert" tabindex="-1" autofocus><p>{in_html(words)}</p>'
-            '</div>') if words else ''
-
-
-def hidden(fields: dict) -> str:
-    """Fields of a form that nobody sees."""
-    return ''.join(f'<input type="hidden" name="{in_html(name)}" value="{in_html(value)}">'
-                   for name, value in fields.items())
-
-
-def mark(word: str, holds: Any) -> str:
-    """An attribute, or a class, that an element has where something holds."""
-    return f' {word}' if holds else ''
+    return template_of(template).render(MACROS | values).strip('\n')
 
 
 @functools.lru_cache
@@ -22797,21 +22543,125 @@ def in_html(value) -> str:
     return bottle.html_escape(legible(str(value)))
 
 
+def alert(words: str) -> str:
+    """Why something was refused, where the focus goes; nothing where nothing was."""
+    return f'<div class="refused" {TO_ALERT}><p>{in_html(words)}</p></div>' if words else ''
+
+
+def hidden(fields: dict) -> str:
+    """Fields of a form that nobody sees."""
+    return ''.join(f'<input type="hidden" name="{in_html(name)}" value="{in_html(value)}">'
+                   for name, value in fields.items())
+
+
+def mark(word: str, holds: Any) -> str:
+    """An attribute, or a class, that an element has where something holds."""
+    return f' {word}' if holds else ''
+
+
+def many(form: str, lines: Iterable[tuple]) -> str:
+    """A piece of HTML for each of some lines, whose values stand in it as text."""
+    return ''.join(form.format(*map(in_html, line)) for line in lines)
+
+
+def when(form: str, *values) -> str:
+    """A piece of HTML with some values as text, where the first of them is anything."""
+    return many(form, [values]) if values[0] else ''
+
+
+def sign(name: str) -> str:
+    """A drawing, for those who see it; a word stands beside it."""
+    return f'<svg class="i" aria-hidden="true"><use href="#s-{name}"/></svg>'
+
+
+def state(word: str) -> str:
+    """A state as a word with its sign."""
+    return f'<span class="state {word}">{sign(word)}{word}</span>'
+
+
+def chip(href: str, words: str, on: Any, kind: str = '') -> str:
+    """A link to one of several ways to look at a page."""
+    shown = state(kind) if kind else in_html(words)
+    current = mark('aria-current="true"', on)
+    return f'<a class="chip" href="{in_html(href)}"{current}>{shown}</a>'
+
+
+def copy(text: str, words: str = 'Copy') -> str:
+    """A button that copies a text."""
+    return (f'<button type="button" class="tiny" data-copy="{in_html(text)}" '
+            f'aria-label="{in_html(words)}">Copy</button>')
+
+
+def gauge(share: float) -> str:
+    """How full something is, drawn as a line; a figure stands beside it."""
+    bars = ''.join(f'<rect class="{look}" width="{round(100 * part)}%" height="5" rx="2.5"/>'
+                   for look, part in (('h0', 1), ('h4', share)))
+    return f'<svg class="gauge" aria-hidden="true">{bars}</svg>'
+
+
+def facts(lines: Iterable[tuple]) -> str:
+    """Names with what is said of each, in HTML."""
+    told = ''.join(f'<dt>{in_html(name)}</dt><dd>{value}</dd>' for name, value in lines)
+    return f'<dl class="facts gap">{told}</dl>' if told else ''
+
+
+def headed(name: str, body: str) -> str:
+    """A part of a page with its heading."""
+    return f'<section class="gap"><h2>{in_html(name)}</h2>{body}</section>' if body else ''
+
+
+def field(name: str, words: str, value: Any = '', kind: str = 'text', hint: str = '',
+          help: str = '', choices: Iterable[tuple] = (), needed: bool = False,
+          was: str | None = None) -> str:
+    """One field of a form, with what stands in it, and what stood there before."""
+    return render_page('field', name=name, words=words, value=str(value), kind=kind, hint=hint,
+                       help=help, choices=choices, needed=needed, was=was)
+
+
+def head_of(name: str) -> str:
+    """What stands above a column, or a field."""
+    return HEADS.get(name, name.replace('_', ' ').capitalize())
+
+
+def offer_of(place) -> str:
+    """A resource with how much it has."""
+    limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
+    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
+                                     for name, n in limits.items())])
+
+
+def sentence(text: str) -> str:
+    """A text as a sentence: with a capital letter and a full stop."""
+    text = text[:1].upper() + text[1:]
+    return text if not text or text[-1] in '.!?' else f'{text}.'
+
+
+DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
+PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
+        'aria-label="Select {1}"></td>')
+NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
+MACROS = {macro.__name__: macro for macro in (
+    in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
+    sentence, counted, urlencode)} | {
+    'ATTRIBUTES': ATTRIBUTES, 'TO_ALERT': TO_ALERT, 'DAYS': DAYS, 'PICK': PICK,
+    'NOTHING_FREE': NOTHING_FREE}
+
+
 @dataclasses.dataclass
 class Visit:
     """A request from a browser: who has signed in, if anybody, and how pages are written for
-    them.
+    them. Each group of pages is a class of its own.
     """
+    pages: Pages
     service: Reservations
     actor: Actor | None
     zone: ZoneInfo
-    site: ZoneInfo  # in which the service itself lives
-    form: str       # what a form of theirs must carry
-    back: str = '/list'  # where the buttons of a table lead back to
+    guard: str              # what a form of theirs must carry
+    back: str = '/list'     # where the buttons of a table lead back to
 
-    def named(self, id: str) -> str:
-        """What people call whom OpenStack knows under an id."""
-        return self.service.clouds.keystone.names.get(id, id)
+    @property
+    def config(self) -> Config:
+        return self.service.config
 
     @property
     def writes(self) -> bool:
@@ -22830,10 +22680,30 @@ class Visit:
         """Where and when what they type is read."""
         return self.service.here
 
-    @property
-    def guard(self) -> str:
-        """What proves that a form is one of ours."""
-        return f'<input type="hidden" name="form" value="{self.form}">'
+    def named(self, id: str) -> str:
+        """What people call whom OpenStack knows under an id."""
+        return self.service.clouds.keystone.names.get(id, id)
+
+    def places(self) -> list:
+        return self.service.look.places()
+
+    # How it is written
+
+    def render(self, template: str, /, **values) -> str:
+        """A template for this person."""
+        return render_page(template, visit=self, post=self.post, **values)
+
+    def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
+             check: str = '') -> str:
+        """The begin of a form that is sent to an address: with what proves that it is ours.
+
+        Args:
+          check: where a script asks what would become of it
+        """
+        more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
+            ('class', kind), ('id', id), ('data-check', check)))
+        kept = hidden({'form': self.guard} | (fields or {}))
+        return f'<form method="post" action="{in_html(action)}"{more}>{kept}'
 
     def at(self, moment: datetime) -> str:
         """A time in a table, whose head tells the zone."""
@@ -22851,24 +22721,6 @@ class Visit:
         until = f'{other:%H:%M}' if one.date() == other.date() else self.plain(end)
         return f'{self.plain(start)} to {until}'
 
-    @staticmethod
-    def sign(name: str) -> str:
-        """A drawing, for those who see it; a word stands beside it."""
-        return f'<svg class="i" aria-hidden="true"><use href="#s-{name}"/></svg>'
-
-    def state(self, word: str) -> str:
-        """A state as a word with its sign."""
-        return f'<span class="state {word}">{self.sign(word)}{word}</span>'
-
-    def cell(self, value) -> str:
-        """Any value of an answer, as a table shows it."""
-        import bottle
-        if value in (None, '', {}, []):
-            return ''
-        text = (self.at(value) if isinstance(value, datetime)
-                else bottle.html_escape(in_cell(value, self.zone)))
-        return f'<span>{text}</span>'
-
     def href(self, label: str, project: str, start: datetime | None = None) -> str:
         """The address of the page of a reservation, or of one of its occurrences."""
         which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
@@ -22879,7 +22731,171 @@ class Visit:
         start = instant(found.start) if found.repeats else None
         return self.href(found.label, found.project, start)
 
-    def deed(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
+    def page(self, title: str, body: str, status: int = 200, headed: bool = True):
+        """A whole page; what the last form did is said once.
+
+        Args:
+          headed: its title stands above the body, which has no heading of its own
+        """
+        import bottle
+        request = bottle.request
+        note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
+        back = request.path + f'?{request.query_string}'.rstrip('?')
+        stays = request.method == 'GET' and self.actor
+        made = answered(self.laid_out(title, body, json.loads(note) if note else None,
+                                      request.path, back if stays else '/', headed), status)
+        if note:
+            made.delete_cookie('note', path='/')
+        return made
+
+    def laid_out(self, title: str, body: str, note: dict | None = None, here: str = '',
+                 back: str = '/', headed: bool = True) -> str:
+        """The text of a whole page."""
+        unread = len(self.told_of(self.seen)) if self.actor else 0
+        return self.render('layout', title=title, body=body, note=note, here=here, back=back,
+                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
+
+    def refusal(self, error: Error, back: str, again: str = ''):
+        """The page that says what could not be done, and how to do it again."""
+        import bottle
+        note_wait(bottle.request.environ, error)
+        body = self.render('refused', words=sentence(str(error)), back=back, again=again)
+        return self.page('Refused', body, error.status)
+
+    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
+        """Leads on after a form, so that loading again does not send it again.
+
+        Args:
+          words: what was done, for the next page to say
+          undo: the form that takes it back
+        """
+        made = answered('', 303, {'Location': href})
+        if words:
+            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
+            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
+                     for each in (undo, None)]
+            note = notes[0] if len(notes[0]) < 3900 else notes[1]
+            self.set_cookie(made, 'note', note, 60)
+        return made
+
+    def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
+        """Sets a cookie that scripts and other sites can't use."""
+        made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
+                        secure=self.config.public_url.startswith('https:'))
+
+    def unless_same(self, text: str):
+        """A part of a page, if it is another than the browser has."""
+        import bottle
+        tag = f'"{hashed(text)[:20]}"'
+        same = tag == header(bottle.request, 'If-None-Match')
+        return answered('' if same else text, 304 if same else 200, {'ETag': tag})
+
+    # Notices
+
+    @property
+    def seen(self) -> int:
+        """The last notice that this person has marked as read."""
+        return int(fact(f'seen-{self.actor.project}/{self.actor.user}') or 0)
+
+    def told_of(self, after: int) -> list:
+        """What others, and cmres, have done lately to one's own reservations, the newest first."""
+        me = self.actor.user
+        lately = rows(f'''SELECT e.id, e.at, e.actor, e.code, r.label, r.project, r.user, e.sentence
+          FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id IN
+            (SELECT id FROM event WHERE project = ? AND reservation_id > 0 AND id > ?
+              ORDER BY id DESC LIMIT {MOST_LATELY}) ORDER BY e.id DESC''',
+                      self.actor.project, after)
+        return [public(each) for each in lately if each.user == me != each.actor]
+
+    # Tables
+
+    def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
+              empty: str = 'None.', picks: str = '') -> str:
+        """A table that a click on a head sorts.
+
+        Args:
+          given: the arguments of the page; `sort` is a column, with a minus the other way round
+          picks: what comes before the key of a line in the name of the box that selects it
+        """
+        if not lines:
+            return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
+        sort = (given or {}).get('sort', '')
+        by, down = sort.lstrip('-'), sort.startswith('-')
+        if by in columns:
+            lines = sorted(lines, key=lambda line: sort_key(line.get(by)), reverse=down)
+        heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by))
+                 for key in columns]
+        cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
+                 for line in lines]
+        return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
+                           lines=cells, picks=picks)
+
+    def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
+        """A head of a table: its name, its words, where it leads, and how it is sorted."""
+        zone = f' ({self.zone.key})' if any(isinstance(line.get(key), datetime)
+                                            for line in lines) else ''
+        order, arrow = {0: ('', ''), 1: ('ascending', ' ↑'), -1: ('descending', ' ↓')}[way]
+        kept = {name: value for name, value in (given or {}).items()
+                if name not in ('sort', 'after')} | {'sort': f'-{key}' if way > 0 else key}
+        fixed = given is None or key in ('change', 'addresses')
+        return (key.replace('_', ' '), head_of(key) + zone + arrow,
+                '' if fixed else f'?{urlencode(kept)}', order)
+
+    def cell(self, key: str, line: dict) -> str:
+        """What a table shows of a line."""
+        value = line.get(key)
+        if key == 'state' and value in STATES:
+            more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
+                           for each in ('fault', 'late') if line.get(each))
+            return f'<div>{state(value)}{cut_short(more)}</div>'
+        if key == 'label' and 'project' in line:
+            user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
+            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+                  f'<bdi>{in_html(project)}</bdi></span>'
+                  if self.actor.role == ADMIN and 'user' in line else '')
+            href = in_html(self.href(value, line['project'], line.get('which')))
+            return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
+        if key == 'change' and 'acts' in line:
+            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
+        if key == 'log_in':
+            return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
+                           f'{copy(each, f"Copy {each}")}</span>' for each in value)
+        return self.shown(value)
+
+    def shown(self, value) -> str:
+        """Any value of an answer."""
+        import bottle
+        if value in (None, '', {}, []):
+            return ''
+        text = (self.at(value) if isinstance(value, datetime)
+                else bottle.html_escape(in_cell(value, self.zone)))
+        return f'<span>{text}</span>'
+
+    def input(self, operation: Operation, name: str, value: Any, words: str = '',
+              names: dict | None = None, **more) -> str:
+        """The field of an argument, typed or chosen as its type wants it.
+
+        Args:
+          names: of the kinds of things on a cloud, those that there are
+        """
+        parameter, choices = operation.parameters[name], ()
+        needed = parameter.default is REQUIRED
+        if name == 'resource':
+            choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
+                                                   for each in self.places()]
+        elif found := (names or {}).get(name):
+            choices = [('', f'choose: {name}'), *found]
+        elif name in CHOICE_WORDS:
+            choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
+        if choices and value not in [each for each, _ in choices]:
+            choices = [*choices, (value, value)]
+        kind = INPUT_KINDS.get(parameter.annotation, 'text')
+        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
+                     choices=choices, needed=needed, **more)
+
+    # What can be done
+
+    def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
         """The button that does something to what a line is about.
 
         Args:
@@ -22888,41 +22904,80 @@ class Visit:
           occurrence: of a series, the one that is meant
         """
         if name == 'edit':
-            query = urlencode({'edit': line['name']})
-            return (f'<a class="btn tiny" href="/admin/resources?{in_html(query)}'
-                    f'#resource_update">Edit<span class="off"> {in_html(line["name"])}</span></a> ')
-        words, field, bad = DEEDS[name]
+            about = in_html(line['name'])
+            query = in_html(urlencode({'edit': line['name']}))
+            return (f'<a class="btn tiny" href="/admin/resources?{query}#resource_update">Edit'
+                    f'<span class="off"> {about}</span></a> ')
+        if name == 'undo':
+            onward = self.href(line['label'], line['project']) if wide else self.back
+            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
+                '<button class="tiny">Undo</button></form>')
+        words, _, typed, bad = ACTS[name]
         occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
         undo = name == 'skip' and line.get('state') == 'cancelled'
-        words, bad = ('Put back', False) if undo else (words, bad)
         if 'label' in line and 'project' in line:
             fields = {'label': line['label'], 'project': line['project']}
             stays = line.get('which') or wide and (occurrence or not bad)
             onward = self.href(*fields.values()) if stays else self.back
             fields |= {'occurrence': occurrence} if occurrence else {}
-            fields |= {'undo': 'true'} if undo else {}
             if name == 'delete':
                 words += ' this one' if occurrence else ' all' if line.get('tz') else ''
         else:
             fields = {key: line[key] for key in ('name', 'id') if key in line}
-            onward = DEED_PAGES[name] if self.actor.role == ADMIN else '/tokens'
             fields = dict([next(iter(fields.items()))])
-        field = field if wide or name in ('extend', 'keep') else None
-        return render_page('deed', visit=self, operation=name, fields=fields | {'next': onward},
-                           words=words, bad=bad,
-                           field=field, about=next(iter(fields.values())))
+            onward = ACT_PAGES.get(name, '/tokens') if self.actor.role == ADMIN else '/tokens'
+        if undo:
+            words, bad, fields = 'Put back', False, fields | {'undo': 'true'}
+        typed = typed if wide or name in ('extend', 'keep') else None
+        return self.button(name, fields | {'next': onward}, words, bad, typed)
 
-    def deeds(self, found: dict, only: Iterable[str] = ()) -> list[str]:
+    def button(self, name: str, fields: dict, words: str, bad: bool,
+               typed: tuple[str, str] | None) -> str:
+        """A form with one button, and perhaps a field beside it."""
+        about = in_html(f'{words} {next(iter(fields.values()))}')
+        beside = ''
+        if typed:
+            argument, value = typed
+            shown = {'reason': 'because', 'until': 'for'}.get(argument, argument)
+            beside = (f'<input name="{argument}" value="{in_html(value)}" placeholder="{shown}" '
+                      f'aria-label="{about} {shown}">')
+        return self.post(f'/do/{name}', fields, 'deed') + (
+            f'<button class="tiny{mark("bad", bad)}" aria-label="{about}">{words}</button>'
+            f'{beside}</form>')
+
+    def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
+        if not self.writes or found.get('leaves'):
+            return ['undo'] * bool(found.get('leaves'))
         asks = []
         if (found['state'] == 'pending' or 'change' in found) and not only:
             held = self.service.look.occurrence(found['id'])
             asks = (['accept'] if held.confirm else ['approve', 'reject']
                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
-        can = [deed for deed in DEEDS_IN.get(found['state'], ()) if deed != 'skip' or skips]
-        can = [deed for deed in can if not only or deed in only]
-        return [*asks, *can] if self.writes else []
+        can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
+        return [*asks, *(each for each in can if not only or each in only)]
+
+    # What can be taken back for a while
+
+    @functools.cached_property
+    def put_off(self) -> list[tuple[str, str, str, int]]:
+        """What is done soon, unless somebody takes it back: its name, a label, a project, an
+        occurrence or 0.
+        """
+        found = ((each.name, json.loads(each.value.partition(' ')[2]))
+                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
+        return [(name, *about) for name, said in found for about in said['about']]
+
+    def leaves(self, label: str, project: str, id: int) -> str:
+        """What cancels an occurrence in a moment; '' if nothing does."""
+        return next((name for name, *about, which in self.put_off
+                     if about == [label, project] and which in (0, id)), '')
+
+    def as_left(self, line: dict) -> dict:
+        """A line of a table as it will be when what is under way is done."""
+        name = self.leaves(line['label'], line['project'], line['id'])
+        return line | {'state': 'cancelled', 'leaves': name} if name else line
 
 
 # The time line: what of it stands where
@@ -22930,6 +22985,7 @@ class Visit:
 
 VIEWS = ('month', 'week', 'day', 'hours')  # from the longest to the shortest
 SNAPS = {'month': 1440, 'week': 15, 'day': 15, 'hours': 5}  # minutes to which a drag keeps
+CORNERS = {'week': 'Nights are narrow', 'month': 'Least free that day'}
 NIGHT = 0.3        # of the width that an hour has by day, in a week
 DAWN, DUSK = 7 * 60, 20 * 60
 #: A time line is laid out for so many pixels; a wider one has more air, a narrower one scrolls.
@@ -22939,8 +22995,7 @@ SIGN, PAD, GAP = 17, 7, 6
 FREELY = 3         # lanes that are opened for a label alone
 MOST_LANES = 8
 MOST_PLACES = 12   # resources on one time line
-MOST_BARS = 200    # reservations on one time line
-MOST_IN_MONTH = 150
+MOST_BARS = {'month': 150} | dict.fromkeys(VIEWS[1:], 200)  # reservations on one time line
 MOST_STEPS_DRAWN = 250   # steps of one resource; else there are spans, each with its peak
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 WIDE_LETTERS, THIN_LETTERS = set('mwMW%@'), set("iljtfrI.,:;'|!()[]- 1")
@@ -22950,14 +23005,12 @@ class HeadPart(NamedTuple):
     """A part of the head of a time line, and what it leads to."""
     x: float
     width: float
-    begin: int
-    until: int  # in minutes
+    begin: int  # in minutes
     name: str
     number: str
     view: str
     at: str
     today: str
-    dx: int = 8
     share: float = 0
 
 
@@ -22997,32 +23050,42 @@ class TimeLine:
         left = self.x(begin)
         return left, round(self.x(until) - left, 2)
 
+    def at(self, wall: datetime) -> str:
+        """A time as an address of the plan has it."""
+        return f'{wall:%Y-%m-%dT%H}' if self.view == 'hours' else f'{wall:%Y-%m-%d}'
+
     def days(self, today: date) -> list[HeadPart]:
         """The parts of its head: days, or hours of one."""
         width = {'day': 120, 'hours': 60}.get(self.view, 1440)
-        return [self.part(minute, width, today) for minute in range(0, self.length, width)]
-
-    def part(self, minute: int, width: int, today: date) -> HeadPart:
-        wall = self.first + timedelta(minutes=minute)
-        hours = width < 1440
-        names = (f'{wall:%a}', f'{wall:%H:%M}') if hours else (f'{wall:%a}', f'{wall.day}')
-        at = f'{wall:%Y-%m-%dT%H}' if hours else f'{wall:%Y-%m-%d}'
-        return HeadPart(*self.extent(minute, minute + width), minute, minute + width, *names,
-                   'hours' if hours else 'day', at,
-                   'today' if wall.date() == today and not hours else '',
-                   4 if self.view == 'month' else 8)
+        parts = []
+        for minute in range(0, self.length, width):
+            wall = self.first + timedelta(minutes=minute)
+            number, view, at = ((f'{wall.day}', 'day', f'{wall:%Y-%m-%d}') if width == 1440 else
+                                (f'{wall:%H:%M}', 'hours', f'{wall:%Y-%m-%dT%H}'))
+            is_today = wall.date() == today and width == 1440
+            parts.append(HeadPart(*self.extent(minute, minute + width), minute, f'{wall:%a}',
+                                  number, view, at, 'today' if is_today else ''))
+        return parts
 
     def grounds(self, days: list[HeadPart]) -> list[tuple]:
         """What lies under all: today, weekends and nights."""
         shades = [('this-day' if each.today else 'off-day', each.x, each.width) for each in days
                   if self.view in ('week', 'month')
                   and (each.today or each.name in ('Sat', 'Sun'))]
-        if self.view == 'month':
-            return shades
-        midnights = range(-int(self.dawn), self.length, 1440)
+        midnights = range(-int(self.dawn), self.length, 1440) if self.view != 'month' else ()
         nights = [self.extent(day + first, day + last) for day in midnights
                   for first, last in ((0, DAWN), (DUSK, 1440))]
         return shades + [('off-day', *each) for each in nights if each[1]]
+
+    def __str__(self) -> str:
+        """What it shows, in words."""
+        first, last = self.first, self.after - timedelta(minutes=1)
+        if self.view == 'month':
+            return f'{first:%B %Y}'
+        if self.view == 'week':
+            return f'{first.day} {first:%b} – {last.day} {last:%b %Y}'
+        hours = f', {first:%H:%M} – {self.after:%H:%M}' if self.view == 'hours' else ''
+        return f'{first:%a} {first.day} {first:%b %Y}{hours}'
 
 
 def span_of_view(view: str, at: datetime) -> tuple[datetime, datetime]:
@@ -23038,23 +23101,11 @@ def span_of_view(view: str, at: datetime) -> tuple[datetime, datetime]:
     return first, first + timedelta(days=7 if view == 'week' else 1)
 
 
-def named_span(line: TimeLine) -> str:
-    """What a time line shows, in words."""
-    first, last = line.first, line.after - timedelta(minutes=1)
-    if line.view == 'month':
-        return f'{first:%B %Y}'
-    if line.view == 'week':
-        return f'{first.day} {first:%b} – {last.day} {last:%b %Y}'
-    hours = f', {first:%H:%M} – {line.after:%H:%M}' if line.view == 'hours' else ''
-    return f'{first:%a} {first.day} {first:%b %Y}{hours}'
-
-
 def read_at(text: str | None) -> datetime | None:
     """A day, or an hour of one, that is in an address; None if it is none."""
     try:
-        wall = datetime.strptime((text or '')[:13].ljust(13, '0'), '%Y-%m-%dT%H') if 'T' in (
-            text or '') else at_midnight(date.fromisoformat(text or ''))
-        return wall if 1971 <= wall.year < 2199 else None
+        wall = datetime.fromisoformat((text or '')[:13])
+        return wall if 1971 <= wall.year < 2199 and not wall.tzinfo else None
     except ValueError:
         return None
 
@@ -23070,18 +23121,17 @@ class Level(NamedTuple):
 
 def levels_of(place, line: TimeLine, days: list[HeadPart]) -> list[Level]:
     """How full a resource is on a time line: step by step, in a month the fullest of each day."""
-    most, found = capacity(place), []
+    most = capacity(place)
     if line.view == 'month':
         edges = [int(from_wall(line.first + timedelta(minutes=each.begin), line.zone).timestamp())
                  for each in days] + [line.end]
-        width = math.gcd(*(after - at for at, after in zip(edges, edges[1:])))
+        width = math.gcd(*(after - at for at, after in itertools.pairwise(edges)))
         spans = spans_of(place, line, width)
         return [max(spans[(at - line.begin) // width:(after - line.begin) // width],
                     key=lambda each: each.share)._replace(at=day.begin)
                 for day, at, after in zip(days, edges, edges[1:])]
-    for at, held in itertools.islice(steps(place.id, line.begin, line.end, most.names),
-                                     MOST_STEPS_DRAWN + 1):
-        found.append((line.minute(at), held))
+    found = [(line.minute(at), held) for at, held in itertools.islice(
+        steps(place.id, line.begin, line.end, most.names), MOST_STEPS_DRAWN + 1)]
     if len(found) > MOST_STEPS_DRAWN:
         return spans_of(place, line, (line.end - line.begin) // 168)
     return levelled(found, in_figures(most))
@@ -23119,12 +23169,24 @@ def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
     return levels
 
 
+def lasting(levels: list[Level], line: TimeLine) -> Iterator[tuple[Level, float]]:
+    """Levels, each with the minute until which it lasts."""
+    return zip(levels, [each.at for each in levels[1:]] + [line.length])
+
+
+def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level, float]]:
+    """Levels, cut at each midnight: the day, the level, for which part of the day it lasts."""
+    for each, after in lasting(levels, line):
+        for day in range(int(each.at // 1440), math.ceil(after / 1440)):
+            yield day, each, (min(after, 1440 * day + 1440) - max(each.at, 1440 * day)) / 1440
+
+
 def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
     """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
     width, y, height, level.
     """
     shapes = []
-    for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
+    for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
         level = math.ceil(5 * each.share)
         if month and not each.closed:
@@ -23140,21 +23202,21 @@ def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
 
 
 def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool) -> list[tuple]:
-    """What is free, or used where nothing limits it, wherever there is space to say so: where,
-    what and how.
+    """What is free, or used where nothing limits it, wherever there is space to say so: x, words,
+    class, y.
     """
     if line.view == 'month':
         return [(line.x(each.at + 60), in_brief_figures(each.free),
-                 f'm m{math.ceil(5 * each.share)}') for each in levels if not each.closed]
+                 f'm m{math.ceil(5 * each.share)}', 26) for each in levels if not each.closed]
     figures, before = [], None
-    for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
+    for each, after in lasting(levels, line):
         begin = now if each.at < now < after else each.at
-        words = f'{each.free} free' if limited else f'{each.free} used'
-        words, kind = ('full', 'full') if limited and not each.free else (words, '')
+        words = f"{each.free} {'free' if limited else 'used'}"
+        words, kind = ('full', 'full') if words == '0 free' else (words, '')
         x, width = line.extent(begin, after)
         fits = width * WIDE / 100 > text_width(words) + 12
         if fits and not each.closed and words not in (before, '0 used'):
-            figures.append((x, words, kind))
+            figures.append((x, words, kind, 13))
             before = words
     return figures
 
@@ -23225,100 +23287,68 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
         yield found
 
 
-class Bar(NamedTuple):
-    """A reservation on a time line: where, how it looks, what stands on it, in it and beside."""
-    x: float
-    width: float
-    y: int
-    kind: str
-    sign: str
-    round: int
-    words: str
-    href: str
-    data: str
-    inside: str = ''
-    beside: str = ''
-    beside_x: float = 0
-    beside_width: float = 0
+class Use(NamedTuple):
+    """What is drawn of a resource: itself, its limits, how full it is and is now, the
+    reservations and changes of its capacity.
+    """
+    place: Any
+    limits: dict
+    levels: list[Level]
+    at_now: Level
+    found: list
+    changes: list[dict]
 
 
-class Drawn(NamedTuple):
-    """A resource on a time line: what it has in words, how full it is, and what stands on it."""
-    name: str
-    holds: str
-    now: str
-    unit: str
-    share: float
-    summary: str
-    limited: bool
-    caps: str
-    steps: str
-    shut: str
-    used: list[tuple]
-    figures: list[tuple]
-    closed: list[tuple]
-    bars: list[Bar]
-    more: list[tuple]
-    hint: int
-    height: int
+def use_of(place, line: TimeLine, days: list, found: list, changes: list, now: float) -> Use:
+    """What the store has of a resource, to be drawn."""
+    most = capacity(place)
+    limits = {name: n for name, n in in_figures(most).items() if n is not None}
+    there = level(place.id, now, (CLOSED, *most.names))
+    return Use(place, limits, levels_of(place, line, days),
+               levelled([(0, there)], in_figures(most))[0],
+               [each for each in found if each.resource_id == place.id],
+               [each for each in changes if each['resource'] == place.name])
 
 
 class Drawing:
-    """Draws the plan for somebody."""
+    """Draws the plan for somebody: of values alone, so that the same ones give the same plan."""
 
     def __init__(self, visit: Visit, line: TimeLine, href: Callable[..., str]):
         self.visit, self.line, self.href = visit, line, href
         now = visit.here.now.astimezone(visit.zone)
         self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
-        self.shares: dict[int, float] = defaultdict(float)
 
-    def resource(self, place, found: list, changes: list[dict], hint: int) -> Drawn:
+    def row(self, use: Use, hint: int) -> SimpleNamespace:
         """All that stands in the row of a resource.
 
         Args:
-          found: the reservations
-          changes: its maintenances and other changes of capacity
           hint: where it says how to begin, in percent, if it does
         """
-        line, levels = self.line, levels_of(place, self.line, self.days)
-        limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
+        line, limits, month = self.line, use.limits, self.line.view == 'month'
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
-        closed = [(*line.extent(*edges), words) for *edges, words in self.changes(changes)]
-        bars, more, lanes = self.bars(found)
-        self.note_shares(levels)
-        at_now = levelled([(0, level(place.id, self.visit.here.now.timestamp(),
-                                     (CLOSED, *capacity(place).names)))],
-                          in_figures(capacity(place)))[0]
-        least = min(levels, key=lambda each: -each.share).free
+        names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
         caps = [(n, '' if unit == 'VMs' else f'{unit} ')
                 for n, unit in zip(limits.values(), units)]
-        which = caps[at_now.unit] if caps else None
-        names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
-        return Drawn(
-            place.name, (names or 'no limit') + (' · needs approval' if place.approval else ''),
-            f'{at_now.free} of {which[0]}' if which else str(at_now.free),
-            f'{which[1]}free' if which else 'used', at_now.share,
-            f'at least {least} free at any time' if limits else 'nothing limits it', bool(limits),
-            json.dumps(caps), json.dumps([[round(each.at), each.free, each.unit]
-                                          for each in levels]).replace(' ', ''),
-            json.dumps([[round(at) for at in edges] + [words]
-                        for *edges, words in self.changes(changes)]),
-            drawn_use(levels, line, line.view == 'month'),
-            [each for each in drawn_figures(levels, line, self.now, bool(limits))
-             if not any(x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE
-                        for x, _, words in closed)], closed, bars, more, hint,
-            max(112, 68 + 25 * (lanes + bool(more))))
-
-    def strip(self) -> list[HeadPart]:
-        """The days with how full the fullest resource is in each."""
-        return [day._replace(share=self.shares[n]) for n, day in enumerate(self.days)
-                if self.line.view == 'week']
-
-    def note_shares(self, levels: list[Level]) -> None:
-        """Notes how full each day is."""
-        for each, after in zip(levels, [each.at for each in levels[1:]] + [self.line.length]):
-            for day in range(int(each.at // 1440), math.ceil(after / 1440)):
-                self.shares[day] = max(self.shares[day], each.share)
+        changes, closed = [*self.changes(use.changes)], []
+        closed = [(*line.extent(*edges), words) for *edges, words in changes]
+        figures = drawn_figures(use.levels, line, self.now, bool(limits))
+        bars, more, height = self.bars(use.found)
+        now, least = use.at_now, max(use.levels, key=lambda each: each.share).free
+        most, unit = caps[now.unit] if caps else ('', '')
+        return SimpleNamespace(
+            name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
+            holds=(names or 'no limit') + ' · needs approval' * bool(use.place.approval),
+            now=f'{now.free} of {most}' if caps else now.free,
+            unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
+            summary=f'at least {least} free at any time' if caps else 'nothing limits it',
+            caps=json.dumps(caps), used=drawn_use(use.levels, line, month),
+            steps=json.dumps([[round(each.at), each.free, each.unit] for each in use.levels],
+                             separators=(',', ':')),
+            shut=json.dumps([[round(first), round(last), words]
+                             for first, last, words in changes]),
+            figures=[each for each in figures if not any(
+                x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE for x, _, words in closed)],
+            height=height)
 
     def changes(self, changes: list[dict]) -> Iterator[tuple]:
         """When capacity is another, in minutes, and what is said of it."""
@@ -23328,28 +23358,36 @@ class Drawing:
                 none = not any(each[name] for name in ('vms', 'vcpus', 'ram'))
                 yield first, last, f"{'closed' if none else 'less'}: {each['reason']}"
 
-    def bars(self, found: list) -> tuple[list[Bar], list[tuple], int]:
-        """Reservations as bars, where there are more than are drawn, and the number of lanes."""
+    def with_shares(self, uses: list[Use]) -> list[HeadPart]:
+        """The days, with how full the fullest resource is in each."""
+        shares: dict[int, float] = defaultdict(float)
+        for each in uses:
+            for day, level, _ in day_parts(each.levels, self.line):
+                shares[day] = max(shares[day], level.share)
+        return [day._replace(share=shares[n]) for n, day in enumerate(self.days)]
+
+    def bars(self, found: list) -> tuple[list, list[tuple], int]:
+        """Reservations as bars, where there are more than are drawn, and how high all is."""
         groups = defaultdict(list)
+        month = self.line.view == 'month'
         for each in found:
-            groups[each.reservation if self.line.view == 'month' else each.id].append(each)
+            groups[each.reservation if month else each.id].append(each)
         placed = in_lanes([([self.box(each) for each in group], self.texts(group[0]))
                            for group in groups.values()])
         bars, left, lanes = [], Counter(), 0
         for group, spot in zip(groups.values(), placed):
             if not spot:
-                day = next(n for n in reversed(range(len(self.days)))
-                           if self.days[n].begin <= max(self.line.minute(group[0].start), 0))
-                left[day] += len(group)
+                begin = max(self.line.minute(group[0].start), 0)
+                left[sum(day.begin <= begin for day in self.days) - 1] += len(group)
                 continue
             lanes = max(lanes, spot[0] + 1)
-            bars += [self.bar(each, 56 + 25 * spot[0], spot[1], first=n == 0,
-                              last=n == len(group) - 1) for n, each in enumerate(group)]
-        word = '' if self.line.view == 'month' else ' more'
-        more = [(self.days[n].x, f'+{number}{word}',
-                 self.href(view='day', at=self.days[n].at) if self.days[n].view == 'day'
-                 else '/list') for n, number in sorted(left.items())]
-        return bars, more, lanes
+            bars += [self.bar(each, 56 + 25 * spot[0], spot[1], each is group[0],
+                              each is group[-1]) for each in group]
+        height = max(112, 68 + 25 * (lanes + bool(left)))
+        more = [(self.href(view='day', at=day.at) if day.view == 'day' else '/list', day.x,
+                 height - 8, f"+{left[n]}{'' if month else ' more'}")
+                for n, day in enumerate(self.days) if left[n]]
+        return bars, more, height
 
     def box(self, each) -> tuple[float, float]:
         """Where a reservation is and how wide it is drawn, in pixels."""
@@ -23365,18 +23403,19 @@ class Drawing:
         whole = f'{each.label} · {each.vms}'
         return [*([] if self.is_own(each) else [f'{whole} · {each.user}']), whole, each.label]
 
-    def bar(self, each, y: int, spot: Spot, first: bool, last: bool) -> Bar:
+    def bar(self, each, y: int, spot: Spot, first: bool, last: bool) -> SimpleNamespace:
         """A reservation as a bar; of several in a lane, the text is with the first or the last."""
-        x, width = self.box(each)
-        own, side = self.is_own(each), spot.side
+        (x, width), own, side = self.box(each), self.is_own(each), spot.side
         beside_x = x + width if side == 'right' else spot.low
-        text = spot.text if side == 'right' and last or side == 'left' and first else ''
-        return Bar(x * 100 / WIDE, width * 100 / WIDE, y, each.state if own else 'other',
-                   each.state if own and width >= SIGN else '', 4 if own else 2,
-                   self.words(each), self.visit.href_of(each), self.data(each) if own else '',
-                   spot.text if side == 'in' else ' ' if width >= SIGN and own else '',
-                   text, round(beside_x * 100 / WIDE, 2),
-                   round((text_width(text) + 8) * 100 / WIDE, 2))
+        shows = side == 'right' and last or side == 'left' and first
+        part = functools.partial(round, ndigits=2)
+        return SimpleNamespace(
+            x=part(x * 100 / WIDE), width=part(width * 100 / WIDE), y=y,
+            kind=each.state if own else 'other', sign=each.state if own and width >= SIGN else '',
+            round=4 if own else 2, words=self.words(each), href=self.visit.href_of(each),
+            data=self.data(each) if own else '', inside=spot.text if side == 'in' else '',
+            beside=spot.text if shows else '', beside_x=part(beside_x * 100 / WIDE),
+            beside_width=part((text_width(spot.text) + 8) * 100 / WIDE))
 
     def words(self, each) -> str:
         """All of a reservation, for who points at it or hears it."""
@@ -23391,13 +23430,12 @@ class Drawing:
 
     def data(self, each) -> str:
         """What a script needs to move a reservation, if it can be moved; nothing else."""
-        running = each.state in ('starting', 'active', 'degraded')
-        if not self.visit.writes or not (running or each.state in ('reserved', 'waiting')):
+        if not self.visit.writes or each.state not in (*RUNNING, 'reserved', 'waiting'):
             return ''
         said = {'label': each.label, 'project': each.project,
                 'occurrence': to_plain(instant(each.start)) if each.repeats else '',
                 'a': round(self.line.minute(each.start)), 'z': round(self.line.minute(each.end)),
-                **({'runs': '1'} if running else {})}
+                **({'runs': '1'} if each.state in RUNNING else {})}
         return ''.join(f' data-{name}="{in_html(value)}"' for name, value in said.items())
 
     def agenda(self, found: list) -> list[tuple[str, list[tuple]]]:
@@ -23405,16 +23443,148 @@ class Drawing:
         days, zone = defaultdict(list), self.visit.zone
         for each in [each for each in found if self.is_own(each)][:60]:
             start, end = (instant(at).astimezone(zone) for at in (each.start, each.end))
-            day = f'{start:%a} {start.day} {start:%b}'
             until = f'{end:%H:%M}' if end.date() == start.date() else f'{end:%a %H:%M}'
-            days[day].append((self.visit.href_of(each), f'{start:%H:%M}', until, each.state,
-                              each.label, f"{counted(each.vms, 'VM')} on {each.resource}"))
+            days[f'{start:%a} {start.day} {start:%b}'].append((
+                self.visit.href_of(each), f'{start:%H:%M}', until, each.state, each.label,
+                f"{counted(each.vms, 'VM')} on {each.resource}"))
         return [*days.items()]
 
 
-def at_of(line: TimeLine, wall: datetime) -> str:
-    """A time as an address of the plan has it."""
-    return f'{wall:%Y-%m-%dT%H}' if line.view == 'hours' else f'{wall:%Y-%m-%d}'
+class PlanPage(Visit):
+    """The time line of all resources."""
+
+    def plan(self, given: dict):
+        """Resources against time: how full they are, what is one's own, what is free."""
+        places = sorted(self.places(), key=lambda each: (each.cloud, each.region, each.name))
+        if not places:
+            return self.page('Plan', self.render('nothing'))
+        view = given.get('view') if given.get('view') in VIEWS else 'week'
+        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
+        number = given.get('page', '')
+        page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
+        kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
+
+        def href(**other) -> str:
+            chosen = {name: value for name, value in (kept | other).items() if value != ''}
+            return f'/?{urlencode(chosen)}'
+        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
+            len(places) > (page + 1) * MOST_PLACES)
+        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
+        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
+        return self.page('Plan', body, headed=False)
+
+    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
+              others: list) -> str:
+        """The plan of some resources."""
+        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
+        found = self.on_plan(places, line, mine)
+        coming = self.coming()
+        first = not coming and not found and self.writes and not self.service.over('', 1)
+        changes = self.service.maintenance_list()
+        uses = [use_of(each, line, drawing.days, found[:most], changes,
+                       self.here.now.timestamp()) for each in places]
+        groups = defaultdict(list)
+        for n, each in enumerate(uses):
+            name = each.place.cloud or 'no cloud', each.place.region
+            hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
+            groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
+        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
+        inside = line.first <= today < line.after
+        middle = today if inside else line.first + (line.after - line.first) / 2
+        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
+                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
+                 if 0 <= each[-1] < len(VIEWS)]
+        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
+                'thin': line.thin, 'snap': SNAPS[line.view],
+                **({'writes': ''} if self.writes else {})}
+        return self.render(
+            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
+            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
+            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
+            before=line.at(line.first - (line.after - line.first)), view=line.view,
+            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
+            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
+            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
+            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
+            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
+            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
+            legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
+                'other', 'other people’s') for each in found),
+            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
+            others=[(href(at=line.at(line.first), page=number), words)
+                    for number, words in others],
+            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
+
+    def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
+        """The reservations that are drawn, one more than there may be if there are more."""
+        asked = dict.fromkeys(('user', 'project', 'resource', *PLACE), '')
+        if mine:
+            asked |= {'user': self.actor.user, 'project': self.actor.project}
+        look = self.service.look
+        filters, where = look.filtered(asked)
+        filters |= {'places': [each.id for each in places]}
+        where += [('o.start < ?', line.end), ('o."end" > ?', line.begin), ('o.cancelled IS NULL',)]
+        found = look.page(look.ways(filters, (), line.begin), where, (),
+                          MOST_BARS[line.view] + 1, fields=BRIEF)
+        return self.not_leaving(found)
+
+    def coming(self) -> list:
+        """The next of one's own reservations."""
+        mine = {'user': self.actor.user, 'project': self.actor.project}
+        asked = dict.fromkeys(('resource', *PLACE), '') | mine
+        return self.not_leaving(self.service.matching('', asked, (), None, None, 30, ''))
+
+    def not_leaving(self, found: list) -> list:
+        """Those that nobody has cancelled a moment ago."""
+        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
+
+    def cards(self, coming: list) -> list[tuple]:
+        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
+        rest, an address.
+        """
+        def starts(each) -> str:
+            at = instant(each.start - each.lead)
+            what = f"{counted(each.vms, 'VM')} on {each.resource}"
+            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
+
+        def ends(each) -> str:
+            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
+            return f'ends {self.plain(instant(each.end))}, in {left}'
+
+        def up(each) -> str:
+            vms = counted(each.vms, 'VM')
+            return f'{each.up} of {each.vms} ready' if each.runs else vms
+
+        def when(each) -> str:
+            return self.span(instant(each.start), instant(each.end))
+        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
+                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
+        firsts = [(*kind, next((each for each in coming if each.state in kind[1]), None))
+                  for kind in kinds]
+        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
+                for head, _, words, more, found in firsts if found]
+
+    def ask_line(self, typed: str = '') -> str:
+        """The line in which people say what they want."""
+        return self.render('line', typed=typed, example=EXAMPLES[0])
+
+    def first_day(self, places: list) -> str:
+        """What somebody reads who has reserved nothing yet."""
+        people = row('SELECT count(*) AS n FROM token WHERE revoked IS NULL').n
+        steps = [('ended', f"{counted(len(places), 'resource')} can be booked",
+                  '/admin/resources#resource_add', 'Add another'),
+                 ('ended' if people > 1 else 'reserved', 'Let people in: a sign-in token for each',
+                  '/admin/people#token_add', 'Make tokens'),
+                 ('reserved', 'Make the first reservation', '/book', 'Try it')]
+        return self.render('first day', line=self.ask_line(), steps=steps,
+                           examples=[(urlencode({'q': each}), each) for each in EXAMPLES])
+
+
+#: What people can type in one line.
+EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
+            '1 vm tomorrow 9:00-11:00')
+MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
+                  'all.')
 
 
 # One line that says what somebody wants, such as `15 ubuntu every tue 10-12 until 23 feb`
@@ -23717,7 +23887,7 @@ class OpenId:
 
 
 class Pages:
-    """The handlers of all pages of a service."""
+    """What all requests from browsers share."""
 
     def __init__(self, service: Reservations):
         self.service = service
@@ -23729,51 +23899,15 @@ class Pages:
 
     def mount(self, app) -> None:
         """Gives an application the addresses of all pages."""
-        for verb, path, handle in (
-                ('GET', '/', self.plan), ('GET', '/list', self.list), ('GET', '/book', self.book),
-                ('POST', '/book', self.add), ('GET', '/book/check', self.check),
-                ('GET', '/book/small', self.small),
-                ('GET', '/r/<label>', self.reservation), ('GET', '/r/<label>/live', self.live),
-                ('GET', '/admin', self.admin), ('GET', '/admin/use', self.use),
-                ('GET', '/admin/<tab>', self.admin), ('POST', '/admin/decide', self.decide),
-                ('POST', '/admin/people', self.people), ('GET', '/tokens', self.tokens),
-                ('GET', '/r/<label>/change', self.change),
-                ('POST', '/r/<label>/change', self.do_change),
-                ('POST', '/r/<label>/share', self.share),
-                ('GET', '/r/<label>/change/check', self.change_check),
-                ('GET', '/r/<label>/try', self.try_change),
-                ('GET', '/notices', self.notices), ('POST', '/notices', self.mark_read),
-                ('GET', '/docs', self.docs), ('POST', '/do/<name>', self.do)):
-            app.route(path, verb, self.visited(handle))
-        for verb, path, handle in (('GET', '/sign-in', self.ask),
-                                   ('GET', '/s/<secret>', self.shared),
-                                   ('GET', '/s/<secret>/live', self.shared_live),
-                                   ('POST', '/sign-in', self.sign_in),
-                                   ('POST', '/sign-in/keystone', self.sign_in_at_keystone),
-                                   ('GET', '/sign-in/oidc/begin', self.begin_oidc),
-                                   ('GET', '/sign-in/oidc', self.end_oidc),
-                                   ('POST', '/sign-out', self.sign_out),
-                                   ('POST', '/zone', self.choose_zone)):
-            app.route(path, verb, self.visited(handle, signed_in=False))
+        for kind, (handlers, signed_in) in ROUTES.items():
+            for address, name in handlers.items():
+                verb, path = address.split()
+                app.route(path, verb, self.visited(kind, name, signed_in))
         for path, text, kind in (('/page.css', STYLE, 'text/css'),
                                  ('/page.js', SCRIPT, 'text/javascript')):
-            app.route(path, 'GET', lambda text=text, kind=kind: answered(text, headers={
+            app.route(path, 'GET', functools.partial(answered, text, headers={
                 'Content-Type': f'{kind}; charset=utf-8',
                 'Cache-Control': 'public, max-age=31536000, immutable'}))
-
-    def docs(self, visit: Visit, given: dict):
-        """What programs can ask for: /openapi.json for people."""
-        told = openapi()
-        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
-        for path, verbs in told['paths'].items():
-            for verb, entry in verbs.items():
-                line = verb.upper(), path, entry, arguments_told(entry)
-                by_tag[entry['tags'][0]][1].append(line)
-        return self.page(visit, 'REST', render_page(
-            'docs', tags=by_tag, kinds=told['components']['schemas'], told=kind_told,
-            refusals=REFUSALS))
-
-    # Who visits
 
     @property
     def keys(self) -> list[bytes]:
@@ -23794,65 +23928,56 @@ class Pages:
 
     def unsigned(self, purpose: str, text: str) -> str | None:
         """What was signed, if it was by us, for this."""
-        said, _, sign = text.rpartition('.')
-        ours = [secrets.compare_digest(sign.encode(), self.sign(purpose, said, key).encode())
+        said, _, given = text.rpartition('.')
+        ours = [secrets.compare_digest(given.encode(), self.sign(purpose, said, key).encode())
                 for key in self.keys]
         return said if any(ours) else None
 
-    def visit(self, request) -> Visit:
+    def visit(self, request, kind: type = Visit) -> Visit:
         """Who sends a request: by the cookie of a session that lasts, of a token in force."""
         session = hashed(self.unsigned('session', request.get_cookie('cmres') or '') or '')
-        now = self.service.clock()
+        now, config = self.service.clock(), self.service.config
         found = row(f'{TOKEN} JOIN session s ON s.token_id = t.id '
                     f'WHERE s.hash = ? AND s.until > ? AND {IN_FORCE}', session, int(now), now)
         actor = bearer_of(found) if found else None
         if found:
             note_caller(self.service, request.environ, found)
         try:
-            zone = read_zone(unquote(request.get_cookie('zone') or '')
-                             or self.service.config.timezone)
+            zone = read_zone(unquote(request.get_cookie('zone') or '') or config.timezone)
         except Invalid:
-            zone = self.service.config.zone
+            zone = config.zone
         service = self.service.acting(actor or Actor('', '', READER))
         service.wanted = while_there(request.environ)
         # sentences speak in the person's zone
-        service.config = dataclasses.replace(service.config, timezone=zone.key)
-        form = self.sign('form', f'{found.id}' if found else '')
-        return Visit(service, actor, zone, self.service.config.zone, form)
+        service.config = dataclasses.replace(config, timezone=zone.key)
+        return kind(self, service, actor, zone, self.sign('form', f'{found.id}' if found else ''))
 
     def anybody(self, request) -> Visit:
         """Who sends a request, or nobody in particular while the store can't be read."""
         try:
             return self.visit(request)
         except (Unavailable, *STORE_ERRORS):
-            zone = self.service.config.zone
-            return Visit(self.service.acting(Actor('', '', READER)), None, zone, zone, '')
+            nobody = self.service.acting(Actor('', '', READER))
+            return Visit(self, nobody, None, self.service.config.zone, '')
 
-    def visited(self, handle: Callable, signed_in: bool = True) -> Callable:
+    def visited(self, kind: type, name: str, signed_in: bool) -> Callable:
         """A handler of a page: who visits, what a form says, and what becomes of an error."""
         import bottle
 
         def handler(**path):
             request, given = bottle.request, {}
-            visit = self.visit(request)
+            visit = self.visit(request, kind)
             try:
-                given = read_query(request) if request.method == 'GET' else read_form(request)
+                given = read_form(request) if request.method == 'POST' else read_query(request)
                 if signed_in and not visit.actor:
-                    return self.asking(visit, request, given)
+                    return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
                     self.refuse_foreign(request, given, visit, signed_in)
                 with visit.service.shares.answering(visit.service.actor.user):
-                    return handle(visit, **path, given=given)
+                    return getattr(visit, name)(**path, given=given)
             except Error as error:
-                return self.refusal(visit, error, local(given.get('next')))
+                return visit.refusal(error, local(given.get('next')))
         return handler
-
-    def refusal(self, visit: Visit, error: Error, back: str):
-        """The page that says what could not be done."""
-        import bottle
-        note_wait(bottle.request.environ, error)
-        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back),
-                         error.status)
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
         """Refuses what another site's page sends: by where it comes from, and by what only our
@@ -23861,686 +23986,450 @@ class Pages:
         origin = header(request, 'Origin')
         ours = (header(request, 'Host'), urlsplit(self.service.config.public_url).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
-        if (elsewhere
-            or header(request, 'Sec-Fetch-Site', 'same-origin') not in ('same-origin', 'none')):
+        site = header(request, 'Sec-Fetch-Site', 'same-origin')
+        if elsewhere or site not in ('same-origin', 'none'):
             raise Forbidden('this form comes from another site')
-        if (not secrets.compare_digest(given.pop('form', '').encode(), visit.form.encode())
-            and signed_in):
-            raise Forbidden('this form is of another person, or comes from elsewhere; go back and '
-                            'load the page again')
+        known = secrets.compare_digest(given.pop('form', '').encode(), visit.guard.encode())
+        if signed_in and not known:
+            raise Forbidden('this form has expired. Go back, load the page again and try once more')
 
-    def page(self, visit: Visit, title: str, body: str, status: int = 200, headed: bool = True):
-        """A whole page; what the last form did is said once.
 
-        Args:
-          headed: its title stands above the body, which has no heading of its own
-        """
-        import bottle
-        note = self.unsigned('note', unquote(bottle.request.get_cookie('note') or ''))
-        here = bottle.request.path
-        back = here + (f'?{bottle.request.query_string}' if bottle.request.query_string else '')
-        text = self.laid_out(visit, title, body, json.loads(note) if note else None, here,
-                             back if bottle.request.method == 'GET' and visit.actor else '/',
-                             headed)
-        made = answered(text, status)
-        if note:
-            made.delete_cookie('note', path='/')
-        return made
+class SignIn(Visit):
+    """Who visits: signing in by a token, at Keystone or at a provider, and signing out."""
 
-    def laid_out(self, visit: Visit, title: str, body: str, note: dict | None = None,
-                 here: str = '', back: str = '/', headed: bool = True) -> str:
-        """The text of a whole page."""
-        return render_page('layout', title=title, body=body, visit=visit, note=note, here=here,
-                           back=back, headed=headed, drawings=DRAWINGS, version=LOOK,
-                           unread=len(self.told_of(visit, seen_by())) if visit.actor else 0)
-
-    def asking(self, visit: Visit, request, given: dict):
+    def asking(self, request, given: dict):
         """The form to sign in, which leads back to what was asked for, and to what was typed."""
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
-        query = (f'?{urlencode(typed)}' if request.method == 'POST'
-                 else f'?{request.query_string}'.rstrip('?'))
+        query = urlencode(typed) if request.method == 'POST' else request.query_string
         aside = request.path.endswith(('/live', '/check', '/try', '/small'))
-        goes = request.method == 'GET' and not aside or request.path == '/book'
-        status = 200 if request.method == 'GET' and not aside else 401
-        back = request.path + query if goes else '/'
-        return self.page(visit, 'Sign in', self.sign_in_form('', back), status)
+        reads = request.method in ('GET', 'HEAD') and not aside
+        goes = reads or request.path == '/book'
+        back = request.path + f'?{query}'.rstrip('?') if goes else '/'
+        return self.form('', back, 200 if reads else 401)
 
-    def ask(self, visit: Visit, given: dict):
+    def ask(self, given: dict):
         """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
-        return self.page(visit, 'Sign in', self.sign_in_form('', '/'))
+        return self.form('', '/')
 
-    def sign_in(self, visit: Visit, given: dict):
-        """Signs in by a token, for as long as `signed_in` says."""
+    def form(self, refusal: str, back: str, status: int = 200):
+        """The page to sign in."""
+        return self.page('Sign in', self.render('sign in', refusal=refusal, to={'next': back},
+                         keystone=self.config.keystone, oidc=self.config.oidc,
+                         oidc_href=f'/sign-in/oidc/begin?{urlencode({"next": back})}'), status)
+
+    def refused(self, given: dict, error: Error):
+        """The form to sign in, and why that was not done."""
+        import bottle
+        if isinstance(error, Unauthorized):
+            note_wrong(self.service, bottle.request.environ)
+        return self.form(str(error), local(given.get('next')), 401)
+
+    def by_token(self, given: dict):
+        """Signs in by a token, for as long as the setting says."""
         token = given.get('token', '').strip()
         try:
-            self.refuse_programs(actor := actor_of(token, self.service.clock()))
+            actor = actor_of(token, self.service.clock())
+            # it is good for less than pages show
+            if actor.scopes - {'read'} or actor.resource is not None:
+                raise Forbidden('This token is for a program and cannot be used here. Sign in '
+                                'with another token.')
         except (Unauthorized, Forbidden) as error:
-            return self.not_signed_in(visit, given, error)
-        return self.signed_in_as(actor, hashed(token), self.service.config.session_length, given)
+            return self.refused(given, error)
+        return self.signed_in(actor, hashed(token), self.config.session_length, given)
 
-    def sign_in_at_keystone(self, visit: Visit, given: dict):
+    def at_keystone(self, given: dict):
         """Signs in by a password of OpenStack, which goes to Keystone and nowhere else."""
-        service, said = self.service, {name: given.get(name, '').strip()
-                                       for name in ('user', 'project', 'domain')}
+        service = self.pages.service
+        said = {name: given.get(name, '').strip() for name in ('user', 'project', 'domain')}
         try:
             if not service.config.keystone or not all(said.values()):
-                raise Unauthorized('say who you are, in which project and domain')
+                raise Unauthorized('Type your user name, your project and its domain.')
             found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
                 password=given.get('password', ''), **said))
             if found.refusal:
                 raise found.refusal
             role = role_of(service, found.scoped)
         except (Unauthorized, Forbidden) as error:
-            return self.not_signed_in(visit, given, error)
+            return self.refused(given, error)
         user, project = (service.names_of(each)[0] for each in found.scoped[:2])
-        actor = Actor(user, project, role)
-        return self.known_elsewhere(actor, 'Keystone', found.scoped.ends, given)
-
-    def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
-        """Begins a session of somebody whom others know, until they do not any more."""
-        now = self.service.clock()
-        lasts = min(self.service.config.session_length, ends - now)
-        made = self.token_of_session(actor, f'signed in at {where}', now + lasts)
-        return self.signed_in_as(actor, made, lasts, given)
+        return self.known_elsewhere(Actor(user, project, role), 'Keystone', found.scoped.ends,
+                                    given)
 
     def back_here(self) -> str:
         """The address to which a provider sends people back."""
         import bottle
-        there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
-            bottle.request.urlparts)
-        return f'{there}/sign-in/oidc'
+        here = '{0.scheme}://{0.netloc}'.format(bottle.request.urlparts)
+        return f"{self.config.public_url.rstrip('/') or here}/sign-in/oidc"
 
-    def begin_oidc(self, visit: Visit, given: dict):
+    def begin_oidc(self, given: dict):
         """Leads to the provider; a cookie tells afterwards that it was begun here."""
-        if not self.service.config.oidc:
+        if not self.config.oidc:
             raise NotFound('nobody signs in here with OpenID Connect')
-        url, known = self.openid.begin(self.back_here())
+        url, known = self.pages.openid.begin(self.back_here())
         made = self.onward(url)
         text = json.dumps(known | {'next': local(given.get('next'))})
-        made.set_cookie('oidc', quote(self.signed('oidc', text), safe=''), path='/sign-in/oidc',
-                        httponly=True, samesite='lax', max_age=600,
-                        secure=self.service.config.public_url.startswith('https:'))
+        made.set_cookie('oidc', quote(self.pages.signed('oidc', text), safe=''), httponly=True,
+                        path='/sign-in/oidc', samesite='lax', max_age=600,
+                        secure=self.config.public_url.startswith('https:'))
         return made
 
-    def end_oidc(self, visit: Visit, given: dict):
+    def end_oidc(self, given: dict):
         """Signs in who comes back from the provider."""
         import bottle
-        known = self.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
+        known = self.pages.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
         try:
             if not known:
-                raise Unauthorized('this sign-in was not begun here, or too long ago')
+                raise Unauthorized('This sign-in was not started here, or too long ago. Start '
+                                   'again.')
             known = json.loads(known)
-            said = self.openid.end(self.back_here(), known, given, self.service.clock())
+            said = self.pages.openid.end(self.back_here(), known, given, self.service.clock())
             actor = self.claimed(said)
         except (Unauthorized, Forbidden) as error:
-            return self.not_signed_in(visit, given, error)
+            return self.refused(given, error)
         made = self.known_elsewhere(actor, 'the provider', said['exp'], {'next': known['next']})
         made.delete_cookie('oidc', path='/sign-in/oidc')
         # A redirect would still be of the provider's site, to which no strict cookie is sent.
-        made.status, made.body = 200, render_page('onward', href=local(known['next']))
+        made.status, made.body = 200, self.render('onward', href=local(known['next']))
         del made.headers['Location']
         return made
 
     def claimed(self, said: dict) -> Actor:
         """Who somebody is by their claims; Forbidden without a name."""
-        names = [each.strip() for each in self.service.config.oidc_claims.split(',')]
+        names = [each.strip() for each in self.config.oidc_claims.split(',')]
         user, project, role = (f"{said.get(name) or ''}" for name in (*names, '', '', '')[:3])
         if not user:
-            raise Forbidden(f"the provider does not say who you are: the claim '{names[0]}' is "
-                            'missing')
+            raise Forbidden(f"The provider does not say who you are: the claim '{names[0]}' is "
+                            'missing.')
         if role and role not in ROLES:
-            raise Forbidden(f"the provider says that your role is '{role}'; it must be one of "
-                            f"{', '.join(ROLES)}")
+            raise Forbidden(f"The provider says that your role is '{role}'. It must be one of "
+                            f"{', '.join(ROLES)}.")
         return Actor(user, project or 'default', role or USER)
 
-    def token_of_session(self, actor: Actor, purpose: str, ends: float) -> str:
-        """The hash of a token that nobody knows: sessions of who has none of ours are of it."""
-        hash = secrets.token_hex(32)
+    def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
+        """Begins a session of somebody whom others know, until they do not any more: of a token
+        that nobody knows.
+        """
+        now, purpose = self.service.clock(), f'signed in at {where}'
+        lasts, hash = min(self.config.session_length, ends - now), secrets.token_hex(32)
         with transaction():
             old = row('SELECT id, hash, ends FROM token WHERE user = ? AND project = ? '
                       'AND purpose = ? AND revoked IS NULL', actor.user, actor.project, purpose)
             if old:
-                change(Token, old.id, role=actor.role, ends=max(int(ends), old.ends))
-                return old.hash
-            insert(Token, user=actor.user, project=actor.project, role=actor.role, hash=hash,
-                   added=int(self.service.clock()), purpose=purpose, ends=int(ends), scopes='')
-        return hash
+                change(Token, old.id, role=actor.role, ends=max(int(now + lasts), old.ends))
+            else:
+                insert(Token, user=actor.user, project=actor.project, role=actor.role, hash=hash,
+                       added=int(now), purpose=purpose, ends=int(now + lasts), scopes='')
+        return self.signed_in(actor, old.hash if old else hash, lasts, given)
 
-    def not_signed_in(self, visit: Visit, given: dict, error: Error):
-        """The form to sign in, and why that was not done."""
-        import bottle
-        if isinstance(error, Unauthorized):
-            note_wrong(self.service, bottle.request.environ)
-        return self.page(visit, 'Sign in', self.sign_in_form(str(error), local(given.get('next'))),
-                         401)
-
-    def sign_in_form(self, refusal: str, back: str) -> str:
-        return render_page('sign in', refusal=refusal, back=back,
-                           keystone=self.service.config.keystone,
-                           oidc=self.service.config.oidc, query=urlencode({'next': back}))
-
-    def signed_in_as(self, actor: Actor, token: str, lasts: float, given: dict):
+    def signed_in(self, actor: Actor, token: str, lasts: float, given: dict):
         """Begins a session of somebody, by the hash of a token."""
         import bottle
         session, made = secrets.token_urlsafe(24), self.onward(local(given.get('next')))
+        now, where = self.service.clock(), bottle.request.environ.get('cmres.address')
         with transaction():
-            run('DELETE FROM session WHERE until <= ?', int(self.service.clock()))
+            run('DELETE FROM session WHERE until <= ?', int(now))
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
-                hashed(session), int(self.service.clock() + lasts), token)
-            where = bottle.request.environ.get('cmres.address') or 'an unknown address'
-            journal(self.service.config, self.service.clock(), actor.user, 'signed_in',
-                    f'{actor.user} in {actor.project} signed in from {where}')
+                hashed(session), int(now + lasts), token)
+            journal(self.config, now, actor.user, 'signed_in', f'{actor.user} in {actor.project} '
+                    f"signed in from {where or 'an unknown address'}")
         METRICS.count('sign_ins_total')
-        self.set_cookie(made, 'cmres', self.signed('session', session), int(lasts))
+        self.set_cookie(made, 'cmres', self.pages.signed('session', session), int(lasts))
         return made
 
-    def refuse_programs(self, actor: Actor) -> None:
-        """Forbidden for a token that is good for less than pages show."""
-        if actor.scopes - {'read'} or actor.resource is not None:
-            raise Forbidden('this token is for a program: it is good for a few operations only. '
-                            'Sign in with another')
-
-    def sign_out(self, visit: Visit, given: dict):
+    def sign_out(self, given: dict):
         """Ends the session, also for whoever has a copy of its cookie."""
         import bottle
-        session = self.unsigned('session', bottle.request.get_cookie('cmres') or '')
-        if session:
-            with transaction():
-                run('DELETE FROM session WHERE hash = ?', hashed(session))
+        session = self.pages.unsigned('session', bottle.request.get_cookie('cmres') or '')
+        with transaction():
+            run('DELETE FROM session WHERE hash = ?', hashed(session or ''))
         made = self.onward('/')
         made.delete_cookie('cmres', path='/')
         return made
 
-    def choose_zone(self, visit: Visit, given: dict):
+    def choose_zone(self, given: dict):
         """Shows times in another zone from now on."""
         zone, made = read_zone(given.get('zone', '')), self.onward(local(given.get('next')))
         made.set_cookie('zone', quote(zone.key, safe=''), path='/', samesite='strict',
                         max_age=31536000)
         return made
 
-    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
-        """Leads on after a form, so that loading again does not send it again.
 
-        Args:
-          words: what was done, for the next page to say
-          undo: the operation, with its fields, that takes it back
-        """
-        made = answered('', 303, {'Location': href})
-        if words:
-            notes = (self.signed('note', json.dumps({'words': words[:800], 'undo': each}))
-                     for each in (undo, None))
-            note = next(filter(lambda note: len(note) < 3900, (quote(each, safe='')
-                                                               for each in notes)), '')
-            self.set_cookie(made, 'note', note, 60)
-        return made
+class Lists(Visit):
+    """Reservations: in a list, one by one, as others see them; notices, tokens, and what programs
+    can ask for.
+    """
 
-    def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
-        """Sets a cookie that scripts and other sites can't use."""
-        made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
-                        secure=self.service.config.public_url.startswith('https:'))
-
-    # The time line
-
-    def plan(self, visit: Visit, given: dict):
-        """Resources against time: how full they are, what is one's own, what is free."""
-        places = sorted(visit.service.look.places(),
-                        key=lambda each: (each.cloud, each.region, each.name))
-        if not places:
-            return self.page(visit, 'Plan', render_page('nothing', visit=visit))
-        view = given.get('view') if given.get('view') in VIEWS else 'week'
-        at = read_at(given.get('at')) or to_wall(visit.here.now, visit.zone)
-        number = given.get('page', '')
-        page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
-        kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
-
-        def href(**other) -> str:
-            chosen = {name: value for name, value in (kept | other).items() if value != ''}
-            return f'/?{urlencode(chosen)}'
-        line = TimeLine(view, at, visit.zone)
-        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        more = page + 1 if len(places) > (page + 1) * MOST_PLACES else 0
-        return self.page(visit, 'Plan', self.drawn(visit, line, shown, href, kept, more),
-                         headed=False)
-
-    def drawn(self, visit: Visit, line: TimeLine, places: list, href: Callable[..., str],
-              kept: dict, next_places: int) -> str:
-        """The plan of some resources."""
-        drawing = Drawing(visit, line, href)
-        found = self.on_plan(visit, places, line, bool(kept['mine']))
-        most = MOST_IN_MONTH if line.view == 'month' else MOST_BARS
-        left_out, found = len(found) > most, found[:most]
-        coming = visit.service.matching('', dict.fromkeys(('resource', *PLACE), '') | {
-            'user': visit.actor.user, 'project': visit.actor.project}, (), None, None, 30, '')
-        first = not coming and not found and visit.writes and not visit.service.over('', 1)
-        changes, groups = defaultdict(list), defaultdict(list)
-        for each in visit.service.maintenance_list():
-            changes[each['resource']].append(each)
-        for place in places:
-            own = [each for each in found if each.resource_id == place.id]
-            hint = first and place is places[0] and (60 if line.x(drawing.now) < 45 else 10)
-            groups[', '.join(filter(None, (place.cloud or 'no cloud', place.region)))].append(
-                drawing.resource(place, own, changes[place.name], hint))
-        today, zoom = to_wall(visit.here.now, visit.zone), VIEWS.index(line.view)
-        inside = line.first <= today < line.after
-        middle = today if inside else line.first + (line.after - line.first) / 2
-        ways = [*(VIEWS[zoom - 1:zoom] or ['']), *(VIEWS[zoom + 1:zoom + 2] or [''])]
-        states = dict.fromkeys(each.state if drawing.is_own(each) else 'other' for each in found)
-        return render_page(
-            'plan', visit=visit, first=self.first_day(visit, places) if first else '',
-            line=self.ask_line() if visit.writes else '', cards=self.cards(visit, coming),
-            way=href, counted=counted, after=at_of(line, line.after),
-            before=at_of(line, line.first - (line.after - line.first)),
-            at=at_of(line, line.first), span=named_span(line), mine=kept['mine'], view=line.view,
-            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
-            zooms=ways, middle=f'{middle:%Y-%m-%dT%H}', strip=drawing.strip(),
-            corner={'week': 'Nights are narrow', 'month': 'Least free that day'}.get(line.view, ''),
-            grounds=line.grounds(drawing.days), cells=drawing.days,
-            now=line.x(drawing.now) if inside else None, clock=f'{today:%H:%M}',
-            groups=groups.items(), first_minute=line.first.isoformat(timespec='minutes'),
-            length=line.length, thin=line.thin, snap=SNAPS[line.view], agenda=drawing.agenda(found),
-            legend=states, page=kept['page'] or 0, next_places=next_places, left_out=left_out,
-            bars=most)
-
-    def on_plan(self, visit: Visit, places: list, line: TimeLine, mine: bool) -> list:
-        """The reservations that are drawn, one more than there may be if there are more."""
-        asked = dict.fromkeys(('user', 'project', 'resource', *PLACE), '')
-        if mine:
-            asked |= {'user': visit.actor.user, 'project': visit.actor.project}
-        filters, where = visit.service.look.filtered(asked)
-        filters |= {'places': [each.id for each in places]}
-        where += [('o.start < ?', line.end), ('o."end" > ?', line.begin), ('o.cancelled IS NULL',)]
-        return visit.service.look.page(visit.service.look.ways(filters, (), line.begin), where, (),
-                                  MOST_BARS + 1, fields=BRIEF)
-
-    def cards(self, visit: Visit, coming: list) -> list[tuple]:
-        """What runs, what is next, and what needs somebody: a sign, a head, a label, words, the
-        rest, an address.
-        """
-        def card(head: str, kinds: tuple, words: Callable, more: Callable) -> list[tuple]:
-            found = next((each for each in coming if each.state in kinds), None)
-            return [(found.state, head, found.label, words(found), more(found),
-                     visit.href_of(found))] if found else []
-
-        def starts(each) -> str:
-            at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} on {each.resource}"
-            return f'{what}, {each.image} starts at {visit.plain(at)[-5:]}' if each.image else what
-
-        def ends(each) -> str:
-            left = format_duration(max(60, (each.end - visit.here.now.timestamp()) // 60 * 60))
-            return f'ends {visit.plain(instant(each.end))}, in {left}'
-        return [*card('Running now', ('active', 'starting'),
-                      lambda each: f'{each.up} of {each.vms} ready' if each.runs
-                      else counted(each.vms, 'VM'), ends),
-                *card('Next', ('reserved',),
-                      lambda each: visit.span(instant(each.start), instant(each.end)), starts),
-                *card('Needs you', ('degraded', 'pending'), lambda each: each.state, starts)]
-
-    def ask_line(self, typed: str = '') -> str:
-        """The line in which people say what they want."""
-        return render_page('line', visit=Visit, typed=typed, example=EXAMPLES[0])
-
-    def first_day(self, visit: Visit, places: list) -> str:
-        """What somebody reads who has reserved nothing yet."""
-        people = row('SELECT count(*) AS n FROM token WHERE revoked IS NULL').n
-        steps = [(True, f"{counted(len(places), 'resource')} can be booked",
-                  '/admin/resources#resource_add', 'Add another'),
-                 (people > 1, 'Let people in: a sign-in token for each',
-                  '/admin/people#token_add', 'Make tokens'),
-                 (False, 'Make the first reservation', '/book', 'Try it')]
-        return render_page('first day', visit=visit, line=self.ask_line(), steps=steps,
-                           examples=EXAMPLES, urlencode=urlencode)
-
-    # Reservations
-
-    def list(self, visit: Visit, given: dict):
+    def list(self, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
-        after, over, state = given.get('after', ''), 'over' in given, given.get('state', '')
+        after, over, wanted = given.get('after', ''), 'over' in given, given.get('state', '')
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
-        state = state if state in STATES and not over else ''
-        service, visit.back = visit.service, f'/list?{urlencode(given)}'.rstrip('?')
+        wanted = wanted if wanted in STATES and not over else ''
+        service, self.back = self.service, f'/list?{urlencode(given)}'.rstrip('?')
 
         def lines(after: str, most: int) -> list[dict]:
             return (service.over(after, most) if over
-                    else service.list(state=[state] if state else (), limit=most, after=after))
+                    else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
         empty = 'Nothing is finished yet.' if over else 'Nothing is reserved.'
-        more = f'state={state}&' if state else 'over=1&' if over else ''
-        return self.page(visit, 'Reservations', render_page(
-            'list', visit=visit, over=over, state=state, more=more,
-            states=[each for each in STATES if each not in OVER],
-            table=self.listed(visit, found, given, empty),
-            after=last if last and lines(last, 1) else ''))
+        kept = {'state': wanted} if wanted else {'over': 1} if over else {}
+        return self.page('Reservations', self.render(
+            'list', over=over, state=wanted, table=self.listed(found, given, empty),
+            onward=last and lines(last, 1) and urlencode(kept | {'after': last}),
+            states=[each for each in STATES if each not in OVER]))
 
-    def listed(self, visit: Visit, found: list[dict], given: dict, empty: str = '') -> str:
-        """A table of reservations."""
-        columns = 'label state resource vms start end addresses'.split()
-        deeds = ['change'] if visit.writes else []
-        return self.table(visit, 'Reservations', columns + deeds, self.lines(visit, found), given,
-                          empty=empty)
-
-    def lines(self, visit: Visit, found: list[dict]) -> list[dict]:
-        """Reservations with their addresses, how late they were ready, and what can be done to
-        them.
+    def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
+        """A table of reservations: with their addresses, how late they were ready, and what can
+        be done to them.
         """
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
-                         'occurrence_id IN '
-                         '(SELECT value FROM json_each(?))',
+                         'occurrence_id IN (SELECT value FROM json_each(?))',
                          json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
-        return [each | {'addresses': sum((json.loads(server.addresses)
-                                          for server in servers[each['id']]), []),
-                        'late': lateness_of(servers[each['id']]), 'deeds': visit.deeds(each)}
-                for each in found]
+        lines = []
+        for each in map(self.as_left, found):
+            own = servers[each['id']]
+            late = [max(server.ready - server.planned, 0) for server in own if server.ready]
+            lines.append(each | {
+                'addresses': sum((json.loads(server.addresses) for server in own), []),
+                'late': ready_after(max(late)) if late else '', 'acts': self.acts(each)})
+        columns = 'label state resource vms start end addresses'.split()
+        return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
 
-    def table(self, visit: Visit, name: str, columns: list[str], lines: list[dict], given: dict,
-              empty: str = 'None.', picks: str = '') -> str:
-        """A table that a click on a head sorts.
-
-        Args:
-          given: the arguments of the page; `sort` is a column, with a minus the other way round
-          picks: what comes before the key of a line in the name of the box that selects it
-        """
-        sort, down = given.get('sort', '').lstrip('-'), given.get('sort', '').startswith('-')
-        if sort in columns:
-            lines = sorted(lines, key=lambda line: sort_key(line.get(sort)), reverse=down)
-        kept = {key: value for key, value in given.items() if key not in ('sort', 'after')}
-        heads = []
-        for key in columns:
-            order = ('descending' if down else 'ascending') if key == sort else ''
-            way = f'-{key}' if order == 'ascending' else key
-            href = '' if key in ('change', 'addresses') else f'?{urlencode(kept | {"sort": way})}'
-            zone = f' ({visit.zone.key})' if any(isinstance(line.get(key), datetime)
-                                                 for line in lines) else ''
-            words = HEADS.get(key, key.replace('_', ' ').capitalize())
-            heads.append((key.replace('_', ' '), words + zone, href, order))
-        rows = [(line.get('label') or line.get('id'),
-                 [self.cell(visit, key, line) for key in columns]) for line in lines]
-        return render_page('table', visit=visit, name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=rows, empty=empty, picks=picks)
-
-    def cell(self, visit: Visit, key: str, line: dict) -> str:
-        """What a table shows of a line."""
-        value = line.get(key)
-        if key == 'state' and value in STATES:
-            more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
-                           for each in ('fault', 'late') if line.get(each))
-            return f'<div>{visit.state(value)}{cut_short(more)}</div>'
-        if key == 'label' and value:
-            user, project = (visit.named(line.get(each, '')) for each in ('user', 'project'))
-            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
-                  f'<bdi>{in_html(project)}</bdi></span>'
-                  if visit.actor.role == ADMIN and 'user' in line else '')
-            href = in_html(visit.href(value, line['project'], line.get('which')))
-            return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
-        if key == 'change' and 'deeds' in line:
-            return '<div>' + ''.join(visit.deed(each, line) for each in line['deeds']) + '</div>'
-        return visit.cell(value)
-
-    def reservation(self, visit: Visit, label: str, given: dict):
+    def reservation(self, label: str, given: dict):
         """All of one reservation; what is live in it is loaded again and again."""
         try:
-            found, live, occurrence = self.shown(visit, label, given)
+            found, live, occurrence = self.one(label, given)
         except Conflict:  # it is in several projects
-            found = {'parts': visit.service.list(label)}
+            found = {'parts': self.service.list(label)}
         if 'parts' in found:
             project = found['parts'][0]['project']
-            whole = [visit.deed(deed, {'label': label, 'project': project}, True)
-                     for deed in ('extend', 'delete')] if 'label' in found and visit.writes else []
-            return self.page(visit, label, self.listed(visit, found['parts'], given)
-                             + ''.join(whole))
+            whole = [self.act(each, {'label': label, 'project': project}, True)
+                     for each in ('extend', 'delete')] if 'label' in found and self.writes else []
+            return self.page(label, self.listed(found['parts'], given) + ''.join(whole))
         query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
         href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
-        changes = found['state'] not in (*OVER, 'ending')
-        return self.page(visit, label, render_page(
-            'reservation', visit=visit, found=found, live=live, href=href, query=query,
-            share=self.share_form(visit, found),
+        changes = found['state'] not in (*OVER, 'ending') and self.writes
+        return self.page(label, self.render(
+            'reservation', live=live, href=f'{href}/live{query}', share=self.share_form(found),
             change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
 
-    def live(self, visit: Visit, label: str, given: dict):
+    def live(self, label: str, given: dict):
         """What is live of a reservation's page, if it is another than the browser has."""
-        return self.unless_same(self.shown(visit, label, given)[1])
+        return self.unless_same(self.one(label, given)[1])
 
-    def unless_same(self, text: str):
-        """A part of a page, if it is another than the browser has."""
-        import bottle
-        tag = f'"{hashed(text)[:20]}"'
-        same = tag == header(bottle.request, 'If-None-Match')
-        return answered('' if same else text, 304 if same else 200, {'ETag': tag})
-
-    def shown(self, visit: Visit, label: str, given: dict) -> tuple[dict, str, str]:
+    def one(self, label: str, given: dict) -> tuple[dict, str, str]:
         """A reservation, its live part, and the occurrence that was asked for."""
         asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
+        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
         if 'parts' in found:
             return found, '', ''
-        facts = [('Waits for approval', found.get('change')),
-                 ('Owner', f"{found['user']} in {found['project']}"),
-                 ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
-                 *((words, found[name]) for name, words in FACTS.items())]
-        events, occurrence = visit.service.events(label, found['project'],
-                                                  limit=50)[::-1], asked.get('occurrence', '')
-        deeds = [visit.deed(each, found, True,
-                            occurrence if each in ('extend', 'skip', 'delete') else '')
-                 for each in visit.deeds(found)]
-        facts = [(name, visit.cell(value)) for name, value in facts if value]
-        comes = [each | {'label': label, 'project': found['project'], 'which': each['start'],
-                         'deeds': visit.deeds(found | each, only=('skip',))}
-                 for each in found.get('occurrences', ())[:60]]
-        columns = ['label', 'start', 'end', 'vms', 'state', *(['change'] if visit.writes else [])]
+        found, occurrence = self.as_left(found), asked.get('occurrence', '')
+        events = self.service.events(label, found['project'], limit=50)[::-1]
+        acts = [self.act(each, found, True, occurrence * (each in ('extend', 'skip', 'delete')))
+                for each in self.acts(found)]
+        told = [('Waits for approval', found.get('change')),
+                ('Owner', f"{found['user']} in {found['project']}"),
+                ('From', found['start']), ('To', found['end']), ('Repeats', found['repeat']),
+                *((words, found[name]) for name, words in FACTS.items())]
         up = sum(each['state'] == 'active' for each in found['servers'])
-        running = found['state'] in ('starting', 'active', 'degraded')
-        login = self.service.config.login_command
-        return found, render_page(
-            'live', visit=visit, found=found, events=events, late=lateness_told, deeds=deeds,
-            facts=facts, starts=what_starts(visit, found), track=track_of(visit, found),
-            ready=f"{up} of {found['vms']} ready" if running and found['servers'] else '',
-            logins=lambda server: [login.replace('{address}', each)
-                                   for each in server['addresses']],
-            occurrences=self.table(visit, 'Occurrences', columns, comes, {}) if comes else ''
-        ), occurrence
+        counts = found['state'] in RUNNING and found['servers']
+        return found, self.render(
+            'live', found=found, events=events, acts=''.join(acts), vms=self.vms(found),
+            starts=what_starts(self, found), track=track_of(self, found),
+            ready=f"{up} of {found['vms']} ready" if counts else '',
+            facts=facts((name, self.shown(value)) for name, value in told if value),
+            occurrences=self.occurrences(found)), occurrence
+
+    def vms(self, found: dict) -> list[dict]:
+        """The VMs of a reservation, each with how to log in and when it was ready."""
+        login = self.config.login_command
+        return [{'name': each['name'], 'fault': each['fault'], 'log_in': [
+            login.replace('{address}', address) for address in each['addresses']],
+            'state': f"{each['state']} {each['fault'] or ''}",
+            'ready': each['ready'] and ready_after(
+                (each['ready'] - each['planned']).total_seconds()).removeprefix('ready ')}
+            for each in found['servers']]
+
+    def occurrences(self, found: dict) -> str:
+        """The next occurrences of a series, each with what can be done to it."""
+        coming = found.get('occurrences', ())
+        lines = [self.as_left(found | each) for each in coming[:60]]
+        lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
+                 for each in lines]
+        columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
+        more = f'<p class="soft">and {len(coming) - 60} more</p>' if len(coming) > 60 else ''
+        return headed('Occurrences', self.table('Occurrences', columns, lines) + more)
 
     # Sharing
 
-    def share_form(self, visit: Visit, found: dict) -> str:
+    def share_form(self, found: dict) -> str:
         """What stands on a reservation's page of the page that is shared."""
         shared = row('SELECT h.* FROM share h JOIN occurrence o '
                      'ON o.reservation_id = h.reservation_id WHERE o.id = ?', found['id'])
-        if not visit.writes or found['state'] in OVER and not shared:
+        if not self.writes or found['state'] in OVER and not shared:
             return ''
-        return render_page('share', visit=visit, found=found, n=found['vms'], counted=counted,
-                           link=self.share_link(shared) if shared else '',
+        return self.render('share', found=found, link=self.share_link(shared) if shared else '',
                            seats='\n'.join(json.loads(shared.seats)) if shared else '')
 
     def share_link(self, shared) -> str:
         """The address of a shared page; nobody can make it without our key."""
-        here = self.service.config.served
-        secret = self.sign('share', f'{shared.id} {shared.nonce}')[:40]
-        return f'{here}/s/{shared.id}-{secret}'
+        secret = self.pages.sign('share', f'{shared.id} {shared.nonce}')[:40]
+        return f'{self.pages.service.config.served}/s/{shared.id}-{secret}'
 
-    def share(self, visit: Visit, label: str, given: dict):
+    def share(self, label: str, given: dict):
         """Makes or revokes the address of a shared page, or says who sits where."""
-        if not visit.writes:
-            raise Forbidden(f"your role is {visit.actor.role}, so you can't share reservations")
+        if not self.writes:
+            raise Forbidden(f"Your role is {self.actor.role}, so you can't share reservations.")
         seats = [each.strip()[:100] for each in given.get('seats', '').splitlines()][:1000]
-        with visit.service.writing():
-            found = visit.service.look.mine(label, given.get('project', ''), live=False)
+        with self.service.writing():
+            found = self.service.look.mine(label, given.get('project', ''), live=False)
             if given.get('do') == 'revoke':
                 run('DELETE FROM share WHERE reservation_id = ?', found.reservation)
             else:
                 run('INSERT INTO share (reservation_id, nonce, seats) VALUES (?, ?, ?) ON CONFLICT '
                     '(reservation_id) DO UPDATE SET seats = excluded.seats', found.reservation,
                     secrets.token_hex(8), json.dumps(seats))
-        words = {'revoke': 'The link is revoked: nobody can use it any more',
-                 'seats': 'The seats are saved'}.get(given.get('do'), 'Everybody with the link '
-                                                     'below can see this reservation')
-        return self.onward(visit.href(found.label, found.project) + '#share', words)
+        words = {'revoke': 'The link is revoked. Nobody can use it any more.',
+                 'seats': 'The seats are saved.'}.get(given.get('do'), 'Everybody with the link '
+                                                      'below can see this reservation.')
+        return self.onward(self.href(found.label, found.project) + '#share', words)
 
-    def shared(self, visit: Visit, secret: str, given: dict):
+    def shared(self, secret: str, given: dict):
         """The page of one reservation, for who has its address; nothing else is on it."""
-        found, text = self.seats(visit, secret)
-        return self.page(visit, found['label'], render_page(
-            'shared', visit=visit, live=text, tag=hashed(text)[:20], href=f'/s/{secret}',
-            drawn=qr_path(f'{self.share_link(found["shared"])}')))
+        found, text = self.seats(secret)
+        return self.page(found['label'], self.render(
+            'shared', live=text, tag=hashed(text)[:20], href=f'/s/{secret}/live',
+            drawn=qr_path(self.share_link(found['shared']))))
 
-    def shared_live(self, visit: Visit, secret: str, given: dict):
+    def shared_live(self, secret: str, given: dict):
         """What is live of that page."""
-        return self.unless_same(self.seats(visit, secret)[1])
+        return self.unless_same(self.seats(secret)[1])
 
-    def seats(self, visit: Visit, secret: str) -> tuple[dict, str]:
+    def seats(self, secret: str) -> tuple[dict, str]:
         """A reservation that is shared, and its VMs as seats."""
-        id, _, sign = secret.partition('-')
+        id, _, given = secret.partition('-')
         shared = row('SELECT h.*, r.label, r.user, r.project FROM share h JOIN reservation r '
                      'ON r.id = h.reservation_id WHERE h.id = ?', int(id)) if re.fullmatch(
                          '[0-9]{1,18}', id) else None
-        if not shared or not any(secrets.compare_digest(
-                sign.encode(), self.sign('share', f'{shared.id} {shared.nonce}', key)[:40].encode())
-                for key in self.keys):
-            raise NotFound('this link is not known, or was revoked. Ask who gave it to you')
-        service = self.service.acting(Actor(shared.user, shared.project, READER))
+        signs = [self.pages.sign('share', f'{shared.id} {shared.nonce}', key)[:40]
+                 for key in self.pages.keys] if shared else []
+        if not any([secrets.compare_digest(given.encode(), each.encode()) for each in signs]):
+            raise NotFound('This link is unknown or was revoked. Ask the person who gave it to '
+                           'you.')
+        service = self.pages.service.acting(Actor(shared.user, shared.project, READER))
         occurrence = service.look.next_of(shared.reservation_id)
-        found = public(service.look.occurrence(occurrence.id)) | {'shared': shared}
-        login, names = self.service.config.login_command, json.loads(shared.seats)
-        lines = [(n, each['name'], names[n - 1] if n <= len(names) else '', each['state'], [
-            login.replace('{address}', address) for address in each['addresses']])
-            for n, each in enumerate(service.look.servers_of(occurrence.id), 1)]
-        return found, render_page('seats', visit=visit, found=found, lines=lines,
-                                  when=visit.span(found['start'], found['end']),
+        found = public(service.look.occurrence(occurrence.id)) | {
+            'shared': shared, 'servers': service.look.servers_of(occurrence.id)}
+        names = itertools.chain(json.loads(shared.seats), itertools.repeat(''))
+        seats = [(n, each['name'], who, vm['state'], each['log_in']) for n, (each, who, vm) in
+                 enumerate(zip(self.vms(found), names, found['servers']), 1)]
+        return found, self.render('seats', found=found, seats=seats,
+                                  when=self.span(found['start'], found['end']),
                                   ends=ENDS_SO[found['at_end'] or 'delete'])
 
-    # Changing
+    # Oneself
 
-    def change(self, visit: Visit, label: str, given: dict):
-        """The form that changes a reservation, with all that can be changed."""
-        found, only = self.to_change(visit, label, given)
-        return self.changing(visit, label, found, only, given, self.stored_fields(visit, found))
+    def notices(self, given: dict):
+        """The notices, those that are new marked."""
+        found, seen = self.told_of(0)[:60], self.seen
+        return self.page('Notices', self.render(
+            'notices', events=found, seen=seen, newest=found[0]['id'] if found else 0,
+            unread=sum(each['id'] > seen for each in found)))
 
-    def changing(self, visit: Visit, label: str, found: dict, only: tuple, given: dict, said: dict,
-                 verdict: Verdict | None = None, status: int = 200):
-        """The page with the form that changes a reservation."""
-        query = urlencode({name: given[name] for name in ('project', 'occurrence')
-                           if given.get(name)})
-        verdict = verdict or Verdict('', 'Nothing is changed yet.', go='Change')
-        href = f'/r/{quote(label)}/change'
-        more = tuple(each for each in BOOK_MORE if each != 'accept_within') + (
-            ('user', 'reason') if visit.actor.role == ADMIN else ())
-        return self.page(visit, f'Change {label}', self.form(
-            visit, said, verdict, more, was=self.stored_fields(visit, found), only=only, line='',
-            action=f'{href}?{query}', check=f'{href}/check?{query}'), status)
+    def mark_read(self, given: dict):
+        """From now on, what has happened until now is not new any more, on no device."""
+        newest = given.get('seen', '')
+        if re.fullmatch('[0-9]{1,18}', newest) and int(newest) > self.seen:
+            with transaction():
+                note_fact(f'seen-{self.actor.project}/{self.actor.user}', newest)
+        return self.onward('/notices')
 
-    def to_change(self, visit: Visit, label: str, given: dict) -> tuple[dict, tuple]:
-        """A reservation that is to change, and the fields that can, if not all."""
-        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        found = visit.service.show(**bind(API['show'], asked | {'label': label}, visit.here))
-        if 'parts' in found:
-            raise Conflict(f"'{label}' has several parts. Change them one by one.")
-        running = found['state'] in ('starting', 'active', 'degraded')
-        only = ('resource', 'start', 'end', 'vms') if 'occurrence' in asked else ()
-        return found, ('end', 'vms', 'notify', 'description', 'rename') if running else only
+    def docs(self, given: dict):
+        """What programs can ask for: /openapi.json for people."""
+        told = openapi()
+        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
+        for path, verbs in told['paths'].items():
+            for verb, entry in verbs.items():
+                line = verb.upper(), path, entry, arguments_told(entry)
+                by_tag[entry['tags'][0]][1].append(line)
+        return self.page('REST', self.render(
+            'docs', tags=by_tag, kinds=told['components']['schemas'], field_told=field_told,
+            answer_told=answer_told))
 
-    def stored_fields(self, visit: Visit, found: dict) -> dict:
-        """The fields of the form as a reservation has them."""
-        said = {name: in_field(found.get(name)) for name in BOOKING} | {
-            'rename': found['label'], 'reason': '', 'what': 'image' if found['image'] or found['server'] else
-            'hold', 'lead': format_duration(found['lead']) if found['lead'] else '',
-            'repeat': in_cell(found['repeat'], visit.zone) if found['repeat'] else '',
-            'user': found['user'], 'count': '', 'until': '', 'skip_dates': ''}
-        return self.timed(visit, said, found['start'], found['end'])
 
-    def changed(self, visit: Visit, label: str, given: dict, dry_run: bool) -> tuple[dict, str]:
-        """Does what a form of changes says: the answer, and its sentence."""
-        found, only = self.to_change(visit, label, given)
-        before = self.stored_fields(visit, found)
-        said = {name: given[name] for name in (*BOOKING, 'rename', 'user') if name in given
-                and name != 'label' and given[name] != given.get(f'was_{name}', before.get(name))}
-        what = said.pop('what', '')
-        if what == 'hold' and found['image']:
-            said['image'] = ''
-        if said.get('skip_dates'):
-            said['skip_dates'] = days_left_out(said['skip_dates'], visit.here)
-        said = {name: {'lead': '0s'}.get(name, value) if value == '' else value
-                for name, value in said.items() if value != '' or name in CAN_BE_EMPTY}
-        occurrence = given.get('occurrence', '')
-        if found['tz'] and not occurrence and found['state'] in ('starting', 'active', 'degraded'):
-            occurrence = to_plain(found['start'])
-        asked = {'label': label, 'project': found['project'], 'occurrence': occurrence}
-        if 'end' in said and 'start' not in said:  # a bare clock comes after the start
-            said['end'] = to_plain(parse_end(said['end'], found['start'], visit.here))
-        said |= {name: value for name, value in asked.items() if value} | {'tz': visit.zone.key}
-        return visit.service.update(**bind(API['update'], said, visit.here), dry_run=dry_run)
+class Verdict(NamedTuple):
+    """What a form says of itself.
 
-    def change_check(self, visit: Visit, label: str, given: dict):
-        """Whether a change would fit."""
-        return answered(self.verdict(visit, self.changes_to(visit, label, given)))
+    Args:
+      kind: ok, some of it or no; '' before it was checked
+      months: of a series, each with its weeks of days and what becomes of those
+      go, waits: what its buttons do; '' without one
+      focus: it goes to who has just sent the form
+    """
+    kind: str
+    head: str
+    words: Iterable[str] = ()
+    facts: Iterable[tuple[str, str]] = ()
+    months: Iterable[tuple] = ()
+    offers: Iterable[tuple[str, str]] = ()
+    go: str = 'Book'
+    waits: str = ''
+    focus: bool = False
 
-    def changes_to(self, visit: Visit, label: str, given: dict, focus: bool = False) -> Verdict:
-        """What would become of a reservation."""
-        try:
-            answer = self.changed(visit, label, given, True)
-        except Error as error:
-            return Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
-                           go='Change', focus=focus)
-        return Verdict('ok', 'It fits', [what_starts(visit, answer)], go='Change')
 
-    def try_change(self, visit: Visit, label: str, given: dict):
-        """In a few words whether a reservation could be moved, for who drags it."""
-        try:
-            answer = self.changed(visit, label, given, True)
-        except Error as error:
-            return answered(f'does not fit: {error}'[:160], headers=PLAIN_TEXT)
-        free = [each['free_vms'] for each in visit.service.usage(
-            answer['resource'], answer['start'], answer['end']) if each['free_vms'] is not None]
-        words = f'fits, {min(free)} VMs free there now' if free else 'fits'
-        return answered(words, headers=PLAIN_TEXT)
+UNCHECKED = Verdict('', 'Here you see whether it fits.')
+CHOOSE = 'Choose an image, or hold capacity only.'
+#: How a verdict looks: the sign and the state whose colour it has; and a date of a series: its
+#: class, its sign, its word.
+LOOKS = {'ok': ('ended', 'active'), 'some': ('degraded', 'degraded'), 'no': ('failed', 'failed')}
+OUTCOMES = {'ok': ('ok', 'ended', 'fits'), 'no': ('no', 'no', 'does not fit'),
+            'out': ('out', 'cancelled', 'left out')}
+MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
+FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
+             'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
+             'Notices': 'notify invite description'}
+BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
+             'personal host holidays')
+BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
+           f'lead notify invite description {BOOK_MORE} wait').split()
+USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
+               'monthly on first mon')
+#: Fields that a change can make empty, and those that can change while VMs run, or of one alone.
+CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
+                          'notify', 'invite', 'lead', 'description'))
+WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
+OF_ONE = 'resource', 'start', 'end', 'vms'
 
-    def do_change(self, visit: Visit, label: str, given: dict):
-        """Changes a reservation, or says in the same form why not."""
-        found, only = self.to_change(visit, label, given)
-        before = self.stored_fields(visit, found)
-        if 'check' in given:
-            verdict, status = self.changes_to(visit, label, given, True), 200
-        else:
-            try:
-                answer = self.changed(visit, label, given, False)
-                words = f"'{answer['label']}' is changed"
-                return self.onward(visit.href(answer['label'], found['project']), words)
-            except Error as error:
-                status = error.status
-                verdict = Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
-                                  go='Change', focus=True)
-        return self.changing(visit, label, found, only, given, before | given, verdict, status)
 
-    # Booking
+class BookForm(Visit):
+    """The form that books a reservation, and that changes one."""
 
-    def book(self, visit: Visit, given: dict):
+    def book(self, given: dict):
         """The form, filled in with what was typed or clicked on, and whether that fits."""
         line = given.get('q') or given.get('find') or ''
         if line:
-            read, said = self.read_line(visit, line)
+            read, said = self.read_line(line)
             if given.get('find'):
-                return self.booking(visit, said, finds=line, found=self.found(visit, read, said))
-            return self.booking(visit, said, self.tried(visit, said), typed=line,
-                                chips=self.chips(visit, read))
+                return self.booking(said, UNCHECKED, finds=line, found=self.found(read, said))
+            return self.booking(said, self.tried(said), typed=line, chips=self.understood(read))
         try:
-            said = self.filled(visit, given)
+            said = self.filled(given)
         except Error as error:
-            return self.booking(visit, self.blank(visit) | given,
-                                Verdict('no', str(error), focus=True), status=error.status)
+            verdict = Verdict('no', str(error), go='', focus=True)
+            return self.booking(self.blank() | given, verdict, error.status)
         asks = given.get('start') or given.get('resource')
-        return self.booking(visit, said, self.tried(visit, said) if asks else UNCHECKED)
+        return self.booking(said, self.tried(said) if asks else UNCHECKED)
 
-    def booking(self, visit: Visit, said: dict, verdict: Verdict = UNCHECKED, status: int = 200,
-                typed: str = '', **more):
-        """The page with the form."""
-        values = {'chips': (), 'finds': '', 'found': ()} | more
-        return self.page(visit, 'Book', self.form(
-            visit, said, verdict, BOOK_MORE, action='/book', check='/book/check',
-            line=self.ask_line(typed), **values), status)
+    def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **more):
+        """The page with the form of a new one."""
+        return self.page('Book', self.form(said, verdict, BOOK_MORE, action='/book',
+                         check='/book/check', line=self.render(
+                             'line', typed=typed, example=EXAMPLES[0]), **more), status)
 
-    def form(self, visit: Visit, said: dict, verdict: Verdict, more: tuple, was: dict | None = None,
+    def form(self, said: dict, verdict: Verdict, more: str, was: dict | None = None,
              only: Iterable[str] = (), **values) -> str:
         """All fields of a reservation, to book it or to change it.
 
@@ -24549,173 +24438,155 @@ class Pages:
           was: the fields as they were before it was changed
           only: the fields that are shown, if not all
         """
-        names, why = self.offered(visit, said['resource'])
+        names, why = self.offered(said['resource'])
+        known = API['add' if was is None else 'update'].parameters
 
-        hidden = 'rename' if was is None else 'label'
-
-        def fields(of: Iterable[str]) -> str:
-            return ''.join(self.field(visit, each, said, names, was) for each in of
-                           if (not only or each in only) and each != hidden)
-        groups = [(name, f'<div class="fields">{content}</div>')
-                  for name, those in FIELDSETS.items() if (content := fields(those))]
+        def fields(of: str) -> str:
+            return ''.join(self.field(each, said, names, was) for each in of.split()
+                           if each in (only or known) and (was is None or each != 'label'))
+        groups = {name: fields(those) for name, those in FIELDSETS.items()}
+        groups = {name: f'<div class="fields">{inside}</div>' for name, inside in groups.items()
+                  if inside}
         if not only:
-            starts = self.starts(visit, said, names, why, was)
-            groups[3:3] = [('What starts', starts)]
-        return render_page('book', visit=visit, groups=groups, more=fields(more),
-                           usual_rules=USUAL_RULES,
-                           verdict=self.verdict(visit, verdict, whole=True), **values)
+            groups['What starts'] = self.starts(said, names, why, was)
+        return self.render('book', **{'chips': (), 'finds': '', 'found': ()} | values,
+                           groups=groups.items(), more=fields(more), usual_rules=USUAL_RULES,
+                           verdict=self.told(verdict, whole=True))
 
-    def starts(self, visit: Visit, said: dict, names: dict, why: str, was: dict | None = None,
-               fields: tuple = STARTING) -> str:
+    def starts(self, said: dict, names: dict, why: str, was: dict | None = None,
+               fields: str = FIELDSETS['What starts']) -> str:
         """What starts: an image in VMs of a flavor, or nothing, said in so many words."""
-        choices = [('image', 'VMs of an image', 'they start before the time begins'),
-                   ('hold', 'Hold capacity only', 'no VM starts')]
+        image = ('VMs of an image', 'they start before the time begins')
         if said.get('server'):
-            choices[:1] = [('image', f"The server {said['server']}", 'it starts and stops')]
-        return render_page('starts', visit=visit, said=said, choices=choices, why=why,
-                           fields=''.join(self.field(visit, each, said, names, was)
-                                          for each in fields))
+            image = (f"The server {said['server']}", 'it starts and stops')
+        inside = ''.join(self.field(each, said, names, was) for each in fields.split())
+        return self.render('starts', what=said['what'], why=why, fields=inside, choices=[
+            ('image', *image), ('hold', 'Hold capacity only', 'no VM starts')])
 
-    def field(self, visit: Visit, name: str, said: dict, names: dict,
-              was: dict | None = None) -> str:
-        """One field of a form, with what stands in it."""
-        words, kind, hint = FIELDS[name]
-        value, choices = str(said.get(name, '')), ()
-        if kind == 'resource':
-            choices = [(each.name, self.figures(each)) for each in visit.service.look.places()]
-        elif kind in names and names[kind]:
-            choices = [('', f'choose: {kind}'), *names[kind]]
-        elif kind == 'choice':
-            choices = FIELD_CHOICES[name]
-        if choices and value not in [each for each, _ in choices]:
-            choices = [*choices, (value, value)]
-        extra = ' list="rules"' if kind == 'rules' else (
-            ' type="number" min="1" max="1000000"' if kind == 'number' else '')
-        return render_page('field', name=name, words=words, kind=kind, hint=hint, value=value,
-                           choices=choices, extra=extra,
-                           was=None if was is None else was.get(name, ''))
+    def field(self, name: str, said: dict, names: dict, was: dict | None = None) -> str:
+        """One field of the form, with what stands in it."""
+        operation = API['add' if was is None else 'update']
+        words = {'user': 'Owner', 'reason': 'Reason, for its owner'}.get(name, head_of(name))
+        return self.input(operation, name, said.get(name, ''), words, names,
+                          was=None if was is None else was.get(name, ''))
 
-    def figures(self, place) -> str:
-        """A resource with how much it has."""
-        limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-        return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
-                                         for name, n in limits.items())])
-
-    def verdict(self, visit: Visit, verdict: Verdict, whole: bool = False) -> str:
+    def told(self, verdict: Verdict, whole: bool = False) -> str:
         """What the form says of itself: it fits, or why not and what would; and its button."""
-        return render_page('verdict', visit=visit, days=('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat',
-                                                         'Sun'), whole=whole,
-                           outcomes=OUTCOMES, TO_ALERT='tabindex="-1" autofocus role="alert"',
-                           **verdict._asdict())
+        return self.render('verdict', verdict=verdict, whole=whole, OUTCOMES=OUTCOMES, LOOKS=LOOKS)
 
-    def offered(self, visit: Visit, resource: str) -> tuple[dict, str]:
+    def offered(self, resource: str) -> tuple[dict, str]:
         """The flavors and images of a resource's cloud, and why there are none."""
-        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', resource)
-        if not visit.writes or not place or not place.cloud:
+        place = self.place(resource)
+        if not self.writes or not place or not place.cloud:
             return {'flavor': [], 'image': []}, ''
-        clouds, project = self.service.clouds, visit.actor.project
-        account = clouds.account(place.cloud, project, visit.actor.user)
-        sight = clouds.sight(account, project, admin=visit.actor.role == ADMIN)
-        return self.names.of(account, sight)
+        clouds, project = self.service.clouds, self.actor.project
+        account = clouds.account(place.cloud, project, self.actor.user)
+        sight = clouds.sight(account, project, admin=self.actor.role == ADMIN)
+        return self.pages.names.of(account, sight)
 
-    def blank(self, visit: Visit) -> dict:
+    def place(self, name: str):
+        """A resource that people may know, by its name."""
+        return row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
+
+    # What stands in the form
+
+    def blank(self) -> dict:
         """The form before anything is typed."""
-        places = visit.service.look.places()
+        places = self.places()
         return dict.fromkeys(BOOKING, '') | {'resource': places[0].name if places else '',
                                              'vms': '1', 'what': 'image'}
 
-    def filled(self, visit: Visit, given: dict) -> dict:
+    def filled(self, given: dict) -> dict:
         """The fields of the form: as given, times as people write them; what was clicked on, not
         before now.
         """
-        said = self.blank(visit) | {name: given[name] for name in BOOKING if given.get(name)}
-        place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', said['resource'])
-        if place and 'label' not in given:
+        said = self.blank() | {name: given[name] for name in BOOKING if given.get(name)}
+        place, clicked = self.place(said['resource']), 'label' not in given
+        if place and clicked:
             said |= usual_of(place, given)
-        if place and not place.cloud or 'label' in given and not given.get('what'):
+        if place and not place.cloud or not clicked and not given.get('what'):
             said['what'] = 'image' if given.get('image') else 'hold'
-        hour = visit.here.now.replace(minute=0, second=0) + timedelta(hours=1)
-        start = (read_argument('start', given['start'], When, visit.here) if given.get('start')
-                 else hour)
-        start = visit.here.now + start if isinstance(start, timedelta) else start
-        start = max(start, visit.here.now) if 'label' not in given else start
-        end = (read_argument('end', given['end'], When, visit.here._replace(after=start))
-               if given.get('end') else timedelta(hours=1))
-        end = start + end if isinstance(end, timedelta) else max(end, start + timedelta(minutes=1))
-        return self.timed(visit, said, start, end)
+        now = self.here.now
+        start = now.replace(minute=0, second=0) + timedelta(hours=1)
+        if given.get('start'):
+            start = read_argument('start', given['start'], When, self.here)
+        start = now + start if isinstance(start, timedelta) else start
+        start = max(start, now) if clicked else start
+        end = (parse_end(given['end'], start, self.here) if given.get('end')
+               else start + timedelta(hours=1))
+        return self.timed(said, start, max(end, start + timedelta(minutes=1)))
 
-    def timed(self, visit: Visit, said: dict, start: datetime, end: datetime) -> dict:
+    def timed(self, said: dict, start: datetime, end: datetime) -> dict:
         """The fields of the form with these times, and with a name if they have none."""
-        until = visit.span(start, end).rpartition(' to ')[2]
-        base = re.sub('[^A-Za-z0-9._-]', '-', said['image'] or said['resource'])
-        return said | {'start': visit.plain(start), 'end': until,
-                       'label': said['label'] or self.free_label(visit, base)}
+        until = self.span(start, end).rpartition(' to ')[2]
+        return said | {'start': self.plain(start), 'end': until,
+                       'label': said['label'] or self.free_label(said)}
 
-    def free_label(self, visit: Visit, base: str) -> str:
+    def free_label(self, said: dict) -> str:
         """A name that nobody in the project has used."""
+        base = re.sub('[^A-Za-z0-9._-]', '-', said['image'] or said['resource'])
         could_be = [base, *(f'{base}-{n}' for n in range(2, 60))]
         taken = {each.label for each in rows(
             'SELECT label FROM reservation WHERE project = ? AND label IN '
-            '(SELECT value FROM json_each(?))', visit.actor.project, json.dumps(could_be))}
+            '(SELECT value FROM json_each(?))', self.actor.project, json.dumps(could_be))}
         return next((each for each in could_be if each not in taken), '')
 
-    def read_line(self, visit: Visit, text: str) -> tuple[QuickLine, dict]:
+    def read_line(self, text: str) -> tuple[QuickLine, dict]:
         """What somebody has typed in one line, and the form that it stands for."""
-        said = self.blank(visit)
-        places = [each.name for each in visit.service.look.places()]
+        said, places = self.blank(), [each.name for each in self.places()]
         where = next((each for each in places if each.lower() in text.lower().split()),
                      said['resource'])
-        names = self.offered(visit, where)[0]
-        line = QuickLine(text, visit.here, {'resource': places} | {
+        names = self.offered(where)[0]
+        line = QuickLine(text, self.here, {'resource': places} | {
             kind: [name for name, _ in names[kind]] for kind in names})
         said |= {'resource': where} | {name: value for name, value in line.fields.items()
                                        if name in said}
-        said = self.timed(visit, said, line.start, line.end)
-        if place := row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', where):
+        said = self.timed(said, line.start, line.end)
+        if place := self.place(where):
             said |= usual_of(place, line.fields)
         if said['image'] and not said['flavor'] and names['flavor']:
-            said['flavor'] = usual_flavor([name for name, _ in names['flavor']])
+            flavors = [name for name, _ in names['flavor']]
+            said['flavor'] = next((name for name in flavors if 'small' in name), flavors[0])
         if not said['image'] and not names['image']:
             said['what'] = 'hold'
         others = [] if 'resource' in line.fields else places[:MOST_RESOURCES_TRIED]
-        return line, max((said | {'resource': each} for each in others),
-                         key=lambda each: ('no', 'some', 'ok').index(
-                             self.tried(visit, each).kind or 'no'), default=said)
+        return line, max((said | {'resource': each} for each in others), default=said,
+                         key=lambda each: [*LOOKS, ''].index(self.tried(each).kind) * -1)
 
-    def chips(self, visit: Visit, line: QuickLine) -> list[tuple[str, str]]:
-        """What was understood of a line, part by part, and what was not."""
-        fields, span = line.fields, visit.span(line.start, line.end)
-        shown = [('VMs', fields.get('vms')), ('starts', fields.get('image')),
-                 ('flavor', fields.get('flavor')), ('on', fields.get('resource')),
-                 ('repeats', fields.get('repeat')),
-                 ('first' if 'repeat' in fields else 'when', span),
-                 ('until', fields.get('until')), ('times', fields.get('count')),
-                 ('not on', fields.get('skip_dates')), ('name', fields.get('label')),
-                 ('not understood', line.unknown)]
-        return [(name, value) for name, value in shown if value]
+    def understood(self, line: QuickLine) -> list[tuple[str, str, str]]:
+        """What was understood of a line, part by part, and what was not: a class, a name, words."""
+        fields = line.fields
+        span = 'first' if 'repeat' in fields else 'when', self.span(line.start, line.end)
+        parts = {'vms': 'VMs', 'image': 'starts', 'flavor': 'flavor', 'resource': 'on',
+                 'repeat': 'repeats', 'until': 'until', 'count': 'times', 'skip_dates': 'not on',
+                 'label': 'name'}
+        shown = [(words, fields[name]) for name, words in parts.items() if fields.get(name)]
+        unknown = [('no', 'not understood', line.unknown)] if line.unknown else []
+        return [('', *each) for each in (*shown, span)] + unknown
 
-    def found(self, visit: Visit, line: QuickLine, said: dict) -> list[tuple]:
-        """When what somebody looks for is free: an address, words, where, and what it does."""
-        here, found = visit.here, []
+    def found(self, line: QuickLine, said: dict) -> list[tuple]:
+        """When what somebody looks for is free: an address, words, where."""
+        here, found = self.here, []
         before = here.now + timedelta(days=60)
         if 'before' in line.fields:
             before = parse_time(line.fields['before'], here.zone, here.now)
         fixed, gpu = line.fields.get('resource'), 'gpu' in line.said
-        places = [each for each in visit.service.look.places()
-                  if (not fixed or each.name == fixed)
+        places = [each for each in self.places() if (not fixed or each.name == fixed)
                   and (not gpu or 'gpu' in f'{each.name}{each.classes}'.lower())]
         for place in places[:MOST_PLACES]:
-            for slot in self.slots(visit, said | {'resource': place.name}, here.now,
-                                   here.now + line.length, before):
+            wish = {name: value for name, value in said.items() if value}
+            wish |= {'resource': place.name}
+            for slot in self.slots(wish, here.now, here.now + line.length, before):
                 end = slot['start'] + line.length
-                query = {name: value for name, value in said.items() if value} | {
-                    'resource': place.name, 'start': to_plain(slot['start']), 'end': to_plain(end)}
-                found.append((slot['start'], f'/book?{urlencode(query)}',
-                              visit.span(slot['start'], end),
-                              f"{place.name}, {place.cloud or 'no cloud'}", 'Use'))
+                wish |= {'start': to_plain(slot['start']), 'end': to_plain(end)}
+                found.append((slot['start'], f'/book?{urlencode(wish)}',
+                              self.span(slot['start'], end),
+                              f"{place.name}, {place.cloud or 'no cloud'}"))
         return [each[1:] for each in sorted(found)[:6]]
 
-    def asked(self, visit: Visit, said: dict) -> dict:
+    # Whether it fits
+
+    def asked(self, said: dict) -> dict:
         """The arguments of `add` that the fields stand for."""
         given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
         if said.get('what') == 'hold':
@@ -24723,116 +24594,102 @@ class Pages:
         elif said.get('what') and not given.get('image') and not given.get('server'):
             raise Invalid(CHOOSE)
         if given.get('skip_dates'):
-            given['skip_dates'] = days_left_out(given['skip_dates'], visit.here)
-        return bind(API['add'], given | {'tz': visit.zone.key}, visit.here)
+            given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
+        return bind(API['add'], given | {'tz': self.zone.key}, self.here)
 
-    def tried(self, visit: Visit, said: dict, focus: bool = False) -> Verdict:
-        """Whether it fits, and if not, what would."""
-        why = (self.offered(visit, said.get('resource', ''))[1] if said.get('flavor')
+    def rehearsed(self, said: dict) -> dict:
+        """What booking would answer."""
+        label = said.get('label') or f'new-{secrets.token_hex(4)}'
+        return self.service.add(**self.asked(said | {'label': label}), dry_run=True)
+
+    def tried(self, said: dict, focus: bool = False) -> Verdict:
+        """Whether it fits, and if not, what would; of a series, which dates do."""
+        why = (self.offered(said.get('resource', ''))[1] if said.get('flavor')
                or said.get('image') else '')
         if why:  # nobody waits for that cloud before they book
-            return Verdict('some', 'Not checked', [f'{sentence(why)} Booking asks it once more.'],
-                           go='Book')
-        wish = said | {'label': said.get('label') or self.unused_label}
+            return Verdict('some', 'Not checked', [f'{sentence(why)} Booking asks it once more.'])
         try:
-            if said.get('repeat') and not said.get('on_conflict'):
-                return self.tried_series(visit, wish)
-            answer = visit.service.add(**self.asked(visit, wish), dry_run=True)
-            return self.fits(visit, said, answer)
-        except Error as error:
-            return self.does_not_fit(visit, said, error, focus)
-
-    def tried_series(self, visit: Visit, said: dict) -> Verdict:
-        """Which dates of a series fit."""
-        try:
-            answer = visit.service.add(**self.asked(visit, said), dry_run=True)
+            return self.fits(said, self.rehearsed(said))
         except NoCapacity as error:
-            try:
-                answer = visit.service.add(**self.asked(visit, said | {'on_conflict': 'skip'}),
-                                           dry_run=True)
-            except Error:
-                raise error from None
-        return self.fits(visit, said, answer)
+            if said.get('repeat') and not said.get('on_conflict'):
+                with suppress(Error):
+                    return self.fits(said, self.rehearsed(said | {'on_conflict': 'skip'}))
+            return self.does_not_fit(said, error, focus)
+        except Error as error:
+            return self.does_not_fit(said, error, focus)
 
-    def does_not_fit(self, visit: Visit, said: dict, error: Error, focus: bool = False) -> Verdict:
+    def does_not_fit(self, said: dict, error: Error, focus: bool = False) -> Verdict:
         """Why something can't be booked, what could be, and how it would wait."""
+        if str(error) == CHOOSE and not focus:
+            return Verdict('', CHOOSE)
         waits = ''
         if isinstance(error, NoCapacity) and not said.get('repeat'):
             ahead = row('SELECT count(*) AS n FROM wait WHERE resource_id = (SELECT id FROM '
                         'resource WHERE name = ? AND removed IS NULL) AND until > ?',
-                        said['resource'], int(visit.service.clock())).n
+                        said['resource'], int(self.service.clock())).n
             waits = f'Wait for it, {nth(ahead + 1)} in line'
-        if str(error) == CHOOSE and not focus:
-            return Verdict('', CHOOSE, go='Book')
         head = 'It does not fit' if isinstance(error, Conflict) else 'It can’t be booked like this'
-        return Verdict('no', head, [sentence(str(error))],
-                       offers=[*self.offers(visit, said, error)], go='Book', waits=waits,
-                       focus=focus)
+        return Verdict('no', head, [sentence(str(error))], waits=waits, focus=focus,
+                       offers=[*self.offers(said, error)])
 
-    @property
-    def unused_label(self) -> str:
-        """A label for a dry run of what has none yet."""
-        return f'new-{secrets.token_hex(4)}'
-
-    def fits(self, visit: Visit, said: dict, answer: dict) -> Verdict:
+    def fits(self, said: dict, answer: dict) -> Verdict:
         """What would be, of the answer of a dry run."""
         warnings = [sentence(each) for each in answer.get('warnings', ())]
         if 'parts' in answer:
-            return Verdict('ok', 'It fits', warnings, go='Book')
-        words = [what_starts(visit, answer), *warnings]
+            return Verdict('ok', 'It fits', warnings)
+        words = [what_starts(self, answer), *warnings]
         if 'occurrences' in answer:
-            return self.dates_fit(visit, said, answer, words)
+            return self.dates_fit(said, answer, words)
         if answer['state'] == 'waiting':
             return Verdict('some', 'It does not fit now, and will wait', words, go='Wait for it')
         if answer['state'] == 'pending':
             words.append('An admin must approve it.')
-        free = min((each['free_vms'] for each in visit.service.usage(
-            answer['resource'], answer['start'], answer['end'])
-            if each['free_vms'] is not None), default=None)
+        free = self.free_in(answer)
         facts = [] if free is None else [
             ('Free then', f"{max(free - answer['vms'], 0)} VMs on {answer['resource']}")]
-        return Verdict('ok', 'It fits', words, facts, go='Book')
+        return Verdict('ok', 'It fits', words, facts)
 
-    def dates_fit(self, visit: Visit, said: dict, answer: dict, words: list) -> Verdict:
+    def free_in(self, answer: dict) -> int | None:
+        """How many VMs are free all the time of a reservation; None where nothing limits them."""
+        return min((each['free_vms'] for each in self.service.usage(
+            answer['resource'], answer['start'], answer['end'])
+            if each['free_vms'] is not None), default=None)
+
+    def dates_fit(self, said: dict, answer: dict, words: list) -> Verdict:
         """Which dates of a series would be reserved, as months in which each stands."""
         outcomes, whys = {}, []
         for each in answer['occurrences']:
-            day = each['start'].astimezone(visit.zone).date()
+            day = each['start'].astimezone(self.zone).date()
             outcomes[day] = 'no' if each['outcome'] == 'left out' else 'ok'
             if outcomes[day] == 'no':
                 whys.append(f'{day_in_words(day)} does not fit. {sentence(each.get("why", ""))}')
         fitting = [each for each in answer['occurrences'] if each['outcome'] != 'left out']
         whole, number = len(outcomes), len(fitting)
-        head = (f"It fits: {counted(number, 'date')}" if number == whole
-                else f'{number} of {whole} dates fit')
-        ends = [('First', visit.span(fitting[0]['start'], fitting[0]['end'])),
-                ('Last', visit.span(fitting[-1]['start'], fitting[-1]['end']))] if fitting else []
+        dates = counted(number, 'date')
+        head, go = f'It fits: {dates}', f'Book {dates}'
+        if number < whole:
+            head = f'{number} of {whole} dates fit'
+            go = f"Book the {dates} that fit{'s' * (number == 1)}"
+        ends = [(name, self.span(each['start'], each['end']))
+                for name, each in zip(('First', 'Last'), fitting[:1] + fitting[-1:])]
         out = [date.fromisoformat(each) for each in days_left_out(
-            said.get('skip_dates') or '', visit.here).split(',') if each]
-        months = months_of(dict.fromkeys(out, 'out') | outcomes)
-        go = f"Book the {counted(number, 'date')} that fit{'s' * (number == 1)}"
-        return Verdict('ok' if number == whole else 'some', head, words + whys[:5], ends, months,
-                       go=f"Book {counted(number, 'date')}" if number == whole else go)
+            said.get('skip_dates') or '', self.here).split(',') if each]
+        return Verdict('ok' if number == whole else 'some', head, words + whys[:5], ends,
+                       months_of(dict.fromkeys(out, 'out') | outcomes), go=go)
 
-    def offers(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, str]]:
+    def offers(self, said: dict, error: Error) -> Iterator[tuple[str, str]]:
         """Links to the same form with what would fit; each was tried."""
-        for words, other in self.offered_instead(visit, said, error):
-            other = {name: to_plain(each) if isinstance(each, datetime) else each
-                     for name, each in other.items()}
-            wish = {name: value for name, value in (said | other).items() if value}
-            try:
-                visit.service.add(**self.asked(visit, wish | {'label': self.unused_label}),
-                                  dry_run=True)
-            except Error:
-                continue
-            yield f"/book?{urlencode(wish | {'label': said.get('label', '')})}", words
+        for words, other in self.instead(said, error):
+            wish = {name: to_plain(each) for name, each in (said | other).items() if each}
+            with suppress(Error):
+                self.rehearsed(wish)
+                yield f'/book?{urlencode(wish)}', words
 
-    def offered_instead(self, visit: Visit, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
+    def instead(self, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
         """What might fit instead of a wish, in words and as other fields of the form."""
         try:
-            asked = self.asked(visit, said | {'label': self.unused_label})
-            start, end = visit.service.resolve(asked['start'], asked['end'])
-            start, end = instant(start), instant(end)
+            asked = self.asked(said | {'label': said.get('label') or 'new'})
+            start, end = map(instant, self.service.resolve(asked['start'], asked['end']))
         except Error:
             return
         if 'most_vms' in error.details:
@@ -24844,300 +24701,368 @@ class Pages:
         if said.get('repeat') and isinstance(error, NoCapacity):
             yield 'where it fits, without the others', {'on_conflict': 'skip'}
         elif isinstance(error, NoCapacity):
-            for slot in self.slots(visit, said, start, end):
+            for slot in self.slots(said, start, end):
                 begin = slot['start']
-                yield f'from {visit.plain(begin)}', {'start': begin, 'end': begin + (end - start)}
+                yield f'from {self.plain(begin)}', {'start': begin, 'end': begin + (end - start)}
 
-    def slots(self, visit: Visit, said: dict, start: datetime, end: datetime,
+    def slots(self, said: dict, start: datetime, end: datetime,
               before: datetime | None = None) -> list[dict]:
         """The next free slots for a wish; none where that can't be told."""
         try:
-            return visit.service.find(said['resource'], end - start, int(said['vms']),
-                                      said.get('flavor', ''), after=start, before=before, limit=3)
+            return self.service.find(said['resource'], end - start, int(said['vms']),
+                                     said.get('flavor', ''), after=start, before=before, limit=3)
         except Error:
             return []
 
-    def check(self, visit: Visit, given: dict):
+    def check(self, given: dict):
         """The verdict alone, also on what can't be read."""
-        return answered(self.verdict(visit, self.tried(visit, given)))
+        return answered(self.told(self.tried(given)))
 
-    def small(self, visit: Visit, given: dict):
+    def small(self, given: dict):
         """The small form that opens in the plan where somebody has dragged."""
-        said = self.filled(visit, {name: given[name] for name in ('resource', 'start', 'end')
-                                   if given.get(name)})
-        names, why = self.offered(visit, said['resource'])
-        query = urlencode({name: said[name] for name in ('resource', 'start', 'end')})
-        fields = ''.join(self.field(visit, each, said, names) for each in ('label', 'vms'))
-        return answered(render_page(
-            'small', visit=visit, said=said, fields=fields, query=query,
-            starts=self.starts(visit, said, names, why, fields=STARTING[:2]),
-            when=f"{said['start']} to {said['end']}",
-            verdict=self.verdict(visit, self.tried(visit, said))))
+        said = self.filled({name: given[name] for name in ('resource', 'start', 'end')
+                            if given.get(name)})
+        names, why = self.offered(said['resource'])
+        return answered(self.render(
+            'small', when=f"{said['start']} to {said['end']}", verdict=self.told(self.tried(said)),
+            times={name: said[name] for name in ('resource', 'start', 'end')},
+            fields=''.join(self.field(each, said, names) for each in ('label', 'vms')),
+            starts=self.starts(said, names, why, fields='image flavor')))
 
-    def add(self, visit: Visit, given: dict):
+    def add(self, given: dict):
         """Books what the form says, or with its other button only checks it."""
         said = {name: given.get(name, '') for name in BOOKING} | (
             {'on_conflict': 'skip'} if given.get('fitting') else {})
-        verdict, status = self.tried(visit, said, True) if 'check' in given else UNCHECKED, 200
+        verdict, status = self.tried(said, True) if 'check' in given else UNCHECKED, 200
         if 'check' not in given:
             try:
-                asked = self.asked(visit, said | {'label': said['label'] or self.free_label(
-                    visit, said['resource'])})
-                found = visit.service.add(**asked)
+                label = said['label'] or self.free_label(said | {'image': ''})
+                found = self.service.add(**self.asked(said | {'label': label}))
                 about = found.get('parts', [found])[0]
                 words = '. '.join([f"'{found['label']}' is {about['state']}",
                                    *found.get('warnings', ())])
-                return self.onward(visit.href(found['label'], about['project']), words)
+                return self.onward(self.href(found['label'], about['project']), words)
             except Error as error:
-                verdict, status = self.does_not_fit(visit, said, error, True), error.status
+                verdict, status = self.does_not_fit(said, error, True), error.status
         with suppress(Error):  # what can't be read stands there as it was typed
-            said = self.filled(visit, given)
-        return self.booking(visit, said, verdict, status)
+            said = self.filled(given)
+        return self.booking(said, verdict, status)
 
-    # Notices
+    # Changing
 
-    def told_of(self, visit: Visit, after: int) -> list:
-        """What others, and cmres, have done lately to one's own reservations, the newest first."""
-        me = visit.actor.user
-        lately = rows(f'''SELECT e.id, e.at, e.actor, e.code, r.label, r.project, r.user, e.sentence
-          FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id IN
-            (SELECT id FROM event WHERE project = ? AND reservation_id > 0 AND id > ?
-              ORDER BY id DESC LIMIT {MOST_LATELY}) ORDER BY e.id DESC''',
-                      visit.actor.project, after)
-        return [public(each) for each in lately if each.user == me != each.actor]
+    def change(self, label: str, given: dict):
+        """The form that changes a reservation, with all that can be changed."""
+        verdict = Verdict('', 'Nothing is changed yet.', go='Change')
+        return self.changing(label, given, {}, verdict)
 
-    def notices(self, visit: Visit, given: dict):
-        """The notices, those that are new marked."""
-        found, seen = self.told_of(visit, 0)[:60], seen_by()
-        unread = sum(each['id'] > seen for each in found)
-        return self.page(visit, 'Notices', render_page(
-            'notices', visit=visit, events=found, seen=seen, unread=unread,
-            newest=found[0]['id'] if found else 0))
+    def changing(self, label: str, given: dict, said: dict, verdict: Verdict, status: int = 200):
+        """The page with that form, as it was typed."""
+        found, only = self.to_change(label, given)
+        was = self.stored_fields(found)
+        query = urlencode({name: given[name] for name in ('project', 'occurrence')
+                           if given.get(name)})
+        href = f'/r/{quote(label)}/change'
+        more = BOOK_MORE.replace('accept_within ', '') + ' user reason' * (
+            self.actor.role == ADMIN)
+        return self.page(f'Change {label}', self.form(
+            was | said, verdict, more, was=was, only=only, line='', action=f'{href}?{query}',
+            check=f'{href}/check?{query}'), status)
 
-    def mark_read(self, visit: Visit, given: dict):
-        """From now on, what has happened until now is not new any more."""
-        made, newest = self.onward('/notices'), given.get('seen', '')
-        if re.fullmatch('[0-9]{1,18}', newest):
-            self.set_cookie(made, 'seen', newest, 31536000)
-        return made
+    def to_change(self, label: str, given: dict) -> tuple[dict, tuple]:
+        """A reservation that is to change, and the fields that can, if not all."""
+        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+        if 'parts' in found:
+            raise Conflict(f"'{label}' has several parts. Change them one by one.")
+        only = OF_ONE if 'occurrence' in asked else ()
+        return found, WHILE_RUNNING if found['state'] in RUNNING else only
 
-    # Admins, and all forms
+    def stored_fields(self, found: dict) -> dict:
+        """The fields of the form as a reservation has them."""
+        said = {name: in_field(found.get(name)) for name in BOOKING} | {
+            'rename': found['label'], 'user': found['user'],
+            'what': 'image' if found['image'] or found['server'] else 'hold',
+            'lead': in_length(found['lead']), 'repeat': in_cell(found['repeat'] or '', self.zone)}
+        unknown = dict.fromkeys(('count', 'until', 'skip_dates', 'reason'), '')
+        return self.timed(said | unknown, found['start'], found['end'])
 
-    def admin(self, visit: Visit, given: dict, tab: str = '', typed: dict | None = None,
-              refusal: str = '', status: int = 200):
-        """What an operator looks after, in parts.
+    def changed(self, label: str, given: dict, dry_run: bool) -> dict:
+        """Does what a form of changes says."""
+        found, _ = self.to_change(label, given)
+        before = self.stored_fields(found)
+        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'user', 'reason')
+                if name in given and given[name] != given.get(f'was_{name}', before.get(name))}
+        if said.pop('what', '') == 'hold' and found['image']:
+            said['image'] = ''
+        if said.get('skip_dates'):
+            said['skip_dates'] = days_left_out(said['skip_dates'], self.here)
+        said = {name: {'lead': '0s'}.get(name, value) if value == '' else value
+                for name, value in said.items() if value != '' or name in CAN_BE_EMPTY}
+        occurrence = given.get('occurrence', '')
+        if found['tz'] and not occurrence and found['state'] in RUNNING:
+            occurrence = to_plain(found['start'])
+        if 'end' in said and 'start' not in said:  # a bare clock comes after the start
+            said['end'] = to_plain(parse_end(said['end'], found['start'], self.here))
+        asked = {'label': label, 'project': found['project'], 'occurrence': occurrence}
+        said |= {name: value for name, value in asked.items() if value} | {'tz': self.zone.key}
+        return self.service.update(**bind(API['update'], said, self.here), dry_run=dry_run)
+
+    def change_to(self, label: str, given: dict, focus: bool = False) -> Verdict:
+        """What would become of a reservation."""
+        try:
+            answer = self.changed(label, given, True)
+        except Error as error:
+            return cannot_change(error, focus)
+        return Verdict('ok', 'It fits', [what_starts(self, answer)], go='Change')
+
+    def change_check(self, label: str, given: dict):
+        """Whether a change would fit."""
+        return answered(self.told(self.change_to(label, given)))
+
+    def try_change(self, label: str, given: dict):
+        """In a few words whether a reservation could be moved, for who drags it."""
+        try:
+            answer = self.changed(label, given, True)
+        except Error as error:
+            return answered(f'does not fit: {error}'[:160], headers=PLAIN_TEXT)
+        free = self.free_in(answer)
+        words = 'fits' if free is None else f'fits, {free} VMs free there now'
+        return answered(words, headers=PLAIN_TEXT)
+
+    def do_change(self, label: str, given: dict):
+        """Changes a reservation, or says in the same form why not."""
+        if 'check' in given:
+            return self.changing(label, given, given, self.change_to(label, given, True))
+        try:
+            answer = self.changed(label, given, False)
+        except Error as error:
+            return self.changing(label, given, given, cannot_change(error, True), error.status)
+        words = f"'{answer['label']}' is changed"
+        return self.onward(self.href(answer['label'], answer['project']), words)
+
+
+def cannot_change(error: Error, focus: bool) -> Verdict:
+    """Why a reservation can't be changed so."""
+    return Verdict('no', 'It can’t be changed like this', [sentence(str(error))], go='Change',
+                   focus=focus)
+
+
+class Admin(Visit):
+    """What operators look after, and all forms that name an operation."""
+
+    def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
+              status: int = 200):
+        """A page of operators.
 
         Args:
           typed: the form that was refused, or that shows what it would do, with its `operation`
         """
-        service = visit.service
-        if visit.actor.role != ADMIN:
-            raise Forbidden('this page needs the role admin; '
-                            f'{visit.actor.user} is {visit.actor.role}')
+        self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
-        pending = service.awaiting_approval()
-        tabs = [(f'/{path}' if path else '', name, len(pending) if not path else 0)
+        waiting = len(self.service.awaiting_approval())
+        tabs = [(f'/admin/{path}'.rstrip('/'), name, '' if path else waiting)
                 for path, name in ADMIN_TABS.items()]
-        body = getattr(self, f'admin_{tab or "requests"}')(visit, given, typed or {}, refusal)
-        return self.page(visit, 'Admin', render_page(
-            'admin', tabs=tabs, here=f'/{tab}' if tab else '', body=body), status)
+        body = getattr(self, tab or 'requests')(given, typed or {}, refusal)
+        return self.page('Admin', self.render('admin', tabs=tabs, body=body,
+                                              here=f'/admin/{tab}'.rstrip('/')), status)
 
-    def admin_requests(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+    def refuse_others(self) -> None:
+        if self.actor.role != ADMIN:
+            raise Forbidden(f'Only an admin can see this page. Your role is {self.actor.role}.')
+
+    def requests(self, given: dict, typed: dict, refusal: str) -> str:
         """What awaits an approval, and what waits for capacity."""
-        service = visit.service
-        pending = [each | {'which': None} for each in service.awaiting_approval()]
+        pending = [each for each in map(self.as_left, self.service.awaiting_approval())
+                   if not each.get('leaves')]
         columns = 'label resource vms start end description change'.split()
-        table = self.table(visit, 'Requests', columns, pending, given, 'Nothing awaits approval.',
-                           picks='pick ')
-        waiting = [each | {'deeds': ['delete']} for each in service.list(state=['waiting'])]
-        return render_page('decide', visit=visit, title='Waiting for your approval', table=table,
-                           some=pending, refusal=refusal, reason=typed.get('reason', '')
-                           ) + self.headed('Waiting for capacity', self.table(
-                               visit, 'Waiting', 'label resource vms start end change'.split(),
-                               waiting, {}, 'Nothing waits.'))
+        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ')
+        waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
+        return self.render('decide', table=table, some=pending, refusal=refusal,
+                           reason=typed.get('reason', '')) + headed(
+            'Waiting for capacity', self.table(
+                'Waiting', 'label resource vms start end change'.split(), waiting, {},
+                'Nothing waits.'))
 
-    def decide(self, visit: Visit, given: dict):
+    def decide(self, given: dict):
         """Approves or rejects all that is selected, each by itself."""
+        self.refuse_others()
         name, reason = given.get('do', ''), given.get('reason', '')
         picked = [each.removeprefix('pick ') for each in given if each.startswith('pick ')]
-        known = {each['label']: each['project'] for each in visit.service.awaiting_approval()}
+        known = {each['label']: each['project'] for each in self.service.awaiting_approval()}
         if name not in ('approve', 'reject') or not picked or name == 'reject' and not reason:
             words = ('Select at least one.' if not picked else
-                     'Write a reason: it is sent to the owners.')
-            return self.admin(visit, {}, '', given, words, 400)
-        done, refused = [], []
-        for label in picked:
-            more = {'reason': reason} if name == 'reject' else {}
+                     'Write a reason. The owners get it.')
+            return self.admin({}, '', given, words, 400)
+        asked = [{'label': each, 'project': known.get(each, '')} for each in picked]
+        if name == 'reject':
+            asked = [each | {'reason': reason} for each in asked]
+        done, refused, undo = self.each_done(name, asked)
+        words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
+        return self.onward('/admin', '. '.join([words, *refused]), undo)
+
+    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple | None]:
+        """Does something to each of several: how many, why not others, what takes it back."""
+        done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
+        for each in asked:
             try:
-                getattr(visit.service, name)(label, project=known.get(label, ''), **more)
-                done.append(label)
+                more = {'dry_run': True} if puts_off else {}
+                getattr(self.service, name)(**each, **more)
+                done.append((name, each))
             except Error as error:
-                refused.append(f'{label}: {error}')
-        words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"
-        return self.onward('/admin', '. '.join([words, *refused]))
+                refused.append(f"{each['label']}: {error}")
+        undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
+                          ) if puts_off and done else None
+        return len(done), refused, undo
 
-    def admin_maintenance(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+    def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
         """When resources are closed; and whom a maintenance would affect, before it is made."""
-        there = [each | {'deeds': ['maintenance_delete']}
-                 for each in visit.service.maintenance_list()]
+        there = [each | {'acts': ['maintenance_delete']}
+                 for each in self.service.maintenance_list()]
         columns = 'id resource start end vms vcpus ram reason change'.split()
-        table = self.table(visit, 'Maintenance', columns, there, given,
-                           'No maintenance is planned.')
-        affects = ''
-        if 'affects' in typed:
-            people = len({each['user'] for each in typed['affects']})
-            head = (f"It would affect {counted(len(typed['affects']), 'reservation')} of "
-                    f"{'1 person' if people == 1 else f'{people} people'}. Nothing is changed yet.")
-            affects = self.headed(head, self.table(
-                visit, 'Affected', 'label resource vms start end outcome'.split(),
-                typed['affects'], {}, 'It affects nobody.'))
-        return (self.headed('Maintenance', table)
-                + self.op_form(visit, 'maintenance_add', typed, refusal) + affects)
+        affects, affected = '', typed.get('affects')
+        if affected is not None:
+            people = counted(len({each['user'] for each in affected}), 'person', 'people')
+            affects = headed(
+                f"It would affect {counted(len(affected), 'reservation')} of {people}. Nothing is "
+                'changed yet.', self.table('Affected', 'label resource vms start end outcome'
+                                           .split(), affected, {}, 'It affects nobody.'))
+        return headed('Maintenance', self.table(
+            'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
+                'maintenance_add', typed, refusal) + affects
 
-    def admin_resources(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+    def resources(self, given: dict, typed: dict, refusal: str) -> str:
         """The resources, each with how to change it."""
-        there = visit.service.resource_list()
-        found = next((each for each in there if each['name'] == given.get('edit')), None)
-        lines = [each | {'deeds': ['edit', 'resource_delete'], 'approval': in_length(
-            each['approval'])} for each in there]
+        there = self.service.resource_list()
+        lines = [each | {'acts': ['edit', 'resource_delete'],
+                         'approval': in_length(each['approval'])} for each in there]
         columns = 'name cloud region aggregate vms vcpus ram classes mode approval change'.split()
-        body = self.headed('Resources', self.table(visit, 'Resources', columns, lines, given,
-                                                   'There is no resource yet.'))
-        if found:
-            body += self.op_form(visit, 'resource_update', typed, refusal, found)
-        elif typed.get('operation') == 'resource_update':
-            body += self.op_form(visit, 'resource_update', typed, refusal)
-        return body + self.op_form(visit, 'resource_add', typed, refusal)
+        found = next((each for each in there if each['name'] == given.get('edit')), None)
+        edits = found or typed.get('operation') == 'resource_update'
+        return headed('Resources', self.table(
+            'Resources', columns, lines, given, 'There is no resource yet.')) + (
+                self.op_form('resource_update', typed, refusal, found) if edits else '') + (
+                    self.op_form('resource_add', typed, refusal))
 
-    def admin_use(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+    def use(self, given: dict, typed: dict, refusal: str) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
-        late = visit.service.punctuality()
-        at = read_at(given.get('at')) or to_wall(visit.here.now, visit.zone)
-        line = TimeLine('month', at, visit.zone)
-        return render_page(
-            'heat', month=named_span(line), days=range(1, line.length // 1440 + 1),
-            lines=self.used(visit, line), at=line.first.date(), after=line.after.date(),
-            before=(line.first - timedelta(days=1)).date(),
-        ) + ''.join(self.headed(name, self.table(visit, name, columns.split(), lines, given))
-                    for name, columns, lines in (
+        late, line = self.service.punctuality(), self.month(given)
+        tables = (
             ('Report of this month', 'project reserved_hours used_hours unused_hours refused '
-             'late_worst', visit.service.report(instant(line.begin), instant(line.end))),
+             'late_worst', self.reported(line)),
             ('How late VMs were in the last 30 days, in seconds', 'cloud servers begun_median '
              'begun_95 begun_worst ready_median ready_95 ready_worst tried_again', late['clouds']),
             ('VMs that did not start', 'cloud label name tries planned fault', [
-                each | {'label': ''} | {'id': each['name']} for each in late['failed']])))
+                each | {'label': ''} | {'id': each['name']} for each in late['failed']]))
+        return self.render(
+            'heat', month=line, days=range(1, line.length // 1440 + 1), at=line.first.date(),
+            lines=[(each.name, [(min(round(share * 5 + .3), 5), round(100 * share))
+                                for share in self.used(each, line)]) for each in self.places()],
+            after=line.after.date(), before=(line.first - timedelta(days=1)).date(),
+        ) + ''.join(headed(name, self.table(name, columns.split(), lines, given))
+                    for name, columns, lines in tables)
 
-    def used(self, visit: Visit, line: TimeLine) -> list[tuple[str, list[float]]]:
-        """Of each resource, which share of it was held on each day."""
-        lines = []
-        for place in visit.service.look.places():
-            shares = [0.0] * (line.length // 1440)
-            most = in_figures(capacity(place))
-            found = [(line.minute(at), held) for at, held in steps(
-                place.id, line.begin, line.end, capacity(place).names)]
-            levels = levelled(found, most)
-            for each, after in zip(levels, [each.at for each in levels[1:]] + [line.length]):
-                for day in range(int(each.at // 1440), math.ceil(after / 1440)):
-                    part = min(after, 1440 * day + 1440) - max(each.at, 1440 * day)
-                    shares[day] += each.share * (not each.closed) * part / 1440
-            lines.append((place.name, shares))
-        return lines
+    def month(self, given: dict) -> TimeLine:
+        """The month that is looked at."""
+        return TimeLine('month', read_at(given.get('at')) or to_wall(self.here.now, self.zone),
+                        self.zone)
 
-    def admin_people(self, visit: Visit, given: dict, typed: dict, refusal: str) -> str:
+    def reported(self, line: TimeLine) -> list[dict]:
+        return self.service.report(instant(line.begin), instant(line.end))
+
+    def used(self, place, line: TimeLine) -> list[float]:
+        """Which share of a resource was held on each day."""
+        shares, most = [0.0] * (line.length // 1440), capacity(place)
+        found = [(line.minute(at), held)
+                 for at, held in steps(place.id, line.begin, line.end, most.names)]
+        for day, level, part in day_parts(levelled(found, in_figures(most)), line):
+            shares[day] += level.share * (not level.closed) * part
+        return shares
+
+    def used_page(self, given: dict):
+        """The page of what was used; the report of the month as a file."""
+        if given.get('format') != 'csv':
+            return self.admin(given, 'use')
+        self.refuse_others()
+        line = self.month(given)
+        found = self.reported(line)
+        return csv_answer([[*found[0]] if found else [], *(each.values() for each in found)],
+                      f'report-{line.first:%Y-%m}.csv')
+
+    def people(self, given: dict, typed: dict, refusal: str) -> str:
         """Who can sign in, and how much people may have."""
-        service = visit.service
-        many = typed if typed.get('operation') == 'many' else {}
-        tokens = [each | {'deeds': ['token_revoke']} for each in service.token_list()
+        tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
                   if not each['revoked']]
-        limits = [each | {'deeds': ['limit_delete']} for each in service.limit_list()]
-        columns = ('id project user resource max_vms max_duration max_advance min_notice '
-                   'max_vcpu_hours '
-                   'max_waiting exempt_within change').split()
+        limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
+        columns = f"id {FORMS['limit_add'][1]} change".split()
+        many = typed if typed.get('operation') == 'many' else {}
+        fields = field('people', 'One person a line: the name, and a project if it is another',
+                       many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
+            self.input(API['token_add'], name, many.get(name, value))
+            for name, value in (('project', ''), ('role', ''), ('lasts', '90d')))
         return ''.join((
-            self.headed('Tokens', self.table(visit, 'Tokens', f'{TOKEN_COLUMNS} change'.split(),
-                                             tokens, given)),
-            self.op_form(visit, 'token_add', typed, refusal),
-            render_page('many', visit=visit, said=many, refusal=refusal if many else ''),
-            self.headed('Limits', self.table(visit, 'Limits', columns, limits, {},
-                                             'There are no limits.')),
-            self.op_form(visit, 'limit_add', typed, refusal)))
+            headed('Tokens', self.table('Tokens', TOKEN_COLUMNS, tokens, given)),
+            self.op_form('token_add', typed, refusal),
+            self.render('form', id='many', title='Make tokens for many people', more={},
+                        action='/admin/people', refusal=refusal * bool(many), opened=many,
+                        fields=fields, previews=False, note='You get a CSV file with a link to '
+                        'sign in for each. It is made only now, so keep it safe.'),
+            headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
+            self.op_form('limit_add', typed, refusal)))
 
-    def people(self, visit: Visit, given: dict):
+    def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
-        if visit.actor.role != ADMIN:
-            raise Forbidden('this needs the role admin')
+        self.refuse_others()
         lines = [each.split(',') for each in given.get('people', '').splitlines() if each.strip()]
-        made, address = [], self.service.config.served
+        made = [('user', 'project', 'token', 'link')]
         try:
             if len(lines) > MOST_PEOPLE:
-                raise Invalid(f'there are {len(lines)} lines; {MOST_PEOPLE} are made at once')
+                raise Invalid(f'You gave {len(lines)} lines. Give at most {MOST_PEOPLE} at once.')
             wanted = [bind(API['token_add'], {
                 'user': name.strip(), 'project': ','.join(rest).strip() or given.get('project', ''),
-                'role': given.get('role', USER), 'lasts': given.get('lasts', '')}, visit.here)
+                'role': given.get('role') or USER, 'lasts': given.get('lasts', '')}, self.here)
                 for name, *rest in lines]
-            with visit.service.writing():
+            with self.service.writing():
                 for each in wanted:
-                    token = visit.service.token_add(**each)['token']
-                    made.append((each['user'], each['project'], token,
-                                 f'{address}/sign-in#{token}'))
+                    token = self.service.token_add(**each)['token']
+                    link = f'{self.pages.service.config.served}/sign-in#{token}'
+                    made.append((each['user'], each['project'], token, link))
         except Error as error:
-            return self.admin(visit, {}, 'people', given | {'operation': 'many'},
-                              sentence(str(error)), error.status)
-        return self.as_csv([('user', 'project', 'token', 'link'), *made], 'tokens.csv')
+            return self.admin({}, 'people', given | {'operation': 'many'}, sentence(str(error)),
+                              error.status)
+        return csv_answer(made, 'tokens.csv')
 
-    def as_csv(self, lines: list, name: str):
-        """Lines as a file that a browser saves."""
-        text = io.StringIO()
-        csv.writer(text).writerows(lines)
-        return answered(text.getvalue(), headers={
-            'Content-Type': 'text/csv; charset=utf-8',
-            'Content-Disposition': f'attachment; filename="{name}"'})
-
-    def use(self, visit: Visit, given: dict):
-        """The page of what was used; the report of the month as a file."""
-        if given.get('format') != 'csv' or visit.actor.role != ADMIN:
-            return self.admin(visit, given, 'use')
-        line = TimeLine('month', read_at(given.get('at')) or visit.here.now, visit.zone)
-        found = visit.service.report(instant(line.begin), instant(line.end))
-        return self.as_csv([[*found[0]] if found else [], *(each.values() for each in found)],
-                           f'report-{line.first:%Y-%m}.csv')
-
-    def tokens(self, visit: Visit, given: dict):
+    def tokens(self, given: dict):
         """One's own tokens: what for, until when; made, renewed and revoked here."""
-        me = (visit.actor.user, visit.actor.project)
-        can = () if visit.actor.scopes else ('token_renew', 'token_revoke')
-        own = [each | {'deeds': can} for each in visit.service.token_list()
+        me, can = (self.actor.user, self.actor.project), not self.actor.scopes
+        own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
+               for each in self.service.token_list()
                if not each['revoked'] and (each['user'], each['project']) == me]
-        form = '' if visit.actor.scopes else self.op_form(visit, 'token_add', {}, '')
-        programs = render_page(
-            'programs', visit=visit, address=f'{self.service.config.served}{DAV}/',
-            makes=bool(form), once=secrets.token_hex(8), ways=HOW_TO_ADD)
-        return self.page(visit, 'Tokens', self.table(
-            visit, 'Your tokens', f'{TOKEN_COLUMNS} change'.split(), own, given) + form + programs)
+        makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
+                 'purpose': 'calendar program'}
+        address = f'{self.pages.service.config.served}{DAV}/'
+        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + (
+            self.op_form('token_add', {}, '') if can else '') + self.render(
+                'programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD))
 
-    def headed(self, name: str, body: str) -> str:
-        """A part of a page with its heading."""
-        return f'<section class="gap"><h2>{in_html(name)}</h2>{body}</section>'
+    # Forms that name an operation
 
-    def op_form(self, visit: Visit, name: str, typed: dict, refusal: str,
-                found: dict | None = None) -> str:
+    def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
-        mine = typed if typed.get('operation') == name else {}
-        parameters = API[name].parameters
-        values = {field: in_length(found[field]) if field in LENGTHS else in_field(found[field])
-                  for field in FORMS[name] if field in (found or {})}
-        fields = [(field, argument_help(API[name], field), parameters[field].default is REQUIRED, PICKS.get(field),
-                   mine.get(field, values.get(field, '')),
-                   values.get(field, '') if found and field != 'name' else None)
-                  for field in FORMS[name]]
-        return render_page(
-            'form', visit=visit, operation=name, title=TITLES[name], fields=fields, HEADS=HEADS,
-            once=secrets.token_hex(8), refusal=refusal if mine else '', opened=mine or found,
-            back=FORM_PAGES[name] if visit.actor.role == ADMIN else '/tokens',
-            previews=name == 'maintenance_add')
+        mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
+        was = {each: in_length(found[each]) if API[name].parameters[each].annotation is Span
+               else in_field(found[each]) for each in names.split() if each in (found or {})}
+        fields = ''.join(self.input(API[name], each, mine.get(each, was.get(each, '')),
+                                    was=was[each] if each in was and each != 'name' else None,
+                                    help=argument_help(API[name], each))
+                         for each in names.split())
+        back = page if self.actor.role == ADMIN else '/tokens'
+        return self.render(
+            'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
+            more={'next': back, 'once': secrets.token_hex(8)}, opened=mine or found,
+            refusal=refusal * bool(mine), previews=name == 'maintenance_add')
 
-    def do(self, visit: Visit, name: str, given: dict):
+    def do(self, name: str, given: dict):
         """Whatever a form asks for: an operation by its name, its fields read as those of REST
         are.
         """
@@ -25146,94 +25071,189 @@ class Pages:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         checks = given.pop('check', '')
-        said = {field: value for field, value in given.items() if field != 'next'}
-        undo = None
-        if name == 'delete':
-            found = self.to_cancel(visit, said)
-            undo = undo_of_cancel(found, said)
-            sure = sure or not found['servers'] and undo
-        if name in ASKS and not sure:
-            return self.are_you_sure(visit, operation, given, said, onward)
-        asked = asked_by(operation, said, visit)
-        if once and once in self.sent:  # else loading the answer again makes another secret
-            raise Conflict('this form was sent already, and what it made is not shown again; go '
-                           'back to the form')
+        said = {key: value for key, value in given.items() if key != 'next'}
+        ends = name == 'delete' and not sure and self.running(said)
+        if ends or name in ASKED_TWICE and not sure:
+            return self.are_you_sure(operation, given, said, onward)
+        asked = asked_by(operation, said, self)
+        if once and once in self.pages.sent:  # loading the answer again would make another secret
+            raise Conflict('This form was sent already, and what it made cannot be shown again. '
+                           'Go back to the form.')
+        puts_off = name in PUT_OFF and self.config.undo_time and not (
+            said.get('dry_run') or said.get('undo'))
         try:
-            more = {'dry_run': True} if checks else {}
-            answer = getattr(visit.service, name)(**bind(operation, asked | more, visit.here))
+            bound = bind(operation, asked | {'dry_run': True} if checks or puts_off else asked,
+                         self.here)
+            answer = getattr(self.service, name)(**bound)
         except Error as error:
-            return self.refused(visit, name, said, error, onward)
+            return self.refused(name, said, error, onward)
         if checks:
-            hit = [each | {'resource': answer['resource']} for each in answer['hit']]
-            return self.admin(visit, {}, 'maintenance',
-                              said | {'operation': name, 'affects': hit})
-        words = told_done(name, asked, answer)
+            affects = [each | {'resource': answer['resource']} for each in answer['hit']]
+            return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
+        words, undo = told_done(name, asked, answer), undo_of(name, said, answer)
+        if puts_off:
+            whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
+            first = answer if isinstance(answer, dict) else answer[0]
+            about = said['label'], first['project'], 0 if whole else first['id']
+            undo = self.later([(name, asked)], [about])
         if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
-            self.sent.append(once)
-            return self.page(visit, 'Done', render_page(
-                'secret', words=words, secret=answer[secret.pop()], back=onward))
-        return self.onward(onward, words, undo or undo_of(name, said, answer))
+            self.pages.sent.append(once)
+            return self.page('Done', self.render('secret', words=words, back=onward,
+                                                 secret=answer[secret.pop()]))
+        return self.onward(onward, words, undo)
 
-    def are_you_sure(self, visit: Visit, operation: Operation, given: dict, said: dict, back: str):
-        """The question before what can't be undone, with what that would warn of."""
-        name = operation.name
-        return self.page(visit, 'Are you sure?', render_page(
-            'sure', visit=visit, operation=name, fields=given, words=DEEDS[name][0], back=back,
-            warnings=self.warned(visit, operation, said) if name == 'delete' else [],
-            about=said.get('label') or said.get('name') or said.get('id'),
-            which=said.get('occurrence')))
+    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, dict]:
+        """Lets the life cycle do something when it can't be taken back any more; the form that
+        takes it back.
+        """
+        name, me = f'later-{secrets.token_hex(8)}', self.actor
+        with self.service.writing() as now:
+            due = now + self.config.undo_time
+            note_fact(name, f'{due:.3f} ' + json.dumps({
+                'by': [me.user, me.project, me.role], 'about': about, 'calls': calls}))
+            for label, project, _ in about:
+                found = self.service.look.mine(label, project, live=False)
+                until = f'{instant(int(due)).astimezone(self.zone):%H:%M:%S}'
+                what = ', '.join(sorted({ACTS[each].words.lower() for each, _ in calls}))
+                self.service.journal(now, 'updated', f'{me.user}: {what}. Undo is possible until '
+                                     f'{until}', found.reservation)
+        return '/undo', {'act': name, 'next': '/list'}
 
-    def to_cancel(self, visit: Visit, said: dict) -> dict:
-        """What a form to cancel is about; without VMs and with Undo, it need not ask first."""
+    def undo(self, given: dict):
+        """Takes back what was asked for a moment ago."""
+        act = given.get('act', '')
+        with self.service.writing() as now:
+            found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ?', act)
+            said = json.loads(found.value.partition(' ')[2]) if found else {}
+            if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
+                raise Conflict('It is too late to undo this. It is done already.')
+            run('DELETE FROM fact WHERE name = ?', act)
+            for label, project, _ in said['about']:
+                reservation = self.service.look.mine(label, project, live=False).reservation
+                self.service.journal(now, 'updated', f'{self.actor.user} has undone that',
+                                     reservation)
+        about = ', '.join(f"'{label}'" for label, *_ in said['about'])
+        return self.onward(local(given.get('next')), f'{about} stays as it was')
+
+    def running(self, said: dict) -> bool:
+        """Whether VMs run that a form would delete."""
         try:
-            return visit.service.show(**bind(API['show'], {
+            found = self.service.show(**bind(API['show'], {
                 name: said[name] for name in ('label', 'project', 'occurrence')
-                if said.get(name)}, visit.here))
+                if said.get(name)}, self.here))
+            return 'servers' not in found or bool(found['servers'])
         except Error:  # the operation says why
-            return {'servers': ['unknown']}
+            return False
 
-    def refused(self, visit: Visit, name: str, said: dict, error: Error, back: str):
+    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str):
+        """The question before what can't be undone, with what that would warn of."""
+        warnings = []
+        if operation.name == 'delete':
+            bound = bind(operation, asked_by(operation, said, self) | {'dry_run': True}, self.here)
+            warnings = [sentence(each) for line in self.service.delete(**bound)
+                        for each in line.get('warnings', ())]
+        return self.page('Are you sure?', self.render(
+            'sure', operation=operation.name, fields=given, words=ACTS[operation.name].words,
+            warnings=warnings, about=said.get('label') or said.get('name') or said.get('id'),
+            which=said.get('occurrence'), back=back))
+
+    def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and visit.actor.role == ADMIN and FORM_PAGES[name] == back:
-            return self.admin(visit, {'edit': said.get('name', '')}, back.rpartition('/')[2],
+        if name in FORMS and self.actor.role == ADMIN and FORMS[name][0] == back:
+            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2],
                               said | {'operation': name}, sentence(str(error)), error.status)
-        field = DEEDS.get(name, ('', None))[1]
-        if not field or field[0] not in said:
+        words, _, typed, bad = ACTS.get(name, Act(name, ''))
+        if not typed or typed[0] not in said:
             raise error
-        again = {key: value for key, value in said.items() if key != field[0]}
-        form = render_page('deed', visit=visit, operation=name, bad=False, words=DEEDS[name][0],
-                           fields=again | {'next': back}, about=said.get('label', ''),
-                           field=(*field[:2], said[field[0]]))
-        return self.page(visit, 'Refused', render_page('refused', sentence=str(error), back=back)
-                         + form, error.status)
-
-    def warned(self, visit: Visit, operation: Operation, said: dict) -> list[str]:
-        """What a delete would warn of, if it were meant."""
-        said = {field: value for field, value in said.items() if value != ''}
-        bound = bind(operation, {'tz': visit.zone.key} | said | {'dry_run': True}, visit.here)
-        gone = visit.service.delete(**bound)
-        return [warning for each in gone for warning in each.get('warnings', ())]
+        kept = {key: value for key, value in said.items() if key != typed[0]} | {'next': back}
+        return self.refusal(error, back, self.button(name, kept, words, bad,
+                                                     (typed[0], said[typed[0]])))
 
 
-def sentence(text: str) -> str:
-    """A text as a sentence: with a capital letter and a full stop."""
-    text = text[:1].upper() + text[1:]
-    return text if not text or text[-1] in '.!?' else f'{text}.'
+#: The address of each page, and which method of which class shows it; which of them are for people
+#: who have signed in.
+ROUTES = {
+    PlanPage: ({'GET /': 'plan'}, True),
+    Lists: ({'GET /list': 'list', 'GET /r/<label>': 'reservation', 'GET /r/<label>/live': 'live',
+             'POST /r/<label>/share': 'share', 'GET /notices': 'notices',
+             'POST /notices': 'mark_read', 'GET /docs': 'docs'}, True),
+    BookForm: ({'GET /book': 'book', 'POST /book': 'add', 'GET /book/check': 'check',
+               'GET /book/small': 'small', 'GET /r/<label>/change': 'change',
+               'POST /r/<label>/change': 'do_change', 'GET /r/<label>/try': 'try_change',
+               'GET /r/<label>/change/check': 'change_check'}, True),
+    Admin: ({'GET /admin': 'admin', 'GET /admin/use': 'used_page', 'GET /admin/<tab>': 'admin',
+             'POST /admin/decide': 'decide', 'POST /admin/people': 'make_tokens',
+             'GET /tokens': 'tokens', 'POST /do/<name>': 'do', 'POST /undo': 'undo'}, True),
+    SignIn: ({'GET /sign-in': 'ask', 'POST /sign-in': 'by_token',
+              'POST /sign-in/keystone': 'at_keystone', 'GET /sign-in/oidc/begin': 'begin_oidc',
+              'GET /sign-in/oidc': 'end_oidc', 'POST /sign-out': 'sign_out',
+              'POST /zone': 'choose_zone'}, False),
+    type('Shared', (Lists,), {}): ({'GET /s/<secret>': 'shared',
+                                    'GET /s/<secret>/live': 'shared_live'}, False)}
+
+
+def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
+    """What a form asks for: not what it has shown and nobody has changed."""
+    zone = {'tz': visit.zone.key} if 'tz' in operation.parameters else {}
+    return zone | {name: value for name, value in said.items()
+                   if value != '' and not name.startswith('was_')
+                   and said.get(f'was_{name}') != value}
+
+
+def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
+    """What takes back at once what a form has done, if anything does."""
+    kept = {key: said[key] for key in ('label', 'project', 'occurrence') if said.get(key)}
+    if name == 'skip' and not said.get('undo'):
+        return '/do/skip', kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
+    if name == 'update' and said.get('was_start') and said.get('was_end'):
+        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
+        return '/do/update', kept | moved | {'start': said['was_start'], 'end': said['was_end']}
+    if name == 'extend' and 'parts' not in answer:
+        before = answer['end'] - parse_duration(said['by'])
+        return '/do/update', kept | {'end': to_plain(before)}
+    return None
+
+
+def told_done(name: str, said: dict, answer) -> str:
+    """What a form has done, in a sentence."""
+    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user') if said.get(key)),
+                 '')
+    hit = answer.get('hit', []) if isinstance(answer, dict) else []
+    told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
+    warned = [each for line in answer for each in line.get('warnings', ())
+              ] if name == 'delete' else []
+    done = 'has the occurrence again' if said.get('undo') else (
+        ACTS[name].done if name in ACTS else 'is done')
+    return '; '.join([f"'{about}' {done}", *warned]) + (f'; it affects {told}' if hit else '')
 
 
 def what_starts(visit: Visit, found: dict) -> str:
     """What starts when, and what becomes of it; of what holds capacity only that."""
-    start, end = found['start'], found['end']
+    start, end, vms = found['start'], found['end'], counted(found['vms'], 'VM')
     if not (found['image'] or found['server']):
-        return (f"Reserves capacity for {counted(found['vms'], 'VM')} on {found['resource']}, "
-                f'{visit.span(start, end)}. No VM starts.')
+        return (f"Reserves capacity for {vms} on {found['resource']}, {visit.span(start, end)}. "
+                'No VM starts.')
     begins = visit.plain(start - timedelta(seconds=found['lead'] or 0))
     until = visit.span(start, end).rpartition(' to ')[2]
-    what = found['image'] or found['server']
-    of = ', '.join(filter(None, (found['flavor'], what)))
+    of = ', '.join(filter(None, (found['flavor'], found['image'] or found['server'])))
     starts, are = ('starts', 'is') if found['vms'] == 1 else ('start', 'are')
-    return (f"{counted(found['vms'], 'VM')} ({of}) on {found['resource']} {starts} on {begins} and "
-            f"{are} {ENDS_SO[found['at_end'] or 'delete']} at {until}.")
+    return (f"{vms} ({of}) on {found['resource']} {starts} on {begins} and {are} "
+            f"{ENDS_SO[found['at_end'] or 'delete']} at {until}.")
+
+
+def track_of(visit: Visit, found: dict) -> tuple | None:
+    """How far a reservation is: in words, in percent, and texts with where each stands."""
+    start, end, now = found['start'], found['end'], visit.here.now
+    begin = start - timedelta(seconds=found['lead'] or 0)
+    if found['state'] in OVER or now >= end:
+        return None
+    done = max(0, min(1, (now - begin) / (end - begin)))
+    seconds = int(((end if now >= begin else begin) - now).total_seconds())
+    left = in_length(max(60, seconds // 60 * 60))
+    words = f'{left} left' if now >= begin else f'starts in {left}'
+    return words, round(96 * done, 2), [(2, 'start', 18, visit.plain(begin)),
+                                        (98, 'end', 18, visit.plain(end)),
+                                        (50, 'middle', 70, words)]
 
 
 def days_left_out(text: str, here: Here) -> str:
@@ -25260,16 +25280,10 @@ def usual_of(place, given: dict) -> dict:
     return {'image': place.default_image, 'flavor': flavor} | vms
 
 
-def usual_flavor(names: list[str]) -> str:
-    """The flavor that is meant where nobody says one."""
-    return next((name for name in names if 'small' in name), names[0])
-
-
-def seen_by() -> int:
-    """The last notice that this browser has marked as read."""
-    import bottle
-    seen = bottle.request.get_cookie('seen') or ''
-    return int(seen) if re.fullmatch('[0-9]{1,18}', seen) else 0
+def parse_end(text: str, start: datetime, here: Here) -> datetime:
+    """The end that somebody typed for what starts at an instant."""
+    end = read_argument('end', text, When, here._replace(after=start))
+    return start + end if isinstance(end, timedelta) else end
 
 
 def qr_path(text: str) -> tuple[int, str] | None:
@@ -25297,95 +25311,38 @@ def in_length(seconds: float | None) -> str:
     return format_duration(seconds) if seconds else ''
 
 
+def ready_after(seconds: float) -> str:
+    """How late something was ready, in words."""
+    return f'ready {format_duration(round(max(seconds, 0)))} after the start'
+
+
 def sort_key(value) -> tuple:
     """A key that puts values of any kind in order."""
     return (value is None, isinstance(value, str), str(value) if isinstance(value, (dict, list))
             else value if value is not None else 0)
 
 
-def parse_end(text: str, start: datetime, here: Here) -> datetime:
-    """The end that somebody typed for what starts at an instant."""
-    end = read_argument('end', text, When, here._replace(after=start))
-    return start + end if isinstance(end, timedelta) else end
+def csv_answer(lines: list, name: str):
+    """Lines as a file that a browser saves."""
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    return answered(text.getvalue(), headers={
+        'Content-Type': 'text/csv; charset=utf-8',
+        'Content-Disposition': f'attachment; filename="{name}"'})
 
 
-def track_of(visit: Visit, found: dict) -> tuple | None:
-    """How far a reservation is: in words, in percent, and texts with where each stands."""
-    start, end, now = found['start'], found['end'], visit.here.now
-    begin = start - timedelta(seconds=found['lead'] or 0)
-    if found['state'] in OVER or now >= end:
-        return None
-    done = max(0, min(1, (now - begin) / (end - begin)))
-    left = in_length(max(60, int((end if now >= begin else begin).timestamp()
-                                 - now.timestamp()) // 60 * 60))
-    words = f'{left} left' if now >= begin else f'starts in {left}'
-    return words, round(96 * done, 2), [(2, 'start', 18, visit.plain(begin)),
-                                        (98, 'end', 18, visit.plain(end)),
-                                        (50, 'middle', 70, words)]
-
-
-def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
-    """What takes back what a form has done, if anything does."""
-    kept = {field: said[field] for field in ('label', 'project', 'occurrence', 'next')
-            if said.get(field)}
-    if name == 'skip' and not said.get('undo'):
-        return name, kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
-    if name == 'update' and said.get('was_start') and said.get('was_end'):
-        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
-        return name, kept | moved | {'start': said['was_start'], 'end': said['was_end']}
-    if name == 'extend' and 'parts' not in answer:
-        before = answer['end'] - parse_duration(said['by'])
-        return 'update', kept | {'end': to_plain(before)}
-    return None
-
-
-def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
-    """What a form asks for: not what it has shown and nobody has changed."""
-    zone = {'tz': visit.zone.key} if 'tz' in operation.parameters else {}
-    return zone | {field: value for field, value in said.items()
-                   if value != '' and not field.startswith('was_')
-                   and said.get(f'was_{field}') != value}
-
-
-def undo_of_cancel(found: dict, said: dict) -> tuple[str, dict] | None:
-    """What has again what is cancelled, if it holds little and is not a whole series."""
-    kept = {name: said[name] for name in ('label', 'project', 'next') if said.get(name)}
-    if said.get('occurrence') and not said.get('following'):
-        return 'skip', kept | {'occurrence': said['occurrence'], 'undo': 'true'}
-    if found.get('tz') or 'label' not in found or found.get('user_data') or found['request']:
-        return None
-    fields = {name: in_field(found[name]) for name in HAD_AGAIN if found[name]}
-    times = {name: to_plain(found[name]) for name in ('start', 'end')}
-    lead = {'lead': f"{found['lead']}s"} if found['lead'] else {}
-    wait = {'wait': 'true'} if found['state'] == 'waiting' else {}
-    undo = kept | fields | times | lead | wait
-    return 'add', undo
-
-
-def told_done(name: str, said: dict, answer) -> str:
-    """What a form has done, in a sentence."""
-    name = 'undo' if said.get('undo') else name
-    about = (said.get('rename') or said.get('label') or said.get('name') or said.get('id')
-             or said.get('user') or '')
-    hit = answer.get('hit', []) if isinstance(answer, dict) else []
-    told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
-    gone = answer if name == 'delete' else ()
-    warned = [warning for each in gone for warning in each.get('warnings', ())]
-    done = f"'{about}' {DONE[name]}" if name in DONE else f'done: {API[name].words} {about}'
-    return '; '.join([done, *warned]) + (
-        f'; it affects {told}' if hit else '')
-
-
-def arguments_told(entry: dict) -> list[tuple]:
-    """The arguments of an operation: each with where it stands, if it is needed, kind, meaning."""
+def arguments_told(entry: dict) -> list[dict]:
+    """The arguments of an operation, as lines of a table."""
     body = entry.get('requestBody', {'content': {'application/json': {'schema': {}}}})
     shape = body['content']['application/json']['schema']
     needed = shape.get('required', ())
-    found = [(each['name'], each['in'], each.get('required', False), each)
+    found = [(each['name'], each['in'], each.get('required'), each['schema'], each['description'])
              for each in entry['parameters'] if 'in' in each]
-    found += [(name, 'body', name in needed, {'schema': each} | each)
+    found += [(name, 'body', name in needed, each, each['description'])
               for name, each in shape.get('properties', {}).items()]
-    return [(*head, kind_told(each['schema']), each['description']) for *head, each in found]
+    return [{'argument': f"{name}{' (needed)' if need else ''}", 'in': where,
+             'kind': kind_told(schema), 'meaning': words}
+            for name, where, need, schema, words in found]
 
 
 def kind_told(schema: dict) -> str:
@@ -25402,6 +25359,17 @@ def kind_told(schema: dict) -> str:
     return found if isinstance(found, str) else ' or '.join(found)
 
 
+def field_told(schema: dict) -> str:
+    return in_html(f"{kind_told(schema)} {schema.get('description', '')}")
+
+
+def answer_told(status: str, answer: dict) -> str:
+    """What an operation answers with a status, as HTML."""
+    kinds = ', '.join(f"{kind_told(each['schema'])} ({kind})"
+                      for kind, each in answer.get('content', {}).items())
+    return in_html(f"{answer.get('description') or REFUSALS[int(status)]} {kinds}")
+
+
 def answered(text: str, status: int = 200, headers: dict | None = None):
     """An answer of the page, with the headers that guard it."""
     import bottle
@@ -25416,18 +25384,6 @@ def read_form(request) -> dict:
 def local(href: str | None) -> str:
     """An address on this site; whatever leads elsewhere becomes the first page."""
     return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
-
-
-def lateness_of(servers: list) -> str:
-    """How late the last of some servers was ready, in words."""
-    late = [max(each.ready - each.planned, 0) for each in servers if each.ready]
-    return f'ready {format_duration(round(max(late)))} after the start' if late else ''
-
-
-def lateness_told(server: dict) -> str:
-    """How late one server was ready, in words."""
-    late = server['ready'] and (server['ready'] - server['planned']).total_seconds()
-    return '' if late is None else f'{format_duration(round(max(late, 0)))} after the start'
 
 
 LOOK = hashed(STYLE + SCRIPT)[:12]
@@ -25447,9 +25403,9 @@ def web(service: Reservations):
             return sentence
         for name, value in SAFE.items():
             bottle.response.set_header(name, value)
-        body = render_page('refused', sentence=json.loads(sentence)['error'], back='/')
-        title = 'Not available' if failure.status_code >= 500 else 'Not here'
-        return pages.laid_out(pages.anybody(request), title, body)
+        visit = pages.anybody(request)
+        body = visit.render('refused', words=json.loads(sentence)['error'], back='/', again='')
+        return visit.laid_out('Not available' if failure.status_code >= 500 else 'Not here', body)
     app = rest(service, told, lambda request: pages.visit(request).actor)
     mount_caldav(app, service)
     Blazar(service).mount(app)
@@ -25469,7 +25425,7 @@ MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
 NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token '
-    'timezone workers call_timeout poll_running verify_every connections'.split())
+    'timezone workers call_timeout poll_running verify_every connections keystone oidc'.split())
 #: Settings that only their owner may read.
 SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
@@ -25557,12 +25513,24 @@ class Watch:
             each.requests or each.total_outbufs_len or each.will_close or each.close_when_flushed)
 
 
+def answer_malformed(channel, request):
+    """waitress' task for what it can't read: the application answers, counts and logs that too."""
+    from waitress.task import ErrorTask, WSGITask
+    if request.error.code == 500:  # the application has failed
+        return ErrorTask(channel, request)
+    task, request.command = WSGITask(channel, request), ''
+    task.environ = {'REMOTE_ADDR': channel.addr[0], 'REQUEST_METHOD': '', 'PATH_INFO': '',
+                    'cmres.malformed': request.error}
+    task.set_close_on_finish()
+    return task
+
+
 def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
     from waitress.channel import HTTPChannel
 
     class Channel(HTTPChannel):
-        peer = ''
+        peer, error_task_class = '', staticmethod(answer_malformed)
 
         def __init__(self, server, sock, addr, adj, map=None):
             super().__init__(server, sock, addr, adj, map=map)
@@ -25590,7 +25558,7 @@ class Front:
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
             ident=None,
             channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
-        self.port = getattr(self.server, 'effective_port', config.port)
+        self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
         self.watch, self.looked = Watch(self.sockets), time.monotonic()
@@ -25691,7 +25659,7 @@ CHARTS = (
     ('VMs by state', 'short', (('sum by (cloud, state) (cmres_servers)', '{{cloud}} {{state}}'),)),
     ('Reserved and refused', 'short', (
         ('increase(cmres_events_total{code=~"added|admitted"}[1h])', '{{code}}'),
-        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}}'))),
+        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}} {{cause}}'))),
     ('Waiting and pending', 'short', (
         ('cmres_reservations_waiting', 'waiting'), ('cmres_reservations_pending', 'pending'))),
     ('VMs ready after their planned start', 's', tuple(
@@ -25849,8 +25817,9 @@ class Housekeeper(threading.Thread):
         try:
             for line in read_settings_again(self.service.config):
                 log.info('settings: %s', line)
+            log_as(self.service.config)
         except Invalid as error:
-            log.warning('settings: %s; nothing was changed', error)
+            log.warning('settings: %s Nothing was changed.', sentence(str(error)))
         tell_systemd('READY=1')
 
 
@@ -26594,9 +26563,9 @@ def in_utc(config: Config) -> None:
     os.environ['TZ'] = 'UTC'
     time.tzset()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(config.log_format))
+    handler.setFormatter(Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    log_calls.disabled = not config.log_requests
+    log_as(config)
     for name in config.old_names:
         log.warning('the setting %s is now called %s', name, RENAMED['setting'][name])
     # it warns at every request that waits
@@ -27100,7 +27069,7 @@ def say_end(told: str, zone: ZoneInfo) -> None:
     """Tells on the error output that the token ends soon, as the server has said."""
     id, _, at = told.partition(' ')
     if at:
-        print(f'Your token {id} ends at {format_time(parse_time(at, zone), zone)}. '
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
               f'Renew it: token renew {id} --for 90d', file=sys.stderr)
 
 
