@@ -12464,10 +12464,8 @@ class Requests(Operations):
         that fit.
 
         With --repeat it is a series in the time zone --tz: START is the earliest start, END says
-        how long each occurrence takes. The series keeps its local time. A local time that does not
-        exist (summer time begins) moves one hour later; of one that exists twice, the first counts.
-        Occurrences are reserved for the next days (setting `horizon`), and later ones from day to
-        day.
+        how long each occurrence takes. The series keeps its local time. Occurrences are reserved
+        for the next days (setting `horizon`), and later ones from day to day.
 
         With --wait, a reservation that does not fit joins the waiting list: the higher priority
         goes first, then the older request. With - as RESOURCE, cmres uses the first resource of the
@@ -27046,7 +27044,11 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     text = render(answer, form, config.zone, table)
     say_end(getattr(service, 'token_ends', ''), config.zone)
     if more := what_follows(operation, asked, bound, answer):
-        print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
+        said = f'There is more: add {more}, or a higher --limit.'
+        if form == 'table':
+            text += f'\n{said}'
+        else:  # no program takes it for a line of the list
+            print(said, file=sys.stderr)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
@@ -27315,7 +27317,10 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     text = drawn([heads[each] for each in shown],
                  [[line[each] for each in shown] for line in cells])
     left_out = [name for name in names if names.index(name) not in shown]
-    return text + (f"\nNot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+    faults = dict.fromkeys(f"{each.get('label', each.get('name'))}: {each['fault']}"
+                           for each in lines if 'fault' in left_out and each['fault'])
+    said = ', '.join(name for name in left_out if name != 'fault')
+    return '\n'.join([text, *faults] + [f'Not shown: {said} (--wide shows all)'] * bool(said))
 
 
 EMPTY = (None, '', [], {}, ())
@@ -27392,7 +27397,7 @@ def drawn(names: list[str], lines: list) -> str:
                  for place in range(len(widths))]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
-    if names and on_terminal:
+    if names and on_terminal and 'NO_COLOR' not in os.environ:
         text[0] = f'\x1b[1m{text[0]}\x1b[0m'
     return '\n'.join(text)
 
