@@ -366,7 +366,9 @@ def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None
     """The words of a time, its zone (None if unknown), and what clocks call their time then."""
     match = WITH_ZONE.fullmatch(' '.join(text.split()))
     words, called, name = match.groups() if match else (text, None, None)
-    if called and is_word(called.lower()):
+    low = (called or '').lower()
+    if low in ('am', 'pm', 'noon') or len(low) > 1 and any(
+            name.startswith(low) for name in DAY_NAMES + MONTH_NAMES):  # it is no zone
         words, called = f'{words} {called}', None
     if name or called in ('UTC', 'GMT', 'Z'):
         name, called = name or 'UTC', None if not name else called
@@ -376,12 +378,6 @@ def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None
     words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
     return [word for word in words.split() if word not in ('at', 'on', 'the')], zone, called or ''
-
-
-def is_word(text: str) -> bool:
-    """Whether it is a word of a time, and no zone: pm, tue, december."""
-    return text in ('am', 'pm', 'noon') or any(
-        len(text) > 1 and name.startswith(text) for name in DAY_NAMES + MONTH_NAMES)
 
 
 def known_zone(name: str) -> bool:
@@ -2254,21 +2250,16 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     read = {}
     # what others come after is read first
     for name in sorted(given, key=lambda name: name in AFTER):
-        later = here._replace(after=start_of(read, AFTER.get(name), here), past=name == 'since')
+        first = read.get(AFTER.get(name))
+        first = here.now + first if isinstance(first, timedelta) else first
+        later = here._replace(after=first if isinstance(first, datetime) else None,
+                              past=name == 'since')
         read[name] = read_argument(name, given[name], parameters[name].annotation, later)
     return read
 
 
 #: What comes after what: a bare `17:00` there is the next one after it.
 AFTER = {'end': 'start', 'before': 'after', 'until': 'since'}
-
-
-def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
-    """The instant that an argument which was read names; None where it names none."""
-    value = read.get(name)
-    if isinstance(value, timedelta):
-        return here.now + value
-    return value if isinstance(value, datetime) else None
 
 
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
@@ -2508,14 +2499,6 @@ def read_part(part, here) -> dict:
             if each is not None}
 
 
-def read_rule_said(value, here: Here) -> str:
-    return read_repeat(read_str(value, most=500), here.now.astimezone(here.zone).date())
-
-
-def read_zone_name(value, here=None) -> str:
-    return read_zone(name).key if (name := read_name(value)) else ''
-
-
 def read_clash(value, here=None) -> str:
     word, equals, length = read_name(value).partition('=')
     if word in ('refuse', 'skip') and not equals:
@@ -2566,9 +2549,11 @@ READERS = {
                                     else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows,
-    Zone: read_zone_name,
+    Zone: lambda value, here=None: read_zone(name).key if (name := read_name(value)) else '',
     Clash: read_clash,
-    Repeat: read_rule_said, Ics: read_ics,
+    Repeat: lambda value, here: read_repeat(read_str(value, most=500),
+                                            here.now.astimezone(here.zone).date()),
+    Ics: read_ics,
     Source: lambda value, here=None: (read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value))
                                       else value),
     Url: read_url}
@@ -2593,12 +2578,10 @@ def to_plain(value):
         return value.isoformat()
     if isinstance(value, datetime):
         return value.isoformat(timespec='milliseconds' if value.microsecond else 'seconds')
-    return plain_length(value) if isinstance(value, timedelta) else value
-
-
-def plain_length(length: timedelta) -> str:
-    """A length in ISO 8601, with the days that were typed as days."""
-    days, seconds = divmod(getattr(length, 'nominal', 0), 86400)[0], int(length.total_seconds())
+    if not isinstance(value, timedelta):
+        return value
+    # in ISO 8601, with the days that were typed as days
+    days, seconds = getattr(value, 'nominal', 0) // 86400, int(value.total_seconds())
     return f'P{days}DT{seconds - 86400 * days}S' if days else f'PT{seconds}S'
 
 
@@ -26796,7 +26779,11 @@ def run_command(argv: list[str], finish: Callable) -> None:
         argv = [*argv[1:], '--help']
     path, here = command_path(commands(lambda operation: operation), argv)
     if '--help' in argv or isinstance(here, Group):
-        show_help(here, path)
+        text = (help_of_command(here, path) if isinstance(here, Operation)
+                else help_of_group(here, path))
+        own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it starts again
+        print(text.replace('python cmres.py', 'cmres') if own else text)
+        raise SystemExit(0)
     flags, plain = read_words(here, argv[len(path):])
     calls = plain_calls(here, flags, plain)
     if not calls:
@@ -26804,15 +26791,6 @@ def run_command(argv: list[str], finish: Callable) -> None:
     for call in calls:
         if (text := finish(call)) is not None:
             print(text)
-
-
-def show_help(here: Group | Operation, path: list[str]) -> None:
-    """Prints the help of a command, of a group or of all, and ends."""
-    text = (help_of_command(here, path) if isinstance(here, Operation)
-            else help_of_group(here, path))
-    own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it can be started again
-    print(text.replace('python cmres.py', 'cmres') if own else text)
-    raise SystemExit(0)
 
 
 def help_of_group(here: Group, path: list[str]) -> str:
@@ -26996,14 +26974,10 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
             value = 'true' if kind is bool else next(each, '--')
         if not equals and value.startswith('--'):
             raise Invalid(f"--{name.replace('_', '-')} needs a value.")
-        if name in flags and kind not in LISTS:
+        if name in flags and kind not in (Names, Parts, Hosts, Classes, Pairs):
             raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
         flags[name] = f'{flags[name]},{value}' if name in flags else value
     return flags, plain
-
-
-#: What may come under its flag again and again.
-LISTS = (Names, Parts, Hosts, Classes, Pairs)
 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
@@ -27042,7 +27016,10 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
               else asked(**bound))
     text = render(answer, form, config.zone, table)
-    say_end(getattr(service, 'token_ends', ''), config.zone)
+    id, _, at = getattr(service, 'token_ends', '').partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
     if more := what_follows(operation, asked, bound, answer):
         said = f'There is more: add {more}, or a higher --limit.'
         if form == 'table':
@@ -27065,14 +27042,6 @@ def kept_if_stopped(asked: Callable, bound: dict):
                     "AND code <> 'dropped' GROUP BY code", before)
         kept = ', '.join(f'{each.number} {each.code}' for each in done)
         raise KeyboardInterrupt(kept and f'This was done before and stays: {kept}.') from None
-
-
-def say_end(told: str, zone: ZoneInfo) -> None:
-    """Tells on the error output that the token ends soon, as the server has said."""
-    id, _, at = told.partition(' ')
-    if at:
-        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
-              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
 
 
 #: With these an operator begins, so that they make a database where there never was one.
@@ -27183,19 +27152,15 @@ def file_rows(text: str, name: str) -> list[dict]:
 FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
 
 
-def unquoted(cell):
-    """A cell as it was before `csv_cell` quoted it; what is too much in a line is a list."""
-    quoted = isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:])
-    return cell[1:] if quoted else cell
-
-
 def csv_rows(text: str) -> list[dict]:
     """The lines of a CSV text with commas, or with semicolons, as many spreadsheets write it."""
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    lines = [{name: unquoted(cell) for name, cell in each.items()} | {'line': reader.line_num}
-             for each in reader]
+    # as it was before `csv_cell` quoted it; what is too much in a line is a list
+    quoted = (lambda cell: isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:]))
+    lines = [{name: cell[1:] if quoted(cell) else cell for name, cell in each.items()}
+             | {'line': reader.line_num} for each in reader]
     for each in lines:
         if '' in each:
             raise ValueError(f"line {each['line']} has more columns than the header line.")
@@ -27350,8 +27315,7 @@ LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
 
 def worded(name: str, value):
     """A field as people read it: a length with its units."""
-    is_length = name in LENGTH_FIELDS and isinstance(value, int)
-    return format_duration(value) if is_length else value
+    return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
 def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
@@ -27364,10 +27328,9 @@ def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str
 
 def in_table(value, zone: ZoneInfo) -> str:
     """A value in a table, whose head says the zone; an hour that comes twice says which it is."""
-    if not isinstance(value, datetime):
-        return in_cell(value, zone)
-    text = format_time(value, zone)
-    return text if comes_twice(value.astimezone(zone)) else text.rpartition(' ')[0]
+    text = in_cell(value, zone)
+    plain = isinstance(value, datetime) and not comes_twice(value.astimezone(zone))
+    return text.rpartition(' ')[0] if plain else text
 
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
