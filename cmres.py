@@ -377,7 +377,8 @@ def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None
                    words.lower().replace(',', ' '))
     words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
-    return [word for word in words.split() if word not in ('at', 'on', 'the')], zone, called or ''
+    small = ('at', 'on', 'the', 'of')
+    return [word for word in words.split() if word not in small], zone, called or ''
 
 
 def known_zone(name: str) -> bool:
@@ -2707,7 +2708,7 @@ class ServerAnswer(Answer):
     fault: str
     account: str
     uid: str | None
-    login: list[str]
+    login: str
 
 
 class KeptAnswer(Answer):
@@ -9917,7 +9918,8 @@ class Lookup:
     def servers_of(self, occurrence: int) -> Rows:
         """The servers of an occurrence, as answers show them."""
         logins = self.service.config.logins
-        return [public(each) | {'login': logins(json.loads(each.addresses))} for each in rows(
+        return [public(each) | {'login': ' or '.join(logins(json.loads(each.addresses)))}
+                for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, '
             'fault, account, uid '
             "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id",
