@@ -377,8 +377,7 @@ def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None
                    words.lower().replace(',', ' '))
     words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
-    small = ('at', 'on', 'the', 'of')
-    return [word for word in words.split() if word not in small], zone, called or ''
+    return re.sub(r'\b(at|on|the|of)(?= |$)', '', words).split(), zone, called or ''
 
 
 def known_zone(name: str) -> bool:
