@@ -7513,9 +7513,10 @@ class OpenStack(Cloud):
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                answer[kind] = there = self.lent(kind, verbs)
-                for name in there.keys() - things.keys():
-                    getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
+                ours = self.lent(kind, verbs)  # two server groups may have one name
+                for id in [id for name, id in ours if name not in things]:
+                    getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+                answer[kind] = there = {name: id for name, id in ours if name in things}
                 for name in things.keys() - there.keys():
                     try:
                         there[name] = self.lend_one(kind, name, things[name])
@@ -7528,12 +7529,12 @@ class OpenStack(Cloud):
         with self.calling(f'lend the {kind} {name}') as cloud:
             return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
-    def lent(self, kind: str, verbs) -> dict[str, str]:
-        """The ids of what is lent of a kind, by name."""
+    def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
+        """The names and ids of what is lent of a kind."""
         _, listing, which, _, mark, name = self.LENT[kind]
         ours = [each for each in getattr(verbs, listing)(**which)
                 if (getattr(each, mark) or '').startswith(self.store)]
-        return {getattr(each, name).removeprefix(f'{self.store} '): each.id for each in ours}
+        return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
