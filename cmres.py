@@ -26248,8 +26248,8 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. After a theft, use `user end`, or stop cmres and remove the
-    key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
+    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
     Example:
       python cmres.py key rotate
