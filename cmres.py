@@ -12,7 +12,7 @@
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
-# ]
+# ]  # and for a database in PostgreSQL, "psycopg[binary]>=3.2,<4"
 # ///
 """cmres: reservations for virtual machines on OpenStack clouds.
 
@@ -97,6 +97,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
 import peewee
+from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
 # What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
 # schedule, waitress and yaml together cost thirty times as much as `list` itself.
@@ -1350,9 +1351,10 @@ def setting(default, why: str, least=None, most=10**9):
 class Config:
     """Everything that can be set; once read, only what `read_again` takes is ever changed."""
     database: str = setting('cmres.db',
-                            'the SQLite file that holds everything; not on a network file system')
+                            'the SQLite file that holds everything, not on a network file system; '
+                            'or PostgreSQL: postgresql://USER@HOST/DATABASE')
     key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
-                           'database; if empty, the database with .key')
+                           'database; if empty, the database with .key, of PostgreSQL cmres.key')
     host: str = setting('127.0.0.1',
                         'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
@@ -3551,8 +3553,22 @@ def mode_of(path: str) -> int:
         return 0o600
 
 
-class Database(peewee.SqliteDatabase):
+# Engines. All SQL is written once, in what SQLite and PostgreSQL both understand and a few words
+# that each spells in its own way: `?` and `?1` for values, `numbers(?)` and `names(?)` for a list
+# in JSON, `of_list`, INDEXED BY, `main.`. An engine is peewee's database with what else differs:
+# how a transaction begins, what its errors mean, what tells that something was written. Nothing
+# outside this section knows which of them the store is on.
+
+
+class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
+    snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
+    in_files, returning = True, ''
+
+    def id_of(self, cursor) -> int:
+        """The id of the row that was just written."""
+        return cursor.lastrowid
+
 
     def _connect(self):
         store_file.check()
@@ -3569,9 +3585,218 @@ class Database(peewee.SqliteDatabase):
         if self.connection().in_transaction:
             super().rollback()
 
+    def run(self, sql: str, values: Iterable):
+        """Runs one statement as it stands."""
+        try:
+            return self.connection().execute(self.spell(sql), values)
+        except sqlite3.Error as error:
+            raise of_peewee(error) from error
 
-db = Database(None, lock_type='IMMEDIATE', pragmas={
-    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000})
+    def version(self) -> int:
+        """Of the tables; 0: there are none."""
+        return self.user_version
+
+    def note_version(self) -> None:
+        """The tables are those of today."""
+        self.user_version, self.application_id = latest_version(), OURS
+
+    @staticmethod
+    @functools.lru_cache(2000)
+    def spell(sql: str) -> str:
+        """A statement as SQLite understands it."""
+        return IN_LIST.sub(r'(SELECT value FROM json_each(?\2))', sql)
+
+    def state(self) -> tuple:
+        """What is another as soon as anything was written, by this connection or by another one."""
+        connection = self.connection()
+        return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
+
+    def many(self, table: str, names: tuple) -> str:
+        """The statement that writes rows, one parameter in JSON: a list of objects."""
+        values = ', '.join(f"json_extract(value, '$.{name}')" for name in names)
+        return (f'INSERT INTO {table} ({quoted(names)}) '
+                f'SELECT {values} FROM json_each(?) ORDER BY key')
+
+
+#: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
+IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
+OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
+    (r'\bnumbers\((\?\d*)\)', r'(SELECT CAST(value AS bigint) FROM '
+                              r'jsonb_array_elements_text(CAST(\1 AS jsonb)) AS list (value))'),
+    (r'\bnames\((\?\d*)\)', r'(SELECT jsonb_array_elements_text(CAST(\1 AS jsonb)))'),
+    (r"json_extract\(value, '\$\[(\d+)\]'\) AS track\b", r'value ->> \1 AS track'),
+    (r"json_extract\(value, '\$\[(\d+)\]'\) AS", r'CAST(value ->> \1 AS bigint) AS'),
+    (r'\bFROM json_each\((\?\d*)\)', r'FROM jsonb_array_elements(CAST(\1 AS jsonb)) '
+                                     'WITH ORDINALITY AS list (value, key)'),
+    (r'\s+INDEXED BY \w+', ''), (r'\bCROSS\s+JOIN\b', 'JOIN'), (r'\bmain\.', ''),
+    (r'(\S*\btold & 128)', r'(\1) <> 0'), (r'\bIS NOT (?=\?)', 'IS DISTINCT FROM '),
+    (r'\bIS (?=\?)', 'IS NOT DISTINCT FROM '), (r'\bLIMIT -1\b', ''))]
+TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
+
+
+class PostgreSQL(PooledPostgresqlDatabase):
+    """PostgreSQL, by a pool of connections that are all alike."""
+    field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
+    snapshot, param = 'REPEATABLE READ', '?'
+    in_files, returning = False, ' RETURNING id'
+
+    def id_of(self, cursor) -> int:
+        """The id of the row that was just written."""
+        return cursor.fetchone()[0]
+
+    def __init__(self, url: str):
+        super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
+                         max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
+
+    def _connect(self):
+        try:
+            return super()._connect()
+        except MaxConnectionsExceeded:
+            raise peewee.OperationalError('all connections are in use') from None
+
+    def init(self, url: str, **options):
+        super().init(url, **options)
+        self.connect_params = OF_CONNECTIONS | {'cursor_factory': psycopg().RawCursor}
+
+    def run(self, sql: str, values: Iterable):
+        """Runs one statement as it stands; what only reads, once more if the connection is lost."""
+        connection = self.connection()
+        try:
+            return connection.execute(self.spell(sql), values)
+        except psycopg().Error as error:
+            if not connection.closed or self.in_transaction():
+                raise of_peewee(error) from error
+            self.manual_close()
+            if not sql.lstrip().startswith('SELECT'):
+                raise of_peewee(error) from error
+        with peewee.__exception_wrapper__:
+            return self.connection().execute(self.spell(sql), values)
+
+    def version(self) -> int:
+        """Of the tables; 0: there are none."""
+        there = run("SELECT to_regclass('fact') IS NOT NULL").fetchone()[0]
+        return int(there and fact('version') or 0)
+
+    def note_version(self) -> None:
+        """The tables are those of today."""
+        note_fact('version', f'{latest_version()}')
+
+    def begin(self, isolation_level: str = '') -> None:
+        """Begins a snapshot, or what writes: then nobody else writes until it ends."""
+        kind = f' ISOLATION LEVEL {isolation_level}' if isolation_level else ''
+        lock = '' if isolation_level else f'; SELECT pg_advisory_xact_lock({OURS})'
+        with peewee.__exception_wrapper__:
+            try:
+                self.connection().execute(f'BEGIN{kind}{lock}')
+            except psycopg().OperationalError:
+                if not self.connection().closed:
+                    self.connection().rollback()
+                    raise
+                self.manual_close()  # nothing was begun
+                self.connection().execute(f'BEGIN{kind}{lock}')
+
+    def rollback(self) -> None:
+        """Undoes a transaction; the server did so where the connection is lost."""
+        try:
+            super().rollback()
+        except (peewee.OperationalError, peewee.InterfaceError):
+            self.manual_close()
+
+    def execute_sql(self, sql: str, params: tuple = ()):
+        """Runs a statement that peewee has made: of the schema."""
+        for pattern, text in OF_SCHEMA:
+            sql = pattern.sub(text, sql)
+        return super().execute_sql(self.spell(sql), params)
+
+    @staticmethod
+    @functools.lru_cache(2000)
+    def spell(sql: str) -> str:
+        """A statement as PostgreSQL understands it."""
+        for pattern, text in OTHERWISE:
+            sql = pattern.sub(text, sql)
+        last = 0
+
+        def token(found) -> str:
+            nonlocal last
+            if not found['mark']:
+                return f'"{found[0]}"' if found['word'] else found[0]
+            number = int(found['mark'][1:] or last + 1)
+            last = max(last, number)
+            return f'${number}'
+        return TOKENS.sub(token, sql)
+
+    def state(self) -> tuple:
+        """What is another as soon as anything was written, by this connection or by another one."""
+        return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    def many(self, table: str, names: tuple) -> str:
+        """The statement that writes rows, one parameter in JSON: a list of objects."""
+        columns = quoted(names)
+        return (f'INSERT INTO {table} ({columns}) SELECT {columns} '
+                f'FROM json_populate_recordset(NULL::{table}, CAST(? AS json))')
+
+
+MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
+OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
+                  'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
+
+
+@functools.cache
+def psycopg():
+    """What connects to PostgreSQL, as cmres uses it; Unavailable where it is not installed."""
+    try:
+        import psycopg as found
+        from psycopg.adapt import Loader
+        from psycopg.types.numeric import Int8Dumper
+    except ImportError:
+        raise Unavailable("For a database in PostgreSQL, install psycopg: pip install "
+                          "'psycopg[binary]'") from None
+
+    class Sum(Loader):
+        """Sums of whole numbers are of a type without an end there."""
+
+        def load(self, data) -> float:
+            number = float(bytes(data))
+            return int(number) if number.is_integer() else number
+    found.adapters.register_dumper(int, Int8Dumper)
+    found.adapters.register_loader('numeric', Sum)
+    return found
+
+
+#: How PostgreSQL writes what peewee's models say.
+OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
+    (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
+    (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
+
+
+def of_peewee(error: Exception) -> peewee.PeeweeException:
+    """The error of an engine as peewee's of the same kind."""
+    names = (each.__name__ for each in type(error).__mro__)
+    kind = next((getattr(peewee, name) for name in names if hasattr(peewee, name)),
+                peewee.DatabaseError)
+    return kind(*error.args)
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names of columns as a statement lists them."""
+    return ', '.join(f'"{name}"' for name in names)
+
+
+HOW = {'lock_type': 'IMMEDIATE', 'pragmas': {
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000}}
+SQLITE = SQLite(None, **HOW)
+db = peewee.DatabaseProxy()  # leads to the engine of the store that is open
+db.initialize(SQLITE)
+
+
+def is_server(path: str) -> bool:
+    """Whether a database is not a file but PostgreSQL's."""
+    return path.startswith(('postgresql://', 'postgres://'))
+
+
+def without_password(path: str) -> str:
+    """A database as people are told of it."""
+    return re.sub(r'(?<=://)([^:@/]*):[^@/]*@', r'\1@', path)
 
 
 class Turns:
@@ -3778,7 +4003,7 @@ WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('r
 HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
 DAY, MONTH = 86400, 31 * 86400
 #: Indexes of occurrences that peewee can't write: by name, on what, and of which rows.
-ORDERS = {'series': ('reservation_id, due IS NULL, start', ''), 'due': ('due', 'due IS NOT NULL'),
+ORDERS = {'series': ('reservation_id, (due IS NULL), start', ''), 'due': ('due', 'due IS NOT NULL'),
           'cancelled': ('start', 'cancelled IS NOT NULL'), 'failed': ('start', 'told & 128'),
           'long': ('start', f'"end" - start > {DAY}'),
           'longest': ('start', f'"end" - start > {MONTH}')} | {
@@ -4261,6 +4486,57 @@ INVITES_OF_18 = '''
   END'''
 TRIGGERS = (*TRIGGERS_OF_13, INVITES_OF_18)
 
+#: SQLite's functions that PostgreSQL has under other names.
+FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, rest in (
+    ('iif(boolean, anycompatible, anycompatible) RETURNS anycompatible',
+     'AS $$ SELECT CASE WHEN $1 THEN $2 ELSE $3 END $$'),
+    ('max(anycompatible, anycompatible) RETURNS anycompatible',
+     'STRICT AS $$ SELECT greatest($1, $2) $$'),
+    ('max(anycompatible, anycompatible, anycompatible) RETURNS anycompatible',
+     'STRICT AS $$ SELECT greatest($1, $2, $3) $$'),
+    ('min(anycompatible, anycompatible) RETURNS anycompatible',
+     'STRICT AS $$ SELECT least($1, $2) $$'),
+    ('instr(text, text) RETURNS integer', 'AS $$ SELECT strpos($1, $2) $$'),
+    ('json_array(VARIADIC bigint[]) RETURNS text',
+     'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
+
+
+def trigger_on_server(name: str, head: str, body: str, answer: str = 'NEW') -> tuple[str, str]:
+    """What makes a trigger of PostgreSQL: its function, and when that is called."""
+    return (f'CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ '
+            f'BEGIN {body}; RETURN {answer}; END $$',
+            f'CREATE TRIGGER {name.removeprefix("pg_temp.")} {head} FOR EACH ROW '
+            f'EXECUTE FUNCTION {name}()')
+
+
+#: The same of PostgreSQL.
+MORE_TEXTS = f"""INSERT INTO texts SELECT NEW.project, {long_texts('NEW')}
+  WHERE {long_texts('NEW')} > 1000
+  ON CONFLICT (project) DO UPDATE SET size = texts.size + excluded.size"""
+LESS_TEXTS = f"""UPDATE texts SET size = size - {long_texts('OLD')}
+  WHERE project = OLD.project AND {long_texts('OLD')} > 1000"""
+TRIGGERS_ON_SERVER = (
+    *trigger_on_server('reservation_texts', 'AFTER INSERT ON reservation', MORE_TEXTS),
+    *trigger_on_server('reservation_texts_changed', 'AFTER UPDATE OF project, user_data, '
+                       'description, metadata ON reservation', f'{LESS_TEXTS}; {MORE_TEXTS}'),
+    *trigger_on_server('reservation_texts_gone', 'AFTER DELETE ON reservation', LESS_TEXTS),
+    *trigger_on_server('occurrence_owner', 'BEFORE INSERT ON occurrence', """
+      IF NEW.of_project = '' THEN
+        SELECT r.project, r.user INTO NEW.of_project, NEW.of_user FROM reservation r
+         WHERE r.id = NEW.reservation_id;
+      END IF"""),
+    *trigger_on_server('reservation_owner', 'AFTER UPDATE OF project, user ON reservation', """
+      UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user
+       WHERE reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user)"""),
+    *trigger_on_server('event_invites', 'AFTER INSERT ON event', """
+      IF NEW.reservation_id IS NOT NULL AND NEW.code IN ('added', 'updated', 'kept', 'admitted',
+        'approved', 'maintenance', 'ready', 'released') THEN
+        INSERT INTO outbox (event_id, target, owner, tries, due, fault, invites)
+          SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', TRUE
+            FROM reservation r, jsonb_array_elements_text(CAST(r.invite AS jsonb)) AS list (value)
+           WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
+      END IF"""))
+
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
@@ -4274,26 +4550,45 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
         raise Invalid('Setting database: write a file name, for example cmres.db.')
     file = key_file(path, key)
     known = known_store(file)
-    if known and not os.path.exists(path):
+    if known and is_missing(path):
         raise Unavailable(STORE_GONE.format(path, file))
     if not make:
         refuse_missing(path)
     try:
-        take_file(path, known)
+        if is_server(path):
+            take_server(path, file, known, make)
+        else:
+            take_file(path, known)
         remember(file, store_file.store)
     except (Error, OSError, *STORE_ERRORS) as error:
         close_store()
         if isinstance(error, Error):
             raise
-        raise Unavailable(f"Cannot open the database '{path}': {first_line(error)}") from None
+        raise Unavailable(f"Cannot open the database '{without_password(path)}': "
+                          f'{first_line(error)}') from None
+
+
+def take_server(url: str, file: str, known: str, make: bool) -> None:
+    """Takes a database of PostgreSQL into use, and makes its tables if it has none."""
+    db.initialize(PostgreSQL(url))
+    version = refuse_other(without_password(url), known, told_by_server())
+    if version and not known:
+        raise Unavailable(NO_KEY.format(without_password(url), file))
+    if not version and not make:
+        raise NotFound(NO_TABLES.format(without_password(url)))
+    if not version:
+        make_tables()
+    store_file.path, store_file.store = url, fact('store')
+    ROW_TYPES.clear()
 
 
 def take_file(path: str, known: str) -> None:
     """Takes a database file into use, and makes it if it is not there."""
     with suppress(FileExistsError):
         make_private(path)
+    db.initialize(SQLITE)
     store_file.hold(path)
-    version = refuse_other(path, known)
+    version = refuse_other(path, known, told_by(store_file.guard))
     db.init(file_uri(path), timeout=PATIENT, uri=True)
     if not version:
         make_tables()
@@ -4302,15 +4597,24 @@ def take_file(path: str, known: str) -> None:
     ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
+def is_missing(path: str) -> bool:
+    """Whether there is no database file; what PostgreSQL has is seen when it is opened."""
+    return not is_server(path) and not os.path.exists(path)
+
+
 def refuse_missing(path: str) -> None:
     """NotFound if there is no database."""
-    if not os.path.exists(path):
+    if is_missing(path):
         raise NotFound(NO_STORE.format(os.path.abspath(path)))
 
 
 NO_STORE = ("There is no database '{}'. `serve` creates one (`serve --demo` with something to "
             'try), and `resource add` does, too. If your database is elsewhere, go to its folder '
             'or name it with the setting `database`.')
+NO_TABLES = ("There are no tables of cmres in the database '{}'. `serve` creates them, and "
+             '`resource add` does, too.')
+NO_KEY = ("The database '{}' is in use already, but its key '{}' is not here. Copy the key from "
+          'where cmres runs, or name it with the setting `key`.')
 STORE_GONE = ("The database '{0}' is missing, but there was one: '{1}' remembers it. Bring it "
               "back with `store restore FILE`. To start with an empty one, delete '{1}'.")
 STORE_OLDER = ("The database '{0}' has version {1}, but this cmres needs version {2}. Stop all "
@@ -4327,9 +4631,13 @@ def latest_version() -> int:
     return len(MIGRATIONS) + 1
 
 
-def refuse_other(path: str, known: str) -> int:
-    """The version of a database, 0 of an empty one; refuses what is not the store of this key."""
-    application, version, store = told_by(store_file.guard)
+def refuse_other(path: str, known: str, found: tuple) -> int:
+    """The version of a database, 0 of an empty one; refuses what is not the store of this key.
+
+    Args:
+      found: what it tells of itself
+    """
+    application, version, store = found
     latest = latest_version()
     if application != OURS and version is None:
         raise Unavailable(f"'{path}' is not a database of cmres. Choose another file name.")
@@ -4355,26 +4663,45 @@ def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
     return OURS, version, found[0] if found else ''
 
 
+def told_by_server() -> tuple[int, int | None, str]:
+    """The same of a database of PostgreSQL."""
+    version = db.version()
+    others = run("SELECT count(*) FROM pg_tables WHERE schemaname = current_schema()").fetchone()[0]
+    if not version:
+        return (0, None, '') if others else (OURS, 0, '')
+    return OURS, version, fact('store')
+
+
 def close_store() -> None:
     """Closes this thread's connection, and lets other processes replace the file."""
     if not db.deferred and not db.is_closed():
         db.close()
+    if not db.in_files:
+        db.close_all()
+        db.initialize(SQLITE)
     store_file.release()
 
 
 def make_tables() -> None:
     """Makes the tables of an empty database, unless another process was faster."""
     with transaction():
-        if db.user_version == 0:
+        if not db.version():
             db.create_tables(TABLES)
-            for index in INDEXES.split(';'):
-                run(f'CREATE INDEX {index}')
-            for index in UNIQUE:
-                run(f'CREATE UNIQUE INDEX {index}')
-            for trigger in TRIGGERS:
-                run(trigger)
+            finish_tables()
             insert(Fact, name='store', value=secrets.token_hex(4))
-            db.user_version, db.application_id = latest_version(), OURS
+
+
+def finish_tables() -> None:
+    """Makes what tables have beside their rows."""
+    for each in () if db.in_files else FUNCTIONS:
+        run(each)
+    for index in INDEXES.split(';'):
+        run(f'CREATE INDEX {index}')
+    for index in UNIQUE:
+        run(f'CREATE UNIQUE INDEX {index}')
+    for trigger in TRIGGERS if db.in_files else TRIGGERS_ON_SERVER:
+        run(trigger)
+    db.note_version()
 
 
 # The key is not in the store: whoever reads a backup must not be able to sign in. Its second line
@@ -4383,7 +4710,7 @@ def make_tables() -> None:
 
 def key_file(path: str, key: str = '') -> str:
     """Where the key of a database is."""
-    return key or f'{path}.key'
+    return key or ('cmres.key' if is_server(path) else f'{path}.key')
 
 
 def known_store(file: str) -> str:
@@ -4460,6 +4787,9 @@ def make_private(path: str) -> None:
 
 def copy_store(source: str, target: str) -> None:
     """Copies a database as it is at one instant, also while others write; whole, or not at all."""
+    if is_server(source):
+        copy_rows(source, target)
+        return
     if os.path.exists(target):
         raise Conflict(f"'{target}' already exists. Choose another name.")
     part = f'{target}.{secrets.token_hex(4)}'
@@ -4477,6 +4807,80 @@ def copy_store(source: str, target: str) -> None:
 
 
 @contextmanager
+def reading(path: str) -> Iterator[Callable]:
+    """Reads a database of any engine as it is at one instant, beside the one that is open."""
+    if is_server(path):
+        with closing(psycopg().connect(path, **OF_CONNECTIONS)) as source:
+            source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
+            yield source.execute
+    else:
+        with closing(connect(path)) as source:
+            source.execute('BEGIN')
+            yield source.execute
+
+
+def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
+    """Copies a store into an empty database of any engine; whole, or not at all. How many rows.
+
+    Args:
+      watch: shows to people how far it is, of a list that it goes through
+    """
+    part = target
+    if not is_server(target):
+        if os.path.exists(target):
+            raise Conflict(f"'{target}' already exists. Choose another name.")
+        part = f'{target}.{secrets.token_hex(4)}'
+        make_private(part)
+    try:
+        with reading(source) as read, writing(part):
+            number = fill_tables(read, watch)
+        if part != target:
+            leave_wal(part)
+            os.replace(part, target)
+    except STORE_ERRORS + ((psycopg().Error,) if is_server(source) else ()) as error:
+        raise Unavailable(f"Cannot copy '{without_password(source)}' to "
+                          f"'{without_password(target)}': {first_line(error)}") from None
+    finally:
+        for side in SIDES if part != target else ():
+            with suppress(FileNotFoundError):
+                os.remove(part + side)
+    return {'rows': number}
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """A transaction on a database that is empty yet; Conflict if it is not."""
+    with opened(path), transaction():
+        if is_server(path) and told_by_server() != (OURS, 0, ''):
+            raise Conflict(f"The database '{without_password(path)}' is not empty. Choose "
+                           'another one.')
+        yield
+
+
+def fill_tables(read: Callable, watch: Callable) -> int:
+    """Makes the tables of an empty database, with the rows of another one; how many these are."""
+    total = 0
+    db.create_tables(TABLES)
+    for model in watch(TABLES):
+        fields = {each.column_name: each for each in model._meta.sorted_fields}
+        table = model._meta.table_name
+        cursor = read(f'SELECT {quoted(fields)} FROM {table}')
+        while many := cursor.fetchmany(1000):
+            execute(db.many(table, (*fields,)), (json.dumps([dict(zip(fields, each))
+                                                             for each in many]),))
+            total += len(many)
+        wrote, = run(f'SELECT count(*) FROM {table}').fetchone()
+        there, = read(f'SELECT count(*) FROM {table}').fetchone()
+        if wrote != there:
+            raise Unavailable(f'Of {there} rows of {table} {wrote} were copied. Nothing was saved.')
+        if isinstance(model._meta.primary_key, peewee.AutoField) and not db.in_files:
+            run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
+    run("DELETE FROM fact WHERE name = 'version'")
+    finish_tables()
+    return total
+
+
+@contextmanager
 def alone_with(path: str) -> Iterator[None]:
     """Holds a database for this process alone, also against older programs, which know no lock."""
     close_store()
@@ -4487,6 +4891,35 @@ def alone_with(path: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[None]:
+    """A database of any engine as it is, for this thread, in the place of the one that is open."""
+    before = db.obj
+    if is_server(path):
+        db.initialize(PostgreSQL(path))
+    else:
+        db.initialize(SQLite(file_uri(path), timeout=PATIENT, uri=True, **HOW))
+    try:
+        with db.connection_context():
+            yield
+    except STORE_ERRORS as error:
+        raise trouble(error) or error from None
+    finally:
+        if is_server(path):
+            db.close_all()
+        db.initialize(before)
+
+
+@contextmanager
+def alone_on_server(url: str) -> Iterator[None]:
+    """The same, while no other process of cmres is connected to it."""
+    with opened(url):
+        if run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
+               "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
+            raise Unavailable(IN_USE.format(without_password(url)))
+        yield
 
 
 def leave_wal(path: str) -> None:
@@ -4506,6 +4939,10 @@ def migrate_store(path: str) -> dict | None:
     before = version_of(path)
     if not 0 < before < latest_version():
         return None
+    if is_server(path):
+        with alone_on_server(path):
+            run_migrations(before)
+        return {'database': path, 'before': before, 'after': latest_version(), 'copy': ''}
     with alone_with(path):
         copy = f'{path}.version-{before}-{stamp()}'
         copy_store(path, copy)
@@ -4523,11 +4960,14 @@ def run_migrations(before: int) -> None:
     with transaction():
         for step in MIGRATIONS[before - 1:]:
             step()
-        db.user_version, db.application_id = latest_version(), OURS
+        db.note_version()
 
 
 def version_of(path: str) -> int:
     """The version of a database of ours; 0 of any other file, and of none."""
+    if is_server(path):
+        with opened(path):
+            return told_by_server()[1] or 0
     try:
         with closing(connect(path)) as connection:
             return told_by(connection)[1] or 0
@@ -4542,6 +4982,12 @@ def stamp() -> str:
 
 def verify_store(path: str) -> dict:
     """Reads all of a database file: its version and number of reservations, or Unavailable."""
+    if is_server(path):
+        with opened(path):
+            _, version, store = told_by_server()
+            count = row('SELECT count(*) AS number FROM reservation').number if version else 0
+        return {'file': without_password(path), 'version': version, 'store': store,
+                'reservations': count, 'result': 'ok'}
     if not os.path.exists(path):
         raise NotFound(f"There is no file '{path}'.")
     try:
@@ -4583,6 +5029,8 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
         raise Unavailable(f"'{copy}' is empty")
     if found['version'] > latest_version():
         raise Unavailable(STORE_NEWER.format(copy, found['version'], latest_version()))
+    if is_server(path):
+        return restore_on_server(path, copy, key_file(path, key), found)
     with alone_with(path):
         part = f'{path}.restored-{stamp()}'
         copy_store(copy, part)
@@ -4592,6 +5040,25 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
         remember(key_file(path, key), found['store'])
     answer = {'database': path, 'from': copy, 'reservations': found['reservations']}
     return answer | ({'before': aside} if os.path.exists(aside) else {})
+
+
+def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
+    """The same on PostgreSQL; what was there is kept in a schema beside it."""
+    if found['version'] != latest_version():
+        raise Unavailable(STORE_OLDER.format(copy, found['version'], latest_version()))
+    aside = f'before_{stamp().replace(".", "_").lower()}'
+    with alone_on_server(url):
+        there = db.version()
+        if there:
+            run(f'ALTER SCHEMA public RENAME TO {aside}')
+            run('CREATE SCHEMA public')
+    copy_rows(copy, url)
+    with opened(url):
+        note_restored_in(execute)
+    remember(key, found['store'])
+    answer = {'database': without_password(url), 'from': copy,
+              'reservations': found['reservations']}
+    return answer | ({'before': f'schema {aside}'} if there else {})
 
 
 def set_aside(path: str) -> str:
@@ -4605,9 +5072,15 @@ def set_aside(path: str) -> str:
 
 def note_restored(path: str) -> None:
     with closing(connect(path)) as connection:
-        last = connection.execute('SELECT coalesce(max(id), 0) FROM server').fetchone()[0]
-        connection.executemany('INSERT OR REPLACE INTO fact (name, value) VALUES (?, ?)', [
-            ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}')])
+        note_restored_in(connection.execute)
+
+
+def note_restored_in(execute: Callable) -> None:
+    """Notes it by what runs a statement."""
+    last = execute('SELECT coalesce(max(id), 0) FROM server', ()).fetchone()[0]
+    for fact in ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}'):
+        execute('INSERT INTO fact (name, value) VALUES (?, ?) '
+                'ON CONFLICT (name) DO UPDATE SET value = excluded.value', fact)
 
 
 def next_server() -> int:
@@ -5061,6 +5534,20 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
+LOST = '08'
+#: The same of PostgreSQL, by how its codes begin.
+SERVER_TROUBLES = {
+    LOST: 'The connection to the database was lost: {}. Try again.',
+    '57P': 'The database stops or starts: {}. Try again in a minute.',
+    '53': 'The database has too little of something: {}. Nothing was changed. An operator must '
+          'look at the server.',
+    **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
+    '25006': 'The database is read-only: {}. Nothing was changed. An operator must name the '
+             'server that can be written to.',
+    '28': 'The database does not let cmres in: {}. An operator must look at its settings.',
+    '3D': 'There is no such database: {}. Create it with `createdb`.'}
+
+
 def trouble(error: BaseException) -> Unavailable | None:
     """What is wrong with the store, for its users; None if the error is a mistake of ours."""
     if not isinstance(error, STORE_ERRORS):
@@ -5072,22 +5559,28 @@ def trouble(error: BaseException) -> Unavailable | None:
     return in_trouble(error)
 
 
-def sqlite_error(error: BaseException) -> BaseException | None:
-    """SQLite's own error behind another one."""
-    while error and not hasattr(error, 'sqlite_errorcode'):
+def engine_error(error: BaseException) -> BaseException | None:
+    """The engine's own error behind another one."""
+    while error and not hasattr(error, 'sqlite_errorcode') and not hasattr(error, 'sqlstate'):
         error = error.__cause__ or error.__context__
     return error
 
 
-def code_of(cause: BaseException | None) -> int | None:
-    """The code of SQLite's own error; the rest of it is for experts."""
-    return cause.sqlite_errorcode & 0xff if cause else None
+def code_of(cause: BaseException | None) -> int | str | None:
+    """The code of the engine's own error; of SQLite's, the rest of it is for experts."""
+    if cause is None or hasattr(cause, 'sqlstate'):
+        return cause and (cause.sqlstate or LOST)
+    return cause.sqlite_errorcode & 0xff
 
 
 def in_trouble(error: BaseException) -> Unavailable | None:
-    """What SQLite's own error says of the store."""
-    cause = sqlite_error(error)
+    """What the engine's own error says of the store."""
+    cause = engine_error(error)
     code = code_of(cause)
+    if isinstance(code, str):
+        code = next((each for each in SERVER_TROUBLES if code.startswith(each)), None)
+        name = cause.sqlstate or 'no connection'
+        return code and Unavailable(SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})'))
     if code not in TROUBLES:
         return None
     store_file.troubles += 1
@@ -5100,7 +5593,9 @@ def in_trouble(error: BaseException) -> Unavailable | None:
 
 
 def look_for_damage(path: str) -> str:
-    """Reads a database file anew, and tells what is damaged; '' if nothing."""
+    """Reads a database file anew, and tells what is damaged; PostgreSQL looks by itself."""
+    if not db.in_files:
+        return ''
     store_file.check()
     try:
         with closing(connect(path)) as connection:
@@ -5123,8 +5618,12 @@ def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
     try:
         store_file.check()
-        write_probe(path)
-    except (Unavailable, sqlite3.Error) as error:
+        if db.in_files:
+            write_probe(path)
+        else:
+            with transaction():
+                run(COUNT_WRITE)
+    except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
 
@@ -5160,7 +5659,7 @@ def transaction(first: bool = False) -> Iterator[None]:
             write_memories()
         return
     began = time.monotonic()
-    if not turns.acquire(PATIENT, first):
+    if db.in_files and not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
         METRICS.observe('lock_wait_seconds', time.monotonic() - began)
@@ -5173,7 +5672,8 @@ def transaction(first: bool = False) -> Iterator[None]:
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
-        turns.release()
+        if db.in_files:
+            turns.release()
 
 
 def some_of(left: deque) -> Iterator:
@@ -5188,6 +5688,10 @@ def some_of(left: deque) -> Iterator:
 @contextmanager
 def watched() -> Iterator[None]:
     """A transaction that writes to the files that cmres has opened, or not at all."""
+    if not db.in_files:
+        with db.atomic():
+            yield
+        return
     store_file.check()
     number = 0
     with db.atomic():
@@ -5203,14 +5707,14 @@ def watched() -> Iterator[None]:
 #: Each write has a number, by which a database file tells how old it is.
 LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
 COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
-  ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
+  ON CONFLICT (name) DO UPDATE SET value = CAST(fact.value AS BIGINT) + 1 RETURNING value"""
 
 
 def of_store(error: Exception) -> Exception:
     """The first cause of an error, after which this thread may go on."""
     cause = first_cause(error)
     # A connection that was opened while nothing could be written stays so: the next is a new one.
-    if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
+    if code_of(engine_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
         db.close()
     return cause
 
@@ -5266,7 +5770,7 @@ def rehearsing() -> Iterator[None]:
     store_file.check()
     try:
         set_stage()
-        with suppress(Unmade), db.atomic('DEFERRED'):
+        with suppress(Unmade), db.atomic(db.snapshot):
             rehearsal.tables, rehearsal.ids = frozenset(), {}
             try:
                 yield
@@ -5280,6 +5784,9 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
+    if not db.in_files:
+        set_stage_on_server()
+        return
     if run('PRAGMA temp.table_info(texts_now)').fetchone():
         return
     for table in REHEARSED:
@@ -5304,12 +5811,38 @@ def set_stage() -> None:
         run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
           DELETE FROM {table}_new WHERE id = OLD.id;
           INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
-    run(f"""CREATE TEMP VIEW texts_now AS
-      SELECT project, sum(size) AS size FROM (
-        SELECT project, size FROM main.texts UNION ALL
-        SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
-        UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
-         WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) GROUP BY 1""")
+    run(TEXTS_NOW)
+
+
+TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
+  SELECT project, sum(size) AS size FROM (
+    SELECT project, size FROM main.texts UNION ALL
+    SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
+    UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
+     WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) x GROUP BY 1"""
+
+
+def set_stage_on_server() -> None:
+    """The same on a connection to PostgreSQL."""
+    if run("SELECT to_regclass('pg_temp.texts_now')").fetchone()[0]:
+        return
+    made = []
+    for table in REHEARSED:
+        owner = ("""UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+                 if table == 'reservation' else '')
+        gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING'
+        made += [
+            f'CREATE TEMP TABLE {table}_new (LIKE {table} INCLUDING DEFAULTS)',
+            f'CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY)',
+            f'CREATE TEMP VIEW {table}_now AS SELECT * FROM {table} WHERE id NOT IN (SELECT id '
+            f'FROM {table}_gone) UNION ALL SELECT * FROM {table}_new',
+            *trigger_on_server(f'pg_temp.{table}_changed', f'INSTEAD OF UPDATE ON {table}_now', f"""
+              DELETE FROM {table}_new WHERE id = OLD.id;
+              INSERT INTO {table}_new VALUES (NEW.*); {owner} {gone}"""),
+            *trigger_on_server(f'pg_temp.{table}_dropped', f'INSTEAD OF DELETE ON {table}_now', f"""
+              DELETE FROM {table}_new WHERE id = OLD.id; {gone}""", 'OLD')]
+    db.connection().execute(db.spell(';'.join([*made, TEXTS_NOW])))
 
 
 def rehearsed(sql: str) -> str:
@@ -5374,12 +5907,14 @@ def run(sql: str, *values) -> sqlite3.Cursor:
     return execute(rehearsed(sql) if rehearsal.on else sql, values)
 
 
-def execute(sql: str, values: Iterable = ()) -> sqlite3.Cursor:
+def run_new(sql: str, *values) -> int:
+    """Runs the statement that writes one row, and tells its id."""
+    return db.id_of(run(sql + db.returning, *values))
+
+
+def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
-    try:
-        return db.connection().execute(sql, values)
-    except sqlite3.Error as error:
-        raise getattr(peewee, type(error).__name__)(*error.args) from error
+    return db.run(sql, values)
 
 
 def rows(sql: str, *values) -> list:
@@ -5388,7 +5923,7 @@ def rows(sql: str, *values) -> list:
     try:
         return list(map((ROW_TYPES.get(sql) or row_type(sql, cursor))._make, cursor))
     except sqlite3.Error as error:  # a later row may be on a damaged page
-        raise getattr(peewee, type(error).__name__)(*error.args) from error
+        raise of_peewee(error) from error
 
 
 def row(sql: str, *values):
@@ -5454,12 +5989,6 @@ def resource_of(id: int, removed: bool = False):
     return found if removed or found.removed is None else None
 
 
-def state_of_store() -> tuple:
-    """What is another as soon as anything was written, by this connection or by another one."""
-    connection = db.connection()
-    return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
-
-
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
@@ -5472,7 +6001,8 @@ def insert(model: type[Table], **values) -> int:
     if model._meta.table_name in SELDOM:
         remembered.change()
     if not rehearsal.on:
-        return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+        text, has_id = insert_text(model, tuple(values)), 'id' in model._meta.fields
+        return run_new(text, *values.values()) if has_id else run(text, *values.values()) and 0
     table = model._meta.table_name
     note_written(table)
     values['id'] = rehearsed_id(table)
@@ -5492,22 +6022,15 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
     if len(many) == 1:
         insert(model, **many[0])
         return
-    table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
+    table, instead = model._meta.table_name, ''
     if rehearsal.on:
         note_written(table)
-        names = ('id', *names)
-        many = [{'id': rehearsed_id(table), **each} for each in many]
+        many, instead = [{'id': rehearsed_id(table), **each} for each in many], '_new'
     if many:
-        execute(insert_many_text(model, names, '_new' if rehearsal.on else ''), (json.dumps(
-            [[each.get(name) for name in names] for each in many]),))
-
-
-@functools.lru_cache
-def insert_many_text(model, names: tuple, instead: str) -> str:
-    columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
-    values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
-    return (f'INSERT INTO {model._meta.table_name}{instead} ({columns}) '
-            f'SELECT {values} FROM json_each(?) ORDER BY key')
+        fields = model._meta.fields
+        many = [{fields[name].column_name: each[name] for name in each} for each in many]
+        names = dict.fromkeys(name for each in many for name in each)
+        execute(db.many(table + instead, (*names,)), (json.dumps(many),))
 
 
 def change(model: type[Table], id: int, **values) -> None:
@@ -5546,7 +6069,7 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
-            'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
+            'INDEXED BY occurrence_series', '(due IS NULL) = FALSE AND reservation_id', reservation)
         run(f'UPDATE occurrence {by} SET revision = revision + 1, revised = ? WHERE {which} = ?',
             int(at), id)
     if code not in TEXTS or notify is None:
@@ -5559,11 +6082,11 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
 
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
-    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, '
-               'resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
-               'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
-               at, actor, code, sentence, *(about[name] for name in (
-                   'reservation', 'occurrence', 'project', 'resource'))).lastrowid
+    return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
+                   'project, resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
+                   'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+                   at, actor, code, sentence, *(about[name] for name in (
+                       'reservation', 'occurrence', 'project', 'resource')))
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
@@ -5595,7 +6118,8 @@ def mails_left(config: Config, owner: str, number: int, at: float) -> int:
     """How many of some mails may be sent for somebody today; -1: none, which was told already."""
     total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
                  'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                 'number = excluded.number + iif(day = excluded.day, number, 0) RETURNING number',
+                 'number = excluded.number + iif(mailed.day = excluded.day, mailed.number, 0) '
+                 'RETURNING number',
                  owner, int(at // 86400), number).fetchone()
     left = config.notices_per_day - (total - number)
     return -1 if left < 0 else min(left, number)
@@ -5626,7 +6150,7 @@ LISTING = '''
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
            AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
-         CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
+         CAST(?1 AS BIGINT) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
          o.due, o.slot, o.altered, o.revision, o.revised, r.waiting,
          r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
@@ -5661,11 +6185,11 @@ STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'e
           'cancelled', 'failed')
 
 
-def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '',
-            fields: str = LISTING) -> list:
+def listing(now: float, where: str = 'TRUE', values: tuple = (), state: str = 'TRUE',
+            tail: str = '', fields: str = LISTING) -> list:
     """Occurrences with reservation and state, by conditions on o, r and s, then on the state."""
-    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where})) WHERE '
-                f'{state} {tail}', int(now), *values)
+    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where}) o) o '
+                f'WHERE {state} {tail}', int(now), *values)
 
 
 #: What is held before an instant starts at most so much after it; leads are few, and an index knows
@@ -5983,7 +6507,9 @@ class Ledger(threading.local):
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
         if not missing:
             return
-        for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
+        # steps are at whole seconds
+        whole = [(*of, math.floor(begin), math.ceil(until)) for *of, begin, until in missing]
+        for piece, found in zip(missing, run(PEAKS, json.dumps(whole)).fetchall()):
             at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
             self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
@@ -6029,8 +6555,8 @@ PEAKS = of_list(f"""
          {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
 PUT_STEPS = of_list("""
   INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
-  SELECT resource, track, at, a, b, c FROM p WHERE 1
-      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
+  SELECT resource, track, at, a, b, c FROM p WHERE TRUE
+      ON CONFLICT (resource_id, track, at) DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
                     'resource', 'track', 'at', 'a', 'b', 'c')
 RAISE_STEPS = of_list(f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
@@ -6196,7 +6722,7 @@ def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> 
         begin + width * number)}
     at_last = dict((at, figures) for at, *figures in run(
         'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at IN '
-        '(SELECT value FROM json_each(?))', resource, track,
+        'numbers(?)', resource, track,
         json.dumps([last for _, _, last in spans.values()])))
     carried, found = level_of(resource, track, begin), []
     for n in range(number):
@@ -6550,9 +7076,9 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
-        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
-        return {}
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
+        """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
+        return wanted
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
@@ -6975,23 +7501,24 @@ class OpenStack(Cloud):
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        groups, failures = {}, []
+        answer = {}
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                answer[kind] = there = self.lent(kind, verbs)
                 for name in there.keys() - things.keys():
                     getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
                 for name in things.keys() - there.keys():
                     try:
-                        with self.telling(f'lend the {kind} {name}'):
-                            there[name] = lending(verbs, name, things[name])
+                        there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
-                        failures.append(error)
-                groups |= there if kind == 'server_group' else {}
-        if failures:
-            raise failures[0]
-        return groups
+                        log.warning('%s', error)
+        return answer
+
+    def lend_one(self, kind: str, name: str, lent: Lent) -> str:
+        """Makes something that is lent, and tells its id."""
+        with self.calling(f'lend the {kind} {name}') as cloud:
+            return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
@@ -7020,7 +7547,8 @@ class OpenStack(Cloud):
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
-        with self.calling('find a subnet', sure=True) as cloud:
+        there = []
+        with self.calling('find a subnet', sure=True) as cloud, suppress(ValueError):
             there = [each for each in cloud.network.subnets(network_id=network)
                      if ip_address(address) in ip_network(each.cidr)]
         for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
@@ -7292,9 +7820,8 @@ class Keystone:
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        # by the hash of the token; made-up ones drive out none that is good
-        self.known: dict[str, Told] = {}
-        self.unknown: dict[str, Told] = {}
+        self.known: dict[str, Told] = {}    # by the hash of the token
+        self.unknown: dict[str, Told] = {}  # apart: a flood of made-up ones drives none out
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -8092,8 +8619,8 @@ PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)',
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
-                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE', 'X-VM-COUNT',
-                  *(f'X-VM-{name}' for name in PROGRAMMED)))
+                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
+                  'X-VM-COUNT', *(f'X-VM-{name}' for name in PROGRAMMED)))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                   rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
@@ -8666,7 +9193,10 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
         with naming(entry):
             start, (length, exact) = clock.wall(entry.start), entry.lengths
             rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-            if rest and is_ruled(stretches[-1], key):
+            last = stretches[-1]
+            first, slot = map(datetime.fromisoformat, (last.start, key))
+            # what was added by hand has none that follow
+            if rest and (slot == first or last.rule and on_rule(last.rule, first, slot)):
                 STEPS.take(5 * len(stretches))
                 stretches, moved = with_moved(stretches, moved), {}
                 stretches = following(stretches, key, entry, start, length=length, exact=exact,
@@ -8685,12 +9215,6 @@ def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretc
         found.append(stretch._replace(moved=stretch.moved | moved,
                                       dates=(*dates, *more) if more else stretch.dates))
     return found
-
-
-def is_ruled(stretch: Stretch, key: str) -> bool:
-    """Whether a slot is one of a rule; what was added by hand has none that follow."""
-    start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
@@ -8996,6 +9520,10 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
     return whole_calendar(event + more, f'METHOD:{method}')
 
 
+def etag_of(text: str) -> str:
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+
+
 def whole_calendar(parts: str, *head: str) -> str:
     """A calendar of components, and what stands before them."""
     head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN', *head)
@@ -9278,7 +9806,7 @@ HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'du
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
-                              WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
+                              WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = FALSE
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start,
                                 c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at
@@ -9661,7 +10189,7 @@ class Lookup:
     def newest_deed(self, label: str, project: str = '') -> int | None:
         """The newest event of what people did to the reservations of a label; None without any."""
         found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
-                    '(SELECT value FROM json_each(?))', 'cmres',
+                    'numbers(?)', 'cmres',
                     json.dumps(self.labelled(label, project)[:MOST_PARTS]))
         return found.id
 
@@ -9690,8 +10218,8 @@ class Lookup:
     def search(self, where: list, state: Iterable[str] = (), limit: int = -1,
                tail: str = 'ORDER BY start, id', fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
-        condition = f'1{all_of(where)}'
-        in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
+        condition = f'TRUE{all_of(where)}'
+        in_state = f"state IN ({', '.join('?' * len(state))})" if state else 'TRUE'
         found = listing(self.service.clock(), condition, (*given(where), *state), in_state,
                         f'{tail} LIMIT {limit}', fields)
         return list(map(without_secrets, found)) if self.service.actor.role == READER else found
@@ -9724,7 +10252,7 @@ class Lookup:
 
     def among(self, column: str, ids: list[int]) -> tuple[str, str]:
         """The condition that a column is one of some ids."""
-        return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
+        return f'{column} IN numbers(?)', json.dumps(ids)
 
     def place_of_cursor(self, after: str) -> tuple[int, int]:
         """The start and id behind which a page begins; of an id alone, its present start."""
@@ -9779,7 +10307,7 @@ class Lookup:
         the latest; of a series the present or next occurrence, or the one at an instant or date.
         """
         where = [('r.label = ?', label), *self.visible(project)]
-        known = (f'SELECT r.id FROM reservation r WHERE 1{all_of(where)} '
+        known = (f'SELECT r.id FROM reservation r WHERE TRUE{all_of(where)} '
                  'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
         found = [self.next_of(each.id)
                  for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
@@ -10385,7 +10913,7 @@ class Reasons:
             'classes LIKE ?', (f'%"{lack.figure}"%',))
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} '
                  f'AND o.start < {until} + {LONGEST_LEAD}')
-        near = ids_by(self.look.overlapping([('place_live', f'1{there}')], begin, there))
+        near = ids_by(self.look.overlapping([('place_live', f'TRUE{there}')], begin, there))
         found = rows(f"""
             SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
               SELECT reservation_id, vms, start, "end" AS until FROM occurrence
@@ -10591,7 +11119,8 @@ class Limits:
             if limit.waiting is None:
                 continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) "
+            waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, "
+                         'CAST(id AS TEXT))) '
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
             if waits >= limit.waiting:
@@ -11127,7 +11656,7 @@ class Bookings:
             return
         on = goes_on(deal.stretches, deal.horizon)
         columns['booked_until'] = deal.horizon if on else None
-        over = """, over = coalesce(?, max(?, coalesce((SELECT min(max("end"), 1 << 62)
+        over = """, over = coalesce(?, max(?, coalesce((SELECT min(max("end"), 4611686018427387904)
                      FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
         run(change_text(Reservation, tuple(columns), over), *columns.values(),
             int(LAST.timestamp()) if on else None, int(now), id, id)
@@ -11961,8 +12490,8 @@ class Waiting:
 
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in their order; parts together."""
-        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w INDEXED BY wait_due
-                         CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
+        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request, r.priority, r.waiting
+                         FROM wait w INDEXED BY wait_due CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
                          ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
@@ -12142,7 +12671,7 @@ class Offers:
             ways = self.look.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
                                          ' AND o.due IS NOT NULL')
             found += walk(self.service.clock(), ways, [(condition, value), later], most)
-        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+        ends = run('SELECT "end" FROM occurrence WHERE id IN numbers(?)',
                    json.dumps([id for _, id in found]))
         return sorted({end for end, in ends})[:most]
 
@@ -12625,7 +13154,7 @@ class Requests(Operations):
         filters, also = self.look.filtered(asked)
         ways = self.look.ways(filters, state, int(where[0][1]) if start else None)
         if label:
-            ways = [('series', f'1{self.look.within(filters)}')]
+            ways = [('series', f'TRUE{self.look.within(filters)}')]
             also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
 
@@ -13045,7 +13574,7 @@ class Requests(Operations):
         where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
         ways = self.look.ways_by(filters, BOTH[:1])
         if label:
-            ways = [('series', f'1{self.look.within(filters)}')]
+            ways = [('series', f'TRUE{self.look.within(filters)}')]
             where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where, (), 2**31, fields=SLIM)
 
@@ -13726,7 +14255,7 @@ class Plan(Operations):
           python cmres.py check
         """
         differences, steps_seen = [], 0
-        with db.atomic('DEFERRED'):  # one snapshot of all tables; nobody waits for it
+        with db.atomic(db.snapshot):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
                 kept = {(track, at): tuple(held) for track, at, *held in run(
                     'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
@@ -13918,6 +14447,10 @@ def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
     return [*config.logins(addresses), *key]
 
 
+def newest_event() -> int:
+    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -13985,7 +14518,7 @@ class Calendars(Operations):
         if all(not each.guess for each in wanted):
             return wanted
         booked = {each.uid for each in rows(
-            'SELECT uid FROM reservation WHERE uid IN (SELECT value FROM json_each(?)) '
+            'SELECT uid FROM reservation WHERE uid IN names(?) '
             'AND user = ? AND project = ? AND subscription IS ? AND over > ?',
             json.dumps([each.uid for each in wanted if each.guess]),
             *owner, subscription.id if subscription else None, int(self.clock()))}
@@ -14066,10 +14599,10 @@ class Calendars(Operations):
         wanted = {name: value for name, value in want._asdict().items()
                   if value or name not in ('network', 'key')}
         asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                 'personal': False, 'lead': None, 'description': booking.summary[:1000]
-                 } | said | wanted | {
-            'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
+                 'personal': False, 'lead': None, 'description': booking.summary[:1000]}
+        asked |= said | wanted
+        asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+                  'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
@@ -14422,7 +14955,7 @@ class Calendars(Operations):
                                fields=FOR_FEEDS)
         servers: dict = defaultdict(list)
         for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
-                         "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
+                         "numbers(?) AND due IS NOT NULL AND goal = 'up'",
                          json.dumps([each.id for each in found])):
             servers[each.occurrence_id] += json.loads(each.addresses)
         now = self.clock()
@@ -14454,7 +14987,7 @@ class Calendars(Operations):
         """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
         return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN (SELECT value FROM json_each(?))',
+                              'WHERE id IN numbers(?)',
                               json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
@@ -14589,7 +15122,7 @@ class Tokens(Operations):
     def own_tokens(self) -> tuple[str, tuple]:
         """The condition on the tokens that an actor may see and change."""
         if self.actor.role == ADMIN:
-            return '1', ()
+            return 'TRUE', ()
         return 't.user = ? AND t.project = ?', (self.actor.user, self.actor.project)
 
     def own_token(self, id: int):
@@ -14841,7 +15374,7 @@ class Records(Operations):
                       if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"1{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
+                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
                      *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
@@ -14872,7 +15405,7 @@ class Records(Operations):
                    WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                 JOIN reservation r ON r.id = o.reservation_id
-             WHERE 1{all_of(where)} ORDER BY v.account, v.id""", *given(where))
+             WHERE TRUE{all_of(where)} ORDER BY v.account, v.id""", *given(where))
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
@@ -14906,7 +15439,7 @@ class Records(Operations):
         now = self.clock()
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = f'1{all_of(self.look.visible())}'
+        own = f'TRUE{all_of(self.look.visible())}'
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
@@ -15044,10 +15577,11 @@ class Records(Operations):
         figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
         run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
             'late) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET '
-            'reserved = reserved + excluded.reserved, used = used + excluded.used, '
-            'unused = unused + excluded.unused, refused = refused + excluded.refused, '
-            'late = max(late, excluded.late)', *whose, *figures.values())
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, project, user, resource) DO '
+            'UPDATE SET reserved = tally.reserved + excluded.reserved, '
+            'used = tally.used + excluded.used, unused = tally.unused + excluded.unused, '
+            'refused = tally.refused + excluded.refused, '
+            'late = max(tally.late, excluded.late)', *whose, *figures.values())
 
 
 class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
@@ -15082,18 +15616,18 @@ FINAL = ('deleted', 'kept')
 CALM = 60  # seconds that another number of servers must be up before it is told
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
-DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
+DUE = {'occurrence': ('occurrence o', 'o.due', 'TRUE'), 'server': ('server v', 'v.due', 'TRUE'),
        # Each target is told in order, one notice of an owner after another.
        'notice': ('outbox n', 'n.due',
                   'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, '
                   'owner)'),
-       'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
-       'wait': ('wait w', 'w.due', '1'), 'pending': ('reservation r', 'r.pending', '1'),
-       'proposal': ('proposal p', 'p.until', '1'),
+       'subscription': ('subscription u', 'u.due', 'TRUE'), 'claim': ('claim c', 'c.due', 'TRUE'),
+       'wait': ('wait w', 'w.due', 'TRUE'), 'pending': ('reservation r', 'r.pending', 'TRUE'),
+       'proposal': ('proposal p', 'p.until', 'TRUE'),
        'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED),
        'later': ('fact f', 'CAST(f.value AS REAL)', LATER)}
 #: The soonest instant of all of these that is after another one.
-SOONEST = 'SELECT min(due) AS due FROM ({})'.format(' UNION ALL '.join(
+SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
     for table, column, which in DUE.values()))
 
@@ -15758,7 +16292,8 @@ class Post:
         with transaction():
             total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
                          'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                         'number = 1 + iif(day = excluded.day, number, 0) RETURNING number',
+                         'number = 1 + iif(mailed.day = excluded.day, mailed.number, 0) '
+                         'RETURNING number',
                          f'{notice.owner} invites', int(now // 86400)).fetchone()
             if enough := total > self.config.invitations_per_day:
                 change(Outbox, notice.id, due=None, fault='too many invitations today')
@@ -16270,17 +16805,51 @@ class Dispatcher:
 # What became of it: the answers of workers are compared with what is written, and written down.
 
 
+def lent_parts(places: list[int], now: float) -> list:
+    """The parts of leases that are active on some resources, and start nothing themselves."""
+    return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                'r.host, r.user, r.project, l.parts FROM occurrence o '
+                'CROSS JOIN reservation r ON r.id = o.reservation_id JOIN blazar_hold h '
+                'ON h.reservation = r.id JOIN blazar_lease l ON l.id = h.lease_id '
+                'WHERE o.resource_id IN numbers(?) AND o.due IS NOT NULL '
+                """AND o.cancelled IS NULL AND o.start <= ? AND o."end" > ? AND r.image = ''""",
+                json.dumps(places), now, now)
+
+
+def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+    """What a part of a lease has on clouds: on whose account, of what kind and name."""
+    project = clouds.config.read_again().identities.get(found.project, found.project)
+    cloud, _, network = network_behind(place)
+    lent = Lent(found.lease_id, found.part, project)
+    if cloud:
+        yield cloud, 'address', found.host, lent._replace(network=network)
+    elif not found.host:
+        asked = next(each['asked'] for each in json.loads(found.parts)
+                     if each['id'] == found.part)
+        yield place.cloud, 'flavor', found.part, lent._replace(
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
+            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+        account = clouds.account(place.cloud, found.project, found.user)
+        # Nova shows a server group to nobody but its project.
+        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
+            yield account, 'server_group', found.part, lent._replace(
+                policy='affinity' if asked['affinity'] else 'anti-affinity')
+
+
 class Lender:
     """Has clouds know what the leases have that are active: flavors and server groups where that
     is wanted, and floating IPs.
     """
+    AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
-    def __init__(self, config: Config, workers: Workers):
-        self.config, self.workers = config, workers
+    def __init__(self, workers: Workers):
+        self.workers = workers
         self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
+        self.again = math.inf
         places = {each.id: each for each in rows(
             "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
             "AND named <> '') AND removed IS NULL")}
@@ -16288,62 +16857,36 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {}).update(
-                {'address': {}} if cloud else {'flavor': {}})
-        for each in self.active([*places], now):
-            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+        for each in lent_parts([*places], now):
+            for account, kind, name, lent in lent_things(
+                    self.workers.clouds, each, places[each.resource_id]):
                 wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
         for account, things in wanted.items():
             if things != self.lent.get(account):
                 self.workers.submit(('lend', account), 'lend', account, things)
 
-    def active(self, ids: list[int], now: float) -> list:
-        """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
-                    'r.host, r.user, r.project, l.parts '
-                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
-                    'JOIN blazar_hold h ON h.reservation = r.id '
-                    'JOIN blazar_lease l ON l.id = h.lease_id '
-                    'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
-                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.image = ''""",
-                    json.dumps(ids), now, now)
-
-    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
-        """What a part of a lease has on clouds: on whose account, of what kind and name."""
-        project = self.config.read_again().identities.get(found.project, found.project)
-        cloud, _, network = network_behind(place)
-        lent = Lent(found.lease_id, found.part, project)
-        if cloud:
-            yield cloud, 'address', found.host, lent._replace(network=network)
-        elif not found.host:
-            asked = next(each['asked'] for each in json.loads(found.parts)
-                         if each['id'] == found.part)
-            yield place.cloud, 'flavor', found.part, lent._replace(
-                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
-            account = self.workers.clouds.account(place.cloud, found.project, found.user)
-            # Nova shows a server group to nobody but its project.
-            if asked.get('affinity') is not None and account != place.cloud:
-                yield account, 'server_group', found.part, lent._replace(
-                    policy='affinity' if asked['affinity'] else 'anti-affinity')
-
     def record(self, result: Job, now: float) -> None:
-        if result.error:  # it is tried again at the next pass that has something to do
+        if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-            return
-        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
-        for kind, things in result.target.items():
+        answer = result.answer or {}
+        before, self.lent[result.account] = self.lent.get(result.account, {}), {
+            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
+            for kind, things in result.target.items()}
+        for kind, things in self.lent[result.account].items():
             for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], kind, result.answer.get(name, True))
+                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
+        if self.lent[result.account] != result.target:
+            self.again = now + self.AGAIN
 
 
-def note_lent(lent: Lent, kind: str, id) -> None:
-    """Notes of a part of a lease that a cloud has something for it."""
+def note_lent(lent: Lent, what: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it, and under which id."""
     found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
     parts = json.loads(found.parts) if found else []
     for each in parts:
-        each |= {kind: id} if each['id'] == lent.part else {}
+        if each['id'] == lent.part:
+            each.setdefault(what, id)
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
@@ -16697,7 +17240,7 @@ class LifeCycle:
         self.post = Post(config, self.workers, self.health)
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
-        self.lender = Lender(config, self.workers)
+        self.lender = Lender(self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
                                      self.post, self.lender)
         self.passed = time.monotonic()  # when a pass has worked last
@@ -16753,10 +17296,10 @@ class LifeCycle:
 
     def has_work(self, now: float) -> bool:
         """Whether anything is due; asked anew only where somebody has written since."""
-        state = state_of_store()
+        state = db.state()
         if state != self.seen:
             self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
+        return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is
@@ -16872,7 +17415,7 @@ class LifeCycle:
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
                 'id FROM occurrence '
                 f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS INT4)))) '
                 'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
             for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
@@ -17791,23 +18334,19 @@ class WrittenFeeds:
     def size(self) -> int:
         return sum(len(each.text) for each in self.kept.values())
 
-    def newest(self) -> int | None:
-        return row('SELECT max(id) AS newest FROM event').newest
-
     def is_old(self, found: Written) -> bool:
-        return found.newest != self.newest() or self.service.clock() >= found.holds
+        return found.newest != newest_event() or self.service.clock() >= found.holds
 
     def written_anew(self, name: str, feed) -> Written:
         """The feed as it is now; somebody else may have written it meanwhile."""
-        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        found, newest = self.kept.get(feed.id, Written()), newest_event()
         if not self.is_old(found):
             return found
         digest = self.service.feed_digest(feed)
         if digest != found.digest or self.service.clock() >= found.holds:
             events, holds = self.service.feed_events(feed)
-            text = calendar_text(name, events).encode()
-            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"',
-                            text)
+            text = calendar_text(name, events)
+            found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
         while self.kept and self.size() + len(found.text) > self.MOST:
             del self.kept[next(iter(self.kept))]
@@ -18680,7 +19219,7 @@ class Blazar:
     # Leases
 
     def list_leases(self, view: LeaseView, given: dict) -> dict:
-        own, values = ('1', ()) if view.actor.role == ADMIN else ('project = ?',
+        own, values = ('TRUE', ()) if view.actor.role == ADMIN else ('project = ?',
                                                                   (view.actor.project,))
         return {'leases': view.leases(rows(
             f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
@@ -18708,6 +19247,7 @@ class Blazar:
                 insert(BlazarLease, **lease)
                 view.hold(id, parts, requests, answer)
         view.acting.reserve([request for request, _ in requests], also=also)
+        view.lend_groups(id)
         return {'lease': view.lease(id)}
 
     def change_lease(self, view: LeaseView, given: dict) -> dict:
@@ -18718,7 +19258,7 @@ class Blazar:
 
         def deed(now: float) -> None:
             found = view.row(id)
-            before = view.shown(found)
+            before, = view.leases([found])
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
@@ -18758,7 +19298,9 @@ class Blazar:
                               if key not in ('name', 'id')})
         if any(host.name == name for host in view.hosts()):
             raise Conflict(f"the host '{name}' can be reserved already")
-        cloud, aggregate = view.aggregate_of(name)
+        cloud, (aggregate, *_) = view.first(
+            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
+            'aggregate first: openstack aggregate add host')
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
@@ -18819,10 +19361,9 @@ class Blazar:
 
     def add_address(self, view: LeaseView, given: dict) -> dict:
         """Lets a floating IP of a network be reserved."""
-        network, address = (given.get(name) for name in ('floating_network_id',
-                                                         'floating_ip_address'))
-        if not isinstance(network, str) or not is_address(address):
-            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
+        if not isinstance(network, str) or not isinstance(address, str):
+            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
         cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
                                    f'has {address} in a subnet of the network {network}')
         aggregate = f'floating-IPs {cloud} {subnet} {network}'
@@ -18830,7 +19371,7 @@ class Blazar:
         if address in there:
             raise Conflict(f'{address} can be reserved already')
         view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
-        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+        return {'floatingip': view.host(derived_uuid(f'{aggregate} {address}')).shown}
 
 
 #: What Blazar's clients want to read of a host and cmres does not know.
@@ -18877,6 +19418,19 @@ class LeaseView:
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
 
+    def lend_groups(self, id: str) -> None:
+        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        places = {each.id: each for each in self.acting.look.places() if each.flavors}
+        things = [thing for found in lent_parts([*places], self.acting.clock())
+                  if found.lease_id == id for thing in lent_things(
+                      self.acting.clouds, found, places[found.resource_id])]
+        with suppress(CloudError):  # the life cycle tries it again
+            for account, kind, name, lent in things:
+                if kind == 'server_group':
+                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
+                    with self.acting.writing():
+                        note_lent(lent, kind, made)
+
     # Leases
 
     def row(self, id: str):
@@ -18889,15 +19443,12 @@ class LeaseView:
         return found
 
     def lease(self, id: str) -> dict:
-        return self.shown(self.row(id))
-
-    def shown(self, found) -> dict:
-        return self.leases([found])[0]
+        return self.leases([self.row(id)])[0]
 
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
         ids = json.dumps([each.id for each in found])
-        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN (SELECT value FROM json_each(?))',
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)',
                      ids)
         among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
         there = {each.reservation: each for each in listing(
@@ -18912,8 +19463,10 @@ class LeaseView:
         """A lease with its parts, and what was reserved for each."""
         now, parts = self.acting.clock(), json.loads(found.parts)
         held = [one for part in parts for one in of_part[part['id']]]
-        start, end = lease_window(found, held)
-        state = first_state(held) if parts else bare_state(now, start, end)
+        start = min((each.start for each in held), default=found.start)
+        end = max((min(each.end, each.cancelled or each.end) for each in held), default=found.end)
+        state = first_state(held) if parts else (
+            'reserved' if now < start else 'active' if now < end else 'ended')
         if state == 'active' and any(self.lacks(part, one) for part in parts
                                      for one in of_part[part['id']]):
             state = 'starting'
@@ -18936,8 +19489,8 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        return bool(kind and kind not in part and not one.image
-                    and bool(one.host) == (kind == 'address'))
+        what = one.host if kind == 'address' else '' if one.host or one.image else kind
+        return bool(what) and what not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -19031,7 +19584,7 @@ class LeaseView:
             if bool(network) != addresses:
                 continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = (address_id(place.aggregate, name) if network else
+                id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
@@ -19062,12 +19615,6 @@ class LeaseView:
         """What a cloud answers."""
         opened = self.acting.clouds.open(cloud)
         return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
-
-    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
-        """The cloud and the aggregate that have a host of a name."""
-        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
-                                  'Put it into an aggregate first: openstack aggregate add host')
-        return cloud, found[0]
 
     def first(self, call: Callable, what: str) -> tuple[str, Any]:
         """The first cloud here that answers something, and what; NotFound if none does."""
@@ -19153,7 +19700,7 @@ class LeaseRequests:
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
     def choices(self, asked: dict) -> list[list[Wish]]:
-        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        """The wishes for each of a part that must have a certain address, and for any other."""
         certain = asked.get('required_floatingips') or []
         any_other = [''] if len(certain) < asked.get('max', 1) else []
         return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
@@ -19244,19 +19791,6 @@ def host_id(cloud: str, name: str) -> int:
     return int(hashed(f'{cloud}/{name}')[:12], 16)
 
 
-def address_id(aggregate: str, address: str) -> str:
-    """The UUID of a floating IP."""
-    return derived_uuid(f'{aggregate} {address}')
-
-
-def is_address(text) -> bool:
-    """Whether something is the text of an IP address."""
-    from ipaddress import ip_address
-    with suppress(ValueError):
-        return isinstance(text, str) and bool(ip_address(text))
-    return False
-
-
 def date_out(at: int) -> str:
     return f'{instant(at):{DATE_OUT}}'
 
@@ -19265,22 +19799,9 @@ def made_at(at: int | None) -> str | None:
     return at and f'{instant(at):{MADE_OUT}}'
 
 
-def lease_window(found, held: list) -> tuple[int, int]:
-    """From when until when a lease is: as its reservations are, if it has any."""
-    if not held:
-        return found.start, found.end
-    ends = [min(each.end, each.cancelled or each.end) for each in held]
-    return min(each.start for each in held), max(ends)
-
-
 def first_state(held: list) -> str:
     """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
     return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
-
-
-def bare_state(now: float, start: int, end: int) -> str:
-    """What a lease without reservations would be if it had some."""
-    return 'reserved' if now < start else 'active' if now < end else 'ended'
 
 
 def is_compared(comparison: str, there: str, value: str) -> bool:
@@ -19719,15 +20240,13 @@ class Understood(NamedTuple):
         """The slots of its exceptions, by what they are written as."""
         if self.booking.error:
             return {}
-        clock = clock_of(self.entries, self.zone)
-        return {each.one('RECURRENCE-ID')[1].strip(): self.slot_of(each, clock)
-                for each in self.entries if each.exception}
-
-    def slot_of(self, entry: Entry, clock: Clock) -> str:
-        named = clock.slot(entry.moment('RECURRENCE-ID'))
-        if getattr(clock.here, 'key', 'UTC') == self.here.key:
-            return named.isoformat()
-        return to_wall(from_wall(named, clock.here), self.here).isoformat()
+        clock, found = clock_of(self.entries, self.zone), {}
+        for each in filter(operator.attrgetter('exception'), self.entries):
+            slot = clock.slot(each.moment('RECURRENCE-ID'))
+            if getattr(clock.here, 'key', 'UTC') != self.here.key:
+                slot = to_wall(from_wall(slot, clock.here), self.here)
+            found[each.one('RECURRENCE-ID')[1].strip()] = slot.isoformat()
+        return found
 
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
@@ -19740,9 +20259,10 @@ class Understood(NamedTuple):
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
         found, last = self.slots(0, until), int(LAST.timestamp())
-        if not found:
-            return 0, last
-        return found[0].start, last if self.slots(until, last) else found[-1].end
+        with suppress(Error, ValueError, OverflowError), Budget().event(True):
+            if found and not goes_on(self.booking.stretches, until):
+                last = found[-1].end
+        return found[0].start if found else 0, last
 
 
 GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
@@ -19856,10 +20376,6 @@ def folders_of(acting: Reservations) -> list[Folder]:
     """Calendars: one of each resource that has VMs for who says nothing, and one of all."""
     places = [each for each in acting.look.places() if each.default_vms]
     return [*(Folder(acting, each) for each in places), Folder(acting)]
-
-
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 class Teller:
@@ -20005,7 +20521,7 @@ def elsewhere(acting: Reservations, places: str, since: int) -> list:
     return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
                 'AND o.due IS NOT NULL AND o.cancelled IS NULL AND r.waiting IS NULL '
-                'AND o.resource_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 '
+                'AND o.resource_id IN numbers(?) AND NOT EXISTS (SELECT 1 '
                 f"FROM calendar_object c WHERE c.reservation_id = r.id) {told or ''}",
                 *acting.actor[:2], places, *([since] if since else []))
 
@@ -20147,9 +20663,11 @@ class Draft:
         if other or self.had and self.had.uid != uid:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
                           href=(other[0] if other else self.had).name)
+        if self.had or not most:
+            return
         there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
                      *self.folder.whose).fetchone()
-        if not self.had and 0 < most <= there:
+        if there >= most:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
@@ -20211,7 +20729,7 @@ class Draft:
         old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     '(SELECT value FROM json_each(?))', self.known and self.known.id,
+                     'numbers(?)', self.known and self.known.id,
                      json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
@@ -20315,10 +20833,6 @@ def object_text(data: bytes) -> str:
     return text
 
 
-def etag_of(text: str) -> str:
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
-
-
 class Item(NamedTuple):
     """What stands in a calendar, as programs see it."""
     name: str
@@ -20338,7 +20852,7 @@ def read_xml(data: bytes):
     if not data.strip():
         return None
     try:
-        text = data.decode()
+        text = data.decode('utf-8-sig')
         if '<!DOCTYPE' in text:
             raise Invalid('the XML has a document type or entities, which are not read here')
         if text.count('<') > 2 * MOST_ELEMENTS:
@@ -20393,10 +20907,10 @@ def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> 
       told: properties as XML, and their status
       status: that of the address itself
     """
-    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''.join(
-        f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
-        f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>'
-        for properties, each in told if properties or each == told[0][1] and not told[-1][0])
+    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
+    for properties, each in [one for one in told if one[0]] or told[:1]:
+        text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
+                 f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>')
     return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
 
 
@@ -20733,7 +21247,7 @@ class Dav:
             'AND reservation_id IS NOT NULL', event)]
         now = {each.name: each for each in self.busy(-1, ids)}
         there = {f'busy-{each.id}.ics' for each in rows(
-            'SELECT id FROM occurrence WHERE reservation_id IN (SELECT value FROM json_each(?)) '
+            'SELECT id FROM occurrence WHERE reservation_id IN numbers(?) '
             'AND NOT (of_user = ? AND of_project = ?)', json.dumps(ids), *self.folder.whose[:2])}
         return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
 
@@ -21052,7 +21566,7 @@ def uninviting(service: Reservations) -> Callable:
             return refused(NotFound('this address is not one that cmres has sent'))
         if bottle.request.method == 'POST':
             with transaction():
-                run('INSERT OR IGNORE INTO uninvited (hash, at) VALUES (?, ?)',
+                run('INSERT INTO uninvited (hash, at) VALUES (?, ?) ON CONFLICT DO NOTHING',
                     hashed(address.lower()), int(service.clock()))
             said = f'No more invitations are sent to {escape(address)}.'
         else:
@@ -24069,7 +24583,7 @@ class Lists(Visit):
         """
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
-                         'occurrence_id IN (SELECT value FROM json_each(?))',
+                         'occurrence_id IN numbers(?)',
                          json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
         lines = []
@@ -24412,7 +24926,7 @@ class BookForm(Visit):
         could_be = [base, *(f'{base}-{n}' for n in range(2, 60))]
         taken = {each.label for each in rows(
             'SELECT label FROM reservation WHERE project = ? AND label IN '
-            '(SELECT value FROM json_each(?))', self.actor.project, json.dumps(could_be))}
+            'names(?)', self.actor.project, json.dumps(could_be))}
         return next((each for each in could_be if each not in taken), '')
 
     def read_line(self, text: str) -> tuple[QuickLine, dict]:
@@ -26106,10 +26620,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     sys.setswitchinterval(NIMBLE)
     config.take(host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
-    if not os.path.exists(config.database):
+    if is_missing(config.database):
         told = [told_made(config)]
-    demo = demo or not (config.path or any(map(os.path.exists, (
-        config.database, key_file(config.database, config.key)))))
+    demo = demo or not (config.path or not is_missing(config.database)
+                        or os.path.exists(key_file(config.database, config.key)))
     service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
@@ -26117,7 +26631,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
     told += [channels(config), *(welcome(service, url) if demo else [])]
-    print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
+    print(f'cmres {__version__} serves {url} from {without_password(config.database)}', *told, sep='\n', flush=True)
     note_start(service, 'serve')
     with running(acts, Housekeeper(service, acts, front), front.leave):
         front.run()
@@ -26151,7 +26665,7 @@ def scheduler(config: Config, port: int = None) -> None:
         config.take(port=port)
         front = listening(Gate(health_of(service), service, cycle), config)
         told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
-    first = f'cmres {__version__} runs the scheduler of {config.database}'
+    first = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
     print(first, *told, sep='\n', flush=True)
     note_start(service, 'scheduler')
     with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
@@ -26185,6 +26699,25 @@ def store_backup(config: Config, path: Name) -> dict:
     refuse_missing(config.database)
     copy_store(config.database, path)
     return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
+
+
+def store_copy(config: Config, target: Name) -> dict:
+    """Copies the whole database to another one, which is empty: a file, or PostgreSQL.
+
+    Stop all processes of cmres first, and start them on the target afterwards (setting database).
+    The copy is checked. It has the same key, so everybody stays signed in.
+
+    Example:
+      python cmres.py store copy postgresql://cmres@db.example.org/cmres
+    """
+    refuse_missing(config.database)
+    file = key_file(target)
+    keys = all_keys(key_file(config.database, config.key))
+    found = copy_rows(config.database, target, progress_bar)
+    if not os.path.exists(file):
+        write_key(file, keys[0].hex(), verify_store(target)['store'])
+    service = local_service(dataclasses.replace(config, database=target, key=file))
+    return {'target': without_password(target), **found, 'key': file} | service.check()
 
 
 def store_verify(config: Config, path: Name = '') -> dict:
@@ -26290,6 +26823,8 @@ def config_check(config: Config) -> dict:
 
 
 def fault_of_folder(config: Config) -> str:
+    if is_server(config.database):
+        return ''
     folder = os.path.dirname(os.path.abspath(config.database))
     fine = os.access(folder, os.W_OK | os.X_OK)
     return '' if fine else f"database: cmres cannot write to its folder '{folder}'"
@@ -26393,7 +26928,7 @@ def prepared(config: Config) -> list[str]:
 MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
           'demo': 'create the resource demo and a token, if there are none',
-          'path': 'the name of the copy',
+          'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
           'port': 'port to listen on; 0: any free port',
           'noscheduler': 'do not run the scheduler in this process'}
 
@@ -26485,7 +27020,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 
 
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
-         for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
+         for each in (serve, scheduler, tick, occurrences, store_backup, store_copy, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
                       catalog_add, config_show, config_check, event_export, alerts, dashboard,
                       container)}
@@ -26988,7 +27523,7 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
     begins = operation.name in BEGINS and not bound.get('dry_run')
-    if begins and not config.url and not os.path.exists(config.database):
+    if begins and not config.url and is_missing(config.database):
         print(told_made(config), file=sys.stderr)
     service = (Client(config.url, config.token) if config.url
                else local_service(config, make=begins))
