@@ -13529,7 +13529,7 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        with self.writing(dry_run) as now:
+        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14075,6 +14075,7 @@ class Plan(Operations):
                      else [[each] for each in homeless])
         became: dict[int, dict] = {}
         while left:
+            self.shares.breathe()
             with transaction():
                 self.fence()
                 for those in some_of(left):

@@ -14630,6 +14630,31 @@ def test_what_is_about_many_at_once_waits_for_its_turn_and_what_has_a_label_does
     assert (told['label'], len(told['description']), told['metadata']) == ('two', 200, {})
 
 
+def test_others_change_theirs_while_many_are_tried_at_once(world, monkeypatch):
+    eva, shares, held = world.as_user(role='admin'), world.service.shares, []
+    for label in ('one', 'two'):
+        book(eva, label)
+
+    def deed(name, *args, **kwargs):
+        with shares.answering(name):
+            return getattr(world.as_user(name, role='admin'), args[0])(*args[1:], **kwargs)
+
+    def meanwhile(method):
+        def done(*args, **kwargs):
+            with ThreadPoolExecutor(1) as pool:
+                held.append(pool.submit(deed, 'max', 'update', 'one', vms=len(held) + 2).result(60)['vms'])
+            return method(*args, **kwargs)
+        return done
+    monkeypatch.setattr(cmres.Admission, 'cancel', meanwhile(cmres.Admission.cancel))
+    deed('eva', 'delete', resource='demo', dry_run=True)
+    assert held == [2, 3] and not shares.pace.holder
+    monkeypatch.undo()
+    breaths = []
+    monkeypatch.setattr(cmres.Shares, 'breathe', lambda self: breaths.append(self.pace.mine))
+    deed('eva', 'maintenance_add', 'demo', NOON, hours(9), affected='cancel', dry_run=True)
+    assert breaths == [True]
+
+
 # Tokens ######################################################################
 
 
