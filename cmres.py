@@ -7531,9 +7531,9 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
-                for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)}
+        ours = [each for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id for each in ours}
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -16918,9 +16918,10 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     elif not found.host:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
+        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
-            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
+            like=found.flavor)
         account = clouds.account(place.cloud, found.project, found.user)
         # Nova shows a server group to nobody but its project.
         if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
@@ -16961,14 +16962,14 @@ class Lender:
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        answer = result.answer or {}
-        before, self.lent[result.account] = self.lent.get(result.account, {}), {
-            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
-            for kind, things in result.target.items()}
-        for kind, things in self.lent[result.account].items():
-            for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
-        if self.lent[result.account] != result.target:
+        before, has = self.lent.get(result.account, {}), {}
+        for kind, things in result.target.items():
+            ids = (result.answer or {}).get(kind, {})
+            has[kind] = {name: lent for name, lent in things.items() if name in ids}
+            for name in has[kind].keys() - before.get(kind, {}).keys():
+                note_lent(things[name], name if kind == 'address' else kind, ids[name])
+        self.lent[result.account] = has
+        if has != result.target:
             self.again = now + self.AGAIN
 
 
@@ -19513,15 +19514,16 @@ class LeaseView:
     def lend_groups(self, id: str) -> None:
         """Makes the server groups of a lease that begins now: its client reads their ids once."""
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
-        things = [thing for found in lent_parts([*places], self.acting.clock())
-                  if found.lease_id == id for thing in lent_things(
-                      self.acting.clouds, found, places[found.resource_id])]
+        mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
         with suppress(CloudError):  # the life cycle tries it again
-            for account, kind, name, lent in things:
-                if kind == 'server_group':
-                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
-                    with self.acting.writing():
-                        note_lent(lent, kind, made)
+            for found in mine:
+                for account, kind, name, lent in lent_things(
+                        self.acting.clouds, found, places[found.resource_id]):
+                    if kind == 'server_group':
+                        made = self.asks(account, operator.methodcaller(
+                            'lend_one', kind, name, lent))
+                        with self.acting.writing():
+                            note_lent(lent, kind, made)
 
     # Leases
 
@@ -19575,8 +19577,8 @@ class LeaseView:
     @functools.cached_property
     def lending(self) -> dict[str, str]:
         """What a cloud lends to who has reserved, by resource."""
-        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
-                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+        return {each.name: 'address' if network_behind(each)[0] else each.flavors and 'flavor'
+                for each in self.acting.look.places()}
 
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
