@@ -10384,7 +10384,7 @@ class Lookup:
         own = '' if actor.role == ADMIN else actor.project
         if not name or own and kind == 'project':
             return ''
-        token = f"FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
+        token = "FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
         there = [f"SELECT 1 FROM occurrence WHERE of_{kind} = ?2 AND ?1 IN ('', of_project) AND "
                  f'due IS {half}' for half in ('NULL', 'NOT NULL')]
         anything = ' UNION ALL '.join([*there, f'SELECT 1 {token} AND {kind} = ?2'])
