@@ -2454,6 +2454,7 @@ def server_run(run, server, tmp_path, monkeypatch):
     name = server.make()
     monkeypatch.setenv('CMRES_DATABASE', server.url(name))
     monkeypatch.setenv('CMRES_KEY', str(tmp_path / 'server.key'))
+    (tmp_path / 'cmres.key').unlink(missing_ok=True)
     yield run
     cmres.close_store()
     server.tell(f'DROP DATABASE {name} WITH (FORCE)')
