@@ -3658,11 +3658,12 @@ class PostgreSQL(PooledPostgresqlDatabase):
         super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
-    def _connect(self):
+    def connect(self, reuse_if_open: bool = False) -> bool:
+        """Takes a connection for this thread, and waits for one while all are in use."""
         try:
-            return super()._connect()
+            return super().connect(reuse_if_open)
         except MaxConnectionsExceeded:
-            raise peewee.OperationalError('all connections are in use') from None
+            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
 
     def init(self, url: str, **options):
         super().init(url, **options)

@@ -2635,6 +2635,24 @@ def test_a_connection_that_is_lost_is_made_anew_where_nothing_was_begun(server_r
     assert service.check()['differences'] == 0
 
 
+def test_threads_wait_for_a_connection_while_all_are_in_use(server_run):
+    server_run('resource', 'add', 'demo')
+    cmres.local_service(load_config())
+    cmres.db.obj._max_connections, cmres.db.obj._wait_timeout = 1, 0.05
+
+    def ask():
+        with cmres.db.connection_context():
+            return cmres.row('SELECT name FROM resource').name
+    with ThreadPoolExecutor(4) as threads:
+        with cmres.db.connection_context(), pytest.raises(Unavailable, match='was busy'):
+            threads.submit(ask).result()
+        cmres.db.obj._wait_timeout = 30
+        with cmres.db.connection_context():
+            waiting = [threads.submit(ask) for _ in range(4)]
+        assert [each.result() for each in waiting] == ['demo'] * 4
+        assert len(cmres.db.obj._connections) == 1
+
+
 def test_a_dry_run_on_postgresql_waits_for_nobody(server_run, server):
     server_run('resource', 'add', 'demo', '--vms', '4')
     service = cmres.local_service(load_config())
