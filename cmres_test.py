@@ -2635,6 +2635,45 @@ def test_a_connection_that_is_lost_is_made_anew_where_nothing_was_begun(server_r
     assert service.check()['differences'] == 0
 
 
+def test_postgresql_that_is_killed_loses_nothing_that_was_answered(server_run, server):
+    """What was answered is there, of the rest all or nothing; threads go on when the server is back."""
+    server_run('resource', 'add', 'demo', '--vms', '100000')
+    service, said, strange, over = cmres.local_service(load_config()), [], [], threading.Event()
+
+    def add(thread):
+        with contextlib.closing(cmres.db.obj):
+            for n in itertools.count():
+                if over.is_set():
+                    return
+                try:
+                    service.add(f'r-{thread}-{n}', 'demo', timedelta(hours=1), timedelta(hours=2))
+                    said.append(f'r-{thread}-{n}')
+                except Exception as error:
+                    if not (isinstance(error, Unavailable) or cmres.trouble(error)):
+                        strange.append(repr(error))
+                    time.sleep(0.01)
+
+    def until(number):
+        end = time.monotonic() + 60
+        while len(said) < number and time.monotonic() < end and not strange:
+            time.sleep(0.01)
+    crowd = [threading.Thread(target=add, args=(n,)) for n in range(3)]
+    for each in crowd:
+        each.start()
+    for kill in range(2):
+        until(len(said) + 5)
+        server.stop('immediate')
+        server.start()
+    until(len(said) + 5)
+    over.set()
+    for each in crowd:
+        each.join()
+    assert not strange and len(said) >= 15
+    assert {*said} <= {each.label for each in cmres.rows('SELECT label FROM reservation')}
+    assert cmres.row('SELECT (SELECT count(*) FROM reservation) - (SELECT count(*) FROM occurrence) AS loose').loose == 0
+    assert service.check()['differences'] == 0
+
+
 def test_threads_wait_for_a_connection_while_all_are_in_use(server_run):
     server_run('resource', 'add', 'demo')
     cmres.local_service(load_config())
