@@ -26313,8 +26313,11 @@ class Client:
             yield from found
             filters['after'] = cursor_of(found[-1])
 
-    def call(self, operation: Operation, given: dict):
-        """One operation over HTTP.
+    def call(self, operation: Operation, given: dict, sent: str = ''):
+        """One operation over HTTP; a POST whose answer is lost is sent once more, and done once.
+
+        Args:
+          sent: the Idempotency-Key with which it was sent before
 
         Raises:
           Error: the same kinds as the service; Unavailable if there is no answer.
@@ -26327,6 +26330,9 @@ class Client:
                               method=verb)
             if body:
                 request.add_header('Content-Type', 'application/json')
+            key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
+            if key:
+                request.add_header('Idempotency-Key', key)
             with urlopen(request, timeout=self.timeout) as answer:
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
@@ -26334,6 +26340,8 @@ class Client:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
             why = getattr(error, 'reason', error)
+            if isinstance(why, ConnectionResetError) and key and not sent:
+                return self.call(operation, given, key)
             raise Unavailable(f'No answer from {self.url}: {why}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:

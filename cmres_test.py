@@ -18774,6 +18774,25 @@ def test_a_client_gives_the_same_answers_as_the_service(client, service):
     assert same(client, service, 'add', 'c', 'demo', hours(4), hours(1), dry_run=True)['start'] == NOON + hours(4)
 
 
+def test_a_client_whose_answer_is_lost_asks_again_and_it_is_done_once(client, service, monkeypatch):
+    usual, sent = urllib.request.urlopen, []
+
+    def lossy(request, **more):
+        sent.append(request.get_header('Idempotency-key'))
+        with usual(request, **more) as answer:
+            if len(sent) == 1:
+                raise http.client.RemoteDisconnected('cut off')
+            return contextlib.nullcontext(types.SimpleNamespace(read=lambda body=answer.read(): body, headers=answer.headers))
+    monkeypatch.setattr(urllib.request, 'urlopen', lossy)
+    assert client.add('lab', 'demo', NOON + hours(1), NOON + hours(2))['state'] == 'reserved'
+    assert len(sent) == 2 and sent[0] == sent[1] != '' and labels(service.list()) == ['lab']
+    assert [each['code'] for each in service.events('lab')] == ['added']
+    client.list()
+    assert sent[2] is None
+    client.add('more', 'demo', NOON + hours(1), NOON + hours(2))
+    assert sent[3] not in (None, sent[0])
+
+
 def test_a_client_changes_what_the_service_shows(client, service):
     client.add('lab', 'demo', NOON + hours(1), hours(1))
     def silent(lines):
