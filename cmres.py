@@ -1515,6 +1515,7 @@ class Config:
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
+    read: Config | None = dataclasses.field(default=None, compare=False)  # without options
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1669,6 +1670,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.proxies, config.roles, config.check_choices()
     config.tells_who('')
+    config.take(read=dataclasses.replace(config))
     return config
 
 
@@ -2190,7 +2192,8 @@ def guarded_by_role(method):
             kwargs['asked'] = {name: usual[name] for name in names} | given
         refuse_to(self.actor, API[method.__name__])
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
-        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
+        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
+            method.__name__ == 'delete' and not kwargs['asked']['label'])
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
               self.shares.computing() if takes_long else nullcontext()):
@@ -2198,8 +2201,9 @@ def guarded_by_role(method):
     return checked
 
 
-#: What may compute for seconds: calendars and many lines at once, and by these arguments, series.
-LONG = ('import_', 'load', 'generate')
+#: What may compute for seconds: calendars and many at once (of `delete`, what has no label), and by
+#: these arguments, series.
+LONG = ('import_', 'load', 'generate', 'maintenance_add', 'resource_capacity')
 LONG_BY = ('repeat', 'holidays')
 
 
@@ -3823,8 +3827,7 @@ def quoted(names: Iterable[str]) -> str:
 
 
 HOW = {'lock_type': 'IMMEDIATE', 'pragmas': {
-    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000,
-    'temp_store': 'memory'}}
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000}}
 SQLITE = SQLite(None, **HOW)
 db = peewee.DatabaseProxy()  # leads to the engine of the store that is open
 db.initialize(SQLITE)
@@ -6137,6 +6140,9 @@ BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description,',
     "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
     'AS description,')
+#: Of many at once, also without long metadata.
+SLIM = BRIEF.replace('r.metadata,',
+                     "iif(length(r.metadata) > 1000, '{}', r.metadata) AS metadata,")
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
@@ -7044,9 +7050,9 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
-        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
-        return {}
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
+        """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
+        return wanted
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
@@ -7469,23 +7475,24 @@ class OpenStack(Cloud):
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        groups, failures = {}, []
+        answer = {}
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                answer[kind] = there = self.lent(kind, verbs)
                 for name in there.keys() - things.keys():
                     getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
                 for name in things.keys() - there.keys():
                     try:
-                        with self.telling(f'lend the {kind} {name}'):
-                            there[name] = lending(verbs, name, things[name])
+                        there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
-                        failures.append(error)
-                groups |= there if kind == 'server_group' else {}
-        if failures:
-            raise failures[0]
-        return groups
+                        log.warning('%s', error)
+        return answer
+
+    def lend_one(self, kind: str, name: str, lent: Lent) -> str:
+        """Makes something that is lent, and tells its id."""
+        with self.calling(f'lend the {kind} {name}') as cloud:
+            return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
@@ -7514,7 +7521,8 @@ class OpenStack(Cloud):
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
-        with self.calling('find a subnet', sure=True) as cloud:
+        there = []
+        with self.calling('find a subnet', sure=True) as cloud, suppress(ValueError):
             there = [each for each in cloud.network.subnets(network_id=network)
                      if ip_address(address) in ip_network(each.cidr)]
         for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
@@ -7786,9 +7794,8 @@ class Keystone:
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        # by the hash of the token; made-up ones drive out none that is good
-        self.known: dict[str, Told] = {}
-        self.unknown: dict[str, Told] = {}
+        self.known: dict[str, Told] = {}    # by the hash of the token
+        self.unknown: dict[str, Told] = {}  # apart: a flood of made-up ones drives none out
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -8586,8 +8593,8 @@ PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)',
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
-                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE', 'X-VM-COUNT',
-                  *(f'X-VM-{name}' for name in PROGRAMMED)))
+                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
+                  'X-VM-COUNT', *(f'X-VM-{name}' for name in PROGRAMMED)))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                   rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
@@ -9160,7 +9167,10 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
         with naming(entry):
             start, (length, exact) = clock.wall(entry.start), entry.lengths
             rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-            if rest and is_ruled(stretches[-1], key):
+            last = stretches[-1]
+            first, slot = map(datetime.fromisoformat, (last.start, key))
+            # what was added by hand has none that follow
+            if rest and (slot == first or last.rule and on_rule(last.rule, first, slot)):
                 STEPS.take(5 * len(stretches))
                 stretches, moved = with_moved(stretches, moved), {}
                 stretches = following(stretches, key, entry, start, length=length, exact=exact,
@@ -9179,12 +9189,6 @@ def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretc
         found.append(stretch._replace(moved=stretch.moved | moved,
                                       dates=(*dates, *more) if more else stretch.dates))
     return found
-
-
-def is_ruled(stretch: Stretch, key: str) -> bool:
-    """Whether a slot is one of a rule; what was added by hand has none that follow."""
-    start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
@@ -9488,6 +9492,10 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
     dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
     more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
     return whole_calendar(event + more, f'METHOD:{method}')
+
+
+def etag_of(text: str) -> str:
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
 
 
 def whole_calendar(parts: str, *head: str) -> str:
@@ -13508,8 +13516,9 @@ class Requests(Operations):
                 self.refuse_uncounted(found, label, count, dry_run)
                 for each in found:
                     self.admission.cancel(self.look.live(each), now, ends=True)
-            lines = in_lines(self.look.in_order([each.id for each in found]))
-            return [line | self.admission.ends_with(each) for line, each in zip(lines, found)]
+            after = self.look.in_order([each.id for each in found], fields=SLIM)
+            return [public(line) | self.admission.ends_with(each)
+                    for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -13541,7 +13550,7 @@ class Requests(Operations):
         if label:
             ways = [('series', f'TRUE{self.look.within(filters)}')]
             where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
-        return self.look.page(ways, where, (), 2**31)
+        return self.look.page(ways, where, (), 2**31, fields=SLIM)
 
     def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
@@ -14412,6 +14421,10 @@ def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
     return [*config.logins(addresses), *key]
 
 
+def newest_event() -> int:
+    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -14560,10 +14573,10 @@ class Calendars(Operations):
         wanted = {name: value for name, value in want._asdict().items()
                   if value or name not in ('network', 'key')}
         asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                 'personal': False, 'lead': None, 'description': booking.summary[:1000]
-                 } | said | wanted | {
-            'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
+                 'personal': False, 'lead': None, 'description': booking.summary[:1000]}
+        asked |= said | wanted
+        asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+                  'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
@@ -16766,17 +16779,51 @@ class Dispatcher:
 # What became of it: the answers of workers are compared with what is written, and written down.
 
 
+def lent_parts(places: list[int], now: float) -> list:
+    """The parts of leases that are active on some resources, and start nothing themselves."""
+    return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                'r.host, r.user, r.project, l.parts FROM occurrence o '
+                'CROSS JOIN reservation r ON r.id = o.reservation_id JOIN blazar_hold h '
+                'ON h.reservation = r.id JOIN blazar_lease l ON l.id = h.lease_id '
+                'WHERE o.resource_id IN numbers(?) AND o.due IS NOT NULL '
+                """AND o.cancelled IS NULL AND o.start <= ? AND o."end" > ? AND r.image = ''""",
+                json.dumps(places), now, now)
+
+
+def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+    """What a part of a lease has on clouds: on whose account, of what kind and name."""
+    project = clouds.config.read_again().identities.get(found.project, found.project)
+    cloud, _, network = network_behind(place)
+    lent = Lent(found.lease_id, found.part, project)
+    if cloud:
+        yield cloud, 'address', found.host, lent._replace(network=network)
+    elif not found.host:
+        asked = next(each['asked'] for each in json.loads(found.parts)
+                     if each['id'] == found.part)
+        yield place.cloud, 'flavor', found.part, lent._replace(
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
+            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+        account = clouds.account(place.cloud, found.project, found.user)
+        # Nova shows a server group to nobody but its project.
+        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
+            yield account, 'server_group', found.part, lent._replace(
+                policy='affinity' if asked['affinity'] else 'anti-affinity')
+
+
 class Lender:
     """Has clouds know what the leases have that are active: flavors and server groups where that
     is wanted, and floating IPs.
     """
+    AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
-    def __init__(self, config: Config, workers: Workers):
-        self.config, self.workers = config, workers
+    def __init__(self, workers: Workers):
+        self.workers = workers
         self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
+        self.again = math.inf
         places = {each.id: each for each in rows(
             "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
             "AND named <> '') AND removed IS NULL")}
@@ -16784,62 +16831,36 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {}).update(
-                {'address': {}} if cloud else {'flavor': {}})
-        for each in self.active([*places], now):
-            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+        for each in lent_parts([*places], now):
+            for account, kind, name, lent in lent_things(
+                    self.workers.clouds, each, places[each.resource_id]):
                 wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
         for account, things in wanted.items():
             if things != self.lent.get(account):
                 self.workers.submit(('lend', account), 'lend', account, things)
 
-    def active(self, ids: list[int], now: float) -> list:
-        """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
-                    'r.host, r.user, r.project, l.parts '
-                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
-                    'JOIN blazar_hold h ON h.reservation = r.id '
-                    'JOIN blazar_lease l ON l.id = h.lease_id '
-                    'WHERE o.resource_id IN numbers(?) '
-                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.image = ''""",
-                    json.dumps(ids), now, now)
-
-    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
-        """What a part of a lease has on clouds: on whose account, of what kind and name."""
-        project = self.config.read_again().identities.get(found.project, found.project)
-        cloud, _, network = network_behind(place)
-        lent = Lent(found.lease_id, found.part, project)
-        if cloud:
-            yield cloud, 'address', found.host, lent._replace(network=network)
-        elif not found.host:
-            asked = next(each['asked'] for each in json.loads(found.parts)
-                         if each['id'] == found.part)
-            yield place.cloud, 'flavor', found.part, lent._replace(
-                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
-            account = self.workers.clouds.account(place.cloud, found.project, found.user)
-            # Nova shows a server group to nobody but its project.
-            if asked.get('affinity') is not None and account != place.cloud:
-                yield account, 'server_group', found.part, lent._replace(
-                    policy='affinity' if asked['affinity'] else 'anti-affinity')
-
     def record(self, result: Job, now: float) -> None:
-        if result.error:  # it is tried again at the next pass that has something to do
+        if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-            return
-        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
-        for kind, things in result.target.items():
+        answer = result.answer or {}
+        before, self.lent[result.account] = self.lent.get(result.account, {}), {
+            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
+            for kind, things in result.target.items()}
+        for kind, things in self.lent[result.account].items():
             for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], kind, result.answer.get(name, True))
+                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
+        if self.lent[result.account] != result.target:
+            self.again = now + self.AGAIN
 
 
-def note_lent(lent: Lent, kind: str, id) -> None:
-    """Notes of a part of a lease that a cloud has something for it."""
+def note_lent(lent: Lent, what: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it, and under which id."""
     found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
     parts = json.loads(found.parts) if found else []
     for each in parts:
-        each |= {kind: id} if each['id'] == lent.part else {}
+        if each['id'] == lent.part:
+            each.setdefault(what, id)
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
@@ -17193,7 +17214,7 @@ class LifeCycle:
         self.post = Post(config, self.workers, self.health)
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
-        self.lender = Lender(config, self.workers)
+        self.lender = Lender(self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
                                      self.post, self.lender)
         self.passed = time.monotonic()  # when a pass has worked last
@@ -17252,7 +17273,7 @@ class LifeCycle:
         state = db.state()
         if state != self.seen:
             self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
+        return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is
@@ -17970,7 +17991,6 @@ def health_of(service: Reservations, told: Callable | None = None):
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     app.route('/healthz', 'GET', health_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
@@ -17999,16 +18019,13 @@ def handler(service: Reservations, operation: Operation, fixed: dict,
 
     def handle(**path):
         request = bottle.request
-        try:
-            acting = service.acting(who_asks(service, request, visitor))
-            acting.wanted = while_there(request.environ)
-            with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-                given = given_once(read_query(request, several(operation)),
-                                   read_body(request, most_body(operation)), path, fixed)
-                bound = bind(operation, given, acting.here)
-                return respond(acting, operation, bound, request, given)
-        except Error as error:
-            return refused(error)
+        acting = service.acting(who_asks(service, request, visitor))
+        acting.wanted = while_there(request.environ)
+        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
+            bound = bind(operation, given, acting.here)
+            return respond(acting, operation, bound, request, given)
     return handle
 
 
@@ -18022,11 +18039,8 @@ def document_handler(service: Reservations, visitor: Callable | None) -> Callabl
     import bottle
 
     def handle():
-        try:
-            who_asks(service, bottle.request, visitor)
-            return sent(json_text(openapi()), 200, UNKEPT)
-        except Error as error:
-            return refused(error)
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -18247,10 +18261,7 @@ def feed_handler(service: Reservations) -> Callable:
     written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
-        try:
-            etag, text = written.current(secret)
-        except Error as error:
-            return refused(error)
+        etag, text = written.current(secret)
         same = etag in header(bottle.request, 'If-None-Match')
         return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
@@ -18297,23 +18308,19 @@ class WrittenFeeds:
     def size(self) -> int:
         return sum(len(each.text) for each in self.kept.values())
 
-    def newest(self) -> int | None:
-        return row('SELECT max(id) AS newest FROM event').newest
-
     def is_old(self, found: Written) -> bool:
-        return found.newest != self.newest() or self.service.clock() >= found.holds
+        return found.newest != newest_event() or self.service.clock() >= found.holds
 
     def written_anew(self, name: str, feed) -> Written:
         """The feed as it is now; somebody else may have written it meanwhile."""
-        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        found, newest = self.kept.get(feed.id, Written()), newest_event()
         if not self.is_old(found):
             return found
         digest = self.service.feed_digest(feed)
         if digest != found.digest or self.service.clock() >= found.holds:
             events, holds = self.service.feed_events(feed)
-            text = calendar_text(name, events).encode()
-            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"',
-                            text)
+            text = calendar_text(name, events)
+            found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
         while self.kept and self.size() + len(found.text) > self.MOST:
             del self.kept[next(iter(self.kept))]
@@ -18551,13 +18558,6 @@ def request_name(environ: dict) -> str:
     import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
-
-
-def name_request(request, response) -> None:
-    """Gives an answer the name that its request came with, or a new one."""
-    name = request.environ.get('cmres.request_id') or request_name(request.environ)
-    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
-        response.set_header(header, name)
 
 
 def plain_path(environ: dict) -> None:
@@ -18928,7 +18928,6 @@ class Reply:
             yield 'X-Cmres-Token-Ends', f"{token.id} {to_plain(instant(token.ends))}"
 
     def refuse(self, error: Error) -> list[bytes]:
-        note_wait(self.environ, error)
         body = json_text(error_body(error)).encode()
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
@@ -19222,6 +19221,7 @@ class Blazar:
                 insert(BlazarLease, **lease)
                 view.hold(id, parts, requests, answer)
         view.acting.reserve([request for request, _ in requests], also=also)
+        view.lend_groups(id)
         return {'lease': view.lease(id)}
 
     def change_lease(self, view: LeaseView, given: dict) -> dict:
@@ -19232,7 +19232,7 @@ class Blazar:
 
         def deed(now: float) -> None:
             found = view.row(id)
-            before = view.shown(found)
+            before, = view.leases([found])
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
@@ -19272,7 +19272,9 @@ class Blazar:
                               if key not in ('name', 'id')})
         if any(host.name == name for host in view.hosts()):
             raise Conflict(f"the host '{name}' can be reserved already")
-        cloud, aggregate = view.aggregate_of(name)
+        cloud, (aggregate, *_) = view.first(
+            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
+            'aggregate first: openstack aggregate add host')
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
@@ -19333,10 +19335,9 @@ class Blazar:
 
     def add_address(self, view: LeaseView, given: dict) -> dict:
         """Lets a floating IP of a network be reserved."""
-        network, address = (given.get(name) for name in ('floating_network_id',
-                                                         'floating_ip_address'))
-        if not isinstance(network, str) or not is_address(address):
-            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
+        if not isinstance(network, str) or not isinstance(address, str):
+            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
         cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
                                    f'has {address} in a subnet of the network {network}')
         aggregate = f'floating-IPs {cloud} {subnet} {network}'
@@ -19344,7 +19345,7 @@ class Blazar:
         if address in there:
             raise Conflict(f'{address} can be reserved already')
         view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
-        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+        return {'floatingip': view.host(derived_uuid(f'{aggregate} {address}')).shown}
 
 
 #: What Blazar's clients want to read of a host and cmres does not know.
@@ -19391,6 +19392,19 @@ class LeaseView:
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
 
+    def lend_groups(self, id: str) -> None:
+        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        places = {each.id: each for each in self.acting.look.places() if each.flavors}
+        things = [thing for found in lent_parts([*places], self.acting.clock())
+                  if found.lease_id == id for thing in lent_things(
+                      self.acting.clouds, found, places[found.resource_id])]
+        with suppress(CloudError):  # the life cycle tries it again
+            for account, kind, name, lent in things:
+                if kind == 'server_group':
+                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
+                    with self.acting.writing():
+                        note_lent(lent, kind, made)
+
     # Leases
 
     def row(self, id: str):
@@ -19403,10 +19417,7 @@ class LeaseView:
         return found
 
     def lease(self, id: str) -> dict:
-        return self.shown(self.row(id))
-
-    def shown(self, found) -> dict:
-        return self.leases([found])[0]
+        return self.leases([self.row(id)])[0]
 
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
@@ -19426,8 +19437,10 @@ class LeaseView:
         """A lease with its parts, and what was reserved for each."""
         now, parts = self.acting.clock(), json.loads(found.parts)
         held = [one for part in parts for one in of_part[part['id']]]
-        start, end = lease_window(found, held)
-        state = first_state(held) if parts else bare_state(now, start, end)
+        start = min((each.start for each in held), default=found.start)
+        end = max((min(each.end, each.cancelled or each.end) for each in held), default=found.end)
+        state = first_state(held) if parts else (
+            'reserved' if now < start else 'active' if now < end else 'ended')
         if state == 'active' and any(self.lacks(part, one) for part in parts
                                      for one in of_part[part['id']]):
             state = 'starting'
@@ -19450,8 +19463,8 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        return bool(kind and kind not in part and not one.image
-                    and bool(one.host) == (kind == 'address'))
+        what = one.host if kind == 'address' else '' if one.host or one.image else kind
+        return bool(what) and what not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -19545,7 +19558,7 @@ class LeaseView:
             if bool(network) != addresses:
                 continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = (address_id(place.aggregate, name) if network else
+                id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
@@ -19576,12 +19589,6 @@ class LeaseView:
         """What a cloud answers."""
         opened = self.acting.clouds.open(cloud)
         return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
-
-    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
-        """The cloud and the aggregate that have a host of a name."""
-        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
-                                  'Put it into an aggregate first: openstack aggregate add host')
-        return cloud, found[0]
 
     def first(self, call: Callable, what: str) -> tuple[str, Any]:
         """The first cloud here that answers something, and what; NotFound if none does."""
@@ -19667,7 +19674,7 @@ class LeaseRequests:
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
     def choices(self, asked: dict) -> list[list[Wish]]:
-        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        """The wishes for each of a part that must have a certain address, and for any other."""
         certain = asked.get('required_floatingips') or []
         any_other = [''] if len(certain) < asked.get('max', 1) else []
         return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
@@ -19758,19 +19765,6 @@ def host_id(cloud: str, name: str) -> int:
     return int(hashed(f'{cloud}/{name}')[:12], 16)
 
 
-def address_id(aggregate: str, address: str) -> str:
-    """The UUID of a floating IP."""
-    return derived_uuid(f'{aggregate} {address}')
-
-
-def is_address(text) -> bool:
-    """Whether something is the text of an IP address."""
-    from ipaddress import ip_address
-    with suppress(ValueError):
-        return isinstance(text, str) and bool(ip_address(text))
-    return False
-
-
 def date_out(at: int) -> str:
     return f'{instant(at):{DATE_OUT}}'
 
@@ -19779,22 +19773,9 @@ def made_at(at: int | None) -> str | None:
     return at and f'{instant(at):{MADE_OUT}}'
 
 
-def lease_window(found, held: list) -> tuple[int, int]:
-    """From when until when a lease is: as its reservations are, if it has any."""
-    if not held:
-        return found.start, found.end
-    ends = [min(each.end, each.cancelled or each.end) for each in held]
-    return min(each.start for each in held), max(ends)
-
-
 def first_state(held: list) -> str:
     """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
     return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
-
-
-def bare_state(now: float, start: int, end: int) -> str:
-    """What a lease without reservations would be if it had some."""
-    return 'reserved' if now < start else 'active' if now < end else 'ended'
 
 
 def is_compared(comparison: str, there: str, value: str) -> bool:
@@ -20233,15 +20214,13 @@ class Understood(NamedTuple):
         """The slots of its exceptions, by what they are written as."""
         if self.booking.error:
             return {}
-        clock = clock_of(self.entries, self.zone)
-        return {each.one('RECURRENCE-ID')[1].strip(): self.slot_of(each, clock)
-                for each in self.entries if each.exception}
-
-    def slot_of(self, entry: Entry, clock: Clock) -> str:
-        named = clock.slot(entry.moment('RECURRENCE-ID'))
-        if getattr(clock.here, 'key', 'UTC') == self.here.key:
-            return named.isoformat()
-        return to_wall(from_wall(named, clock.here), self.here).isoformat()
+        clock, found = clock_of(self.entries, self.zone), {}
+        for each in filter(operator.attrgetter('exception'), self.entries):
+            slot = clock.slot(each.moment('RECURRENCE-ID'))
+            if getattr(clock.here, 'key', 'UTC') != self.here.key:
+                slot = to_wall(from_wall(slot, clock.here), self.here)
+            found[each.one('RECURRENCE-ID')[1].strip()] = slot.isoformat()
+        return found
 
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
@@ -20254,9 +20233,10 @@ class Understood(NamedTuple):
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
         found, last = self.slots(0, until), int(LAST.timestamp())
-        if not found:
-            return 0, last
-        return found[0].start, last if self.slots(until, last) else found[-1].end
+        with suppress(Error, ValueError, OverflowError), Budget().event(True):
+            if found and not goes_on(self.booking.stretches, until):
+                last = found[-1].end
+        return found[0].start if found else 0, last
 
 
 GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
@@ -20370,10 +20350,6 @@ def folders_of(acting: Reservations) -> list[Folder]:
     """Calendars: one of each resource that has VMs for who says nothing, and one of all."""
     places = [each for each in acting.look.places() if each.default_vms]
     return [*(Folder(acting, each) for each in places), Folder(acting)]
-
-
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 class Teller:
@@ -20661,9 +20637,11 @@ class Draft:
         if other or self.had and self.had.uid != uid:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
                           href=(other[0] if other else self.had).name)
+        if self.had or not most:
+            return
         there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
                      *self.folder.whose).fetchone()
-        if not self.had and 0 < most <= there:
+        if there >= most:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
@@ -20829,10 +20807,6 @@ def object_text(data: bytes) -> str:
     return text
 
 
-def etag_of(text: str) -> str:
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
-
-
 class Item(NamedTuple):
     """What stands in a calendar, as programs see it."""
     name: str
@@ -20852,7 +20826,7 @@ def read_xml(data: bytes):
     if not data.strip():
         return None
     try:
-        text = data.decode()
+        text = data.decode('utf-8-sig')
         if '<!DOCTYPE' in text:
             raise Invalid('the XML has a document type or entities, which are not read here')
         if text.count('<') > 2 * MOST_ELEMENTS:
@@ -20907,10 +20881,10 @@ def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> 
       told: properties as XML, and their status
       status: that of the address itself
     """
-    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''.join(
-        f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
-        f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>'
-        for properties, each in told if properties or each == told[0][1] and not told[-1][0])
+    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
+    for properties, each in [one for one in told if one[0]] or told[:1]:
+        text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
+                 f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>')
     return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
 
 
@@ -26232,8 +26206,8 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
     """
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
-        before, after = getattr(config, name), getattr(new, name)
-        if before == after:
+        before, after = getattr(config.read or config, name), getattr(new, name)
+        if before == after:  # an option of the command stays as it is
             continue
         if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
@@ -26241,7 +26215,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else
                     f'[{name}] has changed')
         config.take(**{name: after})
-    config.take(sources=new.sources, stamp=new.stamp)
+    config.take(sources=new.sources, stamp=new.stamp, read=new)
     return told
 
 
