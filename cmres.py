@@ -60,6 +60,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gc
 import getpass
 import hashlib
 import heapq
@@ -96,6 +97,7 @@ from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotR
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
+gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
@@ -117,10 +119,19 @@ log = logging.getLogger('cmres')
 # wrapper makes a status of it, only `main` an exit code.
 
 
+class Pattern:
+    """A regular expression that is compiled when it is first used: `list` needs few of them."""
+
+    def __init__(self, pattern: str | bytes, flags: int = 0):
+        self.pattern, self.flags = pattern, flags
+
+    def __getattr__(self, name: str):
+        self.__dict__[name] = found = getattr(re.compile(self.pattern, self.flags), name)
+        return found
+
+
 class Error(Exception):
-    """What could not be done and what would be right, in one sentence; `details` says more to
-    programs.
-    """
+    """What could not be done and what would be right; `details` says more to programs."""
     status = 500
 
     def __init__(self, sentence: str, **details):
@@ -142,9 +153,7 @@ class Unavailable(Error): status = 503   # noqa: E701
 
 
 class NoCapacity(Conflict):
-    """It does not fit; its `cause` is reserved, too_large, maintenance, capacity_change, host or
-    waiting_list.
-    """
+    """It does not fit; its `cause` is reserved, too_large, maintenance, waiting_list, ..."""
 
     def __init__(self, sentence: str, **details):
         super().__init__(sentence, **{'cause': 'reserved'} | details)
@@ -189,7 +198,7 @@ def counted(number: int, one: str, many: str = '') -> str:
 #: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1
 #: but tab and newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators
 #: and tags, and halves of pairs.
-UNSEEN = re.compile(
+UNSEEN = Pattern(
     '[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
     '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
 
@@ -217,23 +226,24 @@ def first_line(error: Exception) -> str:
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 # a time and the zone of its clock (RFC 9557)
-ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')
-DURATION = re.compile(r'\+?' + ' *'.join(
+ZONED = Pattern(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')
+DURATION = Pattern(r'\+?' + ' *'.join(
     rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
         'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')),
                       re.I | re.A)
-CLOCK_LENGTH = re.compile(r'\+?(\d{1,4}):([0-5]\d)')
-ISO_DURATION = re.compile(
+CLOCK_LENGTH = Pattern(r'\+?(\d{1,4})[:h]([0-5]\d)', re.I)
+ISO_DURATION = Pattern(
     r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
     re.I | re.A)
+FROM_NOW = Pattern(r'(\+.*)|in (.+)|(.+) from now', re.I)
 # An offset's + that an unescaped query made a space.
-LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
-CLOCK = re.compile(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
+LOST_PLUS = Pattern(r'(:\d\d) (\d\d:?\d\d)$')
+CLOCK = Pattern(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
 DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', 'august',
                'september', 'october', 'november', 'december')
 #: Days from today; what else names a date, `dates_of` reads.
-NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tomorrow': 1}
+NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day after tomorrow': 2}
 
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
@@ -255,9 +265,7 @@ def instant(seconds: float | None) -> datetime | None:
 
 
 def zone_table() -> str:
-    """Which releases of the zone table are here: that of the system, and that of the package
-    tzdata.
-    """
+    """Which releases of the zone table are here: of the system, and of the package tzdata."""
     from importlib.metadata import version
     try:
         with open('/usr/share/zoneinfo/tzdata.zi', encoding='ascii') as file:
@@ -279,9 +287,7 @@ def read_zone(name: str) -> ZoneInfo:
 
 
 def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
-    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points
-    to.
-    """
+    """The zone that the clocks of this machine show: by TZ, else by what `link` points to."""
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
     return (name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name)
@@ -294,8 +300,9 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
     Args:
       text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; what a clock, a
         weekday or a date says, such as 9:00, 9am, mon 9:00, next tue 14:00, tomorrow 9:00 and
-        1 Dec 2026, 9:00; `now`; `in 2h` or `+2h`, from now; all that `format_time` and
-        `format_moment` make. A zone that stands behind it goes before `zone`.
+        1 Dec 2026, 9:00; a week or month, such as last month, from its first day on; `now`;
+        `in 2h`, `+2h` or `2h from now`; all that `format_time` and `format_moment` make. A zone
+        that stands behind it goes before `zone`.
       zone: the zone of a time without an offset
       after: what says no date, or no year, is the first such after this; without it, after now
 
@@ -306,10 +313,10 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
       ValueError: it is none of these, may be two, or is outside the years 1970 to 2199.
     """
     word = LOST_PLUS.sub(r'\1+\2', text.strip())
-    if word == 'now':
+    if word.lower() == 'now':
         return now
-    if word.startswith('+') or word.startswith('in '):
-        return now + parse_duration(word.removeprefix('in').strip())
+    if match := FROM_NOW.fullmatch(word):
+        return now + parse_duration(match[1] or match[2] or match[3])
     try:
         moment = iso_time(word, zone) or spoken_time(word, zone, after or now, now)
     except OverflowError:
@@ -323,9 +330,7 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
 
 
 def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
-    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is
-    none.
-    """
+    """The instant of an ISO 8601 time, maybe with a zone in brackets (RFC 9557), or None."""
     if named := ZONED.fullmatch(word):
         word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
     # Python takes any letter between date and time.
@@ -339,52 +344,47 @@ def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
 
 
 def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
-    """The instant that words name: a date and what a clock shows, or one of both; None if it is
-    none.
-    """
+    """The instant that words name by a date, what a clock shows or both, or None."""
     words, zone, called = zone_of_words(text, zone)
     clocks = [word for word in words if read_clock(word) is not None]
     day = ' '.join(word for word in words if word not in clocks)
     if not zone or not words or len(clocks) > 1:
         return None
     clock = read_clock(clocks[0]) if clocks else timedelta(0)
-    today = (now if day in NEAR_DAYS else after).astimezone(zone).date()
+    from_now = day in NEAR_DAYS or re.match('last |this |.* (week|month)$', day)
+    today = (now if from_now else after).astimezone(zone).date()
     walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
     moments = [at_clock(wall, zone, called) for wall in walls]
     return next((each for each in moments if each > after), moments[-1] if moments else None)
 
 
 #: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
-WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
-                       r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+WITH_ZONE = Pattern(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
+                    r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
 
 
 def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
     """The words of a time, its zone (None if unknown), and what clocks call their time then."""
     match = WITH_ZONE.fullmatch(' '.join(text.split()))
     words, called, name = match.groups() if match else (text, None, None)
-    if called and is_word(called.lower()):
+    low = (called or '').lower()
+    if low in ('am', 'pm', 'noon') or len(low) > 1 and any(
+            name.startswith(low) for name in DAY_NAMES + MONTH_NAMES):  # it is no zone
         words, called = f'{words} {called}', None
     if name or called in ('UTC', 'GMT', 'Z'):
         name, called = name or 'UTC', None if not name else called
         zone = ZoneInfo(name) if known_zone(name) else None
-    words = re.sub(r'(\d{4}-\d\d-\d\d)t', r'\1 ', words.lower().replace(',', ' '))
-    words = re.sub(r'(\d) ([ap]m)\b', r'\1\2', words)
+    words = re.sub(r'\b(\d{4})[-/](\d\d?)[-/](\d\d?)(t| |$)', r'\1-\2-\3 ',
+                   words.lower().replace(',', ' '))
+    words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
-    return [word for word in words.split() if word not in ('at', 'on')], zone, called or ''
-
-
-def is_word(text: str) -> bool:
-    """Whether it is a word of a time, and no zone: pm, tue, december."""
-    return text in ('am', 'pm', 'noon') or any(
-        len(text) > 1 and name.startswith(text) for name in DAY_NAMES + MONTH_NAMES)
+    return re.sub(r'\b(at|on|the|of)(?= |$)', '', words).split(), zone, called or ''
 
 
 def known_zone(name: str) -> bool:
-    try:
+    with suppress(Invalid):
         return bool(read_zone(name))
-    except Invalid:
-        return False
+    return False
 
 
 def read_clock(word: str) -> timedelta | None:
@@ -411,22 +411,34 @@ def dates_of(words: str, today: date) -> list[date]:
         return [today, today + timedelta(days=1), today + timedelta(days=2)]
     if words in NEAR_DAYS:
         return [today + timedelta(days=NEAR_DAYS[words])]
-    if match := re.fullmatch(r'(next |this )?([a-z]{2,})', words):
-        return coming_weekdays(match[2], today, match[1] == 'next ')
-    if match := re.fullmatch(r'(\d{4})-(\d\d)-(\d\d)t?', words):
+    if match := re.fullmatch('(last|this|next) (week|month)', words):
+        return [first_day(today, match[2], ('last', 'this', 'next').index(match[1]) - 1)]
+    if match := re.fullmatch(r'(?:(next|this|last) )?([a-z]{2,})', words):
+        return coming_weekdays(match[2], today, match[1])
+    if match := re.fullmatch(r'(\d{4})-(\d\d?)-(\d\d?)t?', words):
         return dates_on(match[3], match[2], match[1])
     if match := re.fullmatch(r'(\d{1,2})([./])(\d{1,2})\2(\d{4})', words):
         return slashed_date(*match.groups())
     return named_dates(words, today)
 
 
-def coming_weekdays(word: str, today: date, later: bool) -> list[date]:
+def first_day(today: date, unit: str, later: int) -> date:
+    """The first day of this week or month, or of that so much later."""
+    if unit == 'week':
+        return today + timedelta(days=7 * later - today.weekday())
+    months = 12 * today.year + today.month - 1 + later
+    return date(months // 12, months % 12 + 1, 1)
+
+
+def coming_weekdays(word: str, today: date, which: str | None) -> list[date]:
     days = [number for number, name in enumerate(DAY_NAMES) if name.startswith(word)]
     if len(days) != 1:
         return []
     first = today + timedelta(days=(days[0] - today.weekday()) % 7)
-    dates = [first, first + timedelta(days=7)]
-    return [max(each for each in dates[:1 + (first == today)])] if later else dates
+    before, after = (first + timedelta(days=each) for each in (-7, 7))
+    if which == 'next':
+        return [after if first == today else first]
+    return [before] if which == 'last' else [first, after]
 
 
 def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
@@ -441,10 +453,9 @@ def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
 
 
 def dates_on(day: str, month: str | int, year: str | int) -> list[date]:
-    try:
+    with suppress(ValueError):
         return [date(int(year), int(month), int(day))]
-    except ValueError:
-        return []
+    return []
 
 
 def named_dates(words: str, today: date) -> list[date]:
@@ -482,19 +493,14 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
     """
     folds = [wall.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
     if not called:
-        return typed_at(folds[0].astimezone(UTC), wall, zone)
+        typed = Typed.fromtimestamp(folds[0].timestamp(), UTC)
+        typed.wall, typed.zone = wall, zone
+        return typed
     for each in folds:
         if each.tzname() == called:
             return each.astimezone(UTC)
     raise ValueError(f'Clocks in {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}. Write '
                      f'the time zone: {wall:%Y-%m-%d %H:%M} ({zone.key}).')
-
-
-def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
-    """An instant with the time that was typed for it."""
-    typed = Typed.fromtimestamp(moment.timestamp(), UTC)
-    typed.wall, typed.zone = wall, zone
-    return typed
 
 
 def parse_duration(text: str) -> Length:
@@ -503,11 +509,11 @@ def parse_duration(text: str) -> Length:
     Args:
       text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
     """
-    word = text.strip()
+    word = re.sub(r'(?<=[a-z])(?: and|,) | and (?=\d)', ' ', text.strip(), flags=re.I)
     match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
     clock = CLOCK_LENGTH.fullmatch(word)
     if not clock and not (match and any(match.groups())):
-        raise ValueError(f"'{text}' is not a duration. Write 2h, 1d12h, 90m, 1.5h or PT2H.")
+        raise ValueError(f"'{text}' is not a duration. Write 2h, 1d12h, 90min or 1.5h.")
     parts = (0, 0, *clock.groups(), 0) if clock else match.groups()
     weeks, days, hours, minutes, seconds = (float(part or 0) for part in parts)
     days += 7 * weeks
@@ -526,13 +532,21 @@ def format_time(moment: datetime, zone: ZoneInfo) -> str:
     return local.strftime(f'%Y-%m-%d {clock} %Z')
 
 
+def format_day(day: date) -> str:
+    """A date for people: Tue 1 Dec 2026."""
+    return f'{day:%a} {day.day} {day:%b %Y}'
+
+
 def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
     local = moment.astimezone(zone)
-    clock = '%H:%M:%S' if local.second else '%H:%M'
-    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
-    called = ' %Z' if twice else ''
-    return local.strftime(f'%a {local.day} %b %Y, {clock}{called} ({zone.key})')
+    clock = ('%H:%M:%S' if local.second else '%H:%M') + (' %Z' if comes_twice(local) else '')
+    return f'{format_day(local)}, {local:{clock}} ({zone.key})'
+
+
+def comes_twice(local: datetime) -> bool:
+    """Whether clocks show a local time a second time, or not at all."""
+    return local.replace(fold=1 - local.fold).utcoffset() != local.utcoffset()
 
 
 def format_window(start: datetime, end: datetime, zone: ZoneInfo) -> str:
@@ -576,7 +590,8 @@ FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YE
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
-ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
+ORDINALS = {'1st': '1', 'first': '1', '2nd': '2', 'second': '2', '3rd': '3', 'third': '3',
+            '4th': '4', 'fourth': '4', '5th': '5', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
                'monthly on first mon, or an RRULE.')
 
@@ -607,9 +622,7 @@ class Stretch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """An occurrence that a series wants: its key ('' if it is the only one), and seconds since
-    1970.
-    """
+    """An occurrence that a series wants: its key ('' of the only one), and seconds since 1970."""
     key: str
     start: int
     end: int
@@ -654,40 +667,56 @@ def at_midnight(day: date) -> datetime:
     return datetime(day.year, day.month, day.day)
 
 
-def read_repeat(text: str, here=None) -> str:
+def read_repeat(text: str, today: date = date.min) -> str:
     """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
+
+    Args:
+      today: a last date without a year is the first after that
 
     Raises:
       ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
     """
     word = ' '.join(text.split()).removeprefix('RRULE:')
-    return checked_rule(word.upper() if '=' in word else spoken_rule(word.lower())) if word else ''
+    rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
+    return checked_rule(rule) if rule else ''
 
 
 #: What people say for what `spoken_rule` reads.
-SAME_RULES = {'weekdays': 'weekly on mon,tue,wed,thu,fri', 'biweekly': 'every 2 weeks',
-              'fortnightly': 'every 2 weeks', 'every weekday': 'weekly on mon,tue,wed,thu,fri'}
-SPOKEN = re.compile(
+SAME_RULES = {
+    'fortnightly': 'every 2 weeks', 'annually': 'yearly', 'quarterly': 'every 3 months',
+    **dict.fromkeys(('biweekly', 'bi-weekly'), 'every 2 weeks'),
+    **dict.fromkeys(('weekdays', 'every weekday', 'mon-fri', 'every mon-fri', 'mon to fri'),
+                    'weekly on mon,tue,wed,thu,fri'),
+    **dict.fromkeys(('weekends', 'every weekend'), 'weekly on sat,sun')}
+#: What a rule can also say, in words that stand in parentheses.
+MORE_PARTS = {'BYMONTH': 'months', 'BYMONTHDAY': 'days of the month', 'BYDAY': 'weekdays',
+              'BYYEARDAY': 'days of the year', 'BYWEEKNO': 'weeks', 'BYSETPOS': 'positions',
+              'BYHOUR': 'hours', 'BYMINUTE': 'minutes', 'BYSECOND': 'seconds'}
+SAID_OTHERWISE = (('^each ', 'every '), (r'^every (?:other|two|second) (day|week|month|year)s?\b',
+                                         r'every 2 \1s'))
+SPOKEN = Pattern(
     r'(?:(?P<name>daily|weekly|monthly|yearly)|'
     r'every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
     r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
-SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})'
-                        '(?: of the month)?')
-SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
+SPOKEN_DAY = Pattern(r'(?:the )?(?:(first|1st|second|2nd|third|3rd|fourth|4th|fifth|5th|last) )?'
+                     '([a-z]{2,})(?: of (?:the|each|every) month)?')
+SPOKEN_END = Pattern(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
 
 
-def spoken_rule(words: str) -> str:
-    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until
-    23 feb 2027.
-    """
+def spoken_rule(words: str, today: date) -> str:
+    """The RRULE of: daily, every tue and thu, monthly on last fri, weekly until 23 feb 2027."""
     text, ends = words, ''
     if match := SPOKEN_END.fullmatch(words):
         text = match[1]
-        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words)}'
+        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words, today)}'
+    text, _, more = text.removesuffix(')').partition(' (')
+    names = {word: name for name, word in MORE_PARTS.items()}
+    said = [part.rpartition(' ') for part in more.split('; ') if part]
+    ends = ''.join(f';{names.get(word, word)}={value.upper()}' for word, _, value in said) + ends
     text = SAME_RULES.get(text, text)
-    text = re.sub('^every other (day|week|month|year)$', r'every 2 \1s', text)
-    text = re.sub('^every other (day|week|month|year)( on .+)$', r'every 2 \1s\2', text)
-    match = SPOKEN.fullmatch(text)
+    for said, meant in SAID_OTHERWISE:
+        text = re.sub(said, meant, text)
+    match = SPOKEN.fullmatch(text) or SPOKEN.fullmatch(f'every {text}')
     if not match:
         raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
     if match['days']:
@@ -703,23 +732,26 @@ def every_named_day(text: str, interval: str, words: str) -> str:
     monthly = re.search('=.*[0-9]', days)
     if 'BYMONTHDAY' in days:  # `every 15` says neither month nor day
         raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
+    if re.search('=.*[2-5]', days) and 'month' not in text:
+        raise ValueError(f"'{words}' can mean every few weeks or once a month. Write every 2 weeks "
+                         'on tue, or monthly on second tue.')
     rule = 'FREQ=MONTHLY' if monthly else 'FREQ=WEEKLY'
     return rule + (f';INTERVAL={interval}' if interval else '') + days
 
 
-def last_day(text: str, words: str) -> str:
-    """The last date of a repetition as UNTIL has it, of words that name one with its year."""
-    days = dates_of(' '.join(text.replace(',', ' ').split()), date.min)
-    if len(days) != 1:
-        raise ValueError(f"'{words}' is not a last date. Write it with its year, for example "
+def last_day(text: str, words: str, today: date) -> str:
+    """The last date of a repetition as UNTIL has it; without a year, the first after today."""
+    days = dates_of(' '.join(text.replace(',', ' ').split()), today)
+    if not days or len(days) > 1 and today == date.min:
+        raise ValueError(f"'{words}' has no last date that can be understood. Write for example "
                          'until 23 feb 2027.')
     return f'{days[0]:%Y%m%d}T235959'
 
 
 def spoken_days(text: str, words: str) -> str:
-    days = [day.strip().removeprefix('the ') for day in re.split(',| and ', text)]
+    days = [day.strip().removeprefix('the ') for day in re.split('[,&/]| and ', text)]
     days = [re.sub(r'^(\d{1,2})(st|nd|rd|th)$', r'\1', '-1' if day == 'last day' else day)
-            for day in days]
+            for day in days if day]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
     found = [SPOKEN_DAY.fullmatch(day) for day in days]
@@ -733,17 +765,15 @@ def is_weekday(word: str) -> bool:
 
 
 def rule_in_words(rule: str) -> str:
-    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't
-    say it.
-    """
+    """A repetition for people, which `read_repeat` reads back."""
     parts = dict(part.split('=') for part in rule.split(';'))
     unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
     number = int(parts.get('INTERVAL', 1))
     every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
-    days = days_in_words(parts)
-    said = {'FREQ', 'INTERVAL', 'BYDAY', 'BYMONTHDAY', 'UNTIL', 'COUNT', 'WKST'}
-    if parts.keys() - said or days is None or 'BYDAY' in parts and 'BYMONTHDAY' in parts:
-        return rule
+    days = None if {'BYDAY', 'BYMONTHDAY'} <= parts.keys() else days_in_words(parts)
+    rest = '; '.join(f'{MORE_PARTS[name]} {value}' for name, value in parts.items()
+                     if name in MORE_PARTS and (days is None or not name.endswith('DAY')
+                                                or name == 'BYYEARDAY'))
     if number == 1 and unit == 'week' and days:
         every, days = ('every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday'
                        else 'weekday')
@@ -753,7 +783,7 @@ def rule_in_words(rule: str) -> str:
     if 'UNTIL' in parts:
         last = read_until(parts['UNTIL'])
         ends = f'until {last.day} {last:%b %Y}'
-    return ' '.join(filter(None, (every, days, ends)))
+    return ' '.join(filter(None, (every, days, rest and f'({rest})', ends)))
 
 
 def days_in_words(parts: dict) -> str | None:
@@ -1084,9 +1114,7 @@ def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for
-    ever.
-    """
+    """The wall times of all slots of a stretch in order, of its rule from one on; maybe endless."""
     start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
@@ -1153,7 +1181,7 @@ def slots(stretch: Stretch, begin: float, until: float,
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
         if found > MOST_OCCURRENCES:
             raise Invalid(f'This series has more than {MOST_OCCURRENCES} occurrences before '
-                          f'{instant(int(until)):%Y-%m-%d}. Choose an earlier last date.')
+                          f'{format_day(instant(int(until)))}. Choose an earlier last date.')
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
@@ -1189,9 +1217,7 @@ def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
 
 
 def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
-    """A series that is otherwise from a slot on: shifted by so many seconds more, or with other
-    values.
-    """
+    """A series that is otherwise from a slot on: shifted by some seconds, or with other values."""
     shift = changes.pop('shift', 0)
     after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
              for stretch in stretches if not stretch.until or stretch.until > key]
@@ -1228,16 +1254,13 @@ def shifted_rule(stretch: Stretch) -> str:
     if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
         if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
             parts['WKST'] = parts.get('WKST', 'MO')
-        parts |= {name: later_days(parts[name], days) for name in parts.keys() & {'BYDAY', 'WKST'}}
+        parts |= {name: ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7]
+                                 for day in parts[name].split(','))
+                  for name in parts.keys() & {'BYDAY', 'WKST'}}
     elif days and (by or max(first.day, moved.day) > 28 or moved.day - first.day != days):
         # Months differ in length.
         return ''
     return ';'.join(f'{name}={value}' for name, value in parts.items())
-
-
-def later_days(text: str, days: int) -> str:
-    """Weekdays that are so many days later."""
-    return ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7] for day in text.split(','))
 
 
 def unskipped(stretch: Stretch, key: str) -> Stretch:
@@ -1256,6 +1279,21 @@ def stored_stretches(stretches: Iterable[Stretch]) -> str:
 
 def read_stretches(text: str) -> list[Stretch]:
     return [Stretch(**stretch) for stretch in json.loads(text)] if text else []
+
+
+def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
+    """What to tell of dates to leave out on which a series has nothing anyway."""
+    told = []
+    for skip in skips:
+        day = datetime.fromisoformat(skip)
+        near = [wall for stretch in stretches for wall in itertools.takewhile(
+            lambda wall: wall < day + timedelta(days=40),
+            walls(stretch._replace(skips=()), day - timedelta(days=40)))]
+        if not any(wall.isoformat().startswith(skip) for wall in near):
+            nearest = min(near, key=lambda wall: abs(wall - day), default=None)
+            told.append(f'The series has nothing on {format_day(day)}, so nothing is left out.' + (
+                f' The nearest date is {format_day(nearest)}.' if nearest else ''))
+    return told
 
 
 # Config ######################################################################
@@ -1317,7 +1355,8 @@ TEXTS = {
     'updated': '{label} was changed\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'kept': '{label} continues until {end}\n{message}.',
     'released': '{label} was cancelled\n{label}, {when}: {message}.\n\n{link}',
-    'pending': '{label} needs an answer\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
+    'pending': '{label} needs an answer\n{message}.\n\nWho:   {user}, project {project}\n'
+               'When:  {when}\nWhat:  {what}\n\n{link}',
     'admitted': 'Reserved: {label}, {start}\nCapacity became free, and {label} left the waiting '
                 'list.\n\nWhen:  {when}\nWhat:  {what}\nThen:  {then}\n\n{link}',
     'approved': '{label} is approved\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
@@ -1368,9 +1407,8 @@ class Config:
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
                            'database')
     token: str = setting('', 'the token for that server')
-    connections: int = setting(
-        2000, 'open connections at the same time; for one '
-              'more, cmres closes the oldest idle one', 10, 100_000)
+    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
+                                     'closes the oldest idle one', 10, 100_000)
     connections_per_address: int = setting(200, 'open connections from one address, also from a '
                                                 'proxy', 1)
     requests_per_address: int = setting(
@@ -1379,9 +1417,8 @@ class Config:
         3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
     mib_per_address: int = setting(
         2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(
-        500, 'MiB to and from one user within a minute; 0: no limit. Admins have no such limit',
-        0)
+    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
+                                     'Admins have no such limit', 0)
     cpu_per_user: float = setting(
         30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
               'limit. Admins have no such limit', 0.0)
@@ -1426,9 +1463,8 @@ class Config:
                                          'replaced', 0.1)
     lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
                                             'the VM is created again', 0.0)
-    common_names: str = setting(
-        '', "names that users may use on a cloud entry that is not their own project's, besides "
-            'public ones: KIND:NAME,KIND:NAME')
+    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
+                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
     poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
                                         'stopping', 0.01)
     poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
@@ -1438,33 +1474,29 @@ class Config:
     leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
                                          'scheduler takes over', 0.1)
     remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder',
-                            0.0)
+                                          'reminder', 0.0)
     end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
                                       'then the VM is deleted', 0.0)
     webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('',
-                                  'the key for the HMAC-SHA256 signature of webhooks')
+    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
     private_addresses: bool = setting(
         False, 'allow webhook and calendar addresses in private networks and on this computer')
     mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
                                    'mail and refuses mail addresses')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    mail_domains: str = setting(
-        '', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(
-        200, 'mails for one user within a day; more are dropped', 0)
+    notify_admins: str = setting(
+        '', 'mail addresses or URLs that get a message when an admin must approve something')
+    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
+    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
     own_token_days: int = setting(
         365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(
-        50, 'tokens that one user may have in a project; 0: no limit', 0)
+    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
     feeds_per_user: int = setting(
         50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
     subscriptions_per_user: int = setting(
         50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366,
-                           'days ahead for which the occurrences of a series are reserved', 1,
-                           3660)
+    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
+                                1, 3660)
     invitations_per_day: int = setting(
         200, 'mails that invite people to what one user has reserved, within a day', 0)
     calendar_poll: float = setting(300.0, 'seconds between '
@@ -1476,9 +1508,8 @@ class Config:
         False, 'whether the calendar of a resource shows what others have reserved, as busy')
     caldav_events: int = setting(
         20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('',
-                           'address of this server for people, for links, for example '
-                           'https://cmres.example.org')
+    public_url: str = setting('', 'address of this server for people, for links, for example '
+                                  'https://cmres.example.org')
     session_length: float = setting(43200.0, 'seconds after '
                                         'which people must sign in to the page again', 0.1)
     undo_time: float = setting(
@@ -1533,18 +1564,13 @@ class Config:
         return frozenset(names)
 
     @property
-    def proxies(self) -> list:
-        """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
-        return read_networks(self.trusted_proxies)
-
-    @property
     def served(self) -> str:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
-        return is_among(peer, self.proxies)
+        return is_among(peer, read_networks(self.trusted_proxies))
 
     def tells_who(self, peer: str) -> bool:
         """Whether an address is that of a proxy that says who asks."""
@@ -1655,8 +1681,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     old = [name for name in (*sections['cmres'], *twins) if name in renamed]
     sources = {renamed.get(name, name): path for name in sections['cmres']} | {
         renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres'])
-             | with_new_names('setting', twins))
+    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
@@ -1668,8 +1693,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
                     old_names=tuple(old))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.proxies, config.roles, config.check_choices()
-    config.tells_who('')
+    config.zone, config.common, config.roles, config.check_choices()
+    config.is_proxy(''), config.tells_who('')
     config.take(read=dataclasses.replace(config))
     return config
 
@@ -1696,11 +1721,10 @@ def is_web(target: str) -> bool:
 
 def file_stamp(path: str) -> tuple:
     """What changes when a file does; nothing if there is none."""
-    try:
+    with suppress(OSError):
         found = os.stat(path)
         return found.st_mtime_ns, found.st_size, found.st_ino
-    except OSError:
-        return ()
+    return ()
 
 
 def read_config_file(path: str) -> dict[str, dict]:
@@ -1876,7 +1900,7 @@ log_calls = logging.getLogger('cmres.calls')
 
 #: What may not stand in the log, in whatever a library or a traceback says: tokens, and the
 #: secrets in addresses of feeds and shared pages.
-HUSHED = re.compile(r'(cmres_|/calendar/|/s/[0-9]+-)[A-Za-z0-9_-]{32,}')
+HUSHED = Pattern(r'(cmres_|/calendar/|/s/[0-9]+-)[A-Za-z0-9_-]{32,}')
 
 
 class Lines(logging.Formatter):
@@ -1962,6 +1986,7 @@ CLASHES = ('refuse', 'skip', 'shift')
 NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
 TAKEN = ('generate', 'import', 'load', 'sync')  # addresses of their own, since not so long ago
 ANY = '-'  # for an argument that filters: anything, as if it were not given
+WHO = ('user', 'project')
 FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms',
            'start', 'end'}
 
@@ -1972,8 +1997,7 @@ WORDS = {
     'events.after': 'show the events after this id',
     'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
-    'at_end': 'what happens to the VMs at the end: delete, stop, shelve or snapshot (save an image '
-              'of each VM, then delete the VM)',
+    'at_end': 'at the end: delete, stop, shelve or snapshot (save as an image, then delete)',
     'before': 'latest end',
     'by': 'how much longer, for example +1h',
     'cell': 'cell of the resource',
@@ -1986,8 +2010,7 @@ WORDS = {
     'dry_run': 'show the result; change nothing',
     'duration': 'length of the time window, for example 2h, 90min, 1.5h or 1d12h',
     'end': 'end time, or duration such as +2h; 17:00 is the next one after the start',
-    'default_flavor': 'the flavor of the VMs that an event without words gets, which is drawn in '
-                      'the calendar of the resource',
+    'default_flavor': 'flavor of the VMs of an event that is only drawn in its calendar',
     'default_image': 'their image',
     'default_vms': 'how many they are; 0: the resource has no calendar to draw in',
     'invite': 'mail addresses that get it as an event for their calendars, with commas between',
@@ -1995,32 +2018,30 @@ WORDS = {
     'flavor': 'flavor of each VM, by name or id; its vCPUs and RAM count',
     'find.flavor': 'flavor of each VM',
     'force': 'change the capacity even if existing reservations no longer fit',
-    'flavors': 'give Nova a private flavor, with the id of the reservation, for each active lease '
-               'of VMs',
+    'flavors': 'give Nova a private flavor, with the id of the reservation, for each lease of VMs',
     'following': 'also all occurrences after it',
     'holidays': 'calendar file or address; leave out the days of its all-day events',
     'host': 'reserve this whole host; m[01-05] means five hosts',
     'serve.host': 'IP address to listen on',
     'id': 'the id that the list shows',
-    'image': 'image to start, by name or id; without an image, cmres reserves capacity and starts '
-             'no VM',
+    'image': 'image to start, by name or id; without one, cmres only reserves capacity',
     'kept': 'the VMs that stayed after their end, stopped or shelved',
     'key': 'SSH key pair for the VMs',
     'lasts': 'how long the token is valid, for example 90d',
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
     'find.lead': 'lead time before the start, which must be free too',
+    'find.resource': 'name of the resource, or - for all of them',
     'limit': 'maximum number of lines',
+    'lock': 'this long before its start, only an admin can change or cancel it; 0s: never',
     'metadata': 'metadata of the VMs: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
     'network': 'network of the VMs, by name or id; default: the cloud decides',
     'notify': 'send messages to these mail addresses or URLs (comma-separated)',
     'occurrence': 'date or start time of one occurrence of a series',
-    'on_conflict': 'if an occurrence does not fit: refuse the series, skip it, or shift=2h (move '
-                   'it by up to 2h)',
+    'on_conflict': 'if one does not fit: refuse the series, skip it, or shift=2h (by up to 2h)',
     'reservable_hosts': 'allow reservations of single hosts by name',
-    'part': 'reserve RESOURCE:VMS or RESOURCE:VMS:FLAVOR:IMAGE; repeat the option. All parts are '
-            'reserved, or none',
+    'part': 'RESOURCE:VMS or RESOURCE:VMS:FLAVOR:IMAGE, repeatedly; all are reserved, or none',
     'partial': 'reserve the lines that fit; default: all lines, or nothing',
     'project': 'project of the reservation',
     'limit_add.project': 'project that the limit is for',
@@ -2030,8 +2051,7 @@ WORDS = {
     'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
-    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an '
-              'RRULE',
+    'repeat': 'daily, weekdays, every tue, weekly on tue,thu, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for any resource in a location',
     'limit_add.resource': 'the limit counts only on this resource',
     'token_add.resource': 'the token is only for this resource',
@@ -2041,21 +2061,16 @@ WORDS = {
     'min_free_time': "in mode 'shared': how long capacity must stay free before a VM without "
                      'reservation may start, for example 1h',
     'resources': 'names of resources (comma-separated)',
-    'aggregates': 'names of aggregates (comma-separated); default: all aggregates that cmres '
-                  'manages',
+    'aggregates': 'names of aggregates (comma-separated); default: all that cmres manages',
     'max_advance': 'latest possible start, counted from now, for example 30d',
-    'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no '
-                'approval needed',
+    'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no need',
     'group_by': 'project, user or resource',
-    'accept_within': 'when capacity becomes free, keep it this long until you accept, for example '
-                     '30m; default: accept automatically',
-    'exempt_within': 'no limit for reservations of at most a day that start within this time, for '
-                     'example 4h',
+    'accept_within': 'keep freed capacity this long until you accept; default: accept by itself',
+    'exempt_within': 'no limit for what starts within this time and takes a day at most: 4h',
     'min_notice': 'earliest possible start, counted from now, for example 1h',
     'max_duration': 'longest reservation, for example 7d',
     'max_vms': 'maximum number of VMs at the same time',
-    'no_show': 'cancel a reservation if nobody starts a VM in it for this long, for example 30m; '
-               '0s: never',
+    'no_show': 'cancel it if nobody starts a VM in it for this long, for example 30m; 0s: never',
     'priority': 'priority on the waiting list; higher goes first (admins only)',
     'reason': 'why; the affected people read it',
     'affected': 'what to do with affected reservations: notify the owners, move, or cancel',
@@ -2068,12 +2083,10 @@ WORDS = {
     'scopes': 'what the token is good for: read, claim, calendar; default: everything',
     'seed': 'the same number gives the same reservations',
     'trust': 'id of a trust from you to the user of cmres: openstack trust create',
-    'application': 'id of an application credential of yours: openstack application credential '
-                   'create cmres',
+    'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
-    'server': 'use this existing server (name or id) instead of an image; cmres starts and stops '
-              'it and never deletes it',
+    'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
     'start': 'start time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
@@ -2210,11 +2223,13 @@ LONG_BY = ('repeat', 'holidays')
 class Here(NamedTuple):
     """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
 
-    A bare clock time is the first `after` that instant, or after `now` where it is None.
+    What names no day or no year is the first `after` that instant, or after `now` where it is None;
+    with `past` the last before now.
     """
     zone: ZoneInfo
     now: datetime
     after: datetime | None = None
+    past: bool = False
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
@@ -2241,21 +2256,16 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     read = {}
     # what others come after is read first
     for name in sorted(given, key=lambda name: name in AFTER):
-        later = here._replace(after=start_of(read, AFTER.get(name), here))
+        first = read.get(AFTER.get(name))
+        first = here.now + first if isinstance(first, timedelta) else first
+        later = here._replace(after=first if isinstance(first, datetime) else None,
+                              past=name == 'since')
         read[name] = read_argument(name, given[name], parameters[name].annotation, later)
     return read
 
 
 #: What comes after what: a bare `17:00` there is the next one after it.
-AFTER = {'end': 'start', 'before': 'after'}
-
-
-def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
-    """The instant that an argument which was read names; None where it names none."""
-    value = read.get(name)
-    if isinstance(value, timedelta):
-        return here.now + value
-    return value if isinstance(value, datetime) else None
+AFTER = {'end': 'start', 'before': 'after', 'until': 'since'}
 
 
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
@@ -2317,13 +2327,8 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another '
-                         'name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another ' 'name.')
     return label
-
-
-def read_place(value, here=None) -> str:
-    return value if value == ANY else read_label(value)
 
 
 def read_text(value, here=None) -> str:
@@ -2349,16 +2354,17 @@ def read_int(value, here=None) -> int:
     return value
 
 
-def read_count(value, here=None) -> int:
-    if not 1 <= (number := read_int(value)) <= 1_000_000:
-        raise ValueError(f'{number} is not between 1 and 1000000.')
-    return number
+def between(least: int, most: int, said: str = '') -> Callable:
+    """What reads a number from one to another."""
+    def read(value, here=None) -> int:
+        if not least <= (number := read_int(value)) <= most:
+            raise ValueError(f'{number} is not between {least} and {said or most}.')
+        return number
+    return read
 
 
-def read_page(value, here=None) -> int:
-    if not 1 <= (number := read_int(value)) <= 10_000:
-        raise ValueError(f'{number} is not between 1 and 10000.')
-    return number
+read_count, read_page, read_figure = (between(1, 10**6), between(1, 10**4),
+                                      between(0, 10**12, '10^12'))
 
 
 def read_cursor(value, here: Here) -> str:
@@ -2373,12 +2379,6 @@ def read_cursor(value, here: Here) -> str:
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
 
 
-def read_figure(value, here=None) -> int:
-    if not 0 <= (number := read_int(value)) <= 10**12:
-        raise ValueError(f'{number} is not between 0 and 10^12.')
-    return number
-
-
 def read_most(value, here=None) -> int:
     if value == 'unlimited':
         return UNLIMITED
@@ -2388,19 +2388,20 @@ def read_most(value, here=None) -> int:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
 
-def read_span(value, here=None) -> timedelta:
-    return value if isinstance(value, timedelta) else parse_duration(read_str(value))
-
-
 def read_when(value, here: Here):
     if isinstance(value, timedelta) or isinstance(value, datetime) and value.tzinfo:
         return value
     if isinstance(value, datetime):
         return value.replace(tzinfo=here.zone)
     text = read_str(value).strip()
-    if text[:1] in ('+', 'P') or DURATION.fullmatch(text) and text:
+    if text[:1] in ('+', 'P', 'p') or DURATION.fullmatch(text) and text:
         return parse_duration(text)
-    return parse_time(text, here.zone, here.now, here.after)
+    if not here.past:
+        return parse_time(text, here.zone, here.now, here.after)
+    # the last that was: of a clock within a day, of a weekday a week, of a date a year
+    found = [parse_time(text, here.zone, here.now, here.now - timedelta(days=days))
+             for days in (1, 7, 366)]
+    return next((each for each in found if each <= here.now), found[-1])
 
 
 def read_day(value, here: Here):
@@ -2504,10 +2505,6 @@ def read_part(part, here) -> dict:
             if each is not None}
 
 
-def read_zone_name(value, here=None) -> str:
-    return read_zone(name).key if (name := read_name(value)) else ''
-
-
 def read_clash(value, here=None) -> str:
     word, equals, length = read_name(value).partition('=')
     if word in ('refuse', 'skip') and not equals:
@@ -2528,10 +2525,6 @@ def read_url(value, here=None) -> str:
     if not re.fullmatch('(https?|webcals?)://[!-~]+', url := read_str(value, most=2000)):
         raise ValueError('Write an http(s) address, for example https://example.org/eva.ics.')
     return re.sub('^webcal', 'http', url)
-
-
-def read_source(value, here=None) -> str:
-    return read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value)) else value
 
 
 def read_rows(value, here=None) -> list[dict]:
@@ -2555,16 +2548,20 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
-    Place: read_place, Name: read_name,
+    Place: lambda value, here=None: value if value == ANY else read_label(value), Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page,
     Cursor: read_cursor, Figure: read_figure, Most: read_most,
-    Span: read_span,
+    Span: lambda value, here=None: (value if isinstance(value, timedelta)
+                                    else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows,
-    Zone: read_zone_name,
+    Zone: lambda value, here=None: read_zone(name).key if (name := read_name(value)) else '',
     Clash: read_clash,
-    Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics,
-    Source: read_source,
+    Repeat: lambda value, here: read_repeat(read_str(value, most=500),
+                                            here.now.astimezone(here.zone).date()),
+    Ics: read_ics,
+    Source: lambda value, here=None: (read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value))
+                                      else value),
     Url: read_url}
 
 
@@ -2587,12 +2584,10 @@ def to_plain(value):
         return value.isoformat()
     if isinstance(value, datetime):
         return value.isoformat(timespec='milliseconds' if value.microsecond else 'seconds')
-    return plain_length(value) if isinstance(value, timedelta) else value
-
-
-def plain_length(length: timedelta) -> str:
-    """A length in ISO 8601, with the days that were typed as days."""
-    days, seconds = divmod(getattr(length, 'nominal', 0), 86400)[0], int(length.total_seconds())
+    if not isinstance(value, timedelta):
+        return value
+    # in ISO 8601, with the days that were typed as days
+    days, seconds = getattr(value, 'nominal', 0) // 86400, int(value.total_seconds())
     return f'P{days}DT{seconds - 86400 * days}S' if days else f'PT{seconds}S'
 
 
@@ -2718,6 +2713,7 @@ class ServerAnswer(Answer):
     fault: str
     account: str
     uid: str | None
+    login: str
 
 
 class KeptAnswer(Answer):
@@ -2785,7 +2781,8 @@ class LoadedAnswer(Answer):
 
 
 class SlotAnswer(Answer):
-    """A time window that is free for so many VMs."""
+    """A time window in which a resource has so many VMs free."""
+    resource: str
     start: datetime
     until: datetime
     duration: Lasts
@@ -2815,6 +2812,7 @@ class LimitAnswer(Answer):
     vcpu_hours: int | None
     waiting: int | None
     exempt: Lasts
+    lock: Lasts
     added: datetime
     max_vms: int | None
     max_duration: Lasts | None
@@ -2841,6 +2839,7 @@ class ResourceAnswer(Answer):
     hold: int
     approval: int
     no_show: int
+    lock: int
     default_flavor: str
     default_image: str
     default_vms: int
@@ -3955,6 +3954,8 @@ class Resource(Table):
     hold = peewee.IntegerField(default=0)  # seconds
     approval = peewee.IntegerField(default=0)  # seconds that an admin has to approve; 0: no need
     no_show = peewee.IntegerField(default=0)   # seconds until what nobody uses goes; 0: never
+    # seconds before a start from which on only admins change what is reserved
+    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
@@ -4129,6 +4130,7 @@ class Limit(Table):
     vcpu_hours = peewee.IntegerField(null=True)
     waiting = peewee.IntegerField(null=True)
     exempt = peewee.IntegerField()                 # seconds
+    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     added = peewee.IntegerField()
 
     class Meta:
@@ -4483,7 +4485,7 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares()]
+    lambda: add_shares(), lambda: add_locks()]
 
 
 def long_texts(row: str) -> str:
@@ -5511,6 +5513,12 @@ def add_shares() -> None:
         CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
 
 
+def add_locks() -> None:
+    """Version 20: what is reserved can be locked before its start."""
+    for table in ('resource', 'limits'):
+        add_columns(table, {'lock': 'INTEGER NOT NULL DEFAULT 0'})
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5754,9 +5762,9 @@ rehearsal = Rehearsal()
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
                            'limits', 'token', 'credential', 'feed', 'subscription', 'share'), ())
 REHEARSED['reservation'] = ('occurrence', 'texts')
-WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
-NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
-INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
+WRITTEN = Pattern(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
+NAMED = Pattern(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
+INDEXED = Pattern(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
 
 
 @contextmanager
@@ -7096,7 +7104,7 @@ class Cloud:
         return found
 
 
-UUID = re.compile('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
+UUID = Pattern('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 
 
 class OpenStack(Cloud):
@@ -8071,10 +8079,8 @@ def cut_off(seconds: float) -> Iterator[Callable]:
 
 
 def hang_up(line: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it may be closed already
         line.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it is closed already
-        pass
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
@@ -8107,18 +8113,14 @@ def is_public(address) -> bool:
     bits, reserved = NOT_PUBLIC[address.version]
     if int(address) >> bits == reserved:
         return False
-    if address.version == 6 and not (inside and is_translated(address)):
+    # One that is mapped, or by NAT64 (RFC 6052), only stands for an IPv4 one.
+    if address.version == 6 and not (inside and int(address) >> 32 in (0xffff, 0x64ff9b << 64)):
         # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
             return False
     elif address.version == 4 and (not address.is_global or address.is_multicast):
         return False
     return all(map(is_public, inside))
-
-
-def is_translated(address) -> bool:
-    """Whether an IPv6 address only stands for an IPv4 one: mapped, or by NAT64 (RFC 6052)."""
-    return int(address) >> 32 in (0xffff, 0x64ff9b << 64)
 
 
 def embedded(address) -> list:
@@ -8219,9 +8221,7 @@ ENDED = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 
 
 def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
-    """What a reservation will do, for people: `when`, `what` runs, what happens `then`, and
-    `message`, all of it as a sentence.
-    """
+    """What a reservation will do: `when`, `what` runs, what is `then`, and all as a `message`."""
     when = format_window(about['start'], about['end'], zone)
     vms, kinds = counted(about['vms'], 'VM'), ', '.join(
         filter(None, (about['flavor'], about['image'])))
@@ -8582,27 +8582,27 @@ MOST_STEPS_EACH = 50_000  # of these for one event
 MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros
 #: on demo.
-WANT = re.compile(
+WANT = Pattern(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?'
     r'(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
-MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
-MAYBE_MARKED = re.compile('#vm|&#|&num', re.I)
+MARKED = Pattern(r'#vm\b\s*([^\n<]*)', re.I)
+MAYBE_MARKED = Pattern('#vm|&#|&num', re.I)
 #: An event of our own feeds: what it shows is booked already.
-FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
-PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
+FEED_UID = Pattern(r'occurrence-\d+@cmres-[0-9a-f]{8}')
+PROPERTY = Pattern(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
                   'X-VM-COUNT', *(f'X-VM-{name}' for name in PROGRAMMED)))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
-WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
-                  rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
+WISH = Pattern(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
+               rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
 OBSERVANCES = ('STANDARD', 'DAYLIGHT')
 FOLD = b'\x1f'  # stands where a line was folded, and counts as one
-LINE_NAME = re.compile(rb'([A-Za-z0-9-]+)[;:]')
-MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
-OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
+LINE_NAME = Pattern(rb'([A-Za-z0-9-]+)[;:]')
+MOMENT = Pattern(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
+OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 class Want(NamedTuple):
@@ -9806,7 +9806,7 @@ MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
 MOST_INVITED = 200  # people to one reservation
-MAIL_ADDRESS = re.compile(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
+MAIL_ADDRESS = Pattern(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
@@ -9985,7 +9985,7 @@ def token_in_force(found, now: float):
     if not found or found.revoked is not None:
         raise Unauthorized('This token is invalid or was revoked. Ask an admin for a new token.')
     if found.ends is not None and found.ends <= now:
-        raise Unauthorized(f'This token ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
+        raise Unauthorized(f'This token ended on {format_day(instant(found.ends))}. Renew it with '
                            'another token of yours, or ask an admin.',
                            hint=f'token renew {found.id}')
     return found
@@ -10078,6 +10078,16 @@ class Service:
         """Appends an event in the name of the actor; inside the transaction of what it tells."""
         journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
+    def because(self, sentence: str) -> str:
+        """A sentence with the reason that was given for the change, if there is one."""
+        return f'{sentence}: {self.reason}' if self.reason else sentence
+
+    def ask_admins(self, now: float, sentence: str, reservation: int,
+                   notify: Iterable[str]) -> None:
+        """Appends that an admin must answer, which admins hear of as well."""
+        admins = filter(None, map(str.strip, self.config.notify_admins.split(',')))
+        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *admins]))
+
     def tell(self, now: float, code: str, sentence: str, found,
              occurrence: int | None = None) -> None:
         """Appends an event about a row that tells its reservation and whom to notify."""
@@ -10110,9 +10120,9 @@ class Service:
             first = at_midnight(asked)
             begin, until = (int(from_wall(each, zone).timestamp())
                             for each in (first, first + timedelta(days=1)))
-            return begin, until, f'{asked}'
+            return begin, until, format_day(asked)
         asked = self.here.now + asked if isinstance(asked, timedelta) else asked
-        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
+        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_moment(asked, zone)
 
     def owner(self, asked: dict) -> tuple[str, str]:
         """Whose it will be: only an admin may reserve for others."""
@@ -10310,8 +10320,12 @@ class Lookup:
                              ('o.start < ?', until),
                              *([(NOT_OVER, None)] if live else [])], limit=1)
         if not there:
+            near = self.search([('r.id = ?', found.reservation), (NOT_OVER, None)])
+            nearest = [self.service.config.told_time(each.start, found.tz) for each in sorted(
+                near, key=lambda each: abs(each.start - begin))[:1]]
             raise NotFound(f"'{found.label}' has no "
-                           f"{'current or future ' if live else ''}occurrence on {text}.")
+                           f"{'current or future ' if live else ''}occurrence on {text}."
+                           + ''.join(f' The nearest is on {each}.' for each in nearest))
         return there[0]
 
     def live(self, found, since: str = '') -> list:
@@ -10330,10 +10344,28 @@ class Lookup:
         """Whether an occurrence has begun: with machines, from its lead on."""
         return self.service.clock() >= (found.held_from if found.runs else found.start)
 
-    def refuse_unknown_resource(self, name: str) -> None:
-        """NotFound if there never was a resource of a name; it names the nearest."""
-        if not row('SELECT id FROM resource WHERE name = ? LIMIT 1', name):
-            self.resource_row(name)
+    def refuse_unknown_filters(self, asked: dict) -> None:
+        """NotFound for a resource, user or project that there never was; it names the nearest."""
+        if asked['resource'] and not row('SELECT id FROM resource WHERE name = ? LIMIT 1',
+                                         asked['resource']):
+            self.resource_row(asked['resource'])
+        for unknown in filter(None, map(functools.partial(self.unknown, asked), WHO)):
+            raise NotFound(unknown)
+
+    def unknown(self, asked: dict, kind: str) -> str:
+        """What to tell of a user or a project that has nothing where one may look; '' if known."""
+        name, actor = asked[kind], self.service.actor
+        own = '' if actor.role == ADMIN else actor.project
+        if not name or own and kind == 'project':
+            return ''
+        token = "FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
+        there = [f"SELECT 1 FROM occurrence WHERE of_{kind} = ?2 AND ?1 IN ('', of_project) AND "
+                 f'due IS {half}' for half in ('NULL', 'NOT NULL')]
+        anything = ' UNION ALL '.join([*there, f'SELECT 1 {token} AND {kind} = ?2'])
+        if run(f'{anything} LIMIT 1', own, name).fetchone():
+            return ''
+        known = [each.name for each in rows(f'SELECT DISTINCT {kind} AS name {token}', own)]
+        return f"No reservation and no token has the {kind} '{name}'{nearest(name, known)}"
 
     def resource_row(self, name: str):
         """The resource of a name; NotFound names the nearest."""
@@ -10377,9 +10409,12 @@ class Lookup:
                 raise NotFound(f"Resource '{found.name}' is not in {self.place_of(asked)}. Remove "
                                'the location, or choose another resource.')
             return [found]
-        found = self.places(*place)
+        classes = {*(asked.get('classes') or ())}  # of a resource that doesn't name them, who knows
+        found = [each for each in self.places(*place)
+                 if classes <= json.loads(each.classes or '{}').keys()]
         if not found:
-            raise NotFound(f'There is no resource in {self.place_of(asked)}.')
+            what = f" with {', '.join(sorted(classes))}" if classes else ''
+            raise NotFound(f'There is no resource{what} in {self.place_of(asked)}.')
         return found
 
     def place_of(self, asked: dict) -> str:
@@ -10389,7 +10424,9 @@ class Lookup:
 
     def servers_of(self, occurrence: int) -> Rows:
         """The servers of an occurrence, as answers show them."""
-        return [public(each) for each in rows(
+        logins = self.service.config.logins
+        return [public(each) | {'login': ' or '.join(logins(json.loads(each.addresses)))}
+                for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, '
             'fault, account, uid '
             "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id",
@@ -10471,9 +10508,12 @@ class Wishes:
         user, project = self.owner_of(asked, old)
         place, warnings, changes = place or self.look.resource_at(asked), [], set(changes)
         self.refuse_unbootable(asked, place)
-        if 'notify' in changes:
-            self.refuse_untellable(asked['notify'])
-        self.refuse_uninvitable(asked.get('invite') or ())
+        if not old:  # what is nearly known may be mistyped
+            warnings += [each for kind in WHO if 'Did you mean' in (each := self.look.unknown(
+                asked, kind))]
+        for name, most, web in ('notify', 10, True), ('invite', MOST_INVITED, False):
+            if name in changes:
+                self.refuse_untellable(name, asked.get(name) or (), most, web)
         whose = {'user': user, 'project': project}
         each, made_of = self.made_of(asked | whose, old, place, changes, warnings)
         same = {name: asked[name] for name in Wish._fields if name in SAME}
@@ -10542,27 +10582,22 @@ class Wishes:
                    old.project):
             raise Forbidden(f"'{user}' has no token in project '{old.project}'. Ask an admin.")
 
-    def refuse_untellable(self, targets: Iterable[str]) -> None:
-        """Refuses mail addresses to which nothing would ever be sent."""
+    def refuse_untellable(self, name: str, targets: Iterable[str], most: int, web: bool) -> None:
+        """Refuses many addresses, what is none, and those to which nothing would ever be sent."""
         config = self.service.config
-        for target in targets:
-            if not config.may_tell(target):
-                raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
+        if len(targets) > most:
+            raise Invalid(f'{name}: Write at most {most} addresses, not {len(targets)}.')
+        for each in targets:
+            on_web = web and re.fullmatch(r'https?://\S+', each)
+            if not on_web and not MAIL_ADDRESS.fullmatch(each):
+                raise Invalid(f'{name}: {shown(each)} is not a mail address like ann@example.org'
+                              f"{' or an http(s) address' if web else ''}.")
+            if not on_web and not config.may_tell(each):
+                raise Invalid(f"{name}: cmres sends no mails to '{each}'. It sends only to "
                               f'addresses of {config.mail_domains}.')
-            if '@' in target and not is_web(target) and not config.mail_server:
-                raise Invalid(f"notify: cmres cannot send mails to '{target}': no mail server is "
+            if not on_web and not config.mail_server:
+                raise Invalid(f"{name}: cmres cannot send mails to '{each}': no mail server is "
                               'set. An admin can set one (setting mail_server).')
-
-    def refuse_uninvitable(self, people: Iterable[str]) -> None:
-        """Refuses to invite many, or who has no mail address to which mails may go."""
-        if len(people) > MOST_INVITED:
-            raise Invalid(f'invite: You can invite at most {MOST_INVITED} people.')
-        for each in people:
-            if not MAIL_ADDRESS.fullmatch(each):
-                raise Invalid(f'invite: {shown(each)} is not a mail address like ann@example.org.')
-            if not self.service.config.may_tell(each):
-                raise Invalid(f"invite: cmres sends no mails to '{each}'. It sends only to "
-                              f'addresses of {self.service.config.mail_domains}.')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -10578,11 +10613,6 @@ class Wishes:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         ends = ENDS[1:3] if has else ENDS
         refuse_unknown_word('at_end', asked['at_end'], ends, '')
-        for target in asked['notify']:
-            if (not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target)
-                or len(asked['notify']) > 10):
-                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or "
-                              f"they are over 10")
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
         """What the resource's cloud knows under the names that are asked for.
@@ -10685,14 +10715,17 @@ class Wishes:
             length, exact = self.stretch_of(old, stretches)[1:]
         if stretches and 'start' not in changes:
             first = self.planned(old, stretches)[1]
-        skips = self.read_skips(asked, zone, wish.start, wish.warnings)
+        skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
             field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
             raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
                           hint='--repeat')
         rule = local_rule(self.ended_rule(asked, zone), zone)
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
-                          skips=skips, exact=exact)
+                          exact=exact)
+        wish.warnings.extend(unmet_skips([stretch], skips))
+        days = self.holidays(asked.get('holidays'), zone, wish.start, wish.warnings)
+        stretch = stretch._replace(skips=(*skips, *days))
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
         if not slot:
             begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
@@ -10736,7 +10769,10 @@ class Wishes:
         if not REPEATING & set(changes):
             return stretches
         zone = read_zone(stretches[-1].zone)
-        skips = self.read_skips(asked, zone, int(self.service.clock()), warnings)
+        now = int(self.service.clock())
+        skips = self.read_skips(asked, zone, now)
+        warnings += unmet_skips(stretches, skips)
+        skips += self.holidays(asked.get('holidays'), zone, now, warnings)
         ends = {'until', 'count'} & set(changes)
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
             asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule
@@ -10758,31 +10794,30 @@ class Wishes:
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def read_skips(self, asked: dict, zone: ZoneInfo, start: int,
-                   warnings: list) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence; outside any transaction."""
+    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
+        """Days, or wall times, without an occurrence."""
         skips = []
         for text in asked.get('skip_dates') or ():
-            try:
-                moment = datetime.fromisoformat(text.replace('/', '-'))
-            except ValueError:
-                raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24.") from None
-            wall = to_wall(moment, zone) if moment.tzinfo else moment
-            skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text)
-                         else wall.isoformat())
-        if source := asked.get('holidays'):
-            skips += self.holidays(source, zone, instant(start), warnings)
+            found = read_argument('skip_dates', text, Day, Here(zone, instant(start)))
+            if isinstance(found, timedelta):
+                raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24 or 24 dec.")
+            skips.append(found.isoformat() if type(found) is date
+                         else typed_wall(found, zone).isoformat())
         return tuple(skips)
 
-    def holidays(self, source: str, zone: ZoneInfo, begin: datetime, warnings: list) -> list[str]:
-        """The days of a calendar's all-day events for ten years; what can't be read is told."""
+    def holidays(self, source: str | None, zone: ZoneInfo, start: int,
+                 warnings: list) -> tuple[str, ...]:
+        """The days of a calendar's all-day events for ten years; outside any transaction."""
+        if not source:
+            return ()
+        begin = instant(start)
         entries = read_calendar(self.fetched(source), 'the calendar of holidays')
         begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
         found, refused = days_of(entries, zone, begin, until)
         if refused and not found:
             raise BadCalendar(f'the calendar of holidays: {refused[0]}')
         warnings += [f'no holiday: {why}' for why in refused[:10]]
-        return found
+        return tuple(found)
 
     def fetched(self, source: str) -> str:
         """The text of a calendar, or of the one at an address; never of a file of this machine."""
@@ -11173,6 +11208,8 @@ class View(NamedTuple):
     line: tuple  # its place among those that wait, if it waits
 
 
+#: The codes of deals that locks don't hold up: what time and admins bring about.
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -11208,7 +11245,8 @@ class Policy:
 
     def refuse_deal(self, deal: Deal, now: float) -> None:
         """Raises what the first rule says that is against a deal, whatever it wants to hold."""
-        for rule in self.refuse_fixed, self.refuse_waiting_series, self.refuse_taken_label:
+        for rule in (self.refuse_fixed, self.refuse_locked, self.refuse_waiting_series,
+                     self.refuse_taken_label):
             rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
@@ -11309,6 +11347,25 @@ class Policy:
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
             raise Conflict(f"There is already a resource '{name}'. Choose another name, or update "
                            'that one.')
+
+    def refuse_locked(self, deal: Deal, now: float) -> None:
+        """What is locked before its start is changed and cancelled by admins only."""
+        old = deal.old
+        if (not old or self.service.actor.role == ADMIN or deal.code in UNLOCKED
+                or (old.waiting, old.pending) != (None, None)):
+            return
+        for each in deal.changes:
+            is_at = each.before
+            if not is_at or not each.had or is_at.end <= now or is_same(each):
+                continue
+            place = resource_of(is_at.resource_id, removed=True)
+            owner = deal.wish._replace(resource=place, user=old.user, project=old.project)
+            lock = max([place.lock, *(limit.lock for limit in self.limits.limits_for(owner))])
+            if lock and now >= is_at.start - lock:
+                since = self.service.config.told_time(is_at.start - lock, old.tz)
+                raise Conflict(f"'{old.label}' is locked since {since}, {format_duration(lock)} "
+                               'before its start. Ask an admin to change or cancel it.',
+                               cause='lock')
 
     def refuse_many_texts(self, wish: Wish, old=None) -> None:
         """Refuses more long texts than a project may keep; after they were written."""
@@ -11806,8 +11863,8 @@ class Bookings:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.journal(now, 'pending', f'an admin must approve it before {said}', reservation,
-                             wish.notify)
+        self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
+                                wish.notify)
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
@@ -11822,10 +11879,9 @@ class Bookings:
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.journal(now, 'pending',
-                             f"an admin must approve the change of {', '.join(asked)} before "
-                             f'{said}; until then everything stays as approved', old.reservation,
-                             wish.notify)
+        self.service.ask_admins(
+            now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
+                 'everything stays as approved', old.reservation, wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -12103,10 +12159,10 @@ class Admission:
         what = (self.told_series(wish, done) if wish.stretches
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
-        if pending and not wish.stretches:
+        if pending:
             until = self.service.config.told_time(pending, wish.tz)
-            self.service.journal(now, 'pending', f'an admin must approve it before {until}',
-                                 reservation, wish.notify)
+            self.service.ask_admins(now, f'an admin must approve it before {until}', reservation,
+                                    wish.notify)
         return reservation, done
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -12690,12 +12746,12 @@ class Approvals(Operations):
     """What admins say of what waits for their word."""
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '',
+    def approve(self, label: Label, project: Name = '', reason: Text = '',
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Approves a pending reservation, or a pending change of a reservation.
 
         Example:
-          python cmres.py approve lab --project biology
+          python cmres.py approve lab --project biology --reason 'as agreed'
         """
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
@@ -12704,7 +12760,8 @@ class Approvals(Operations):
             for proposal, each in proposals:
                 with self.offers.explaining(restored_wish(proposal.wish), each):
                     self.admission.grant(proposal, now)
-                self.tell(now, 'approved', f'{self.actor.user} approved the change', each)
+                said = self.because(f'{self.actor.user} approved the change')
+                self.tell(now, 'approved', said, each)
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
@@ -12752,7 +12809,7 @@ class Approvals(Operations):
                                   {'pending': None}), now)
         run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
             found.reservation)
-        self.tell(now, 'approved', f'{deed} by {self.actor.user}', found)
+        self.tell(now, 'approved', self.because(f'{deed} by {self.actor.user}'), found)
 
     def pending_of(self, label: str, project: str) -> tuple[list, list, list[tuple]]:
         """What a label means; what of it waits for a word, and what changes of it do."""
@@ -12900,10 +12957,8 @@ class Requests(Operations):
         that fit.
 
         With --repeat it is a series in the time zone --tz: START is the earliest start, END says
-        how long each occurrence takes. The series keeps its local time. A local time that does not
-        exist (summer time begins) moves one hour later; of one that exists twice, the first counts.
-        Occurrences are reserved for the next days (setting `horizon`), and later ones from day to
-        day.
+        how long each occurrence takes. The series keeps its local time. Occurrences are reserved
+        for the next days (setting `horizon`), and later ones from day to day.
 
         With --wait, a reservation that does not fit joins the waiting list: the higher priority
         goes first, then the older request. With - as RESOURCE, cmres uses the first resource of the
@@ -13033,7 +13088,7 @@ class Requests(Operations):
                     if not left and staged.pieces:
                         run('DELETE FROM fact WHERE name = ?', staged.name)  # it is real now
                 taken, refused = taken + done, refused + failed
-        except NoCapacity:
+        except (NoCapacity, KeyboardInterrupt):
             staged.drop_all()
             raise
         return taken, refused
@@ -13100,9 +13155,29 @@ class Requests(Operations):
         found = self.matching(label, asked, state, start, end, limit, after)
         if label and not found and not self.look.labelled(label):
             raise NotFound(f"There is no reservation '{label}'.")
-        if resource and not found:
-            self.look.refuse_unknown_resource(resource)
-        return [public(each) for each in found]
+        if not found:
+            self.look.refuse_unknown_filters(asked)
+        return self.with_changes(found)
+
+    def with_changes(self, found: list) -> list[dict]:
+        """Lines of the listing; what a maintenance or a lower capacity affects says so."""
+        lines, now = [*map(public, found)], int(self.clock())
+        for change in rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" > ?', now):
+            closed = dict(amount_of(change).classes).get(CLOSED) == 0
+            what = 'in maintenance' if closed else 'less capacity'
+            for each, line in zip(found, lines):
+                if not line['fault'] and self.is_affected(each, change, now):
+                    when = self.config.told_window(change.start, change.end, each.tz)
+                    line['fault'] = f'{what} from {when}: {change.reason}'
+        return lines
+
+    def is_affected(self, found, change, now: float) -> bool:
+        """Whether an occurrence has no room in the time of a change of capacity."""
+        begin = max(found.held_from, change.start, now)
+        until = min(found.held_until, change.end)
+        return (found.resource_id == change.resource_id and begin < until
+                and found.waiting is None and found.id in self.must_go(
+                    resource_of(change.resource_id, removed=True), begin, until))
 
     def refuse_unknown_states(self, states: Iterable[str]) -> None:
         for word in states:
@@ -13144,8 +13219,8 @@ class Requests(Operations):
           python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
-        answer = public(found) | {'user_data': found.user_data,
-                                  'servers': self.look.servers_of(found.id)}
+        answer = self.with_changes([found])[0] | {
+            'user_data': found.user_data, 'servers': self.look.servers_of(found.id)}
         if not found.repeats:
             return answer
         comes = self.look.page([('series', f'o.reservation_id = {found.reservation}')],
@@ -13346,9 +13421,7 @@ class Requests(Operations):
         return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
-        """The occurrence that a series was left without at an instant or on a date, else next; and
-        its row if any.
-        """
+        """The occurrence that a series was left without then, else next; and its row if any."""
         if not found.repeats:
             raise Conflict(f"'{found.label}' is not a series. Reserve it again.")
         begin, until, on = int(now), 2**62, ''
@@ -13372,8 +13445,7 @@ class Requests(Operations):
               occurrence: datetime | None = None, alone: bool = True) -> dict:
         """Changes a reservation, whose cloud is asked before; `alone`: no later occurrence."""
         if not asked.keys() - {'tz'}:
-            raise Invalid('Choose what to change.',
-                          hint='for example --end or --vms')
+            raise Invalid('Choose what to change.', hint='for example --end or --vms')
         # what the cloud was asked about may be out of date by the time we write
         for _ in range(10):
             old, stretches, key = self.to_alter(label, project, occurrence, asked)
@@ -13446,10 +13518,6 @@ class Requests(Operations):
                      old.reservation, tells, NONE_OF_THEM if done or not old.repeats else
                      None if wish.stretches else old.id)
 
-    def because(self, sentence: str) -> str:
-        """A sentence with the reason that was given for the change, if there is one."""
-        return f'{sentence}: {self.reason}' if self.reason else sentence
-
     def in_words_changed(self, old, wish: Wish, asked: dict) -> str:
         """What is otherwise in a reservation, old and new."""
         before, after = public(old), wish.columns(*STORED) | {
@@ -13513,7 +13581,7 @@ class Requests(Operations):
             else:
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
-                self.refuse_uncounted(found, label, count, dry_run)
+                self.refuse_uncounted(found, asked)
                 for each in found:
                     self.admission.cancel(self.look.live(each), now, ends=True)
             after = self.look.in_order([each.id for each in found], fields=SLIM)
@@ -13552,9 +13620,11 @@ class Requests(Operations):
             where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where, (), 2**31, fields=SLIM)
 
-    def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
+    def refuse_uncounted(self, found: list, asked: dict) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
+        label, count = asked['label'], asked['count']
         if not found:
+            self.look.refuse_unknown_filters(asked)
             which = f" '{label}'" if label else ' that matches all of these filters'
             raise NotFound(f'There is no current or future reservation{which}.')
         if label and len({each.project for each in found}) > 1:
@@ -13562,36 +13632,49 @@ class Requests(Operations):
             found[:] = [each for each in found if each.project == self.actor.project]
             if not found:
                 raise refusal
-        if (not label or count) and count != len(found) and not dry_run:
+        if (not label or count) and count != len(found) and not asked['dry_run']:
             raise Conflict(f"This would cancel {counted(len(found), 'reservation')}. Nothing was "
                            'cancelled.',
                            hint=f'--count {len(found)} confirms it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
     @api('GET', '/resource/<resource>/find')
-    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '',
-             lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
+    def find(self, resource: Place, duration: Span, vms: Count = 1, flavor: Name = '',
+             classes: Classes = None, lead: Span = None, after: When = None, before: When = None,
+             limit: Page = 10) -> list[SlotAnswer]:
         """Finds the next free time slots for a number of VMs and a duration.
 
-        Each slot shows from when until when the capacity is free. The search ends a year from now,
-        or at --before.
+        Each slot shows from when until when the capacity is free. With - as RESOURCE, cmres looks
+        at all resources. The search ends a year from now, or at --before.
 
         Example:
           python cmres.py find demo 2h --vms 4
+          python cmres.py find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon
         """
-        place = self.look.resource_row(resource)
         if duration < timedelta(seconds=1):
             raise Invalid('duration: a free slot has at least one second.')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
-        amount = self.wishes.each_takes(self.wishes.ask_cloud(place, {'flavor': flavor}, [])) * vms
         need, ahead = duration.total_seconds(), seconds_of(lead)
-        slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
-                 if last - first >= need + ahead)
-        return [{'start': instant(int(first + ahead)), 'until': instant(int(last)),
-                 'duration': format_duration(last - first - ahead), 'vms': vms}
-                for (first, last), _ in zip(slots, range(limit))]
+        found, refusals, places = [], [], self.look.resources_at(
+            {'resource': resource, 'classes': classes})
+        for place in places:
+            try:
+                known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
+            except Error as error:  # another one may have what is asked for
+                refusals.append(error)
+                continue
+            by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
+            amount = (self.wishes.each_takes(known) + by_hand) * vms
+            windows = free_windows(place, amount, begin - ahead, until)
+            slots = (each for each in windows if each[1] - each[0] >= need + ahead)
+            found += [(first + ahead, place.name, last)
+                      for (first, last), _ in zip(slots, range(limit))]
+        if len(refusals) == len(places):
+            raise refusals[0]
+        return [{'resource': name, 'start': instant(int(first)), 'until': instant(int(last)),
+                 'duration': format_duration(last - first), 'vms': vms}
+                for first, name, last in sorted(found)[:limit]]
 
     @api('GET', '/resource/<resource>/usage')
     def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
@@ -13623,7 +13706,8 @@ class Plan(Operations):
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
                   max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
                   min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
-                  exempt_within: Span = None, dry_run: bool = False) -> LimitAnswer:
+                  exempt_within: Span = None, lock: Span = None,
+                  dry_run: bool = False) -> LimitAnswer:
         """Sets a limit for a user or a project.
 
         Without both, the limit applies to every project that has no limit of its own. With
@@ -13636,13 +13720,14 @@ class Plan(Operations):
         figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
                    'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
                    'waiting': max_waiting}
-        if all(each is None for each in figures.values()):
-            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}.")
+        if all(each is None for each in (lock, *figures.values())):
+            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}, lock.")
         seconds = {name: seconds_of(each) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
-                        **seconds, added=int(now), exempt=seconds_of(exempt_within))
+                        **seconds, added=int(now), exempt=seconds_of(exempt_within),
+                        lock=seconds_of(lock))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
@@ -13676,7 +13761,7 @@ class Plan(Operations):
 
     def limit_public(self, found) -> dict:
         """A limit as answers show it: lengths in words."""
-        lengths = ('longest', 'ahead', 'least_notice', 'exempt')
+        lengths = ('longest', 'ahead', 'least_notice', 'exempt', 'lock')
         return with_twins({
             name: format_duration(value) if name in lengths and value is not None else value
             for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
@@ -13686,7 +13771,7 @@ class Plan(Operations):
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
                      ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
-                     default_flavor: Name = '', default_image: Name = '',
+                     lock: Span = None, default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
@@ -13700,7 +13785,8 @@ class Plan(Operations):
             self.policy.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show)
+            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show,
+                                        lock=lock)
             self.refuse_idle(self.read_mode(mode), lengths)
             drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
                                       cloud, default_flavor=default_flavor or None,
@@ -13750,8 +13836,9 @@ class Plan(Operations):
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
-                        approval: Span = None, no_show: Span = None, default_flavor: Name = None,
-                        default_image: Name = None, default_vms: Figure = None, force: bool = False,
+                        approval: Span = None, no_show: Span = None, lock: Span = None,
+                        default_flavor: Name = None, default_image: Name = None,
+                        default_vms: Figure = None, force: bool = False,
                         dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
@@ -13765,7 +13852,7 @@ class Plan(Operations):
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
                 for field in (*PLACE, *FIGURES) if asked[field] is not None}
         new |= {} if mode is None else {'mode': self.read_mode(mode)}
-        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show}
+        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
         new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
@@ -14991,12 +15078,17 @@ OWN_FOR = timedelta(days=90)
 FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes,
                             s.name AS resource, t.added, t.ends, t.last_used, t.revoked
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+#: The reservations of a user, and of one project of theirs; each half has its index.
+OWNED, OWNED_IN = (' UNION '.join(
+    f'SELECT reservation_id{columns} FROM occurrence WHERE of_user = ?1{where} AND due IS {half}'
+    for half in ('NULL', 'NOT NULL')) for columns, where in (
+        (', of_project', ''), ('', ' AND of_project = ?2')))
 #: By what somebody can see anything; who is known elsewhere has no token.
-ACCESS = '''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
+ACCESS = f'''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
   UNION ALL SELECT NULL, project FROM feed WHERE user = ?1 AND revoked IS NULL
   UNION ALL SELECT NULL, project FROM subscription WHERE user = ?1 AND due IS NOT NULL
-  UNION ALL SELECT NULL, r.project FROM share h JOIN reservation r ON r.id = h.reservation_id
-            WHERE r.user = ?1'''
+  UNION ALL SELECT NULL, o.of_project FROM ({OWNED}) o CROSS JOIN share h
+            ON h.reservation_id = o.reservation_id'''
 
 
 class Tokens(Operations):
@@ -15271,9 +15363,8 @@ class Tokens(Operations):
         if not roles:
             ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
                               int(now), user, project).rowcount, 'feeds'))
-            ended.append((run('DELETE FROM share WHERE EXISTS (SELECT 1 FROM reservation r '
-                              'WHERE r.id = reservation_id AND r.user = ? AND r.project = ?)',
-                              user, project).rowcount, 'shared pages'))
+            ended.append((run(f'DELETE FROM share WHERE reservation_id IN ({OWNED_IN})', user,
+                              project).rowcount, 'shared pages'))
         if not roles - {READER}:
             ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
                               user, project).rowcount, 'subscriptions'))
@@ -18091,7 +18182,7 @@ def sent(text: str | bytes, status: int, headers: dict):
     return bottle.HTTPResponse(data, status, headers)
 
 
-TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+TAKES_GZIP = Pattern(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
 
 
 def header(request, name: str, default: str | None = '') -> str | None:
@@ -19949,15 +20040,15 @@ READS = ('read', 'read-current-user-privilege-set')
 WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
-TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
-                   r'NOT CHANGED\\?, still \d+ VMs?): ')
+TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
+                r'NOT CHANGED\\?, still \d+ VMs?): ')
 OPENS, CLOSES = '[cmres] ', '[end of cmres]'
 MOST_COPIED = 2000  # letters of a line that each such exception has as well
 CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SEQUENCE', 'STATUS',
                     'CLASS', 'TRANSP', 'CATEGORIES', 'ORGANIZER'))
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
-NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
+NO_XML = Pattern('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
 
 
 class Refused(Error):
@@ -20239,9 +20330,9 @@ class Understood(NamedTuple):
         return found[0].start if found else 0, last
 
 
-GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
-METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
-OTHER_KINDS = re.compile(r'(?mi)^BEGIN:V(?:TODO|JOURNAL|FREEBUSY|AVAILABILITY|CARD)\b')
+GUEST = Pattern('(?i)(ATTENDEE|ORGANIZER)[;:]')
+METHOD_LINE = Pattern(r'(?mi)^METHOD[;:]')
+OTHER_KINDS = Pattern(r'(?mi)^BEGIN:V(?:TODO|JOURNAL|FREEBUSY|AVAILABILITY|CARD)\b')
 
 
 def guests_in(text: str) -> list[str]:
@@ -21376,7 +21467,7 @@ class Dav:
         return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 
-BUSY_NAME = re.compile(r'busy-(\d{1,15})\.ics')
+BUSY_NAME = Pattern(r'busy-(\d{1,15})\.ics')
 DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
                         'DAV': '1, 3, calendar-access'}
 
@@ -23965,7 +24056,7 @@ MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The
 CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
 NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from)\b|$)'
 #: Parts that a word begins, in the order in which they are taken out of the line.
-PHRASES = {name: re.compile(pattern) for name, pattern in {
+PHRASES = {name: Pattern(pattern) for name, pattern in {
     'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
     'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
     'until': rf'\b(?:until|till) (.+?){NEXT_WORD}',
@@ -26283,6 +26374,7 @@ class Client:
 
     def all(self, **filters) -> Iterator[Answer]:
         """All reservations that `list` would show page by page."""
+        filters = {'limit': 1000} | filters
         while found := self.list(**filters):
             yield from found
             filters['after'] = cursor_of(found[-1])
@@ -26332,9 +26424,7 @@ class Client:
         return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
 
     def refusal(self, answer) -> Error:
-        """The error that the server sent, of the same kind; something else's words if it wasn't
-        cmres.
-        """
+        """The error that the server sent, of the same kind; else the words of who answered."""
         try:
             body = json.load(answer)
             return ERRORS.get(body.get('kind'), Error)(body['error'],
@@ -26368,6 +26458,9 @@ def client_method(operation: Operation) -> Callable:
     def method(self, *args, **kwargs):
         given = inspect.signature(operation.method).bind(
             self, *args, **with_new_names(operation.name, kwargs)).arguments
+        if operation.name == 'list' and not {'limit', 'after'} & given.keys():
+            given.pop('self')
+            return [*self.all(**given)]
         return self.call(operation, {name: value for name, value in given.items()
                                      if name != 'self'
                                      and value != operation.parameters[name].default})
@@ -26462,55 +26555,26 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # when the whole line has been understood: a line with a mistake does nothing. Values stay the text
 # that was typed until `bind` reads them.
 
-GROUPS = {'resource': """Things that people can reserve, and their capacities.
-
-Example:
-  python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Tokens: they sign people in to the page, and programs to REST.
-
-Example:
-  python cmres.py token add eva --project biology --role user
-""", 'credential': """In whose name VMs are made: yours, with an application credential of yours.
-
-Example:
-  python cmres.py credential add chameleon 8f2c... SECRET
-""", 'catalog': """Where OpenStack's own tools find cmres.
-
-Example:
-  python cmres.py catalog add chameleon --dry-run
-""", 'user': """People who leave.
-
-Example:
-  python cmres.py user end eva
-""", 'limit': """What projects and users may reserve at most.
-
-Example:
-  python cmres.py limit add --project biology --max-vms 20
-""", 'maintenance': """Maintenances and other capacity changes.
-
-Example:
-  python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks'
-""", 'calendar': """Calendars that show reservations, and calendars that reserve.
-
-Example:
-  python cmres.py calendar feed
-""", 'config': """The settings.
-
-Example:
-  python cmres.py config show
-""", 'event': """The whole event log; `events` shows some of it.
-
-Example:
-  python cmres.py event export --since 2027-01-01
-""", 'key': """The key that signs cookies; only on this computer.
-
-Example:
-  python cmres.py key rotate
-""", 'store': """The database file: copies, checks, updates; only on this computer.
-
-Example:
-  python cmres.py store backup cmres-monday.db
-"""}
+#: Groups of commands: what they are about, and an example.
+GROUPS = {name: f'{about}\n\nExample:\n  python cmres.py {name} {example}\n'
+          for name, about, example in (
+    ('resource', 'Things that people can reserve, and their capacities.',
+     'add india --cloud simulated --vms 40'),
+    ('token', 'Tokens: they sign people in to the page, and programs to REST.',
+     'add eva --project biology --role user'),
+    ('credential', 'In whose name VMs are made: yours, with an application credential of yours.',
+     'add chameleon 8f2c... SECRET'),
+    ('catalog', "Where OpenStack's own tools find cmres.", 'add chameleon --dry-run'),
+    ('user', 'People who leave.', 'end eva'),
+    ('limit', 'What projects and users may reserve at most.', 'add --project biology --max-vms 20'),
+    ('maintenance', 'Maintenances and other capacity changes.',
+     "add demo 2027-03-01T08:00 +4h --reason 'new disks'"),
+    ('calendar', 'Calendars that show reservations, and calendars that reserve.', 'feed'),
+    ('config', 'The settings.', 'show'),
+    ('event', 'The whole event log; `events` shows some of it.', 'export --since 2027-01-01'),
+    ('key', 'The key that signs cookies; only on this computer.', 'rotate'),
+    ('store', 'The database file: copies, checks, updates; only on this computer.',
+     'backup cmres-monday.db'))}
 
 HELP = """Reserves virtual machines (VMs) on OpenStack: cmres starts and deletes them on time.
 
@@ -26568,9 +26632,9 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'calendar_list': 'id kind user project shows added polled fault needs_confirmation',
            'affected': 'label user project vms start end outcome',
            'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
-                         'max_vcpu_hours max_waiting exempt_within',
+                         'max_vcpu_hours max_waiting exempt_within lock',
            'resource_sync': 'resource what before after',
-           'servers': 'n name state addresses planned begun ready deleted snapshot fault',
+           'servers': 'n name state addresses login planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
            'refused': 'line label error',
            'occurrences': 'uid start end status vms resource state outcome why',
@@ -26578,7 +26642,7 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
 MOST_SHOWN = 40  # lines of a table within an answer
 #: What a table that is too wide for its terminal goes without, the first first.
 LEAST = ('id cloud project request vcpus ram image host flavor cell region aggregate kind warnings '
-         'user repeat resource fault change vms').split()
+         'begun planned ready user repeat resource change vms fault').split()
 #: Options that every command takes, and those of them that have no value.
 COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
 SWITCHES = ('--wide', '--watch')
@@ -26798,52 +26862,34 @@ def config_check(config: Config) -> dict:
     Example:
       python cmres.py config check --config /etc/cmres.ini
     """
-    faults = [fault for check in CHECKS if (fault := check(config))]
-    if faults:
+    if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
     return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
 
 
-def fault_of_folder(config: Config) -> str:
-    if is_server(config.database):
-        return ''
+def faults_of(config: Config) -> Iterator[str]:
+    """What is wrong with settings: folder, key, addresses, entries of clouds.yaml."""
     folder = os.path.dirname(os.path.abspath(config.database))
-    fine = os.access(folder, os.W_OK | os.X_OK)
-    return '' if fine else f"database: cmres cannot write to its folder '{folder}'"
-
-
-def fault_of_key(config: Config) -> str:
-    file = key_file(config.database, config.key)
+    if not is_server(config.database) and not os.access(folder, os.W_OK | os.X_OK):
+        yield f"database: cmres cannot write to its folder '{folder}'"
     try:
-        if os.path.exists(file):
+        if os.path.exists(file := key_file(config.database, config.key)):
             read_key(file)
     except Unavailable as error:
-        return f'key: {error}'
-    return ''
-
-
-def fault_of_addresses(config: Config) -> str:
-    """A setting that is an address and isn't."""
-    wrong = [f"{name}: '{text}' is not an http(s) address"
-             for name in ('url', 'public_url', 'webhook')
-             if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
+        yield f'key: {error}'
+    for name in ('url', 'public_url', 'webhook'):
+        if (text := getattr(config, name)) and not re.fullmatch(WEB, text):
+            yield f"{name}: '{text}' is not an http(s) address"
+    if '@' in config.notify_admins and not config.mail_server:
+        yield 'notify_admins: no mail_server is set that could send to mail addresses'
     port = config.mail_server.partition(':')[2]
     if port and not port.isdecimal():
-        wrong.append(f"mail_server: '{config.mail_server}' is not HOST:PORT")
-    return '; '.join(wrong)
-
-
-def fault_of_credentials(config: Config) -> str:
-    """An entry of clouds.yaml that is named and isn't there."""
+        yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
-    if not named:
-        return ''
-    from openstack.config import OpenStackConfig
-    missing = sorted(named - {*OpenStackConfig().get_cloud_names()})
-    return f"[credentials]: clouds.yaml has no {', '.join(missing)}" if missing else ''
-
-
-CHECKS = (fault_of_folder, fault_of_key, fault_of_addresses, fault_of_credentials)
+    if named:
+        from openstack.config import OpenStackConfig
+        if missing := sorted(named - {*OpenStackConfig().get_cloud_names()}):
+            yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
 
 
 def event_export(config: Config, since: When = None) -> None:
@@ -26941,32 +26987,27 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def alerts(config: Config) -> None:
-    """Prints ten alert rules for Prometheus, which reads /metrics as the job `cmres`.
+def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Callable:
+    """A command that only prints a text, which belongs into a file."""
+    def command(config: Config) -> None:
+        print(text().strip('\n'))
+    command.__name__ = name
+    command.__doc__ = f'{about}\n\nExample:\n  python cmres.py {name} > {file}'
+    return command
 
-    Example:
-      python cmres.py alerts > /etc/prometheus/cmres.yml
-    """
+
+def alerts_as_yaml() -> str:
     import yaml
-    print(yaml.safe_dump(alert_rules(), sort_keys=False, width=200), end='')
+    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
 
 
-def dashboard(config: Config) -> None:
-    """Prints a dashboard for Grafana.
-
-    Example:
-      python cmres.py dashboard > cmres.json
-    """
-    print(json_text(grafana_dashboard(), indent=2), end='')
-
-
-def container(config: Config) -> None:
-    """Prints a Containerfile: not root, and only one volume is written.
-
-    Example:
-      python cmres.py container > Containerfile
-    """
-    print(CONTAINER.strip('\n'))
+PRINTING = (
+    printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
+             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+    printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
+             lambda: json_text(grafana_dashboard(), indent=2)),
+    printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
+             'Containerfile', lambda: CONTAINER))
 
 
 def completion(config: Config, shell: Name) -> None:
@@ -27004,8 +27045,7 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
          for each in (serve, scheduler, tick, occurrences, store_backup, store_copy, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, alerts, dashboard,
-                      container)}
+                      catalog_add, config_show, config_check, event_export, *PRINTING)}
 
 
 def in_utc(config: Config) -> None:
@@ -27054,9 +27094,7 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
-    """Runs a life cycle in a thread until `stop` is set: begins another if it dies, and tells if it
-    hangs.
-    """
+    """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
     import traceback
     thread, told = None, False
     while not stop.is_set():
@@ -27117,9 +27155,7 @@ def welcome(service: Reservations, url: str) -> list[str]:
 
 
 class Call:
-    """A command that was understood but not made yet; it has no members that Fire could go on
-    to.
-    """
+    """A command that was understood but not made yet, without members for Fire to go on to."""
 
     def __init__(self, operation: Operation, given: dict):
         self._operation, self._given = operation, given
@@ -27159,9 +27195,7 @@ def command(operation: Operation) -> Callable:
 
 
 def commands(leaf: Callable) -> Group:
-    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of
-    an operation.
-    """
+    """The tree of all commands; `leaf` makes one of an operation."""
     tree: dict = {}
     groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
@@ -27174,7 +27208,7 @@ def commands(leaf: Callable) -> Group:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
-    options, zone = {}, UTC
+    options, zone, code = {}, UTC, 0
     argv = list(sys.argv[1:] if argv is None else argv)
     if '_CMRES_COMPLETE' in os.environ:
         print('\n'.join(completed(argv)))
@@ -27191,25 +27225,21 @@ def main(argv: list[str] | None = None) -> int:
                     else call)
         return 0
     except Error as error:
-        as_json = options.get('format') == 'json'
-        said = (json_text(error_body(error), indent=2) if as_json
-                else '\n'.join(in_words(error, zone)))
-        print(legible(said).rstrip('\n'), file=sys.stderr)
-        return 2 if isinstance(error, Invalid) else 1
+        refusal = error
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
             raise
-        print(f'cmres: {refusal}', file=sys.stderr)
-        return 1
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
-    except KeyboardInterrupt:
-        print('cmres: Interrupted. A change is made as a whole or not at all: `events` shows it.',
-              file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        refusal, code = Error(f"Interrupted. {str(stopped) or 'Nothing was changed.'}"), 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    said = (json_text(error_body(refusal), indent=2) if options.get('format') in ('json', 'jsonl')
+            else '\n'.join(in_words(refusal, zone)))
+    print(legible(said).rstrip('\n'), file=sys.stderr)
+    return code or (2 if isinstance(refusal, Invalid) else 1)
 
 
 def take_options(argv: list[str], options: dict) -> list[str]:
@@ -27258,22 +27288,18 @@ def run_command(argv: list[str], finish: Callable) -> None:
         argv = [*argv[1:], '--help']
     path, here = command_path(commands(lambda operation: operation), argv)
     if '--help' in argv or isinstance(here, Group):
-        show_help(here, path)
-    words = plain_flags(here, argv[len(path):])
-    call = plain_call(here, words)
-    if call is None:
-        by_fire(path + words, finish)
-    elif (text := finish(call)) is not None:
-        print(text)
-
-
-def show_help(here: Group | Operation, path: list[str]) -> None:
-    """Prints the help of a command, of a group or of all, and ends."""
-    text = (help_of_command(here, path) if isinstance(here, Operation)
-            else help_of_group(here, path))
-    own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it can be started again
-    print(text.replace('python cmres.py', 'cmres') if own else text)
-    raise SystemExit(0)
+        text = (help_of_command(here, path) if isinstance(here, Operation)
+                else help_of_group(here, path))
+        own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it starts again
+        print(text.replace('python cmres.py', 'cmres') if own else text)
+        raise SystemExit(0)
+    flags, plain = read_words(here, argv[len(path):])
+    calls = plain_calls(here, flags, plain)
+    if not calls:
+        by_fire([*path, *plain, *(f'--{name}={value}' for name, value in flags.items())], finish)
+    for call in calls:
+        if (text := finish(call)) is not None:
+            print(text)
 
 
 def help_of_group(here: Group, path: list[str]) -> str:
@@ -27310,7 +27336,9 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
                                 for name, word in zip(needed, words)))
     for title, names in kinds_of(optional).items():
         blocks.append('\n'.join([title, *(two_columns(
-            f'  {option_in_help(operation, name)}', said_in_help(operation, name), 27)
+            f"  --{name.replace('_', '-')} "
+            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
+            said_in_help(operation, name), 27)
             for name in names)]))
     return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
 
@@ -27331,11 +27359,6 @@ def kinds_of(names: list[str]) -> dict[str, list[str]]:
     return {title: each for title, each in (found | {'Other': rest}).items() if each}
 
 
-def option_in_help(operation: Operation, name: str) -> str:
-    value = SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')
-    return f"--{name.replace('_', '-')} {value}".rstrip()
-
-
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
     default = operation.parameters[name].default
@@ -27352,8 +27375,7 @@ def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
 
 def wrapped(text: str, width: int = 80) -> str:
     """Paragraphs for a terminal of 80 columns."""
-    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width)
-                       for each in text.split('\n\n'))
+    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
@@ -27365,24 +27387,21 @@ def by_fire(words: list[str], finish: Callable) -> None:
     fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)
 
 
-def plain_call(operation: Operation, words: list[str]) -> Call | None:
-    """The call of a line with nothing but words and flags with values, as Fire reads it; else
-    None.
-    """
-    flags, plain, each = {}, [], iter(words)
-    for word in each:
-        name, equals, value = word[2:].partition('=')
-        if not word.startswith('--'):
-            plain.append(word)
-            continue
-        value = value if equals else next(each, '--')
-        if not equals and value.startswith('-') or (name := name.replace('-', '_')) in flags:
-            return None
-        flags[name] = value
+#: Commands that take several labels, each for itself.
+FOR_EACH = ('accept', 'approve', 'delete', 'end', 'reject', 'servers', 'show', 'skip')
+
+
+def plain_calls(operation: Operation, flags: dict[str, str], plain: list[str]) -> list[Call]:
+    """The calls of a line, one for each label, as Fire reads it; none if it is for Fire to read."""
     rest = [name for name in operation.parameters if name not in flags]
+    if any(value.startswith('-') and value != ANY for value in flags.values()):
+        return []
+    if len(plain) > 1 and operation.name in FOR_EACH and rest[0] == 'label':
+        return [Call(operation, flags | {'label': each}) for each in plain]
     if len(plain) > len(rest):
-        return None
-    return Call(operation, dict(zip(rest, plain)) | flags)
+        raise Invalid(f"{operation.words}: '{plain[len(rest)]}' is one word too many. Put quotes "
+                      'around what belongs together.')
+    return [Call(operation, dict(zip(rest, plain)) | flags)]
 
 
 #: What may stand for some arguments.
@@ -27431,9 +27450,7 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
-    """The words of a line that name its command, and that command; refuses an unknown one with the
-    nearest.
-    """
+    """The words that name a command, and that command; refuses an unknown one with the nearest."""
     path, here = [], tree
     for word in argv:
         if not isinstance(here, Group) or word == '--help':
@@ -27445,45 +27462,31 @@ def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
     return path, here
 
 
-def joined_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, those of a list that come under one flag again and again with
-    commas between.
-    """
-    rest, lists, each = [], {}, iter(words)
+def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The flags and the other words after a command; a flag of yes or no has no value."""
+    flags, plain, each = {}, [], iter(words)
+    renamed, known = RENAMED.get(operation.name, {}), operation.parameters
     for word in each:
-        flag, equals, value = word.partition('=')
-        kind = (operation.parameters.get(flag[2:].replace('-', '_')) if flag.startswith('--')
-                else None)
-        if kind and kind.annotation in (Names, Parts, Hosts, Classes, Pairs):
-            lists.setdefault(flag, []).append(value if equals else next(each, ''))
-        else:
-            rest.append(word)
-    return rest + [f"{flag}={','.join(values)}" for flag, values in lists.items()]
-
-
-def plain_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its
-    value.
-    """
-    plain, renamed = [], RENAMED.get(operation.name, {})
-    for word in joined_flags(operation, words):
-        flag, equals, value = word.partition('=')
-        new = renamed.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
-        word = f"--{new.replace('_', '-')}{equals}{value}" if new else word
         if re.match('-[A-Za-z]|--$', word):
             raise Invalid(f'{operation.words} has no option {shown(word)}. Options start with two '
                           'dashes. Write a value that starts with a dash like this: --label=-x')
-        flag, equals, _ = word.partition('=')
-        name = flag[2:].replace('-', '_')
-        off = name.removeprefix('no')
-        if (flag.startswith('--') and off in operation.parameters
-            and name not in operation.parameters):
-            name, word, equals = off, f'--{off}=false', '='
-        if flag.startswith('--'):
-            refuse_unknown(operation, [name])
-            word += '=true' if not equals and operation.parameters[name].annotation is bool else ''
-        plain.append(word)
-    return plain
+        if not word.startswith('--'):
+            plain.append(word)
+            continue
+        name, equals, value = word[2:].partition('=')
+        name = renamed.get(name.replace('-', '_'), name.replace('-', '_'))
+        if name not in known and name.removeprefix('no') in known:
+            name, equals, value = name.removeprefix('no'), '=', 'false'
+        refuse_unknown(operation, [name])
+        kind = known[name].annotation
+        if not equals:
+            value = 'true' if kind is bool else next(each, '--')
+        if not equals and value.startswith('--'):
+            raise Invalid(f"--{name.replace('_', '-')} needs a value.")
+        if name in flags and kind not in (Names, Parts, Hosts, Classes, Pairs):
+            raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
+        flags[name] = f'{flags[name]},{value}' if name in flags else value
+    return flags, plain
 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
@@ -27510,6 +27513,8 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     service = (Client(config.url, config.token) if config.url
                else local_service(config, make=begins))
     asked = getattr(service, operation.name)
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
     table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
@@ -27517,23 +27522,35 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         shown = render(asked(**bound), form, config.zone, table)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
-    answer = asked(**bound)
+    answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
+              else asked(**bound))
     text = render(answer, form, config.zone, table)
-    say_end(getattr(service, 'token_ends', ''), config.zone)
+    id, _, at = getattr(service, 'token_ends', '').partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
     if more := what_follows(operation, asked, bound, answer):
-        say_more(more, form)
+        said = f'There is more: add {more}, or a higher --limit.'
+        if form == 'table':
+            text += f'\n{said}'
+        else:  # no program takes it for a line of the list
+            print(said, file=sys.stderr)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
     return text
 
 
-def say_end(told: str, zone: ZoneInfo) -> None:
-    """Tells on the error output that the token ends soon, as the server has said."""
-    id, _, at = told.partition(' ')
-    if at:
-        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
-              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
+def kept_if_stopped(asked: Callable, bound: dict):
+    """What a call answers; if somebody interrupts it, that says what it has done and is kept."""
+    before, = run('SELECT coalesce(max(id), 0) FROM event').fetchone()
+    try:
+        return asked(**bound)
+    except KeyboardInterrupt:
+        done = rows("SELECT code, count(*) AS number FROM event WHERE id > ? AND actor <> 'cmres' "
+                    "AND code <> 'dropped' GROUP BY code", before)
+        kept = ', '.join(f'{each.number} {each.code}' for each in done)
+        raise KeyboardInterrupt(kept and f'This was done before and stays: {kept}.') from None
 
 
 #: With these an operator begins, so that they make a database where there never was one.
@@ -27544,12 +27561,12 @@ CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
 def nothing_taken(name: str, answer) -> Error | None:
     """What a command that took nothing of many ends with."""
     if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
-        number = counted(len(answer['events']), 'event')
-        return BadCalendar(f'Nothing was reserved: {number} refused.')
-    if name == 'load' and answer.get('refused') and not answer.get('taken'):
-        number = counted(len(answer['refused']), 'line')
-        return Conflict(f'Nothing was reserved: {number} refused.')
-    return None
+        kind, number = BadCalendar, counted(len(answer['events']), 'event')
+    elif name == 'load' and answer.get('refused') and not answer.get('taken'):
+        kind, number = Conflict, counted(len(answer['refused']), 'line')
+    else:
+        return None
+    return kind(f'Nothing was reserved: {number} refused.')
 
 
 def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> str:
@@ -27564,11 +27581,6 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     shown = (last['id'] if operation.name == 'events'
              else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
-
-
-def say_more(more: str, form: str) -> None:
-    """Tells that a list goes on, where no program takes it for a line of the list."""
-    print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
@@ -27646,24 +27658,18 @@ def file_rows(text: str, name: str) -> list[dict]:
 
 
 #: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
-FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
-
-
-def unquoted(cell):
-    """A cell as it was before `csv_cell` quoted it; what is too much in a line is a list."""
-    quoted = isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:])
-    return cell[1:] if quoted else cell
+FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
 
 
 def csv_rows(text: str) -> list[dict]:
-    """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries
-    write them.
-    """
+    """The lines of a CSV text with commas, or with semicolons, as many spreadsheets write it."""
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    lines = [{name: unquoted(cell) for name, cell in each.items()} | {'line': reader.line_num}
-             for each in reader]
+    # as it was before `csv_cell` quoted it; what is too much in a line is a list
+    quoted = (lambda cell: isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:]))
+    lines = [{name: cell[1:] if quoted(cell) else cell for name, cell in each.items()}
+             | {'line': reader.line_num} for each in reader]
     for each in lines:
         if '' in each:
             raise ValueError(f"line {each['line']} has more columns than the header line.")
@@ -27713,9 +27719,7 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
 
 
 def sorted_lines(lines: list[dict], names: str) -> list[dict]:
-    """Lines by the fields that are named, with - before one whose last comes first; empty ones are
-    last.
-    """
+    """Lines by the fields that are named, with - before one from its end; empty ones are last."""
     for name in reversed([each.strip() for each in names.split(',')]):
         field = name.removeprefix('-')
         refuse_unknown_column(field, lines)
@@ -27754,10 +27758,7 @@ def as_yaml(answer) -> str:
 def as_csv(lines: list[dict]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    for number, line in enumerate(lines):
-        if number == 0:
-            writer.writerow(line)
-        writer.writerow(map(csv_cell, line.values()))
+    writer.writerows([*lines[:1], *(map(csv_cell, line.values()) for line in lines)])
     return out.getvalue().rstrip('\n')
 
 
@@ -27781,7 +27782,7 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if not look.chosen:
         filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
         names = [name for name in look.columns or names if name in filled] or names
-    cells = [[in_table(line.get(name), zone) for name in names] for line in lines]
+    cells = [[in_table(worded(name, line.get(name)), zone) for name in names] for line in lines]
     times = {name for name in names if any(isinstance(line.get(name), datetime) for line in lines)}
     heads = [f'{name} ({zone.key})' if name in times else name for name in names]
     shown = range(len(names))
@@ -27790,7 +27791,10 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     text = drawn([heads[each] for each in shown],
                  [[line[each] for each in shown] for line in cells])
     left_out = [name for name in names if names.index(name) not in shown]
-    return text + (f"\nNot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+    faults = dict.fromkeys(f"{each.get('label', each.get('name'))}: {each['fault']}"
+                           for each in lines if 'fault' in left_out and each['fault'])
+    said = ', '.join(name for name in left_out if name != 'fault')
+    return '\n'.join([text, *faults] + [f'Not shown: {said} (--wide shows all)'] * bool(said))
 
 
 EMPTY = (None, '', [], {}, ())
@@ -27801,17 +27805,26 @@ TWINS = LIMIT_FIELDS | {'hit': 'affected', 'held': 'needs_confirmation', 'held_n
 
 def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
     """One thing: a line for each field that is not empty, then its lists as tables of their own."""
-    answer = {name: each for name, each in answer.items()
-              if TWINS.get(name) not in answer}
+    answer = {name: each for name, each in answer.items() if TWINS.get(name) not in answer}
     said = answer.pop('message', '')
     if len(answer) == 1:
         return '\n'.join(in_cell(each, zone) for each in answer.values())
     inner = {name: each for name, each in answer.items()
              if each and isinstance(each, list) and isinstance(each[0], dict)}
-    pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
-             if name not in inner and each is not False and each not in EMPTY]
+    pairs = [(name, in_cell(worded(name, each), zone)) for name, each in answer.items()
+             if name not in inner and each is not False and each not in EMPTY
+             and (each or name not in LENGTH_FIELDS) and each != '0s']
     tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
     return '\n'.join([said, drawn([], pairs) if pairs else '', *tables]).strip('\n')
+
+
+#: Fields that are lengths in seconds.
+LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
+
+
+def worded(name: str, value):
+    """A field as people read it: a length with its units."""
+    return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
 def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
@@ -27823,20 +27836,14 @@ def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str
 
 
 def in_table(value, zone: ZoneInfo) -> str:
-    """A value in a table, where the head of a column says the zone; an hour that comes twice says
-    which it is.
-    """
-    if not isinstance(value, datetime):
-        return in_cell(value, zone)
-    text, local = format_time(value, zone), value.astimezone(zone)
-    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != value.astimezone(UTC)
-    return text if twice else text.rpartition(' ')[0]
+    """A value in a table, whose head says the zone; an hour that comes twice says which it is."""
+    text = in_cell(value, zone)
+    plain = isinstance(value, datetime) and not comes_twice(value.astimezone(zone))
+    return text.rpartition(' ')[0] if plain else text
 
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
-    """The columns for which a terminal has room: first goes what all lines share, then what matters
-    least.
-    """
+    """The columns for which a terminal has room: first goes what all share, then the least."""
     widths = [max(map(len, (head, *(line[place] for line in cells))))
               for place, head in enumerate(heads)]
     shared = {name for place, name in enumerate(names)
@@ -27852,9 +27859,7 @@ def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: i
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, each column as wide as it needs to be; a terminal's widest ones are
-    folded.
-    """
+    """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
     widths = [max(wide(part) for line in table for part in line[place].split('\n'))
               for place in range(len(table[0]))]
@@ -27864,7 +27869,7 @@ def drawn(names: list[str], lines: list) -> str:
                  for place in range(len(widths))]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
-    if names and on_terminal:
+    if names and on_terminal and 'NO_COLOR' not in os.environ:
         text[0] = f'\x1b[1m{text[0]}\x1b[0m'
     return '\n'.join(text)
 
@@ -27878,9 +27883,7 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the
-    least.
-    """
+    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
     widths = widths[:]
     while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
         there = sorted({width for width, fixed in zip(widths, whole) if not fixed
@@ -27962,13 +27965,11 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
     """What a refusal says that would fit."""
-    offers = {'next_start': 'the same from {}', 'most_vms': '{} at that time',
-              'latest_end': 'from the same start until {}'}
     moment = functools.partial(format_moment, zone=zone)
-    values = {'most_vms': lambda number: counted(number, 'VM'), 'next_start': moment,
-              'latest_end': moment}
-    return [text.format(values[name](details[name]))
-            for name, text in offers.items() if name in details]
+    offers = (('next_start', 'the same from {}', moment),
+              ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),
+              ('latest_end', 'from the same start until {}', moment))
+    return [text.format(said(details[name])) for name, text, said in offers if name in details]
 
 
 def run_program() -> None:
@@ -27982,5 +27983,6 @@ def run_program() -> None:
     os._exit(code)
 
 
+gc.enable()
 if __name__ == '__main__':
     run_program()

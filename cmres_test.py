@@ -597,13 +597,13 @@ def test_what_is_no_time_is_refused(text):
     ('2h', 7200), ('+2h', 7200), ('1d12h', 129600), ('+1d12h', 129600), ('90m', 5400), ('1h30m', 5400), ('30s', 30),
     ('1w', 604800), ('1.5h', 5400), ('90min', 5400), ('2 hours', 7200), ('1 hour 30 minutes', 5400), ('+1:30', 5400),
     ('1:30', 5400), ('1 day', 86400), ('1.5d', 129600), ('2 weeks', 1209600), ('45 sec', 45), ('0.333h', 1199),
-    ('2H', 7200), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
+    ('2H', 7200), ('1h30', 5400), ('+1H05', 3900), ('1 hour and 30 minutes', 5400), ('1h, 5min', 3900), ('PT2H', 7200), ('PT90M', 5400), ('P1DT2H', 93600), ('P1W', 604800), ('0h', 0)])
 def test_a_duration_is_read(text, seconds):
     assert cmres.parse_duration(text) == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize('text', [
-    '', '+', '2', 'h', '-1h', '1.h', '1h30', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:60',
+    '', '+', '2', 'h', '-1h', '1.h', '1h3', '12h1d', '2h2h', 'two hours', 'P', 'PT', 'P1M', 'P1Y', '99999d', '1:60',
     '1,5h', '2 months', '1:2:3', '9999999999w'])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match='is not a duration|is longer than'):
@@ -628,6 +628,59 @@ def test_a_bare_time_is_read_in_the_zone_of_the_line_and_one_with_an_offset_is_n
     assert (found['start'], found['end']) == ('2190-12-01T08:00:00+00:00', '2190-12-01T10:00:00+00:00')
     shown = run('list', '--tz', 'Europe/Paris')[1]
     assert 'start (Europe/Paris)' in shown and re.search('2190-12-01 09:00 +2190-12-01 11:00', shown)
+
+
+@pytest.mark.parametrize('text, paris', [  # now it is Tuesday 1 December, 13:00 in Paris
+    ('NOW', '2026-12-01T13:00'), ('tonight 20:00', '2026-12-01T20:00'), ('Day After Tomorrow 9:00', '2026-12-03T09:00'),
+    ('9 p.m.', '2026-12-01T21:00'), ('9 A.M. tomorrow', '2026-12-02T09:00'), ('2027/1/5 9:00', '2027-01-05T09:00'),
+    ('2027-1-5', '2027-01-05T00:00'), ('2h from now', '2026-12-01T15:00'), ('In 1h30', '2026-12-01T14:30'),
+    ('1 hour and 30 minutes from now', '2026-12-01T14:30'), ('last monday', '2026-11-30T00:00'), ('last tue 9:00', '2026-11-24T09:00'),
+    ('this month', '2026-12-01T00:00'), ('last month', '2026-11-01T00:00'), ('next month', '2027-01-01T00:00'),
+    ('this week', '2026-11-30T00:00'), ('next week', '2026-12-07T00:00'), ('LAST WEEK', '2026-11-23T00:00'),
+    ('the 3rd of december 9:00', '2026-12-03T09:00'), ('on the 3rd december at noon', '2026-12-03T12:00'), ('3 DECEMBER 9:00', '2026-12-03T09:00'),
+    ('1.12.', None), ('12/2026', None), ('end of month', None), ('1700', None), ('9h30', None)])
+def test_more_that_people_say_is_read_or_refused(text, paris):
+    if paris is None:
+        with pytest.raises(ValueError, match='is not a time'):
+            cmres.parse_time(text, PARIS, NOON)
+    else:
+        assert cmres.parse_time(text, PARIS, NOON) == datetime.fromisoformat(paris).replace(tzinfo=PARIS)
+
+
+@pytest.mark.parametrize('text, paris', [
+    ('1 nov', '2026-11-01T00:00'), ('24 dec', '2025-12-24T00:00'), ('mon', '2026-11-30T00:00'), ('tue 14:00', '2026-11-24T14:00'),
+    ('tue 9:00', '2026-12-01T09:00'), ('9:00', '2026-12-01T09:00'), ('17:00', '2026-11-30T17:00'), ('2026-03-01', '2026-03-01T00:00'),
+    ('last month', '2026-11-01T00:00'), ('yesterday', '2026-11-30T00:00'), ('2027-03-01', '2027-03-01T00:00')])
+def test_since_when_is_in_the_past(text, paris):
+    found = cmres.bind(API['events'], {'since': text}, cmres.Here(PARIS, NOON))['since']
+    assert found == datetime.fromisoformat(paris).replace(tzinfo=PARIS)
+
+
+def test_last_month_is_a_report_from_its_first_day_to_the_first_of_this_one():
+    asked = cmres.bind(API['report'], {'until': '1 dec', 'since': '1 nov'}, cmres.Here(PARIS, NOON + hours(24)))
+    assert [f'{asked[name].astimezone(PARIS):%d.%m.%Y}' for name in ('since', 'until')] == ['01.11.2026', '01.12.2026']
+
+
+@pytest.mark.parametrize('words, rule', [
+    ('tuesdays', 'FREQ=WEEKLY;BYDAY=TU'), ('Mon, Wed & Fri', 'FREQ=WEEKLY;BYDAY=MO,WE,FR'), ('every tue/thu', 'FREQ=WEEKLY;BYDAY=TU,TH'),
+    ('each Tuesday', 'FREQ=WEEKLY;BYDAY=TU'), ('every two weeks on MON', 'FREQ=WEEKLY;INTERVAL=2;BYDAY=MO'),
+    ('every second week', 'FREQ=WEEKLY;INTERVAL=2'), ('bi-weekly', 'FREQ=WEEKLY;INTERVAL=2'), ('mon-fri', 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR'),
+    ('every weekend', 'FREQ=WEEKLY;BYDAY=SA,SU'), ('annually', 'FREQ=YEARLY'), ('every 1st monday', 'FREQ=MONTHLY;BYDAY=1MO'),
+    ('second tuesday of the month', 'FREQ=MONTHLY;BYDAY=2TU'), ('every 2nd tue of each month', 'FREQ=MONTHLY;BYDAY=2TU'),
+    ('every last friday', 'FREQ=MONTHLY;BYDAY=-1FR'), ('quarterly', 'FREQ=MONTHLY;INTERVAL=3'), ('every tuesday until 23 feb',
+                                                                                              'FREQ=WEEKLY;BYDAY=TU;UNTIL=20270223T235959'),
+    ('weekly until friday', 'FREQ=WEEKLY;UNTIL=20261204T235959'),
+    ('every second tuesday', 'can mean every few weeks or once a month. Write every 2 weeks on tue, or monthly on second tue'),
+    ('every hour', 'is not a valid repetition'), ('every 15', 'is not a valid repetition'), ('twice a week', 'is not a valid repetition'),
+    ('once', 'is not a valid repetition'), ('every tuesday until soon', 'has no last date that can be understood')])
+def test_more_ways_to_say_how_something_repeats(words, rule):
+    def read():
+        return cmres.read_argument('repeat', words, cmres.Repeat, cmres.Here(PARIS, NOON))
+    if rule.startswith('FREQ'):
+        assert read() == rule
+    else:
+        with pytest.raises(Invalid, match=rule):
+            read()
 
 
 # Config ######################################################################
@@ -789,8 +842,8 @@ FINE = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
     ({'vms': '1e3'}, 'vms: "1e3" is not a whole number'),
     ({'vms': '1000001'}, 'vms: 1000001 is not between 1 and 1000000'),
     ({'start': 'soon'}, "start: 'soon' is not a time. Write 2026-12-01 09:00, 17:00, tomorrow 9:00, mon 9:00, now or +2h."),
-    ({'end': '+2'}, "end: '+2' is not a duration. Write 2h, 1d12h, 90m, 1.5h or PT2H"),
-    ({'lead': 'soon'}, "lead: 'soon' is not a duration. Write 2h, 1d12h, 90m, 1.5h or PT2H"),
+    ({'end': '+2'}, "end: '+2' is not a duration. Write 2h, 1d12h, 90min or 1.5h"),
+    ({'lead': 'soon'}, "lead: 'soon' is not a duration. Write 2h, 1d12h, 90min or 1.5h"),
     ({'label': 'a b'}, 'label: "a b" is not a valid name. Use 1 to 64 letters'),
     ({'label': 'x' * 65}, 'is not a valid name. Use 1 to 64 letters'),
     ({'label': 'add'}, 'label: "add" is not a valid name. Use 1 to 64 letters'),
@@ -6498,7 +6551,8 @@ def test_an_occurrence_that_is_not_there_is_named(service):
     for verb in (service.skip, service.delete, lambda *a, **more: service.update(*a, vms=2, **more),
                  lambda *a, **more: service.extend(*a, hours(1), **more)):
         said = refused(lambda: verb('class', occurrence=date(2026, 12, 9)), NotFound)
-        assert str(said) == "'class' has no current or future occurrence on 2026-12-09."
+        assert str(said) == ("'class' has no current or future occurrence on Wed 9 Dec 2026. The nearest is on "
+                             "Tue 8 Dec 2026, 14:00 (Europe/Paris).")
 
 
 def test_an_occurrence_is_named_by_its_date_in_the_zone_of_the_series(service):
@@ -7260,7 +7314,10 @@ def test_a_repetition_that_is_shown_can_be_typed(freq, interval, days, dates, en
     ('FREQ=WEEKLY;BYDAY=TU;UNTIL=20270223T100000', 'every Tuesday until 23 Feb 2027'),
     ('FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR', 'every weekday'), ('FREQ=DAILY;COUNT=5', 'every day 5 times'),
     ('FREQ=WEEKLY;INTERVAL=2;BYDAY=MO,WE', 'every 2 weeks on Monday and Wednesday'),
-    ('FREQ=MONTHLY;BYDAY=-1FR', 'every month on the last Friday'), ('FREQ=YEARLY;BYWEEKNO=20', 'FREQ=YEARLY;BYWEEKNO=20'),
+    ('FREQ=MONTHLY;BYDAY=-1FR', 'every month on the last Friday'), ('FREQ=YEARLY;BYWEEKNO=20', 'every year (weeks 20)'),
+    ('FREQ=MONTHLY;BYDAY=MO,TU;BYSETPOS=-1;UNTIL=20270223T100000', 'every month on Monday and Tuesday (positions -1) until 23 Feb 2027'),
+    ('FREQ=WEEKLY;BYDAY=TU;BYMONTH=3,4', 'every Tuesday (months 3,4)'),
+    ('FREQ=YEARLY;BYMONTH=1;BYMONTHDAY=13;BYDAY=FR', 'every year (months 1; days of the month 13; weekdays FR)'),
     ('FREQ=MONTHLY;BYMONTHDAY=1,2,13,-1', 'every month on the 1st, the 2nd, the 13th and the last day')])
 def test_people_see_a_repetition_in_words(rule, words):
     assert cmres.rule_in_words(rule) == words
@@ -10813,6 +10870,109 @@ def test_vms_that_start_again_are_what_their_reservation_says(world):
     assert world.there() == ['lab-2-1']
 
 
+@pytest.mark.parametrize('where', ['resource', 'limit'])
+def test_what_is_locked_is_changed_and_cancelled_by_admins_only(world, where):
+    eva, admin = world.as_user(), world.service
+    if where == 'resource':
+        assert admin.resource_update('demo', lock=hours(24))['lock'] == 86400
+    else:
+        assert admin.limit_add(project='biology', lock=hours(24))['lock'] == '1d'
+    book(eva, 'lab', 30, 32), book(eva, 'course', 30, 31, repeat='daily', count=3)
+    eva.update('lab', vms=2)  # it begins in 30 hours
+    world.now += 3600 * 6.5
+    for change in (lambda: eva.update('lab', vms=3), lambda: eva.extend('lab', hours(1)), lambda: eva.delete('lab'),
+                   lambda: eva.skip('course'), lambda: eva.delete('course'), lambda: eva.update('course', vms=2)):
+        with pytest.raises(Conflict, match=r"is locked since Tue 1 Dec 2026, 18:00 \(UTC\), 1d before its start. "
+                                           'Ask an admin') as refused:
+            change()
+        assert refused.value.details['cause'] == 'lock'
+    eva.update('lab', description='the first lesson', notify=['eva@example.org'])  # who is told is nobody else's matter
+    eva.update('course', occurrence=date(2026, 12, 3), following=True, vms=2)
+    assert [each['vms'] for each in admin.list('course')] == [1, 2, 2]
+    admin.update('lab', vms=3)
+    admin.delete('lab'), admin.delete('course')
+
+
+def test_a_lock_keeps_nobody_from_reserving_and_the_waiting_list_goes_on(world):
+    admin, eva, bob = world.service, world.as_user(), world.as_user('bob')
+    admin.resource_update('demo', lock=hours(24))
+    book(eva, 'lab', 1, 2, vms=16), book(bob, 'late', 1, 3, vms=4, wait=True)
+    bob.update('late', vms=3)  # what waits is not locked
+    admin.delete('lab')
+    world.at(0.1)
+    assert world.state('late') == 'reserved'
+    with pytest.raises(Conflict, match='is locked'):
+        bob.delete('late')
+
+
+def test_dates_are_left_out_as_people_say_them_and_one_that_meets_nothing_is_named(world, service):
+    made = book(service, 'course', 1, 2, repeat='every tuesday until 23 feb 2027', tz='Europe/Paris',
+                skip_dates=['22 dec', 'Wed 23 Dec', '2027-01-05T14:00', '2027-02-16T09:00'])
+    days = [f"{each['start']:%d.%m.}" for each in made['occurrences']]
+    assert '22.12.' not in days and '05.01.' not in days and '16.02.' in days
+    assert made['warnings'] == [
+        'The series has nothing on Wed 23 Dec 2026, so nothing is left out. The nearest date is Tue 22 Dec 2026.',
+        'The series has nothing on Tue 16 Feb 2027, so nothing is left out. The nearest date is Tue 16 Feb 2027.']
+    changed = service.update('course', skip_dates=['12 jan', '13 jan'])
+    assert ['13 Jan' in each for each in changed['warnings']] == [True]
+    with pytest.raises(Invalid, match="skip_dates: '2h' is not a date. Write 2026-12-24 or 24 dec."):
+        service.update('course', skip_dates=['2h'])
+
+
+def test_what_is_free_is_found_anywhere_and_classes_only_where_they_are(world, service):
+    service.resource_add('gpu', vms=4, classes={'CUSTOM_GPU': 4})
+    book(service, 'run', 0, 5, resource='gpu', classes={'CUSTOM_GPU': 1})
+    book(service, 'lab', 0, 2, vms=16)
+    found = service.find('-', hours(12), vms=4, before=hours(48))
+    assert [(each['resource'], each['start']) for each in found] == [('demo', NOON + hours(2)), ('gpu', NOON + hours(5))]
+    found = service.find('-', hours(12), vms=4, classes={'CUSTOM_GPU': 1}, before=hours(48))
+    assert [each['resource'] for each in found] == ['gpu']
+    assert service.find('-', hours(12), vms=4, limit=1)[0]['resource'] == 'demo'
+    assert service.add('next', '-', NOON + hours(5), hours(1), vms=4, classes={'CUSTOM_GPU': 1})['resource'] == 'gpu'
+    with pytest.raises(NotFound, match='There is no resource with CUSTOM_TPU in any location.'):
+        service.find('-', hours(1), classes={'CUSTOM_TPU': 1})
+    with pytest.raises(Invalid, match="has no flavor 'm1.smal'"):
+        service.find('-', hours(1), flavor='m1.smal')
+
+
+def test_a_filter_that_meets_nobody_is_refused_with_the_nearest(world):
+    admin = world.service
+    admin.token_add('bob', 'biology', 'user'), admin.token_add('zoe', 'secret', 'user')
+    book(world.as_user('eva', 'biology'), 'lab')
+    assert admin.list(user='bob') == [] and labels(admin.list(user='eva')) == ['lab']
+    for call, why in ((lambda: admin.list(user='bbo'), "No reservation and no token has the user 'bbo'. Did you mean 'bob'?"),
+                      (lambda: admin.list(project='biologie'), "the project 'biologie'. Did you mean 'biology'?"),
+                      (lambda: admin.delete(user='bbo'), "the user 'bbo'. Did you mean 'bob'?"),
+                      (lambda: admin.delete(resource='demoo'), "There is no resource 'demoo'. Did you mean 'demo'?"),
+                      (lambda: world.as_user().list(user='bbo'), "the user 'bbo'. Did you mean 'bob'?"),
+                      (lambda: world.as_user().list(user='zoee'), "the user 'zoee'.$")):
+        with pytest.raises(NotFound, match=why.replace('?', r'\?')):
+            call()
+    assert "the project 'biologyy'. Did you mean 'biology'?" in book(admin, 'typo', project='biologyy')['warnings'][0]
+    assert 'warnings' not in book(admin, 'new', project='chemistry')
+
+
+def test_a_maintenance_stands_in_the_rows_of_those_it_hits_until_it_is_called_off(world, service):
+    book(service, 'lab', 2, 4, vms=4), book(service, 'next', 5, 6), book(service, 'old', 2, 3, vms=2, tz='UTC')
+    made = service.maintenance_add('demo', NOON + hours(3), NOON + hours(5), reason='new disks')
+    told = 'in maintenance from Tue 1 Dec 2026, 15:00 to 17:00 (UTC): new disks'
+    assert {each['label']: each['fault'] for each in service.list()} == {'lab': told, 'next': None, 'old': None}
+    assert service.show('lab')['fault'] == told
+    service.maintenance_delete(made['id'])
+    assert service.show('lab')['fault'] is None
+    service.resource_capacity('demo', NOON, NOON + hours(8), vms=4, reason='less power')
+    assert {each['label']: bool(each['fault']) for each in service.list()} == {'lab': False, 'next': False, 'old': True}
+    assert service.show('old')['fault'] == 'less capacity from Tue 1 Dec 2026, 12:00 to 20:00 (UTC): less power'
+
+
+def test_how_to_log_in_stands_beside_each_vm(world):
+    world.config.take(login_command='ssh ubuntu@{address}')
+    boot(world)
+    look_at(world, 1, (0, 4, 5))
+    found = world.service.servers('lab')
+    assert [each['login'] for each in found] == [f"ssh ubuntu@{each['addresses'][0]}" for each in found]
+
+
 # Service: who may what #######################################################
 
 
@@ -10847,7 +11007,10 @@ def test_a_filter_or_a_cursor_does_not_reach_another_project(world):
     secret = book(world.as_user('eva', 'biology'), vms=2)
     bob = world.as_user('bob', 'chemistry')
     book(bob, 'own', 2, 3)
-    assert bob.list(project='biology') == [] == bob.list(user='eva')
+    assert bob.list(project='biology') == []
+    for name in ('eva', 'nobody'):  # he learns nothing of who is elsewhere
+        with pytest.raises(NotFound, match=f"No reservation and no token has the user '{name}'.$"):
+            bob.list(user=name)
     assert labels(bob.list(after=secret['id'])) == ['own']
     with pytest.raises(NotFound):
         bob.delete(user='eva', count=1)
@@ -12177,6 +12340,34 @@ def test_on_the_command_line_vms_that_stay_are_listed_and_deleted(run):
     assert (code, out.strip()) == (0, 'nothing found')
     assert run('delete', '--kept', 'lab')[::2] == (1, "cmres: No VM of 'lab' was stopped or shelved at its end and still exists.\n")
     assert run('servers')[0] == 2
+
+
+def test_admins_hear_of_what_awaits_them(heard):
+    world, inbox = heard()
+    world.config.take(notify_admins=f'{inbox.url}/admins, ')
+    world.service.resource_update('demo', approval=hours(5))
+    book(world.as_user(), 'lab', 24, 25), book(world.as_user(), 'course', 30, 31, repeat='daily', count=2)
+    world.service.approve('lab', reason='as agreed')
+    world.as_user().update('lab', vms=2)
+    world.at(0.01)
+    assert [(each['event'], each['reservation']['label'], each['sentence']) for _, body in inbox.came
+            for each in [json.loads(body)]] == [
+        ('pending', 'lab', 'an admin must approve it before Tue 1 Dec 2026, 17:00 (UTC)'),
+        ('pending', 'course', 'an admin must approve it before Tue 1 Dec 2026, 17:00 (UTC)'),
+        ('pending', 'lab', 'an admin must approve the change of vms before Tue 1 Dec 2026, 17:00 (UTC); until then '
+                           'everything stays as approved')]
+    assert world.service.events('lab')[2]['sentence'] == 'approved by root: as agreed'
+
+
+def test_a_mail_to_admins_says_who_asks(mails):
+    world, came = mails(notify_admins='boss@example.org')
+    world.service.resource_update('demo', approval=hours(5))
+    book(world.as_user(), 'lab', 24, 25)
+    world.at(0.01)
+    mail, = came
+    assert mail['To'] == 'boss@example.org' and mail['Subject'] == '[cmres] lab needs an answer'
+    assert 'Who:   eva, project biology' in mail.get_content()
+    assert 'an admin must approve it before Tue 1 Dec 2026, 17:00 (UTC)' in mail.get_content()
 
 
 # Life cycle under faults #####################################################
@@ -14160,7 +14351,7 @@ def test_every_status_that_was_met_is_told(app):
     for path, kind in (('/healthz', cmres.HealthAnswer), ('/readyz', cmres.ReadyAnswer)):
         assert misfit(app.web.get(path, status='*').json, kind) == ''
     assert '403' in described[BASE + '/check']['get']['responses']
-    assert not {'403', '412'} & described[BASE + '/reservation']['get']['responses'].keys()
+    assert '412' not in described[BASE + '/reservation']['get']['responses']
 
 
 def test_the_page_of_the_document_names_every_address_and_asks_no_other_host(world):
@@ -14704,7 +14895,7 @@ def test_a_token_ends_at_its_end_and_a_renewed_one_goes_on(world, eva):
     assert eva.call('GET', '/resource/').json
     world.now += 5 * 86400
     told = eva.call('GET', '/resource/', status=401).json['error']
-    assert 'ended on 2026-12-31' in told and 'Renew it' in told
+    assert 'ended on Thu 31 Dec 2026' in told and 'Renew it' in told
     world.service.token_renew(1)
     assert world.service.token_list()[0]['ends'] is None and eva.call('GET', '/resource/').json
 
@@ -18958,6 +19149,12 @@ def test_a_command_says_that_its_token_ends_soon_and_answers_all_the_same(client
     assert run('list')[2] == ''
 
 
+def test_a_client_lists_all_pages_by_itself(client):
+    client.load([{'label': f'r{n}', 'resource': 'demo', 'start': f'2100-01-{n % 28 + 1:02} 9:00', 'end': '1h'} for n in range(103)])
+    assert len(client.list()) == len([*client]) == 103 and len(client.list(limit=100)) == 100
+    assert len(client.list(resource='demo')) == 103
+
+
 # Command line ################################################################
 
 COMMANDS = [operation.words for operation in (*API.values(), *cmres.LOCAL.values())]
@@ -19282,10 +19479,12 @@ def test_a_list_says_when_there_is_more_and_where_it_goes_on(run):
         run('add', f'lab-{n}', 'demo', f'2100-01-04T0{n}:00', '+1h')
     code, out, err = run('list', '--limit', '2')
     assert code == 0 and 'lab-1' in out and 'lab-2' not in out
-    more = re.fullmatch(r'There is more: add (--after) (\S+), or a higher --limit.\n', err).groups()
+    said = out.splitlines()[-1]
+    more = re.fullmatch(r'There is more: add (--after) (\S+), or a higher --limit.', said).groups()
     assert 'lab-2' in run('list', *more)[1] and run('list', *more)[2] == ''
-    assert run('list', '--limit', '3')[2] == '' and run('list', '--limit', '2', '--format', 'json')[2] == err
-    assert 'There is more: add --after ' in run('events', '--after', '1', '--limit', '1')[2]
+    assert 'There is more' not in run('list', '--limit', '3')[1] and err == ''
+    assert run('list', '--limit', '2', '--format', 'json')[2] == f'{said}\n'
+    assert 'There is more: add --after ' in run('events', '--after', '1', '--limit', '1')[1]
 
 
 def test_an_error_is_json_for_who_reads_json(run):
@@ -19452,7 +19651,8 @@ def test_every_command_is_read_alike_with_and_without_fire(monkeypatch, name):
     for _ in range(4):
         taken = [each for each in operation.parameters if random.random() < 0.5]
         typed = {each: random.choice(TYPED) for each in taken}
-        flags = [word for each, value in typed.items() if random.random() < 0.6
+        several = name in cmres.FOR_EACH  # whose words are all labels
+        flags = [word for each, value in typed.items() if random.random() < 0.6 or several and each != 'label'
                  for word in ([f'--{each.replace("_", "-")}', value]
                               if random.random() < 0.5 and operation.parameters[each].annotation is not bool
                               else [f'--{each}={value}'])]
@@ -19462,18 +19662,25 @@ def test_every_command_is_read_alike_with_and_without_fire(monkeypatch, name):
         note = lambda into: lambda call: into.append((call._operation, call._given))  # noqa: E731
         cmres.run_command(line, note(read))
         with monkeypatch.context() as patch:
-            patch.setattr(cmres, 'plain_call', lambda *_: None)
+            patch.setattr(cmres, 'plain_calls', lambda *_: [])
             cmres.run_command(line, note(seen))
         assert read == seen and len(read) == 1, line
 
 
-@pytest.mark.parametrize('line', [['list', '--label'], ['list', '--label', '--user'], ['list', '--label=a', '--label=b'],
-                                  ['skip', 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']])
-def test_what_is_no_plain_line_is_read_by_fire(monkeypatch, line):
+def test_what_is_no_plain_line_is_read_by_fire(monkeypatch):
     came = []
     monkeypatch.setattr(cmres, 'by_fire', lambda words, finish: came.append(words))
-    cmres.run_command(line, lambda call: came.append('plain'))
+    cmres.run_command(['list', '--limit', '-1'], lambda call: came.append('plain'))
     assert came and 'plain' not in came
+
+
+@pytest.mark.parametrize('line, why', [
+    ('list --label', '--label needs a value.'), ('list --label --user', '--label needs a value.'),
+    ('list --label=a --label b', "label was given twice: 'a' and 'b'."),
+    ('extend a 1h b c d e f g', "extend: 'f' is one word too many. Put quotes around what belongs together.")])
+def test_a_line_that_lacks_a_value_or_has_too_much_is_refused_in_a_sentence(run, line, why):
+    code, _, err = run(*line.split())
+    assert (code, err) == (2, f'cmres: {why}\n')
 
 
 def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
@@ -19742,6 +19949,82 @@ def test_programs_import_what_they_need():
     names = {}
     exec('from cmres import *', names)
     assert {'Client', 'NoCapacity', 'Error'} <= names.keys() and 'row' not in names
+
+
+def test_several_labels_are_done_each_for_itself(run):
+    run('resource', 'add', 'demo')
+    for label in 'abc':
+        run('add', label, 'demo', '2100-01-04 9:00', '1h')
+    code, out, err = run('delete', 'a', 'nobody', 'b', '--reason', 'not needed')
+    assert code == 1 and "no current or future reservation 'nobody'" in err and 'cancelled' in out
+    assert [run('show', label)[1].count('reserved') for label in 'abc'] == [0, 1, 1]
+    assert run('show', 'b', 'c')[1].count('label') == 2
+
+
+@pytest.mark.parametrize('form', ['json', 'jsonl'])
+def test_errors_of_the_store_and_an_interruption_are_json_too(run, tmp_path, form):
+    monkeypatch = pytest.MonkeyPatch()
+    run('resource', 'add', 'demo')
+
+    def fail(error):
+        def failing(*_, **__):
+            raise error
+        monkeypatch.setattr(cmres.Reservations, 'list', failing)
+        code, _, err = run('list', '--format', form)
+        return code, json.loads(err)['error']
+    assert fail(KeyboardInterrupt()) == (130, 'Interrupted. Nothing was changed.')
+    monkeypatch.undo()
+    cmres.close_store()
+    (tmp_path / 'cmres.db').write_bytes(b'no database at all' * 1000)
+    code, _, err = run('list', '--format', form)
+    assert code == 1 and 'not a database' in json.loads(err)['error']
+
+
+def test_an_interrupted_command_says_what_stays(run, tmp_path, monkeypatch):
+    run('resource', 'add', 'demo')
+    (tmp_path / 'f.csv').write_text('label,resource,start,end\n' + ''.join(
+        f'r{n},demo,2100-01-04 9:00,1h\n' for n in range(300)))
+    take, taken = cmres.Waiting.take, []
+
+    def interrupted(self, request, now):
+        taken.append(request.label)
+        if request.label == 'r250':
+            raise KeyboardInterrupt
+        return take(self, request, now)
+    monkeypatch.setattr(cmres.Waiting, 'take', interrupted)
+    monkeypatch.setattr(cmres, 'some_of', lambda left: [left.popleft() for _ in range(min(len(left), 100))])
+    code, out, err = run('load', 'f.csv')
+    assert (code, out, err) == (130, '', 'cmres: Interrupted. Nothing was changed.\n')
+    assert run('list', '--format', 'json')[1].strip() == '[]' and 'differences  0' in run('check')[1]
+    code, out, err = run('load', 'f.csv', '--partial')
+    assert (code, err) == (130, 'cmres: Interrupted. This was done before and stays: 200 added.\n')
+    assert len(json.loads(run('list', '--format', 'json', '--limit', '1000')[1])) == 200
+
+
+def test_lengths_are_shown_with_their_units(run):
+    run('resource', 'add', 'demo', '--cloud', 'simulated')
+    shown = run('resource', 'update', 'demo', '--approval', '2d', '--lock', '90min')[1]
+    assert re.search(r'approval +2d\n', shown) and re.search(r'lock +1h30m\n', shown) and 'no_show' not in shown
+    shown = run('add', 'lab', 'demo', '2100-01-04 9:00', '1h', '--lead', '5m', '--flavor', 'm1.small', '--image', 'cirros')[1]
+    assert re.search(r'lead +5m\n', shown)
+    shown = run('limit', 'add', '--lock', '1d')[1]
+    assert re.search(r'lock +1d\n', shown) and 'exempt' not in shown
+
+
+def test_a_narrow_terminal_tells_faults_below_the_table_and_loses_none():
+    lines = [{'label': f'lab-{n}', 'user': 'somebody', 'project': 'a-long-project', 'resource': 'demo', 'start': NOON, 'end': NOON,
+              'state': 'reserved', 'fault': 'in maintenance: new disks' if n else ''} for n in range(2)]
+    text = cmres.as_table(lines, read_zone('UTC'), cmres.Look(width=60))
+    assert text.splitlines()[-2:] == ['lab-1: in maintenance: new disks',
+                                      'Not shown: user, project, resource (--wide shows all)']
+    assert 'fault' in cmres.as_table(lines, read_zone('UTC'))
+
+
+def test_a_notice_is_not_bold_where_colour_is_not_wanted(run, monkeypatch):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    for wanted in (True, False):
+        monkeypatch.setenv('NO_COLOR', '1') if not wanted else monkeypatch.delenv('NO_COLOR', raising=False)
+        assert cmres.drawn(['label'], [['lab']]).startswith('\x1b[1m') is wanted
 
 
 # Calendar: feeds, imports, subscriptions #####################################
