@@ -3610,6 +3610,20 @@ class SQLite(peewee.SqliteDatabase):
         connection = self.connection()
         return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
+    def make_trigger(self, text: str) -> None:
+        run(text)
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return bool(run('PRAGMA temp.table_info(texts_now)').fetchone())
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                         f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                         for _, name, kind, needed, default, key
+                         in run(f'PRAGMA main.table_info({table})'))
+
     def many(self, table: str, names: tuple) -> str:
         """The statement that writes rows, one parameter in JSON: a list of objects."""
         values = ', '.join(f"json_extract(value, '$.{name}')" for name in names)
@@ -3647,11 +3661,12 @@ class PostgreSQL(PooledPostgresqlDatabase):
         super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
-    def _connect(self):
+    def connect(self, reuse_if_open: bool = False) -> bool:
+        """Takes a connection for this thread, and waits for one while all are in use."""
         try:
-            return super()._connect()
+            return super().connect(reuse_if_open)
         except MaxConnectionsExceeded:
-            raise peewee.OperationalError('all connections are in use') from None
+            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3705,7 +3720,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
         """Runs a statement that peewee has made: of the schema."""
         for pattern, text in OF_SCHEMA:
             sql = pattern.sub(text, sql)
-        return super().execute_sql(self.spell(sql), params)
+        return super().execute_sql(self.spell(sql.replace('%s', '?')), params)
 
     @staticmethod
     @functools.lru_cache(2000)
@@ -3727,6 +3742,26 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
         return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return run("SELECT to_regclass('pg_temp.texts_now') IS NOT NULL").fetchone()[0]
+
+    def make_trigger(self, text: str) -> None:
+        """Makes of a trigger of SQLite a function and what calls it."""
+        temp, name, event, which, deeds = TRIGGER.fullmatch(text).groups()
+        schema = 'pg_temp.' if temp else ''
+        for pattern, instead in OF_TRIGGERS:
+            deeds = pattern.sub(instead, deeds)
+        if which:
+            deeds = f'IF {which} THEN {deeds} END IF;'
+        run(f'CREATE FUNCTION {schema}{name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN '
+            f'{deeds} RETURN coalesce(NEW, OLD); END $$')
+        run(f'CREATE TRIGGER {name} {event} FOR EACH ROW EXECUTE FUNCTION {schema}{name}()')
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return f'LIKE {table} INCLUDING DEFAULTS'
 
     def many(self, table: str, names: tuple) -> str:
         """The statement that writes rows, one parameter in JSON: a list of objects."""
@@ -3766,6 +3801,15 @@ def psycopg():
 OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
+
+
+TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                     r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+    (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
+    (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
+    (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
+                                    'CAST(r.invite AS jsonb)) AS list (value) ON TRUE'))]
 
 
 def of_peewee(error: Exception) -> peewee.PeeweeException:
@@ -4503,43 +4547,6 @@ FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, r
      'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
 
 
-def trigger_on_server(name: str, head: str, body: str, answer: str = 'NEW') -> tuple[str, str]:
-    """What makes a trigger of PostgreSQL: its function, and when that is called."""
-    return (f'CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ '
-            f'BEGIN {body}; RETURN {answer}; END $$',
-            f'CREATE TRIGGER {name.removeprefix("pg_temp.")} {head} FOR EACH ROW '
-            f'EXECUTE FUNCTION {name}()')
-
-
-#: The same of PostgreSQL.
-MORE_TEXTS = f"""INSERT INTO texts SELECT NEW.project, {long_texts('NEW')}
-  WHERE {long_texts('NEW')} > 1000
-  ON CONFLICT (project) DO UPDATE SET size = texts.size + excluded.size"""
-LESS_TEXTS = f"""UPDATE texts SET size = size - {long_texts('OLD')}
-  WHERE project = OLD.project AND {long_texts('OLD')} > 1000"""
-TRIGGERS_ON_SERVER = (
-    *trigger_on_server('reservation_texts', 'AFTER INSERT ON reservation', MORE_TEXTS),
-    *trigger_on_server('reservation_texts_changed', 'AFTER UPDATE OF project, user_data, '
-                       'description, metadata ON reservation', f'{LESS_TEXTS}; {MORE_TEXTS}'),
-    *trigger_on_server('reservation_texts_gone', 'AFTER DELETE ON reservation', LESS_TEXTS),
-    *trigger_on_server('occurrence_owner', 'BEFORE INSERT ON occurrence', """
-      IF NEW.of_project = '' THEN
-        SELECT r.project, r.user INTO NEW.of_project, NEW.of_user FROM reservation r
-         WHERE r.id = NEW.reservation_id;
-      END IF"""),
-    *trigger_on_server('reservation_owner', 'AFTER UPDATE OF project, user ON reservation', """
-      UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user
-       WHERE reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user)"""),
-    *trigger_on_server('event_invites', 'AFTER INSERT ON event', """
-      IF NEW.reservation_id IS NOT NULL AND NEW.code IN ('added', 'updated', 'kept', 'admitted',
-        'approved', 'maintenance', 'ready', 'released') THEN
-        INSERT INTO outbox (event_id, target, owner, tries, due, fault, invites)
-          SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', TRUE
-            FROM reservation r, jsonb_array_elements_text(CAST(r.invite AS jsonb)) AS list (value)
-           WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
-      END IF"""))
-
-
 def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
@@ -4668,10 +4675,9 @@ def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
 def told_by_server() -> tuple[int, int | None, str]:
     """The same of a database of PostgreSQL."""
     version = db.version()
-    others = run("SELECT count(*) FROM pg_tables WHERE schemaname = current_schema()").fetchone()[0]
-    if not version:
-        return (0, None, '') if others else (OURS, 0, '')
-    return OURS, version, fact('store')
+    if version:
+        return OURS, version, fact('store')
+    return (0, None, '') if db.get_tables() else (OURS, 0, '')
 
 
 def close_store() -> None:
@@ -4701,8 +4707,8 @@ def finish_tables() -> None:
         run(f'CREATE INDEX {index}')
     for index in UNIQUE:
         run(f'CREATE UNIQUE INDEX {index}')
-    for trigger in TRIGGERS if db.in_files else TRIGGERS_ON_SERVER:
-        run(trigger)
+    for each in TRIGGERS:
+        db.make_trigger(each)
     db.note_version()
 
 
@@ -4834,7 +4840,10 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
         part = f'{target}.{secrets.token_hex(4)}'
         make_private(part)
     try:
-        with reading(source) as read, writing(part):
+        with reading(source) as read, opened(part), transaction():
+            if db.version() or told_by_server()[1] is None:
+                raise Conflict(f"The database '{without_password(target)}' is not empty. Choose "
+                               'another one.')
             number = fill_tables(read, watch)
         if part != target:
             leave_wal(part)
@@ -4847,16 +4856,6 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
             with suppress(FileNotFoundError):
                 os.remove(part + side)
     return {'rows': number}
-
-
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """A transaction on a database that is empty yet; Conflict if it is not."""
-    with opened(path), transaction():
-        if is_server(path) and told_by_server() != (OURS, 0, ''):
-            raise Conflict(f"The database '{without_password(path)}' is not empty. Choose "
-                           'another one.')
-        yield
 
 
 def fill_tables(read: Callable, watch: Callable) -> int:
@@ -5792,34 +5791,32 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
-    if not db.in_files:
-        set_stage_on_server()
+    if db.has_stage():
         return
-    if run('PRAGMA temp.table_info(texts_now)').fetchone():
-        return
-    for table in REHEARSED:
-        columns = run(f'PRAGMA main.table_info({table})').fetchall()
-        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
-        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
-                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
-                          for _, name, kind, needed, default, key in columns)
-        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
-        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
-          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
-        run_all(f"""
-          CREATE TEMP TABLE {table}_new ({kinds});
-          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
-          CREATE TEMP VIEW {table}_now AS
-            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
-            UNION ALL SELECT {names} FROM {table}_new""")
-        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
-          INSERT OR REPLACE INTO {table}_new VALUES ({news});
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
-          {owner if table == 'reservation' else ''} END""")
-        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
-          DELETE FROM {table}_new WHERE id = OLD.id;
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
-    run(TEXTS_NOW)
+    with db.atomic(db.snapshot):
+        for model in TABLES:
+            if (table := model._meta.table_name) in REHEARSED:
+                set_stage_of(table, [each.column_name for each in model._meta.sorted_fields])
+        run(TEXTS_NOW)
+
+
+def set_stage_of(table: str, columns: list[str]) -> None:
+    names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
+    gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING;'
+    owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+      reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+    run_all(f"""
+      CREATE TEMP TABLE {table}_new ({db.columns_like(table)});
+      CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY);
+      CREATE TEMP VIEW {table}_now AS
+        SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+        UNION ALL SELECT {names} FROM {table}_new""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id;
+      INSERT INTO {table}_new ({names}) VALUES ({news}); {gone}
+      {owner if table == 'reservation' else ''} END""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id; {gone} END""")
 
 
 TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
@@ -5828,29 +5825,6 @@ TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
     SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
     UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
      WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) x GROUP BY 1"""
-
-
-def set_stage_on_server() -> None:
-    """The same on a connection to PostgreSQL."""
-    if run("SELECT to_regclass('pg_temp.texts_now')").fetchone()[0]:
-        return
-    made = []
-    for table in REHEARSED:
-        owner = ("""UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
-          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
-                 if table == 'reservation' else '')
-        gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING'
-        made += [
-            f'CREATE TEMP TABLE {table}_new (LIKE {table} INCLUDING DEFAULTS)',
-            f'CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY)',
-            f'CREATE TEMP VIEW {table}_now AS SELECT * FROM {table} WHERE id NOT IN (SELECT id '
-            f'FROM {table}_gone) UNION ALL SELECT * FROM {table}_new',
-            *trigger_on_server(f'pg_temp.{table}_changed', f'INSTEAD OF UPDATE ON {table}_now', f"""
-              DELETE FROM {table}_new WHERE id = OLD.id;
-              INSERT INTO {table}_new VALUES (NEW.*); {owner} {gone}"""),
-            *trigger_on_server(f'pg_temp.{table}_dropped', f'INSTEAD OF DELETE ON {table}_now', f"""
-              DELETE FROM {table}_new WHERE id = OLD.id; {gone}""", 'OLD')]
-    db.connection().execute(db.spell(';'.join([*made, TEXTS_NOW])))
 
 
 def rehearsed(sql: str) -> str:
@@ -26396,8 +26370,11 @@ class Client:
             yield from found
             filters['after'] = cursor_of(found[-1])
 
-    def call(self, operation: Operation, given: dict):
-        """One operation over HTTP.
+    def call(self, operation: Operation, given: dict, sent: str = ''):
+        """One operation over HTTP; a POST whose answer is lost is sent once more, and done once.
+
+        Args:
+          sent: the Idempotency-Key with which it was sent before
 
         Raises:
           Error: the same kinds as the service; Unavailable if there is no answer.
@@ -26410,6 +26387,9 @@ class Client:
                               method=verb)
             if body:
                 request.add_header('Content-Type', 'application/json')
+            key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
+            if key:
+                request.add_header('Idempotency-Key', key)
             with urlopen(request, timeout=self.timeout) as answer:
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
@@ -26417,6 +26397,8 @@ class Client:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
             why = getattr(error, 'reason', error)
+            if isinstance(why, ConnectionResetError) and key and not sent:
+                return self.call(operation, given, key)
             raise Unavailable(f'No answer from {self.url}: {why}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
@@ -26766,7 +26748,7 @@ def store_copy(config: Config, target: Name) -> dict:
       python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
-    file = key_file(target)
+    file = key_file(target, config.key)
     keys = all_keys(key_file(config.database, config.key))
     found = copy_rows(config.database, target, progress_bar)
     if not os.path.exists(file):

@@ -2507,6 +2507,7 @@ def server_run(run, server, tmp_path, monkeypatch):
     name = server.make()
     monkeypatch.setenv('CMRES_DATABASE', server.url(name))
     monkeypatch.setenv('CMRES_KEY', str(tmp_path / 'server.key'))
+    (tmp_path / 'cmres.key').unlink(missing_ok=True)
     yield run
     cmres.close_store()
     server.tell(f'DROP DATABASE {name} WITH (FORCE)')
@@ -2685,6 +2686,63 @@ def test_a_connection_that_is_lost_is_made_anew_where_nothing_was_begun(server_r
     assert (cmres.fact('half'), cmres.fact('other')) == ('', '')
     service.add('next', 'demo', timedelta(hours=1), timedelta(hours=2))
     assert service.check()['differences'] == 0
+
+
+def test_postgresql_that_is_killed_loses_nothing_that_was_answered(server_run, server):
+    """What was answered is there, of the rest all or nothing; threads go on when the server is back."""
+    server_run('resource', 'add', 'demo', '--vms', '100000')
+    service, said, strange, over = cmres.local_service(load_config()), [], [], threading.Event()
+
+    def add(thread):
+        with contextlib.closing(cmres.db.obj):
+            for n in itertools.count():
+                if over.is_set():
+                    return
+                try:
+                    service.add(f'r-{thread}-{n}', 'demo', timedelta(hours=1), timedelta(hours=2))
+                    said.append(f'r-{thread}-{n}')
+                except Exception as error:
+                    if not (isinstance(error, Unavailable) or cmres.trouble(error)):
+                        strange.append(repr(error))
+                    time.sleep(0.01)
+
+    def until(number):
+        end = time.monotonic() + 60
+        while len(said) < number and time.monotonic() < end and not strange:
+            time.sleep(0.01)
+    crowd = [threading.Thread(target=add, args=(n,)) for n in range(3)]
+    for each in crowd:
+        each.start()
+    for kill in range(2):
+        until(len(said) + 5)
+        server.stop('immediate')
+        server.start()
+    until(len(said) + 5)
+    over.set()
+    for each in crowd:
+        each.join()
+    assert not strange and len(said) >= 15
+    assert {*said} <= {each.label for each in cmres.rows('SELECT label FROM reservation')}
+    assert cmres.row('SELECT (SELECT count(*) FROM reservation) - (SELECT count(*) FROM occurrence) AS loose').loose == 0
+    assert service.check()['differences'] == 0
+
+
+def test_threads_wait_for_a_connection_while_all_are_in_use(server_run):
+    server_run('resource', 'add', 'demo')
+    cmres.local_service(load_config())
+    cmres.db.obj._max_connections, cmres.db.obj._wait_timeout = 1, 0.05
+
+    def ask():
+        with cmres.db.connection_context():
+            return cmres.row('SELECT name FROM resource').name
+    with ThreadPoolExecutor(4) as threads:
+        with cmres.db.connection_context(), pytest.raises(Unavailable, match='was busy'):
+            threads.submit(ask).result()
+        cmres.db.obj._wait_timeout = 30
+        with cmres.db.connection_context():
+            waiting = [threads.submit(ask) for _ in range(4)]
+        assert [each.result() for each in waiting] == ['demo'] * 4
+        assert len(cmres.db.obj._connections) == 1
 
 
 def test_a_dry_run_on_postgresql_waits_for_nobody(server_run, server):
@@ -18963,6 +19021,25 @@ def test_a_client_gives_the_same_answers_as_the_service(client, service):
     assert same(client, service, 'servers', 'a') == []
     assert same(client, service, 'list', state=['reserved'], start=NOON, limit=1)
     assert same(client, service, 'add', 'c', 'demo', hours(4), hours(1), dry_run=True)['start'] == NOON + hours(4)
+
+
+def test_a_client_whose_answer_is_lost_asks_again_and_it_is_done_once(client, service, monkeypatch):
+    usual, sent = urllib.request.urlopen, []
+
+    def lossy(request, **more):
+        sent.append(request.get_header('Idempotency-key'))
+        with usual(request, **more) as answer:
+            if len(sent) == 1:
+                raise http.client.RemoteDisconnected('cut off')
+            return contextlib.nullcontext(types.SimpleNamespace(read=lambda body=answer.read(): body, headers=answer.headers))
+    monkeypatch.setattr(urllib.request, 'urlopen', lossy)
+    assert client.add('lab', 'demo', NOON + hours(1), NOON + hours(2))['state'] == 'reserved'
+    assert len(sent) == 2 and sent[0] == sent[1] != '' and labels(service.list()) == ['lab']
+    assert [each['code'] for each in service.events('lab')] == ['added']
+    client.list()
+    assert sent[2] is None
+    client.add('more', 'demo', NOON + hours(1), NOON + hours(2))
+    assert sent[3] not in (None, sent[0])
 
 
 def test_a_client_changes_what_the_service_shows(client, service):
