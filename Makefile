@@ -21,8 +21,8 @@ test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py
 
-bench: $(VENV)/cmres_test   ## print how fast it is, as ratios measured side by side
-	$(BIN)/python cmres_test.py
+bench: $(VENV)/cmres_test $(VENV)-clients/caldav/done   ## print how fast it is, as ratios measured side by side
+	CLIENTS=$(abspath $(VENV)-clients)/bin $(BIN)/python cmres_test.py
 
 clean:           ## remove the environment and what tests left
 	rm -rf $(VENV) $(VENV)-clients .pytest_cache .hypothesis __pycache__
@@ -44,9 +44,9 @@ $(VENV)-clients/done: | $(BIN)/python   # an environment of their own; the suite
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps blazar-tempest-plugin==0.19.0
 	touch $@
 
-$(VENV)-clients/caldav/done: | $(VENV)-clients/done   # python-caldav and its own suite
+$(VENV)-clients/caldav/done: | $(VENV)-clients/done   # python-caldav and its own suite; Radicale, to be measured against
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check caldav==3.6.0 'pytest>=8,<10' pytest-asyncio proxy.py pyfakefs tzlocal vobject
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check caldav==3.6.0 'pytest>=8,<10' pytest-asyncio proxy.py pyfakefs tzlocal vobject radicale~=3.9
 	$(@D)/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary caldav -d $(@D) caldav==3.6.0
 	mkdir $(@D)/suite && tar xzf $(@D)/caldav-*.tar.gz -C $(@D)/suite --strip-components 1
 	touch $@

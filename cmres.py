@@ -57,7 +57,6 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
-import base64
 import csv
 import dataclasses
 import difflib
@@ -1756,7 +1755,7 @@ BOUNDS = {'request_seconds': (0.005, 0.02, 0.1, 0.5, 2, 10, 60),
 MEASURED = {
     'requests_total': 'requests, by operation and status',
     'request_seconds': 'time until requests were answered, by operation',
-    'refusals_total': 'requests that were refused, by the kind of the error',
+    'refusals_total': 'requests that were refused, by the kind of the error and its cause',
     'limited_total': 'requests that were over a limit of a setting, by the setting',
     'hung_up_total': 'changes that were not made because the client had disconnected',
     'connections_closed_total': 'connections closed for newer ones, by the bound that was reached',
@@ -1872,19 +1871,27 @@ log_requests = logging.getLogger('cmres.requests')
 log_calls = logging.getLogger('cmres.calls')
 
 
+#: What may not stand in the log, in whatever a library or a traceback says: tokens, and the
+#: secrets in addresses of feeds and shared pages.
+HUSHED = re.compile(r'(cmres_|/calendar/|/s/[0-9]+-)[A-Za-z0-9_-]{32,}')
+
+
 class Lines(logging.Formatter):
-    """Lines of the log, as text or as JSON, in which nothing is unseen."""
+    """Lines of the log, as text or as JSON, in which nothing is unseen and no secret is told."""
 
     def __init__(self, form: str = 'text'):
         super().__init__('%(asctime)sZ %(levelname)s %(message)s')
         self.converter, self.form = time.gmtime, form
 
     def format(self, record):
+        return legible(HUSHED.sub(r'\1...', self.line(record)))
+
+    def line(self, record) -> str:
         fields = getattr(record, 'fields', {})
         if self.form == 'json':
-            return legible(json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str))
+            return json.dumps(self.whole(record) | fields, ensure_ascii=False, default=str)
         told = ' '.join(f'{name}={self.word(each)}' for name, each in fields.items())
-        return legible(f'{super().format(record)} {told}'.rstrip())
+        return f'{super().format(record)} {told}'.rstrip()
 
     def whole(self, record) -> dict:
         """What every line has as JSON."""
@@ -1898,6 +1905,14 @@ class Lines(logging.Formatter):
         text = f'{value}'
         plain = re.fullmatch(r'[\w.:/@,+<>-]+', text)
         return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def log_as(config: Config) -> None:
+    """Lets the log be as the settings say, from now on."""
+    log_requests.disabled = log_calls.disabled = not config.log_requests
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, Lines):
+            handler.formatter.form = config.log_format
 
 
 # Calls #######################################################################
@@ -2049,6 +2064,7 @@ WORDS = {
     'security_groups': 'security groups of the VMs (comma-separated)',
     'scopes': 'what the token is good for: read, claim, calendar; default: everything',
     'seed': 'the same number gives the same reservations',
+    'trust': 'id of a trust from you to the user of cmres: openstack trust create',
     'application': 'id of an application credential of yours: openstack application credential '
                    'create cmres',
     'secret': 'the secret of that application credential',
@@ -3022,6 +3038,7 @@ class CredentialAnswer(Answer):
     project: str
     cloud: str
     application: str
+    trust: str
     added: datetime
 
 
@@ -4104,8 +4121,8 @@ class Credential(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     cloud = peewee.CharField()
-    name = peewee.CharField()     # of the application credential: its id
-    secret = peewee.TextField()
+    name = peewee.CharField()     # the id of the application credential, or of the trust
+    secret = peewee.TextField()   # '' of a trust
     added = peewee.IntegerField()
 
     class Meta:
@@ -5229,8 +5246,8 @@ class Unmade(Exception):
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'credential', 'feed', 'subscription'), ()) | {
-    'reservation': ('occurrence', 'texts')}
+                           'limits', 'token', 'credential', 'feed', 'subscription', 'share'), ())
+REHEARSED['reservation'] = ('occurrence', 'texts')
 WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
 INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
@@ -5556,6 +5573,7 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
     mails = [target for target in targets if not is_web(target)]
     left = mails_left(config, owner, len(mails), at) if mails else 0
     may_go = mails[:max(left, 0)]
+    METRICS.count('limited_total', len(mails) - len(may_go), setting='notices_per_day')
     send_later(event, [target for target in targets if is_web(target)] + may_go, owner, at)
     if 0 <= left < len(mails):
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
@@ -6370,12 +6388,18 @@ def classes_of(extra_specs: dict) -> tuple:
 
 
 class Lent(NamedTuple):
-    """A flavor that a project has for as long as its lease is active; one as `like`, or of sizes."""
-    project: str  # its id
-    vcpus: int
-    ram: int
-    disk: int
+    """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
+    server group of a policy, a floating IP of a network.
+    """
+    lease: str
+    part: str
+    project: str = ''  # its id
+    vcpus: int = 0
+    ram: int = 0
+    disk: int = 0
     like: str = ''
+    policy: str = ''
+    network: str = ''
 
 
 class Seen(NamedTuple):
@@ -6402,7 +6426,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts lend'.split())
+                     'aggregates mark hosts lend trust subnet'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -6521,8 +6545,17 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, Lent]) -> None:
-        """Has just these flavors of ours, by their ids; for the operator of a cloud."""
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
+        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
+        return {}
+
+    def trust(self, id: str) -> tuple[str, str, bool] | None:
+        """Who lets the account act in which project, and whether under their name."""
+        raise NotImplementedError
+
+    def subnet(self, network: str, address: str) -> str:
+        """The id of the subnet of a network that has an address; '' if it knows none."""
+        return ''
 
     def mark(self, aggregate: str, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
@@ -6636,17 +6669,21 @@ class OpenStack(Cloud):
         return connection
 
     def as_person(self, entry) -> dict:
-        """How to log in to the cloud of an entry with the application credential of a person."""
+        """How to log in to the cloud of an entry with what a person has given."""
         found = row('SELECT name, secret FROM credential WHERE id = ?',
                     int(self.account.partition(OF_PERSON)[2]))
         if not found:
             raise CloudError(f'the credential for {self.account} was taken away', sure=True)
-        auth = {'auth_url': entry.config['auth']['auth_url'],
-                'application_credential_id': found.name,
-                'application_credential_secret': decrypted(self.config, found.secret)}
+        ours, way = entry.config['auth'], 'v3applicationcredential'
+        if found.secret:
+            auth = {'auth_url': ours['auth_url'], 'application_credential_id': found.name,
+                    'application_credential_secret': decrypted(self.config, found.secret)}
+        else:
+            way, auth = 'v3password', {'trust_id': found.name} | {
+                name: each for name, each in ours.items() if not name.startswith('project')}
         same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
                 if entry.config.get(name) is not None}
-        return same | {'auth': auth, 'auth_type': 'v3applicationcredential',
+        return same | {'auth': auth, 'auth_type': way,
                        'load_yaml_config': False, 'load_envvars': False}
 
     def door(self):
@@ -6919,33 +6956,82 @@ class OpenStack(Cloud):
                 service = service or identity.create_service(
                     type='reservation', name='cmres', description='Reservations of VMs and hosts')
                 for each in other:
-                    self.point(identity, there.get(each), service_id=service.id, url=address,
-                               interface=each, region_id=region)
+                    if each in there:
+                        identity.update_endpoint(there[each], url=address)
+                        continue
+                    identity.create_endpoint(service_id=service.id, url=address, interface=each,
+                                             region_id=region)
         return lines
 
-    def point(self, identity, endpoint, **values) -> None:
-        """Makes an endpoint of the catalog, or gives one another address."""
-        if endpoint:
-            identity.update_endpoint(endpoint, url=values['url'])
-        else:
-            identity.create_endpoint(**values)
+    #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
+    LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
+                       'id'),
+            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        with self.calling('lend flavors') as cloud:
-            ours = {each.id: each for each in cloud.compute.flavors(is_public=None)
-                    if each.description == self.store}
-            for id in ours.keys() - wanted.keys():
-                cloud.compute.delete_flavor(id, ignore_missing=True)
-            for id in wanted.keys() - ours.keys():
-                self.lend_one(cloud.compute, id, wanted[id])
+        groups, failures = {}, []
+        with self.calling('lend what is reserved') as cloud:
+            for kind, things in wanted.items():
+                verbs = getattr(cloud, self.LENT[kind][0])
+                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                for name in there.keys() - things.keys():
+                    getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
+                for name in things.keys() - there.keys():
+                    try:
+                        with self.telling(f'lend the {kind} {name}'):
+                            there[name] = lending(verbs, name, things[name])
+                    except CloudError as error:  # the others shall have theirs
+                        failures.append(error)
+                groups |= there if kind == 'server_group' else {}
+        if failures:
+            raise failures[0]
+        return groups
 
-    def lend_one(self, compute, id: str, lent: Lent) -> None:
+    def lent(self, kind: str, verbs) -> dict[str, str]:
+        """The ids of what is lent of a kind, by name."""
+        _, listing, which, _, mark, name = self.LENT[kind]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
+                for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)}
+
+    def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
         compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
                               disk=like.disk, is_public=False, description=self.store)
         if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
             compute.create_flavor_extra_specs(id, specs)
         compute.flavor_add_tenant_access(id, lent.project)
+        return id
+
+    def lend_server_group(self, compute, name: str, lent: Lent) -> str:
+        return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
+
+    def lend_address(self, network, address: str, lent: Lent) -> str:
+        made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
+                                 project_id=lent.project, description=self.store)
+        network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
+        return made.id
+
+    def subnet(self, network, address):
+        from ipaddress import ip_address, ip_network
+        with self.calling('find a subnet', sure=True) as cloud:
+            there = [each for each in cloud.network.subnets(network_id=network)
+                     if ip_address(address) in ip_network(each.cidr)]
+        for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
+            if ip_address(each['start']) <= ip_address(address) <= ip_address(each['end']):
+                raise Conflict(f"Neutron gives {address} to anybody: it is in the allocation pool "
+                               f"from {each['start']} to {each['end']}. Choose one outside.")
+        return there[0].id if there else ''
+
+    def trust(self, id):
+        with self.calling('show a trust', sure=True) as cloud:
+            if 'password' not in cloud.config.config['auth']:
+                raise Invalid(f'cmres itself uses an application credential on {self.account}, '
+                              'with which no trust works. Give an application credential of yours.')
+            for each in self.by_id(cloud.identity.get_trust, id):
+                return each.trustor_user_id, each.project_id, each.is_impersonation
+        return None
 
     def hosts(self, uids):
         return {uid: self.host_of(uid) for uid in uids}
@@ -7196,12 +7282,14 @@ class Keystone:
     """
     FRESH, REFUSED = 120, 10  # seconds that an answer, and a refusal, is remembered
     SHUT = 10    # seconds that nobody else waits for a Keystone that has not answered
-    PATIENT = 5  # seconds that one waits
-    MOST = 10_000  # tokens that are remembered
+    PATIENT, SOON = 5, 1  # seconds that one waits, and who was known before
+    MOST = 10_000  # tokens that are remembered, and as many refusals
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        self.known: dict[str, Told] = {}  # by the hash of the token
+        # by the hash of the token; made-up ones drive out none that is good
+        self.known: dict[str, Told] = {}
+        self.unknown: dict[str, Told] = {}
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -7216,7 +7304,7 @@ class Keystone:
           Unavailable: Keystone does not answer.
         """
         key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
-        found = self.known.get(key)
+        found = self.known.get(key) or self.unknown.get(key)
         ended = found and found.scoped and found.scoped.ends <= now
         if not found or found.fresh <= now or ended:
             known = found and found.scoped and not ended
@@ -7231,22 +7319,24 @@ class Keystone:
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token))
+            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
         except (CloudError, TooMany, Unavailable):
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
         with self.lock:
-            if len(self.known) >= self.MOST:
-                self.known.pop(next(iter(self.known)))
-            self.known.pop(key, None)  # the latest come last
-            self.known[key] = found
+            kept = self.known if found.scoped else self.unknown
+            for each in (self.known, self.unknown):  # the latest come last
+                each.pop(key, None)
+            if len(kept) >= self.MOST:
+                kept.pop(next(iter(kept)))
+            kept[key] = found
         return found
 
-    def look(self, token: str) -> Told:
+    def look(self, token: str, patience: float) -> Told:
         """What Keystone says of a token."""
         return self.answer('GET', 'Keystone does not know this token, or it has ended. Get a new '
-                           'one: openstack token issue',
+                           'one: openstack token issue', patience,
                            headers={'X-Auth-Token': token, 'X-Subject-Token': token})
 
     def sign_in(self, user: str, password: str, project: str, domain: str) -> Told:
@@ -7255,16 +7345,16 @@ class Keystone:
         identity = {'methods': ['password'],
                     'password': {'user': {'name': user, 'password': password} | where}}
         return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
-                           f"project '{project}'", json={'auth': {
+                           f"project '{project}'", self.PATIENT, json={'auth': {
                                'identity': identity, 'scope': {'project': {'name': project} | where}}})
 
-    def answer(self, verb: str, refusal: str, **what) -> Told:
+    def answer(self, verb: str, refusal: str, patience: float, **what) -> Told:
         """What Keystone answers; Unavailable if that is nothing of use."""
         import requests
         url, verify = self.door
         try:
             answer = self.session.request(
-                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=self.PATIENT, verify=verify,
+                verb, f'{url}/v3/auth/tokens?nocatalog', timeout=patience, verify=verify,
                 allow_redirects=False, **what)
             if answer.status_code in (401, 403, 404):
                 return self.refused(refusal)
@@ -7958,6 +8048,7 @@ class Shares:
     def refusal(self, full: tuple[str, str]) -> Error:
         kind, name = full
         error, sentence = FULL[kind]
+        METRICS.count('limited_total', setting=f'slow_per_{kind}' if name else 'threads')
         return error(sentence.format(most=self.most[kind], name=name))
 
 
@@ -7970,13 +8061,14 @@ class Shares:
 MOST_ICS = MOST_FETCHED  # bytes of a calendar
 MOST_TEXT = 20_000      # letters of a text that are looked at
 MOST_COMPONENTS = 150_000  # components that are looked at
+MOST_LINES = 2**20
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ALIKE = 100        # series of one UID
-MOST_ZONE = 50_000      # letters that describe a time zone
-MOST_CHANGES = 2000     # of the clocks of one that a part of it describes
+MOST_CHANGES = 2000     # of the clocks of a time zone that a part of it describes
+LAST_CHANGE = 230 * 366 * 86400  # seconds after 1970 of the last one
 MOST_NESTING = 8
 MOST_LENGTH = 366 * 86400  # seconds of one occurrence
 MOST_STEPS = 300_000    # to follow all events of a calendar: a step is about a microsecond
@@ -7995,26 +8087,14 @@ PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)',
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
-                  'SEQUENCE', 'DURATION', 'RRULE', 'EXRULE', 'X-VM-COUNT',
+                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE', 'X-VM-COUNT',
                   *(f'X-VM-{name}' for name in PROGRAMMED)))
-#: No event wants a VM without one of these in its text, maybe folded: #vm, 2 x, 2 &times;, VM.
-WISH = re.compile(
-    rb'&\x1f?(?:#|num)|#\x1f?[vV]\x1f?[mM]|\n(?i:CATEGORIES)[^\n]*(?i:v\x1f?m)'
-    rb'|[\d\x80-\xff](?:[ \t\x1f\x80-\xff]|&[A-Za-z0-9#\x1f]{1,9};)*(?:[xX&]|\xc3\x1f?\x97)')
-#: Stands where a line was folded, and counts as one.
-FOLD = b'\x1f'
-FOLDED_NAME = re.compile(rb'(\n[A-Za-z0-9-]{0,20})(\x1f)([A-Za-z0-9-]{0,20}[;:])')
-#: Patterns that begin with the end of the line before are found fast.
-STRUCTURE = re.compile(rb'\n(?:([Bb])(?i:EGIN)|[Ee](?i:ND)):([^\n]*)')
-KEPT_LINE = re.compile(rb'\n(?i:%b)(?=[;:])[^\n]*' % '|'.join(sorted(KEPT)).encode())
-EXCEPTION = re.compile(rb'\n(?i:RECURRENCE-ID)[;:]')
-NAMING_LINE = re.compile(rb'\n(?i:DTSTART|SUMMARY)(?=[;:])[^\n]*')
-UID_LINE = re.compile(rb'\n(?i:UID)[;:][^\n]*')
-REPEATS = re.compile(rb'\n(?i:RRULE|RDATE)[;:]')
-FIRST_DAY = re.compile(rb'\n(?i:DTSTART)(?:;[^\n]*)?:(\d{8})')
-LAST_DAY = re.compile(rb'\n(?i:DTEND)(?:;[^\n]*)?:(\d{8})')
-ZONE_NAME = re.compile(rb'\n(?i:TZID)[^\n:]*:([^\n]*)')
-BESIDE = re.compile(rb'\n(?i:X-WR-TIMEZONE)[^\n]*:([^\n]*)')
+#: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
+WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
+                  rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
+OBSERVANCES = ('STANDARD', 'DAYLIGHT')
+FOLD = b'\x1f'  # stands where a line was folded, and counts as one
+LINE_NAME = re.compile(rb'([A-Za-z0-9-]+)[;:]')
 MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
@@ -8049,30 +8129,21 @@ class Booking(NamedTuple):
 class Frame:
     """What stands around the events of a VCALENDAR: zones that it describes or names."""
 
-    def __init__(self, data: bytes):
-        self.data, self.beside = data, ''
-        self.described: dict[str, tuple[int, int]] = {}
+    def __init__(self):
+        self.beside, self.described = '', {}  # the parts that describe zones, by names
         self.known: dict[str, tzinfo | None] = {}
 
     def zone(self, name: str) -> tzinfo:
-        """The zone of a name, of the zone table rather than of the calendar.
-
-        Raises:
-          Invalid: neither knows it; such a time would be read as one without a zone, in silence.
+        """The zone of a name, of the zone table rather than of the calendar; Invalid if neither
+        knows it, or it would be none in silence.
         """
         name = name.strip(' "')
         if name not in self.known:
-            self.known[name] = table_zone(name) or described_zone(self.lines_of(name))
+            self.known[name] = table_zone(name) or described_zone(self.described.get(name, []))
         if self.known[name] is None:
             raise Invalid(f'The time zone {shown(name)} is not known, and the calendar does not '
                           'describe it.')
         return self.known[name]
-
-    def lines_of(self, name: str) -> list[str]:
-        """What describes a zone."""
-        begin, end = self.described.get(name, (0, 0))
-        STEPS.take((end - begin) // 10)
-        return [plain_line(line) for line in self.data[begin:end].split(b'\n') if line]
 
     def clock(self) -> tzinfo:
         """The zone by which a series in UTC goes, as Google writes it (X-WR-TIMEZONE)."""
@@ -8092,97 +8163,45 @@ def table_zone(name: str) -> ZoneInfo | None:
     return table_zone(WINDOWS_TO_OLSON[name]) if name in WINDOWS_TO_OLSON else None
 
 
-class DescribedZone(tzinfo):
-    """A zone that a calendar describes: its changes, as instants without their zone."""
+def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
+    """A zone by its changes, as instants without their zone, in the form of a zone table's file
+    (RFC 8536).
+    """
+    offsets = [before, *(offset for _, offset in changes)]
+    kinds = [*dict.fromkeys(offsets)]
 
-    def __init__(self, changes: list[tuple[datetime, timedelta]], before: timedelta):
-        self.instants = [at for at, _ in changes]
-        self.offsets = [before, *(offset for _, offset in changes)]
-        pairs = [*zip(self.instants, itertools.pairwise(self.offsets))]
-        # What a clock shows at a change: of an hour that it shows twice its end, or its begin.
-        self.walls = [[at + side(pair) for at, pair in pairs] for side in (max, min)]
-
-    def utcoffset(self, moment: datetime | None) -> timedelta | None:
-        wall = moment.replace(tzinfo=None, fold=0)
-        return self.offsets[bisect_right(self.walls[moment.fold], wall)]
-
-    def dst(self, moment: datetime | None) -> timedelta | None:
-        return None
-
-    def tzname(self, moment: datetime | None) -> str:
-        return 'local'
-
-    def fromutc(self, moment: datetime) -> datetime:
-        at = moment.replace(tzinfo=None)
-        number = bisect_right(self.instants, at)
-        wall = at + self.offsets[number]
-        return wall.replace(tzinfo=self, fold=number and wall < self.walls[0][number - 1])
+    def block(version: bytes, ats: list[int]) -> bytes:
+        head = struct.pack('>4sc15x6l', b'TZif', version, 0, 0, 0, len(ats), len(kinds), 6)
+        turns = bytes(kinds.index(each) for each in offsets[1:][:len(ats)])
+        types = b''.join(struct.pack('>lbb', int(each.total_seconds()), 0, 0) for each in kinds)
+        return head + struct.pack(f'>{len(ats)}q', *ats) + turns + types + b'local\0'
+    ats = [int(at.replace(tzinfo=UTC).timestamp()) for at, _ in changes]
+    return ZoneInfo.from_file(io.BytesIO(block(b'2', []) + block(b'2', ats) + b'\n\n'), '')
 
 
-def described_zone(lines: list[str]) -> tzinfo | None:
-    """The zone that a VTIMEZONE describes; None if it can't be followed in reasonable time."""
+def described_zone(parts: list[Entry]) -> ZoneInfo | None:
+    """The zone of the parts of a VTIMEZONE; None if it can't be followed in reasonable time."""
     try:
-        parts = [*observances(lines)]
         changes = sorted(change for part in parts for change in changes_of(part))
-        standard = next((part for part in parts if part['BEGIN'] == ['STANDARD']), parts[0])
-        return DescribedZone(changes, read_offset(standard['TZOFFSETTO'][0]))
+        return zone_of_changes([each[:2] for each in changes], changes[0][2])
     except (Error, ValueError, LookupError, OverflowError):
         return None
 
 
-def observances(lines: list[str]) -> Iterator[dict[str, list[str]]]:
-    """The parts of a VTIMEZONE (RFC 5545, 3.6.5), as values by names.
-
-    Raises:
-      ValueError: it is cut off.
+def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
+    """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
+    before it: a part is a series by the clock.
     """
-    part: dict[str, list[str]] = {}
-    if not lines or lines[-1].strip().upper() != 'END:VTIMEZONE':
-        raise ValueError(lines[-1:])
-    for name, _, value in filter(None, map(read_property, lines)):
-        value = value.strip()
-        if name == 'BEGIN':
-            part = defaultdict(list)
-        elif name == 'END' and value.upper() in ('STANDARD', 'DAYLIGHT'):
-            yield part
-        part[name].append(value.upper())
-
-
-def changes_of(part: dict[str, list[str]]) -> Iterator[tuple[datetime, timedelta]]:
-    """The changes to the offset of a part; ValueError for offsets of days and rules that take
-    long.
-    """
-    before, offset = (read_offset(part[name][0]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
-    start = zone_wall(part['DTSTART'][0])
-    dates = [each.partition('/')[0] for values in part.get('RDATE', ())
-             for each in values.split(',')]
-    STEPS.take(5 * len(dates))
-    walls = {start, *map(zone_wall, dates)}
-    for rule in part.get('RRULE', ()):
-        ruled = [*itertools.islice(zone_walls(rule, start), MOST_CHANGES)]
-        STEPS.take(len(ruled))
-        walls.update(ruled)
-    if len(walls) >= MOST_CHANGES:
-        raise ValueError(len(walls))
-    return ((wall - before, offset) for wall in walls)
-
-
-def zone_wall(text: str) -> datetime:
-    """A local time of a VTIMEZONE."""
-    match = MOMENT.fullmatch(text.strip())
-    if not match:
-        raise ValueError(text)
-    return datetime(*(int(each or 0) for each in match.groups()[:6]))
-
-
-def zone_walls(rule: str, start: datetime) -> Iterator[datetime]:
-    """The wall times of a rule of a VTIMEZONE."""
-    parts = parts_of(checked_rule(re.sub(r'\s', '', rule)))
-    if parts['FREQ'] != 'YEARLY':
-        raise ValueError(rule)
-    if 'UNTIL' in parts:  # it is an instant; by the clock a day more holds no other change
-        parts['UNTIL'] = f"{read_until(parts['UNTIL']) + timedelta(days=1):%Y%m%dT%H%M%S}"
-    return followed(';'.join('='.join(each) for each in parts.items()), start, start)
+    before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
+    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
+    # Its UNTIL is an instant; by the clock a day more holds no other change.
+    rule = re.sub('(?<=UNTIL=)[^;]*', lambda last: (
+        f'{read_until(last[0]) + timedelta(days=1):%Y%m%dT%H%M%S}'), stretch.rule)
+    found = all_slots([stretch._replace(rule=rule, length=1)], 0, LAST_CHANGE)
+    if len(found) > MOST_CHANGES:
+        raise ValueError(len(found))
+    walls = {part.start.wall, *(to_wall(instant(slot.start), UTC) for slot in found)}
+    return ((wall - before, offset, before) for wall in walls)
 
 
 def read_offset(text: str) -> timedelta:
@@ -8215,11 +8234,7 @@ class Moment(NamedTuple):
 
 
 def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
-    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts.
-
-    Raises:
-      Invalid: it is none, or in a zone that nobody knows.
-    """
+    """A DATE or DATE-TIME (RFC 5545, 3.3.4 and 3.3.5); of a day no zone counts."""
     match = MOMENT.fullmatch(text.strip())
     try:
         *numbers, second = (int(each or 0) for each in match.groups()[:6])
@@ -8250,36 +8265,27 @@ class Entry:
 
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
-        self.pieces: list[tuple[int, int]] = []  # without the components in it
+        self.lines: dict[str, list[bytes]] = defaultdict(list)  # those that may be asked for
 
     @functools.cached_property
     def said(self) -> dict[str, list[tuple[str, str]]]:
         """Parameters and values of what may be asked for, by names."""
-        return self.read(KEPT_LINE, MOST_DATES)
+        found = {name: self.read(name) for name in self.lines}
+        return {name: each for name, each in found.items() if each}
 
-    def read(self, pattern: re.Pattern, most: int) -> dict[str, list[tuple[str, str]]]:
-        """What the first lines of a kind say."""
-        found: dict = defaultdict(list)
-        lines = (match[0] for piece in self.pieces
-                 for match in pattern.finditer(self.frame.data, *piece))
-        for line in itertools.islice(lines, most):
-            STEPS.take(2)
-            if read := read_property(plain_line(line)):
-                found[read[0]].append(read[1:])
-        return found
-
-    def holds(self, pattern: re.Pattern) -> bool:
-        """Whether its text as it stands there has something."""
-        return any(pattern.search(self.frame.data, *piece) for piece in self.pieces)
+    def read(self, name: str, most: int = MOST_DATES) -> list[tuple[str, str]]:
+        """What the first lines of a name say."""
+        lines = self.lines.get(name, [])[:most]
+        STEPS.take(2 * len(lines))
+        return [found[1:] for found in map(read_property, map(plain_line, lines)) if found]
 
     def outside(self, first: str, last: str) -> bool:
         """Whether it is once, and plainly ends before a day or starts after another."""
-        data = self.frame.data
-        begin, end = ([match[1].decode() for piece in self.pieces
-                       for match in pattern.finditer(data, *piece)]
-                      for pattern in (FIRST_DAY, LAST_DAY))
-        plain = len(begin) == len(end) == 1 and not self.holds(REPEATS) and not self.exception
-        return plain and (end[0] < first or last < begin[0])
+        times = [self.lines.get(name, []) for name in ('DTSTART', 'DTEND')]
+        if self.repeats or self.exception or [len(each) for each in times] != [1, 1]:
+            return False
+        begin, end = (plain_line(each[0]).rpartition(':')[2][:8] for each in times)
+        return f'{begin}{end}'.isdigit() and (end < first or last < begin)
 
     def one(self, name: str) -> tuple[str, str]:
         """Parameters and value of what may be there once; both '' without it."""
@@ -8337,11 +8343,11 @@ class Entry:
     @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
-        return self.holds(EXCEPTION)
+        return 'RECURRENCE-ID' in self.lines
 
     @property
     def repeats(self) -> bool:
-        return 'RRULE' in self.said or 'RDATE' in self.said
+        return not self.lines.keys().isdisjoint(('RRULE', 'RDATE'))
 
     @property
     def status(self) -> str:
@@ -8355,11 +8361,9 @@ class Entry:
     @functools.cached_property
     def uid(self) -> str:
         """Its UID; for one without it a name by its start and title, which stays while they do."""
-        named = self.read(UID_LINE, 1).get('UID', [('', '')])
-        if uid := unescaped(named[0][1]).strip():
+        if (named := self.read('UID', 1)) and (uid := unescaped(named[0][1]).strip()):
             return uid
-        said = self.read(NAMING_LINE, 9)
-        named = repr([said.get(name) for name in ('DTSTART', 'SUMMARY')])
+        named = repr([self.read(name, 9) or None for name in ('DTSTART', 'SUMMARY')])
         return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
 
     @property
@@ -8391,100 +8395,85 @@ def naming(entry: Entry) -> Iterator[None]:
 
 
 def read_calendar(text: str, what: str = 'this') -> list[Entry]:
-    """The events of the calendars in a text, as they stand there.
-
-    Raises:
-      BadCalendar: it is none, is cut short, or is larger than MOST_ICS.
-    """
-    data = unfolded(guarded_text(text, what))
-    reader = Reader(what, data)
-    for number, match in enumerate(STRUCTURE.finditer(data)):
-        reader.take(match)
-        if number > 2 * MOST_COMPONENTS:
-            raise BadCalendar(f'{what} has more than {MOST_COMPONENTS} components.')
+    """The events of the calendars in a text; BadCalendar if it is none, cut short or too large."""
+    reader, number = Reader(what), 1
+    for line in guarded_text(text, what).split(b'\n'):
+        reader.take(number, line.replace(FOLD, b''))
+        number += 1 + line.count(FOLD)
     if reader.path:
         raise BadCalendar(f'{what} is incomplete: the last line END:VCALENDAR is missing.')
     return reader.entries
 
 
 def guarded_text(text: str, what: str) -> bytes:
-    """The bytes of what may be a calendar; what is no UTF-8 only spoils its own text."""
+    """What may be a calendar with each property on a line, FOLD where it had a fold (RFC 5545,
+    3.1); what is no UTF-8 only spoils its own text.
+    """
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
-    if len(data) > MOST_ICS:
-        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes.')
+    if len(data) > MOST_ICS or data.count(b'\n') > MOST_LINES:
+        raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes or {MOST_LINES} lines.')
     if not data[:15].upper().startswith(b'BEGIN:VCALENDAR'):
         begins = shown(data[:20].decode('utf8', 'replace'))
         raise BadCalendar(f'{what} is not iCalendar: it starts with {begins}, not with '
                           'BEGIN:VCALENDAR.')
+    for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
+        data = data.replace(old, new)
     return data
 
 
-def unfolded(data: bytes) -> bytes:
-    """A calendar with each property on a line, FOLD where it had a fold (RFC 5545, 3.1).
-
-    An end of line stands before the first and behind the last. A fold may be within a letter, and
-    even within a name.
-    """
-    for old, new in ((FOLD, b''), (b'\r\n', b'\n'), (b'\n ', FOLD), (b'\n\t', FOLD)):
-        data = data.replace(old, new)
-    return FOLDED_NAME.sub(rb'\1\3\2', b'\n%b\n' % data, MOST_DATES)
-
-
 def plain_line(line: bytes) -> str:
-    return line.replace(FOLD, b'').strip(b'\r\n').decode('utf8', 'replace')
+    return line.strip(b'\r\n').decode('utf8', 'replace')
 
 
 class Reader:
-    """Takes a calendar a component at a time; what is neither event nor zone is passed over."""
+    """Takes a calendar a line at a time; what is neither event nor zone is passed over."""
 
-    def __init__(self, what: str, data: bytes):
-        self.what, self.data = what, data
-        self.path, self.entries = [], []
-        self.frame, self.zone = Frame(data), 0
-        self.behind, self.line = 0, 0
+    def __init__(self, what: str):
+        self.what, self.path, self.entries = what, [], []
+        self.frame, self.parts, self.zone, self.number = Frame(), [], '', 0
 
-    def take(self, match: re.Match) -> None:
-        """Takes a line that begins or ends a component, and what stands before it."""
-        begin, end = match.span()
-        self.keep(self.behind, begin)
-        self.line += self.data.count(b'\n', self.behind, end)
-        self.line += self.data.count(FOLD, self.behind, end)
-        self.behind = end
-        kind = plain_line(match[2]).strip().upper()
-        if match[1]:
-            self.begin(kind, begin)
-        else:
-            self.end(kind, end)
+    def take(self, number: int, line: bytes) -> None:
+        """Takes a line by its number in the file."""
+        begins, ends = line[:6].upper() == b'BEGIN:', line[:4].upper() == b'END:'
+        kind = plain_line(line.partition(b':')[2]).strip().upper() if begins or ends else ''
+        if begins:
+            self.begin(kind, number)
+        elif ends:
+            self.end(kind)
+        elif self.path and (match := LINE_NAME.match(line)):
+            name, around = match[1].decode().upper(), self.path[-1]
+            if around in ('VEVENT', *OBSERVANCES) and name in KEPT:
+                (self.entries if around == 'VEVENT' else self.parts)[-1].lines[name].append(line)
+            elif around == 'VTIMEZONE' and name == 'TZID':
+                self.zone = plain_line(line).partition(':')[2].strip(' "')
+            elif around == 'VCALENDAR' and name == 'X-WR-TIMEZONE':
+                self.frame.beside = plain_line(line).rpartition(':')[2].strip()
 
-    def begin(self, kind: str, at: int) -> None:
-        self.end(kind, at)  # no component is within its like: an end is missing
+    def begin(self, kind: str, number: int) -> None:
+        self.end(kind)  # no component is within its like: an end is missing
         if not self.path and kind != 'VCALENDAR':  # behind the end of the calendar
             return
         self.path.append(kind)
+        self.number += 1
         if len(self.path) > MOST_NESTING:
             raise BadCalendar(f'{self.what} has components nested more than {MOST_NESTING} deep.')
+        if self.number > MOST_COMPONENTS:
+            raise BadCalendar(f'{self.what} has more than {MOST_COMPONENTS} components.')
         if kind == 'VCALENDAR':
-            self.frame = Frame(self.data)
+            self.frame = Frame()
         elif kind == 'VEVENT':
-            self.entries.append(Entry(self.line, self.frame))
+            self.entries.append(Entry(number, self.frame))
+        elif kind in OBSERVANCES:
+            self.parts.append(Entry(number, self.frame))
         elif kind == 'VTIMEZONE':
-            self.zone = at
+            self.parts, self.zone = [], ''
 
-    def end(self, kind: str, at: int) -> None:
+    def end(self, kind: str) -> None:
         """Ends the component of a kind that is open, with all that was left open in it."""
         if kind in self.path:
             del self.path[len(self.path) - 1 - self.path[::-1].index(kind):]
-            if kind == 'VTIMEZONE' and (name := ZONE_NAME.search(self.data, self.zone, at)):
-                named = plain_line(name[1]).strip(' "')
-                self.frame.described[named] = self.zone, min(at, self.zone + MOST_ZONE)
-
-    def keep(self, begin: int, end: int) -> None:
-        """Keeps the lines between two components where they may be asked for."""
-        kind = self.path[-1] if end > begin and self.path else ''
-        if kind == 'VEVENT':
-            self.entries[-1].pieces.append((begin, end))
-        elif kind == 'VCALENDAR' and (beside := BESIDE.search(self.data, begin, end)):
-            self.frame.beside = plain_line(beside[1]).strip()
+            if kind == 'VTIMEZONE' and self.zone:
+                self.frame.described[self.zone] = self.parts
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
@@ -8500,7 +8489,9 @@ def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
 
 def wishful(entries: list[Entry]) -> list[Entry]:
     """The events of those UIDs of which one may want VMs: what has no wish needs no reading."""
-    uids = {entry.uid for entry in entries if entry.holds(WISH)}
+    texts = ('SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES')
+    uids = {entry.uid for entry in entries
+            if any(WISH.search(line) for name in texts for line in entry.lines.get(name, ()))}
     return [entry for entry in entries if entry.uid in uids]
 
 
@@ -8602,11 +8593,7 @@ class Timetable(NamedTuple):
 
 def timetable(entries: list[Entry], owner: tzinfo,
               vms: Callable[[Entry], int] = lambda entry: 1) -> Timetable:
-    """When a series and its exceptions occur, cancelled ones too.
-
-    Raises:
-      Error: one of them can't be understood; BadCalendar names it.
-    """
+    """When a series and its exceptions occur, cancelled ones too; Error if that is not clear."""
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
@@ -8715,13 +8702,10 @@ def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
 
 def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
                    until: datetime) -> tuple[list[dict], list[BadCalendar]]:
-    """The occurrences in a window, and why some events have none; bare times are the owner's.
-
-    Raises:
-      BadCalendar: they are too many.
-    """
+    """The occurrences in a window, and why some events have none; BadCalendar for too many."""
     found, refused, budget = [], [], Budget()
-    for group in simple_first(by_uid(near_window(entries, begin, until)).values()):
+    groups = by_uid(near_window(entries, begin, until)).values()
+    for group in sorted(groups, key=may_repeat):  # what is simple first
         try:
             with naming(group[0]), budget.event(may_repeat(group)):
                 found += group_occurrences(group, owner, begin, until)
@@ -8733,13 +8717,8 @@ def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
     return sorted(found, key=lambda each: (each['start'], each['end'], each['uid'])), refused
 
 
-def simple_first(groups: Iterable[list[Entry]]) -> list[list[Entry]]:
-    """The events of UIDs, those first that don't repeat."""
-    return sorted(groups, key=may_repeat)
-
-
 def may_repeat(group: list[Entry]) -> bool:
-    return len(group) > 1 or group[0].holds(REPEATS)
+    return len(group) > 1 or group[0].repeats
 
 
 class Budget:
@@ -8785,13 +8764,12 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
       begin, until: the window that a series in a zone of its own making is spelled out for
       usual: what an event wants that says nothing
     """
-    found, uids, budget = {}, {id(group): uid for uid, group in groups.items()}, Budget()
-    for group in simple_first(groups.values()):
-        uid = uids[id(group)]
+    found, budget = {}, Budget()
+    for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, group, owner, begin, until, defaults, budget, more, usual)
+        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, budget, more, usual)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
@@ -8926,7 +8904,8 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
         return spoken_want(said, defaults) if said else defaults
     if said := spoken(entry):
         return spoken_want(said, defaults)
-    return programmed_want(entry, defaults) if 'VM' in categories_of(entry) else None
+    words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
+    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -8944,11 +8923,6 @@ def programmed_want(entry: Entry, defaults: Want) -> Want:
     vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
     return defaults._replace(vms=vms,
                              **{name.lower(): read_name(value) for name, value in said.items()})
-
-
-def categories_of(entry: Entry) -> list[str]:
-    values = (value for _, value in entry.said.get('CATEGORIES', ()))
-    return [name.strip().upper() for value in values for name in value.split(',')]
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -9001,22 +8975,26 @@ def event_text(shown: Shown) -> str:
 
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
-                    more: list[tuple[int, int]]) -> str:
+                    others: list[tuple[int, int]]) -> str:
     """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
 
     Args:
       host: the mail address of who invites
-      more: the further windows of a series
+      others: the further windows of a series
     """
-    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-            f'METHOD:{method}')
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
     people = (f'ORGANIZER:mailto:{host}',
               f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in more]
+    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
     dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    return ''.join([*map(folded, head), event, *map(folded, (*people, *dates)),
-                    'END:VEVENT\r\nEND:VCALENDAR\r\n'])
+    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
+    return whole_calendar(event + more, f'METHOD:{method}')
+
+
+def whole_calendar(parts: str, *head: str) -> str:
+    """A calendar of components, and what stands before them."""
+    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN', *head)
+    return f"{''.join(map(folded, head))}{parts}END:VCALENDAR\r\n"
 
 
 def stamp_of(at: int) -> str:
@@ -9044,10 +9022,9 @@ def folded(line: str) -> str:
 
 def calendar_text(name: str, shown: Iterable[Shown]) -> str:
     """A whole feed; how often it is looked at again is the subscriber's choice."""
-    head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN',
-            'METHOD:PUBLISH', f'X-WR-CALNAME:{escaped(name)}',
-            'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
-    return ''.join([*map(folded, head), *map(event_text, shown), 'END:VCALENDAR\r\n'])
+    return whole_calendar(''.join(map(event_text, shown)), 'METHOD:PUBLISH',
+                          f'X-WR-CALNAME:{escaped(name)}',
+                          'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
 
 
 # Service #####################################################################
@@ -9959,6 +9936,12 @@ class Lookup:
 # What somebody asks for, read and resolved, with what the cloud knows of it; why it doesn't fit.
 
 
+def network_behind(place) -> tuple[str, str, str]:
+    """Cloud, subnet and network of a resource whose hosts are floating IPs; of another, nothing."""
+    _, *there = place.aggregate.split(' ') if place.named and not place.cloud else [''] * 4
+    return tuple(there)
+
+
 class Wishes:
     """Reads what is asked: resources, clouds, repetitions."""
 
@@ -10146,6 +10129,8 @@ class Wishes:
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
         name = asked.get('host') or ''
+        if not name and network_behind(place)[0]:
+            raise Invalid(f"Resource '{place.name}' has floating IPs. Choose one with --host.")
         if not name:
             return '', None
         named = json.loads(place.named or '{}')
@@ -11127,6 +11112,7 @@ class Bookings:
     def write_old(self, deal: Deal, now: float) -> None:
         """Writes what is otherwise of a reservation, and until when its label is taken."""
         columns, id = deal.columns | {'changed': int(now)}, deal.old.reservation
+        self.uninvite(deal, now)
         if deal.code == 'released' and (deal.old.waiting, deal.old.pending) != (None, None):
             run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
                 'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
@@ -11140,6 +11126,20 @@ class Bookings:
                      FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
         run(change_text(Reservation, tuple(columns), over), *columns.values(),
             int(LAST.timestamp()) if on else None, int(now), id, id)
+
+    def uninvite(self, deal: Deal, now: float) -> None:
+        """Writes down that those hear of it who are no longer invited."""
+        before, after = deal.old.invite, deal.columns.get('invite', deal.old.invite)
+        gone = [each for each in json.loads(before) if each not in json.loads(after)]
+        if not gone or rehearsal.on:
+            return
+        about = {'reservation': deal.old.reservation, 'occurrence': NONE_OF_THEM, 'project': '',
+                 'resource': None}
+        event = write_event(now, self.service.actor.user, 'uninvited',
+                            f"no longer invited: {', '.join(gone)}", about)
+        for each in gone:
+            insert(Outbox, event=event, target=each, owner=f'{deal.old.project}/{deal.old.user}',
+                   due=now, tries=0, fault='', invites=True)
 
     def write_occurrences(self, reservation: int, patches: dict, decided: list[tuple],
                           now: float) -> None:
@@ -13906,6 +13906,12 @@ def addresses_of(occurrence: int) -> list[str]:
     return [each for one in found for each in json.loads(one.addresses)]
 
 
+def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
+    """How to log in to the VMs of an occurrence, as calendars tell it."""
+    key = [f'key pair: {found.key}'] if found.key and addresses else []
+    return [*config.logins(addresses), *key]
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -14051,11 +14057,13 @@ class Calendars(Operations):
         coming = all_slots(booking.stretches, now, self.series.horizon(booking.stretches, now))
         if booking.cancelled or not coming:
             return None, []
-        asked = said | want._asdict() | {
+        wanted = {name: value for name, value in want._asdict().items()
+                  if value or name not in ('network', 'key')}
+        asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
+                 'personal': False, 'lead': None, 'description': booking.summary[:1000]
+                 } | said | wanted | {
             'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'security_groups': (), 'user_data': '', 'metadata': None,
-            'server': '', 'personal': False, 'lead': None, 'description': booking.summary[:1000],
-            'repeat': booking.stretches[0].rule, 'late': True}
+            'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
@@ -14072,25 +14080,24 @@ class Calendars(Operations):
         try:
             if error:
                 raise error
-            return line | self.taken(booking, wish, owner, subscription, now)
+            source = subscription.id if subscription else None
+            known = self.booked_as(booking.uid, owner, source)
+            return line | self.taken(booking, wish, known, source, now)
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
-    def taken(self, booking: Booking, wish: Wish | None, owner: tuple[str, str], subscription,
-              now: float, again: bool = True) -> dict:
+    def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
+              again: bool = True) -> dict:
         """The same of an event that was understood; inside a transaction.
 
         Args:
+          known: the row of the reservation that it has made
+          source: the subscription that it is of
           again: one that was cancelled here is booked again, though it says what it said
-
-        Raises:
-          Error: it is refused, and nothing was changed.
         """
-        source = subscription.id if subscription else None
-        known = self.booked_as(booking.uid, owner, source)
         live = known and known.over > now
         if wish is None:
-            stops = booking.cancelled and not subscription  # else what runs goes on
+            stops = booking.cancelled and not source  # else what runs goes on
             gone = ([each for each in self.look.live(self.look.next_of(known.id)) if stops
                      or not self.look.begun(each)] if live else [])
             if gone:
@@ -14101,16 +14108,22 @@ class Calendars(Operations):
         asked += ['invite'] if wish.invite else []
         origin = hashed(repr((booking.digest, wish.columns(*asked))))
         as_before = known and known.origin.split(' ')[-1] == origin and (
-            self.as_asked_before(known, wish, live, subscription or not again, now))
+            self.as_asked_before(known, wish, live, source or not again, now))
         if as_before:
             return {'label': known.label} | as_before
         with Attempt():
             return self.book_event(booking, wish, known if live else None, origin, source, now)
 
-    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None):
-        """The newest reservation that the event of a UID has made; None if there is none."""
+    def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
+                  also: int | None = None):
+        """The newest reservation that the event of a UID has made; None if there is none.
+
+        Args:
+          also: the id of one that counts, whatever calendar it is of
+        """
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
-                   'subscription IS ? ORDER BY id DESC LIMIT 1', uid, *owner[::-1], source)
+                   '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
+                   source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
         """What becomes of an event that asks for no more than it did; nothing, if that is asked for
@@ -14448,9 +14461,7 @@ class Calendars(Operations):
                          f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
                  found.description]
-        lines += self.config.logins(addresses)
-        lines += [f'key pair: {found.key}'] if found.key and addresses else []
-        lines += [found.fault] if found.fault else []
+        lines += [*log_in_lines(self.config, found, addresses), found.fault]
         return Shown(uid, found.start, found.end, revision, revised, found.label,
                      '\n'.join(filter(None, lines)),
                      found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
@@ -14467,6 +14478,12 @@ OWN_FOR = timedelta(days=90)
 FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes,
                             s.name AS resource, t.added, t.ends, t.last_used, t.revoked
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+#: By what somebody can see anything; who is known elsewhere has no token.
+ACCESS = '''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
+  UNION ALL SELECT NULL, project FROM feed WHERE user = ?1 AND revoked IS NULL
+  UNION ALL SELECT NULL, project FROM subscription WHERE user = ?1 AND due IS NOT NULL
+  UNION ALL SELECT NULL, r.project FROM share h JOIN reservation r ON r.id = h.reservation_id
+            WHERE r.user = ?1'''
 
 
 class Tokens(Operations):
@@ -14600,8 +14617,8 @@ class Tokens(Operations):
     def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token invalid at once.
 
-        With the last token of a user in a project, the user's feeds and subscriptions end, too.
-        Their reservations stay.
+        With the last token of a user in a project, the user's feeds, subscriptions and shared pages
+        end, too. Their reservations stay.
 
         Example:
           python cmres.py token revoke 3
@@ -14621,7 +14638,7 @@ class Tokens(Operations):
 
     @api('DELETE', '/user/<user>', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
-        """Ends all access of a person: tokens, sign-ins, feeds and subscriptions.
+        """Ends all access of a person: tokens, sign-ins, feeds, subscriptions and shared pages.
 
         In all projects, or in one. Their reservations stay.
 
@@ -14629,35 +14646,42 @@ class Tokens(Operations):
           python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
-            found = rows('SELECT id, project FROM token WHERE user = ? AND revoked IS NULL', user)
-            found = [each for each in found if project in ('', each.project)]
+            found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
             if not found:
                 where = f' in {project}' if project else ''
-                raise NotFound(f"'{user}' has no active token{where}.")
-            for each in found:
-                self.revoke(each.id, now)
+                raise NotFound(f"'{user}' has no active token, feed, subscription or shared page"
+                               f'{where}.')
+            tokens = [each.id for each in found if each.id]
+            for each in tokens:
+                self.revoke(each, now)
             ended = ''.join(self.end_calendars(user, each, now)
                             for each in sorted({each.project for each in found}))
-            self.journal(now, 'token', f'revoked all tokens of {user}: {len(found)}{ended}')
-        return {'user': user, 'tokens': len(found)}
+            self.journal(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
+        return {'user': user, 'tokens': len(tokens)}
 
     @api('POST', '/credential/', made='/credential/')
-    def credential_add(self, cloud: Name, application: Name, secret: Name,
-                       dry_run: bool = False) -> CredentialAnswer:
+    def credential_add(self, cloud: Name, application: Name = '', secret: Name = '',
+                       trust: Name = '', dry_run: bool = False) -> CredentialAnswer:
         """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
 
-        Give an application credential of yours. Its secret is kept encrypted, and the key is not in
-        the database. What is reserved already uses it for VMs that are not started yet.
+        Give an application credential of yours, or a trust from you to the user of cmres there. The
+        secret is kept encrypted, and the key is not in the database. What is reserved already uses
+        it for VMs that are not started yet.
 
         Example:
           python cmres.py credential add chameleon 8f2c... SECRET
+          python cmres.py credential add chameleon --trust 709e...
         """
         if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
             raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+        if bool(trust) == bool(application and secret):
+            raise Invalid('Give an application credential with its secret, or a trust.')
+        if trust:
+            self.refuse_trust_of_others(cloud, trust)
         mine = {'user': self.actor.user, 'project': self.actor.project, 'cloud': cloud}
+        values = {'name': trust or application, 'added': int(self.clock()), 'secret': secret
+                  and cipher(self.config).encrypt(secret.encode()).decode()}
         with self.writing(dry_run) as now:
-            values = {'name': application, 'added': int(now),
-                      'secret': cipher(self.config).encrypt(secret.encode()).decode()}
             old = row('SELECT id FROM credential WHERE user = ? AND project = ? AND cloud = ?',
                       *mine.values())
             if old:  # VMs that were made with it go on
@@ -14665,7 +14689,18 @@ class Tokens(Operations):
                 self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
             id = old.id if old else insert(Credential, **mine, **values)
             self.journal(now, 'token', f'gave a credential for {cloud}')
-        return {'id': id, **mine, 'application': application, 'added': instant(int(now))}
+        return {'id': id, **mine, 'application': application, 'trust': trust,
+                'added': instant(values['added'])}
+
+    def refuse_trust_of_others(self, cloud: str, trust: str) -> None:
+        """Refuses a trust that is not from who asks, for their project and in their name."""
+        opened, known = self.clouds.open(cloud), self.config.read_again().identities
+        found = self.shares.ask(f'the cloud {cloud}', lambda: opened.trust(trust))
+        mine = [known.get(each, each) for each in (self.actor.user, self.actor.project)]
+        if found != (*mine, True):
+            raise Invalid(f"The cloud {cloud} has no trust '{trust}' from you in your project. "
+                          'Create one: openstack trust create --impersonate --project PROJECT '
+                          '--role member YOU USER_OF_CMRES')
 
     @api('GET', '/credential/')
     def credential_list(self) -> list[CredentialAnswer]:
@@ -14676,7 +14711,8 @@ class Tokens(Operations):
         """
         own, values = self.own_tokens()
         return [public(each) for each in rows(
-            'SELECT id, user, project, cloud, name AS application, added FROM credential t '
+            "SELECT id, user, project, cloud, iif(secret = '', '', name) AS application, "
+            "iif(secret = '', name, '') AS trust, added FROM credential t "
             f'WHERE {own} ORDER BY id', *values)]
 
     @api('DELETE', '/credential/<id>')
@@ -14707,12 +14743,13 @@ class Tokens(Operations):
         number, = run(f'SELECT count(*) FROM {what[:-1]} '
                       f'WHERE user = ? AND project = ? AND {still}', user, project).fetchone()
         if self.actor.role != ADMIN and 0 < most <= number:
+            METRICS.count('limited_total', setting=f'{what}_per_user')
             raise TooMany(f'{user} has {number} {what}, and at most {most} are allowed. Remove '
                           'one first.')
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
-        """Ends the feeds of who has no token any more, the subscriptions of who may not book; the
-        end of a sentence that says so.
+        """Ends the feeds and shared pages of who has no token any more, the subscriptions of who
+        may not book; the end of a sentence that says so.
         """
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
@@ -14721,6 +14758,9 @@ class Tokens(Operations):
         if not roles:
             ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
                               int(now), user, project).rowcount, 'feeds'))
+            ended.append((run('DELETE FROM share WHERE EXISTS (SELECT 1 FROM reservation r '
+                              'WHERE r.id = reservation_id AND r.user = ? AND r.project = ?)',
+                              user, project).rowcount, 'shared pages'))
         if not roles - {READER}:
             ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
                               user, project).rowcount, 'subscriptions'))
@@ -15536,8 +15576,8 @@ class Workers:
     def do_clear(self, call: Job) -> None:
         self.clouds.open(call.account).delete(call.target)
 
-    def do_lend(self, call: Job) -> None:
-        self.clouds.open(call.account).lend(call.target)
+    def do_lend(self, call: Job) -> dict[str, str]:
+        return self.clouds.open(call.account).lend(call.target)
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -15559,11 +15599,10 @@ class Workers:
         unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
-        addresses = addresses_of(found.id)
-        lines = [found.description, *self.config.logins(addresses)]
-        lines += [f'key pair: {found.key}'] if found.key and addresses else []
-        first, method = (coming or [found])[0], 'REQUEST' if coming else 'CANCEL'
-        state = 'CANCELLED' if not coming else (
+        goes = not coming or notice.target not in json.loads(found.invite)
+        lines = [found.description, *log_in_lines(self.config, found, addresses_of(found.id))]
+        first, method = (coming or [found])[0], 'CANCEL' if goes else 'REQUEST'
+        state = 'CANCELLED' if goes else (
             'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
         shown = Shown(f'reservation-{found.reservation}@{self.clouds.store}', first.start,
                       first.end, 0, int(notice.at), found.label, '\n'.join(filter(None, lines)),
@@ -15571,7 +15610,7 @@ class Workers:
         event = invitation_text(method, notice.event, shown, self.config.mail_from, notice.target,
                                 [(each.start, each.end) for each in coming[1:]])
         when = self.config.told_time(first.start, found.tz)
-        word = 'Cancelled' if not coming else INVITED.get(notice.code, 'Changed')
+        word = 'Cancelled' if goes else INVITED.get(notice.code, 'Changed')
         send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
                         '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
                         method, event, stop_link(self.config, notice.target))
@@ -16226,45 +16265,80 @@ class Dispatcher:
 
 
 class Lender:
-    """Has Nova know a flavor for each lease of VMs that is active, where that is wanted."""
+    """Has clouds know what the leases have that are active: flavors and server groups where that
+    is wanted, and floating IPs.
+    """
 
     def __init__(self, config: Config, workers: Workers):
         self.config, self.workers = config, workers
-        self.lent: dict[str, dict] = {}  # by cloud, as it has them
+        self.lent: dict[str, dict] = {}  # by account, as it has them
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
-        places = defaultdict(list)
-        for each in rows('SELECT id, cloud FROM resource WHERE flavors AND removed IS NULL'):
-            places[each.cloud].append(each.id)
-        for cloud, ids in places.items():
-            wanted = {each.part: self.flavor_for(each) for each in self.active(ids, now)}
-            if wanted != self.lent.get(cloud):
-                self.workers.submit(('lend', cloud), 'lend', cloud, wanted)
+        places = {each.id: each for each in rows(
+            "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
+            "AND named <> '') AND removed IS NULL")}
+        # What an account had and is over is taken back.
+        wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
+        for place in places.values():
+            cloud = network_behind(place)[0]
+            wanted.setdefault(cloud or place.cloud, {}).update(
+                {'address': {}} if cloud else {'flavor': {}})
+        for each in self.active([*places], now):
+            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+                wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
+        for account, things in wanted.items():
+            if things != self.lent.get(account):
+                self.workers.submit(('lend', account), 'lend', account, things)
 
     def active(self, ids: list[int], now: float) -> list:
         """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.part, o.vms, o.vcpus, o.ram, r.flavor, r.project, l.parts '
+        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                    'r.host, r.user, r.project, l.parts '
                     'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
                     'JOIN blazar_hold h ON h.reservation = r.id '
                     'JOIN blazar_lease l ON l.id = h.lease_id '
                     'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
                     'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.host = '' AND r.image = ''""",
+                    """AND o."end" > ? AND r.image = ''""",
                     json.dumps(ids), now, now)
 
-    def flavor_for(self, found) -> Lent:
-        """The flavor of a part of a lease; Nova boots nothing from a disk of nothing."""
-        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
+    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+        """What a part of a lease has on clouds: on whose account, of what kind and name."""
         project = self.config.read_again().identities.get(found.project, found.project)
-        return Lent(project, found.vcpus // found.vms, found.ram // found.vms,
-                    asked.get('disk_gb') or 1, found.flavor)
+        cloud, _, network = network_behind(place)
+        lent = Lent(found.lease_id, found.part, project)
+        if cloud:
+            yield cloud, 'address', found.host, lent._replace(network=network)
+        elif not found.host:
+            asked = next(each['asked'] for each in json.loads(found.parts)
+                         if each['id'] == found.part)
+            yield place.cloud, 'flavor', found.part, lent._replace(
+                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
+                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+            account = self.workers.clouds.account(place.cloud, found.project, found.user)
+            # Nova shows a server group to nobody but its project.
+            if asked.get('affinity') is not None and account != place.cloud:
+                yield account, 'server_group', found.part, lent._replace(
+                    policy='affinity' if asked['affinity'] else 'anti-affinity')
 
     def record(self, result: Job, now: float) -> None:
         if result.error:  # it is tried again at the next pass that has something to do
-            log.warning('could not lend flavors on %s: %s', result.account, result.error)
-        else:
-            self.lent[result.account] = result.target
+            log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
+            return
+        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
+        for kind, things in result.target.items():
+            for name in things.keys() - before.get(kind, {}).keys():
+                note_lent(things[name], kind, result.answer.get(name, True))
+
+
+def note_lent(lent: Lent, kind: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it."""
+    found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
+    parts = json.loads(found.parts) if found else []
+    for each in parts:
+        each |= {kind: id} if each['id'] == lent.part else {}
+    run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
 class Reconciler:
@@ -17343,8 +17417,7 @@ def statuses_of(operation: Operation, verb: str) -> set[int]:
     """The statuses with which it may be refused."""
     kinds = {each.annotation for each in operation.parameters.values()}
     names = operation.parameters.keys()
-    found = {400: True, 401: True, 429: True, 500: True, 503: True,
-             403: operation.changes or operation.role != READER,
+    found = {400: True, 401: True, 403: True, 429: True, 500: True, 503: True,
              404: bool(kinds & {Label, Place, Name}) or 'id' in names,
              409: operation.changes or 'label' in names,
              412: 'If-Match' in conditions(operation, verb), 413: verb in WITH_BODY,
@@ -17459,7 +17532,9 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     """The answer to a call on the conditions of its request."""
     once = once_of(acting, operation, bound, request, given)
     if once and (kept := once.kept()):
-        return sent(kept.answer, kept.status, UNKEPT | {'Idempotency-Replayed': 'true'})
+        again = {'Idempotency-Replayed': 'true'} | location(
+            operation, json.loads(kept.answer), kept.status)
+        return sent(kept.answer, kept.status, UNKEPT | again)
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
@@ -17470,9 +17545,9 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     text = json_text(answer)
     if once:
         once.keep(status, text)
-    headers = {'ETag': tag, 'Location': location(operation, answer) if status == 201 else '',
-               'Link': next_page(operation, answer, request)}
-    return sent(text, status, UNKEPT | {name: each for name, each in headers.items() if each})
+    headers = {'ETag': tag, 'Link': next_page(operation, answer, request)}
+    headers = {name: each for name, each in headers.items() if each}
+    return sent(text, status, UNKEPT | headers | location(operation, answer, status))
 
 
 def in_turn(*looks: Callable | None) -> Callable:
@@ -17521,9 +17596,12 @@ def headers_of(error: Error) -> dict[str, str]:
     return {'WWW-Authenticate': 'Bearer'} if error.status == 401 else {}
 
 
-def location(operation: Operation, answer: dict) -> str:
-    """Where that is found which was made."""
-    return BASE + re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+def location(operation: Operation, answer: dict, status: int) -> dict[str, str]:
+    """The header that says where that is found which was made."""
+    if status != 201:
+        return {}
+    path = re.sub(r'<(\w+)>', lambda part: quote(answer[part[1]], safe=''), operation.made)
+    return {'Location': BASE + path}
 
 
 def next_page(operation: Operation, answer, request) -> str:
@@ -17929,7 +18007,8 @@ def note_wait(environ: dict, error: Error) -> None:
 
 
 def error_body(error: Error) -> dict:
-    METRICS.count('refusals_total', kind=type(error).__name__)
+    cause = {'cause': error.details['cause']} if 'cause' in error.details else {}
+    METRICS.count('refusals_total', kind=type(error).__name__, **cause)
     return {'error': str(error),
             'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
@@ -17946,7 +18025,7 @@ def error_text(failure, request, response) -> str:
     if failure.status_code == 404 and not isinstance(error, Error):
         error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
     if not isinstance(error, Error):
-        error = Invalid(f'{error}'.lower())
+        error = Invalid(str(error))
     for name, value in headers_of(error).items():
         response.set_header(name, value)
     return json_text(error_body(error))
@@ -18215,6 +18294,9 @@ QUIET = ('/healthz', '/readyz', METRICS_PATH)  # programs ask for them all the t
 FORWARDED = ('HTTP_X_FORWARDED_FOR', 'HTTP_X_FORWARDED_HOST', 'HTTP_X_FORWARDED_PROTO',
              'HTTP_X_FORWARDED_PORT', 'HTTP_X_FORWARDED_BY', 'HTTP_FORWARDED')
 END_IS_NEAR = 14 * DAY  # then answers tell that a token ends
+#: Settings that bound something else than what comes within a minute.
+LIMITED_ELSEWHERE = (*(f'{each}_per_user' for each in STILL), 'notices_per_day', 'slow_per_user',
+                     'slow_per_target', 'threads')
 
 
 class Gate:
@@ -18235,6 +18317,7 @@ class Gate:
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
+            refuse_malformed(environ)
             reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
             if reads and environ['PATH_INFO'] == METRICS_PATH:
                 body = self.metrics(environ, answer)
@@ -18294,8 +18377,7 @@ class Gate:
         rates.add('mib_per_address', environ['cmres.address'], mib)
         if token and token.role != ADMIN:
             rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
-        if self.service.config.log_requests and not (
-                environ['PATH_INFO'] in QUIET and answer.status < 400):
+        if environ['PATH_INFO'] not in QUIET or answer.status >= 400:
             told_fields(log_requests, 'request', id=environ['cmres.request_id'],
                         address=environ['cmres.address'], user=token and token.user,
                         project=token and token.project, token=token and token.id,
@@ -18309,6 +18391,15 @@ class Gate:
         rule = getattr(environ.get('bottle.route'), 'rule', '-')
         verb = environ['REQUEST_METHOD']
         return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+
+
+def refuse_malformed(environ: dict) -> None:
+    """Refuses what `waitress` could not read as a request, with the status that it found."""
+    if wrong := environ.get('cmres.malformed'):
+        error = (TooLarge if wrong.code == 413 else Invalid)(
+            f'The server cannot read this request: {wrong.body}.'.replace('..', '.'))
+        error.status = wrong.code
+        raise error
 
 
 class Reply:
@@ -18386,10 +18477,12 @@ class StoreMetrics:
         self.seen: int | None = None  # the last event that was counted
         for code in TEXTS:  # Prometheus sees no increase from nothing to one
             METRICS.count('events_total', 0, code=code)
-        for setting in LIMITED:
+        for setting in (*LIMITED, *LIMITED_ELSEWHERE):
             METRICS.count('limited_total', 0, setting=setting)
         for name in ('wrong_tokens_total', 'sign_ins_total', 'hung_up_total'):
             METRICS.count(name, 0)
+        with suppress(Unavailable, *STORE_ERRORS), db.connection_context():
+            self.count_events()  # what comes from now on is counted, also before the first look
 
     def samples(self) -> list[tuple]:
         """Samples of all that is measured; without the store, where that can't be read."""
@@ -18483,10 +18576,13 @@ def resident() -> int:
 #     virtual:instance     `amount` VMs of so many vcpus and so much memory, on whatever resource
 #     flavor:instance      `amount` VMs of a flavor
 #     physical:host        as many hosts by name as fit, from `max` down to `min`: one each
+#     virtual:floatingip   `amount` floating IPs, which are the hosts of a resource of their network
 #   resource_properties    where it may be, and with $image what is started there
 #   dates, state           of the reservations: PENDING until the start, ACTIVE, TERMINATED; a lease
 #                          without reservations has dates of its own
 #   host                   a host that can be reserved by its name; else a resource as a whole
+#   flavor, server group,  what clouds have of an active lease, by their names in blazar_lease.parts
+#   address                since they have it; see Lender
 #
 # Someone who extends or deletes the reservations of a lease otherwise changes the lease.
 
@@ -18507,9 +18603,10 @@ LEASE_FIELDS = {
     'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
                         'resource_properties': str},
     'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
-                      'resource_properties': str, 'before_end': str}}
+                      'resource_properties': str, 'before_end': str},
+    'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
-                  'disk_gb'}
+                  'disk_gb', 'required_floatingips'}
 AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
@@ -18528,44 +18625,51 @@ class Blazar:
     def mount(self, app) -> None:
         """Gives an application all addresses."""
         for path in ('', '/versions'):
-            app.route(BLAZAR + path, 'GET', self.answering(self.versions, status=300, free=True))
-        for verb, path, handle, needed, status in (
-                ('GET', '/leases', self.list_leases, 'list', 200),
-                ('POST', '/leases', self.make_lease, 'add', 201),
-                ('GET', '/leases/<id>', self.show_lease, 'list', 200),
-                ('PUT', '/leases/<id>', self.change_lease, 'update', 200),
-                ('DELETE', '/leases/<id>', self.end_lease, 'delete', 204),
-                ('GET', '/os-hosts', self.list_hosts, 'resource_list', 200),
-                ('POST', '/os-hosts', self.add_host, 'resource_sync', 201),
-                ('GET', '/os-hosts/allocations', self.list_allocations, 'resource_list', 200),
-                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list', 200),
-                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync', 200),
-                ('GET', '/os-hosts/<id:int>', self.show_host, 'resource_list', 200),
-                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync', 200),
-                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync', 204),
-                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list',
-                 200)):
+            app.route(BLAZAR + path, 'GET', self.versions)
+        for verb, path, handle, needed in (
+                ('GET', '/leases', self.list_leases, 'list'),
+                ('POST', '/leases', self.make_lease, 'add'),
+                ('GET', '/leases/<id>', lambda view, given: {
+                    'lease': view.lease(given['id'])}, 'list'),
+                ('PUT', '/leases/<id>', self.change_lease, 'update'),
+                ('DELETE', '/leases/<id>', self.end_lease, 'delete'),
+                ('GET', '/os-hosts', lambda view, given: {
+                    'hosts': [each.shown for each in view.hosts()]}, 'resource_list'),
+                ('POST', '/os-hosts', self.add_host, 'resource_sync'),
+                ('GET', '/os-hosts/allocations', lambda view, given: {
+                    'allocations': view.allocations(given)}, 'resource_list'),
+                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list'),
+                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync'),
+                ('GET', '/os-hosts/<id:int>', lambda view, given: {
+                    'host': view.host(given['id']).shown}, 'resource_list'),
+                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync'),
+                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync'),
+                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list'),
+                ('GET', '/floatingips', lambda view, given: {
+                    'floatingips': [each.shown for each in view.hosts(True)]}, 'resource_list'),
+                ('POST', '/floatingips', self.add_address, 'resource_sync'),
+                ('GET', '/floatingips/<id>', lambda view, given: {
+                    'floatingip': view.host(given['id']).shown}, 'resource_list'),
+                ('DELETE', '/floatingips/<id>', self.remove_host, 'resource_sync')):
+            status = {'POST': 201, 'DELETE': 204}.get(verb, 200)
             app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
 
-    def answering(self, handle: Callable, needed: str = '', status: int = 200,
-                  free: bool = False) -> Callable:
-        """A handler: who asks, what is asked, the answer or what Blazar's clients read of none.
-
-        Args:
-          needed: the operation that one must be allowed to call for that
-          free: nobody need say who they are
+    def answering(self, handle: Callable, needed: str, status: int) -> Callable:
+        """A handler for who may call the operation that is needed: the answer, or what Blazar's
+        clients read of none.
         """
         import bottle
 
         def handler(**path):
             request = bottle.request
             try:
-                if free:
-                    return sent(json_text(handle()), status, UNKEPT)
                 acting = self.service.acting(who_asks(self.service, request))
                 acting.wanted = while_there(request.environ)
                 with acting.shares.answering(acting.actor.user):
-                    self.refuse(acting, needed)
+                    refuse_to(acting.actor, API[needed])
+                    if acting.actor.resource is not None:
+                        raise Forbidden('this token is only for one resource, and leases are of '
+                                        'all')
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
@@ -18577,19 +18681,13 @@ class Blazar:
             return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
         return handler
 
-    def refuse(self, acting: Reservations, needed: str) -> None:
-        """Forbidden for who may not do so much here."""
-        refuse_to(acting.actor, API[needed])
-        if acting.actor.resource is not None:
-            raise Forbidden('this token is only for one resource, and leases are of all')
-
-    def versions(self) -> dict:
+    def versions(self):
         import bottle
         there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
             bottle.request.urlparts)
-        return {'versions': [{'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0',
-                              'max_version': '1.0', 'links': [
-                                  {'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}
+        return sent(json_text({'versions': [{
+            'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0', 'max_version': '1.0',
+            'links': [{'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}), 300, UNKEPT)
 
     # Leases
 
@@ -18599,9 +18697,6 @@ class Blazar:
         return {'leases': view.leases(rows(
             f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
             *values))}
-
-    def show_lease(self, view: LeaseView, given: dict) -> dict:
-        return {'lease': view.lease(given['id'])}
 
     def make_lease(self, view: LeaseView, given: dict) -> dict:
         """Reserves all parts of a lease, or none."""
@@ -18666,12 +18761,6 @@ class Blazar:
 
     # Hosts
 
-    def list_hosts(self, view: LeaseView, given: dict) -> dict:
-        return {'hosts': [host.shown for host in view.hosts()]}
-
-    def show_host(self, view: LeaseView, given: dict) -> dict:
-        return {'host': view.host(given['id']).shown}
-
     def add_host(self, view: LeaseView, given: dict) -> dict:
         """Lets a host of an aggregate be reserved by its name."""
         name = given.get('name') or given.get('id')
@@ -18699,7 +18788,7 @@ class Blazar:
         return {'host': view.host(given['id']).shown}
 
     def remove_host(self, view: LeaseView, given: dict) -> None:
-        """Lets a host no more be reserved by its name."""
+        """Lets a host or floating IP no more be reserved by its name."""
         host = view.host(given['id'])
         left = view.named(host.cloud, host.aggregate)
         if not left.pop(host.name, None):
@@ -18709,9 +18798,6 @@ class Blazar:
         else:
             view.acting.resource_delete(host.resource)
         view.set_extras(host.id, dict.fromkeys(host.extras))
-
-    def list_allocations(self, view: LeaseView, given: dict) -> dict:
-        return {'allocations': view.allocations(given)}
 
     def show_allocation(self, view: LeaseView, given: dict) -> dict:
         id = f"{view.host(given.pop('id')).id}"
@@ -18741,14 +18827,32 @@ class Blazar:
             'private': private, 'created_at': None, 'updated_at': None}}
 
 
+    # Floating IPs
+
+    def add_address(self, view: LeaseView, given: dict) -> dict:
+        """Lets a floating IP of a network be reserved."""
+        network, address = (given.get(name) for name in ('floating_network_id',
+                                                         'floating_ip_address'))
+        if not isinstance(network, str) or not is_address(address):
+            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
+                                   f'has {address} in a subnet of the network {network}')
+        aggregate = f'floating-IPs {cloud} {subnet} {network}'
+        there = view.named('', aggregate)
+        if address in there:
+            raise Conflict(f'{address} can be reserved already')
+        view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
+        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+
+
 #: What Blazar's clients want to read of a host and cmres does not know.
 LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
                   'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
 
 
 class LeaseHost(NamedTuple):
-    """A host that can be reserved by its name, or a resource as a whole."""
-    id: int
+    """A host that can be reserved by its name, a floating IP, or a resource as a whole."""
+    id: int | str
     name: str
     resource: str
     cloud: str
@@ -18757,14 +18861,18 @@ class LeaseHost(NamedTuple):
     extras: dict
     added: int
     whole: bool     # it is the resource
+    network: str    # it is a floating IP of that
 
     @property
     def shown(self) -> dict:
         """It as Blazar's clients read it."""
+        made = {'id': f'{self.id}', 'created_at': made_at(self.added), 'updated_at': None}
+        if self.network:
+            return made | {'floating_network_id': self.network, 'floating_ip_address': self.name,
+                           'subnet_id': self.aggregate.split(' ')[2], 'reservable': True}
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
-        names = {'id': f'{self.id}', 'hypervisor_hostname': self.name, 'service_name': self.name}
-        made = {'created_at': made_at(self.added), 'updated_at': None}
+        names = {'hypervisor_hostname': self.name, 'service_name': self.name}
         return self.extras | names | figures | made | LIKE_ALL_HOSTS
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
@@ -18818,6 +18926,9 @@ class LeaseView:
         held = [one for part in parts for one in of_part[part['id']]]
         start, end = lease_window(found, held)
         state = first_state(held) if parts else bare_state(now, start, end)
+        if state == 'active' and any(self.lacks(part, one) for part in parts
+                                     for one in of_part[part['id']]):
+            state = 'starting'
         status = LEASE_STATES[state][1]
         made = {'created_at': made_at(found.added), 'updated_at': made_at(found.changed)}
         whose = {'user_id': found.user, 'project_id': found.project, 'trust_id': ''}
@@ -18827,6 +18938,18 @@ class LeaseView:
                 'start_date': date_out(start), 'end_date': date_out(end),
                 'degraded': any(each.state == 'degraded' for each in held),
                 'reservations': shown_parts, 'events': [each | made for each in events]}
+
+    @functools.cached_property
+    def lending(self) -> dict[str, str]:
+        """What a cloud lends to who has reserved, by resource."""
+        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
+                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+
+    def lacks(self, part: dict, one) -> bool:
+        """Whether a cloud does not have yet what it lends for an occurrence."""
+        kind = self.lending.get(one.resource, '')
+        return bool(kind and kind not in part and not one.image
+                    and bool(one.host) == (kind == 'address'))
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -18842,10 +18965,10 @@ class LeaseView:
         """A part of a lease, in the fields of its type; its id is that of its flavor as well."""
         asked, state = part['asked'], LEASE_STATES[first_state(held)][0]
         of_type = {name: asked.get(name) for name in LEASE_FIELDS[asked['resource_type']]}
-        if 'amount' in of_type and held:
-            of_type['amount'] = held[0].vms
-        if asked['resource_type'] != 'physical:host':
-            of_type |= {'flavor_id': part['id'], 'aggregate_id': None, 'server_group_id': None}
+        if 'max' not in asked:
+            of_type |= {'flavor_id': part['id'], 'aggregate_id': None,
+                        'server_group_id': part.get('server_group')}
+            of_type |= {'amount': held[0].vms} if held else {}
         return of_type | {'id': part['id'], 'lease_id': found.id, 'resource_id': part['id'],
                           'resource_type': asked['resource_type'], 'status': state,
                           'missing_resources': False, 'resources_changed': False}
@@ -18897,7 +19020,7 @@ class LeaseView:
         new = read_lease_part({name: old[name] for name in LEASE_FIELDS[old['resource_type']]}
                               | {'resource_type': old['resource_type']} | given)
         other = [name for name in new if name in old and new[name] != old[name]
-                 and name != 'amount' and name != 'flavor_id']
+                 and name != 'flavor_id' and (name != 'amount' or 'max' in new)]
         if other:
             raise Conflict(f"the {other[0]} of a reservation can't be changed. Delete the lease "
                            'and make another')
@@ -18907,26 +19030,32 @@ class LeaseView:
 
     # Hosts
 
-    def hosts(self) -> list[LeaseHost]:
-        """All hosts that can be reserved by their names; of resources without such, themselves."""
+    def hosts(self, addresses: bool = False) -> list[LeaseHost]:
+        """All hosts that can be reserved by their names; of resources without such, themselves; or
+        all floating IPs.
+        """
         extras = defaultdict(dict)
         for each in rows('SELECT * FROM host_property WHERE host > 0'):
             extras[each.host][each.name] = each.value
         found = []
         for place in self.acting.look.places():
-            named = json.loads(place.named or '{}')
+            named, network = json.loads(place.named or '{}'), network_behind(place)[2]
+            if bool(network) != addresses:
+                continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = host_id(place.cloud if named else f'resource {place.id}', name)
+                id = (address_id(place.aggregate, name) if network else
+                      host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
-                                       figures | extras[id], place.added, not named))
+                                       figures | extras[id], place.added, not named, network))
         return found
 
-    def host(self, id: int) -> LeaseHost:
-        found = [each for each in self.hosts() if each.id == id]
-        if not found:
-            raise NotFound(f'there is no host {id}')
-        return found[0]
+    def host(self, id: int | str) -> LeaseHost:
+        """A host by its number, or a floating IP by its UUID."""
+        for each in self.hosts(addresses=isinstance(id, str)):
+            if each.id == id:
+                return each
+        raise NotFound(f'there is no host or floating IP {id}')
 
     def named(self, cloud: str, aggregate: str) -> dict[str, Amount]:
         """The hosts of an aggregate that can be reserved by their names, and what each holds."""
@@ -18948,14 +19077,19 @@ class LeaseView:
 
     def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
         """The cloud and the aggregate that have a host of a name."""
+        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
+                                  'Put it into an aggregate first: openstack aggregate add host')
+        return cloud, found[0]
+
+    def first(self, call: Callable, what: str) -> tuple[str, Any]:
+        """The first cloud here that answers something, and what; NotFound if none does."""
         config = self.acting.config
         clouds = {each.cloud for each in self.acting.look.places() if each.cloud}
         clouds |= {config.keystone} if config.keystone and not is_web(config.keystone) else set()
         for cloud in sorted(clouds):
-            if found := self.asks(cloud, lambda opened: opened.aggregates(name)):
-                return cloud, found[0]
-        raise NotFound(f"no aggregate of {', '.join(sorted(clouds)) or 'a cloud here'} has a host "
-                       f"'{name}'. Put it into one first: openstack aggregate add host")
+            if found := self.asks(cloud, call):
+                return cloud, found
+        raise NotFound(f"none of the clouds {', '.join(sorted(clouds))} {what}")
 
     def hidden(self) -> set[str]:
         """The properties that lists leave out."""
@@ -18984,19 +19118,14 @@ class LeaseView:
                for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
-            line = self.allocation(each)
-            known = {'lease_id': line['lease_id'], 'reservation_id': line['id']}
+            line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
+                    'lease_id': each.lease_id or derived_uuid(f'lease {each.reservation_id}'),
+                    'start_date': date_out(each.start), 'end_date': date_out(each.end)}
             host = ids.get((each.resource_id, each.host))
-            if host and all(known[name] == value for name, value in wanted.items()):
+            if host and all(line[name.removeprefix('reservation_')] == value
+                            for name, value in wanted.items()):
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
-
-    def allocation(self, found) -> dict:
-        """When an occurrence is, and of which lease; what is of none has ids of its own."""
-        lease = found.lease_id or derived_uuid(f'lease {found.reservation_id}')
-        return {'id': found.part or derived_uuid(f'part {found.reservation_id}'),
-                'lease_id': lease, 'start_date': date_out(found.start),
-                'end_date': date_out(found.end)}
 
 
 class LeaseRequests:
@@ -19007,23 +19136,24 @@ class LeaseRequests:
         self.common = {name: each.default for name, each in API['add'].parameters.items()}
         self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
                         'resource': ANY}
-        self.hosts = LeaseView(acting).hosts()
+        self.view = LeaseView(acting)
 
     def requests(self) -> list[tuple[Request, list[int]]]:
         """Each with how many of its parts are of which part of the lease."""
-        spans = [(each['min'], each['max']) if 'max' in each else (1, 1) for each in self.asked]
+        spans = [(each.get('min', 1), each.get('max', 1)) for each in self.asked]
         label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
         for fewer in range(max(most - least for least, most in spans) + 1):
             sizes = [max(least, most - fewer) for least, most in spans]
             total = sum(sizes)
             if total <= MOST_PARTS:
                 names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
-                each = [choice for size, choice in zip(sizes, choices) for _ in range(size)]
+                each = [choice[min(n, len(choice) - 1)] for size, choice in zip(sizes, choices)
+                        for n in range(size)]
                 wishes = [[wish._replace(label=name) for wish in choice]
                           for name, choice in zip(names, each)]
                 found.append((Request(label, wishes, False, 0, 0), sizes))
         if not found:
-            raise Invalid(f'a lease has at most {MOST_PARTS} hosts')
+            raise Invalid(f'a lease has at most {MOST_PARTS} hosts and floating IPs')
         return found
 
     def label(self) -> str:
@@ -19034,9 +19164,15 @@ class LeaseRequests:
         taken = taken_label(self.lease['project'], name, self.acting.clock())
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
-    def choices(self, asked: dict) -> list[Wish]:
+    def choices(self, asked: dict) -> list[list[Wish]]:
+        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        certain = asked.get('required_floatingips') or []
+        any_other = [''] if len(certain) < asked.get('max', 1) else []
+        return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
+
+    def wishes(self, asked: dict) -> list[Wish]:
         """The wishes for one part, wherever it could be; the reason if that is nowhere."""
-        conditions = read_properties(asked['resource_properties'])
+        conditions = read_properties(asked.get('resource_properties', ''))
         conditions += read_properties(asked.get('hypervisor_properties', ''))
         words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
         if any(name in LEASE_WORDS and comparison not in ('=', '==')
@@ -19054,9 +19190,16 @@ class LeaseRequests:
         return found
 
     def options(self, asked: dict, conditions: list) -> Iterator[dict]:
-        """Where a part could be: on a host, or on a resource."""
+        """Where a part could be: on a host, at an address, or on a resource."""
+        if asked['resource_type'] == 'virtual:floatingip':
+            others = {'', *asked['required_floatingips']} - {asked['address']}
+            for host in self.view.hosts(addresses=True):
+                if host.network == asked['network_id'] and host.name not in others and (
+                        asked['address'] in ('', host.name)):
+                    yield {'resource': host.resource, 'host': host.name, 'cloud_': ''}
+            return
         if asked['resource_type'] == 'physical:host':
-            for host in self.hosts:
+            for host in self.view.hosts():
                 if not host.whole and host.meets(conditions):
                     yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
             return
@@ -19073,7 +19216,7 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': asked.get('amount', 1)}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -19111,6 +19254,19 @@ def derived_uuid(text: str) -> str:
 def host_id(cloud: str, name: str) -> int:
     """The number of a host: clients take nothing else for an id."""
     return int(hashed(f'{cloud}/{name}')[:12], 16)
+
+
+def address_id(aggregate: str, address: str) -> str:
+    """The UUID of a floating IP."""
+    return derived_uuid(f'{aggregate} {address}')
+
+
+def is_address(text) -> bool:
+    """Whether something is the text of an IP address."""
+    from ipaddress import ip_address
+    with suppress(ValueError):
+        return isinstance(text, str) and bool(ip_address(text))
+    return False
 
 
 def date_out(at: int) -> str:
@@ -19239,6 +19395,10 @@ def read_lease_part(given: dict) -> dict:
         raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
     if read.get('amount', 1) < 1:
         raise Invalid(f"amount: {read['amount']} is less than 1")
+    if kind == 'virtual:floatingip':
+        if len(read['required_floatingips']) > read['amount']:
+            raise Invalid('required_floatingips: these are more than amount')
+        read |= {'min': read['amount'], 'max': read['amount']}
     return read
 
 
@@ -19257,7 +19417,14 @@ def read_affinity(name: str, value) -> bool | None:
     return AFFINITIES[word]
 
 
-LEASE_READERS = {int: read_lease_number, bool: read_affinity,
+def read_addresses(name: str, value) -> list[str]:
+    """Several floating IPs."""
+    if not isinstance(value or [], list):
+        raise Invalid(f'{name}: {shown(value)} is not a list of addresses')
+    return [read_str(f'{each}') for each in value or []]
+
+
+LEASE_READERS = {int: read_lease_number, bool: read_affinity, list: read_addresses,
                  str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
 
 
@@ -19269,6 +19436,7 @@ LEASE_READERS = {int: read_lease_number, bool: read_affinity,
 # The text of a program is kept as it came. It is shown with what cmres has to say of it: in a block
 # of the description, before the title, as a status, as the time at which it really is. When it
 # comes back, what we said is taken out of it again, and nothing else. So nobody's words are lost.
+# What was reserved elsewhere has no text of a person until a program writes one.
 #
 # What is shown is written down with a number that grows with every change of any of them, and by
 # that number an index tells what is new. The event log tells which reservations have changed since
@@ -19333,10 +19501,14 @@ class Component:
                 return number
         return None
 
+    def line(self, name: str) -> str:
+        """The line of a property as it stands there; '' without it."""
+        number = self.find(name)
+        return '' if number is None else self.lines[number]
+
     def read(self, name: str) -> tuple[str, str]:
         """Parameters and value of a property as they are written; both '' without it."""
-        number = self.find(name)
-        found = number is not None and read_property(unfolded_line(self.lines[number]))
+        found = read_property(unfolded_line(self.line(name)))
         return found[1:] if found else ('', '')
 
     def put(self, name: str, value: str) -> None:
@@ -19344,7 +19516,7 @@ class Component:
         parameters = re.sub('(?i);ALTREP="[^"]*"', '', self.read(name)[0])
         self.put_line(name, folded(f'{name}{parameters}:{value}'))
 
-    def put_line(self, name: str, line: str) -> None:
+    def put_line(self, name: str, line: str = '') -> None:
         """Puts a line in the place of that of a property, or before the parts; '' takes it out."""
         number = self.find(name)
         if number is not None:
@@ -19357,16 +19529,6 @@ class Component:
         """Which of its lines is the first that is none of its own properties."""
         return next(number for number, line in enumerate(self.lines)
                     if number and re.match('(?i)BEGIN:|END:', line))
-
-    def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
-        number = self.find(name)
-        return '' if number is None else self.lines[number]
-
-    def take_out(self, *names: str) -> None:
-        """Takes out some properties that can be there once."""
-        for name in names:
-            self.put_line(name, '')
 
     @property
     def key(self) -> str:
@@ -19422,39 +19584,31 @@ class Remark(NamedTuple):
     def write(self, event: Component, form: Form) -> None:
         """Writes it into an event."""
         if self.window:
+            event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
                 event.put_line(name, form.line(name, at))
-            event.take_out('DURATION')
         if self.title:
             event.put('SUMMARY', escaped(f'{self.title}: ') + event.read('SUMMARY')[1])
         if self.cancelled:
             event.put('STATUS', 'CANCELLED')
         if self.first or self.after:
-            said = [block(each) if each else '' for each in (self.first, self.after)]
+            said = [escaped(f'{OPENS}{each}\n{CLOSES}') if each else ''
+                    for each in (self.first, self.after)]
             said.insert(1, event.read('DESCRIPTION')[1])
             event.put('DESCRIPTION', '\\n'.join(filter(None, said)))
 
 
-def block(text: str) -> str:
-    """What cmres says in a description, so that it finds it again."""
-    return escaped(f'{OPENS}{text}\n{CLOSES}')
-
-
-def blocks(text: str) -> Iterator[tuple[int, int]]:
-    """Where cmres says something in a description: each begin and end."""
-    end = 0
-    while (begin := text.find(OPENS, end)) >= 0 and (end := text.find(CLOSES, begin)) >= 0:
-        end += len(CLOSES)
-        yield begin, end
-
-
 def without_blocks(text: str) -> str:
     """A description without what cmres says in it, nor the line ends that part it from the rest."""
-    kept, at = '', 0
-    for begin, end in blocks(text):
-        kept += re.sub(r'\\[nN]\Z', '', text[at:begin])
-        at = end + 2 * (not begin and text[end:end + 2].lower() == '\\n')
-    return kept + text[at:]
+    *closed, rest = text.split(CLOSES)
+    kept = rest
+    for each in reversed(closed):
+        before, opens, _ = each.partition(OPENS)
+        if not opens:
+            kept = each + CLOSES + kept
+        else:
+            kept = before.removesuffix('\\n') + kept if before else kept.removeprefix('\\n')
+    return kept
 
 
 class Form:
@@ -19475,10 +19629,14 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def key(self, slot: str) -> str:
-        """The line that names an occurrence by its slot."""
-        at = int(from_wall(datetime.fromisoformat(slot), self.zone).timestamp())
-        return self.line('RECURRENCE-ID', at)
+    def exception(self, plain: Component, slot: Slot) -> Component:
+        """An occurrence of a series as an event of its own, with what is carried over."""
+        made = Component([*plain.lines])
+        at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
+        times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
+        for name, at in times.items():
+            made.put_line(name, self.line(name, at))
+        return made
 
 
 def carried(head: Component) -> Component:
@@ -19490,16 +19648,6 @@ def carried(head: Component) -> Component:
     return made
 
 
-def exception_of(plain: Component, form: Form, slot: Slot) -> Component:
-    """An occurrence of a series as an event of its own, with what is carried over."""
-    made = Component([*plain.lines])
-    made.put_line('RECURRENCE-ID', form.key(slot.key))
-    made.put_line(MADE, f'{MADE}:1\r\n')
-    for name, at in (('DTSTART', slot.start), ('DTEND', slot.end)):
-        made.put_line(name, form.line(name, at))
-    return made
-
-
 def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
                  keys: dict[str, str], zone: tzinfo) -> str:
     """A calendar with what cmres says of it, by slots; '' is all of it.
@@ -19507,24 +19655,23 @@ def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
     Args:
       keys: the slots that exceptions have there, by what they are written as
     """
-    if not remarks:
-        return text
     parts = components(text)
     events = events_in(parts)
-    head = events[0]
+    head, behind = events[0], parts.index(events[-1]) + 1
     form, plain = Form(head, zone), carried(head)
     there = {keys.get(each.key, ''): each for each in events}
     there.setdefault('', head)
     for slot, remark in remarks.items():
         if slot not in there:
-            there[slot] = exception_of(plain, form, slots[slot])
-            parts.insert(parts.index(events[-1]) + 1, there[slot])
-            events.append(there[slot])
+            there[slot] = form.exception(plain, slots[slot])
+            there[slot].put_line(MADE, f'{MADE}:1\r\n')
+            parts.insert(behind, there[slot])
+            behind += 1
         remark.write(there[slot], form)
     return joined(parts)
 
 
-def without_remarks(text: str, shown: str = '', before: str = '') -> str:
+def without_remarks(text: str, shown: str, before: str) -> str:
     """A calendar without what cmres has said in it.
 
     Args:
@@ -19537,11 +19684,11 @@ def without_remarks(text: str, shown: str = '', before: str = '') -> str:
     for event in events_in(parts):
         known = was.get(event.key)
         # One that only we have made; who moves a series gives its exceptions new names.
-        if event.key not in own and (
-                event.says() == known.says() if known else event.line(MADE)):
+        if event.key not in own and (known.line(MADE) and event.says() == known.says() if known
+                                     else event.line(MADE)):
             parts.remove(event)
         else:
-            event.take_out(MADE)
+            event.put_line(MADE)
             take_remarks_out(event, known, own.get(event.key))
     return joined(parts)
 
@@ -19552,42 +19699,20 @@ def take_remarks_out(event: Component, known: Component | None, own: Component |
     rest, found = without_blocks(text), TITLE.match(title)
     if known and OPENS in rest:  # somebody has deleted a line of it
         before = known.read('DESCRIPTION')[1]
-        lines = {line for begin, end in blocks(before) for line in before[begin:end].split('\\n')}
-        lines.discard('')
-        rest = '\\n'.join(line for line in rest.split('\\n') if line not in lines)
+        said = {*before.split('\\n')} - {*without_blocks(before).split('\\n')}
+        rest = '\\n'.join(line for line in rest.split('\\n') if line not in said)
     ours = found and (rest != text or known and known.read('SUMMARY')[1].startswith(found[0]))
-    if rest != text:
-        put_back(event, own, 'DESCRIPTION', rest)
-    if ours:
-        put_back(event, own, 'SUMMARY', title[len(found[0]):])
+    values = {'DESCRIPTION': rest} if rest != text else {}
+    values |= {'SUMMARY': title[len(found[0]):]} if ours else {}
     if ours and found[1] and event.read('STATUS')[1].strip().upper() == 'CANCELLED':
-        event.put_line('STATUS', own.line('STATUS') if own else '')
-
-
-def put_back(event: Component, own: Component | None, name: str, value: str) -> None:
-    """Gives a property the value that is a person's, as they had written it if it is the same."""
-    if own and own.read(name)[1] == value:
-        event.put_line(name, own.line(name))
-    elif value:
-        event.put(name, value)
-    else:
-        event.put_line(name, '')
-
-
-class Folder(NamedTuple):
-    """A calendar: of a resource, or (id 0) of all of them."""
-    id: int
-    name: str
-    usual: Want | None = None  # what an event gets that says nothing
-
-
-ALL = Folder(0, 'all')
-
-
-def folder_of(place) -> Folder:
-    """The calendar of a resource."""
-    usual = Want(place.default_vms, place.default_flavor, place.default_image, place.name)
-    return Folder(place.id, place.name, usual)
+        values['STATUS'] = own.read('STATUS')[1] if own else ''
+    for name, value in values.items():  # as the person had written it if it is the same
+        if own and own.read(name)[1] == value:
+            event.put_line(name, own.line(name))
+        elif value:
+            event.put(name, value)
+        else:
+            event.put_line(name)
 
 
 class Understood(NamedTuple):
@@ -19612,186 +19737,159 @@ class Understood(NamedTuple):
 
     def slot_of(self, entry: Entry, clock: Clock) -> str:
         named = clock.slot(entry.moment('RECURRENCE-ID'))
-        if clock.here is self.here or getattr(clock.here, 'key', '') == self.here.key:
+        if getattr(clock.here, 'key', 'UTC') == self.here.key:
             return named.isoformat()
         return to_wall(from_wall(named, clock.here), self.here).isoformat()
 
-    def guests(self) -> list[str]:
-        """The mail addresses of who is invited, but not of who invites."""
-        found = defaultdict(list)
-        for line in filter(GUEST.match, content_lines(self.text)):
-            if said := read_property(unfolded_line(line)):
-                found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
-        return [each for each in dict.fromkeys(found['ATTENDEE'])
-                if '@' in each and each not in found['ORGANIZER']]
-
-    def slots(self, begin: float, until: float) -> dict[str, Slot]:
-        """What it wants of a window, by slots; what takes long to follow is left out."""
+    def slots(self, begin: float, until: float) -> list[Slot]:
+        """What it wants of a window; what takes long to follow is left out."""
         try:
             with Budget().event(True):
-                found = all_slots(self.booking.stretches, begin, until)
-            return {slot.key: slot for slot in found}
+                return all_slots(self.booking.stretches, begin, until)
         except (Error, ValueError, OverflowError):
-            return {}
+            return []
 
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
-        try:
-            stretches = self.booking.stretches
-            with Budget().event(True):
-                found = all_slots(stretches, 0, until)
-                last = LAST.timestamp() if goes_on(stretches, until) else found[-1].end
-            return found[0].start, int(last)
-        except (Error, LookupError, ValueError, OverflowError):
-            return 0, int(LAST.timestamp())
-
-
-class Shelf:
-    """The calendars of one user in one project, and what is in them."""
-
-    def __init__(self, acting: Reservations):
-        self.acting, self.whose = acting, tuple(acting.actor[:2])
-
-    def folders(self) -> list[Folder]:
-        """Of each resource that has VMs for who says nothing, and one for all."""
-        return [*(folder_of(each) for each in self.acting.look.places() if each.default_vms), ALL]
-
-    def folder(self, name: str) -> Folder:
-        """The calendar of a name; NotFound if there is none."""
-        found = next((each for each in self.folders() if each.name == name), None)
+        found, last = self.slots(0, until), int(LAST.timestamp())
         if not found:
-            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
-                           'resource VMs for events that say nothing (default_vms)')
-        return found
+            return 0, last
+        return found[0].start, last if self.slots(until, last) else found[-1].end
 
-    def find(self, folder: Folder, name: str):
-        """What a calendar has under a name; None if nothing."""
-        return row('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                   'AND calendar = ? AND name = ? AND gone IS NULL', *self.whose, folder.id, name)
 
-    def all(self, folder: Folder, since: int = -1) -> list:
-        """What is in a calendar and does not end before an instant, by name."""
-        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND gone IS NULL AND last > ? ORDER BY name',
-                    *self.whose, folder.id, since)
+GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
+METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
+OTHER_KINDS = re.compile(r'(?mi)^BEGIN:V(?:TODO|JOURNAL|FREEBUSY|AVAILABILITY|CARD)\b')
 
-    def changed(self, folder: Folder, since: int, most: int) -> list:
-        """What has changed or was deleted after a number."""
-        return rows('SELECT * FROM calendar_object WHERE user = ? AND project = ? '
-                    f'AND calendar = ? AND rev > ? ORDER BY rev LIMIT {most}',
-                    *self.whose, folder.id, since)
 
-    def newest(self, folder: Folder) -> int:
+def guests_in(text: str) -> list[str]:
+    """The mail addresses of who is invited to an event, but not of who invites."""
+    found = defaultdict(list)
+    for line in filter(GUEST.match, content_lines(text)):
+        if said := read_property(unfolded_line(line)):
+            found[said[0]].append(said[2].strip().lower().removeprefix('mailto:'))
+    return [each for each in dict.fromkeys(found['ATTENDEE'])
+            if MAIL_ADDRESS.fullmatch(each) and each not in found['ORGANIZER']]
+
+
+class Folder:
+    """A calendar of one user in one project: of a resource, or (id 0) of all of them."""
+    OBJECTS = 'FROM calendar_object WHERE user = ? AND project = ? AND calendar = ?'
+    PROPERTIES = 'FROM calendar_property WHERE user = ? AND project = ? AND calendar = ?'
+
+    def __init__(self, acting: Reservations, place=None):
+        self.acting, self.place = acting, place
+        self.id, self.name = (place.id, place.name) if place else (0, 'all')
+        self.whose = (*acting.actor[:2], self.id)
+        self.named = dict(zip(('user', 'project', 'calendar'), self.whose))
+        self.usual = None if not place else Want(  # what an event gets that says nothing
+            place.default_vms, place.default_flavor, place.default_image, place.name)
+
+    def objects(self, condition: str, *values) -> list:
+        return rows(f'SELECT * {self.OBJECTS} AND {condition}', *self.whose, *values)
+
+    def find(self, name: str):
+        """What it has under a name; None if nothing."""
+        return next(iter(self.objects('name = ? AND gone IS NULL', name)), None)
+
+    @property
+    def newest(self) -> int:
         """The number of its last change; not one before all that is known of changes."""
-        found = row('SELECT coalesce(max(rev), 0) AS rev FROM calendar_object '
-                    'WHERE user = ? AND project = ? AND calendar = ?', *self.whose, folder.id)
-        return max(found.rev, int(fact(FORGOTTEN) or 0))
+        last, = run(f'SELECT coalesce(max(rev), 0) {self.OBJECTS}', *self.whose).fetchone()
+        return max(last, int(fact(FORGOTTEN) or 0))
 
-    def token(self, folder: Folder) -> str:
-        """What is another as soon as anything in a calendar is, as a URI."""
-        seen = self.acting.config.caldav_busy and row('SELECT max(id) AS id FROM event').id or 0
-        store = self.acting.clouds.store
-        return f'urn:cmres:sync:{store}:{folder.id}:{self.newest(folder)}:{seen}'
+    @property
+    def token(self) -> str:
+        """What is another as soon as anything in it is, as a URI."""
+        seen = newest_event() if self.acting.config.caldav_busy else 0
+        return f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:{self.newest}:{seen}'
 
-    def since(self, folder: Folder, token: str) -> tuple[int, int]:
-        """The numbers of the last change and event of a token.
-
-        Raises:
-          Refused: it is none of ours, or so old that what was deleted since is forgotten.
-        """
-        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{folder.id}:')
+    def since(self, token: str) -> tuple[int, int]:
+        """The numbers of the last change and event of a token, if all since is still known."""
+        head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:')
         found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
         numbers = tuple(map(int, found.groups())) if found else (-1, 0)
-        forgotten = int(fact(FORGOTTEN) or 0)
-        if not forgotten <= numbers[0] <= self.newest(folder):
+        if not int(fact(FORGOTTEN) or 0) <= numbers[0] <= self.newest:
             raise Refused(403, 'D:valid-sync-token', 'this token is not of this calendar, or is '
                           'too old. Ask without a token for all that is there')
         return numbers
 
-    def write(self, folder: Folder, name: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then."""
-        whose = dict(zip(('user', 'project'), self.whose)) | {'calendar': folder.id, 'name': name}
-        there = row('SELECT id FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND name = ?', *whose.values())
-        values |= {'rev': next_revision(), 'changed': int(self.acting.clock())}
+    def write(self, name: str, text: str, shown: str, **values) -> None:
+        """Writes an object, or some columns of it; it is another one for all programs then.
+
+        Args:
+          text: what a person wrote
+          shown: the same with what cmres says of it
+        """
+        there = self.objects('name = ?', name)
+        values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
+                   'rev': next_revision(), 'changed': int(self.acting.clock())}
         if there:
-            change(CalendarObject, there.id, **values)
+            change(CalendarObject, there[0].id, **values)
         else:
-            insert(CalendarObject, **whose, **values)
+            insert(CalendarObject, **self.named, name=name, **values)
 
-    def properties(self, folder: Folder) -> dict[str, str]:
-        """What a program keeps with a calendar."""
-        return {each.name: each.value for each in rows(
-            'SELECT name, value FROM calendar_property WHERE user = ? AND project = ? '
-            'AND calendar = ?', *self.whose, folder.id)}
+    def properties(self) -> dict[str, str]:
+        """What a program keeps with it."""
+        return dict(run(f'SELECT name, value {self.PROPERTIES}', *self.whose).fetchall())
 
-    def keep_property(self, folder: Folder, name: str, value: str | None) -> None:
-        run('DELETE FROM calendar_property WHERE user = ? AND project = ? AND calendar = ? '
-            'AND name = ?', *self.whose, folder.id, name)
+    def keep_property(self, name: str, value: str | None) -> None:
+        run(f'DELETE {self.PROPERTIES} AND name = ?', *self.whose, name)
         if value is not None:
-            insert(CalendarProperty, **dict(zip(('user', 'project'), self.whose)),
-                   calendar=folder.id, name=name, value=value)
+            insert(CalendarProperty, **self.named, name=name, value=value)
 
-    def zone(self, folder: Folder) -> ZoneInfo:
+    @functools.cached_property
+    def zone(self) -> ZoneInfo:
         """The zone of times that name none: that of the calendar, else that of the service."""
-        described = self.properties(folder).get('C:calendar-timezone', '')
+        described = self.properties().get('C:calendar-timezone', '')
         named = re.search(r'(?mi)^TZID[^:\n]*:\s*(\S+)\s*$', described)
         return named and table_zone(named[1]) or self.acting.config.zone
 
-    def understand(self, folder: Folder, text: str) -> Understood:
-        """What an object asks for.
-
-        Raises:
-          Refused: it is not what a calendar object may be (RFC 4791, 4.1).
-        """
+    def understand(self, text: str) -> Understood:
+        """What an object asks for, if it is what one may be (RFC 4791, 4.1)."""
         entries = read_calendar(text, 'the event')
-        kinds = kinds_in(text)
-        if not entries or kinds - {'VEVENT', 'VTIMEZONE'}:
+        if not entries or OTHER_KINDS.search(text):
             raise Refused(403, 'C:supported-calendar-component',
                           'only events are reserved here, no tasks and nothing else')
         groups = by_uid(entries)
         if len(groups) > 1 or METHOD_LINE.search(text):
             raise Refused(403, 'C:valid-calendar-object-resource',
                           'one event is needed with the exceptions of it, and no METHOD')
-        (uid, group), = groups.items()
-        now, zone = self.acting.here.now, self.zone(folder)
+        now, usual = self.acting.here.now, self.usual or Want()
         until = now + timedelta(days=self.acting.config.horizon)
-        wanted = bookings({uid: group}, zone, now, until, folder.usual or Want(), folder.usual
-                          or Want())
+        wanted = bookings(groups, self.zone, now, until, usual, usual)
         if not wanted:
             raise Refused(403, 'C:valid-calendar-object-resource',
                           'this event is of a feed of cmres: what it shows is reserved already')
-        return Understood(text, wanted[0], group, zone)
+        return Understood(text, wanted[0], *groups.values(), self.zone)
 
 
-GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
-METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
+def folders_of(acting: Reservations) -> list[Folder]:
+    """Calendars: one of each resource that has VMs for who says nothing, and one of all."""
+    places = [each for each in acting.look.places() if each.default_vms]
+    return [*(Folder(acting, each) for each in places), Folder(acting)]
 
 
-def kinds_in(text: str) -> set[str]:
-    """Which kinds of components a calendar has."""
-    depth, kinds = 0, set()
-    for begins, kind in re.findall(r'(?mi)^(BEGIN|END):(\S*)', text):
-        depth += 1 if begins.upper() == 'BEGIN' else -1
-        if depth == 2 and begins.upper() == 'BEGIN':
-            kinds.add(kind.upper())
-    return kinds
+def newest_event() -> int:
+    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 class Teller:
     """What cmres says of the event of an object, as its reservation is now."""
 
-    def __init__(self, acting: Reservations, found, event: Understood):
-        self.acting, self.event, self.why = acting, event, json.loads(found.why)
-        self.id = found.reservation_id
+    def __init__(self, acting: Reservations, event: Understood, id: int | None, why: dict):
+        self.acting, self.event, self.id, self.why = acting, event, id, why
         self.all = rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', self.id)
-        self.slots = self.planned()
+        around = self.all and (self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+        self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
-    def planned(self) -> dict[str, Slot]:
-        """What the event itself says, around what there is."""
-        if not self.all:
-            return {}
-        return self.event.slots(self.all[0].start - 2 * MONTH, self.all[-1].end + MONTH)
+    def text(self) -> str:
+        """The event as it is shown."""
+        remarks = self.remarks()
+        if not remarks:
+            return self.event.text
+        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
+                            self.event.here)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -19805,17 +19903,23 @@ class Teller:
         known = [each for each in self.all if each.slot in self.slots and not whole.title]
         found = {each.slot: self.of_one(each, self.slots[each.slot]) for each in known}
         whole = found.get('') or whole
-        after = '\n'.join(filter(None, (whole.after, self.state(current))))
+        said = whole.after, state_of(self.acting, current, self.event.here)
+        after = '\n'.join(filter(None, said))
         found[''] = whole._replace(after=after)
         return {slot: remark for slot, remark in found.items() if remark not in (None, Remark())}
+
+    def last_said(self, *codes: str) -> str:
+        """What the event log said last of its reservation under some codes."""
+        found = rows("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
+                     f"({', '.join('?' * len(codes))}) ORDER BY id DESC LIMIT 1", self.id, *codes)
+        return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
         """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
-        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
-                   "('released', 'rejected', 'maintenance') ORDER BY id DESC LIMIT 1", self.id)
-        return Remark('CANCELLED', last.sentence if last else 'it was cancelled', cancelled=True)
+        said = self.last_said('released', 'rejected', 'maintenance')
+        return Remark('CANCELLED', said or 'it was cancelled', cancelled=True)
 
     def of_stay(self, current) -> Remark | None:
         """What is reserved stays as it was, since a change was refused or waits for an approval."""
@@ -19825,286 +19929,384 @@ class Teller:
         slot = self.slots.get(current.slot)
         moved = not slot or (slot.start, slot.end) != (current.start, current.end)
         still = (f'MOVED, still {self.clock(current.start)}' if moved
-                 else f'CHANGED, still {counted_vms(current.vms)}')
+                 else f"CHANGED, still {counted(current.vms, 'VM')}")
         return Remark(f'NOT {still}', why)
 
     def of_one(self, there, slot: Slot) -> Remark | None:
         """What is otherwise of an occurrence than the event says."""
         if there.cancelled is not None:
             why = self.why.get(there.slot, '' if there.altered else 'there was no free capacity')
-            if why:
-                return Remark('NOT RESERVED', why, cancelled=True)
-            return Remark('CANCELLED', 'this occurrence was cancelled', cancelled=True)
+            return Remark('NOT RESERVED' if why else 'CANCELLED',
+                          why or 'this occurrence was cancelled', cancelled=True)
         window = there.start, there.end
         if window == (slot.start, slot.end):
             return None
         if there.slot in self.why:
             return Remark(f'NOT MOVED, still {self.clock(there.start)}', self.why[there.slot])
-        last = row("SELECT sentence FROM event WHERE reservation_id = ? AND code IN "
-                   "('updated', 'maintenance', 'kept') ORDER BY id DESC LIMIT 1", self.id)
-        return Remark(after=f"Moved: {last.sentence if last else 'in cmres'}", window=window)
+        said = self.last_said('updated', 'maintenance', 'kept')
+        return Remark(after=f"Moved: {said or 'in cmres'}", window=window)
 
     def clock(self, at: int) -> str:
         return f'{to_wall(instant(at), self.event.here):%a %H:%M}'
 
-    def state(self, current) -> str:
-        """How its VMs are and how to log in; of a series, those of now or of the next time."""
-        config = self.acting.config
-        if current.pending is not None and current.state == 'pending':
-            until = config.told_time(current.pending, self.event.here.key)
-            return f'An admin must approve it until {until}.'
-        if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
-            return ''
-        addresses = addresses_of(current.id)
-        when = format_time(instant(current.start), self.event.here)
-        head = f'{when}: {current.state}' if current.repeats else current.state
-        key = f'key pair: {current.key}' if current.key and addresses else ''
-        lines = [head, *config.logins(addresses), key, current.fault]
-        return '\n'.join(filter(None, lines))
+
+def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
+    """How its VMs are and how to log in; of a series, those of now or of the next time."""
+    if current.pending is not None and current.state == 'pending':
+        until = acting.config.told_time(current.pending, getattr(zone, 'key', 'UTC'))
+        return f'An admin must approve it until {until}.'
+    if not current.runs or current.state in ('reserved', 'pending', 'waiting', 'cancelled'):
+        return ''
+    when = format_time(instant(current.start), zone)
+    head = f'{when}: {current.state}' if current.repeats else current.state
+    lines = log_in_lines(acting.config, current, addresses_of(current.id))
+    return '\n'.join(filter(None, [head, *lines, current.fault]))
 
 
-def counted_vms(number: int) -> str:
-    return f"{number} VM{'s' * (number != 1)}"
+def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
+    """Writes anew what is shown of reservations that have changed since the last time, and what
+    was reserved elsewhere by who acts.
 
-
-class Keeper:
-    """What keeps objects and reservations together, for one who acts."""
-
-    def __init__(self, acting: Reservations):
-        self.acting, self.shelf = acting, Shelf(acting)
-
-    def refresh(self) -> None:
-        """Writes anew what is shown of reservations that have changed since the last time."""
-        seen = int(fact(LOOKED_AT) or 0)
-        newest = row('SELECT coalesce(max(id), 0) AS id FROM event').id
-        if newest <= seen:
-            return
-        left = deque(rows(
-            'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
-            '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
-            'AND e.reservation_id IS NOT NULL)', seen, newest))
-        if not left and newest - seen < MOST_UNSEEN:
-            return
+    Args:
+      known: up to which event, and on what, everybody's reservations were looked for
+    """
+    seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
+    changed = deque(rows(
+        'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
+        '(SELECT e.reservation_id FROM event e WHERE e.id > ? AND e.id <= ? '
+        'AND e.reservation_id IS NOT NULL)', seen, newest)) if newest > seen else deque()
+    told, made, (last, before) = bool(changed), deque(), known.get(whose, (0, ''))
+    if last != newest:
+        places = json.dumps([each.id for each in folders_of(acting) if each.id])
+        made = deque(elsewhere(acting, places, last if places == before else 0))
+        known[whose] = newest, places
+    for left, deed in ((changed, show_anew), (made, take_in)):
         while left:  # others can write between
             with transaction():
                 for each in some_of(left):
                     with suppress(Error):
-                        self.show_anew(each.id)
+                        deed(acting, each.id)
+    if newest - seen >= (1 if told else MOST_UNSEEN):
         with transaction():
             note_fact(LOOKED_AT, f'{newest}')
 
-    def show_anew(self, id: int) -> None:
-        """Writes what is shown of an object if it is another than before."""
-        found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
-        if not found:
-            return
-        owner = Actor(found.user, found.project, USER)
-        shelf = Shelf(self.acting.acting(owner))
-        place = row('SELECT name FROM resource WHERE id = ?', found.calendar)
-        folder = Folder(found.calendar, place.name if place else ALL.name)
-        shown = shown_text(shelf, found, shelf.understand(folder, found.text))
-        if shown != (found.shown or found.text):
-            shelf.write(folder, found.name, shown='' if shown == found.text else shown,
-                        etag=etag_of(shown))
 
-    def put(self, folder: Folder, name: str, data: bytes, look: Callable) -> tuple[bool, str]:
-        """Makes a reservation of what a program sends, or changes it.
+def show_anew(acting: Reservations, id: int) -> None:
+    """Writes what is shown of an object if it is another than before."""
+    found = row('SELECT * FROM calendar_object WHERE id = ? AND gone IS NULL', id)
+    if not found:
+        return
+    folder = Folder(acting.acting(Actor(found.user, found.project, USER)),
+                    row('SELECT * FROM resource WHERE id = ?', found.calendar))
+    if found.text:
+        shown = Teller(folder.acting, folder.understand(found.text), found.reservation_id,
+                       json.loads(found.why)).text()
+    else:
+        shown = reservation_text(folder, found.reservation_id)
+    if not shown:
+        folder.write(found.name, '', '', gone=int(acting.clock()), reservation=None)
+    elif shown != (found.shown or found.text):
+        folder.write(found.name, found.text, shown)
 
-        Returns:
-          whether it is new, and its ETag if it is shown as it was sent.
+
+def elsewhere(acting: Reservations, places: str, since: int) -> list:
+    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
+    those that an event after that tells of.
+    """
+    told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
+    return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
+                'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
+                'AND o.due IS NOT NULL AND o.cancelled IS NULL AND r.waiting IS NULL '
+                'AND o.resource_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 '
+                f"FROM calendar_object c WHERE c.reservation_id = r.id) {told or ''}",
+                *acting.actor[:2], places, *([since] if since else []))
+
+
+def take_in(acting: Reservations, id: int) -> None:
+    """Shows a reservation that was made elsewhere in the calendar of its resource."""
+    first = row('SELECT resource_id FROM occurrence o WHERE reservation_id = ? AND cancelled '
+                'IS NULL AND NOT EXISTS (SELECT 1 FROM calendar_object c WHERE '
+                'c.reservation_id = o.reservation_id) ORDER BY start LIMIT 1', id)
+    if not first:  # it has gone meanwhile, or another request was faster
+        return
+    folder = Folder(acting, resource_of(first.resource_id))
+    uid = row('SELECT uid FROM reservation WHERE id = ?', id).uid
+    if not uid:  # so that it is known in another calendar as well
+        uid = f'reservation-{id}@{acting.clouds.store}'
+        change(Reservation, id, uid=uid)
+    last = int(LAST.timestamp()) if acting.look.stretches(id) else acting.look.next_of(id).end
+    folder.write(f'reservation-{id}.ics', '', reservation_text(folder, id), uid=uid, first=0,
+                 last=last, reservation=id, why='{}', gone=None)
+
+
+def reservation_text(folder: Folder, id: int) -> str:
+    """A reservation as an event that nobody has written; '' if the calendar has nothing of it."""
+    look = folder.acting.look
+    there = rows('SELECT slot, start, "end", vms, resource_id AS resource, cancelled '
+                 'FROM occurrence WHERE reservation_id = ? ORDER BY start', id)
+    live = [each for each in there if each.cancelled is None and each.resource == folder.id]
+    if not live:
+        return ''
+    found, stretches = look.next_of(id), look.stretches(id)
+    zone = read_zone(stretches[0].zone) if stretches else UTC
+    times = series_lines(stretches, there, zone) if stretches else [
+        f'DTSTART:{stamp_of(live[0].start)}', f'DTEND:{stamp_of(live[0].end)}']
+    said = {'UID': row('SELECT uid FROM reservation WHERE id = ?', id).uid,
+            'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
+    lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
+             *want_lines(found, found.vms), 'END:VEVENT']
+    head = Component([folded(each) for each in lines])
+    form, plain, events = Form(head, zone), carried(head), [head]
+    for each in live if stretches else ():
+        slot = plan_of(stretches, there).get(each.slot)
+        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
+            continue
+        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
+        for line in want_lines(found, each.vms):
+            events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+    return whole_calendar(joined(events))
+
+
+def want_lines(found, vms: int) -> list[str]:
+    """What of an event says which VMs a reservation has, and its description."""
+    said = {'COUNT': vms, 'FLAVOR': found.flavor, 'IMAGE': found.image}
+    plain = f"{vms} x {' '.join(filter(None, (found.flavor, found.image)))}"
+    match = WANT.fullmatch(plain)
+    text = found.description
+    if match and match.group(2, 3) == (found.flavor, found.image):  # it says all of it
+        text = '\n'.join(filter(None, (plain, text)))
+    return ['CATEGORIES:VM', *(f'X-VM-{name}:{escaped(str(each))}' for name, each in said.items()),
+            f'DESCRIPTION:{escaped(text)}']
+
+
+def is_ruled_alone(stretches: list[Stretch]) -> bool:
+    """Whether a rule says all of a series but for single occurrences."""
+    first = stretches[0]
+    return bool(len(stretches) == 1 and first.rule and not first.shift
+                and {*first.dates} <= {first.start})
+
+
+def plan_of(stretches: list[Stretch], there: list) -> dict[str, Slot]:
+    """What a series says without exceptions; without one rule, by the slots that there are."""
+    plan = stretches[0]._replace(skips=(), moved={})
+    if not is_ruled_alone(stretches):
+        keys = tuple(each.slot for each in there)
+        plan = Stretch(keys[0], plan.length, plan.zone, plan.vms, plan.resource, dates=keys,
+                       exact=plan.exact)
+    found = all_slots([plan], there[0].start - MONTH, there[-1].end + MONTH)
+    return {each.key: each for each in found}
+
+
+def series_lines(stretches: list[Stretch], there: list, zone: ZoneInfo) -> list[str]:
+    """When a series is, as lines of an event."""
+    head, tail = ('', 'Z') if zone.key == 'UTC' else (f';TZID={zone.key}', '')
+
+    def local(name: str, *keys: str) -> str:
+        walls = (f'{datetime.fromisoformat(each):%Y%m%dT%H%M%S}{tail}' for each in keys)
+        return f"{name}{head}:{','.join(walls)}"
+    first, keys = stretches[0], [each.slot for each in there]
+    live = {each.slot for each in there if each.cancelled is None}
+    gone = {each for each in plan_of(stretches, there) if each <= max(keys)} - live
+    ruled = is_ruled_alone(stretches)
+    begin = first.start if ruled else keys[0]
+    until = datetime.fromisoformat(begin) + timedelta(seconds=first.length + first.exact)
+    lines = [local('DTSTART', begin), local('DTEND', until.isoformat())]
+    if ruled:
+        gone |= {each if 'T' in each else each + first.start[10:] for each in first.skips}
+        lines.append('RRULE:' + re.sub('(?<=UNTIL=)[^;]*', lambda last: stamp_of(int(
+            from_wall(read_until(last[0]), zone).timestamp())), first.rule))
+    elif keys[1:]:
+        lines.append(local('RDATE', *keys[1:]))
+    return lines + [local('EXDATE', *sorted(gone))] if gone else lines
+
+
+class Draft:
+    """What a program sends for a name of a calendar, and what the calendar has there."""
+
+    def __init__(self, folder: Folder, name: str, look: Callable):
+        self.folder, self.name, self.look, self.acting = folder, name, look, folder.acting
+        self.had = self.as_it_is()
+
+    def as_it_is(self):
+        """What the calendar has now; the request is refused if it was meant for another state."""
+        found = self.folder.find(self.name)
+        self.look(found)
+        return found
+
+    def put(self, data: bytes) -> tuple[bool, str]:
+        """Makes a reservation of what a program sends, or changes it; whether it is new, and its
+        ETag if it is shown as it was sent.
         """
-        had = self.shelf.find(folder, name)
-        look(had)
-        sent_text = object_text(data)
+        had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
-        event = self.shelf.understand(folder, text)
-        self.refuse_other_uid(folder, name, event.booking.uid, had)
+        self.event = self.folder.understand(text)
+        self.booking = self.event.booking
+        self.refuse_other_uid()
         try:
-            shown = self.reserve(folder, name, event, had, look)
+            shown = self.reserve()
         except (Changed, Refused, Unavailable, TooMany):
             raise
         except Error as refusal:
-            shown = self.refuse(folder, name, event, had, look, refusal)
+            shown = self.refuse(refusal)
         return not had, etag_of(shown) if shown == sent_text else ''
 
-    def refuse_other_uid(self, folder: Folder, name: str, uid: str, had) -> None:
+    def refuse_other_uid(self) -> None:
         """Refuses a UID that another object of the calendar has (RFC 4791, 5.3.2.1)."""
-        other = row('SELECT name FROM calendar_object WHERE user = ? AND project = ? '
-                    'AND calendar = ? AND uid = ? AND name <> ? AND gone IS NULL LIMIT 1',
-                    *self.shelf.whose, folder.id, uid, name)
-        if other or had and had.uid != uid:
+        uid, most = self.booking.uid, self.acting.config.caldav_events
+        other = self.folder.objects('uid = ? AND name <> ? AND gone IS NULL LIMIT 1', uid,
+                                    self.name)
+        if other or self.had and self.had.uid != uid:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
-                          href=(other or had).name)
-        most = self.acting.config.caldav_events
-        there, = run('SELECT count(*) FROM calendar_object WHERE user = ? AND project = ? '
-                     'AND calendar = ? AND gone IS NULL', *self.shelf.whose, folder.id).fetchone()
-        if not had and 0 < most <= there:
+                          href=(other[0] if other else self.had).name)
+        there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
+                     *self.folder.whose).fetchone()
+        if not self.had and 0 < most <= there:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
-    def reserve(self, folder: Folder, name: str, event: Understood, had, look: Callable) -> str:
-        """Books what an event asks for, and keeps its text; what is shown of it then.
+    @property
+    def known(self):
+        """The reservation that it is of, the newest; None if there is none."""
+        also = self.had and self.had.reservation_id
+        return self.acting.booked_as(self.booking.uid, self.acting.actor[:2], None, also)
 
-        Raises:
-          Error: it is refused, and nothing was changed.
-        """
-        acting, booking = self.acting, event.booking
-        guests = [each for each in event.guests() if MAIL_ADDRESS.fullmatch(each)
-                  and acting.config.may_tell(each)]
-        said = said_by(booking) | {'invite': guests[:MOST_INVITED]}
-        (_, wish, error), = acting.read_bookings([booking], said, event.zone)
-        if error:
-            raise error
-        with acting.writing() as now:
-            look(self.shelf.find(folder, name))
-            self.refuse_past(booking, wish, had)
-            self.refuse_begun(event, had, now)
-            done = acting.taken(booking, wish, self.shelf.whose, None, now,
-                                again=not had or had.reservation_id is None)
+    def wish(self) -> Wish | None:
+        """What the event asks for; what it doesn't say stays as it was reserved."""
+        acting, booking, known = self.acting, self.booking, self.known
+        old = known and known.over > acting.clock() and acting.look.next_of(known.id)
+        said = NOTHING_SAID | (acting.wishes.unaltered(old) if old else {})
+        said |= {'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+        before = self.had.text if self.had else ''
+        guests, invited = guests_in(self.event.text), guests_in(before)
+        if guests != invited:
+            others = [each for each in said.get('invite', ()) if each not in invited]
+            may = [each for each in guests if acting.config.may_tell(each)]
+            said['invite'] = [*others, *may][:MOST_INVITED]
+        for each in events_in(components(before))[:1] if old else ():
+            if unescaped(each.read('SUMMARY')[1]) == old.description:
+                said['description'] = booking.summary[:1000]
+        with Budget().event(repeats(booking)):
+            return acting.read_booking(booking, said, self.event.zone)[0]
+
+    def reserve(self) -> str:
+        """Books what an event asks for, and keeps its text; what is shown of it then."""
+        wish = self.wish()
+        with self.acting.writing() as now:
+            self.had = had = self.as_it_is()
+            self.refuse_past(wish, now)
+            done = self.acting.taken(self.booking, wish, self.known, None, now,
+                                     again=not had or had.reservation_id is None)
             booked = done['outcome'] not in ('past', 'cancelled')
-            return self.keep(folder, name, event, had, self.whys(event, done, had), booked)
+            return self.keep(self.whys(done), booked)
 
-    def refuse_past(self, booking: Booking, wish: Wish | None, had) -> None:
-        """Refuses to move what is reserved to where it can't be any more."""
-        if wish or booking.cancelled or repeats(booking) or not had:
+    def refuse_past(self, wish: Wish | None, now: float) -> None:
+        """Refuses to move what is reserved to where it can't be, and what has begun to later."""
+        known = self.had and self.known
+        if not known or known.over <= now or self.booking.cancelled:
             return
-        if row('SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
-               int(self.acting.clock())):
+        if not wish and not repeats(self.booking):
             raise Invalid('its time is past. Move it to a time to come, or delete it')
+        current = self.acting.look.next_of(known.id)
+        if current.start <= now < current.held_until and current.cancelled is None:
+            around = current.start - MONTH, current.end + 12 * MONTH
+            if any(slot.key == current.slot and slot.start > now
+                   for slot in self.event.slots(*around)):
+                raise Conflict('it has begun, so only its end can be changed')
 
-    def refuse_begun(self, event: Understood, had, now: float) -> None:
-        """Refuses to move what has begun to later: of that, the end can change."""
-        known = had and had.reservation_id and row(
-            'SELECT slot, start, "end" FROM occurrence INDEXED BY occurrence_series WHERE '
-            'reservation_id = ? AND (due IS NULL) = 0 AND start <= ? AND held_until > ? '
-            'AND cancelled IS NULL', had.reservation_id, int(now), int(now))
-        slot = known and event.slots(known.start - MONTH, known.end + 12 * MONTH).get(known.slot)
-        if slot and slot.start > now:
-            raise Conflict('it has begun, so only its end can be changed')
-
-    def whys(self, event: Understood, done: dict, had) -> dict[str, str]:
+    def whys(self, done: dict) -> dict[str, str]:
         """By slots why occurrences found no room, of what became of an event."""
-        if done['outcome'] in ('pending', 'unchanged') and done.get('why'):
-            waits = done['outcome'] == 'pending' or done['why'] == A_CHANGE_WAITS
+        outcome, had = done['outcome'], self.had
+        if outcome in ('pending', 'unchanged') and done.get('why'):
+            waits = outcome == 'pending' or done['why'] == A_CHANGE_WAITS
             return {'approval' if waits else '': done['why']}
-        old = json.loads(had.why) if had and done['outcome'] in ('unchanged', 'changed') else {}
+        old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
-        known = self.acting.booked_as(event.booking.uid, self.shelf.whose, None)
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     '(SELECT value FROM json_each(?))', known and known.id, json.dumps([*left]))
+                     '(SELECT value FROM json_each(?))', self.known and self.known.id,
+                     json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
 
-    def keep(self, folder: Folder, name: str, event: Understood, had, why: dict,
-             booked: bool) -> str:
-        """Writes an object; what is shown of it. Inside a transaction."""
-        uid = event.booking.uid
-        known = self.acting.booked_as(uid, self.shelf.whose, None) if booked else None
+    def keep(self, why: dict, booked: bool) -> str:
+        """Writes the event; what is shown of it. Inside a transaction."""
+        had, known = self.had, self.known if booked else None
         id = known.id if known else had.reservation_id if had else None
-        self.take_from_others(folder, name, id)
-        first, last = event.span(self.acting.clock() + self.acting.config.horizon * DAY)
-        values = {'uid': uid, 'text': event.text, 'reservation': id, 'why': json.dumps(why),
-                  'first': first, 'last': last, 'gone': None, 'shown': '', 'etag': ''}
-        self.shelf.write(folder, name, **values)
-        found = self.shelf.find(folder, name)
-        shown = shown_text(self.shelf, found, event)
-        change(CalendarObject, found.id, shown='' if shown == event.text else shown,
-               etag=etag_of(shown))
+        self.take_from_others(id)
+        first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
+        shown = Teller(self.acting, self.event, id, why).text()
+        self.folder.write(self.name, self.event.text, shown, uid=self.booking.uid, reservation=id,
+                          first=first, last=last, why=json.dumps(why), gone=None)
         return shown
 
-    def take_from_others(self, folder: Folder, name: str, reservation: int | None) -> None:
+    def take_from_others(self, reservation: int | None) -> None:
         """Lets a reservation be of one object alone; its event came from another calendar."""
-        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
-                         'AND NOT (calendar = ? AND name = ?)', reservation, folder.id, name):
-            why = f"The same event stands in the calendar '{folder.name}' now."
+        for each in rows('SELECT id, text FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', reservation, self.folder.id,
+                         self.name):
+            why = f"The same event stands in the calendar '{self.folder.name}' now."
             change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
-            self.show_anew(each.id)
+            show_anew(self.acting, each.id)
 
-    def refuse(self, folder: Folder, name: str, event: Understood, had, look: Callable,
-               refusal: Error) -> str:
+    def refuse(self, refusal: Error) -> str:
         """Keeps an event that can't be reserved, with a remark that says why."""
-        why = f'{self.explained(event, had, refusal)}'.removeprefix(f'{event.booking.name}: ')
-        why = why[:1].upper() + why[1:]
-        if self.acting.config.caldav_refusal == '403':
-            raise Refused(403, 'V:no-capacity' if isinstance(refusal, NoCapacity)
-                          else 'V:not-reserved', why)
-        with self.acting.writing() as now:
-            look(self.shelf.find(folder, name))
-            live = had and had.reservation_id is not None and row(
-                'SELECT id FROM reservation WHERE id = ? AND over > ?', had.reservation_id,
-                int(now))
-            if not live and had:
-                had = had._replace(reservation_id=None)
-            if isinstance(refusal, NoCapacity) or 'limit' in refusal.details:
-                user, project = self.shelf.whose  # the operator is told, as of other requests
-                journal(self.acting.config, now, user, 'refused', f'an event of {user}: {why}',
-                        project=project, resource=folder.id or None)
-            return self.keep(folder, name, event, had, {'': why}, False)
+        acting, full = self.acting, isinstance(refusal, NoCapacity)
+        said = f'{self.explained(refusal)}'.removeprefix(f'{self.booking.name}: ')
+        why = said[:1].upper() + said[1:]
+        if acting.config.caldav_refusal == '403':
+            raise Refused(403, 'V:no-capacity' if full else 'V:not-reserved', why)
+        with acting.writing() as now:
+            self.had = self.as_it_is()
+            if self.had and not (self.known and self.known.over > now):
+                self.had = self.had._replace(reservation_id=None)
+            if full or 'limit' in refusal.details:
+                user, project = acting.actor[:2]  # the operator is told, as of other requests
+                journal(acting.config, now, user, 'refused', f'an event of {user}: {why}',
+                        project=project, resource=self.folder.id or None)
+            return self.keep({'': why}, False)
 
-    def explained(self, event: Understood, had, refusal: Error) -> Error:
+    def explained(self, refusal: Error) -> Error:
         """A refusal for want of capacity, with what would fit instead."""
-        acting, booking = self.acting, event.booking
-        if not isinstance(refusal, NoCapacity) or repeats(booking):
+        acting, known = self.acting, self.known
+        if not isinstance(refusal, NoCapacity) or repeats(self.booking):
             return refusal
-        (_, wish, _), = acting.read_bookings([booking], said_by(booking), event.zone)
-        plain = wish._replace(stretches=[], repeat='')
-        known = had and had.reservation_id and acting.look.next_of(had.reservation_id)
-        live = known if known and known.cancelled is None and known.end > acting.clock() else None
+        wish = self.wish()._replace(stretches=[], repeat='')
         try:
-            with acting.shares.paced(), acting.writing(dry_run=True) as now:
-                def deed(each: Wish, field: str) -> None:
-                    self.book_plainly(each, live, now)
-                with acting.offers.explaining(plain, live, deed):
-                    deed(plain, '')
-        except NoCapacity as told_more:
-            return NoCapacity(in_other_words(told_more, event.here), **told_more.details)
+            if known and known.over > acting.clock():
+                asked = {'start': instant(wish.start), 'end': instant(wish.end)}
+                asked |= {name: getattr(wish, name) for name in ('vms', 'flavor', 'image')}
+                acting.alter(known.label, known.project, asked, True)
+            else:
+                wish = wish._replace(label=acting.free_label(wish, acting.clock()))
+                acting.reserve([Request(wish.label, [[wish]], False, 0, 0)], True)
+        except NoCapacity as more:
+            return NoCapacity(in_other_words(more, self.event.here), **more.details)
         except Error:
             pass
         return refusal
 
-    def book_plainly(self, wish: Wish, live, now: float) -> None:
-        """Books a wish, or makes it of what is there, as if it were of no calendar."""
-        acting = self.acting
-        if live:
-            wish, plain = wish._replace(label=live.label), live._replace(repeats=0)
-            acting.bookings.commit(acting.admission.edit(plain, wish, ['calendar'], now), now)
-        else:
-            acting.admission.book(wish._replace(label=acting.free_label(wish, now)), now)
-
-    def delete(self, folder: Folder, name: str, look: Callable) -> None:
+    def delete(self) -> None:
         """Cancels what an event has reserved, and forgets its text."""
         acting = self.acting
         with acting.writing() as now:
-            found = self.shelf.find(folder, name)
-            look(found)
+            found = self.as_it_is()
             if not found:
                 raise NotFound('there is no such event, or no longer')
             known = found.reservation_id and acting.look.next_of(found.reservation_id)
             if known:
                 gone = acting.look.live(known)
                 acting.admission.cancel(gone, now, 'deleted in the calendar', ends=True)
-            self.shelf.write(folder, name, gone=int(now), text='', shown='', etag='',
-                             reservation=None)
+            self.folder.write(self.name, '', '', gone=int(now), reservation=None)
 
 
-def shown_text(shelf: Shelf, found, event: Understood) -> str:
-    """What is shown of an object."""
-    teller = Teller(shelf.acting, found, event)
-    remarks = teller.remarks()
-    keys = event.keys() if remarks else {}
-    return with_remarks(event.text, remarks, teller.slots, keys, event.here)
-
-
-def said_by(booking: Booking) -> dict:
-    """What an event of a calendar program doesn't say, named as in `import`."""
-    return Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': '',
-                               'on_conflict': 'skip' if repeats(booking) else 'refuse'}
+#: What a calendar program doesn't say of a new event, named as in `import`.
+NOTHING_SAID = Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': ''}
 
 
 def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
     """The sentence of a refusal, with what would fit."""
     offers = {'next_start': lambda at: f'from {format_moment(at, zone)}',
-              'most_vms': lambda number: f'with {counted_vms(number)}',
+              'most_vms': lambda number: f"with {counted(number, 'VM')}",
               'longest': lambda length: f'for {length}'}
     found = [say(refusal.details[name]) for name, say in offers.items()
              if refusal.details.get(name)]
@@ -20113,11 +20315,7 @@ def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
 
 
 def object_text(data: bytes) -> str:
-    """The text of a calendar object.
-
-    Raises:
-      Refused: it is too large or no text.
-    """
+    """The text of a calendar object, if it is one and not too large."""
     if len(data) > MOST_OBJECT:
         raise Refused(403, 'C:max-resource-size', f'an event has at most {MOST_OBJECT} bytes')
     try:
@@ -20146,49 +20344,26 @@ def item_of(found) -> Item:
     return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
 
 
-NO_DOCTYPE = 'the XML has a document type or entities, which are not read here'
-
-
-class Tree:
-    """Builds the elements of a body, which has no document type, few elements and little depth."""
-
-    def __init__(self):
-        from xml.etree.ElementTree import TreeBuilder
-        self.builder, self.depth, self.number = TreeBuilder(), 0, 0
-        self.data, self.close = self.builder.data, self.builder.close
-
-    def doctype(self, *_) -> None:
-        raise Invalid(NO_DOCTYPE)
-
-    def start(self, tag: str, attributes: dict) -> None:
-        self.depth, self.number = self.depth + 1, self.number + 1
-        if self.depth > MOST_DEPTH or self.number > MOST_ELEMENTS:
-            raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep, or more than '
-                          f'{MOST_ELEMENTS}')
-        self.builder.start(tag, attributes)
-
-    def end(self, tag: str) -> None:
-        self.depth -= 1
-        self.builder.end(tag)
-
-
 def read_xml(data: bytes):
-    """The root of a body; None of an empty one.
-
-    Raises:
-      Invalid: it is no XML, or more than is read here.
-    """
+    """The root of a body; None of an empty one, Invalid for more than is read here."""
     from xml.etree import ElementTree
     if not data.strip():
         return None
-    if b'<!DOCTYPE' in data:  # the parser tells of it later
-        raise Invalid(NO_DOCTYPE)
     try:
-        parser = ElementTree.XMLParser(target=Tree())
-        parser.feed(data)
-        return parser.close()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise Invalid(f'the body is not XML: {first_line(error)}') from None
+        text = data.decode()
+        if '<!DOCTYPE' in text:
+            raise Invalid('the XML has a document type or entities, which are not read here')
+        if text.count('<') > 2 * MOST_ELEMENTS:
+            raise Invalid(f'the XML has more than {MOST_ELEMENTS} elements')
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise Invalid(f'the body is not XML in UTF-8: {first_line(error)}') from None
+    inner = [root]
+    for _ in range(MOST_DEPTH):
+        inner = [each for one in inner for each in one]
+    if inner:
+        raise Invalid(f'the XML has elements more than {MOST_DEPTH} deep')
+    return root
 
 
 def xml_text(text: str) -> str:
@@ -20202,44 +20377,17 @@ def short_name(tag: str) -> str:
     return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
 
 
+def full_name(path: str) -> str:
+    """A path of names with our prefixes as the parser has it."""
+    return re.sub(r'(\w+):', lambda prefix: f'{{{NAMESPACES[prefix[1]]}}}', path)
+
+
 def empty_element(tag: str) -> str:
     name = short_name(tag)
     if name != tag:
         return f'<{name}/>'
     space, _, name = tag.rpartition('}')
     return f'<X:{name} xmlns:X="{escape(space[1:])}"/>' if space else f'<{name} xmlns=""/>'
-
-
-def propstat(elements: list[str], status: str) -> str:
-    return (f"<D:propstat><D:prop>{''.join(elements)}</D:prop>"
-            f'<D:status>HTTP/1.1 {status}</D:status></D:propstat>')
-
-
-def response_text(href: str, values: dict, wanted: list[str] | None) -> str:
-    """What is said of one address: the properties that are wanted, and those that it has not.
-
-    Args:
-      values: properties by short names, as XML or as what makes that
-      wanted: None for those that all may want
-    """
-    if wanted is None:
-        wanted = [name for name in values if name != 'C:calendar-data']
-    found, missing = [], []
-    for tag in wanted:
-        name = short_name(tag)
-        if name in values:
-            value = values[name]
-            found.append(f'<{name}>{value() if callable(value) else value}</{name}>')
-        else:
-            missing.append(empty_element(tag))
-    text = propstat(found, '200 OK') if found or not missing else ''
-    text += propstat(missing, '404 Not Found') if missing else ''
-    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
-
-
-def gone_text(href: str) -> str:
-    return (f'<D:response><D:href>{href}</D:href><D:status>HTTP/1.1 404 Not Found</D:status>'
-            '</D:response>')
 
 
 def elements(names: Iterable[str], around: str = '{}') -> str:
@@ -20250,6 +20398,23 @@ def href_of(*names: str) -> str:
     return '/'.join([DAV, *(quote(each, safe="@:!$'()*,;=~+") for each in names)])
 
 
+def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
+    """What is said of one address.
+
+    Args:
+      told: properties as XML, and their status
+      status: that of the address itself
+    """
+    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''.join(
+        f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
+        f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>'
+        for properties, each in told if properties or each == told[0][1] and not told[-1][0])
+    return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
+
+
+COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+
+
 class Query:
     """A filter of `calendar-query` (RFC 4791, 9.7), as far as it is followed here."""
 
@@ -20257,63 +20422,47 @@ class Query:
         self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
-        self.parts = [self.read(each) for each in root.iterfind(full_name('C:comp-filter'))]
-        inner = [each for part in self.parts for each in part[3]]
-        spans = [span for _, _, span, _, _ in inner if span]
-        self.begin, self.until = spans[0] if spans else (-1, int(LAST.timestamp()))
-
-    def read(self, element) -> tuple:
-        """A filter of components: their name, whether none may be there, when, with what."""
-        span = element.find(full_name('C:time-range'))
-        inner = [self.read(each) for each in element.iterfind(full_name('C:comp-filter'))]
-        properties = [self.read_property(each)
-                      for each in element.iterfind(full_name('C:prop-filter'))]
-        absent = element.find(full_name('C:is-not-defined')) is not None
-        span = None if span is None else read_range(span)
-        return element.get('name', '').upper(), absent, span, inner, properties
-
-    def read_property(self, element) -> tuple:
-        """A filter of a property: its name, whether it may not be there, and a text in it."""
-        if {short_name(each.tag) for each in element} - {'C:text-match', 'C:is-not-defined'}:
-            raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
-        match = element.find(full_name('C:text-match'))
-        if match is not None and match.get('collation', 'i;ascii-casemap') not in COLLATIONS:
-            raise Refused(403, 'C:supported-collation', f"texts are compared by {COLLATIONS}")
-        return (element.get('name', '').upper(),
-                element.find(full_name('C:is-not-defined')) is not None, match)
+        for each in root.iter(full_name('C:prop-filter')):
+            if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
+                raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
+        for each in root.iter(full_name('C:text-match')):
+            if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
+                raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
+        whole = root.find(full_name('C:comp-filter'))
+        if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
+            raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
+        spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
+        self.parts, self.timed = inner_filters(whole), bool(spans)
+        first = whole.find(full_name('C:comp-filter/C:time-range'))
+        self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
-        return all(self.is_met(part, item) for part in self.parts)
-
-    def is_met(self, part: tuple, item: Item) -> bool:
-        """Whether an object is what a filter of whole calendars wants."""
-        name, absent, _, inner, properties = part
-        if name != 'VCALENDAR' or absent:
-            return absent and name != 'VCALENDAR'
+        """Whether an object is what the filter wants."""
         events = events_in(components(item.text))
-        return all(self.is_in(each, events, item) for each in inner) and not properties
+        groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
+        return all(self.has_event(each, events, groups) for each in self.parts)
 
-    def is_in(self, part: tuple, events: list[Component], item: Item) -> bool:
-        """Whether one of the events of an object is what a filter wants."""
-        name, absent, span, inner, properties = part
-        if name != 'VEVENT':
-            return absent
-        found = [each for each in events if all(has_property(each, one) for one in properties)]
-        timed = span or any(one[2] for one in inner)
-        groups = by_uid(read_calendar(item.text)).values() if timed else ()
-        found = [each for each in found if all(self.has_alarm(each, one, groups) for one in inner)]
-        if absent or not found:
-            return absent and not found
-        return not span or any(True for _ in self.occurrences(groups, *span))
+    def has_event(self, part, events: list[Component], groups) -> bool:
+        """Whether one of some events is what a filter wants."""
+        if part.get('name', '').upper() != 'VEVENT':
+            return is_absent(part)
+        span = part.find(full_name('C:time-range'))
+        found = [event for event in events
+                 if all(has_property(event, each)
+                        for each in part.iterfind(full_name('C:prop-filter')))
+                 and all(self.has_alarm(event, each, groups) for each in inner_filters(part))]
+        if is_absent(part) or not found:
+            return is_absent(part) and not found
+        return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
 
-
-    def has_alarm(self, event: Component, part: tuple, groups: Iterable[list[Entry]]) -> bool:
+    def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
-        name, absent, span, _, _ = part
-        if name != 'VALARM' or absent or not span:
+        name, span = part.get('name', '').upper(), part.find(full_name('C:time-range'))
+        if name != 'VALARM' or is_absent(part) or span is None:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
-            return there != absent
-        return any(span[0] <= at < span[1] for at in self.alarms(event, groups, *span))
+            return there != is_absent(part)
+        begin, until = read_range(span)
+        return any(begin <= at < until for at in self.alarms(event, groups, begin, until))
 
     def occurrences(self, groups: Iterable[list[Entry]], begin: int, until: int) -> Iterator[dict]:
         """The occurrences of events in a window; {} where that can't be told."""
@@ -20332,7 +20481,7 @@ class Query:
         for _, parameters, value in itertools.islice(filter(None, lines), MOST_ALARMS):
             with suppress(Error, ValueError, OverflowError):
                 if not value.strip('+- ').upper().startswith('P'):
-                    yield int(read_moment(value, '', Frame(b'')).at(self.zone).timestamp())
+                    yield int(read_moment(value, '', Frame()).at(self.zone).timestamp())
                     continue
                 offset = int(read_length(value.strip('+- ')).total_seconds())
                 offset = -offset if value.startswith('-') else offset
@@ -20342,15 +20491,20 @@ class Query:
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
-COLLATIONS = ('i;ascii-casemap', 'i;unicode-casemap', 'i;octet')
+def inner_filters(part) -> list:
+    return part.findall(full_name('C:comp-filter'))
 
 
-def has_property(event: Component, wanted: tuple) -> bool:
+def is_absent(part) -> bool:
+    """Whether a filter wants that something is not there."""
+    return part.find(full_name('C:is-not-defined')) is not None
+
+
+def has_property(event: Component, part) -> bool:
     """Whether an event has a property as a filter wants it."""
-    name, absent, match = wanted
-    there = event.find(name) is not None
-    if absent or match is None or not there:
-        return there != absent and (there or absent)
+    name, match = part.get('name', '').upper(), part.find(full_name('C:text-match'))
+    if is_absent(part) or match is None or event.find(name) is None:
+        return (event.find(name) is not None) != is_absent(part)
     value, text = unescaped(event.read(name)[1]), match.text or ''
     if match.get('collation') != 'i;octet':
         value, text = value.casefold(), text.casefold()
@@ -20359,65 +20513,89 @@ def has_property(event: Component, wanted: tuple) -> bool:
 
 def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until: int) -> str:
     """An event as its occurrences in a window, each by itself and in UTC (RFC 4791, 9.6.5)."""
-    events = events_in(components(text))
     (group,) = by_uid(entries).values()
     if not may_repeat(group):
         return text
+    events = events_in(components(text))
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form = Form(events[0], table.zone)
-    form.instant, plain, found = not form.whole, carried(events[0]), []
+    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form.instant = not form.whole
     for slot in table.slots(begin, until):
-        made = exception_of(plain, form, slot)
-        if slot.key in own:
-            taken = own[slot.key].lines
-            own_one = Component([*taken])
-            own_one.take_out('DURATION')
-            for name in ('RECURRENCE-ID', 'DTSTART', 'DTEND'):
-                own_one.put_line(name, made.line(name))
-            made = own_one
-        made.take_out(MADE)
-        found.append(joined([made]))
-    return f"{HEAD_OF_BUSY}{''.join(found)}END:VCALENDAR\r\n"
-
-
-def full_name(name: str) -> str:
-    """A name with one of our prefixes as the parser has it."""
-    prefix, _, rest = name.partition(':')
-    return f'{{{NAMESPACES[prefix]}}}{rest}'
+        one = form.exception(own.get(slot.key, plain), slot)
+        one.put_line('DURATION')
+        found.append(one)
+    return whole_calendar(joined(found))
 
 
 def read_range(element) -> tuple[int, int]:
     """The window of a time-range; without an end, two years from its start on."""
-    found = []
-    for name in ('start', 'end'):
+    found = {}
+    for name in {'start', 'end'} & {*element.keys()}:
         text = element.get(name)
-        match = MOMENT.fullmatch(text or '')
-        if text is not None and not (match and match[7]):
-            raise Refused(403, 'C:valid-filter', f'{name}: {shown(text)} is not such as '
-                          '20270301T090000Z')
         try:
-            found.append(int(read_moment(text, '', Frame(b'')).at(UTC).timestamp())
-                         if text else None)
+            moment = read_moment(text, '', Frame())
+            if moment.zone is not UTC:
+                raise Invalid(f'{shown(text)} is not such as 20270301T090000Z')
+            found[name] = int(moment.at(UTC).timestamp())
         except Invalid as error:
             raise Refused(403, 'C:valid-filter', f'{name}: {error}') from None
-    begin, until = found
-    begin = 0 if begin is None else begin
-    until = min(begin + 2 * 366 * DAY if until is None else until, int(LAST.timestamp()))
+    begin = found.get('start', 0)
+    until = min(found.get('end', begin + 2 * 366 * DAY), int(LAST.timestamp()))
     return begin, max(until, begin)
 
 
-#: Properties that all calendars have alike.
-FOLDER_VALUES = {
-    'D:resourcetype': '<D:collection/><C:calendar/>', 'D:getcontenttype': ICS,
-    'D:supported-report-set': elements(
+def privileges(dav: Dav, writable: bool) -> str:
+    names = READS + (WRITES if writable and dav.writes else ())
+    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+
+
+def described(folder: Folder) -> str:
+    """What people read of a calendar."""
+    if not folder.usual:
+        return ('Each event is a reservation. Write what it is for in the first line of its '
+                'description, such as: 2 x m1.small cirros on demo')
+    usual = ' '.join(filter(None, folder.usual[1:3]))
+    return (f"Each event reserves {counted(folder.usual.vms, 'VM')} {usual}".rstrip()
+            + f' on {folder.name}, or what the first line of its description says, such as: '
+              '2 x m1.small')
+
+
+#: The properties of each kind of address: what gives the XML of their values, of a request and of
+#: what stands at the address.
+EVERYWHERE: dict[str, Callable] = {
+    'D:current-user-principal': lambda dav, at: dav.me, 'D:owner': lambda dav, at: dav.me}
+ABOVE = EVERYWHERE | {
+    'D:resourcetype': lambda dav, at: '<D:collection/>' + '<D:principal/>' * bool(at),
+    'D:displayname': lambda dav, at: xml_text(at or 'cmres'),
+    'D:principal-URL': lambda dav, at: dav.me,
+    'D:principal-collection-set': lambda dav, at: f'<D:href>{DAV}/</D:href>',
+    'C:calendar-home-set': lambda dav, at: dav.me,
+    'C:calendar-user-address-set': lambda dav, at: dav.me,
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, False),
+    'D:supported-report-set': lambda dav, at: ''}
+OF_FOLDERS = ABOVE | {
+    'D:resourcetype': lambda dav, at: '<D:collection/><C:calendar/>',
+    'D:displayname': lambda dav, at: xml_text(at.name if at.id else 'all resources'),
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, True),
+    'D:sync-token': lambda dav, at: at.token, 'CS:getctag': lambda dav, at: at.token,
+    'D:getetag': lambda dav, at: f'"{at.token}"', 'D:getcontenttype': lambda dav, at: ICS,
+    'C:calendar-description': lambda dav, at: xml_text(described(at)),
+    'D:supported-report-set': lambda dav, at: elements(
         REPORTS, '<D:supported-report><D:report>{}</D:report></D:supported-report>'),
-    'C:supported-calendar-component-set': '<C:comp name="VEVENT"/>',
-    'C:supported-calendar-data': '<C:calendar-data content-type="text/calendar" version="2.0"/>',
-    'C:supported-collation-set': ''.join(
+    'C:supported-calendar-component-set': lambda dav, at: '<C:comp name="VEVENT"/>',
+    'C:supported-calendar-data': lambda dav, at: (
+        '<C:calendar-data content-type="text/calendar" version="2.0"/>'),
+    'C:supported-collation-set': lambda dav, at: ''.join(
         f'<C:supported-collation>{each}</C:supported-collation>' for each in COLLATIONS),
-    'C:max-resource-size': f'{MOST_OBJECT}'}
+    'C:max-resource-size': lambda dav, at: f'{MOST_OBJECT}'}
+OF_ITEMS = EVERYWHERE | {
+    'D:resourcetype': lambda dav, at: '', 'D:getetag': lambda dav, at: at.etag,
+    'D:getcontenttype': lambda dav, at: f'{ICS}; component=VEVENT',
+    'D:getcontentlength': lambda dav, at: f'{len(at.text.encode())}',
+    'D:current-user-privilege-set': lambda dav, at: privileges(dav, at.writable),
+    'C:calendar-data': lambda dav, at: xml_text(dav.text_of(at))}
 
 
 class Dav:
@@ -20425,18 +20603,13 @@ class Dav:
 
     def __init__(self, acting: Reservations, request, path: str):
         self.acting, self.request = acting, request
-        self.keeper = Keeper(acting)
-        self.shelf = self.keeper.shelf
         self.names = [each for each in path.split('/') if each]
         self.user = acting.actor.user
+        self.me = f'<D:href>{href_of(self.user)}/</D:href>'
         self.budget = Budget()  # for all that is followed of series
         self.window: tuple[int, int] | None = None  # events are asked for as what occurs in it
 
-    @functools.cached_property
-    def folder(self) -> Folder:
-        return self.shelf.folder(self.names[1])
-
-    def answer(self):
+    def answer(self, known: dict):
         """The answer of a verb at the address."""
         verb = self.request.method
         if self.names and self.names[0] != self.user:
@@ -20450,10 +20623,20 @@ class Dav:
             self.folder  # there must be one
         if verb not in DAV_VERBS.split(', '):
             raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
-        if verb in ('PUT', 'DELETE', 'PROPPATCH'):
-            self.refuse_reader()
-        self.keeper.refresh()
+        if verb in ('PUT', 'DELETE', 'PROPPATCH') and not self.writes:
+            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
+        refresh(self.acting, known)
         return getattr(self, verb.lower().replace('head', 'get'))()
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        """The calendar of the address; NotFound if there is none."""
+        name = self.names[1]
+        found = next((each for each in folders_of(self.acting) if each.name == name), None)
+        if not found:
+            raise NotFound(f"there is no calendar '{name}': an admin makes one by giving the "
+                           'resource VMs for events that say nothing (default_vms)')
+        return found
 
     @functools.cached_property
     def writes(self) -> bool:
@@ -20464,70 +20647,32 @@ class Dav:
             return False
         return self.acting.actor.role != READER
 
-    def refuse_reader(self) -> None:
-        if not self.writes:
-            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
-
     def body(self):
         return read_xml(whole_body(self.request))
 
     # What there is.
 
-    def values(self) -> dict:
-        """Properties of the address, of a calendar or of what is above them."""
-        level, me = len(self.names), f'<D:href>{href_of(self.user)}/</D:href>'
-        values = {'D:current-user-principal': me, 'D:principal-URL': me, 'D:owner': me,
-                  'D:principal-collection-set': f'<D:href>{DAV}/</D:href>',
-                  'C:calendar-home-set': me, 'C:calendar-user-address-set': me,
-                  'D:resourcetype': '<D:collection/>', 'D:displayname': 'cmres',
-                  'D:current-user-privilege-set': self.privileges(False),
-                  'D:supported-report-set': ''}
-        if level == 1:
-            values |= {'D:resourcetype': '<D:collection/><D:principal/>',
-                       'D:displayname': xml_text(self.user)}
-        return values
+    def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
+        """What is told of an address: of a calendar, of what stands in it, or of what is above.
 
-    def privileges(self, writable: bool) -> str:
-        names = READS + (WRITES if writable and self.writes else ())
-        return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
-
-    def values_of_folder(self, folder: Folder) -> dict:
-        """Properties of a calendar."""
-        token, kept = self.shelf.token(folder), self.shelf.properties(folder)
-        values = self.values() | FOLDER_VALUES | {
-            'D:displayname': xml_text(folder.name if folder.id else 'all resources'),
-            'D:current-user-privilege-set': self.privileges(True),
-            'D:sync-token': token, 'CS:getctag': token, 'D:getetag': f'"{token}"',
-            'C:calendar-description': xml_text(self.description(folder))}
-        return values | {name: xml_text(value) for name, value in kept.items()}
-
-    def description(self, folder: Folder) -> str:
-        """What people read of a calendar."""
-        if not folder.usual:
-            return ('Each event is a reservation. Write what it is for in the first line of its '
-                    'description, such as: 2 x m1.small cirros on demo')
-        usual = ' '.join(filter(None, (folder.usual.flavor, folder.usual.image)))
-        return (f'Each event reserves {counted_vms(folder.usual.vms)} {usual}'.rstrip()
-                + f' on {folder.name}, or what the first line of its description says, such as: '
-                  '2 x m1.small')
-
-    def values_of_item(self, item: Item) -> dict:
-        """Properties of what stands in a calendar."""
-        return self.of_items | {
-            'D:getetag': item.etag, 'C:calendar-data': lambda: xml_text(self.text_of(item)),
-            'D:getcontentlength': lambda: f'{len(item.text.encode())}',
-            'D:current-user-privilege-set': lambda: self.privileges(item.writable)}
-
-    @functools.cached_property
-    def of_items(self) -> dict:
-        """Properties that all of them have alike."""
-        me = f'<D:href>{href_of(self.user)}/</D:href>'
-        return {'D:resourcetype': '', 'D:getcontenttype': f'{ICS}; component=VEVENT',
-                'D:owner': me, 'D:current-user-principal': me}
-
-    @functools.cached_property
-    def zone(self) -> ZoneInfo:
-        return self.shelf.zone(self.folder)
+        Args:
+          wanted: names of properties; None for those that all may want
+          names: only their names are
+        """
+        table = OF_ITEMS if isinstance(at, Item) else ABOVE
+        if isinstance(at, Folder):
+            table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
+                                  for name, value in at.properties().items()}
+        if wanted is None:
+            wanted = [full_name(name) for name in table if name != 'C:calendar-data']
+        found, missing = [], []
+        for tag in wanted:
+            name = short_name(tag)
+            if name in table:
+                found.append(f"<{name}>{'' if names else table[name](self, at)}</{name}>")
+            else:
+                missing.append(empty_element(tag))
+        return response_text(self.href(at), (found, '200 OK'), (missing, '404 Not Found'))
 
     def text_of(self, item: Item) -> str:
         """The text of an object as a report asks for it."""
@@ -20536,46 +20681,46 @@ class Dav:
         try:
             entries = read_calendar(item.text)
             with naming(entries[0]), self.budget.event(True):
-                return expanded(item.text, entries, self.zone, *self.window)
+                return expanded(item.text, entries, self.folder.zone, *self.window)
         except BadCalendar:
             return item.text
 
-    def href(self, item: Item) -> str:
-        return href_of(self.user, self.folder.name, item.name)
-
-    def response(self, item: Item, wanted: list[str] | None) -> str:
-        return response_text(self.href(item), self.values_of_item(item), wanted)
+    def href(self, at) -> str:
+        if isinstance(at, Item):
+            return href_of(self.user, self.folder.name, at.name)
+        names = [self.user, at.name] if isinstance(at, Folder) else filter(None, [at])
+        return f'{href_of(*names)}/'
 
     def item(self, name: str) -> Item:
         """What the calendar has under a name; NotFound if nothing."""
-        found = self.shelf.find(self.folder, name)
-        busy = self.busy_named(name)
-        if not found and not busy:
-            raise NotFound('there is no such event, or no longer')
-        return item_of(found) if found else busy
+        found = self.folder.find(name)
+        if item := item_of(found) if found else self.busy_named(name):
+            return item
+        raise NotFound('there is no such event, or no longer')
 
     def items(self, begin: int = -1) -> list[Item]:
         """All that the calendar has and does not end before an instant."""
-        return [*map(item_of, self.shelf.all(self.folder, begin)), *self.busy(begin)]
+        found = self.folder.objects('gone IS NULL AND last > ? ORDER BY name', begin)
+        return [*map(item_of, found), *self.busy(begin)]
 
     # What others have reserved.
 
     def busy(self, begin: int = -1, reservations: list[int] | None = None) -> list[Item]:
-        """What is reserved there beside what stands in the calendar, of the last month on."""
-        folder, acting = self.folder, self.acting
-        if not folder.id or not acting.config.caldav_busy:
+        """What others have reserved there, of the last month on."""
+        acting, user, project = self.acting, *self.folder.whose[:2]
+        if not self.folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        where = [('o."end" > ?', since), (NOT_MINE, *self.shelf.whose)]
+        where = [('o."end" > ?', since), ('NOT (o.of_user = ? AND o.of_project = ?)', user, project)]
         if reservations is not None:
             where.append(acting.look.among('o.reservation_id', reservations))
-        asked = dict.fromkeys(('user', 'project'), '') | {'places': [folder.id]}
+        asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
         found = acting.look.page(acting.look.ways(asked, (), since), where, (),
                                  limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
         return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
 
     def busy_named(self, name: str) -> Item | None:
-        """What is reserved there, by the name under which it is shown."""
+        """What others have reserved there, by the name under which it is shown."""
         match = BUSY_NAME.fullmatch(name)
         found = match and row('SELECT reservation_id AS id FROM occurrence WHERE id = ?',
                               int(match[1]))
@@ -20583,13 +20728,26 @@ class Dav:
         return next((each for each in there if each.name == name), None)
 
     def busy_item(self, found) -> Item:
-        """A reservation that the calendar only shows; of others' only how much there is."""
-        mine = (found.user, found.project) == self.shelf.whose
-        viewer = self.acting.actor if mine else Actor('', '', READER)
+        """A reservation of others: only how much there is."""
         # As at no instant, so that it is another one only when something has changed.
-        shown = self.acting.feed_event(found._replace(now=0), viewer, [])
-        text = f'{HEAD_OF_BUSY}{event_text(shown)}END:VCALENDAR\r\n'
+        shown = self.acting.feed_event(found._replace(now=0), Actor('', '', READER), [])
+        text = whole_calendar(event_text(shown))
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
+
+    def busy_since(self, event: int) -> list[Item]:
+        """What is otherwise of it since an event."""
+        if not self.folder.id or not self.acting.config.caldav_busy:
+            return []
+        if not event:
+            return self.busy()
+        ids = [each.reservation_id for each in rows(
+            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
+            'AND reservation_id IS NOT NULL', event)]
+        now = {each.name: each for each in self.busy(-1, ids)}
+        there = {f'busy-{each.id}.ics' for each in rows(
+            'SELECT id FROM occurrence WHERE reservation_id IN (SELECT value FROM json_each(?)) '
+            'AND NOT (of_user = ? AND of_project = ?)', json.dumps(ids), *self.folder.whose[:2])}
+        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
 
     # Verbs.
 
@@ -20603,28 +20761,18 @@ class Dav:
         root = self.body()
         wanted = wanted_in(root, 'D:propfind')
         names = root is not None and root.find(full_name('D:propname')) is not None
-        found = [*self.listed(depth == '1')]
-        if names:
-            found = [(href, dict.fromkeys(values, '')) for href, values in found]
-        return multistatus(response_text(href, values, wanted) for href, values in found)
+        return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
-    def listed(self, deep: bool) -> Iterator[tuple[str, dict]]:
-        """The address, and with `deep` what is in it: each with its properties."""
+    def listed(self, deep: bool) -> Iterator:
+        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
-        here = href_of(*self.names)
         if level == 3:
-            item = self.item(self.names[2])
-            yield self.href(item), self.values_of_item(item)
+            yield self.item(self.names[2])
             return
-        yield f'{here}/', self.values_of_folder(self.folder) if level == 2 else self.values()
-        if deep and level == 0:
-            self.names.append(self.user)
-            yield from self.listed(False)
-        elif deep and level == 1:
-            for each in self.shelf.folders():
-                yield f'{href_of(self.user, each.name)}/', self.values_of_folder(each)
-        elif deep:
-            yield from ((self.href(each), self.values_of_item(each)) for each in self.items())
+        yield ('', self.user)[level] if level < 2 else self.folder
+        if deep:
+            yield from ([self.user] if not level else folders_of(self.acting) if level == 1
+                        else self.items())
 
     def proppatch(self):
         """Keeps properties with a calendar."""
@@ -20634,20 +20782,18 @@ class Dav:
         kept, refused = [], []
         with self.acting.writing():
             for deed in root:
-                for each in deed.iterfind(f"{full_name('D:prop')}/*"):
+                for each in deed.iterfind(full_name('D:prop/*')):
                     done = self.keep_property(each, short_name(deed.tag) == 'D:set')
                     (kept if done else refused).append(empty_element(each.tag))
-        text = propstat(kept, '200 OK') if kept else ''
-        text += propstat(refused, '403 Forbidden') if refused else ''
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
-        return multistatus([f'<D:response><D:href>{here}</D:href>{text}</D:response>'])
+        return multistatus([response_text(here, (kept, '200 OK'), (refused, '403 Forbidden'))])
 
     def keep_property(self, element, sets: bool) -> bool:
         """Keeps a property with the calendar, if that may be."""
         name, value = short_name(element.tag), ''.join(element.itertext())
         if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
             return False
-        self.shelf.keep_property(self.folder, name, value if sets else None)
+        self.folder.keep_property(name, value if sets else None)
         return True
 
     def get(self):
@@ -20662,10 +20808,9 @@ class Dav:
 
     def put(self):
         """Makes a reservation of an event, or changes it."""
-        self.refuse_no_object()
-        look, data = condition(self.request), self.request.body.read(MOST_OBJECT + 1)
+        draft, data = self.draft(), self.request.body.read(MOST_OBJECT + 1)
         try:
-            new, etag = self.keeper.put(self.folder, self.names[2], data, look)
+            new, etag = draft.put(data)
         except BadCalendar as error:
             raise Refused(403, 'C:valid-calendar-data', f'{error}') from None
         return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
@@ -20674,20 +20819,20 @@ class Dav:
         """Cancels what an event has reserved."""
         if len(self.names) < 3:
             raise Refused(403, 'D:need-privileges', 'only events can be deleted')
-        self.refuse_no_object()
-        self.keeper.delete(self.folder, self.names[2], condition(self.request))
+        self.draft().delete()
         return sent('', 204, DAV_HEADERS)
 
-    def refuse_no_object(self) -> None:
-        """Refuses to write where no event is, or one that is only shown."""
+    def draft(self) -> Draft:
+        """What is to be written; refused where no event is, or one that is only shown."""
         if len(self.names) < 3:
             raise Refused(405, 'D:supported-method', 'events are put into a calendar by a name of '
                           'their own')
         name = self.names[2]
-        if BUSY_NAME.fullmatch(name) and self.busy_named(name):
-            raise Refused(403, 'D:need-privileges', 'this event shows what is reserved elsewhere')
+        if self.busy_named(name):
+            raise Refused(403, 'D:need-privileges', 'this event shows what others have reserved')
         if len(name) > 255:
             raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
+        return Draft(self.folder, name, condition(self.request))
 
     def report(self):
         """Answers one of REPORTS."""
@@ -20695,7 +20840,7 @@ class Dav:
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
-        window = root.find('/'.join(map(full_name, ('D:prop', 'C:calendar-data', 'C:expand'))))
+        window = root.find(full_name('D:prop/C:calendar-data/C:expand'))
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
@@ -20708,9 +20853,9 @@ class Dav:
             try:
                 if names[:2] != self.names[:2] or len(names) != 3:
                     raise NotFound(href)
-                found.append(self.response(self.item(names[2]), wanted))
+                found.append(self.told(wanted, self.item(names[2])))
             except NotFound:
-                found.append(gone_text(xml_text(href)))
+                found.append(response_text(xml_text(href), status='404 Not Found'))
         return multistatus(found)
 
     def calendar_query(self, root):
@@ -20719,106 +20864,67 @@ class Dav:
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
-            query = Query(asked, self.zone, self.budget)
-            return multistatus(self.response(each, wanted) for each in self.items(query.begin)
+            query = Query(asked, self.folder.zone, self.budget)
+            return multistatus(self.told(wanted, each) for each in self.items(query.begin)
                                if query.takes(each))
 
     def sync_collection(self, root):
         """Tells what has changed since a token (RFC 6578)."""
         wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
-        most = (root.findtext(f"{full_name('D:limit')}/{full_name('D:nresults')}") or '').strip()
+        most = (root.findtext(full_name('D:limit/D:nresults')) or '').strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
-        now, since = self.shelf.token(self.folder), (0, 0)
-        if token:
-            since = self.shelf.since(self.folder, token)
-        found = self.shelf.changed(self.folder, since[0], most + 1)
-        texts = [self.changed_text(item_of(each), wanted) for each in found[:most]
-                 if token or each.gone is None]
+        now, since = self.folder.token, self.folder.since(token) if token else (0, 0)
+        found = self.folder.objects('rev > ? ORDER BY rev LIMIT ?', since[0], most + 1)
+        items = [item_of(each) for each in found[:most] if token or each.gone is None]
+        more = ''
         if len(found) > most:  # the rest comes after the token that is told now
-            now = re.sub(r'\d+(?=:\d+$)', f'{found[most - 1].rev}', now)
-            now = re.sub(r'\d+$', f'{since[1]}', now)
-            texts.append(f'<D:response><D:href>{href_of(*self.names)}/</D:href><D:status>'
-                         'HTTP/1.1 507 Insufficient Storage</D:status></D:response>')
+            now = re.sub(r'\d+:\d+$', f'{found[most - 1].rev}:{since[1]}', now)
+            more = response_text(f'{href_of(*self.names)}/', status='507 Insufficient Storage')
         else:
-            texts += [self.changed_text(each, wanted) for each in self.busy_since(token, since[1])]
-        return multistatus(texts, f'<D:sync-token>{now}</D:sync-token>')
-
-    def changed_text(self, item: Item, wanted: list[str] | None) -> str:
-        return gone_text(self.href(item)) if item.gone else self.response(item, wanted)
-
-    def busy_since(self, token: str, event: int) -> list[Item]:
-        """What is otherwise since an event of that which is only shown."""
-        if not self.folder.id or not self.acting.config.caldav_busy:
-            return []
-        if not token:
-            return self.busy()
-        ids = [each.reservation_id for each in rows(
-            'SELECT DISTINCT reservation_id FROM event WHERE id > ? '
-            'AND reservation_id IS NOT NULL', event)]
-        now = {each.name: each for each in self.busy(-1, ids)}
-        there = {f'busy-{each.id}.ics' for each in rows(
-            'SELECT id FROM occurrence o WHERE reservation_id IN (SELECT value FROM json_each(?)) '
-            f'AND {NOT_MINE}', json.dumps(ids), *self.shelf.whose)}
-        return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
+            items += self.busy_since(since[1])
+        texts = [response_text(self.href(each), status='404 Not Found') if each.gone
+                 else self.told(wanted, each) for each in items]
+        return multistatus([*texts, more], f'<D:sync-token>{now}</D:sync-token>')
 
     def free_busy_query(self, root):
-        """Tells when a resource has no room (RFC 4791, 7.10)."""
+        """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
         element = root.find(full_name('C:time-range'))
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
         begin, until = read_range(element)
-        place = self.acting.look.resource_row(self.folder.name)
         times = {'DTSTAMP': int(self.acting.clock()), 'DTSTART': begin, 'DTEND': until}
         lines = ['BEGIN:VFREEBUSY', *(f'{name}:{stamp_of(at)}' for name, at in times.items()),
-                 *busy_lines(place, self.folder.usual.vms, begin, until), 'END:VFREEBUSY']
-        text = f"{HEAD_OF_BUSY}{''.join(map(folded, lines))}END:VCALENDAR\r\n"
+                 *busy_lines(self.folder.place, begin, until), 'END:VFREEBUSY']
+        text = whole_calendar(''.join(map(folded, lines)))
         return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 
-#: Of an occurrence o: it is of no event of a user's calendars.
-NOT_MINE = ('NOT EXISTS (SELECT 1 FROM calendar_object c WHERE c.user = ? AND c.project = ? '
-            'AND c.reservation_id = o.reservation_id)')
 BUSY_NAME = re.compile(r'busy-(\d{1,15})\.ics')
-HEAD_OF_BUSY = f'BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:-//cmres//{__version__}//EN\r\n'
 DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
                         'DAV': '1, 3, calendar-access'}
 
 
-def busy_lines(place, number: int, begin: int, until: int) -> list[str]:
-    """When a resource has no room for so many VMs, and when it is held in part."""
-    full = [*spans_between(free_windows(place, Amount(number), begin, until), begin, until)]
-    steps = run("SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
-                'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall()
-    held = sum(level(place.id, begin)[:3])
-    edges = [(begin, held), *steps, (until, 0)]
-    partly = [(at, after) for (at, much), (after, _) in itertools.pairwise(edges) if much > 0]
-    lines = [(first, last, 'BUSY') for first, last in full]
-    for first, last in joined_spans(partly):
-        lines += [(left, right, 'BUSY-TENTATIVE')
-                  for left, right in spans_between(full, first, last)]
-    return [f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
-            for first, last, kind in sorted(lines)]
-
-
-def spans_between(spans: Iterable[tuple], begin: int, until: int) -> Iterator[tuple[int, int]]:
-    """What of a window is in none of some spans, which are in order."""
-    for first, last in spans:
-        if begin < min(first, until):
-            yield begin, int(min(first, until))
-        begin = max(begin, int(last))
-    if begin < until:
-        yield begin, until
-
-
-def joined_spans(spans: Iterable[tuple]) -> list[tuple[int, int]]:
-    """Spans in order, those made one that touch."""
-    found: list = []
-    for first, last in spans:
-        if found and found[-1][1] == first:
-            first = found.pop()[0]
-        found.append((first, last))
-    return found
+def busy_lines(place, begin: int, until: int) -> Iterator[str]:
+    """When a resource has no free capacity for what an event usually gets, and when it has less
+    than all.
+    """
+    usual = Amount(place.default_vms)
+    free = [(max(begin, int(first)), int(min(last, until)))
+            for first, last in free_windows(place, usual, begin, until)]
+    held = {begin: sum(level(place.id, begin)[:3])} | dict(run(
+        "SELECT at, vms + vcpus + ram FROM step WHERE resource_id = ? AND track = '' "
+        'AND at > ? AND at < ? ORDER BY at LIMIT 10000', place.id, begin, until).fetchall())
+    begins, ends = ({each[side] for each in free} for side in (0, 1))
+    spans, fits, much = [], False, 0
+    for first, last in itertools.pairwise(sorted({*held, *begins, *ends, until})):
+        fits, much = first in begins or fits and first not in ends, held.get(first, much)
+        spans.append((first, last, 'BUSY-TENTATIVE' if fits and much else '' if fits else 'BUSY'))
+    for kind, some in itertools.groupby(spans, operator.itemgetter(2)):
+        (first, last, _), *more = some
+        if kind:
+            last = more[-1][1] if more else last
+            yield f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
 
 
 def condition(request) -> Callable:
@@ -20844,8 +20950,9 @@ def wanted_in(root, name: str = '') -> list[str] | None:
     if name and short_name(root.tag) != name:
         raise Invalid(f'the body should be a {name}')
     prop = root.find(full_name('D:prop'))
-    return [*dict.fromkeys(each.tag for each in prop)] if prop is not None else (
-        None if name else [])
+    if prop is None:
+        return None if name else []
+    return [*dict.fromkeys(each.tag for each in prop)]
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
@@ -20856,10 +20963,8 @@ def multistatus(parts: Iterable[str], more: str = ''):
 
 def dav_refusal(error: Error):
     """What says to a program why something is not done, and in words to its user."""
-    name = getattr(error, 'element', '')
-    inner = ''
-    if href := error.details.get('href'):
-        inner = f'<D:href>{xml_text(href)}</D:href>'
+    name, href = getattr(error, 'element', ''), error.details.get('href')
+    inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
     headers = headers_of(error)
     if error.status == 401:
@@ -20875,7 +20980,7 @@ class Programs:
     MOST = 10_000  # tokens that are remembered
 
     def __init__(self, service: Reservations):
-        self.service, self.known = service, {}
+        self.service, self.known, self.seen = service, {}, {}
 
     def answer(self, path: str = ''):
         import bottle
@@ -20887,7 +20992,7 @@ class Programs:
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer()
+                return Dav(acting, request, path).answer(self.seen)
         except Error as error:
             return dav_refusal(error)
 
@@ -20897,7 +21002,7 @@ class Programs:
 
     def who(self, request) -> Actor:
         """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request) or password_of(header(request, 'Authorization'))
+        secret = bearer(request)
         if not secret:
             raise Unauthorized('sign in with your name and, as password, a token of cmres')
         try:
@@ -20924,17 +21029,6 @@ class Programs:
 def may(actor: Actor) -> tuple[str, str]:
     """What a token must be good for, to look at calendars and to write to them."""
     return ('calendar_list', 'import_') if actor.resource is None else ('list', 'add')
-
-
-def password_of(text: str) -> str:
-    """The password of an Authorization header; '' without one."""
-    scheme, _, given = text.partition(' ')
-    if scheme.lower() != 'basic':
-        return ''
-    try:
-        return base64.b64decode(given.strip(), validate=True).decode().partition(':')[2]
-    except ValueError:
-        return ''
 
 
 #: How a person adds the calendars to a program.
@@ -23656,7 +23750,7 @@ class Pages:
             request, given = bottle.request, {}
             visit = self.visit(request, kind)
             try:
-                given = read_query(request) if request.method == 'GET' else read_form(request)
+                given = read_form(request) if request.method == 'POST' else read_query(request)
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -23690,9 +23784,10 @@ class SignIn(Visit):
         typed = {name: value for name, value in given.items() if name in BOOKING and value}
         query = urlencode(typed) if request.method == 'POST' else request.query_string
         aside = request.path.endswith(('/live', '/check', '/try', '/small'))
-        goes = request.method == 'GET' and not aside or request.path == '/book'
-        status = 200 if request.method == 'GET' and not aside else 401
-        return self.form('', request.path + f'?{query}'.rstrip('?') if goes else '/', status)
+        reads = request.method in ('GET', 'HEAD') and not aside
+        goes = reads or request.path == '/book'
+        back = request.path + f'?{query}'.rstrip('?') if goes else '/'
+        return self.form('', back, 200 if reads else 401)
 
     def ask(self, given: dict):
         """The form to sign in, empty: addresses stand in logs and histories, so no token may."""
@@ -25241,7 +25336,7 @@ MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
 NEEDS_RESTART = frozenset(
     'database key host port threads slow_per_user slow_per_target outside_timeout url token '
-    'timezone workers call_timeout poll_running verify_every connections'.split())
+    'timezone workers call_timeout poll_running verify_every connections keystone oidc'.split())
 #: Settings that only their owner may read.
 SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
@@ -25329,12 +25424,24 @@ class Watch:
             each.requests or each.total_outbufs_len or each.will_close or each.close_when_flushed)
 
 
+def answer_malformed(channel, request):
+    """waitress' task for what it can't read: the application answers, counts and logs that too."""
+    from waitress.task import ErrorTask, WSGITask
+    if request.error.code == 500:  # the application has failed
+        return ErrorTask(channel, request)
+    task, request.command = WSGITask(channel, request), ''
+    task.environ = {'REMOTE_ADDR': channel.addr[0], 'REQUEST_METHOD': '', 'PATH_INFO': '',
+                    'cmres.malformed': request.error}
+    task.set_close_on_finish()
+    return task
+
+
 def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
     from waitress.channel import HTTPChannel
 
     class Channel(HTTPChannel):
-        peer = ''
+        peer, error_task_class = '', staticmethod(answer_malformed)
 
         def __init__(self, server, sock, addr, adj, map=None):
             super().__init__(server, sock, addr, adj, map=map)
@@ -25362,7 +25469,7 @@ class Front:
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
             ident=None,
             channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
-        self.port = getattr(self.server, 'effective_port', config.port)
+        self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
         self.watch, self.looked = Watch(self.sockets), time.monotonic()
@@ -25463,7 +25570,7 @@ CHARTS = (
     ('VMs by state', 'short', (('sum by (cloud, state) (cmres_servers)', '{{cloud}} {{state}}'),)),
     ('Reserved and refused', 'short', (
         ('increase(cmres_events_total{code=~"added|admitted"}[1h])', '{{code}}'),
-        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}}'))),
+        ('increase(cmres_refusals_total[1h])', 'refused: {{kind}} {{cause}}'))),
     ('Waiting and pending', 'short', (
         ('cmres_reservations_waiting', 'waiting'), ('cmres_reservations_pending', 'pending'))),
     ('VMs ready after their planned start', 's', tuple(
@@ -25621,8 +25728,9 @@ class Housekeeper(threading.Thread):
         try:
             for line in read_settings_again(self.service.config):
                 log.info('settings: %s', line)
+            log_as(self.service.config)
         except Invalid as error:
-            log.warning('settings: %s; nothing was changed', error)
+            log.warning('settings: %s Nothing was changed.', sentence(str(error)))
         tell_systemd('READY=1')
 
 
@@ -26415,9 +26523,9 @@ def in_utc(config: Config) -> None:
     os.environ['TZ'] = 'UTC'
     time.tzset()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(config.log_format))
+    handler.setFormatter(Lines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    log_calls.disabled = not config.log_requests
+    log_as(config)
     for name in config.old_names:
         log.warning('the setting %s is now called %s', name, RENAMED['setting'][name])
     # it warns at every request that waits
@@ -26934,7 +27042,7 @@ def say_end(told: str, zone: ZoneInfo) -> None:
     """Tells on the error output that the token ends soon, as the server has said."""
     id, _, at = told.partition(' ')
     if at:
-        print(f'Your token {id} ends at {format_time(parse_time(at, zone), zone)}. '
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
               f'Renew it: token renew {id} --for 90d', file=sys.stderr)
 
 
