@@ -23654,7 +23654,7 @@ class OpenId:
         from authlib.common.errors import AuthlibBaseError
         from joserfc.errors import JoseError
         if not secrets.compare_digest(said.get('state', ''), known['state']) or 'code' not in said:
-            raise Unauthorized(f"you are not signed in: {said.get('error') or 'begin anew'}")
+            raise Unauthorized(f"you are not signed in: {said.get('error') or 'start again'}")
         try:
             token = self.client(back).fetch_token(
                 self.provider['token_endpoint'], code=said['code'],
