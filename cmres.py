@@ -21801,7 +21801,7 @@ for (const svg of $$('svg.plot')) {
   svg.addEventListener('touchmove', event => {
     clearTimeout(press);
     tapped = false;
-    if (from !== null || move) event.preventDefault();
+    if (event.cancelable && (from !== null || move)) event.preventDefault();
   }, {passive: false});
   svg.addEventListener('pointermove', event => {
     const here = plot.at(event);
