@@ -3610,6 +3610,20 @@ class SQLite(peewee.SqliteDatabase):
         connection = self.connection()
         return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
+    def make_trigger(self, text: str) -> None:
+        run(text)
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return bool(run('PRAGMA temp.table_info(texts_now)').fetchone())
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                         f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                         for _, name, kind, needed, default, key
+                         in run(f'PRAGMA main.table_info({table})'))
+
     def many(self, table: str, names: tuple) -> str:
         """The statement that writes rows, one parameter in JSON: a list of objects."""
         values = ', '.join(f"json_extract(value, '$.{name}')" for name in names)
@@ -3647,11 +3661,12 @@ class PostgreSQL(PooledPostgresqlDatabase):
         super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
-    def _connect(self):
+    def connect(self, reuse_if_open: bool = False) -> bool:
+        """Takes a connection for this thread, and waits for one while all are in use."""
         try:
-            return super()._connect()
+            return super().connect(reuse_if_open)
         except MaxConnectionsExceeded:
-            raise peewee.OperationalError('all connections are in use') from None
+            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3705,7 +3720,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
         """Runs a statement that peewee has made: of the schema."""
         for pattern, text in OF_SCHEMA:
             sql = pattern.sub(text, sql)
-        return super().execute_sql(self.spell(sql), params)
+        return super().execute_sql(self.spell(sql.replace('%s', '?')), params)
 
     @staticmethod
     @functools.lru_cache(2000)
@@ -3727,6 +3742,26 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
         return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return run("SELECT to_regclass('pg_temp.texts_now') IS NOT NULL").fetchone()[0]
+
+    def make_trigger(self, text: str) -> None:
+        """Makes of a trigger of SQLite a function and what calls it."""
+        temp, name, event, which, deeds = TRIGGER.fullmatch(text).groups()
+        schema = 'pg_temp.' if temp else ''
+        for pattern, instead in OF_TRIGGERS:
+            deeds = pattern.sub(instead, deeds)
+        if which:
+            deeds = f'IF {which} THEN {deeds} END IF;'
+        run(f'CREATE FUNCTION {schema}{name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN '
+            f'{deeds} RETURN coalesce(NEW, OLD); END $$')
+        run(f'CREATE TRIGGER {name} {event} FOR EACH ROW EXECUTE FUNCTION {schema}{name}()')
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return f'LIKE {table} INCLUDING DEFAULTS'
 
     def many(self, table: str, names: tuple) -> str:
         """The statement that writes rows, one parameter in JSON: a list of objects."""
@@ -3766,6 +3801,15 @@ def psycopg():
 OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
+
+
+TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                     r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+    (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
+    (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
+    (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
+                                    'CAST(r.invite AS jsonb)) AS list (value) ON TRUE'))]
 
 
 def of_peewee(error: Exception) -> peewee.PeeweeException:
@@ -4503,43 +4547,6 @@ FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, r
      'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
 
 
-def trigger_on_server(name: str, head: str, body: str, answer: str = 'NEW') -> tuple[str, str]:
-    """What makes a trigger of PostgreSQL: its function, and when that is called."""
-    return (f'CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ '
-            f'BEGIN {body}; RETURN {answer}; END $$',
-            f'CREATE TRIGGER {name.removeprefix("pg_temp.")} {head} FOR EACH ROW '
-            f'EXECUTE FUNCTION {name}()')
-
-
-#: The same of PostgreSQL.
-MORE_TEXTS = f"""INSERT INTO texts SELECT NEW.project, {long_texts('NEW')}
-  WHERE {long_texts('NEW')} > 1000
-  ON CONFLICT (project) DO UPDATE SET size = texts.size + excluded.size"""
-LESS_TEXTS = f"""UPDATE texts SET size = size - {long_texts('OLD')}
-  WHERE project = OLD.project AND {long_texts('OLD')} > 1000"""
-TRIGGERS_ON_SERVER = (
-    *trigger_on_server('reservation_texts', 'AFTER INSERT ON reservation', MORE_TEXTS),
-    *trigger_on_server('reservation_texts_changed', 'AFTER UPDATE OF project, user_data, '
-                       'description, metadata ON reservation', f'{LESS_TEXTS}; {MORE_TEXTS}'),
-    *trigger_on_server('reservation_texts_gone', 'AFTER DELETE ON reservation', LESS_TEXTS),
-    *trigger_on_server('occurrence_owner', 'BEFORE INSERT ON occurrence', """
-      IF NEW.of_project = '' THEN
-        SELECT r.project, r.user INTO NEW.of_project, NEW.of_user FROM reservation r
-         WHERE r.id = NEW.reservation_id;
-      END IF"""),
-    *trigger_on_server('reservation_owner', 'AFTER UPDATE OF project, user ON reservation', """
-      UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user
-       WHERE reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user)"""),
-    *trigger_on_server('event_invites', 'AFTER INSERT ON event', """
-      IF NEW.reservation_id IS NOT NULL AND NEW.code IN ('added', 'updated', 'kept', 'admitted',
-        'approved', 'maintenance', 'ready', 'released') THEN
-        INSERT INTO outbox (event_id, target, owner, tries, due, fault, invites)
-          SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', TRUE
-            FROM reservation r, jsonb_array_elements_text(CAST(r.invite AS jsonb)) AS list (value)
-           WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
-      END IF"""))
-
-
 def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
@@ -4668,10 +4675,9 @@ def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
 def told_by_server() -> tuple[int, int | None, str]:
     """The same of a database of PostgreSQL."""
     version = db.version()
-    others = run("SELECT count(*) FROM pg_tables WHERE schemaname = current_schema()").fetchone()[0]
-    if not version:
-        return (0, None, '') if others else (OURS, 0, '')
-    return OURS, version, fact('store')
+    if version:
+        return OURS, version, fact('store')
+    return (0, None, '') if db.get_tables() else (OURS, 0, '')
 
 
 def close_store() -> None:
@@ -4701,8 +4707,8 @@ def finish_tables() -> None:
         run(f'CREATE INDEX {index}')
     for index in UNIQUE:
         run(f'CREATE UNIQUE INDEX {index}')
-    for trigger in TRIGGERS if db.in_files else TRIGGERS_ON_SERVER:
-        run(trigger)
+    for each in TRIGGERS:
+        db.make_trigger(each)
     db.note_version()
 
 
@@ -4834,7 +4840,10 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
         part = f'{target}.{secrets.token_hex(4)}'
         make_private(part)
     try:
-        with reading(source) as read, writing(part):
+        with reading(source) as read, opened(part), transaction():
+            if db.version() or told_by_server()[1] is None:
+                raise Conflict(f"The database '{without_password(target)}' is not empty. Choose "
+                               'another one.')
             number = fill_tables(read, watch)
         if part != target:
             leave_wal(part)
@@ -4847,16 +4856,6 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
             with suppress(FileNotFoundError):
                 os.remove(part + side)
     return {'rows': number}
-
-
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """A transaction on a database that is empty yet; Conflict if it is not."""
-    with opened(path), transaction():
-        if is_server(path) and told_by_server() != (OURS, 0, ''):
-            raise Conflict(f"The database '{without_password(path)}' is not empty. Choose "
-                           'another one.')
-        yield
 
 
 def fill_tables(read: Callable, watch: Callable) -> int:
@@ -5792,34 +5791,32 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
-    if not db.in_files:
-        set_stage_on_server()
+    if db.has_stage():
         return
-    if run('PRAGMA temp.table_info(texts_now)').fetchone():
-        return
-    for table in REHEARSED:
-        columns = run(f'PRAGMA main.table_info({table})').fetchall()
-        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
-        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
-                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
-                          for _, name, kind, needed, default, key in columns)
-        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
-        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
-          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
-        run_all(f"""
-          CREATE TEMP TABLE {table}_new ({kinds});
-          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
-          CREATE TEMP VIEW {table}_now AS
-            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
-            UNION ALL SELECT {names} FROM {table}_new""")
-        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
-          INSERT OR REPLACE INTO {table}_new VALUES ({news});
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
-          {owner if table == 'reservation' else ''} END""")
-        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
-          DELETE FROM {table}_new WHERE id = OLD.id;
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
-    run(TEXTS_NOW)
+    with db.atomic(db.snapshot):
+        for model in TABLES:
+            if (table := model._meta.table_name) in REHEARSED:
+                set_stage_of(table, [each.column_name for each in model._meta.sorted_fields])
+        run(TEXTS_NOW)
+
+
+def set_stage_of(table: str, columns: list[str]) -> None:
+    names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
+    gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING;'
+    owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+      reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+    run_all(f"""
+      CREATE TEMP TABLE {table}_new ({db.columns_like(table)});
+      CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY);
+      CREATE TEMP VIEW {table}_now AS
+        SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+        UNION ALL SELECT {names} FROM {table}_new""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id;
+      INSERT INTO {table}_new ({names}) VALUES ({news}); {gone}
+      {owner if table == 'reservation' else ''} END""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id; {gone} END""")
 
 
 TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
@@ -5828,29 +5825,6 @@ TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
     SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
     UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
      WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) x GROUP BY 1"""
-
-
-def set_stage_on_server() -> None:
-    """The same on a connection to PostgreSQL."""
-    if run("SELECT to_regclass('pg_temp.texts_now')").fetchone()[0]:
-        return
-    made = []
-    for table in REHEARSED:
-        owner = ("""UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
-          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
-                 if table == 'reservation' else '')
-        gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING'
-        made += [
-            f'CREATE TEMP TABLE {table}_new (LIKE {table} INCLUDING DEFAULTS)',
-            f'CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY)',
-            f'CREATE TEMP VIEW {table}_now AS SELECT * FROM {table} WHERE id NOT IN (SELECT id '
-            f'FROM {table}_gone) UNION ALL SELECT * FROM {table}_new',
-            *trigger_on_server(f'pg_temp.{table}_changed', f'INSTEAD OF UPDATE ON {table}_now', f"""
-              DELETE FROM {table}_new WHERE id = OLD.id;
-              INSERT INTO {table}_new VALUES (NEW.*); {owner} {gone}"""),
-            *trigger_on_server(f'pg_temp.{table}_dropped', f'INSTEAD OF DELETE ON {table}_now', f"""
-              DELETE FROM {table}_new WHERE id = OLD.id; {gone}""", 'OLD')]
-    db.connection().execute(db.spell(';'.join([*made, TEXTS_NOW])))
 
 
 def rehearsed(sql: str) -> str:
@@ -7531,9 +7505,9 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
-                for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)}
+        ours = [each for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id for each in ours}
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -16912,9 +16886,10 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     elif not found.host:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
+        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
-            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
+            like=found.flavor)
         account = clouds.account(place.cloud, found.project, found.user)
         # Nova shows a server group to nobody but its project.
         if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
@@ -16955,14 +16930,14 @@ class Lender:
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        answer = result.answer or {}
-        before, self.lent[result.account] = self.lent.get(result.account, {}), {
-            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
-            for kind, things in result.target.items()}
-        for kind, things in self.lent[result.account].items():
-            for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
-        if self.lent[result.account] != result.target:
+        before, has = self.lent.get(result.account, {}), {}
+        for kind, things in result.target.items():
+            ids = (result.answer or {}).get(kind, {})
+            has[kind] = {name: lent for name, lent in things.items() if name in ids}
+            for name in has[kind].keys() - before.get(kind, {}).keys():
+                note_lent(things[name], name if kind == 'address' else kind, ids[name])
+        self.lent[result.account] = has
+        if has != result.target:
             self.again = now + self.AGAIN
 
 
@@ -19507,15 +19482,16 @@ class LeaseView:
     def lend_groups(self, id: str) -> None:
         """Makes the server groups of a lease that begins now: its client reads their ids once."""
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
-        things = [thing for found in lent_parts([*places], self.acting.clock())
-                  if found.lease_id == id for thing in lent_things(
-                      self.acting.clouds, found, places[found.resource_id])]
+        mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
         with suppress(CloudError):  # the life cycle tries it again
-            for account, kind, name, lent in things:
-                if kind == 'server_group':
-                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
-                    with self.acting.writing():
-                        note_lent(lent, kind, made)
+            for found in mine:
+                for account, kind, name, lent in lent_things(
+                        self.acting.clouds, found, places[found.resource_id]):
+                    if kind == 'server_group':
+                        made = self.asks(account, operator.methodcaller(
+                            'lend_one', kind, name, lent))
+                        with self.acting.writing():
+                            note_lent(lent, kind, made)
 
     # Leases
 
@@ -19569,8 +19545,8 @@ class LeaseView:
     @functools.cached_property
     def lending(self) -> dict[str, str]:
         """What a cloud lends to who has reserved, by resource."""
-        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
-                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+        return {each.name: 'address' if network_behind(each)[0] else each.flavors and 'flavor'
+                for each in self.acting.look.places()}
 
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
@@ -20824,21 +20800,16 @@ class Draft:
         """Writes the event; what is shown of it. Inside a transaction."""
         had, known = self.had, self.known if booked else None
         id = known.id if known else had.reservation_id if had else None
-        self.take_from_others(id)
+        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', id, self.folder.id, self.name):
+            said = f"The same event stands in the calendar '{self.folder.name}' now."
+            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': said}))
+            show_anew(self.acting, each.id)
         first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
         shown = Teller(self.acting, self.event, id, why).text()
         self.folder.write(self.name, self.event.text, shown, uid=self.booking.uid, reservation=id,
                           first=first, last=last, why=json.dumps(why), gone=None)
         return shown
-
-    def take_from_others(self, reservation: int | None) -> None:
-        """Lets a reservation be of one object alone; its event came from another calendar."""
-        for each in rows('SELECT id, text FROM calendar_object WHERE reservation_id = ? '
-                         'AND NOT (calendar = ? AND name = ?)', reservation, self.folder.id,
-                         self.name):
-            why = f"The same event stands in the calendar '{self.folder.name}' now."
-            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
-            show_anew(self.acting, each.id)
 
     def refuse(self, refusal: Error) -> str:
         """Keeps an event that can't be reserved, with a remark that says why."""
@@ -20965,11 +20936,6 @@ def short_name(tag: str) -> str:
     return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
 
 
-def full_name(path: str) -> str:
-    """A path of names with our prefixes as the parser has it."""
-    return re.sub(r'(\w+):', lambda prefix: f'{{{NAMESPACES[prefix[1]]}}}', path)
-
-
 def empty_element(tag: str) -> str:
     name = short_name(tag)
     if name != tag:
@@ -21010,18 +20976,18 @@ class Query:
         self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
-        for each in root.iter(full_name('C:prop-filter')):
+        for each in root.iterfind('.//C:prop-filter', NAMESPACES):
             if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
                 raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
-        for each in root.iter(full_name('C:text-match')):
+        for each in root.iterfind('.//C:text-match', NAMESPACES):
             if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
                 raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
-        whole = root.find(full_name('C:comp-filter'))
+        whole = root.find('C:comp-filter', NAMESPACES)
         if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
             raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
-        spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
-        self.parts, self.timed = inner_filters(whole), bool(spans)
-        first = whole.find(full_name('C:comp-filter/C:time-range'))
+        spans = [read_range(each) for each in root.iterfind('.//C:time-range', NAMESPACES)]
+        self.parts, self.timed = whole.findall('C:comp-filter', NAMESPACES), bool(spans)
+        first = whole.find('C:comp-filter/C:time-range', NAMESPACES)
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
@@ -21034,18 +21000,19 @@ class Query:
         """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
-        span = part.find(full_name('C:time-range'))
+        span = part.find('C:time-range', NAMESPACES)
         found = [event for event in events
                  if all(has_property(event, each)
-                        for each in part.iterfind(full_name('C:prop-filter')))
-                 and all(self.has_alarm(event, each, groups) for each in inner_filters(part))]
+                        for each in part.iterfind('C:prop-filter', NAMESPACES))
+                 and all(self.has_alarm(event, each, groups)
+                         for each in part.iterfind('C:comp-filter', NAMESPACES))]
         if is_absent(part) or not found:
             return is_absent(part) and not found
         return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
 
     def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
-        name, span = part.get('name', '').upper(), part.find(full_name('C:time-range'))
+        name, span = part.get('name', '').upper(), part.find('C:time-range', NAMESPACES)
         if name != 'VALARM' or is_absent(part) or span is None:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
             return there != is_absent(part)
@@ -21079,18 +21046,14 @@ class Query:
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
-def inner_filters(part) -> list:
-    return part.findall(full_name('C:comp-filter'))
-
-
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
-    return part.find(full_name('C:is-not-defined')) is not None
+    return part.find('C:is-not-defined', NAMESPACES) is not None
 
 
 def has_property(event: Component, part) -> bool:
     """Whether an event has a property as a filter wants it."""
-    name, match = part.get('name', '').upper(), part.find(full_name('C:text-match'))
+    name, match = part.get('name', '').upper(), part.find('C:text-match', NAMESPACES)
     if is_absent(part) or match is None or event.find(name) is None:
         return (event.find(name) is not None) != is_absent(part)
     value, text = unescaped(event.read(name)[1]), match.text or ''
@@ -21252,7 +21215,7 @@ class Dav:
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
                                   for name, value in at.properties().items()}
         if wanted is None:
-            wanted = [full_name(name) for name in table if name != 'C:calendar-data']
+            wanted = [name for name in table if name != 'C:calendar-data']
         found, missing = [], []
         for tag in wanted:
             name = short_name(tag)
@@ -21299,7 +21262,8 @@ class Dav:
         if not self.folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        where = [('o."end" > ?', since), ('NOT (o.of_user = ? AND o.of_project = ?)', user, project)]
+        others = 'NOT (o.of_user = ? AND o.of_project = ?)', user, project
+        where = [('o."end" > ?', since), others]
         if reservations is not None:
             where.append(acting.look.among('o.reservation_id', reservations))
         asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
@@ -21348,7 +21312,7 @@ class Dav:
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
         root = self.body()
         wanted = wanted_in(root, 'D:propfind')
-        names = root is not None and root.find(full_name('D:propname')) is not None
+        names = root is not None and root.find('D:propname', NAMESPACES) is not None
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
@@ -21370,7 +21334,7 @@ class Dav:
         kept, refused = [], []
         with self.acting.writing():
             for deed in root:
-                for each in deed.iterfind(full_name('D:prop/*')):
+                for each in deed.iterfind('D:prop/*', NAMESPACES):
                     done = self.keep_property(each, short_name(deed.tag) == 'D:set')
                     (kept if done else refused).append(empty_element(each.tag))
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
@@ -21428,14 +21392,14 @@ class Dav:
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
-        window = root.find(full_name('D:prop/C:calendar-data/C:expand'))
+        window = root.find('D:prop/C:calendar-data/C:expand', NAMESPACES)
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
     def calendar_multiget(self, root):
         """Tells of events by their addresses."""
         wanted, found = wanted_in(root), []
-        hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
+        hrefs = ((each.text or '').strip() for each in root.iterfind('D:href', NAMESPACES))
         for href in dict.fromkeys(hrefs):
             names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
             try:
@@ -21448,7 +21412,7 @@ class Dav:
 
     def calendar_query(self, root):
         """Tells of the events that a filter takes."""
-        wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
+        wanted, asked = wanted_in(root), root.find('C:filter', NAMESPACES)
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
@@ -21458,8 +21422,8 @@ class Dav:
 
     def sync_collection(self, root):
         """Tells what has changed since a token (RFC 6578)."""
-        wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
-        most = (root.findtext(full_name('D:limit/D:nresults')) or '').strip()
+        wanted, token = wanted_in(root), root.findtext('D:sync-token', '', NAMESPACES).strip()
+        most = root.findtext('D:limit/D:nresults', '', NAMESPACES).strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
         now, since = self.folder.token, self.folder.since(token) if token else (0, 0)
         found = self.folder.objects('rev > ? ORDER BY rev LIMIT ?', since[0], most + 1)
@@ -21476,7 +21440,7 @@ class Dav:
 
     def free_busy_query(self, root):
         """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
-        element = root.find(full_name('C:time-range'))
+        element = root.find('C:time-range', NAMESPACES)
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
@@ -21537,7 +21501,7 @@ def wanted_in(root, name: str = '') -> list[str] | None:
         return None
     if name and short_name(root.tag) != name:
         raise Invalid(f'the body should be a {name}')
-    prop = root.find(full_name('D:prop'))
+    prop = root.find('D:prop', NAMESPACES)
     if prop is None:
         return None if name else []
     return [*dict.fromkeys(each.tag for each in prop)]
@@ -26400,8 +26364,11 @@ class Client:
             yield from found
             filters['after'] = cursor_of(found[-1])
 
-    def call(self, operation: Operation, given: dict):
-        """One operation over HTTP.
+    def call(self, operation: Operation, given: dict, sent: str = ''):
+        """One operation over HTTP; a POST whose answer is lost is sent once more, and done once.
+
+        Args:
+          sent: the Idempotency-Key with which it was sent before
 
         Raises:
           Error: the same kinds as the service; Unavailable if there is no answer.
@@ -26414,6 +26381,9 @@ class Client:
                               method=verb)
             if body:
                 request.add_header('Content-Type', 'application/json')
+            key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
+            if key:
+                request.add_header('Idempotency-Key', key)
             with urlopen(request, timeout=self.timeout) as answer:
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
@@ -26421,6 +26391,8 @@ class Client:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
             why = getattr(error, 'reason', error)
+            if isinstance(why, ConnectionResetError) and key and not sent:
+                return self.call(operation, given, key)
             raise Unavailable(f'No answer from {self.url}: {why}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
@@ -26770,7 +26742,7 @@ def store_copy(config: Config, target: Name) -> dict:
       python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
-    file = key_file(target)
+    file = key_file(target, config.key)
     keys = all_keys(key_file(config.database, config.key))
     found = copy_rows(config.database, target, progress_bar)
     if not os.path.exists(file):
