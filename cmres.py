@@ -9883,13 +9883,6 @@ def with_twins(answer: dict, twins: dict) -> dict:
     return answer | {new: answer[old] for old, new in twins.items() if old in answer}
 
 
-def in_lines(found: Iterable) -> list[dict]:
-    """Rows as an answer of many shows them: descriptions are cut, long metadata is left out."""
-    return [public(each._replace(
-        description=cut_short(each.description),
-        metadata=each.metadata if len(each.metadata) <= 1000 else '{}')) for each in found]
-
-
 @functools.lru_cache
 def shown_fields(fields: tuple) -> list[tuple]:
     """Of each field that is shown: its name, its place in the row, and what reads it."""
@@ -14237,11 +14230,12 @@ class Plan(Operations):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        return in_lines(self.homeless(place, int(now), int(LAST.timestamp()))[:1000])
+        found = self.homeless(place, int(now), int(LAST.timestamp()))
+        return list(map(public, found[:1000]))
 
     def homeless(self, place, begin: int, until: int) -> list:
         """Where more is held than there is, as many of the latest added as must go."""
-        return self.look.in_order(self.must_go(place, begin, until))
+        return self.look.in_order(self.must_go(place, begin, until), fields=SLIM)
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
         """The ids of those. What is not approved yet goes first; what fits after all, since an
