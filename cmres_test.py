@@ -25176,6 +25176,22 @@ def lab_lease(world, user, *parts):
 
 @openstack
 @real
+def test_leases_of_another_project_of_the_lab_are_forbidden(lab):
+    """What Chameleon's tests of permissions ask, with tokens of two projects of the real Keystone."""
+    lab.config.take(keystone=ACCOUNT)
+    show, _ = lab_lease(lab, sdk(), instances(1))
+    lease, web = show(), webtest.TestApp(cmres.web(lab.service))
+    other, path = {'X-Auth-Token': sdk('lab-user2').auth_token}, f"/reservation/v1/leases/{lease['id']}"
+    assert web.get('/reservation/v1/leases', headers=other).json == {'leases': []}
+    web.get(path, headers=other, status=403)
+    web.put_json(path, {'name': 'theirs'}, headers=other, status=403)
+    web.delete(path, headers=other, status=403)
+    web.get('/reservation/v1/leases/unknown', headers=other, status=404)
+    assert show() == lease
+
+
+@openstack
+@real
 def test_a_lease_on_the_lab_has_a_server_group_for_its_affinity(lab):
     """In the project of who reserved: their VMs boot apart in it, and it is gone with the lease."""
     admin, user, name, servers = sdk('lab-admin').compute, sdk('lab-user2'), unique('cmres'), []
