@@ -7505,9 +7505,9 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
-                for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)}
+        ours = [each for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id for each in ours}
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -13571,7 +13571,7 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        with self.writing(dry_run) as now:
+        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14136,6 +14136,7 @@ class Plan(Operations):
                      else [[each] for each in homeless])
         became: dict[int, dict] = {}
         while left:
+            self.shares.breathe()
             with transaction():
                 self.fence()
                 for those in some_of(left):
@@ -16891,9 +16892,10 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     elif not found.host:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
+        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
-            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
+            like=found.flavor)
         account = clouds.account(place.cloud, found.project, found.user)
         # Nova shows a server group to nobody but its project.
         if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
@@ -16934,14 +16936,14 @@ class Lender:
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        answer = result.answer or {}
-        before, self.lent[result.account] = self.lent.get(result.account, {}), {
-            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
-            for kind, things in result.target.items()}
-        for kind, things in self.lent[result.account].items():
-            for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
-        if self.lent[result.account] != result.target:
+        before, has = self.lent.get(result.account, {}), {}
+        for kind, things in result.target.items():
+            ids = (result.answer or {}).get(kind, {})
+            has[kind] = {name: lent for name, lent in things.items() if name in ids}
+            for name in has[kind].keys() - before.get(kind, {}).keys():
+                note_lent(things[name], name if kind == 'address' else kind, ids[name])
+        self.lent[result.account] = has
+        if has != result.target:
             self.again = now + self.AGAIN
 
 
@@ -19486,15 +19488,16 @@ class LeaseView:
     def lend_groups(self, id: str) -> None:
         """Makes the server groups of a lease that begins now: its client reads their ids once."""
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
-        things = [thing for found in lent_parts([*places], self.acting.clock())
-                  if found.lease_id == id for thing in lent_things(
-                      self.acting.clouds, found, places[found.resource_id])]
+        mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
         with suppress(CloudError):  # the life cycle tries it again
-            for account, kind, name, lent in things:
-                if kind == 'server_group':
-                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
-                    with self.acting.writing():
-                        note_lent(lent, kind, made)
+            for found in mine:
+                for account, kind, name, lent in lent_things(
+                        self.acting.clouds, found, places[found.resource_id]):
+                    if kind == 'server_group':
+                        made = self.asks(account, operator.methodcaller(
+                            'lend_one', kind, name, lent))
+                        with self.acting.writing():
+                            note_lent(lent, kind, made)
 
     # Leases
 
@@ -19548,8 +19551,8 @@ class LeaseView:
     @functools.cached_property
     def lending(self) -> dict[str, str]:
         """What a cloud lends to who has reserved, by resource."""
-        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
-                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+        return {each.name: 'address' if network_behind(each)[0] else each.flavors and 'flavor'
+                for each in self.acting.look.places()}
 
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
@@ -20803,21 +20806,16 @@ class Draft:
         """Writes the event; what is shown of it. Inside a transaction."""
         had, known = self.had, self.known if booked else None
         id = known.id if known else had.reservation_id if had else None
-        self.take_from_others(id)
+        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', id, self.folder.id, self.name):
+            said = f"The same event stands in the calendar '{self.folder.name}' now."
+            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': said}))
+            show_anew(self.acting, each.id)
         first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
         shown = Teller(self.acting, self.event, id, why).text()
         self.folder.write(self.name, self.event.text, shown, uid=self.booking.uid, reservation=id,
                           first=first, last=last, why=json.dumps(why), gone=None)
         return shown
-
-    def take_from_others(self, reservation: int | None) -> None:
-        """Lets a reservation be of one object alone; its event came from another calendar."""
-        for each in rows('SELECT id, text FROM calendar_object WHERE reservation_id = ? '
-                         'AND NOT (calendar = ? AND name = ?)', reservation, self.folder.id,
-                         self.name):
-            why = f"The same event stands in the calendar '{self.folder.name}' now."
-            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
-            show_anew(self.acting, each.id)
 
     def refuse(self, refusal: Error) -> str:
         """Keeps an event that can't be reserved, with a remark that says why."""
@@ -20944,11 +20942,6 @@ def short_name(tag: str) -> str:
     return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
 
 
-def full_name(path: str) -> str:
-    """A path of names with our prefixes as the parser has it."""
-    return re.sub(r'(\w+):', lambda prefix: f'{{{NAMESPACES[prefix[1]]}}}', path)
-
-
 def empty_element(tag: str) -> str:
     name = short_name(tag)
     if name != tag:
@@ -20989,18 +20982,18 @@ class Query:
         self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
-        for each in root.iter(full_name('C:prop-filter')):
+        for each in root.iterfind('.//C:prop-filter', NAMESPACES):
             if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
                 raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
-        for each in root.iter(full_name('C:text-match')):
+        for each in root.iterfind('.//C:text-match', NAMESPACES):
             if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
                 raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
-        whole = root.find(full_name('C:comp-filter'))
+        whole = root.find('C:comp-filter', NAMESPACES)
         if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
             raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
-        spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
-        self.parts, self.timed = inner_filters(whole), bool(spans)
-        first = whole.find(full_name('C:comp-filter/C:time-range'))
+        spans = [read_range(each) for each in root.iterfind('.//C:time-range', NAMESPACES)]
+        self.parts, self.timed = whole.findall('C:comp-filter', NAMESPACES), bool(spans)
+        first = whole.find('C:comp-filter/C:time-range', NAMESPACES)
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
@@ -21013,18 +21006,19 @@ class Query:
         """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
-        span = part.find(full_name('C:time-range'))
+        span = part.find('C:time-range', NAMESPACES)
         found = [event for event in events
                  if all(has_property(event, each)
-                        for each in part.iterfind(full_name('C:prop-filter')))
-                 and all(self.has_alarm(event, each, groups) for each in inner_filters(part))]
+                        for each in part.iterfind('C:prop-filter', NAMESPACES))
+                 and all(self.has_alarm(event, each, groups)
+                         for each in part.iterfind('C:comp-filter', NAMESPACES))]
         if is_absent(part) or not found:
             return is_absent(part) and not found
         return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
 
     def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
-        name, span = part.get('name', '').upper(), part.find(full_name('C:time-range'))
+        name, span = part.get('name', '').upper(), part.find('C:time-range', NAMESPACES)
         if name != 'VALARM' or is_absent(part) or span is None:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
             return there != is_absent(part)
@@ -21058,18 +21052,14 @@ class Query:
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
-def inner_filters(part) -> list:
-    return part.findall(full_name('C:comp-filter'))
-
-
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
-    return part.find(full_name('C:is-not-defined')) is not None
+    return part.find('C:is-not-defined', NAMESPACES) is not None
 
 
 def has_property(event: Component, part) -> bool:
     """Whether an event has a property as a filter wants it."""
-    name, match = part.get('name', '').upper(), part.find(full_name('C:text-match'))
+    name, match = part.get('name', '').upper(), part.find('C:text-match', NAMESPACES)
     if is_absent(part) or match is None or event.find(name) is None:
         return (event.find(name) is not None) != is_absent(part)
     value, text = unescaped(event.read(name)[1]), match.text or ''
@@ -21231,7 +21221,7 @@ class Dav:
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
                                   for name, value in at.properties().items()}
         if wanted is None:
-            wanted = [full_name(name) for name in table if name != 'C:calendar-data']
+            wanted = [name for name in table if name != 'C:calendar-data']
         found, missing = [], []
         for tag in wanted:
             name = short_name(tag)
@@ -21278,7 +21268,8 @@ class Dav:
         if not self.folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        where = [('o."end" > ?', since), ('NOT (o.of_user = ? AND o.of_project = ?)', user, project)]
+        others = 'NOT (o.of_user = ? AND o.of_project = ?)', user, project
+        where = [('o."end" > ?', since), others]
         if reservations is not None:
             where.append(acting.look.among('o.reservation_id', reservations))
         asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
@@ -21327,7 +21318,7 @@ class Dav:
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
         root = self.body()
         wanted = wanted_in(root, 'D:propfind')
-        names = root is not None and root.find(full_name('D:propname')) is not None
+        names = root is not None and root.find('D:propname', NAMESPACES) is not None
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
@@ -21349,7 +21340,7 @@ class Dav:
         kept, refused = [], []
         with self.acting.writing():
             for deed in root:
-                for each in deed.iterfind(full_name('D:prop/*')):
+                for each in deed.iterfind('D:prop/*', NAMESPACES):
                     done = self.keep_property(each, short_name(deed.tag) == 'D:set')
                     (kept if done else refused).append(empty_element(each.tag))
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
@@ -21407,14 +21398,14 @@ class Dav:
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
-        window = root.find(full_name('D:prop/C:calendar-data/C:expand'))
+        window = root.find('D:prop/C:calendar-data/C:expand', NAMESPACES)
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
     def calendar_multiget(self, root):
         """Tells of events by their addresses."""
         wanted, found = wanted_in(root), []
-        hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
+        hrefs = ((each.text or '').strip() for each in root.iterfind('D:href', NAMESPACES))
         for href in dict.fromkeys(hrefs):
             names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
             try:
@@ -21427,7 +21418,7 @@ class Dav:
 
     def calendar_query(self, root):
         """Tells of the events that a filter takes."""
-        wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
+        wanted, asked = wanted_in(root), root.find('C:filter', NAMESPACES)
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
@@ -21437,8 +21428,8 @@ class Dav:
 
     def sync_collection(self, root):
         """Tells what has changed since a token (RFC 6578)."""
-        wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
-        most = (root.findtext(full_name('D:limit/D:nresults')) or '').strip()
+        wanted, token = wanted_in(root), root.findtext('D:sync-token', '', NAMESPACES).strip()
+        most = root.findtext('D:limit/D:nresults', '', NAMESPACES).strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
         now, since = self.folder.token, self.folder.since(token) if token else (0, 0)
         found = self.folder.objects('rev > ? ORDER BY rev LIMIT ?', since[0], most + 1)
@@ -21455,7 +21446,7 @@ class Dav:
 
     def free_busy_query(self, root):
         """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
-        element = root.find(full_name('C:time-range'))
+        element = root.find('C:time-range', NAMESPACES)
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
@@ -21516,7 +21507,7 @@ def wanted_in(root, name: str = '') -> list[str] | None:
         return None
     if name and short_name(root.tag) != name:
         raise Invalid(f'the body should be a {name}')
-    prop = root.find(full_name('D:prop'))
+    prop = root.find('D:prop', NAMESPACES)
     if prop is None:
         return None if name else []
     return [*dict.fromkeys(each.tag for each in prop)]
@@ -26827,8 +26818,8 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. After a theft, use `user end`, or stop cmres and remove the
-    key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
+    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
     Example:
       python cmres.py key rotate
