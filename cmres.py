@@ -17256,9 +17256,9 @@ class Reconciler:
         if server.ready:
             kept = ('occurrence_id, n, name, account, goal, borrowed, tries, uid, snapshot, '
                     'snapshot_id, planned, begun, ready')
-            run(f"INSERT INTO server ({kept}, state, failures, addresses, fault, deleted) "
-                f"SELECT {kept}, 'deleted', 0, '[]', '', ? FROM server WHERE id = ?",
-                now, server.id)
+            run(f"INSERT INTO server (id, {kept}, state, failures, addresses, fault, deleted) "
+                f"SELECT ?, {kept}, 'deleted', 0, '[]', '', ? FROM server WHERE id = ?",
+                next_server(), now, server.id)
             change(Server, server.id, begun=None, ready=None)
 
     def tell_vanished(self, servers: list, now: float) -> None:

@@ -12701,7 +12701,8 @@ def settle(world) -> None:
 
 def hurry(world):
     """The disk is not what is tested here."""
-    cmres.db.execute_sql('PRAGMA synchronous = OFF')
+    if ENGINE == 'sqlite':
+        cmres.db.execute_sql('PRAGMA synchronous = OFF')
     return world
 
 
