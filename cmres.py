@@ -10384,7 +10384,7 @@ class Lookup:
         own = '' if actor.role == ADMIN else actor.project
         if not name or own and kind == 'project':
             return ''
-        token = f"FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
+        token = "FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
         there = [f"SELECT 1 FROM occurrence WHERE of_{kind} = ?2 AND ?1 IN ('', of_project) AND "
                  f'due IS {half}' for half in ('NULL', 'NOT NULL')]
         anything = ' UNION ALL '.join([*there, f'SELECT 1 {token} AND {kind} = ?2'])
@@ -15104,12 +15104,17 @@ OWN_FOR = timedelta(days=90)
 FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes,
                             s.name AS resource, t.added, t.ends, t.last_used, t.revoked
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+#: The reservations of a user, and of one project of theirs; each half has its index.
+OWNED, OWNED_IN = (' UNION '.join(
+    f'SELECT reservation_id{columns} FROM occurrence WHERE of_user = ?1{where} AND due IS {half}'
+    for half in ('NULL', 'NOT NULL')) for columns, where in (
+        (', of_project', ''), ('', ' AND of_project = ?2')))
 #: By what somebody can see anything; who is known elsewhere has no token.
-ACCESS = '''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
+ACCESS = f'''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
   UNION ALL SELECT NULL, project FROM feed WHERE user = ?1 AND revoked IS NULL
   UNION ALL SELECT NULL, project FROM subscription WHERE user = ?1 AND due IS NOT NULL
-  UNION ALL SELECT NULL, r.project FROM share h JOIN reservation r ON r.id = h.reservation_id
-            WHERE r.user = ?1'''
+  UNION ALL SELECT NULL, o.of_project FROM ({OWNED}) o CROSS JOIN share h
+            ON h.reservation_id = o.reservation_id'''
 
 
 class Tokens(Operations):
@@ -15384,9 +15389,8 @@ class Tokens(Operations):
         if not roles:
             ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
                               int(now), user, project).rowcount, 'feeds'))
-            ended.append((run('DELETE FROM share WHERE EXISTS (SELECT 1 FROM reservation r '
-                              'WHERE r.id = reservation_id AND r.user = ? AND r.project = ?)',
-                              user, project).rowcount, 'shared pages'))
+            ended.append((run(f'DELETE FROM share WHERE reservation_id IN ({OWNED_IN})', user,
+                              project).rowcount, 'shared pages'))
         if not roles - {READER}:
             ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
                               user, project).rowcount, 'subscriptions'))
