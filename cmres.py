@@ -2195,15 +2195,15 @@ def guarded_by_role(method):
 
     A method that has the parameter `asked` gets there all its arguments by name.
     """
-    usual = {name: each.default for name, each in inspect.signature(method).parameters.items()}
-    names = [name for name in usual if name not in ('self', 'asked')]
+    takes = functools.cache(lambda: {name: each.default for name, each in inspect.signature(
+        method).parameters.items() if name != 'self'})  # when it is called first: few are
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         kwargs = with_new_names(method.__name__, kwargs)
-        if 'asked' in usual:
-            given = dict(zip(names, args)) | kwargs
-            kwargs['asked'] = {name: usual[name] for name in names} | given
+        if 'asked' in takes():
+            usual = {name: default for name, default in takes().items() if name != 'asked'}
+            kwargs['asked'] = usual | dict(zip(usual, args)) | kwargs
         refuse_to(self.actor, API[method.__name__])
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
