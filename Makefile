@@ -3,19 +3,22 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-MARKERS = "markers=openstack: needs a cloud, named by OS_CLOUD$$(printf '\n%s' 'clients: needs programs of others')"
+MARKERS = "markers=openstack: needs a cloud, named by OS_CLOUD$$(printf '\n%s' 'clients: needs programs of others' 'sqlite: asks for what only a file has')"
 PYTEST  = $(BIN)/python -m pytest -q -o $(MARKERS)
 
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
 
-serve: $(VENV)/cmres $(BIN)/cmres   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
-	$(BIN)/python cmres.py serve
+serve: $(VENV)/cmres $(BIN)/cmres $(if $(findstring postgres,$(DATABASE)),$(VENV)/psycopg)   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
+	$(if $(DATABASE),CMRES_DATABASE='$(DATABASE)') $(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
 	$(PYTEST) --assert=plain -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
-test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
+test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on PostgreSQL, which they start themselves
+	CMRES_TEST_ENGINE=postgresql $(PYTEST) -n 4 --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
+
+test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done $(VENV)-clients/tempest/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m openstack cmres_test.py
 
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
@@ -33,6 +36,9 @@ $(VENV)/%: %.py FORCE | $(BIN)/python
 	@cmp -s $@.new $@ && rm $@.new || { $(BIN)/python -m pip install -q --disable-pip-version-check -r $@.new && mv $@.new $@; }
 
 $(VENV)/cmres_test: $(VENV)/cmres
+
+$(VENV)/psycopg: | $(BIN)/python   # for a database in PostgreSQL alone
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'psycopg[binary]>=3.2,<4' && touch $@
 
 $(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled once
 	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom cmres import run_program\nrun_program()\n' \
@@ -57,7 +63,13 @@ $(VENV)-clients/horizon/done: | $(VENV)-clients/done   # OpenStack's dashboard w
 	cd $(@D)/lib/python3*/site-packages && cp blazar_dashboard/enabled/_9*.py openstack_dashboard/local/enabled/
 	touch $@
 
+$(VENV)-clients/tempest/done: | $(VENV)-clients/done   # OpenStack's own tests, with Blazar's scenarios
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check tempest~=47.0
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps blazar-tempest-plugin==0.19.0
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-.PHONY: help serve test test-openstack test-clients bench clean FORCE
+.PHONY: help serve test test-postgres test-openstack test-clients bench clean FORCE

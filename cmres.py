@@ -12,7 +12,7 @@
 #   "schedule~=1.2.2",         # heartbeat of the life cycle
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
-# ]
+# ]  # and for a database in PostgreSQL, "psycopg[binary]>=3.2,<4"
 # ///
 """cmres: reservations for virtual machines on OpenStack clouds.
 
@@ -61,6 +61,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gc
 import getpass
 import hashlib
 import heapq
@@ -97,7 +98,9 @@ from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotR
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
+gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import peewee
+from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
 # What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
 # schedule, waitress and yaml together cost thirty times as much as `list` itself.
@@ -117,10 +120,19 @@ log = logging.getLogger('cmres')
 # wrapper makes a status of it, only `main` an exit code.
 
 
+class Pattern:
+    """A regular expression that is compiled when it is first used: `list` needs few of them."""
+
+    def __init__(self, pattern: str | bytes, flags: int = 0):
+        self.pattern, self.flags = pattern, flags
+
+    def __getattr__(self, name: str):
+        self.__dict__[name] = found = getattr(re.compile(self.pattern, self.flags), name)
+        return found
+
+
 class Error(Exception):
-    """What could not be done and what would be right, in one sentence; `details` says more to
-    programs.
-    """
+    """What could not be done and what would be right; `details` says more to programs."""
     status = 500
 
     def __init__(self, sentence: str, **details):
@@ -142,9 +154,7 @@ class Unavailable(Error): status = 503   # noqa: E701
 
 
 class NoCapacity(Conflict):
-    """It does not fit; its `cause` is reserved, too_large, maintenance, capacity_change, host or
-    waiting_list.
-    """
+    """It does not fit; its `cause` is reserved, too_large, maintenance, waiting_list, ..."""
 
     def __init__(self, sentence: str, **details):
         super().__init__(sentence, **{'cause': 'reserved'} | details)
@@ -189,7 +199,7 @@ def counted(number: int, one: str, many: str = '') -> str:
 #: Characters that control a terminal, turn the order of letters round, or can't be seen: C0 and C1
 #: but tab and newline, bidi controls (Unicode, UAX #9), separators of lines, invisible operators
 #: and tags, and halves of pairs.
-UNSEEN = re.compile(
+UNSEEN = Pattern(
     '[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f'
     '\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]')
 
@@ -217,23 +227,24 @@ def first_line(error: Exception) -> str:
 UTC = timezone.utc
 FIRST, LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 # a time and the zone of its clock (RFC 9557)
-ZONED = re.compile(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')
-DURATION = re.compile(r'\+?' + ' *'.join(
+ZONED = Pattern(r'(.*)\[([A-Za-z0-9_+/-]{1,64})\]')
+DURATION = Pattern(r'\+?' + ' *'.join(
     rf'(?:(\d{{1,10}}(?:\.\d{{1,3}})?) ?(?:{unit}))?' for unit in (
         'w|weeks?', 'd|days?', 'h|hrs?|hours?', 'm|mins?|minutes?', 's|secs?|seconds?')),
                       re.I | re.A)
-CLOCK_LENGTH = re.compile(r'\+?(\d{1,4}):([0-5]\d)')
-ISO_DURATION = re.compile(
+CLOCK_LENGTH = Pattern(r'\+?(\d{1,4})[:h]([0-5]\d)', re.I)
+ISO_DURATION = Pattern(
     r'P(?:(\d{1,4})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,8})M)?(?:(\d{1,10})S)?)?',
     re.I | re.A)
+FROM_NOW = Pattern(r'(\+.*)|in (.+)|(.+) from now', re.I)
 # An offset's + that an unescaped query made a space.
-LOST_PLUS = re.compile(r'(:\d\d) (\d\d:?\d\d)$')
-CLOCK = re.compile(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
+LOST_PLUS = Pattern(r'(:\d\d) (\d\d:?\d\d)$')
+CLOCK = Pattern(r'(\d{1,2})(?::(\d\d)(?::(\d\d))?)?([ap]m)?', re.A)
 DAY_NAMES = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
 MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', 'august',
                'september', 'october', 'november', 'december')
 #: Days from today; what else names a date, `dates_of` reads.
-NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tomorrow': 1}
+NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day after tomorrow': 2}
 
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
@@ -255,9 +266,7 @@ def instant(seconds: float | None) -> datetime | None:
 
 
 def zone_table() -> str:
-    """Which releases of the zone table are here: that of the system, and that of the package
-    tzdata.
-    """
+    """Which releases of the zone table are here: of the system, and of the package tzdata."""
     from importlib.metadata import version
     try:
         with open('/usr/share/zoneinfo/tzdata.zi', encoding='ascii') as file:
@@ -279,9 +288,7 @@ def read_zone(name: str) -> ZoneInfo:
 
 
 def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
-    """The name of the zone that the clocks of this machine show: by TZ, else by what `link` points
-    to.
-    """
+    """The zone that the clocks of this machine show: by TZ, else by what `link` points to."""
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
     return (name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name)
@@ -294,8 +301,9 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
     Args:
       text: ISO 8601 with or without offset, with `/` for `-` or a space for `T`; what a clock, a
         weekday or a date says, such as 9:00, 9am, mon 9:00, next tue 14:00, tomorrow 9:00 and
-        1 Dec 2026, 9:00; `now`; `in 2h` or `+2h`, from now; all that `format_time` and
-        `format_moment` make. A zone that stands behind it goes before `zone`.
+        1 Dec 2026, 9:00; a week or month, such as last month, from its first day on; `now`;
+        `in 2h`, `+2h` or `2h from now`; all that `format_time` and `format_moment` make. A zone
+        that stands behind it goes before `zone`.
       zone: the zone of a time without an offset
       after: what says no date, or no year, is the first such after this; without it, after now
 
@@ -306,10 +314,10 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
       ValueError: it is none of these, may be two, or is outside the years 1970 to 2199.
     """
     word = LOST_PLUS.sub(r'\1+\2', text.strip())
-    if word == 'now':
+    if word.lower() == 'now':
         return now
-    if word.startswith('+') or word.startswith('in '):
-        return now + parse_duration(word.removeprefix('in').strip())
+    if match := FROM_NOW.fullmatch(word):
+        return now + parse_duration(match[1] or match[2] or match[3])
     try:
         moment = iso_time(word, zone) or spoken_time(word, zone, after or now, now)
     except OverflowError:
@@ -323,9 +331,7 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
 
 
 def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
-    """The instant of a time in ISO 8601, maybe with a zone in brackets (RFC 9557); None if it is
-    none.
-    """
+    """The instant of an ISO 8601 time, maybe with a zone in brackets (RFC 9557), or None."""
     if named := ZONED.fullmatch(word):
         word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
     # Python takes any letter between date and time.
@@ -339,52 +345,47 @@ def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
 
 
 def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
-    """The instant that words name: a date and what a clock shows, or one of both; None if it is
-    none.
-    """
+    """The instant that words name by a date, what a clock shows or both, or None."""
     words, zone, called = zone_of_words(text, zone)
     clocks = [word for word in words if read_clock(word) is not None]
     day = ' '.join(word for word in words if word not in clocks)
     if not zone or not words or len(clocks) > 1:
         return None
     clock = read_clock(clocks[0]) if clocks else timedelta(0)
-    today = (now if day in NEAR_DAYS else after).astimezone(zone).date()
+    from_now = day in NEAR_DAYS or re.match('last |this |.* (week|month)$', day)
+    today = (now if from_now else after).astimezone(zone).date()
     walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
     moments = [at_clock(wall, zone, called) for wall in walls]
     return next((each for each in moments if each > after), moments[-1] if moments else None)
 
 
 #: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
-WITH_ZONE = re.compile(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
-                       r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+WITH_ZONE = Pattern(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
+                    r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
 
 
 def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
     """The words of a time, its zone (None if unknown), and what clocks call their time then."""
     match = WITH_ZONE.fullmatch(' '.join(text.split()))
     words, called, name = match.groups() if match else (text, None, None)
-    if called and is_word(called.lower()):
+    low = (called or '').lower()
+    if low in ('am', 'pm', 'noon') or len(low) > 1 and any(
+            name.startswith(low) for name in DAY_NAMES + MONTH_NAMES):  # it is no zone
         words, called = f'{words} {called}', None
     if name or called in ('UTC', 'GMT', 'Z'):
         name, called = name or 'UTC', None if not name else called
         zone = ZoneInfo(name) if known_zone(name) else None
-    words = re.sub(r'(\d{4}-\d\d-\d\d)t', r'\1 ', words.lower().replace(',', ' '))
-    words = re.sub(r'(\d) ([ap]m)\b', r'\1\2', words)
+    words = re.sub(r'\b(\d{4})[-/](\d\d?)[-/](\d\d?)(t| |$)', r'\1-\2-\3 ',
+                   words.lower().replace(',', ' '))
+    words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
-    return [word for word in words.split() if word not in ('at', 'on')], zone, called or ''
-
-
-def is_word(text: str) -> bool:
-    """Whether it is a word of a time, and no zone: pm, tue, december."""
-    return text in ('am', 'pm', 'noon') or any(
-        len(text) > 1 and name.startswith(text) for name in DAY_NAMES + MONTH_NAMES)
+    return re.sub(r'\b(at|on|the|of)(?= |$)', '', words).split(), zone, called or ''
 
 
 def known_zone(name: str) -> bool:
-    try:
+    with suppress(Invalid):
         return bool(read_zone(name))
-    except Invalid:
-        return False
+    return False
 
 
 def read_clock(word: str) -> timedelta | None:
@@ -411,22 +412,34 @@ def dates_of(words: str, today: date) -> list[date]:
         return [today, today + timedelta(days=1), today + timedelta(days=2)]
     if words in NEAR_DAYS:
         return [today + timedelta(days=NEAR_DAYS[words])]
-    if match := re.fullmatch(r'(next |this )?([a-z]{2,})', words):
-        return coming_weekdays(match[2], today, match[1] == 'next ')
-    if match := re.fullmatch(r'(\d{4})-(\d\d)-(\d\d)t?', words):
+    if match := re.fullmatch('(last|this|next) (week|month)', words):
+        return [first_day(today, match[2], ('last', 'this', 'next').index(match[1]) - 1)]
+    if match := re.fullmatch(r'(?:(next|this|last) )?([a-z]{2,})', words):
+        return coming_weekdays(match[2], today, match[1])
+    if match := re.fullmatch(r'(\d{4})-(\d\d?)-(\d\d?)t?', words):
         return dates_on(match[3], match[2], match[1])
     if match := re.fullmatch(r'(\d{1,2})([./])(\d{1,2})\2(\d{4})', words):
         return slashed_date(*match.groups())
     return named_dates(words, today)
 
 
-def coming_weekdays(word: str, today: date, later: bool) -> list[date]:
+def first_day(today: date, unit: str, later: int) -> date:
+    """The first day of this week or month, or of that so much later."""
+    if unit == 'week':
+        return today + timedelta(days=7 * later - today.weekday())
+    months = 12 * today.year + today.month - 1 + later
+    return date(months // 12, months % 12 + 1, 1)
+
+
+def coming_weekdays(word: str, today: date, which: str | None) -> list[date]:
     days = [number for number, name in enumerate(DAY_NAMES) if name.startswith(word)]
     if len(days) != 1:
         return []
     first = today + timedelta(days=(days[0] - today.weekday()) % 7)
-    dates = [first, first + timedelta(days=7)]
-    return [max(each for each in dates[:1 + (first == today)])] if later else dates
+    before, after = (first + timedelta(days=each) for each in (-7, 7))
+    if which == 'next':
+        return [after if first == today else first]
+    return [before] if which == 'last' else [first, after]
 
 
 def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
@@ -441,10 +454,9 @@ def slashed_date(first: str, mark: str, second: str, year: str) -> list[date]:
 
 
 def dates_on(day: str, month: str | int, year: str | int) -> list[date]:
-    try:
+    with suppress(ValueError):
         return [date(int(year), int(month), int(day))]
-    except ValueError:
-        return []
+    return []
 
 
 def named_dates(words: str, today: date) -> list[date]:
@@ -482,19 +494,14 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
     """
     folds = [wall.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
     if not called:
-        return typed_at(folds[0].astimezone(UTC), wall, zone)
+        typed = Typed.fromtimestamp(folds[0].timestamp(), UTC)
+        typed.wall, typed.zone = wall, zone
+        return typed
     for each in folds:
         if each.tzname() == called:
             return each.astimezone(UTC)
     raise ValueError(f'Clocks in {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}. Write '
                      f'the time zone: {wall:%Y-%m-%d %H:%M} ({zone.key}).')
-
-
-def typed_at(moment: datetime, wall: datetime, zone: ZoneInfo) -> Typed:
-    """An instant with the time that was typed for it."""
-    typed = Typed.fromtimestamp(moment.timestamp(), UTC)
-    typed.wall, typed.zone = wall, zone
-    return typed
 
 
 def parse_duration(text: str) -> Length:
@@ -503,11 +510,11 @@ def parse_duration(text: str) -> Length:
     Args:
       text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
     """
-    word = text.strip()
+    word = re.sub(r'(?<=[a-z])(?: and|,) | and (?=\d)', ' ', text.strip(), flags=re.I)
     match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
     clock = CLOCK_LENGTH.fullmatch(word)
     if not clock and not (match and any(match.groups())):
-        raise ValueError(f"'{text}' is not a duration. Write 2h, 1d12h, 90m, 1.5h or PT2H.")
+        raise ValueError(f"'{text}' is not a duration. Write 2h, 1d12h, 90min or 1.5h.")
     parts = (0, 0, *clock.groups(), 0) if clock else match.groups()
     weeks, days, hours, minutes, seconds = (float(part or 0) for part in parts)
     days += 7 * weeks
@@ -526,13 +533,21 @@ def format_time(moment: datetime, zone: ZoneInfo) -> str:
     return local.strftime(f'%Y-%m-%d {clock} %Z')
 
 
+def format_day(day: date) -> str:
+    """A date for people: Tue 1 Dec 2026."""
+    return f'{day:%a} {day.day} {day:%b %Y}'
+
+
 def format_moment(moment: datetime, zone: ZoneInfo) -> str:
     """A time for people who may be elsewhere: Tue 1 Dec 2026, 09:00 (Europe/Paris)."""
     local = moment.astimezone(zone)
-    clock = '%H:%M:%S' if local.second else '%H:%M'
-    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != moment.astimezone(UTC)
-    called = ' %Z' if twice else ''
-    return local.strftime(f'%a {local.day} %b %Y, {clock}{called} ({zone.key})')
+    clock = ('%H:%M:%S' if local.second else '%H:%M') + (' %Z' if comes_twice(local) else '')
+    return f'{format_day(local)}, {local:{clock}} ({zone.key})'
+
+
+def comes_twice(local: datetime) -> bool:
+    """Whether clocks show a local time a second time, or not at all."""
+    return local.replace(fold=1 - local.fold).utcoffset() != local.utcoffset()
 
 
 def format_window(start: datetime, end: datetime, zone: ZoneInfo) -> str:
@@ -576,7 +591,8 @@ FREQUENCIES = {'day': 'DAILY', 'week': 'WEEKLY', 'month': 'MONTHLY', 'year': 'YE
 WEEKDAYS = ('MO', 'TU', 'WE', 'TH', 'FR', 'SA', 'SU')
 #: Days that these leave of a week, or of some days, differ from one to the next.
 UNEVEN = {'BYMONTH', 'BYMONTHDAY', 'BYYEARDAY', 'BYWEEKNO', 'BYSETPOS'}
-ORDINALS = {'first': '1', 'second': '2', 'third': '3', 'fourth': '4', 'fifth': '5', 'last': '-1'}
+ORDINALS = {'1st': '1', 'first': '1', '2nd': '2', 'second': '2', '3rd': '3', 'third': '3',
+            '4th': '4', 'fourth': '4', '5th': '5', 'fifth': '5', 'last': '-1'}
 REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, every other tue, '
                'monthly on first mon, or an RRULE.')
 
@@ -607,9 +623,7 @@ class Stretch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """An occurrence that a series wants: its key ('' if it is the only one), and seconds since
-    1970.
-    """
+    """An occurrence that a series wants: its key ('' of the only one), and seconds since 1970."""
     key: str
     start: int
     end: int
@@ -654,40 +668,56 @@ def at_midnight(day: date) -> datetime:
     return datetime(day.year, day.month, day.day)
 
 
-def read_repeat(text: str, here=None) -> str:
+def read_repeat(text: str, today: date = date.min) -> str:
     """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
+
+    Args:
+      today: a last date without a year is the first after that
 
     Raises:
       ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
     """
     word = ' '.join(text.split()).removeprefix('RRULE:')
-    return checked_rule(word.upper() if '=' in word else spoken_rule(word.lower())) if word else ''
+    rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
+    return checked_rule(rule) if rule else ''
 
 
 #: What people say for what `spoken_rule` reads.
-SAME_RULES = {'weekdays': 'weekly on mon,tue,wed,thu,fri', 'biweekly': 'every 2 weeks',
-              'fortnightly': 'every 2 weeks', 'every weekday': 'weekly on mon,tue,wed,thu,fri'}
-SPOKEN = re.compile(
+SAME_RULES = {
+    'fortnightly': 'every 2 weeks', 'annually': 'yearly', 'quarterly': 'every 3 months',
+    **dict.fromkeys(('biweekly', 'bi-weekly'), 'every 2 weeks'),
+    **dict.fromkeys(('weekdays', 'every weekday', 'mon-fri', 'every mon-fri', 'mon to fri'),
+                    'weekly on mon,tue,wed,thu,fri'),
+    **dict.fromkeys(('weekends', 'every weekend'), 'weekly on sat,sun')}
+#: What a rule can also say, in words that stand in parentheses.
+MORE_PARTS = {'BYMONTH': 'months', 'BYMONTHDAY': 'days of the month', 'BYDAY': 'weekdays',
+              'BYYEARDAY': 'days of the year', 'BYWEEKNO': 'weeks', 'BYSETPOS': 'positions',
+              'BYHOUR': 'hours', 'BYMINUTE': 'minutes', 'BYSECOND': 'seconds'}
+SAID_OTHERWISE = (('^each ', 'every '), (r'^every (?:other|two|second) (day|week|month|year)s?\b',
+                                         r'every 2 \1s'))
+SPOKEN = Pattern(
     r'(?:(?P<name>daily|weekly|monthly|yearly)|'
     r'every(?: (?P<number>\d+))? (?P<unit>day|week|month|year)s?)'
     r'(?: on (?P<on>.+))?|every(?P<other> other)? (?P<days>.+)')
-SPOKEN_DAY = re.compile(r'(?:the )?(?:(first|second|third|fourth|fifth|last) )?([a-z]{2,})'
-                        '(?: of the month)?')
-SPOKEN_END = re.compile(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
+SPOKEN_DAY = Pattern(r'(?:the )?(?:(first|1st|second|2nd|third|3rd|fourth|4th|fifth|5th|last) )?'
+                     '([a-z]{2,})(?: of (?:the|each|every) month)?')
+SPOKEN_END = Pattern(r'(.+?),? (?:until (?:the )?(.+)|(?:for )?(\d+) times)')
 
 
-def spoken_rule(words: str) -> str:
-    """The RRULE of: daily, every tue and thu, every other week, monthly on last fri, weekly until
-    23 feb 2027.
-    """
+def spoken_rule(words: str, today: date) -> str:
+    """The RRULE of: daily, every tue and thu, monthly on last fri, weekly until 23 feb 2027."""
     text, ends = words, ''
     if match := SPOKEN_END.fullmatch(words):
         text = match[1]
-        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words)}'
+        ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words, today)}'
+    text, _, more = text.removesuffix(')').partition(' (')
+    names = {word: name for name, word in MORE_PARTS.items()}
+    said = [part.rpartition(' ') for part in more.split('; ') if part]
+    ends = ''.join(f';{names.get(word, word)}={value.upper()}' for word, _, value in said) + ends
     text = SAME_RULES.get(text, text)
-    text = re.sub('^every other (day|week|month|year)$', r'every 2 \1s', text)
-    text = re.sub('^every other (day|week|month|year)( on .+)$', r'every 2 \1s\2', text)
-    match = SPOKEN.fullmatch(text)
+    for said, meant in SAID_OTHERWISE:
+        text = re.sub(said, meant, text)
+    match = SPOKEN.fullmatch(text) or SPOKEN.fullmatch(f'every {text}')
     if not match:
         raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
     if match['days']:
@@ -703,23 +733,26 @@ def every_named_day(text: str, interval: str, words: str) -> str:
     monthly = re.search('=.*[0-9]', days)
     if 'BYMONTHDAY' in days:  # `every 15` says neither month nor day
         raise ValueError(f"'{words}' is not a valid repetition. {REPEAT_HELP}")
+    if re.search('=.*[2-5]', days) and 'month' not in text:
+        raise ValueError(f"'{words}' can mean every few weeks or once a month. Write every 2 weeks "
+                         'on tue, or monthly on second tue.')
     rule = 'FREQ=MONTHLY' if monthly else 'FREQ=WEEKLY'
     return rule + (f';INTERVAL={interval}' if interval else '') + days
 
 
-def last_day(text: str, words: str) -> str:
-    """The last date of a repetition as UNTIL has it, of words that name one with its year."""
-    days = dates_of(' '.join(text.replace(',', ' ').split()), date.min)
-    if len(days) != 1:
-        raise ValueError(f"'{words}' is not a last date. Write it with its year, for example "
+def last_day(text: str, words: str, today: date) -> str:
+    """The last date of a repetition as UNTIL has it; without a year, the first after today."""
+    days = dates_of(' '.join(text.replace(',', ' ').split()), today)
+    if not days or len(days) > 1 and today == date.min:
+        raise ValueError(f"'{words}' has no last date that can be understood. Write for example "
                          'until 23 feb 2027.')
     return f'{days[0]:%Y%m%d}T235959'
 
 
 def spoken_days(text: str, words: str) -> str:
-    days = [day.strip().removeprefix('the ') for day in re.split(',| and ', text)]
+    days = [day.strip().removeprefix('the ') for day in re.split('[,&/]| and ', text)]
     days = [re.sub(r'^(\d{1,2})(st|nd|rd|th)$', r'\1', '-1' if day == 'last day' else day)
-            for day in days]
+            for day in days if day]
     if all(re.fullmatch(r'-?\d{1,2}', day) for day in days):
         return f";BYMONTHDAY={','.join(days)}"
     found = [SPOKEN_DAY.fullmatch(day) for day in days]
@@ -733,17 +766,15 @@ def is_weekday(word: str) -> bool:
 
 
 def rule_in_words(rule: str) -> str:
-    """A repetition for people, which `read_repeat` reads back; the rule itself where words can't
-    say it.
-    """
+    """A repetition for people, which `read_repeat` reads back."""
     parts = dict(part.split('=') for part in rule.split(';'))
     unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
     number = int(parts.get('INTERVAL', 1))
     every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
-    days = days_in_words(parts)
-    said = {'FREQ', 'INTERVAL', 'BYDAY', 'BYMONTHDAY', 'UNTIL', 'COUNT', 'WKST'}
-    if parts.keys() - said or days is None or 'BYDAY' in parts and 'BYMONTHDAY' in parts:
-        return rule
+    days = None if {'BYDAY', 'BYMONTHDAY'} <= parts.keys() else days_in_words(parts)
+    rest = '; '.join(f'{MORE_PARTS[name]} {value}' for name, value in parts.items()
+                     if name in MORE_PARTS and (days is None or not name.endswith('DAY')
+                                                or name == 'BYYEARDAY'))
     if number == 1 and unit == 'week' and days:
         every, days = ('every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday'
                        else 'weekday')
@@ -753,7 +784,7 @@ def rule_in_words(rule: str) -> str:
     if 'UNTIL' in parts:
         last = read_until(parts['UNTIL'])
         ends = f'until {last.day} {last:%b %Y}'
-    return ' '.join(filter(None, (every, days, ends)))
+    return ' '.join(filter(None, (every, days, rest and f'({rest})', ends)))
 
 
 def days_in_words(parts: dict) -> str | None:
@@ -1084,9 +1115,7 @@ def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
 
 
 def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order, those of its rule from one on; maybe for
-    ever.
-    """
+    """The wall times of all slots of a stretch in order, of its rule from one on; maybe endless."""
     start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
     ruled = followed(stretch.rule, start, near) if stretch.rule else ()
     skips, before = frozenset(stretch.skips), None
@@ -1153,7 +1182,7 @@ def slots(stretch: Stretch, begin: float, until: float,
             yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
         if found > MOST_OCCURRENCES:
             raise Invalid(f'This series has more than {MOST_OCCURRENCES} occurrences before '
-                          f'{instant(int(until)):%Y-%m-%d}. Choose an earlier last date.')
+                          f'{format_day(instant(int(until)))}. Choose an earlier last date.')
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
@@ -1189,9 +1218,7 @@ def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
 
 
 def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
-    """A series that is otherwise from a slot on: shifted by so many seconds more, or with other
-    values.
-    """
+    """A series that is otherwise from a slot on: shifted by some seconds, or with other values."""
     shift = changes.pop('shift', 0)
     after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
              for stretch in stretches if not stretch.until or stretch.until > key]
@@ -1228,16 +1255,13 @@ def shifted_rule(stretch: Stretch) -> str:
     if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
         if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
             parts['WKST'] = parts.get('WKST', 'MO')
-        parts |= {name: later_days(parts[name], days) for name in parts.keys() & {'BYDAY', 'WKST'}}
+        parts |= {name: ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7]
+                                 for day in parts[name].split(','))
+                  for name in parts.keys() & {'BYDAY', 'WKST'}}
     elif days and (by or max(first.day, moved.day) > 28 or moved.day - first.day != days):
         # Months differ in length.
         return ''
     return ';'.join(f'{name}={value}' for name, value in parts.items())
-
-
-def later_days(text: str, days: int) -> str:
-    """Weekdays that are so many days later."""
-    return ','.join(WEEKDAYS[(WEEKDAYS.index(day) + days) % 7] for day in text.split(','))
 
 
 def unskipped(stretch: Stretch, key: str) -> Stretch:
@@ -1256,6 +1280,21 @@ def stored_stretches(stretches: Iterable[Stretch]) -> str:
 
 def read_stretches(text: str) -> list[Stretch]:
     return [Stretch(**stretch) for stretch in json.loads(text)] if text else []
+
+
+def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
+    """What to tell of dates to leave out on which a series has nothing anyway."""
+    told = []
+    for skip in skips:
+        day = datetime.fromisoformat(skip)
+        near = [wall for stretch in stretches for wall in itertools.takewhile(
+            lambda wall: wall < day + timedelta(days=40),
+            walls(stretch._replace(skips=()), day - timedelta(days=40)))]
+        if not any(wall.isoformat().startswith(skip) for wall in near):
+            nearest = min(near, key=lambda wall: abs(wall - day), default=None)
+            told.append(f'The series has nothing on {format_day(day)}, so nothing is left out.' + (
+                f' The nearest date is {format_day(nearest)}.' if nearest else ''))
+    return told
 
 
 # Config ######################################################################
@@ -1317,7 +1356,8 @@ TEXTS = {
     'updated': '{label} was changed\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'kept': '{label} continues until {end}\n{message}.',
     'released': '{label} was cancelled\n{label}, {when}: {message}.\n\n{link}',
-    'pending': '{label} needs an answer\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
+    'pending': '{label} needs an answer\n{message}.\n\nWho:   {user}, project {project}\n'
+               'When:  {when}\nWhat:  {what}\n\n{link}',
     'admitted': 'Reserved: {label}, {start}\nCapacity became free, and {label} left the waiting '
                 'list.\n\nWhen:  {when}\nWhat:  {what}\nThen:  {then}\n\n{link}',
     'approved': '{label} is approved\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
@@ -1351,9 +1391,10 @@ def setting(default, why: str, least=None, most=10**9):
 class Config:
     """Everything that can be set; once read, only what `read_again` takes is ever changed."""
     database: str = setting('cmres.db',
-                            'the SQLite file that holds everything; not on a network file system')
+                            'the SQLite file that holds everything, not on a network file system; '
+                            'or PostgreSQL: postgresql://USER@HOST/DATABASE')
     key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
-                           'database; if empty, the database with .key')
+                           'database; if empty, the database with .key, of PostgreSQL cmres.key')
     host: str = setting('127.0.0.1',
                         'the address that `serve` listens on; put a TLS proxy before any other')
     port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
@@ -1367,9 +1408,8 @@ class Config:
     url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
                            'database')
     token: str = setting('', 'the token for that server')
-    connections: int = setting(
-        2000, 'open connections at the same time; for one '
-              'more, cmres closes the oldest idle one', 10, 100_000)
+    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
+                                     'closes the oldest idle one', 10, 100_000)
     connections_per_address: int = setting(200, 'open connections from one address, also from a '
                                                 'proxy', 1)
     requests_per_address: int = setting(
@@ -1378,9 +1418,8 @@ class Config:
         3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
     mib_per_address: int = setting(
         2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(
-        500, 'MiB to and from one user within a minute; 0: no limit. Admins have no such limit',
-        0)
+    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
+                                     'Admins have no such limit', 0)
     cpu_per_user: float = setting(
         30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
               'limit. Admins have no such limit', 0.0)
@@ -1425,9 +1464,8 @@ class Config:
                                          'replaced', 0.1)
     lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
                                             'the VM is created again', 0.0)
-    common_names: str = setting(
-        '', "names that users may use on a cloud entry that is not their own project's, besides "
-            'public ones: KIND:NAME,KIND:NAME')
+    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
+                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
     poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
                                         'stopping', 0.01)
     poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
@@ -1437,33 +1475,29 @@ class Config:
     leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
                                          'scheduler takes over', 0.1)
     remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder',
-                            0.0)
+                                          'reminder', 0.0)
     end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
                                       'then the VM is deleted', 0.0)
     webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('',
-                                  'the key for the HMAC-SHA256 signature of webhooks')
+    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
     private_addresses: bool = setting(
         False, 'allow webhook and calendar addresses in private networks and on this computer')
     mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
                                    'mail and refuses mail addresses')
     mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    mail_domains: str = setting(
-        '', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(
-        200, 'mails for one user within a day; more are dropped', 0)
+    notify_admins: str = setting(
+        '', 'mail addresses or URLs that get a message when an admin must approve something')
+    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
+    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
     own_token_days: int = setting(
         365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(
-        50, 'tokens that one user may have in a project; 0: no limit', 0)
+    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
     feeds_per_user: int = setting(
         50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
     subscriptions_per_user: int = setting(
         50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366,
-                           'days ahead for which the occurrences of a series are reserved', 1,
-                           3660)
+    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
+                                1, 3660)
     invitations_per_day: int = setting(
         200, 'mails that invite people to what one user has reserved, within a day', 0)
     calendar_poll: float = setting(300.0, 'seconds between '
@@ -1475,9 +1509,8 @@ class Config:
         False, 'whether the calendar of a resource shows what others have reserved, as busy')
     caldav_events: int = setting(
         20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('',
-                           'address of this server for people, for links, for example '
-                           'https://cmres.example.org')
+    public_url: str = setting('', 'address of this server for people, for links, for example '
+                                  'https://cmres.example.org')
     session_length: float = setting(43200.0, 'seconds after '
                                         'which people must sign in to the page again', 0.1)
     undo_time: float = setting(
@@ -1514,6 +1547,7 @@ class Config:
     stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
+    read: Config | None = dataclasses.field(default=None, compare=False)  # without options
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1531,18 +1565,13 @@ class Config:
         return frozenset(names)
 
     @property
-    def proxies(self) -> list:
-        """The setting `trusted_proxies`, one by one; Invalid if one of them is none."""
-        return read_networks(self.trusted_proxies)
-
-    @property
     def served(self) -> str:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
     def is_proxy(self, peer: str) -> bool:
         """Whether an address is that of a trusted proxy."""
-        return is_among(peer, self.proxies)
+        return is_among(peer, read_networks(self.trusted_proxies))
 
     def tells_who(self, peer: str) -> bool:
         """Whether an address is that of a proxy that says who asks."""
@@ -1653,8 +1682,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     old = [name for name in (*sections['cmres'], *twins) if name in renamed]
     sources = {renamed.get(name, name): path for name in sections['cmres']} | {
         renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres'])
-             | with_new_names('setting', twins))
+    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
     for name in sections['texts']:
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
@@ -1666,8 +1694,9 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
                     old_names=tuple(old))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.proxies, config.roles, config.check_choices()
-    config.tells_who('')
+    config.zone, config.common, config.roles, config.check_choices()
+    config.is_proxy(''), config.tells_who('')
+    config.take(read=dataclasses.replace(config))
     return config
 
 
@@ -1693,11 +1722,10 @@ def is_web(target: str) -> bool:
 
 def file_stamp(path: str) -> tuple:
     """What changes when a file does; nothing if there is none."""
-    try:
+    with suppress(OSError):
         found = os.stat(path)
         return found.st_mtime_ns, found.st_size, found.st_ino
-    except OSError:
-        return ()
+    return ()
 
 
 def read_config_file(path: str) -> dict[str, dict]:
@@ -1873,7 +1901,7 @@ log_calls = logging.getLogger('cmres.calls')
 
 #: What may not stand in the log, in whatever a library or a traceback says: tokens, and the
 #: secrets in addresses of feeds and shared pages.
-HUSHED = re.compile(r'(cmres_|/calendar/|/s/[0-9]+-)[A-Za-z0-9_-]{32,}')
+HUSHED = Pattern(r'(cmres_|/calendar/|/s/[0-9]+-)[A-Za-z0-9_-]{32,}')
 
 
 class Lines(logging.Formatter):
@@ -1959,6 +1987,7 @@ CLASHES = ('refuse', 'skip', 'shift')
 NO_LABELS = ('add', 'delete', '-', '.', '..')  # addresses read them in another sense
 TAKEN = ('generate', 'import', 'load', 'sync')  # addresses of their own, since not so long ago
 ANY = '-'  # for an argument that filters: anything, as if it were not given
+WHO = ('user', 'project')
 FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'aggregate', 'vms',
            'start', 'end'}
 
@@ -1969,8 +1998,7 @@ WORDS = {
     'events.after': 'show the events after this id',
     'address': 'how people reach `serve`, such as https://cmres.example.org',
     'aggregate': 'host aggregate of the resource',
-    'at_end': 'what happens to the VMs at the end: delete, stop, shelve or snapshot (save an image '
-              'of each VM, then delete the VM)',
+    'at_end': 'at the end: delete, stop, shelve or snapshot (save as an image, then delete)',
     'before': 'latest end',
     'by': 'how much longer, for example +1h',
     'cell': 'cell of the resource',
@@ -1983,8 +2011,7 @@ WORDS = {
     'dry_run': 'show the result; change nothing',
     'duration': 'length of the time window, for example 2h, 90min, 1.5h or 1d12h',
     'end': 'end time, or duration such as +2h; 17:00 is the next one after the start',
-    'default_flavor': 'the flavor of the VMs that an event without words gets, which is drawn in '
-                      'the calendar of the resource',
+    'default_flavor': 'flavor of the VMs of an event that is only drawn in its calendar',
     'default_image': 'their image',
     'default_vms': 'how many they are; 0: the resource has no calendar to draw in',
     'invite': 'mail addresses that get it as an event for their calendars, with commas between',
@@ -1992,32 +2019,30 @@ WORDS = {
     'flavor': 'flavor of each VM, by name or id; its vCPUs and RAM count',
     'find.flavor': 'flavor of each VM',
     'force': 'change the capacity even if existing reservations no longer fit',
-    'flavors': 'give Nova a private flavor, with the id of the reservation, for each active lease '
-               'of VMs',
+    'flavors': 'give Nova a private flavor, with the id of the reservation, for each lease of VMs',
     'following': 'also all occurrences after it',
     'holidays': 'calendar file or address; leave out the days of its all-day events',
     'host': 'reserve this whole host; m[01-05] means five hosts',
     'serve.host': 'IP address to listen on',
     'id': 'the id that the list shows',
-    'image': 'image to start, by name or id; without an image, cmres reserves capacity and starts '
-             'no VM',
+    'image': 'image to start, by name or id; without one, cmres only reserves capacity',
     'kept': 'the VMs that stayed after their end, stopped or shelved',
     'key': 'SSH key pair for the VMs',
     'lasts': 'how long the token is valid, for example 90d',
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
     'find.lead': 'lead time before the start, which must be free too',
+    'find.resource': 'name of the resource, or - for all of them',
     'limit': 'maximum number of lines',
+    'lock': 'this long before its start, only an admin can change or cancel it; 0s: never',
     'metadata': 'metadata of the VMs: k=v,k=v',
     'name': 'name of the resource: 1 to 64 letters, digits, . _ -',
     'network': 'network of the VMs, by name or id; default: the cloud decides',
     'notify': 'send messages to these mail addresses or URLs (comma-separated)',
     'occurrence': 'date or start time of one occurrence of a series',
-    'on_conflict': 'if an occurrence does not fit: refuse the series, skip it, or shift=2h (move '
-                   'it by up to 2h)',
+    'on_conflict': 'if one does not fit: refuse the series, skip it, or shift=2h (by up to 2h)',
     'reservable_hosts': 'allow reservations of single hosts by name',
-    'part': 'reserve RESOURCE:VMS or RESOURCE:VMS:FLAVOR:IMAGE; repeat the option. All parts are '
-            'reserved, or none',
+    'part': 'RESOURCE:VMS or RESOURCE:VMS:FLAVOR:IMAGE, repeatedly; all are reserved, or none',
     'partial': 'reserve the lines that fit; default: all lines, or nothing',
     'project': 'project of the reservation',
     'limit_add.project': 'project that the limit is for',
@@ -2027,8 +2052,7 @@ WORDS = {
     'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
     'region': 'region of the resource',
     'rename': 'the new name',
-    'repeat': 'daily, weekdays, weekly on tue,thu, every other tue, monthly on last fri, or an '
-              'RRULE',
+    'repeat': 'daily, weekdays, every tue, weekly on tue,thu, monthly on last fri, or an RRULE',
     'resource': 'name of the resource, or - for any resource in a location',
     'limit_add.resource': 'the limit counts only on this resource',
     'token_add.resource': 'the token is only for this resource',
@@ -2038,21 +2062,16 @@ WORDS = {
     'min_free_time': "in mode 'shared': how long capacity must stay free before a VM without "
                      'reservation may start, for example 1h',
     'resources': 'names of resources (comma-separated)',
-    'aggregates': 'names of aggregates (comma-separated); default: all aggregates that cmres '
-                  'manages',
+    'aggregates': 'names of aggregates (comma-separated); default: all that cmres manages',
     'max_advance': 'latest possible start, counted from now, for example 30d',
-    'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no '
-                'approval needed',
+    'approval': 'time in which an admin must approve a reservation, for example 2d; 0s: no need',
     'group_by': 'project, user or resource',
-    'accept_within': 'when capacity becomes free, keep it this long until you accept, for example '
-                     '30m; default: accept automatically',
-    'exempt_within': 'no limit for reservations of at most a day that start within this time, for '
-                     'example 4h',
+    'accept_within': 'keep freed capacity this long until you accept; default: accept by itself',
+    'exempt_within': 'no limit for what starts within this time and takes a day at most: 4h',
     'min_notice': 'earliest possible start, counted from now, for example 1h',
     'max_duration': 'longest reservation, for example 7d',
     'max_vms': 'maximum number of VMs at the same time',
-    'no_show': 'cancel a reservation if nobody starts a VM in it for this long, for example 30m; '
-               '0s: never',
+    'no_show': 'cancel it if nobody starts a VM in it for this long, for example 30m; 0s: never',
     'priority': 'priority on the waiting list; higher goes first (admins only)',
     'reason': 'why; the affected people read it',
     'affected': 'what to do with affected reservations: notify the owners, move, or cancel',
@@ -2065,12 +2084,10 @@ WORDS = {
     'scopes': 'what the token is good for: read, claim, calendar; default: everything',
     'seed': 'the same number gives the same reservations',
     'trust': 'id of a trust from you to the user of cmres: openstack trust create',
-    'application': 'id of an application credential of yours: openstack application credential '
-                   'create cmres',
+    'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
-    'server': 'use this existing server (name or id) instead of an image; cmres starts and stops '
-              'it and never deletes it',
+    'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
     'start': 'start time: 2026-12-01 09:00, 9:00, tomorrow 9:00, mon 9:00, now, or +2h from now',
@@ -2189,7 +2206,8 @@ def guarded_by_role(method):
             kwargs['asked'] = {name: usual[name] for name in names} | given
         refuse_to(self.actor, API[method.__name__])
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
-        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY)
+        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
+            method.__name__ == 'delete' and not kwargs['asked']['label'])
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
               self.shares.computing() if takes_long else nullcontext()):
@@ -2197,19 +2215,22 @@ def guarded_by_role(method):
     return checked
 
 
-#: What may compute for seconds: calendars and many lines at once, and by these arguments, series.
-LONG = ('import_', 'load', 'generate')
+#: What may compute for seconds: calendars and many at once (of `delete`, what has no label), and by
+#: these arguments, series.
+LONG = ('import_', 'load', 'generate', 'maintenance_add', 'resource_capacity')
 LONG_BY = ('repeat', 'holidays')
 
 
 class Here(NamedTuple):
     """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
 
-    A bare clock time is the first `after` that instant, or after `now` where it is None.
+    What names no day or no year is the first `after` that instant, or after `now` where it is None;
+    with `past` the last before now.
     """
     zone: ZoneInfo
     now: datetime
     after: datetime | None = None
+    past: bool = False
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
@@ -2236,21 +2257,16 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
     read = {}
     # what others come after is read first
     for name in sorted(given, key=lambda name: name in AFTER):
-        later = here._replace(after=start_of(read, AFTER.get(name), here))
+        first = read.get(AFTER.get(name))
+        first = here.now + first if isinstance(first, timedelta) else first
+        later = here._replace(after=first if isinstance(first, datetime) else None,
+                              past=name == 'since')
         read[name] = read_argument(name, given[name], parameters[name].annotation, later)
     return read
 
 
 #: What comes after what: a bare `17:00` there is the next one after it.
-AFTER = {'end': 'start', 'before': 'after'}
-
-
-def start_of(read: dict, name: str | None, here: Here) -> datetime | None:
-    """The instant that an argument which was read names; None where it names none."""
-    value = read.get(name)
-    if isinstance(value, timedelta):
-        return here.now + value
-    return value if isinstance(value, datetime) else None
+AFTER = {'end': 'start', 'before': 'after', 'until': 'since'}
 
 
 def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
@@ -2312,13 +2328,8 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another '
-                         'name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another ' 'name.')
     return label
-
-
-def read_place(value, here=None) -> str:
-    return value if value == ANY else read_label(value)
 
 
 def read_text(value, here=None) -> str:
@@ -2344,16 +2355,17 @@ def read_int(value, here=None) -> int:
     return value
 
 
-def read_count(value, here=None) -> int:
-    if not 1 <= (number := read_int(value)) <= 1_000_000:
-        raise ValueError(f'{number} is not between 1 and 1000000.')
-    return number
+def between(least: int, most: int, said: str = '') -> Callable:
+    """What reads a number from one to another."""
+    def read(value, here=None) -> int:
+        if not least <= (number := read_int(value)) <= most:
+            raise ValueError(f'{number} is not between {least} and {said or most}.')
+        return number
+    return read
 
 
-def read_page(value, here=None) -> int:
-    if not 1 <= (number := read_int(value)) <= 10_000:
-        raise ValueError(f'{number} is not between 1 and 10000.')
-    return number
+read_count, read_page, read_figure = (between(1, 10**6), between(1, 10**4),
+                                      between(0, 10**12, '10^12'))
 
 
 def read_cursor(value, here: Here) -> str:
@@ -2368,12 +2380,6 @@ def read_cursor(value, here: Here) -> str:
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
 
 
-def read_figure(value, here=None) -> int:
-    if not 0 <= (number := read_int(value)) <= 10**12:
-        raise ValueError(f'{number} is not between 0 and 10^12.')
-    return number
-
-
 def read_most(value, here=None) -> int:
     if value == 'unlimited':
         return UNLIMITED
@@ -2383,19 +2389,20 @@ def read_most(value, here=None) -> int:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
 
-def read_span(value, here=None) -> timedelta:
-    return value if isinstance(value, timedelta) else parse_duration(read_str(value))
-
-
 def read_when(value, here: Here):
     if isinstance(value, timedelta) or isinstance(value, datetime) and value.tzinfo:
         return value
     if isinstance(value, datetime):
         return value.replace(tzinfo=here.zone)
     text = read_str(value).strip()
-    if text[:1] in ('+', 'P') or DURATION.fullmatch(text) and text:
+    if text[:1] in ('+', 'P', 'p') or DURATION.fullmatch(text) and text:
         return parse_duration(text)
-    return parse_time(text, here.zone, here.now, here.after)
+    if not here.past:
+        return parse_time(text, here.zone, here.now, here.after)
+    # the last that was: of a clock within a day, of a weekday a week, of a date a year
+    found = [parse_time(text, here.zone, here.now, here.now - timedelta(days=days))
+             for days in (1, 7, 366)]
+    return next((each for each in found if each <= here.now), found[-1])
 
 
 def read_day(value, here: Here):
@@ -2499,10 +2506,6 @@ def read_part(part, here) -> dict:
             if each is not None}
 
 
-def read_zone_name(value, here=None) -> str:
-    return read_zone(name).key if (name := read_name(value)) else ''
-
-
 def read_clash(value, here=None) -> str:
     word, equals, length = read_name(value).partition('=')
     if word in ('refuse', 'skip') and not equals:
@@ -2523,10 +2526,6 @@ def read_url(value, here=None) -> str:
     if not re.fullmatch('(https?|webcals?)://[!-~]+', url := read_str(value, most=2000)):
         raise ValueError('Write an http(s) address, for example https://example.org/eva.ics.')
     return re.sub('^webcal', 'http', url)
-
-
-def read_source(value, here=None) -> str:
-    return read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value)) else value
 
 
 def read_rows(value, here=None) -> list[dict]:
@@ -2550,16 +2549,20 @@ PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, '
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
-    Place: read_place, Name: read_name,
+    Place: lambda value, here=None: value if value == ANY else read_label(value), Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page,
     Cursor: read_cursor, Figure: read_figure, Most: read_most,
-    Span: read_span,
+    Span: lambda value, here=None: (value if isinstance(value, timedelta)
+                                    else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
     Classes: read_classes, Hosts: read_hosts, Parts: read_parts, Rows: read_rows,
-    Zone: read_zone_name,
+    Zone: lambda value, here=None: read_zone(name).key if (name := read_name(value)) else '',
     Clash: read_clash,
-    Repeat: lambda value, here=None: read_repeat(read_str(value, most=500)), Ics: read_ics,
-    Source: read_source,
+    Repeat: lambda value, here: read_repeat(read_str(value, most=500),
+                                            here.now.astimezone(here.zone).date()),
+    Ics: read_ics,
+    Source: lambda value, here=None: (read_url(value) if re.match(r'[a-z]+://\S+$', read_ics(value))
+                                      else value),
     Url: read_url}
 
 
@@ -2582,12 +2585,10 @@ def to_plain(value):
         return value.isoformat()
     if isinstance(value, datetime):
         return value.isoformat(timespec='milliseconds' if value.microsecond else 'seconds')
-    return plain_length(value) if isinstance(value, timedelta) else value
-
-
-def plain_length(length: timedelta) -> str:
-    """A length in ISO 8601, with the days that were typed as days."""
-    days, seconds = divmod(getattr(length, 'nominal', 0), 86400)[0], int(length.total_seconds())
+    if not isinstance(value, timedelta):
+        return value
+    # in ISO 8601, with the days that were typed as days
+    days, seconds = getattr(value, 'nominal', 0) // 86400, int(value.total_seconds())
     return f'P{days}DT{seconds - 86400 * days}S' if days else f'PT{seconds}S'
 
 
@@ -2713,6 +2714,7 @@ class ServerAnswer(Answer):
     fault: str
     account: str
     uid: str | None
+    login: str
 
 
 class KeptAnswer(Answer):
@@ -2780,7 +2782,8 @@ class LoadedAnswer(Answer):
 
 
 class SlotAnswer(Answer):
-    """A time window that is free for so many VMs."""
+    """A time window in which a resource has so many VMs free."""
+    resource: str
     start: datetime
     until: datetime
     duration: Lasts
@@ -2810,6 +2813,7 @@ class LimitAnswer(Answer):
     vcpu_hours: int | None
     waiting: int | None
     exempt: Lasts
+    lock: Lasts
     added: datetime
     max_vms: int | None
     max_duration: Lasts | None
@@ -2836,6 +2840,7 @@ class ResourceAnswer(Answer):
     hold: int
     approval: int
     no_show: int
+    lock: int
     default_flavor: str
     default_image: str
     default_vms: int
@@ -3548,8 +3553,22 @@ def mode_of(path: str) -> int:
         return 0o600
 
 
-class Database(peewee.SqliteDatabase):
+# Engines. All SQL is written once, in what SQLite and PostgreSQL both understand and a few words
+# that each spells in its own way: `?` and `?1` for values, `numbers(?)` and `names(?)` for a list
+# in JSON, `of_list`, INDEXED BY, `main.`. An engine is peewee's database with what else differs:
+# how a transaction begins, what its errors mean, what tells that something was written. Nothing
+# outside this section knows which of them the store is on.
+
+
+class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
+    snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
+    in_files, returning = True, ''
+
+    def id_of(self, cursor) -> int:
+        """The id of the row that was just written."""
+        return cursor.lastrowid
+
 
     def _connect(self):
         store_file.check()
@@ -3566,9 +3585,262 @@ class Database(peewee.SqliteDatabase):
         if self.connection().in_transaction:
             super().rollback()
 
+    def run(self, sql: str, values: Iterable):
+        """Runs one statement as it stands."""
+        try:
+            return self.connection().execute(self.spell(sql), values)
+        except sqlite3.Error as error:
+            raise of_peewee(error) from error
 
-db = Database(None, lock_type='IMMEDIATE', pragmas={
-    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000})
+    def version(self) -> int:
+        """Of the tables; 0: there are none."""
+        return self.user_version
+
+    def note_version(self) -> None:
+        """The tables are those of today."""
+        self.user_version, self.application_id = latest_version(), OURS
+
+    @staticmethod
+    @functools.lru_cache(2000)
+    def spell(sql: str) -> str:
+        """A statement as SQLite understands it."""
+        return IN_LIST.sub(r'(SELECT value FROM json_each(?\2))', sql)
+
+    def state(self) -> tuple:
+        """What is another as soon as anything was written, by this connection or by another one."""
+        connection = self.connection()
+        return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
+
+    def make_trigger(self, text: str) -> None:
+        run(text)
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return bool(run('PRAGMA temp.table_info(texts_now)').fetchone())
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                         f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                         for _, name, kind, needed, default, key
+                         in run(f'PRAGMA main.table_info({table})'))
+
+    def many(self, table: str, names: tuple) -> str:
+        """The statement that writes rows, one parameter in JSON: a list of objects."""
+        values = ', '.join(f"json_extract(value, '$.{name}')" for name in names)
+        return (f'INSERT INTO {table} ({quoted(names)}) '
+                f'SELECT {values} FROM json_each(?) ORDER BY key')
+
+
+#: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
+IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
+OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
+    (r'\bnumbers\((\?\d*)\)', r'(SELECT CAST(value AS bigint) FROM '
+                              r'jsonb_array_elements_text(CAST(\1 AS jsonb)) AS list (value))'),
+    (r'\bnames\((\?\d*)\)', r'(SELECT jsonb_array_elements_text(CAST(\1 AS jsonb)))'),
+    (r"json_extract\(value, '\$\[(\d+)\]'\) AS track\b", r'value ->> \1 AS track'),
+    (r"json_extract\(value, '\$\[(\d+)\]'\) AS", r'CAST(value ->> \1 AS bigint) AS'),
+    (r'\bFROM json_each\((\?\d*)\)', r'FROM jsonb_array_elements(CAST(\1 AS jsonb)) '
+                                     'WITH ORDINALITY AS list (value, key)'),
+    (r'\s+INDEXED BY \w+', ''), (r'\bCROSS\s+JOIN\b', 'JOIN'), (r'\bmain\.', ''),
+    (r'(\S*\btold & 128)', r'(\1) <> 0'), (r'\bIS NOT (?=\?)', 'IS DISTINCT FROM '),
+    (r'\bIS (?=\?)', 'IS NOT DISTINCT FROM '), (r'\bLIMIT -1\b', ''))]
+TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
+
+
+class PostgreSQL(PooledPostgresqlDatabase):
+    """PostgreSQL, by a pool of connections that are all alike."""
+    field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
+    snapshot, param = 'REPEATABLE READ', '?'
+    in_files, returning = False, ' RETURNING id'
+
+    def id_of(self, cursor) -> int:
+        """The id of the row that was just written."""
+        return cursor.fetchone()[0]
+
+    def __init__(self, url: str):
+        super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
+                         max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
+
+    def connect(self, reuse_if_open: bool = False) -> bool:
+        """Takes a connection for this thread, and waits for one while all are in use."""
+        try:
+            return super().connect(reuse_if_open)
+        except MaxConnectionsExceeded:
+            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+
+    def init(self, url: str, **options):
+        super().init(url, **options)
+        self.connect_params = OF_CONNECTIONS | {'cursor_factory': psycopg().RawCursor}
+
+    def run(self, sql: str, values: Iterable):
+        """Runs one statement as it stands; what only reads, once more if the connection is lost."""
+        connection = self.connection()
+        try:
+            return connection.execute(self.spell(sql), values)
+        except psycopg().Error as error:
+            if not connection.closed or self.in_transaction():
+                raise of_peewee(error) from error
+            self.manual_close()
+            if not sql.lstrip().startswith('SELECT'):
+                raise of_peewee(error) from error
+        with peewee.__exception_wrapper__:
+            return self.connection().execute(self.spell(sql), values)
+
+    def version(self) -> int:
+        """Of the tables; 0: there are none."""
+        there = run("SELECT to_regclass('fact') IS NOT NULL").fetchone()[0]
+        return int(there and fact('version') or 0)
+
+    def note_version(self) -> None:
+        """The tables are those of today."""
+        note_fact('version', f'{latest_version()}')
+
+    def begin(self, isolation_level: str = '') -> None:
+        """Begins a snapshot, or what writes: then nobody else writes until it ends."""
+        kind = f' ISOLATION LEVEL {isolation_level}' if isolation_level else ''
+        lock = '' if isolation_level else f'; SELECT pg_advisory_xact_lock({OURS})'
+        with peewee.__exception_wrapper__:
+            try:
+                self.connection().execute(f'BEGIN{kind}{lock}')
+            except psycopg().OperationalError:
+                if not self.connection().closed:
+                    self.connection().rollback()
+                    raise
+                self.manual_close()  # nothing was begun
+                self.connection().execute(f'BEGIN{kind}{lock}')
+
+    def rollback(self) -> None:
+        """Undoes a transaction; the server did so where the connection is lost."""
+        try:
+            super().rollback()
+        except (peewee.OperationalError, peewee.InterfaceError):
+            self.manual_close()
+
+    def execute_sql(self, sql: str, params: tuple = ()):
+        """Runs a statement that peewee has made: of the schema."""
+        for pattern, text in OF_SCHEMA:
+            sql = pattern.sub(text, sql)
+        return super().execute_sql(self.spell(sql.replace('%s', '?')), params)
+
+    @staticmethod
+    @functools.lru_cache(2000)
+    def spell(sql: str) -> str:
+        """A statement as PostgreSQL understands it."""
+        for pattern, text in OTHERWISE:
+            sql = pattern.sub(text, sql)
+        last = 0
+
+        def token(found) -> str:
+            nonlocal last
+            if not found['mark']:
+                return f'"{found[0]}"' if found['word'] else found[0]
+            number = int(found['mark'][1:] or last + 1)
+            last = max(last, number)
+            return f'${number}'
+        return TOKENS.sub(token, sql)
+
+    def state(self) -> tuple:
+        """What is another as soon as anything was written, by this connection or by another one."""
+        return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return run("SELECT to_regclass('pg_temp.texts_now') IS NOT NULL").fetchone()[0]
+
+    def make_trigger(self, text: str) -> None:
+        """Makes of a trigger of SQLite a function and what calls it."""
+        temp, name, event, which, deeds = TRIGGER.fullmatch(text).groups()
+        schema = 'pg_temp.' if temp else ''
+        for pattern, instead in OF_TRIGGERS:
+            deeds = pattern.sub(instead, deeds)
+        if which:
+            deeds = f'IF {which} THEN {deeds} END IF;'
+        run(f'CREATE FUNCTION {schema}{name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN '
+            f'{deeds} RETURN coalesce(NEW, OLD); END $$')
+        run(f'CREATE TRIGGER {name} {event} FOR EACH ROW EXECUTE FUNCTION {schema}{name}()')
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return f'LIKE {table} INCLUDING DEFAULTS'
+
+    def many(self, table: str, names: tuple) -> str:
+        """The statement that writes rows, one parameter in JSON: a list of objects."""
+        columns = quoted(names)
+        return (f'INSERT INTO {table} ({columns}) SELECT {columns} '
+                f'FROM json_populate_recordset(NULL::{table}, CAST(? AS json))')
+
+
+MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
+OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
+                  'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
+
+
+@functools.cache
+def psycopg():
+    """What connects to PostgreSQL, as cmres uses it; Unavailable where it is not installed."""
+    try:
+        import psycopg as found
+        from psycopg.adapt import Loader
+        from psycopg.types.numeric import Int8Dumper
+    except ImportError:
+        raise Unavailable("For a database in PostgreSQL, install psycopg: pip install "
+                          "'psycopg[binary]'") from None
+
+    class Sum(Loader):
+        """Sums of whole numbers are of a type without an end there."""
+
+        def load(self, data) -> float:
+            number = float(bytes(data))
+            return int(number) if number.is_integer() else number
+    found.adapters.register_dumper(int, Int8Dumper)
+    found.adapters.register_loader('numeric', Sum)
+    return found
+
+
+#: How PostgreSQL writes what peewee's models say.
+OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
+    (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
+    (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
+
+
+TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                     r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+    (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
+    (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
+    (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
+                                    'CAST(r.invite AS jsonb)) AS list (value) ON TRUE'))]
+
+
+def of_peewee(error: Exception) -> peewee.PeeweeException:
+    """The error of an engine as peewee's of the same kind."""
+    names = (each.__name__ for each in type(error).__mro__)
+    kind = next((getattr(peewee, name) for name in names if hasattr(peewee, name)),
+                peewee.DatabaseError)
+    return kind(*error.args)
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names of columns as a statement lists them."""
+    return ', '.join(f'"{name}"' for name in names)
+
+
+HOW = {'lock_type': 'IMMEDIATE', 'pragmas': {
+    'journal_mode': 'wal', 'synchronous': 'full', 'foreign_keys': 1, 'cache_size': -10_000}}
+SQLITE = SQLite(None, **HOW)
+db = peewee.DatabaseProxy()  # leads to the engine of the store that is open
+db.initialize(SQLITE)
+
+
+def is_server(path: str) -> bool:
+    """Whether a database is not a file but PostgreSQL's."""
+    return path.startswith(('postgresql://', 'postgres://'))
+
+
+def without_password(path: str) -> str:
+    """A database as people are told of it."""
+    return re.sub(r'(?<=://)([^:@/]*):[^@/]*@', r'\1@', path)
 
 
 class Turns:
@@ -3683,6 +3955,8 @@ class Resource(Table):
     hold = peewee.IntegerField(default=0)  # seconds
     approval = peewee.IntegerField(default=0)  # seconds that an admin has to approve; 0: no need
     no_show = peewee.IntegerField(default=0)   # seconds until what nobody uses goes; 0: never
+    # seconds before a start from which on only admins change what is reserved
+    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
@@ -3775,7 +4049,7 @@ WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('r
 HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
 DAY, MONTH = 86400, 31 * 86400
 #: Indexes of occurrences that peewee can't write: by name, on what, and of which rows.
-ORDERS = {'series': ('reservation_id, due IS NULL, start', ''), 'due': ('due', 'due IS NOT NULL'),
+ORDERS = {'series': ('reservation_id, (due IS NULL), start', ''), 'due': ('due', 'due IS NOT NULL'),
           'cancelled': ('start', 'cancelled IS NOT NULL'), 'failed': ('start', 'told & 128'),
           'long': ('start', f'"end" - start > {DAY}'),
           'longest': ('start', f'"end" - start > {MONTH}')} | {
@@ -3857,6 +4131,7 @@ class Limit(Table):
     vcpu_hours = peewee.IntegerField(null=True)
     waiting = peewee.IntegerField(null=True)
     exempt = peewee.IntegerField()                 # seconds
+    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     added = peewee.IntegerField()
 
     class Meta:
@@ -4211,7 +4486,7 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares()]
+    lambda: add_shares(), lambda: add_locks()]
 
 
 def long_texts(row: str) -> str:
@@ -4258,6 +4533,20 @@ INVITES_OF_18 = '''
   END'''
 TRIGGERS = (*TRIGGERS_OF_13, INVITES_OF_18)
 
+#: SQLite's functions that PostgreSQL has under other names.
+FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, rest in (
+    ('iif(boolean, anycompatible, anycompatible) RETURNS anycompatible',
+     'AS $$ SELECT CASE WHEN $1 THEN $2 ELSE $3 END $$'),
+    ('max(anycompatible, anycompatible) RETURNS anycompatible',
+     'STRICT AS $$ SELECT greatest($1, $2) $$'),
+    ('max(anycompatible, anycompatible, anycompatible) RETURNS anycompatible',
+     'STRICT AS $$ SELECT greatest($1, $2, $3) $$'),
+    ('min(anycompatible, anycompatible) RETURNS anycompatible',
+     'STRICT AS $$ SELECT least($1, $2) $$'),
+    ('instr(text, text) RETURNS integer', 'AS $$ SELECT strpos($1, $2) $$'),
+    ('json_array(VARIADIC bigint[]) RETURNS text',
+     'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
+
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
@@ -4271,26 +4560,45 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
         raise Invalid('Setting database: write a file name, for example cmres.db.')
     file = key_file(path, key)
     known = known_store(file)
-    if known and not os.path.exists(path):
+    if known and is_missing(path):
         raise Unavailable(STORE_GONE.format(path, file))
     if not make:
         refuse_missing(path)
     try:
-        take_file(path, known)
+        if is_server(path):
+            take_server(path, file, known, make)
+        else:
+            take_file(path, known)
         remember(file, store_file.store)
     except (Error, OSError, *STORE_ERRORS) as error:
         close_store()
         if isinstance(error, Error):
             raise
-        raise Unavailable(f"Cannot open the database '{path}': {first_line(error)}") from None
+        raise Unavailable(f"Cannot open the database '{without_password(path)}': "
+                          f'{first_line(error)}') from None
+
+
+def take_server(url: str, file: str, known: str, make: bool) -> None:
+    """Takes a database of PostgreSQL into use, and makes its tables if it has none."""
+    db.initialize(PostgreSQL(url))
+    version = refuse_other(without_password(url), known, told_by_server())
+    if version and not known:
+        raise Unavailable(NO_KEY.format(without_password(url), file))
+    if not version and not make:
+        raise NotFound(NO_TABLES.format(without_password(url)))
+    if not version:
+        make_tables()
+    store_file.path, store_file.store = url, fact('store')
+    ROW_TYPES.clear()
 
 
 def take_file(path: str, known: str) -> None:
     """Takes a database file into use, and makes it if it is not there."""
     with suppress(FileExistsError):
         make_private(path)
+    db.initialize(SQLITE)
     store_file.hold(path)
-    version = refuse_other(path, known)
+    version = refuse_other(path, known, told_by(store_file.guard))
     db.init(file_uri(path), timeout=PATIENT, uri=True)
     if not version:
         make_tables()
@@ -4299,15 +4607,24 @@ def take_file(path: str, known: str) -> None:
     ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
+def is_missing(path: str) -> bool:
+    """Whether there is no database file; what PostgreSQL has is seen when it is opened."""
+    return not is_server(path) and not os.path.exists(path)
+
+
 def refuse_missing(path: str) -> None:
     """NotFound if there is no database."""
-    if not os.path.exists(path):
+    if is_missing(path):
         raise NotFound(NO_STORE.format(os.path.abspath(path)))
 
 
 NO_STORE = ("There is no database '{}'. `serve` creates one (`serve --demo` with something to "
             'try), and `resource add` does, too. If your database is elsewhere, go to its folder '
             'or name it with the setting `database`.')
+NO_TABLES = ("There are no tables of cmres in the database '{}'. `serve` creates them, and "
+             '`resource add` does, too.')
+NO_KEY = ("The database '{}' is in use already, but its key '{}' is not here. Copy the key from "
+          'where cmres runs, or name it with the setting `key`.')
 STORE_GONE = ("The database '{0}' is missing, but there was one: '{1}' remembers it. Bring it "
               "back with `store restore FILE`. To start with an empty one, delete '{1}'.")
 STORE_OLDER = ("The database '{0}' has version {1}, but this cmres needs version {2}. Stop all "
@@ -4324,9 +4641,13 @@ def latest_version() -> int:
     return len(MIGRATIONS) + 1
 
 
-def refuse_other(path: str, known: str) -> int:
-    """The version of a database, 0 of an empty one; refuses what is not the store of this key."""
-    application, version, store = told_by(store_file.guard)
+def refuse_other(path: str, known: str, found: tuple) -> int:
+    """The version of a database, 0 of an empty one; refuses what is not the store of this key.
+
+    Args:
+      found: what it tells of itself
+    """
+    application, version, store = found
     latest = latest_version()
     if application != OURS and version is None:
         raise Unavailable(f"'{path}' is not a database of cmres. Choose another file name.")
@@ -4352,26 +4673,44 @@ def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
     return OURS, version, found[0] if found else ''
 
 
+def told_by_server() -> tuple[int, int | None, str]:
+    """The same of a database of PostgreSQL."""
+    version = db.version()
+    if version:
+        return OURS, version, fact('store')
+    return (0, None, '') if db.get_tables() else (OURS, 0, '')
+
+
 def close_store() -> None:
     """Closes this thread's connection, and lets other processes replace the file."""
     if not db.deferred and not db.is_closed():
         db.close()
+    if not db.in_files:
+        db.close_all()
+        db.initialize(SQLITE)
     store_file.release()
 
 
 def make_tables() -> None:
     """Makes the tables of an empty database, unless another process was faster."""
     with transaction():
-        if db.user_version == 0:
+        if not db.version():
             db.create_tables(TABLES)
-            for index in INDEXES.split(';'):
-                run(f'CREATE INDEX {index}')
-            for index in UNIQUE:
-                run(f'CREATE UNIQUE INDEX {index}')
-            for trigger in TRIGGERS:
-                run(trigger)
+            finish_tables()
             insert(Fact, name='store', value=secrets.token_hex(4))
-            db.user_version, db.application_id = latest_version(), OURS
+
+
+def finish_tables() -> None:
+    """Makes what tables have beside their rows."""
+    for each in () if db.in_files else FUNCTIONS:
+        run(each)
+    for index in INDEXES.split(';'):
+        run(f'CREATE INDEX {index}')
+    for index in UNIQUE:
+        run(f'CREATE UNIQUE INDEX {index}')
+    for each in TRIGGERS:
+        db.make_trigger(each)
+    db.note_version()
 
 
 # The key is not in the store: whoever reads a backup must not be able to sign in. Its second line
@@ -4380,7 +4719,7 @@ def make_tables() -> None:
 
 def key_file(path: str, key: str = '') -> str:
     """Where the key of a database is."""
-    return key or f'{path}.key'
+    return key or ('cmres.key' if is_server(path) else f'{path}.key')
 
 
 def known_store(file: str) -> str:
@@ -4457,6 +4796,9 @@ def make_private(path: str) -> None:
 
 def copy_store(source: str, target: str) -> None:
     """Copies a database as it is at one instant, also while others write; whole, or not at all."""
+    if is_server(source):
+        copy_rows(source, target)
+        return
     if os.path.exists(target):
         raise Conflict(f"'{target}' already exists. Choose another name.")
     part = f'{target}.{secrets.token_hex(4)}'
@@ -4474,6 +4816,73 @@ def copy_store(source: str, target: str) -> None:
 
 
 @contextmanager
+def reading(path: str) -> Iterator[Callable]:
+    """Reads a database of any engine as it is at one instant, beside the one that is open."""
+    if is_server(path):
+        with closing(psycopg().connect(path, **OF_CONNECTIONS)) as source:
+            source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
+            yield source.execute
+    else:
+        with closing(connect(path)) as source:
+            source.execute('BEGIN')
+            yield source.execute
+
+
+def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
+    """Copies a store into an empty database of any engine; whole, or not at all. How many rows.
+
+    Args:
+      watch: shows to people how far it is, of a list that it goes through
+    """
+    part = target
+    if not is_server(target):
+        if os.path.exists(target):
+            raise Conflict(f"'{target}' already exists. Choose another name.")
+        part = f'{target}.{secrets.token_hex(4)}'
+        make_private(part)
+    try:
+        with reading(source) as read, opened(part), transaction():
+            if db.version() or told_by_server()[1] is None:
+                raise Conflict(f"The database '{without_password(target)}' is not empty. Choose "
+                               'another one.')
+            number = fill_tables(read, watch)
+        if part != target:
+            leave_wal(part)
+            os.replace(part, target)
+    except STORE_ERRORS + ((psycopg().Error,) if is_server(source) else ()) as error:
+        raise Unavailable(f"Cannot copy '{without_password(source)}' to "
+                          f"'{without_password(target)}': {first_line(error)}") from None
+    finally:
+        for side in SIDES if part != target else ():
+            with suppress(FileNotFoundError):
+                os.remove(part + side)
+    return {'rows': number}
+
+
+def fill_tables(read: Callable, watch: Callable) -> int:
+    """Makes the tables of an empty database, with the rows of another one; how many these are."""
+    total = 0
+    db.create_tables(TABLES)
+    for model in watch(TABLES):
+        fields = {each.column_name: each for each in model._meta.sorted_fields}
+        table = model._meta.table_name
+        cursor = read(f'SELECT {quoted(fields)} FROM {table}')
+        while many := cursor.fetchmany(1000):
+            execute(db.many(table, (*fields,)), (json.dumps([dict(zip(fields, each))
+                                                             for each in many]),))
+            total += len(many)
+        wrote, = run(f'SELECT count(*) FROM {table}').fetchone()
+        there, = read(f'SELECT count(*) FROM {table}').fetchone()
+        if wrote != there:
+            raise Unavailable(f'Of {there} rows of {table} {wrote} were copied. Nothing was saved.')
+        if isinstance(model._meta.primary_key, peewee.AutoField) and not db.in_files:
+            run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
+    run("DELETE FROM fact WHERE name = 'version'")
+    finish_tables()
+    return total
+
+
+@contextmanager
 def alone_with(path: str) -> Iterator[None]:
     """Holds a database for this process alone, also against older programs, which know no lock."""
     close_store()
@@ -4484,6 +4893,35 @@ def alone_with(path: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[None]:
+    """A database of any engine as it is, for this thread, in the place of the one that is open."""
+    before = db.obj
+    if is_server(path):
+        db.initialize(PostgreSQL(path))
+    else:
+        db.initialize(SQLite(file_uri(path), timeout=PATIENT, uri=True, **HOW))
+    try:
+        with db.connection_context():
+            yield
+    except STORE_ERRORS as error:
+        raise trouble(error) or error from None
+    finally:
+        if is_server(path):
+            db.close_all()
+        db.initialize(before)
+
+
+@contextmanager
+def alone_on_server(url: str) -> Iterator[None]:
+    """The same, while no other process of cmres is connected to it."""
+    with opened(url):
+        if run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
+               "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
+            raise Unavailable(IN_USE.format(without_password(url)))
+        yield
 
 
 def leave_wal(path: str) -> None:
@@ -4503,6 +4941,10 @@ def migrate_store(path: str) -> dict | None:
     before = version_of(path)
     if not 0 < before < latest_version():
         return None
+    if is_server(path):
+        with alone_on_server(path):
+            run_migrations(before)
+        return {'database': path, 'before': before, 'after': latest_version(), 'copy': ''}
     with alone_with(path):
         copy = f'{path}.version-{before}-{stamp()}'
         copy_store(path, copy)
@@ -4520,11 +4962,14 @@ def run_migrations(before: int) -> None:
     with transaction():
         for step in MIGRATIONS[before - 1:]:
             step()
-        db.user_version, db.application_id = latest_version(), OURS
+        db.note_version()
 
 
 def version_of(path: str) -> int:
     """The version of a database of ours; 0 of any other file, and of none."""
+    if is_server(path):
+        with opened(path):
+            return told_by_server()[1] or 0
     try:
         with closing(connect(path)) as connection:
             return told_by(connection)[1] or 0
@@ -4539,6 +4984,12 @@ def stamp() -> str:
 
 def verify_store(path: str) -> dict:
     """Reads all of a database file: its version and number of reservations, or Unavailable."""
+    if is_server(path):
+        with opened(path):
+            _, version, store = told_by_server()
+            count = row('SELECT count(*) AS number FROM reservation').number if version else 0
+        return {'file': without_password(path), 'version': version, 'store': store,
+                'reservations': count, 'result': 'ok'}
     if not os.path.exists(path):
         raise NotFound(f"There is no file '{path}'.")
     try:
@@ -4580,6 +5031,8 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
         raise Unavailable(f"'{copy}' is empty")
     if found['version'] > latest_version():
         raise Unavailable(STORE_NEWER.format(copy, found['version'], latest_version()))
+    if is_server(path):
+        return restore_on_server(path, copy, key_file(path, key), found)
     with alone_with(path):
         part = f'{path}.restored-{stamp()}'
         copy_store(copy, part)
@@ -4589,6 +5042,25 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
         remember(key_file(path, key), found['store'])
     answer = {'database': path, 'from': copy, 'reservations': found['reservations']}
     return answer | ({'before': aside} if os.path.exists(aside) else {})
+
+
+def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
+    """The same on PostgreSQL; what was there is kept in a schema beside it."""
+    if found['version'] != latest_version():
+        raise Unavailable(STORE_OLDER.format(copy, found['version'], latest_version()))
+    aside = f'before_{stamp().replace(".", "_").lower()}'
+    with alone_on_server(url):
+        there = db.version()
+        if there:
+            run(f'ALTER SCHEMA public RENAME TO {aside}')
+            run('CREATE SCHEMA public')
+    copy_rows(copy, url)
+    with opened(url):
+        note_restored_in(execute)
+    remember(key, found['store'])
+    answer = {'database': without_password(url), 'from': copy,
+              'reservations': found['reservations']}
+    return answer | ({'before': f'schema {aside}'} if there else {})
 
 
 def set_aside(path: str) -> str:
@@ -4602,9 +5074,15 @@ def set_aside(path: str) -> str:
 
 def note_restored(path: str) -> None:
     with closing(connect(path)) as connection:
-        last = connection.execute('SELECT coalesce(max(id), 0) FROM server').fetchone()[0]
-        connection.executemany('INSERT OR REPLACE INTO fact (name, value) VALUES (?, ?)', [
-            ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}')])
+        note_restored_in(connection.execute)
+
+
+def note_restored_in(execute: Callable) -> None:
+    """Notes it by what runs a statement."""
+    last = execute('SELECT coalesce(max(id), 0) FROM server', ()).fetchone()[0]
+    for fact in ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}'):
+        execute('INSERT INTO fact (name, value) VALUES (?, ?) '
+                'ON CONFLICT (name) DO UPDATE SET value = excluded.value', fact)
 
 
 def next_server() -> int:
@@ -5036,6 +5514,12 @@ def add_shares() -> None:
         CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
 
 
+def add_locks() -> None:
+    """Version 20: what is reserved can be locked before its start."""
+    for table in ('resource', 'limits'):
+        add_columns(table, {'lock': 'INTEGER NOT NULL DEFAULT 0'})
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5058,6 +5542,20 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
+LOST = '08'
+#: The same of PostgreSQL, by how its codes begin.
+SERVER_TROUBLES = {
+    LOST: 'The connection to the database was lost: {}. Try again.',
+    '57P': 'The database stops or starts: {}. Try again in a minute.',
+    '53': 'The database has too little of something: {}. Nothing was changed. An operator must '
+          'look at the server.',
+    **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
+    '25006': 'The database is read-only: {}. Nothing was changed. An operator must name the '
+             'server that can be written to.',
+    '28': 'The database does not let cmres in: {}. An operator must look at its settings.',
+    '3D': 'There is no such database: {}. Create it with `createdb`.'}
+
+
 def trouble(error: BaseException) -> Unavailable | None:
     """What is wrong with the store, for its users; None if the error is a mistake of ours."""
     if not isinstance(error, STORE_ERRORS):
@@ -5069,22 +5567,28 @@ def trouble(error: BaseException) -> Unavailable | None:
     return in_trouble(error)
 
 
-def sqlite_error(error: BaseException) -> BaseException | None:
-    """SQLite's own error behind another one."""
-    while error and not hasattr(error, 'sqlite_errorcode'):
+def engine_error(error: BaseException) -> BaseException | None:
+    """The engine's own error behind another one."""
+    while error and not hasattr(error, 'sqlite_errorcode') and not hasattr(error, 'sqlstate'):
         error = error.__cause__ or error.__context__
     return error
 
 
-def code_of(cause: BaseException | None) -> int | None:
-    """The code of SQLite's own error; the rest of it is for experts."""
-    return cause.sqlite_errorcode & 0xff if cause else None
+def code_of(cause: BaseException | None) -> int | str | None:
+    """The code of the engine's own error; of SQLite's, the rest of it is for experts."""
+    if cause is None or hasattr(cause, 'sqlstate'):
+        return cause and (cause.sqlstate or LOST)
+    return cause.sqlite_errorcode & 0xff
 
 
 def in_trouble(error: BaseException) -> Unavailable | None:
-    """What SQLite's own error says of the store."""
-    cause = sqlite_error(error)
+    """What the engine's own error says of the store."""
+    cause = engine_error(error)
     code = code_of(cause)
+    if isinstance(code, str):
+        code = next((each for each in SERVER_TROUBLES if code.startswith(each)), None)
+        name = cause.sqlstate or 'no connection'
+        return code and Unavailable(SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})'))
     if code not in TROUBLES:
         return None
     store_file.troubles += 1
@@ -5097,7 +5601,9 @@ def in_trouble(error: BaseException) -> Unavailable | None:
 
 
 def look_for_damage(path: str) -> str:
-    """Reads a database file anew, and tells what is damaged; '' if nothing."""
+    """Reads a database file anew, and tells what is damaged; PostgreSQL looks by itself."""
+    if not db.in_files:
+        return ''
     store_file.check()
     try:
         with closing(connect(path)) as connection:
@@ -5120,8 +5626,12 @@ def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
     try:
         store_file.check()
-        write_probe(path)
-    except (Unavailable, sqlite3.Error) as error:
+        if db.in_files:
+            write_probe(path)
+        else:
+            with transaction():
+                run(COUNT_WRITE)
+    except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
 
@@ -5157,7 +5667,7 @@ def transaction(first: bool = False) -> Iterator[None]:
             write_memories()
         return
     began = time.monotonic()
-    if not turns.acquire(PATIENT, first):
+    if db.in_files and not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
         METRICS.observe('lock_wait_seconds', time.monotonic() - began)
@@ -5170,7 +5680,8 @@ def transaction(first: bool = False) -> Iterator[None]:
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
-        turns.release()
+        if db.in_files:
+            turns.release()
 
 
 def some_of(left: deque) -> Iterator:
@@ -5185,6 +5696,10 @@ def some_of(left: deque) -> Iterator:
 @contextmanager
 def watched() -> Iterator[None]:
     """A transaction that writes to the files that cmres has opened, or not at all."""
+    if not db.in_files:
+        with db.atomic():
+            yield
+        return
     store_file.check()
     number = 0
     with db.atomic():
@@ -5200,14 +5715,14 @@ def watched() -> Iterator[None]:
 #: Each write has a number, by which a database file tells how old it is.
 LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
 COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
-  ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
+  ON CONFLICT (name) DO UPDATE SET value = CAST(fact.value AS BIGINT) + 1 RETURNING value"""
 
 
 def of_store(error: Exception) -> Exception:
     """The first cause of an error, after which this thread may go on."""
     cause = first_cause(error)
     # A connection that was opened while nothing could be written stays so: the next is a new one.
-    if code_of(sqlite_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
+    if code_of(engine_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
         db.close()
     return cause
 
@@ -5248,9 +5763,9 @@ rehearsal = Rehearsal()
 REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
                            'limits', 'token', 'credential', 'feed', 'subscription', 'share'), ())
 REHEARSED['reservation'] = ('occurrence', 'texts')
-WRITTEN = re.compile(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
-NAMED = re.compile(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
-INDEXED = re.compile(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
+WRITTEN = Pattern(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
+NAMED = Pattern(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
+INDEXED = Pattern(r'\b((?:FROM|JOIN|UPDATE)\s+(\w+)(?:\s+\w+)?)\s+INDEXED BY \w+')
 
 
 @contextmanager
@@ -5263,7 +5778,7 @@ def rehearsing() -> Iterator[None]:
     store_file.check()
     try:
         set_stage()
-        with suppress(Unmade), db.atomic('DEFERRED'):
+        with suppress(Unmade), db.atomic(db.snapshot):
             rehearsal.tables, rehearsal.ids = frozenset(), {}
             try:
                 yield
@@ -5277,37 +5792,40 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
-    if run('PRAGMA temp.table_info(texts_now)').fetchone():
+    if db.has_stage():
         return
-    run('PRAGMA temp_store = memory')
-    for table in REHEARSED:
-        columns = run(f'PRAGMA main.table_info({table})').fetchall()
-        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
-        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
-                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
-                          for _, name, kind, needed, default, key in columns)
-        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
-        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
-          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
-        run_all(f"""
-          CREATE TEMP TABLE {table}_new ({kinds});
-          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
-          CREATE TEMP VIEW {table}_now AS
-            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
-            UNION ALL SELECT {names} FROM {table}_new""")
-        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
-          INSERT OR REPLACE INTO {table}_new VALUES ({news});
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
-          {owner if table == 'reservation' else ''} END""")
-        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
-          DELETE FROM {table}_new WHERE id = OLD.id;
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
-    run(f"""CREATE TEMP VIEW texts_now AS
-      SELECT project, sum(size) AS size FROM (
-        SELECT project, size FROM main.texts UNION ALL
-        SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
-        UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
-         WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) GROUP BY 1""")
+    with db.atomic(db.snapshot):
+        for model in TABLES:
+            if (table := model._meta.table_name) in REHEARSED:
+                set_stage_of(table, [each.column_name for each in model._meta.sorted_fields])
+        run(TEXTS_NOW)
+
+
+def set_stage_of(table: str, columns: list[str]) -> None:
+    names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
+    gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING;'
+    owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+      reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+    run_all(f"""
+      CREATE TEMP TABLE {table}_new ({db.columns_like(table)});
+      CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY);
+      CREATE TEMP VIEW {table}_now AS
+        SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+        UNION ALL SELECT {names} FROM {table}_new""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id;
+      INSERT INTO {table}_new ({names}) VALUES ({news}); {gone}
+      {owner if table == 'reservation' else ''} END""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id; {gone} END""")
+
+
+TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
+  SELECT project, sum(size) AS size FROM (
+    SELECT project, size FROM main.texts UNION ALL
+    SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
+    UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
+     WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) x GROUP BY 1"""
 
 
 def rehearsed(sql: str) -> str:
@@ -5372,12 +5890,14 @@ def run(sql: str, *values) -> sqlite3.Cursor:
     return execute(rehearsed(sql) if rehearsal.on else sql, values)
 
 
-def execute(sql: str, values: Iterable = ()) -> sqlite3.Cursor:
+def run_new(sql: str, *values) -> int:
+    """Runs the statement that writes one row, and tells its id."""
+    return db.id_of(run(sql + db.returning, *values))
+
+
+def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
-    try:
-        return db.connection().execute(sql, values)
-    except sqlite3.Error as error:
-        raise getattr(peewee, type(error).__name__)(*error.args) from error
+    return db.run(sql, values)
 
 
 def rows(sql: str, *values) -> list:
@@ -5386,7 +5906,7 @@ def rows(sql: str, *values) -> list:
     try:
         return list(map((ROW_TYPES.get(sql) or row_type(sql, cursor))._make, cursor))
     except sqlite3.Error as error:  # a later row may be on a damaged page
-        raise getattr(peewee, type(error).__name__)(*error.args) from error
+        raise of_peewee(error) from error
 
 
 def row(sql: str, *values):
@@ -5452,12 +5972,6 @@ def resource_of(id: int, removed: bool = False):
     return found if removed or found.removed is None else None
 
 
-def state_of_store() -> tuple:
-    """What is another as soon as anything was written, by this connection or by another one."""
-    connection = db.connection()
-    return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
-
-
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
@@ -5470,7 +5984,8 @@ def insert(model: type[Table], **values) -> int:
     if model._meta.table_name in SELDOM:
         remembered.change()
     if not rehearsal.on:
-        return run(insert_text(model, tuple(values)), *values.values()).lastrowid
+        text, has_id = insert_text(model, tuple(values)), 'id' in model._meta.fields
+        return run_new(text, *values.values()) if has_id else run(text, *values.values()) and 0
     table = model._meta.table_name
     note_written(table)
     values['id'] = rehearsed_id(table)
@@ -5490,22 +6005,15 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
     if len(many) == 1:
         insert(model, **many[0])
         return
-    table, names = model._meta.table_name, (*dict.fromkeys(name for each in many for name in each),)
+    table, instead = model._meta.table_name, ''
     if rehearsal.on:
         note_written(table)
-        names = ('id', *names)
-        many = [{'id': rehearsed_id(table), **each} for each in many]
+        many, instead = [{'id': rehearsed_id(table), **each} for each in many], '_new'
     if many:
-        execute(insert_many_text(model, names, '_new' if rehearsal.on else ''), (json.dumps(
-            [[each.get(name) for name in names] for each in many]),))
-
-
-@functools.lru_cache
-def insert_many_text(model, names: tuple, instead: str) -> str:
-    columns = ', '.join(f'"{model._meta.fields[name].column_name}"' for name in names)
-    values = ', '.join(f"json_extract(value, '$[{n}]')" for n, _ in enumerate(names))
-    return (f'INSERT INTO {model._meta.table_name}{instead} ({columns}) '
-            f'SELECT {values} FROM json_each(?) ORDER BY key')
+        fields = model._meta.fields
+        many = [{fields[name].column_name: each[name] for name in each} for each in many]
+        names = dict.fromkeys(name for each in many for name in each)
+        execute(db.many(table + instead, (*names,)), (json.dumps(many),))
 
 
 def change(model: type[Table], id: int, **values) -> None:
@@ -5544,7 +6052,7 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     event = write_event(at, actor, code, sentence, about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
-            'INDEXED BY occurrence_series', '(due IS NULL) = 0 AND reservation_id', reservation)
+            'INDEXED BY occurrence_series', '(due IS NULL) = FALSE AND reservation_id', reservation)
         run(f'UPDATE occurrence {by} SET revision = revision + 1, revised = ? WHERE {which} = ?',
             int(at), id)
     if code not in TEXTS or notify is None:
@@ -5557,11 +6065,11 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
 
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
-    return run('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, project, '
-               'resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
-               'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
-               at, actor, code, sentence, *(about[name] for name in (
-                   'reservation', 'occurrence', 'project', 'resource'))).lastrowid
+    return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
+                   'project, resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
+                   'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
+                   at, actor, code, sentence, *(about[name] for name in (
+                       'reservation', 'occurrence', 'project', 'resource')))
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
@@ -5593,7 +6101,8 @@ def mails_left(config: Config, owner: str, number: int, at: float) -> int:
     """How many of some mails may be sent for somebody today; -1: none, which was told already."""
     total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
                  'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                 'number = excluded.number + iif(day = excluded.day, number, 0) RETURNING number',
+                 'number = excluded.number + iif(mailed.day = excluded.day, mailed.number, 0) '
+                 'RETURNING number',
                  owner, int(at // 86400), number).fetchone()
     left = config.notices_per_day - (total - number)
     return -1 if left < 0 else min(left, number)
@@ -5624,7 +6133,7 @@ LISTING = '''
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
            AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
-         CAST(?1 AS INTEGER) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
+         CAST(?1 AS BIGINT) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
          o.due, o.slot, o.altered, o.revision, o.revised, r.waiting,
          r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
@@ -5640,6 +6149,9 @@ BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description,',
     "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
     'AS description,')
+#: Of many at once, also without long metadata.
+SLIM = BRIEF.replace('r.metadata,',
+                     "iif(length(r.metadata) > 1000, '{}', r.metadata) AS metadata,")
 
 STATE = '''
   CASE WHEN cancelled IS NOT NULL THEN CASE WHEN existing > 0 THEN 'ending' ELSE 'cancelled' END
@@ -5656,11 +6168,11 @@ STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'e
           'cancelled', 'failed')
 
 
-def listing(now: float, where: str = '1', values: tuple = (), state: str = '1', tail: str = '',
-            fields: str = LISTING) -> list:
+def listing(now: float, where: str = 'TRUE', values: tuple = (), state: str = 'TRUE',
+            tail: str = '', fields: str = LISTING) -> list:
     """Occurrences with reservation and state, by conditions on o, r and s, then on the state."""
-    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where})) WHERE '
-                f'{state} {tail}', int(now), *values)
+    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where}) o) o '
+                f'WHERE {state} {tail}', int(now), *values)
 
 
 #: What is held before an instant starts at most so much after it; leads are few, and an index knows
@@ -5978,7 +6490,9 @@ class Ledger(threading.local):
         missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
         if not missing:
             return
-        for piece, found in zip(missing, run(PEAKS, json.dumps(missing)).fetchall()):
+        # steps are at whole seconds
+        whole = [(*of, math.floor(begin), math.ceil(until)) for *of, begin, until in missing]
+        for piece, found in zip(missing, run(PEAKS, json.dumps(whole)).fetchall()):
             at, before, inside, *ended = map(step_of, found)
             resource, track, begin, until = piece
             self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
@@ -6024,8 +6538,8 @@ PEAKS = of_list(f"""
          {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
 PUT_STEPS = of_list("""
   INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
-  SELECT resource, track, at, a, b, c FROM p WHERE 1
-      ON CONFLICT DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
+  SELECT resource, track, at, a, b, c FROM p WHERE TRUE
+      ON CONFLICT (resource_id, track, at) DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
                     'resource', 'track', 'at', 'a', 'b', 'c')
 RAISE_STEPS = of_list(f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
@@ -6191,7 +6705,7 @@ def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> 
         begin + width * number)}
     at_last = dict((at, figures) for at, *figures in run(
         'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at IN '
-        '(SELECT value FROM json_each(?))', resource, track,
+        'numbers(?)', resource, track,
         json.dumps([last for _, _, last in spans.values()])))
     carried, found = level_of(resource, track, begin), []
     for n in range(number):
@@ -6545,9 +7059,9 @@ class Cloud:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
         raise NotImplementedError
 
-    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, str]:
-        """Has just these things of ours, by kinds and names; tells the ids of server groups."""
-        return {}
+    def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
+        """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
+        return wanted
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
@@ -6591,7 +7105,7 @@ class Cloud:
         return found
 
 
-UUID = re.compile('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
+UUID = Pattern('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 
 
 class OpenStack(Cloud):
@@ -6970,30 +7484,31 @@ class OpenStack(Cloud):
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
-        groups, failures = {}, []
+        answer = {}
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                there, lending = self.lent(kind, verbs), getattr(self, f'lend_{kind}')
+                answer[kind] = there = self.lent(kind, verbs)
                 for name in there.keys() - things.keys():
                     getattr(verbs, self.LENT[kind][3])(there.pop(name), ignore_missing=True)
                 for name in things.keys() - there.keys():
                     try:
-                        with self.telling(f'lend the {kind} {name}'):
-                            there[name] = lending(verbs, name, things[name])
+                        there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
-                        failures.append(error)
-                groups |= there if kind == 'server_group' else {}
-        if failures:
-            raise failures[0]
-        return groups
+                        log.warning('%s', error)
+        return answer
+
+    def lend_one(self, kind: str, name: str, lent: Lent) -> str:
+        """Makes something that is lent, and tells its id."""
+        with self.calling(f'lend the {kind} {name}') as cloud:
+            return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
-                for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)}
+        ours = [each for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id for each in ours}
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -7015,7 +7530,8 @@ class OpenStack(Cloud):
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
-        with self.calling('find a subnet', sure=True) as cloud:
+        there = []
+        with self.calling('find a subnet', sure=True) as cloud, suppress(ValueError):
             there = [each for each in cloud.network.subnets(network_id=network)
                      if ip_address(address) in ip_network(each.cidr)]
         for each in [pool for subnet in there for pool in subnet.allocation_pools or ()]:
@@ -7287,9 +7803,8 @@ class Keystone:
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self.config, self.clock, self.lock = config, clock, threading.Lock()
-        # by the hash of the token; made-up ones drive out none that is good
-        self.known: dict[str, Told] = {}
-        self.unknown: dict[str, Told] = {}
+        self.known: dict[str, Told] = {}    # by the hash of the token
+        self.unknown: dict[str, Told] = {}  # apart: a flood of made-up ones drives none out
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
@@ -7565,10 +8080,8 @@ def cut_off(seconds: float) -> Iterator[Callable]:
 
 
 def hang_up(line: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it may be closed already
         line.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it is closed already
-        pass
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
@@ -7601,18 +8114,14 @@ def is_public(address) -> bool:
     bits, reserved = NOT_PUBLIC[address.version]
     if int(address) >> bits == reserved:
         return False
-    if address.version == 6 and not (inside and is_translated(address)):
+    # One that is mapped, or by NAT64 (RFC 6052), only stands for an IPv4 one.
+    if address.version == 6 and not (inside and int(address) >> 32 in (0xffff, 0x64ff9b << 64)):
         # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
         if int(address) >> 125 != 1 or not address.is_global:
             return False
     elif address.version == 4 and (not address.is_global or address.is_multicast):
         return False
     return all(map(is_public, inside))
-
-
-def is_translated(address) -> bool:
-    """Whether an IPv6 address only stands for an IPv4 one: mapped, or by NAT64 (RFC 6052)."""
-    return int(address) >> 32 in (0xffff, 0x64ff9b << 64)
 
 
 def embedded(address) -> list:
@@ -7713,9 +8222,7 @@ ENDED = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 
 
 def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
-    """What a reservation will do, for people: `when`, `what` runs, what happens `then`, and
-    `message`, all of it as a sentence.
-    """
+    """What a reservation will do: `when`, `what` runs, what is `then`, and all as a `message`."""
     when = format_window(about['start'], about['end'], zone)
     vms, kinds = counted(about['vms'], 'VM'), ', '.join(
         filter(None, (about['flavor'], about['image'])))
@@ -8076,27 +8583,27 @@ MOST_STEPS_EACH = 50_000  # of these for one event
 MOST_SHOWN_BY_FEED = 100_000
 #: What an event wants: 2 x m1.small, and if it likes an image and a resource: 2 x m1.small cirros
 #: on demo.
-WANT = re.compile(
+WANT = Pattern(
     r'(\d{1,7})\s*[x×]\s*([^\s,;]+)(?:\s+(?!on\s)([^\s,;]+))?'
     r'(?:\s+on\s+([A-Za-z0-9._-]{1,64}))?\s*', re.I)
-MARKED = re.compile(r'#vm\b\s*([^\n<]*)', re.I)
-MAYBE_MARKED = re.compile('#vm|&#|&num', re.I)
+MARKED = Pattern(r'#vm\b\s*([^\n<]*)', re.I)
+MAYBE_MARKED = Pattern('#vm|&#|&num', re.I)
 #: An event of our own feeds: what it shows is booked already.
-FEED_UID = re.compile(r'occurrence-\d+@cmres-[0-9a-f]{8}')
-PROPERTY = re.compile(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
+FEED_UID = Pattern(r'occurrence-\d+@cmres-[0-9a-f]{8}')
+PROPERTY = Pattern(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
-                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE', 'X-VM-COUNT',
-                  *(f'X-VM-{name}' for name in PROGRAMMED)))
+                  'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
+                  'X-VM-COUNT', *(f'X-VM-{name}' for name in PROGRAMMED)))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
-WISH = re.compile(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
-                  rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
+WISH = Pattern(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
+               rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
 OBSERVANCES = ('STANDARD', 'DAYLIGHT')
 FOLD = b'\x1f'  # stands where a line was folded, and counts as one
-LINE_NAME = re.compile(rb'([A-Za-z0-9-]+)[;:]')
-MOMENT = re.compile(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
-OFFSET = re.compile(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
+LINE_NAME = Pattern(rb'([A-Za-z0-9-]+)[;:]')
+MOMENT = Pattern(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
+OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 class Want(NamedTuple):
@@ -8661,7 +9168,10 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
         with naming(entry):
             start, (length, exact) = clock.wall(entry.start), entry.lengths
             rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-            if rest and is_ruled(stretches[-1], key):
+            last = stretches[-1]
+            first, slot = map(datetime.fromisoformat, (last.start, key))
+            # what was added by hand has none that follow
+            if rest and (slot == first or last.rule and on_rule(last.rule, first, slot)):
                 STEPS.take(5 * len(stretches))
                 stretches, moved = with_moved(stretches, moved), {}
                 stretches = following(stretches, key, entry, start, length=length, exact=exact,
@@ -8680,12 +9190,6 @@ def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretc
         found.append(stretch._replace(moved=stretch.moved | moved,
                                       dates=(*dates, *more) if more else stretch.dates))
     return found
-
-
-def is_ruled(stretch: Stretch, key: str) -> bool:
-    """Whether a slot is one of a rule; what was added by hand has none that follow."""
-    start, wall = datetime.fromisoformat(stretch.start), datetime.fromisoformat(key)
-    return wall == start or bool(stretch.rule) and on_rule(stretch.rule, start, wall)
 
 
 def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
@@ -8991,6 +9495,10 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
     return whole_calendar(event + more, f'METHOD:{method}')
 
 
+def etag_of(text: str) -> str:
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+
+
 def whole_calendar(parts: str, *head: str) -> str:
     """A calendar of components, and what stands before them."""
     head = ('BEGIN:VCALENDAR', 'VERSION:2.0', f'PRODID:-//cmres//{__version__}//EN', *head)
@@ -9273,7 +9781,7 @@ HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'du
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
-                              WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = 0
+                              WHERE c.reservation_id = o.reservation_id AND (c.due IS NULL) = FALSE
                               AND c.cancelled IS NULL AND c."end" > ?1 AND (c.start,
                                 c.id) < (o.start, o.id))"""
 #: Its occurrences in the order in which people mean them: the present or next, those after it, at
@@ -9299,7 +9807,7 @@ MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
 MOST_INVITED = 200  # people to one reservation
-MAIL_ADDRESS = re.compile(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
+MAIL_ADDRESS = Pattern(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
 MOST_TRIES = 500  # of other ways to spread the parts of a request over resources than the first
 #: What may be offered instead of what is refused, and the field that it changes.
@@ -9478,7 +9986,7 @@ def token_in_force(found, now: float):
     if not found or found.revoked is not None:
         raise Unauthorized('This token is invalid or was revoked. Ask an admin for a new token.')
     if found.ends is not None and found.ends <= now:
-        raise Unauthorized(f'This token ended on {instant(found.ends):%Y-%m-%d}. Renew it with '
+        raise Unauthorized(f'This token ended on {format_day(instant(found.ends))}. Renew it with '
                            'another token of yours, or ask an admin.',
                            hint=f'token renew {found.id}')
     return found
@@ -9571,6 +10079,16 @@ class Service:
         """Appends an event in the name of the actor; inside the transaction of what it tells."""
         journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
 
+    def because(self, sentence: str) -> str:
+        """A sentence with the reason that was given for the change, if there is one."""
+        return f'{sentence}: {self.reason}' if self.reason else sentence
+
+    def ask_admins(self, now: float, sentence: str, reservation: int,
+                   notify: Iterable[str]) -> None:
+        """Appends that an admin must answer, which admins hear of as well."""
+        admins = filter(None, map(str.strip, self.config.notify_admins.split(',')))
+        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *admins]))
+
     def tell(self, now: float, code: str, sentence: str, found,
              occurrence: int | None = None) -> None:
         """Appends an event about a row that tells its reservation and whom to notify."""
@@ -9603,9 +10121,9 @@ class Service:
             first = at_midnight(asked)
             begin, until = (int(from_wall(each, zone).timestamp())
                             for each in (first, first + timedelta(days=1)))
-            return begin, until, f'{asked}'
+            return begin, until, format_day(asked)
         asked = self.here.now + asked if isinstance(asked, timedelta) else asked
-        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_time(asked, zone)
+        return int(asked.timestamp()), int(asked.timestamp()) + 1, format_moment(asked, zone)
 
     def owner(self, asked: dict) -> tuple[str, str]:
         """Whose it will be: only an admin may reserve for others."""
@@ -9656,7 +10174,7 @@ class Lookup:
     def newest_deed(self, label: str, project: str = '') -> int | None:
         """The newest event of what people did to the reservations of a label; None without any."""
         found = row('SELECT max(id) AS id FROM event WHERE actor <> ? AND reservation_id IN '
-                    '(SELECT value FROM json_each(?))', 'cmres',
+                    'numbers(?)', 'cmres',
                     json.dumps(self.labelled(label, project)[:MOST_PARTS]))
         return found.id
 
@@ -9685,8 +10203,8 @@ class Lookup:
     def search(self, where: list, state: Iterable[str] = (), limit: int = -1,
                tail: str = 'ORDER BY start, id', fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
-        condition = f'1{all_of(where)}'
-        in_state = f"state IN ({', '.join('?' * len(state))})" if state else '1'
+        condition = f'TRUE{all_of(where)}'
+        in_state = f"state IN ({', '.join('?' * len(state))})" if state else 'TRUE'
         found = listing(self.service.clock(), condition, (*given(where), *state), in_state,
                         f'{tail} LIMIT {limit}', fields)
         return list(map(without_secrets, found)) if self.service.actor.role == READER else found
@@ -9719,7 +10237,7 @@ class Lookup:
 
     def among(self, column: str, ids: list[int]) -> tuple[str, str]:
         """The condition that a column is one of some ids."""
-        return f'{column} IN (SELECT value FROM json_each(?))', json.dumps(ids)
+        return f'{column} IN numbers(?)', json.dumps(ids)
 
     def place_of_cursor(self, after: str) -> tuple[int, int]:
         """The start and id behind which a page begins; of an id alone, its present start."""
@@ -9774,7 +10292,7 @@ class Lookup:
         the latest; of a series the present or next occurrence, or the one at an instant or date.
         """
         where = [('r.label = ?', label), *self.visible(project)]
-        known = (f'SELECT r.id FROM reservation r WHERE 1{all_of(where)} '
+        known = (f'SELECT r.id FROM reservation r WHERE TRUE{all_of(where)} '
                  'AND EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id)')
         found = [self.next_of(each.id)
                  for each in rows(f'{known} AND r.over > ? ORDER BY r.id', *given(where),
@@ -9803,8 +10321,12 @@ class Lookup:
                              ('o.start < ?', until),
                              *([(NOT_OVER, None)] if live else [])], limit=1)
         if not there:
+            near = self.search([('r.id = ?', found.reservation), (NOT_OVER, None)])
+            nearest = [self.service.config.told_time(each.start, found.tz) for each in sorted(
+                near, key=lambda each: abs(each.start - begin))[:1]]
             raise NotFound(f"'{found.label}' has no "
-                           f"{'current or future ' if live else ''}occurrence on {text}.")
+                           f"{'current or future ' if live else ''}occurrence on {text}."
+                           + ''.join(f' The nearest is on {each}.' for each in nearest))
         return there[0]
 
     def live(self, found, since: str = '') -> list:
@@ -9823,10 +10345,28 @@ class Lookup:
         """Whether an occurrence has begun: with machines, from its lead on."""
         return self.service.clock() >= (found.held_from if found.runs else found.start)
 
-    def refuse_unknown_resource(self, name: str) -> None:
-        """NotFound if there never was a resource of a name; it names the nearest."""
-        if not row('SELECT id FROM resource WHERE name = ? LIMIT 1', name):
-            self.resource_row(name)
+    def refuse_unknown_filters(self, asked: dict) -> None:
+        """NotFound for a resource, user or project that there never was; it names the nearest."""
+        if asked['resource'] and not row('SELECT id FROM resource WHERE name = ? LIMIT 1',
+                                         asked['resource']):
+            self.resource_row(asked['resource'])
+        for unknown in filter(None, map(functools.partial(self.unknown, asked), WHO)):
+            raise NotFound(unknown)
+
+    def unknown(self, asked: dict, kind: str) -> str:
+        """What to tell of a user or a project that has nothing where one may look; '' if known."""
+        name, actor = asked[kind], self.service.actor
+        own = '' if actor.role == ADMIN else actor.project
+        if not name or own and kind == 'project':
+            return ''
+        token = "FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
+        there = [f"SELECT 1 FROM occurrence WHERE of_{kind} = ?2 AND ?1 IN ('', of_project) AND "
+                 f'due IS {half}' for half in ('NULL', 'NOT NULL')]
+        anything = ' UNION ALL '.join([*there, f'SELECT 1 {token} AND {kind} = ?2'])
+        if run(f'{anything} LIMIT 1', own, name).fetchone():
+            return ''
+        known = [each.name for each in rows(f'SELECT DISTINCT {kind} AS name {token}', own)]
+        return f"No reservation and no token has the {kind} '{name}'{nearest(name, known)}"
 
     def resource_row(self, name: str):
         """The resource of a name; NotFound names the nearest."""
@@ -9870,9 +10410,12 @@ class Lookup:
                 raise NotFound(f"Resource '{found.name}' is not in {self.place_of(asked)}. Remove "
                                'the location, or choose another resource.')
             return [found]
-        found = self.places(*place)
+        classes = {*(asked.get('classes') or ())}  # of a resource that doesn't name them, who knows
+        found = [each for each in self.places(*place)
+                 if classes <= json.loads(each.classes or '{}').keys()]
         if not found:
-            raise NotFound(f'There is no resource in {self.place_of(asked)}.')
+            what = f" with {', '.join(sorted(classes))}" if classes else ''
+            raise NotFound(f'There is no resource{what} in {self.place_of(asked)}.')
         return found
 
     def place_of(self, asked: dict) -> str:
@@ -9882,7 +10425,9 @@ class Lookup:
 
     def servers_of(self, occurrence: int) -> Rows:
         """The servers of an occurrence, as answers show them."""
-        return [public(each) for each in rows(
+        logins = self.service.config.logins
+        return [public(each) | {'login': ' or '.join(logins(json.loads(each.addresses)))}
+                for each in rows(
             'SELECT n, name, state, addresses, planned, begun, ready, deleted, snapshot, tries, '
             'fault, account, uid '
             "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id",
@@ -9964,9 +10509,12 @@ class Wishes:
         user, project = self.owner_of(asked, old)
         place, warnings, changes = place or self.look.resource_at(asked), [], set(changes)
         self.refuse_unbootable(asked, place)
-        if 'notify' in changes:
-            self.refuse_untellable(asked['notify'])
-        self.refuse_uninvitable(asked.get('invite') or ())
+        if not old:  # what is nearly known may be mistyped
+            warnings += [each for kind in WHO if 'Did you mean' in (each := self.look.unknown(
+                asked, kind))]
+        for name, most, web in ('notify', 10, True), ('invite', MOST_INVITED, False):
+            if name in changes:
+                self.refuse_untellable(name, asked.get(name) or (), most, web)
         whose = {'user': user, 'project': project}
         each, made_of = self.made_of(asked | whose, old, place, changes, warnings)
         same = {name: asked[name] for name in Wish._fields if name in SAME}
@@ -10035,27 +10583,22 @@ class Wishes:
                    old.project):
             raise Forbidden(f"'{user}' has no token in project '{old.project}'. Ask an admin.")
 
-    def refuse_untellable(self, targets: Iterable[str]) -> None:
-        """Refuses mail addresses to which nothing would ever be sent."""
+    def refuse_untellable(self, name: str, targets: Iterable[str], most: int, web: bool) -> None:
+        """Refuses many addresses, what is none, and those to which nothing would ever be sent."""
         config = self.service.config
-        for target in targets:
-            if not config.may_tell(target):
-                raise Invalid(f"notify: cmres sends no mails to '{target}'. It sends only to "
+        if len(targets) > most:
+            raise Invalid(f'{name}: Write at most {most} addresses, not {len(targets)}.')
+        for each in targets:
+            on_web = web and re.fullmatch(r'https?://\S+', each)
+            if not on_web and not MAIL_ADDRESS.fullmatch(each):
+                raise Invalid(f'{name}: {shown(each)} is not a mail address like ann@example.org'
+                              f"{' or an http(s) address' if web else ''}.")
+            if not on_web and not config.may_tell(each):
+                raise Invalid(f"{name}: cmres sends no mails to '{each}'. It sends only to "
                               f'addresses of {config.mail_domains}.')
-            if '@' in target and not is_web(target) and not config.mail_server:
-                raise Invalid(f"notify: cmres cannot send mails to '{target}': no mail server is "
+            if not on_web and not config.mail_server:
+                raise Invalid(f"{name}: cmres cannot send mails to '{each}': no mail server is "
                               'set. An admin can set one (setting mail_server).')
-
-    def refuse_uninvitable(self, people: Iterable[str]) -> None:
-        """Refuses to invite many, or who has no mail address to which mails may go."""
-        if len(people) > MOST_INVITED:
-            raise Invalid(f'invite: You can invite at most {MOST_INVITED} people.')
-        for each in people:
-            if not MAIL_ADDRESS.fullmatch(each):
-                raise Invalid(f'invite: {shown(each)} is not a mail address like ann@example.org.')
-            if not self.service.config.may_tell(each):
-                raise Invalid(f"invite: cmres sends no mails to '{each}'. It sends only to "
-                              f'addresses of {self.service.config.mail_domains}.')
 
     def refuse_unbootable(self, asked: dict, place) -> None:
         """Refuses combinations that could never boot, end or be told of."""
@@ -10071,11 +10614,6 @@ class Wishes:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         ends = ENDS[1:3] if has else ENDS
         refuse_unknown_word('at_end', asked['at_end'], ends, '')
-        for target in asked['notify']:
-            if (not re.fullmatch(r'https?://\S+|[^@\s,<>]+@[^@\s,<>]+', target)
-                or len(asked['notify']) > 10):
-                raise Invalid(f"notify: '{target}' is no mail address and no http(s) address, or "
-                              f"they are over 10")
 
     def ask_cloud(self, place, asked: dict, warnings: list) -> dict:
         """What the resource's cloud knows under the names that are asked for.
@@ -10178,14 +10716,17 @@ class Wishes:
             length, exact = self.stretch_of(old, stretches)[1:]
         if stretches and 'start' not in changes:
             first = self.planned(old, stretches)[1]
-        skips = self.read_skips(asked, zone, wish.start, wish.warnings)
+        skips = self.read_skips(asked, zone, wish.start)
         if not asked['repeat']:
             field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
             raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
                           hint='--repeat')
         rule = local_rule(self.ended_rule(asked, zone), zone)
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
-                          skips=skips, exact=exact)
+                          exact=exact)
+        wish.warnings.extend(unmet_skips([stretch], skips))
+        days = self.holidays(asked.get('holidays'), zone, wish.start, wish.warnings)
+        stretch = stretch._replace(skips=(*skips, *days))
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
         if not slot:
             begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
@@ -10229,7 +10770,10 @@ class Wishes:
         if not REPEATING & set(changes):
             return stretches
         zone = read_zone(stretches[-1].zone)
-        skips = self.read_skips(asked, zone, int(self.service.clock()), warnings)
+        now = int(self.service.clock())
+        skips = self.read_skips(asked, zone, now)
+        warnings += unmet_skips(stretches, skips)
+        skips += self.holidays(asked.get('holidays'), zone, now, warnings)
         ends = {'until', 'count'} & set(changes)
         return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
             asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule
@@ -10251,31 +10795,30 @@ class Wishes:
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def read_skips(self, asked: dict, zone: ZoneInfo, start: int,
-                   warnings: list) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence; outside any transaction."""
+    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
+        """Days, or wall times, without an occurrence."""
         skips = []
         for text in asked.get('skip_dates') or ():
-            try:
-                moment = datetime.fromisoformat(text.replace('/', '-'))
-            except ValueError:
-                raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24.") from None
-            wall = to_wall(moment, zone) if moment.tzinfo else moment
-            skips.append(wall.date().isoformat() if re.fullmatch('[0-9/-]+', text)
-                         else wall.isoformat())
-        if source := asked.get('holidays'):
-            skips += self.holidays(source, zone, instant(start), warnings)
+            found = read_argument('skip_dates', text, Day, Here(zone, instant(start)))
+            if isinstance(found, timedelta):
+                raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24 or 24 dec.")
+            skips.append(found.isoformat() if type(found) is date
+                         else typed_wall(found, zone).isoformat())
         return tuple(skips)
 
-    def holidays(self, source: str, zone: ZoneInfo, begin: datetime, warnings: list) -> list[str]:
-        """The days of a calendar's all-day events for ten years; what can't be read is told."""
+    def holidays(self, source: str | None, zone: ZoneInfo, start: int,
+                 warnings: list) -> tuple[str, ...]:
+        """The days of a calendar's all-day events for ten years; outside any transaction."""
+        if not source:
+            return ()
+        begin = instant(start)
         entries = read_calendar(self.fetched(source), 'the calendar of holidays')
         begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
         found, refused = days_of(entries, zone, begin, until)
         if refused and not found:
             raise BadCalendar(f'the calendar of holidays: {refused[0]}')
         warnings += [f'no holiday: {why}' for why in refused[:10]]
-        return found
+        return tuple(found)
 
     def fetched(self, source: str) -> str:
         """The text of a calendar, or of the one at an address; never of a file of this machine."""
@@ -10380,7 +10923,7 @@ class Reasons:
             'classes LIKE ?', (f'%"{lack.figure}"%',))
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} '
                  f'AND o.start < {until} + {LONGEST_LEAD}')
-        near = ids_by(self.look.overlapping([('place_live', f'1{there}')], begin, there))
+        near = ids_by(self.look.overlapping([('place_live', f'TRUE{there}')], begin, there))
         found = rows(f"""
             SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
               SELECT reservation_id, vms, start, "end" AS until FROM occurrence
@@ -10586,7 +11129,8 @@ class Limits:
             if limit.waiting is None:
                 continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
-            waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, id)) "
+            waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, "
+                         'CAST(id AS TEXT))) '
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
             if waits >= limit.waiting:
@@ -10665,6 +11209,8 @@ class View(NamedTuple):
     line: tuple  # its place among those that wait, if it waits
 
 
+#: The codes of deals that locks don't hold up: what time and admins bring about.
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -10700,7 +11246,8 @@ class Policy:
 
     def refuse_deal(self, deal: Deal, now: float) -> None:
         """Raises what the first rule says that is against a deal, whatever it wants to hold."""
-        for rule in self.refuse_fixed, self.refuse_waiting_series, self.refuse_taken_label:
+        for rule in (self.refuse_fixed, self.refuse_locked, self.refuse_waiting_series,
+                     self.refuse_taken_label):
             rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
@@ -10801,6 +11348,25 @@ class Policy:
         if row('SELECT id FROM resource WHERE name = ? AND removed IS NULL', name):
             raise Conflict(f"There is already a resource '{name}'. Choose another name, or update "
                            'that one.')
+
+    def refuse_locked(self, deal: Deal, now: float) -> None:
+        """What is locked before its start is changed and cancelled by admins only."""
+        old = deal.old
+        if (not old or self.service.actor.role == ADMIN or deal.code in UNLOCKED
+                or (old.waiting, old.pending) != (None, None)):
+            return
+        for each in deal.changes:
+            is_at = each.before
+            if not is_at or not each.had or is_at.end <= now or is_same(each):
+                continue
+            place = resource_of(is_at.resource_id, removed=True)
+            owner = deal.wish._replace(resource=place, user=old.user, project=old.project)
+            lock = max([place.lock, *(limit.lock for limit in self.limits.limits_for(owner))])
+            if lock and now >= is_at.start - lock:
+                since = self.service.config.told_time(is_at.start - lock, old.tz)
+                raise Conflict(f"'{old.label}' is locked since {since}, {format_duration(lock)} "
+                               'before its start. Ask an admin to change or cancel it.',
+                               cause='lock')
 
     def refuse_many_texts(self, wish: Wish, old=None) -> None:
         """Refuses more long texts than a project may keep; after they were written."""
@@ -11122,7 +11688,7 @@ class Bookings:
             return
         on = goes_on(deal.stretches, deal.horizon)
         columns['booked_until'] = deal.horizon if on else None
-        over = """, over = coalesce(?, max(?, coalesce((SELECT min(max("end"), 1 << 62)
+        over = """, over = coalesce(?, max(?, coalesce((SELECT min(max("end"), 4611686018427387904)
                      FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
         run(change_text(Reservation, tuple(columns), over), *columns.values(),
             int(LAST.timestamp()) if on else None, int(now), id, id)
@@ -11298,8 +11864,8 @@ class Bookings:
         """Lets a reservation wait for an admin until an instant."""
         change(Reservation, reservation, pending=until, confirm=0)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.journal(now, 'pending', f'an admin must approve it before {said}', reservation,
-                             wish.notify)
+        self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
+                                wish.notify)
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
@@ -11314,10 +11880,9 @@ class Bookings:
                     shown=json.dumps(to_plain(shown)))
         self.hold_beside(old.reservation, id, growth)
         said = self.service.config.told_time(until, wish.tz)
-        self.service.journal(now, 'pending',
-                             f"an admin must approve the change of {', '.join(asked)} before "
-                             f'{said}; until then everything stays as approved', old.reservation,
-                             wish.notify)
+        self.service.ask_admins(
+            now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
+                 'everything stays as approved', old.reservation, wish.notify)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -11595,10 +12160,10 @@ class Admission:
         what = (self.told_series(wish, done) if wish.stretches
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
-        if pending and not wish.stretches:
+        if pending:
             until = self.service.config.told_time(pending, wish.tz)
-            self.service.journal(now, 'pending', f'an admin must approve it before {until}',
-                                 reservation, wish.notify)
+            self.service.ask_admins(now, f'an admin must approve it before {until}', reservation,
+                                    wish.notify)
         return reservation, done
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -11956,8 +12521,8 @@ class Waiting:
 
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in their order; parts together."""
-        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request FROM wait w INDEXED BY wait_due
-                         CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
+        due = rows(f"""SELECT DISTINCT r.id, r.project, r.request, r.priority, r.waiting
+                         FROM wait w INDEXED BY wait_due CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
                          ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
@@ -12137,7 +12702,7 @@ class Offers:
             ways = self.look.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
                                          ' AND o.due IS NOT NULL')
             found += walk(self.service.clock(), ways, [(condition, value), later], most)
-        ends = run('SELECT "end" FROM occurrence WHERE id IN (SELECT value FROM json_each(?))',
+        ends = run('SELECT "end" FROM occurrence WHERE id IN numbers(?)',
                    json.dumps([id for _, id in found]))
         return sorted({end for end, in ends})[:most]
 
@@ -12182,12 +12747,12 @@ class Approvals(Operations):
     """What admins say of what waits for their word."""
 
     @api('POST', '/reservation/<label>/approve', role=ADMIN)
-    def approve(self, label: Label, project: Name = '',
+    def approve(self, label: Label, project: Name = '', reason: Text = '',
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Approves a pending reservation, or a pending change of a reservation.
 
         Example:
-          python cmres.py approve lab --project biology
+          python cmres.py approve lab --project biology --reason 'as agreed'
         """
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
@@ -12196,7 +12761,8 @@ class Approvals(Operations):
             for proposal, each in proposals:
                 with self.offers.explaining(restored_wish(proposal.wish), each):
                     self.admission.grant(proposal, now)
-                self.tell(now, 'approved', f'{self.actor.user} approved the change', each)
+                said = self.because(f'{self.actor.user} approved the change')
+                self.tell(now, 'approved', said, each)
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
@@ -12244,7 +12810,7 @@ class Approvals(Operations):
                                   {'pending': None}), now)
         run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
             found.reservation)
-        self.tell(now, 'approved', f'{deed} by {self.actor.user}', found)
+        self.tell(now, 'approved', self.because(f'{deed} by {self.actor.user}'), found)
 
     def pending_of(self, label: str, project: str) -> tuple[list, list, list[tuple]]:
         """What a label means; what of it waits for a word, and what changes of it do."""
@@ -12392,10 +12958,8 @@ class Requests(Operations):
         that fit.
 
         With --repeat it is a series in the time zone --tz: START is the earliest start, END says
-        how long each occurrence takes. The series keeps its local time. A local time that does not
-        exist (summer time begins) moves one hour later; of one that exists twice, the first counts.
-        Occurrences are reserved for the next days (setting `horizon`), and later ones from day to
-        day.
+        how long each occurrence takes. The series keeps its local time. Occurrences are reserved
+        for the next days (setting `horizon`), and later ones from day to day.
 
         With --wait, a reservation that does not fit joins the waiting list: the higher priority
         goes first, then the older request. With - as RESOURCE, cmres uses the first resource of the
@@ -12525,7 +13089,7 @@ class Requests(Operations):
                     if not left and staged.pieces:
                         run('DELETE FROM fact WHERE name = ?', staged.name)  # it is real now
                 taken, refused = taken + done, refused + failed
-        except NoCapacity:
+        except (NoCapacity, KeyboardInterrupt):
             staged.drop_all()
             raise
         return taken, refused
@@ -12592,9 +13156,29 @@ class Requests(Operations):
         found = self.matching(label, asked, state, start, end, limit, after)
         if label and not found and not self.look.labelled(label):
             raise NotFound(f"There is no reservation '{label}'.")
-        if resource and not found:
-            self.look.refuse_unknown_resource(resource)
-        return [public(each) for each in found]
+        if not found:
+            self.look.refuse_unknown_filters(asked)
+        return self.with_changes(found)
+
+    def with_changes(self, found: list) -> list[dict]:
+        """Lines of the listing; what a maintenance or a lower capacity affects says so."""
+        lines, now = [*map(public, found)], int(self.clock())
+        for change in rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" > ?', now):
+            closed = dict(amount_of(change).classes).get(CLOSED) == 0
+            what = 'in maintenance' if closed else 'less capacity'
+            for each, line in zip(found, lines):
+                if not line['fault'] and self.is_affected(each, change, now):
+                    when = self.config.told_window(change.start, change.end, each.tz)
+                    line['fault'] = f'{what} from {when}: {change.reason}'
+        return lines
+
+    def is_affected(self, found, change, now: float) -> bool:
+        """Whether an occurrence has no room in the time of a change of capacity."""
+        begin = max(found.held_from, change.start, now)
+        until = min(found.held_until, change.end)
+        return (found.resource_id == change.resource_id and begin < until
+                and found.waiting is None and found.id in self.must_go(
+                    resource_of(change.resource_id, removed=True), begin, until))
 
     def refuse_unknown_states(self, states: Iterable[str]) -> None:
         for word in states:
@@ -12620,7 +13204,7 @@ class Requests(Operations):
         filters, also = self.look.filtered(asked)
         ways = self.look.ways(filters, state, int(where[0][1]) if start else None)
         if label:
-            ways = [('series', f'1{self.look.within(filters)}')]
+            ways = [('series', f'TRUE{self.look.within(filters)}')]
             also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
 
@@ -12636,8 +13220,8 @@ class Requests(Operations):
           python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
-        answer = public(found) | {'user_data': found.user_data,
-                                  'servers': self.look.servers_of(found.id)}
+        answer = self.with_changes([found])[0] | {
+            'user_data': found.user_data, 'servers': self.look.servers_of(found.id)}
         if not found.repeats:
             return answer
         comes = self.look.page([('series', f'o.reservation_id = {found.reservation}')],
@@ -12838,9 +13422,7 @@ class Requests(Operations):
         return self.carry_out(deed, dry_run)
 
     def left_out(self, found, asked: Day | None, now: float) -> tuple[Slot, Any]:
-        """The occurrence that a series was left without at an instant or on a date, else next; and
-        its row if any.
-        """
+        """The occurrence that a series was left without then, else next; and its row if any."""
         if not found.repeats:
             raise Conflict(f"'{found.label}' is not a series. Reserve it again.")
         begin, until, on = int(now), 2**62, ''
@@ -12864,8 +13446,7 @@ class Requests(Operations):
               occurrence: datetime | None = None, alone: bool = True) -> dict:
         """Changes a reservation, whose cloud is asked before; `alone`: no later occurrence."""
         if not asked.keys() - {'tz'}:
-            raise Invalid('Choose what to change.',
-                          hint='for example --end or --vms')
+            raise Invalid('Choose what to change.', hint='for example --end or --vms')
         # what the cloud was asked about may be out of date by the time we write
         for _ in range(10):
             old, stretches, key = self.to_alter(label, project, occurrence, asked)
@@ -12938,10 +13519,6 @@ class Requests(Operations):
                      old.reservation, tells, NONE_OF_THEM if done or not old.repeats else
                      None if wish.stretches else old.id)
 
-    def because(self, sentence: str) -> str:
-        """A sentence with the reason that was given for the change, if there is one."""
-        return f'{sentence}: {self.reason}' if self.reason else sentence
-
     def in_words_changed(self, old, wish: Wish, asked: dict) -> str:
         """What is otherwise in a reservation, old and new."""
         before, after = public(old), wish.columns(*STORED) | {
@@ -12995,7 +13572,7 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        with self.writing(dry_run) as now:
+        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -13005,11 +13582,12 @@ class Requests(Operations):
             else:
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
-                self.refuse_uncounted(found, label, count, dry_run)
+                self.refuse_uncounted(found, asked)
                 for each in found:
                     self.admission.cancel(self.look.live(each), now, ends=True)
-            lines = in_lines(self.look.in_order([each.id for each in found]))
-            return [line | self.admission.ends_with(each) for line, each in zip(lines, found)]
+            after = self.look.in_order([each.id for each in found], fields=SLIM)
+            return [public(line) | self.admission.ends_with(each)
+                    for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -13039,13 +13617,15 @@ class Requests(Operations):
         where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
         ways = self.look.ways_by(filters, BOTH[:1])
         if label:
-            ways = [('series', f'1{self.look.within(filters)}')]
+            ways = [('series', f'TRUE{self.look.within(filters)}')]
             where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
-        return self.look.page(ways, where, (), 2**31)
+        return self.look.page(ways, where, (), 2**31, fields=SLIM)
 
-    def refuse_uncounted(self, found: list, label: str, count: int | None, dry_run: bool) -> None:
+    def refuse_uncounted(self, found: list, asked: dict) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
+        label, count = asked['label'], asked['count']
         if not found:
+            self.look.refuse_unknown_filters(asked)
             which = f" '{label}'" if label else ' that matches all of these filters'
             raise NotFound(f'There is no current or future reservation{which}.')
         if label and len({each.project for each in found}) > 1:
@@ -13053,36 +13633,49 @@ class Requests(Operations):
             found[:] = [each for each in found if each.project == self.actor.project]
             if not found:
                 raise refusal
-        if (not label or count) and count != len(found) and not dry_run:
+        if (not label or count) and count != len(found) and not asked['dry_run']:
             raise Conflict(f"This would cancel {counted(len(found), 'reservation')}. Nothing was "
                            'cancelled.',
                            hint=f'--count {len(found)} confirms it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
     @api('GET', '/resource/<resource>/find')
-    def find(self, resource: Label, duration: Span, vms: Count = 1, flavor: Name = '',
-             lead: Span = None,
-             after: When = None, before: When = None, limit: Page = 10) -> list[SlotAnswer]:
+    def find(self, resource: Place, duration: Span, vms: Count = 1, flavor: Name = '',
+             classes: Classes = None, lead: Span = None, after: When = None, before: When = None,
+             limit: Page = 10) -> list[SlotAnswer]:
         """Finds the next free time slots for a number of VMs and a duration.
 
-        Each slot shows from when until when the capacity is free. The search ends a year from now,
-        or at --before.
+        Each slot shows from when until when the capacity is free. With - as RESOURCE, cmres looks
+        at all resources. The search ends a year from now, or at --before.
 
         Example:
           python cmres.py find demo 2h --vms 4
+          python cmres.py find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon
         """
-        place = self.look.resource_row(resource)
         if duration < timedelta(seconds=1):
             raise Invalid('duration: a free slot has at least one second.')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
-        amount = self.wishes.each_takes(self.wishes.ask_cloud(place, {'flavor': flavor}, [])) * vms
         need, ahead = duration.total_seconds(), seconds_of(lead)
-        slots = ((first, last) for first, last in free_windows(place, amount, begin - ahead, until)
-                 if last - first >= need + ahead)
-        return [{'start': instant(int(first + ahead)), 'until': instant(int(last)),
-                 'duration': format_duration(last - first - ahead), 'vms': vms}
-                for (first, last), _ in zip(slots, range(limit))]
+        found, refusals, places = [], [], self.look.resources_at(
+            {'resource': resource, 'classes': classes})
+        for place in places:
+            try:
+                known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
+            except Error as error:  # another one may have what is asked for
+                refusals.append(error)
+                continue
+            by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
+            amount = (self.wishes.each_takes(known) + by_hand) * vms
+            windows = free_windows(place, amount, begin - ahead, until)
+            slots = (each for each in windows if each[1] - each[0] >= need + ahead)
+            found += [(first + ahead, place.name, last)
+                      for (first, last), _ in zip(slots, range(limit))]
+        if len(refusals) == len(places):
+            raise refusals[0]
+        return [{'resource': name, 'start': instant(int(first)), 'until': instant(int(last)),
+                 'duration': format_duration(last - first), 'vms': vms}
+                for first, name, last in sorted(found)[:limit]]
 
     @api('GET', '/resource/<resource>/usage')
     def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
@@ -13114,7 +13707,8 @@ class Plan(Operations):
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
                   max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
                   min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
-                  exempt_within: Span = None, dry_run: bool = False) -> LimitAnswer:
+                  exempt_within: Span = None, lock: Span = None,
+                  dry_run: bool = False) -> LimitAnswer:
         """Sets a limit for a user or a project.
 
         Without both, the limit applies to every project that has no limit of its own. With
@@ -13127,13 +13721,14 @@ class Plan(Operations):
         figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
                    'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
                    'waiting': max_waiting}
-        if all(each is None for each in figures.values()):
-            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}.")
+        if all(each is None for each in (lock, *figures.values())):
+            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}, lock.")
         seconds = {name: seconds_of(each) if isinstance(each, timedelta) else each
                    for name, each in figures.items()}
         with self.writing(dry_run) as now:
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
-                        **seconds, added=int(now), exempt=seconds_of(exempt_within))
+                        **seconds, added=int(now), exempt=seconds_of(exempt_within),
+                        lock=seconds_of(lock))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
             return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
 
@@ -13167,7 +13762,7 @@ class Plan(Operations):
 
     def limit_public(self, found) -> dict:
         """A limit as answers show it: lengths in words."""
-        lengths = ('longest', 'ahead', 'least_notice', 'exempt')
+        lengths = ('longest', 'ahead', 'least_notice', 'exempt', 'lock')
         return with_twins({
             name: format_duration(value) if name in lengths and value is not None else value
             for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
@@ -13177,7 +13772,7 @@ class Plan(Operations):
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
                      ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
-                     default_flavor: Name = '', default_image: Name = '',
+                     lock: Span = None, default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
@@ -13191,7 +13786,8 @@ class Plan(Operations):
             self.policy.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show)
+            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show,
+                                        lock=lock)
             self.refuse_idle(self.read_mode(mode), lengths)
             drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
                                       cloud, default_flavor=default_flavor or None,
@@ -13241,8 +13837,9 @@ class Plan(Operations):
                         vms: Most = None, vcpus: Most = None, ram: Most = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
-                        approval: Span = None, no_show: Span = None, default_flavor: Name = None,
-                        default_image: Name = None, default_vms: Figure = None, force: bool = False,
+                        approval: Span = None, no_show: Span = None, lock: Span = None,
+                        default_flavor: Name = None, default_image: Name = None,
+                        default_vms: Figure = None, force: bool = False,
                         dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
@@ -13256,7 +13853,7 @@ class Plan(Operations):
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
                 for field in (*PLACE, *FIGURES) if asked[field] is not None}
         new |= {} if mode is None else {'mode': self.read_mode(mode)}
-        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show}
+        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
         new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
@@ -13540,6 +14137,7 @@ class Plan(Operations):
                      else [[each] for each in homeless])
         became: dict[int, dict] = {}
         while left:
+            self.shares.breathe()
             with transaction():
                 self.fence()
                 for those in some_of(left):
@@ -13720,7 +14318,7 @@ class Plan(Operations):
           python cmres.py check
         """
         differences, steps_seen = [], 0
-        with db.atomic('DEFERRED'):  # one snapshot of all tables; nobody waits for it
+        with db.atomic(db.snapshot):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
                 kept = {(track, at): tuple(held) for track, at, *held in run(
                     'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
@@ -13912,6 +14510,10 @@ def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
     return [*config.logins(addresses), *key]
 
 
+def newest_event() -> int:
+    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
+
+
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -13979,7 +14581,7 @@ class Calendars(Operations):
         if all(not each.guess for each in wanted):
             return wanted
         booked = {each.uid for each in rows(
-            'SELECT uid FROM reservation WHERE uid IN (SELECT value FROM json_each(?)) '
+            'SELECT uid FROM reservation WHERE uid IN names(?) '
             'AND user = ? AND project = ? AND subscription IS ? AND over > ?',
             json.dumps([each.uid for each in wanted if each.guess]),
             *owner, subscription.id if subscription else None, int(self.clock()))}
@@ -14060,10 +14662,10 @@ class Calendars(Operations):
         wanted = {name: value for name, value in want._asdict().items()
                   if value or name not in ('network', 'key')}
         asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                 'personal': False, 'lead': None, 'description': booking.summary[:1000]
-                 } | said | wanted | {
-            'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-            'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
+                 'personal': False, 'lead': None, 'description': booking.summary[:1000]}
+        asked |= said | wanted
+        asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
+                  'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
@@ -14416,7 +15018,7 @@ class Calendars(Operations):
                                fields=FOR_FEEDS)
         servers: dict = defaultdict(list)
         for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
-                         "(SELECT value FROM json_each(?)) AND due IS NOT NULL AND goal = 'up'",
+                         "numbers(?) AND due IS NOT NULL AND goal = 'up'",
                          json.dumps([each.id for each in found])):
             servers[each.occurrence_id] += json.loads(each.addresses)
         now = self.clock()
@@ -14448,7 +15050,7 @@ class Calendars(Operations):
         """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
         return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN (SELECT value FROM json_each(?))',
+                              'WHERE id IN numbers(?)',
                               json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
@@ -14478,12 +15080,17 @@ OWN_FOR = timedelta(days=90)
 FIELDS_OF_TOKEN = '''SELECT t.id, t.user, t.project, t.role, t.purpose, t.scopes,
                             s.name AS resource, t.added, t.ends, t.last_used, t.revoked
                        FROM token t LEFT JOIN resource s ON s.id = t.resource_id'''
+#: The reservations of a user, and of one project of theirs; each half has its index.
+OWNED, OWNED_IN = (' UNION '.join(
+    f'SELECT reservation_id{columns} FROM occurrence WHERE of_user = ?1{where} AND due IS {half}'
+    for half in ('NULL', 'NOT NULL')) for columns, where in (
+        (', of_project', ''), ('', ' AND of_project = ?2')))
 #: By what somebody can see anything; who is known elsewhere has no token.
-ACCESS = '''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
+ACCESS = f'''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
   UNION ALL SELECT NULL, project FROM feed WHERE user = ?1 AND revoked IS NULL
   UNION ALL SELECT NULL, project FROM subscription WHERE user = ?1 AND due IS NOT NULL
-  UNION ALL SELECT NULL, r.project FROM share h JOIN reservation r ON r.id = h.reservation_id
-            WHERE r.user = ?1'''
+  UNION ALL SELECT NULL, o.of_project FROM ({OWNED}) o CROSS JOIN share h
+            ON h.reservation_id = o.reservation_id'''
 
 
 class Tokens(Operations):
@@ -14583,7 +15190,7 @@ class Tokens(Operations):
     def own_tokens(self) -> tuple[str, tuple]:
         """The condition on the tokens that an actor may see and change."""
         if self.actor.role == ADMIN:
-            return '1', ()
+            return 'TRUE', ()
         return 't.user = ? AND t.project = ?', (self.actor.user, self.actor.project)
 
     def own_token(self, id: int):
@@ -14758,9 +15365,8 @@ class Tokens(Operations):
         if not roles:
             ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
                               int(now), user, project).rowcount, 'feeds'))
-            ended.append((run('DELETE FROM share WHERE EXISTS (SELECT 1 FROM reservation r '
-                              'WHERE r.id = reservation_id AND r.user = ? AND r.project = ?)',
-                              user, project).rowcount, 'shared pages'))
+            ended.append((run(f'DELETE FROM share WHERE reservation_id IN ({OWNED_IN})', user,
+                              project).rowcount, 'shared pages'))
         if not roles - {READER}:
             ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
                               user, project).rowcount, 'subscriptions'))
@@ -14835,7 +15441,7 @@ class Records(Operations):
                       if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"1{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
+                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
                      *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
@@ -14866,7 +15472,7 @@ class Records(Operations):
                    WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                 JOIN reservation r ON r.id = o.reservation_id
-             WHERE 1{all_of(where)} ORDER BY v.account, v.id""", *given(where))
+             WHERE TRUE{all_of(where)} ORDER BY v.account, v.id""", *given(where))
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
@@ -14900,7 +15506,7 @@ class Records(Operations):
         now = self.clock()
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = f'1{all_of(self.look.visible())}'
+        own = f'TRUE{all_of(self.look.visible())}'
         told = ('reserved', 'used', 'unused', 'late_worst')
         lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
@@ -15038,10 +15644,11 @@ class Records(Operations):
         figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
         run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
             'late) '
-            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET '
-            'reserved = reserved + excluded.reserved, used = used + excluded.used, '
-            'unused = unused + excluded.unused, refused = refused + excluded.refused, '
-            'late = max(late, excluded.late)', *whose, *figures.values())
+            'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, project, user, resource) DO '
+            'UPDATE SET reserved = tally.reserved + excluded.reserved, '
+            'used = tally.used + excluded.used, unused = tally.unused + excluded.unused, '
+            'refused = tally.refused + excluded.refused, '
+            'late = max(tally.late, excluded.late)', *whose, *figures.values())
 
 
 class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
@@ -15076,18 +15683,18 @@ FINAL = ('deleted', 'kept')
 CALM = 60  # seconds that another number of servers must be up before it is told
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
-DUE = {'occurrence': ('occurrence o', 'o.due', '1'), 'server': ('server v', 'v.due', '1'),
+DUE = {'occurrence': ('occurrence o', 'o.due', 'TRUE'), 'server': ('server v', 'v.due', 'TRUE'),
        # Each target is told in order, one notice of an owner after another.
        'notice': ('outbox n', 'n.due',
                   'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, '
                   'owner)'),
-       'subscription': ('subscription u', 'u.due', '1'), 'claim': ('claim c', 'c.due', '1'),
-       'wait': ('wait w', 'w.due', '1'), 'pending': ('reservation r', 'r.pending', '1'),
-       'proposal': ('proposal p', 'p.until', '1'),
+       'subscription': ('subscription u', 'u.due', 'TRUE'), 'claim': ('claim c', 'c.due', 'TRUE'),
+       'wait': ('wait w', 'w.due', 'TRUE'), 'pending': ('reservation r', 'r.pending', 'TRUE'),
+       'proposal': ('proposal p', 'p.until', 'TRUE'),
        'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED),
        'later': ('fact f', 'CAST(f.value AS REAL)', LATER)}
 #: The soonest instant of all of these that is after another one.
-SOONEST = 'SELECT min(due) AS due FROM ({})'.format(' UNION ALL '.join(
+SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
     for table, column, which in DUE.values()))
 
@@ -15752,7 +16359,8 @@ class Post:
         with transaction():
             total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
                          'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                         'number = 1 + iif(day = excluded.day, number, 0) RETURNING number',
+                         'number = 1 + iif(mailed.day = excluded.day, mailed.number, 0) '
+                         'RETURNING number',
                          f'{notice.owner} invites', int(now // 86400)).fetchone()
             if enough := total > self.config.invitations_per_day:
                 change(Outbox, notice.id, due=None, fault='too many invitations today')
@@ -16264,17 +16872,52 @@ class Dispatcher:
 # What became of it: the answers of workers are compared with what is written, and written down.
 
 
+def lent_parts(places: list[int], now: float) -> list:
+    """The parts of leases that are active on some resources, and start nothing themselves."""
+    return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
+                'r.host, r.user, r.project, l.parts FROM occurrence o '
+                'CROSS JOIN reservation r ON r.id = o.reservation_id JOIN blazar_hold h '
+                'ON h.reservation = r.id JOIN blazar_lease l ON l.id = h.lease_id '
+                'WHERE o.resource_id IN numbers(?) AND o.due IS NOT NULL '
+                """AND o.cancelled IS NULL AND o.start <= ? AND o."end" > ? AND r.image = ''""",
+                json.dumps(places), now, now)
+
+
+def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:
+    """What a part of a lease has on clouds: on whose account, of what kind and name."""
+    project = clouds.config.read_again().identities.get(found.project, found.project)
+    cloud, _, network = network_behind(place)
+    lent = Lent(found.lease_id, found.part, project)
+    if cloud:
+        yield cloud, 'address', found.host, lent._replace(network=network)
+    elif not found.host:
+        asked = next(each['asked'] for each in json.loads(found.parts)
+                     if each['id'] == found.part)
+        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
+        yield place.cloud, 'flavor', found.part, lent._replace(
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
+            like=found.flavor)
+        account = clouds.account(place.cloud, found.project, found.user)
+        # Nova shows a server group to nobody but its project.
+        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
+            yield account, 'server_group', found.part, lent._replace(
+                policy='affinity' if asked['affinity'] else 'anti-affinity')
+
+
 class Lender:
     """Has clouds know what the leases have that are active: flavors and server groups where that
     is wanted, and floating IPs.
     """
+    AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
-    def __init__(self, config: Config, workers: Workers):
-        self.config, self.workers = config, workers
+    def __init__(self, workers: Workers):
+        self.workers = workers
         self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
         """Asks the clouds for what they have otherwise."""
+        self.again = math.inf
         places = {each.id: each for each in rows(
             "SELECT id, cloud, aggregate, named FROM resource WHERE (flavors OR cloud = '' "
             "AND named <> '') AND removed IS NULL")}
@@ -16282,62 +16925,36 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {}).update(
-                {'address': {}} if cloud else {'flavor': {}})
-        for each in self.active([*places], now):
-            for account, kind, name, lent in self.things(each, places[each.resource_id]):
+            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+        for each in lent_parts([*places], now):
+            for account, kind, name, lent in lent_things(
+                    self.workers.clouds, each, places[each.resource_id]):
                 wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
         for account, things in wanted.items():
             if things != self.lent.get(account):
                 self.workers.submit(('lend', account), 'lend', account, things)
 
-    def active(self, ids: list[int], now: float) -> list:
-        """The parts of leases that are active on some resources, and start nothing themselves."""
-        return rows('SELECT h.lease_id, h.part, o.resource_id, o.vms, o.vcpus, o.ram, r.flavor, '
-                    'r.host, r.user, r.project, l.parts '
-                    'FROM occurrence o CROSS JOIN reservation r ON r.id = o.reservation_id '
-                    'JOIN blazar_hold h ON h.reservation = r.id '
-                    'JOIN blazar_lease l ON l.id = h.lease_id '
-                    'WHERE o.resource_id IN (SELECT value FROM json_each(?)) '
-                    'AND o.due IS NOT NULL AND o.cancelled IS NULL AND o.start <= ? '
-                    """AND o."end" > ? AND r.image = ''""",
-                    json.dumps(ids), now, now)
-
-    def things(self, found, place) -> Iterator[tuple[str, str, str, Lent]]:
-        """What a part of a lease has on clouds: on whose account, of what kind and name."""
-        project = self.config.read_again().identities.get(found.project, found.project)
-        cloud, _, network = network_behind(place)
-        lent = Lent(found.lease_id, found.part, project)
-        if cloud:
-            yield cloud, 'address', found.host, lent._replace(network=network)
-        elif not found.host:
-            asked = next(each['asked'] for each in json.loads(found.parts)
-                         if each['id'] == found.part)
-            yield place.cloud, 'flavor', found.part, lent._replace(
-                vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-                disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
-            account = self.workers.clouds.account(place.cloud, found.project, found.user)
-            # Nova shows a server group to nobody but its project.
-            if asked.get('affinity') is not None and account != place.cloud:
-                yield account, 'server_group', found.part, lent._replace(
-                    policy='affinity' if asked['affinity'] else 'anti-affinity')
-
     def record(self, result: Job, now: float) -> None:
-        if result.error:  # it is tried again at the next pass that has something to do
+        if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-            return
-        before, self.lent[result.account] = self.lent.get(result.account, {}), result.target
+        before, has = self.lent.get(result.account, {}), {}
         for kind, things in result.target.items():
-            for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], kind, result.answer.get(name, True))
+            ids = (result.answer or {}).get(kind, {})
+            has[kind] = {name: lent for name, lent in things.items() if name in ids}
+            for name in has[kind].keys() - before.get(kind, {}).keys():
+                note_lent(things[name], name if kind == 'address' else kind, ids[name])
+        self.lent[result.account] = has
+        if has != result.target:
+            self.again = now + self.AGAIN
 
 
-def note_lent(lent: Lent, kind: str, id) -> None:
-    """Notes of a part of a lease that a cloud has something for it."""
+def note_lent(lent: Lent, what: str, id) -> None:
+    """Notes of a part of a lease that a cloud has something for it, and under which id."""
     found = row('SELECT parts FROM blazar_lease WHERE id = ?', lent.lease)
     parts = json.loads(found.parts) if found else []
     for each in parts:
-        each |= {kind: id} if each['id'] == lent.part else {}
+        if each['id'] == lent.part:
+            each.setdefault(what, id)
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
@@ -16691,7 +17308,7 @@ class LifeCycle:
         self.post = Post(config, self.workers, self.health)
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
-        self.lender = Lender(config, self.workers)
+        self.lender = Lender(self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
                                      self.post, self.lender)
         self.passed = time.monotonic()  # when a pass has worked last
@@ -16747,10 +17364,10 @@ class LifeCycle:
 
     def has_work(self, now: float) -> bool:
         """Whether anything is due; asked anew only where somebody has written since."""
-        state = state_of_store()
+        state = db.state()
         if state != self.seen:
             self.seen, self.soonest = state, self.next_due()
-        return self.soonest <= now
+        return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
         """When, after an instant, the next pass has something to do; infinity if nothing is
@@ -16866,7 +17483,7 @@ class LifeCycle:
             run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
                 'id FROM occurrence '
                 f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << min(tries, 20)))) '
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS INT4)))) '
                 'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
             for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
@@ -17468,7 +18085,6 @@ def health_of(service: Reservations, told: Callable | None = None):
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.add_hook('after_request', lambda: name_request(bottle.request, bottle.response))
     app.route('/healthz', 'GET', health_handler(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
@@ -17497,16 +18113,13 @@ def handler(service: Reservations, operation: Operation, fixed: dict,
 
     def handle(**path):
         request = bottle.request
-        try:
-            acting = service.acting(who_asks(service, request, visitor))
-            acting.wanted = while_there(request.environ)
-            with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-                given = given_once(read_query(request, several(operation)),
-                                   read_body(request, most_body(operation)), path, fixed)
-                bound = bind(operation, given, acting.here)
-                return respond(acting, operation, bound, request, given)
-        except Error as error:
-            return refused(error)
+        acting = service.acting(who_asks(service, request, visitor))
+        acting.wanted = while_there(request.environ)
+        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
+            given = given_once(read_query(request, several(operation)),
+                               read_body(request, most_body(operation)), path, fixed)
+            bound = bind(operation, given, acting.here)
+            return respond(acting, operation, bound, request, given)
     return handle
 
 
@@ -17520,11 +18133,8 @@ def document_handler(service: Reservations, visitor: Callable | None) -> Callabl
     import bottle
 
     def handle():
-        try:
-            who_asks(service, bottle.request, visitor)
-            return sent(json_text(openapi()), 200, UNKEPT)
-        except Error as error:
-            return refused(error)
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -17575,7 +18185,7 @@ def sent(text: str | bytes, status: int, headers: dict):
     return bottle.HTTPResponse(data, status, headers)
 
 
-TAKES_GZIP = re.compile(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
+TAKES_GZIP = Pattern(r'(?:^|[,\s])gzip(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))')
 
 
 def header(request, name: str, default: str | None = '') -> str | None:
@@ -17745,10 +18355,7 @@ def feed_handler(service: Reservations) -> Callable:
     written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
-        try:
-            etag, text = written.current(secret)
-        except Error as error:
-            return refused(error)
+        etag, text = written.current(secret)
         same = etag in header(bottle.request, 'If-None-Match')
         return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
             'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
@@ -17795,23 +18402,19 @@ class WrittenFeeds:
     def size(self) -> int:
         return sum(len(each.text) for each in self.kept.values())
 
-    def newest(self) -> int | None:
-        return row('SELECT max(id) AS newest FROM event').newest
-
     def is_old(self, found: Written) -> bool:
-        return found.newest != self.newest() or self.service.clock() >= found.holds
+        return found.newest != newest_event() or self.service.clock() >= found.holds
 
     def written_anew(self, name: str, feed) -> Written:
         """The feed as it is now; somebody else may have written it meanwhile."""
-        found, newest = self.kept.get(feed.id, Written()), self.newest()
+        found, newest = self.kept.get(feed.id, Written()), newest_event()
         if not self.is_old(found):
             return found
         digest = self.service.feed_digest(feed)
         if digest != found.digest or self.service.clock() >= found.holds:
             events, holds = self.service.feed_events(feed)
-            text = calendar_text(name, events).encode()
-            found = Written(newest, digest, holds, f'"{hashlib.sha256(text).hexdigest()[:32]}"',
-                            text)
+            text = calendar_text(name, events)
+            found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
         while self.kept and self.size() + len(found.text) > self.MOST:
             del self.kept[next(iter(self.kept))]
@@ -18049,13 +18652,6 @@ def request_name(environ: dict) -> str:
     import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
-
-
-def name_request(request, response) -> None:
-    """Gives an answer the name that its request came with, or a new one."""
-    name = request.environ.get('cmres.request_id') or request_name(request.environ)
-    for header in ('X-Request-Id', 'X-Openstack-Request-Id'):
-        response.set_header(header, name)
 
 
 def plain_path(environ: dict) -> None:
@@ -18426,7 +19022,6 @@ class Reply:
             yield 'X-Cmres-Token-Ends', f"{token.id} {to_plain(instant(token.ends))}"
 
     def refuse(self, error: Error) -> list[bytes]:
-        note_wait(self.environ, error)
         body = json_text(error_body(error)).encode()
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
@@ -18692,7 +19287,7 @@ class Blazar:
     # Leases
 
     def list_leases(self, view: LeaseView, given: dict) -> dict:
-        own, values = ('1', ()) if view.actor.role == ADMIN else ('project = ?',
+        own, values = ('TRUE', ()) if view.actor.role == ADMIN else ('project = ?',
                                                                   (view.actor.project,))
         return {'leases': view.leases(rows(
             f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
@@ -18720,6 +19315,7 @@ class Blazar:
                 insert(BlazarLease, **lease)
                 view.hold(id, parts, requests, answer)
         view.acting.reserve([request for request, _ in requests], also=also)
+        view.lend_groups(id)
         return {'lease': view.lease(id)}
 
     def change_lease(self, view: LeaseView, given: dict) -> dict:
@@ -18730,7 +19326,7 @@ class Blazar:
 
         def deed(now: float) -> None:
             found = view.row(id)
-            before = view.shown(found)
+            before, = view.leases([found])
             view.change_dates(found, dates)
             for each in lease_list(given.get('reservations'), 'reservations'):
                 view.change_part(found, before, each)
@@ -18770,7 +19366,9 @@ class Blazar:
                               if key not in ('name', 'id')})
         if any(host.name == name for host in view.hosts()):
             raise Conflict(f"the host '{name}' can be reserved already")
-        cloud, aggregate = view.aggregate_of(name)
+        cloud, (aggregate, *_) = view.first(
+            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
+            'aggregate first: openstack aggregate add host')
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
@@ -18831,10 +19429,9 @@ class Blazar:
 
     def add_address(self, view: LeaseView, given: dict) -> dict:
         """Lets a floating IP of a network be reserved."""
-        network, address = (given.get(name) for name in ('floating_network_id',
-                                                         'floating_ip_address'))
-        if not isinstance(network, str) or not is_address(address):
-            raise Invalid('Missing parameter floating_network_id, or floating_ip_address is none')
+        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
+        if not isinstance(network, str) or not isinstance(address, str):
+            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
         cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
                                    f'has {address} in a subnet of the network {network}')
         aggregate = f'floating-IPs {cloud} {subnet} {network}'
@@ -18842,7 +19439,7 @@ class Blazar:
         if address in there:
             raise Conflict(f'{address} can be reserved already')
         view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
-        return {'floatingip': view.host(address_id(aggregate, address)).shown}
+        return {'floatingip': view.host(derived_uuid(f'{aggregate} {address}')).shown}
 
 
 #: What Blazar's clients want to read of a host and cmres does not know.
@@ -18889,6 +19486,20 @@ class LeaseView:
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
 
+    def lend_groups(self, id: str) -> None:
+        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        places = {each.id: each for each in self.acting.look.places() if each.flavors}
+        mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
+        with suppress(CloudError):  # the life cycle tries it again
+            for found in mine:
+                for account, kind, name, lent in lent_things(
+                        self.acting.clouds, found, places[found.resource_id]):
+                    if kind == 'server_group':
+                        made = self.asks(account, operator.methodcaller(
+                            'lend_one', kind, name, lent))
+                        with self.acting.writing():
+                            note_lent(lent, kind, made)
+
     # Leases
 
     def row(self, id: str):
@@ -18901,15 +19512,12 @@ class LeaseView:
         return found
 
     def lease(self, id: str) -> dict:
-        return self.shown(self.row(id))
-
-    def shown(self, found) -> dict:
-        return self.leases([found])[0]
+        return self.leases([self.row(id)])[0]
 
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
         ids = json.dumps([each.id for each in found])
-        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN (SELECT value FROM json_each(?))',
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)',
                      ids)
         among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
         there = {each.reservation: each for each in listing(
@@ -18924,8 +19532,10 @@ class LeaseView:
         """A lease with its parts, and what was reserved for each."""
         now, parts = self.acting.clock(), json.loads(found.parts)
         held = [one for part in parts for one in of_part[part['id']]]
-        start, end = lease_window(found, held)
-        state = first_state(held) if parts else bare_state(now, start, end)
+        start = min((each.start for each in held), default=found.start)
+        end = max((min(each.end, each.cancelled or each.end) for each in held), default=found.end)
+        state = first_state(held) if parts else (
+            'reserved' if now < start else 'active' if now < end else 'ended')
         if state == 'active' and any(self.lacks(part, one) for part in parts
                                      for one in of_part[part['id']]):
             state = 'starting'
@@ -18942,14 +19552,14 @@ class LeaseView:
     @functools.cached_property
     def lending(self) -> dict[str, str]:
         """What a cloud lends to who has reserved, by resource."""
-        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
-                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+        return {each.name: 'address' if network_behind(each)[0] else each.flavors and 'flavor'
+                for each in self.acting.look.places()}
 
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        return bool(kind and kind not in part and not one.image
-                    and bool(one.host) == (kind == 'address'))
+        what = one.host if kind == 'address' else '' if one.host or one.image else kind
+        return bool(what) and what not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -19043,7 +19653,7 @@ class LeaseView:
             if bool(network) != addresses:
                 continue
             for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
-                id = (address_id(place.aggregate, name) if network else
+                id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
                 found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
@@ -19074,12 +19684,6 @@ class LeaseView:
         """What a cloud answers."""
         opened = self.acting.clouds.open(cloud)
         return self.acting.shares.ask(f'the cloud {cloud}', lambda: call(opened))
-
-    def aggregate_of(self, name: str) -> tuple[str, Aggregate]:
-        """The cloud and the aggregate that have a host of a name."""
-        cloud, found = self.first(lambda opened: opened.aggregates(name), f"has a host '{name}'. "
-                                  'Put it into an aggregate first: openstack aggregate add host')
-        return cloud, found[0]
 
     def first(self, call: Callable, what: str) -> tuple[str, Any]:
         """The first cloud here that answers something, and what; NotFound if none does."""
@@ -19165,7 +19769,7 @@ class LeaseRequests:
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
     def choices(self, asked: dict) -> list[list[Wish]]:
-        """The wishes for each of a part that is of a certain address, and for each of the others."""
+        """The wishes for each of a part that must have a certain address, and for any other."""
         certain = asked.get('required_floatingips') or []
         any_other = [''] if len(certain) < asked.get('max', 1) else []
         return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
@@ -19256,19 +19860,6 @@ def host_id(cloud: str, name: str) -> int:
     return int(hashed(f'{cloud}/{name}')[:12], 16)
 
 
-def address_id(aggregate: str, address: str) -> str:
-    """The UUID of a floating IP."""
-    return derived_uuid(f'{aggregate} {address}')
-
-
-def is_address(text) -> bool:
-    """Whether something is the text of an IP address."""
-    from ipaddress import ip_address
-    with suppress(ValueError):
-        return isinstance(text, str) and bool(ip_address(text))
-    return False
-
-
 def date_out(at: int) -> str:
     return f'{instant(at):{DATE_OUT}}'
 
@@ -19277,22 +19868,9 @@ def made_at(at: int | None) -> str | None:
     return at and f'{instant(at):{MADE_OUT}}'
 
 
-def lease_window(found, held: list) -> tuple[int, int]:
-    """From when until when a lease is: as its reservations are, if it has any."""
-    if not held:
-        return found.start, found.end
-    ends = [min(each.end, each.cancelled or each.end) for each in held]
-    return min(each.start for each in held), max(ends)
-
-
 def first_state(held: list) -> str:
     """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
     return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
-
-
-def bare_state(now: float, start: int, end: int) -> str:
-    """What a lease without reservations would be if it had some."""
-    return 'reserved' if now < start else 'active' if now < end else 'ended'
 
 
 def is_compared(comparison: str, there: str, value: str) -> bool:
@@ -19466,15 +20044,15 @@ READS = ('read', 'read-current-user-privilege-set')
 WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
-TITLE = re.compile(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
-                   r'NOT CHANGED\\?, still \d+ VMs?): ')
+TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
+                r'NOT CHANGED\\?, still \d+ VMs?): ')
 OPENS, CLOSES = '[cmres] ', '[end of cmres]'
 MOST_COPIED = 2000  # letters of a line that each such exception has as well
 CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SEQUENCE', 'STATUS',
                     'CLASS', 'TRANSP', 'CATEGORIES', 'ORGANIZER'))
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
-NO_XML = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
+NO_XML = Pattern('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
 
 
 class Refused(Error):
@@ -19731,15 +20309,13 @@ class Understood(NamedTuple):
         """The slots of its exceptions, by what they are written as."""
         if self.booking.error:
             return {}
-        clock = clock_of(self.entries, self.zone)
-        return {each.one('RECURRENCE-ID')[1].strip(): self.slot_of(each, clock)
-                for each in self.entries if each.exception}
-
-    def slot_of(self, entry: Entry, clock: Clock) -> str:
-        named = clock.slot(entry.moment('RECURRENCE-ID'))
-        if getattr(clock.here, 'key', 'UTC') == self.here.key:
-            return named.isoformat()
-        return to_wall(from_wall(named, clock.here), self.here).isoformat()
+        clock, found = clock_of(self.entries, self.zone), {}
+        for each in filter(operator.attrgetter('exception'), self.entries):
+            slot = clock.slot(each.moment('RECURRENCE-ID'))
+            if getattr(clock.here, 'key', 'UTC') != self.here.key:
+                slot = to_wall(from_wall(slot, clock.here), self.here)
+            found[each.one('RECURRENCE-ID')[1].strip()] = slot.isoformat()
+        return found
 
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
@@ -19752,14 +20328,15 @@ class Understood(NamedTuple):
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
         found, last = self.slots(0, until), int(LAST.timestamp())
-        if not found:
-            return 0, last
-        return found[0].start, last if self.slots(until, last) else found[-1].end
+        with suppress(Error, ValueError, OverflowError), Budget().event(True):
+            if found and not goes_on(self.booking.stretches, until):
+                last = found[-1].end
+        return found[0].start if found else 0, last
 
 
-GUEST = re.compile('(?i)(ATTENDEE|ORGANIZER)[;:]')
-METHOD_LINE = re.compile(r'(?mi)^METHOD[;:]')
-OTHER_KINDS = re.compile(r'(?mi)^BEGIN:V(?:TODO|JOURNAL|FREEBUSY|AVAILABILITY|CARD)\b')
+GUEST = Pattern('(?i)(ATTENDEE|ORGANIZER)[;:]')
+METHOD_LINE = Pattern(r'(?mi)^METHOD[;:]')
+OTHER_KINDS = Pattern(r'(?mi)^BEGIN:V(?:TODO|JOURNAL|FREEBUSY|AVAILABILITY|CARD)\b')
 
 
 def guests_in(text: str) -> list[str]:
@@ -19868,10 +20445,6 @@ def folders_of(acting: Reservations) -> list[Folder]:
     """Calendars: one of each resource that has VMs for who says nothing, and one of all."""
     places = [each for each in acting.look.places() if each.default_vms]
     return [*(Folder(acting, each) for each in places), Folder(acting)]
-
-
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 class Teller:
@@ -20017,7 +20590,7 @@ def elsewhere(acting: Reservations, places: str, since: int) -> list:
     return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
                 'AND o.due IS NOT NULL AND o.cancelled IS NULL AND r.waiting IS NULL '
-                'AND o.resource_id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 '
+                'AND o.resource_id IN numbers(?) AND NOT EXISTS (SELECT 1 '
                 f"FROM calendar_object c WHERE c.reservation_id = r.id) {told or ''}",
                 *acting.actor[:2], places, *([since] if since else []))
 
@@ -20159,9 +20732,11 @@ class Draft:
         if other or self.had and self.had.uid != uid:
             raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
                           href=(other[0] if other else self.had).name)
+        if self.had or not most:
+            return
         there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
                      *self.folder.whose).fetchone()
-        if not self.had and 0 < most <= there:
+        if there >= most:
             raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
@@ -20223,7 +20798,7 @@ class Draft:
         old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     '(SELECT value FROM json_each(?))', self.known and self.known.id,
+                     'numbers(?)', self.known and self.known.id,
                      json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
@@ -20232,21 +20807,16 @@ class Draft:
         """Writes the event; what is shown of it. Inside a transaction."""
         had, known = self.had, self.known if booked else None
         id = known.id if known else had.reservation_id if had else None
-        self.take_from_others(id)
+        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', id, self.folder.id, self.name):
+            said = f"The same event stands in the calendar '{self.folder.name}' now."
+            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': said}))
+            show_anew(self.acting, each.id)
         first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
         shown = Teller(self.acting, self.event, id, why).text()
         self.folder.write(self.name, self.event.text, shown, uid=self.booking.uid, reservation=id,
                           first=first, last=last, why=json.dumps(why), gone=None)
         return shown
-
-    def take_from_others(self, reservation: int | None) -> None:
-        """Lets a reservation be of one object alone; its event came from another calendar."""
-        for each in rows('SELECT id, text FROM calendar_object WHERE reservation_id = ? '
-                         'AND NOT (calendar = ? AND name = ?)', reservation, self.folder.id,
-                         self.name):
-            why = f"The same event stands in the calendar '{self.folder.name}' now."
-            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
-            show_anew(self.acting, each.id)
 
     def refuse(self, refusal: Error) -> str:
         """Keeps an event that can't be reserved, with a remark that says why."""
@@ -20327,10 +20897,6 @@ def object_text(data: bytes) -> str:
     return text
 
 
-def etag_of(text: str) -> str:
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
-
-
 class Item(NamedTuple):
     """What stands in a calendar, as programs see it."""
     name: str
@@ -20350,7 +20916,7 @@ def read_xml(data: bytes):
     if not data.strip():
         return None
     try:
-        text = data.decode()
+        text = data.decode('utf-8-sig')
         if '<!DOCTYPE' in text:
             raise Invalid('the XML has a document type or entities, which are not read here')
         if text.count('<') > 2 * MOST_ELEMENTS:
@@ -20377,11 +20943,6 @@ def short_name(tag: str) -> str:
     return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
 
 
-def full_name(path: str) -> str:
-    """A path of names with our prefixes as the parser has it."""
-    return re.sub(r'(\w+):', lambda prefix: f'{{{NAMESPACES[prefix[1]]}}}', path)
-
-
 def empty_element(tag: str) -> str:
     name = short_name(tag)
     if name != tag:
@@ -20405,10 +20966,10 @@ def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> 
       told: properties as XML, and their status
       status: that of the address itself
     """
-    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''.join(
-        f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
-        f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>'
-        for properties, each in told if properties or each == told[0][1] and not told[-1][0])
+    text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
+    for properties, each in [one for one in told if one[0]] or told[:1]:
+        text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
+                 f'<D:status>HTTP/1.1 {each}</D:status></D:propstat>')
     return f'<D:response><D:href>{href}</D:href>{text}</D:response>'
 
 
@@ -20422,18 +20983,18 @@ class Query:
         self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
-        for each in root.iter(full_name('C:prop-filter')):
+        for each in root.iterfind('.//C:prop-filter', NAMESPACES):
             if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
                 raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
-        for each in root.iter(full_name('C:text-match')):
+        for each in root.iterfind('.//C:text-match', NAMESPACES):
             if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
                 raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
-        whole = root.find(full_name('C:comp-filter'))
+        whole = root.find('C:comp-filter', NAMESPACES)
         if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
             raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
-        spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
-        self.parts, self.timed = inner_filters(whole), bool(spans)
-        first = whole.find(full_name('C:comp-filter/C:time-range'))
+        spans = [read_range(each) for each in root.iterfind('.//C:time-range', NAMESPACES)]
+        self.parts, self.timed = whole.findall('C:comp-filter', NAMESPACES), bool(spans)
+        first = whole.find('C:comp-filter/C:time-range', NAMESPACES)
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
@@ -20446,18 +21007,19 @@ class Query:
         """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
-        span = part.find(full_name('C:time-range'))
+        span = part.find('C:time-range', NAMESPACES)
         found = [event for event in events
                  if all(has_property(event, each)
-                        for each in part.iterfind(full_name('C:prop-filter')))
-                 and all(self.has_alarm(event, each, groups) for each in inner_filters(part))]
+                        for each in part.iterfind('C:prop-filter', NAMESPACES))
+                 and all(self.has_alarm(event, each, groups)
+                         for each in part.iterfind('C:comp-filter', NAMESPACES))]
         if is_absent(part) or not found:
             return is_absent(part) and not found
         return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
 
     def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
-        name, span = part.get('name', '').upper(), part.find(full_name('C:time-range'))
+        name, span = part.get('name', '').upper(), part.find('C:time-range', NAMESPACES)
         if name != 'VALARM' or is_absent(part) or span is None:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
             return there != is_absent(part)
@@ -20491,18 +21053,14 @@ class Query:
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
-def inner_filters(part) -> list:
-    return part.findall(full_name('C:comp-filter'))
-
-
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
-    return part.find(full_name('C:is-not-defined')) is not None
+    return part.find('C:is-not-defined', NAMESPACES) is not None
 
 
 def has_property(event: Component, part) -> bool:
     """Whether an event has a property as a filter wants it."""
-    name, match = part.get('name', '').upper(), part.find(full_name('C:text-match'))
+    name, match = part.get('name', '').upper(), part.find('C:text-match', NAMESPACES)
     if is_absent(part) or match is None or event.find(name) is None:
         return (event.find(name) is not None) != is_absent(part)
     value, text = unescaped(event.read(name)[1]), match.text or ''
@@ -20664,7 +21222,7 @@ class Dav:
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
                                   for name, value in at.properties().items()}
         if wanted is None:
-            wanted = [full_name(name) for name in table if name != 'C:calendar-data']
+            wanted = [name for name in table if name != 'C:calendar-data']
         found, missing = [], []
         for tag in wanted:
             name = short_name(tag)
@@ -20711,7 +21269,8 @@ class Dav:
         if not self.folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        where = [('o."end" > ?', since), ('NOT (o.of_user = ? AND o.of_project = ?)', user, project)]
+        others = 'NOT (o.of_user = ? AND o.of_project = ?)', user, project
+        where = [('o."end" > ?', since), others]
         if reservations is not None:
             where.append(acting.look.among('o.reservation_id', reservations))
         asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
@@ -20745,7 +21304,7 @@ class Dav:
             'AND reservation_id IS NOT NULL', event)]
         now = {each.name: each for each in self.busy(-1, ids)}
         there = {f'busy-{each.id}.ics' for each in rows(
-            'SELECT id FROM occurrence WHERE reservation_id IN (SELECT value FROM json_each(?)) '
+            'SELECT id FROM occurrence WHERE reservation_id IN numbers(?) '
             'AND NOT (of_user = ? AND of_project = ?)', json.dumps(ids), *self.folder.whose[:2])}
         return [*now.values(), *(Item(name, '', '', gone=True) for name in sorted(there - {*now}))]
 
@@ -20760,7 +21319,7 @@ class Dav:
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
         root = self.body()
         wanted = wanted_in(root, 'D:propfind')
-        names = root is not None and root.find(full_name('D:propname')) is not None
+        names = root is not None and root.find('D:propname', NAMESPACES) is not None
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
@@ -20782,7 +21341,7 @@ class Dav:
         kept, refused = [], []
         with self.acting.writing():
             for deed in root:
-                for each in deed.iterfind(full_name('D:prop/*')):
+                for each in deed.iterfind('D:prop/*', NAMESPACES):
                     done = self.keep_property(each, short_name(deed.tag) == 'D:set')
                     (kept if done else refused).append(empty_element(each.tag))
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
@@ -20840,14 +21399,14 @@ class Dav:
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
-        window = root.find(full_name('D:prop/C:calendar-data/C:expand'))
+        window = root.find('D:prop/C:calendar-data/C:expand', NAMESPACES)
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
     def calendar_multiget(self, root):
         """Tells of events by their addresses."""
         wanted, found = wanted_in(root), []
-        hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
+        hrefs = ((each.text or '').strip() for each in root.iterfind('D:href', NAMESPACES))
         for href in dict.fromkeys(hrefs):
             names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
             try:
@@ -20860,7 +21419,7 @@ class Dav:
 
     def calendar_query(self, root):
         """Tells of the events that a filter takes."""
-        wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
+        wanted, asked = wanted_in(root), root.find('C:filter', NAMESPACES)
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
@@ -20870,8 +21429,8 @@ class Dav:
 
     def sync_collection(self, root):
         """Tells what has changed since a token (RFC 6578)."""
-        wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
-        most = (root.findtext(full_name('D:limit/D:nresults')) or '').strip()
+        wanted, token = wanted_in(root), root.findtext('D:sync-token', '', NAMESPACES).strip()
+        most = root.findtext('D:limit/D:nresults', '', NAMESPACES).strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
         now, since = self.folder.token, self.folder.since(token) if token else (0, 0)
         found = self.folder.objects('rev > ? ORDER BY rev LIMIT ?', since[0], most + 1)
@@ -20888,7 +21447,7 @@ class Dav:
 
     def free_busy_query(self, root):
         """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
-        element = root.find(full_name('C:time-range'))
+        element = root.find('C:time-range', NAMESPACES)
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
@@ -20900,7 +21459,7 @@ class Dav:
         return sent(text, 200, DAV_HEADERS | {'Content-Type': ICS})
 
 
-BUSY_NAME = re.compile(r'busy-(\d{1,15})\.ics')
+BUSY_NAME = Pattern(r'busy-(\d{1,15})\.ics')
 DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
                         'DAV': '1, 3, calendar-access'}
 
@@ -20949,7 +21508,7 @@ def wanted_in(root, name: str = '') -> list[str] | None:
         return None
     if name and short_name(root.tag) != name:
         raise Invalid(f'the body should be a {name}')
-    prop = root.find(full_name('D:prop'))
+    prop = root.find('D:prop', NAMESPACES)
     if prop is None:
         return None if name else []
     return [*dict.fromkeys(each.tag for each in prop)]
@@ -21064,7 +21623,7 @@ def uninviting(service: Reservations) -> Callable:
             return refused(NotFound('this address is not one that cmres has sent'))
         if bottle.request.method == 'POST':
             with transaction():
-                run('INSERT OR IGNORE INTO uninvited (hash, at) VALUES (?, ?)',
+                run('INSERT INTO uninvited (hash, at) VALUES (?, ?) ON CONFLICT DO NOTHING',
                     hashed(address.lower()), int(service.clock()))
             said = f'No more invitations are sent to {escape(address)}.'
         else:
@@ -21084,7 +21643,7 @@ def uninviting(service: Reservations) -> Callable:
 CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
 NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from)\b|$)'
 #: Parts that a word begins, in the order in which they are taken out of the line.
-PHRASES = {name: re.compile(pattern) for name, pattern in {
+PHRASES = {name: Pattern(pattern) for name, pattern in {
     'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
     'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
     'until': rf'\b(?:until|till) (.+?){NEXT_WORD}',
@@ -23861,8 +24420,7 @@ class SignIn(Visit):
         known = self.pages.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
         try:
             if not known:
-                raise Unauthorized('This sign-in was not started here, or too long ago. Start '
-                                   'again.')
+                raise Unauthorized('This sign-in was not begun here, or too long ago. Start again.')
             known = json.loads(known)
             said = self.pages.openid.end(self.back_here(), known, given, self.service.clock())
             actor = self.claimed(said)
@@ -23880,10 +24438,10 @@ class SignIn(Visit):
         names = [each.strip() for each in self.config.oidc_claims.split(',')]
         user, project, role = (f"{said.get(name) or ''}" for name in (*names, '', '', '')[:3])
         if not user:
-            raise Forbidden(f"The provider does not say who you are: the claim '{names[0]}' is "
+            raise Forbidden(f"Who you are the provider does not say: the claim '{names[0]}' is "
                             'missing.')
         if role and role not in ROLES:
-            raise Forbidden(f"The provider says that your role is '{role}'. It must be one of "
+            raise Forbidden(f"Your role is '{role}', the provider says. It must be one of "
                             f"{', '.join(ROLES)}.")
         return Actor(user, project or 'default', role or USER)
 
@@ -24115,7 +24673,7 @@ class Lists(Visit):
         """
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
-                         'occurrence_id IN (SELECT value FROM json_each(?))',
+                         'occurrence_id IN numbers(?)',
                          json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
         lines = []
@@ -24454,7 +25012,7 @@ class BookForm(Visit):
         could_be = [base, *(f'{base}-{n}' for n in range(2, 60))]
         taken = {each.label for each in rows(
             'SELECT label FROM reservation WHERE project = ? AND label IN '
-            '(SELECT value FROM json_each(?))', self.actor.project, json.dumps(could_be))}
+            'names(?)', self.actor.project, json.dumps(could_be))}
         return next((each for each in could_be if each not in taken), '')
 
     def read_line(self, text: str) -> tuple[QuickLine, dict]:
@@ -25745,8 +26303,8 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
     """
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
-        before, after = getattr(config, name), getattr(new, name)
-        if before == after:
+        before, after = getattr(config.read or config, name), getattr(new, name)
+        if before == after:  # an option of the command stays as it is
             continue
         if name in NEEDS_RESTART:
             told += [f'{name} has changed and needs a restart'] if name in new.sources else []
@@ -25754,7 +26312,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
         told.append(f'{name} is {shown_setting(new, name)} now' if name in SETTINGS else
                     f'[{name}] has changed')
         config.take(**{name: after})
-    config.take(sources=new.sources, stamp=new.stamp)
+    config.take(sources=new.sources, stamp=new.stamp, read=new)
     return told
 
 
@@ -25822,12 +26380,16 @@ class Client:
 
     def all(self, **filters) -> Iterator[Answer]:
         """All reservations that `list` would show page by page."""
+        filters = {'limit': 1000} | filters
         while found := self.list(**filters):
             yield from found
             filters['after'] = cursor_of(found[-1])
 
-    def call(self, operation: Operation, given: dict):
-        """One operation over HTTP.
+    def call(self, operation: Operation, given: dict, sent: str = ''):
+        """One operation over HTTP; a POST whose answer is lost is sent once more, and done once.
+
+        Args:
+          sent: the Idempotency-Key with which it was sent before
 
         Raises:
           Error: the same kinds as the service; Unavailable if there is no answer.
@@ -25840,6 +26402,9 @@ class Client:
                               method=verb)
             if body:
                 request.add_header('Content-Type', 'application/json')
+            key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
+            if key:
+                request.add_header('Idempotency-Key', key)
             with urlopen(request, timeout=self.timeout) as answer:
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
@@ -25847,6 +26412,8 @@ class Client:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
             why = getattr(error, 'reason', error)
+            if isinstance(why, ConnectionResetError) and key and not sent:
+                return self.call(operation, given, key)
             raise Unavailable(f'No answer from {self.url}: {why}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
@@ -25863,9 +26430,7 @@ class Client:
         return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
 
     def refusal(self, answer) -> Error:
-        """The error that the server sent, of the same kind; something else's words if it wasn't
-        cmres.
-        """
+        """The error that the server sent, of the same kind; else the words of who answered."""
         try:
             body = json.load(answer)
             return ERRORS.get(body.get('kind'), Error)(body['error'],
@@ -25899,6 +26464,9 @@ def client_method(operation: Operation) -> Callable:
     def method(self, *args, **kwargs):
         given = inspect.signature(operation.method).bind(
             self, *args, **with_new_names(operation.name, kwargs)).arguments
+        if operation.name == 'list' and not {'limit', 'after'} & given.keys():
+            given.pop('self')
+            return [*self.all(**given)]
         return self.call(operation, {name: value for name, value in given.items()
                                      if name != 'self'
                                      and value != operation.parameters[name].default})
@@ -25993,55 +26561,26 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # when the whole line has been understood: a line with a mistake does nothing. Values stay the text
 # that was typed until `bind` reads them.
 
-GROUPS = {'resource': """Things that people can reserve, and their capacities.
-
-Example:
-  python cmres.py resource add india --cloud simulated --vms 40
-""", 'token': """Tokens: they sign people in to the page, and programs to REST.
-
-Example:
-  python cmres.py token add eva --project biology --role user
-""", 'credential': """In whose name VMs are made: yours, with an application credential of yours.
-
-Example:
-  python cmres.py credential add chameleon 8f2c... SECRET
-""", 'catalog': """Where OpenStack's own tools find cmres.
-
-Example:
-  python cmres.py catalog add chameleon --dry-run
-""", 'user': """People who leave.
-
-Example:
-  python cmres.py user end eva
-""", 'limit': """What projects and users may reserve at most.
-
-Example:
-  python cmres.py limit add --project biology --max-vms 20
-""", 'maintenance': """Maintenances and other capacity changes.
-
-Example:
-  python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks'
-""", 'calendar': """Calendars that show reservations, and calendars that reserve.
-
-Example:
-  python cmres.py calendar feed
-""", 'config': """The settings.
-
-Example:
-  python cmres.py config show
-""", 'event': """The whole event log; `events` shows some of it.
-
-Example:
-  python cmres.py event export --since 2027-01-01
-""", 'key': """The key that signs cookies; only on this computer.
-
-Example:
-  python cmres.py key rotate
-""", 'store': """The database file: copies, checks, updates; only on this computer.
-
-Example:
-  python cmres.py store backup cmres-monday.db
-"""}
+#: Groups of commands: what they are about, and an example.
+GROUPS = {name: f'{about}\n\nExample:\n  python cmres.py {name} {example}\n'
+          for name, about, example in (
+    ('resource', 'Things that people can reserve, and their capacities.',
+     'add india --cloud simulated --vms 40'),
+    ('token', 'Tokens: they sign people in to the page, and programs to REST.',
+     'add eva --project biology --role user'),
+    ('credential', 'In whose name VMs are made: yours, with an application credential of yours.',
+     'add chameleon 8f2c... SECRET'),
+    ('catalog', "Where OpenStack's own tools find cmres.", 'add chameleon --dry-run'),
+    ('user', 'People who leave.', 'end eva'),
+    ('limit', 'What projects and users may reserve at most.', 'add --project biology --max-vms 20'),
+    ('maintenance', 'Maintenances and other capacity changes.',
+     "add demo 2027-03-01T08:00 +4h --reason 'new disks'"),
+    ('calendar', 'Calendars that show reservations, and calendars that reserve.', 'feed'),
+    ('config', 'The settings.', 'show'),
+    ('event', 'The whole event log; `events` shows some of it.', 'export --since 2027-01-01'),
+    ('key', 'The key that signs cookies; only on this computer.', 'rotate'),
+    ('store', 'The database file: copies, checks, updates; only on this computer.',
+     'backup cmres-monday.db'))}
 
 HELP = """Reserves virtual machines (VMs) on OpenStack: cmres starts and deletes them on time.
 
@@ -26099,9 +26638,9 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'calendar_list': 'id kind user project shows added polled fault needs_confirmation',
            'affected': 'label user project vms start end outcome',
            'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
-                         'max_vcpu_hours max_waiting exempt_within',
+                         'max_vcpu_hours max_waiting exempt_within lock',
            'resource_sync': 'resource what before after',
-           'servers': 'n name state addresses planned begun ready deleted snapshot fault',
+           'servers': 'n name state addresses login planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
            'refused': 'line label error',
            'occurrences': 'uid start end status vms resource state outcome why',
@@ -26109,7 +26648,7 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
 MOST_SHOWN = 40  # lines of a table within an answer
 #: What a table that is too wide for its terminal goes without, the first first.
 LEAST = ('id cloud project request vcpus ram image host flavor cell region aggregate kind warnings '
-         'user repeat resource fault change vms').split()
+         'begun planned ready user repeat resource change vms fault').split()
 #: Options that every command takes, and those of them that have no value.
 COMMON = ('--config', '--format', '--tz', '--columns', '--sort')
 SWITCHES = ('--wide', '--watch')
@@ -26133,10 +26672,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     sys.setswitchinterval(NIMBLE)
     config.take(host=host or config.host, port=config.port if port is None else port)
     told = prepared(config)
-    if not os.path.exists(config.database):
+    if is_missing(config.database):
         told = [told_made(config)]
-    demo = demo or not (config.path or any(map(os.path.exists, (
-        config.database, key_file(config.database, config.key)))))
+    demo = demo or not (config.path or not is_missing(config.database)
+                        or os.path.exists(key_file(config.database, config.key)))
     service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
     service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
@@ -26144,7 +26683,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
     told += [channels(config), *(welcome(service, url) if demo else [])]
-    print(f'cmres {__version__} serves {url} from {config.database}', *told, sep='\n', flush=True)
+    print(f'cmres {__version__} serves {url} from {without_password(config.database)}', *told, sep='\n', flush=True)
     note_start(service, 'serve')
     with running(acts, Housekeeper(service, acts, front), front.leave):
         front.run()
@@ -26178,7 +26717,7 @@ def scheduler(config: Config, port: int = None) -> None:
         config.take(port=port)
         front = listening(Gate(health_of(service), service, cycle), config)
         told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
-    first = f'cmres {__version__} runs the scheduler of {config.database}'
+    first = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
     print(first, *told, sep='\n', flush=True)
     note_start(service, 'scheduler')
     with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
@@ -26212,6 +26751,25 @@ def store_backup(config: Config, path: Name) -> dict:
     refuse_missing(config.database)
     copy_store(config.database, path)
     return {'file': path, 'bytes': os.path.getsize(path), 'key': 'not in the copy'}
+
+
+def store_copy(config: Config, target: Name) -> dict:
+    """Copies the whole database to another one, which is empty: a file, or PostgreSQL.
+
+    Stop all processes of cmres first, and start them on the target afterwards (setting database).
+    The copy is checked. It has the same key, so everybody stays signed in.
+
+    Example:
+      python cmres.py store copy postgresql://cmres@db.example.org/cmres
+    """
+    refuse_missing(config.database)
+    file = key_file(target, config.key)
+    keys = all_keys(key_file(config.database, config.key))
+    found = copy_rows(config.database, target, progress_bar)
+    if not os.path.exists(file):
+        write_key(file, keys[0].hex(), verify_store(target)['store'])
+    service = local_service(dataclasses.replace(config, database=target, key=file))
+    return {'target': without_password(target), **found, 'key': file} | service.check()
 
 
 def store_verify(config: Config, path: Name = '') -> dict:
@@ -26275,8 +26833,8 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. After a theft, use `user end`, or stop cmres and remove the
-    key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
+    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
     Example:
       python cmres.py key rotate
@@ -26310,50 +26868,34 @@ def config_check(config: Config) -> dict:
     Example:
       python cmres.py config check --config /etc/cmres.ini
     """
-    faults = [fault for check in CHECKS if (fault := check(config))]
-    if faults:
+    if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
     return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
 
 
-def fault_of_folder(config: Config) -> str:
+def faults_of(config: Config) -> Iterator[str]:
+    """What is wrong with settings: folder, key, addresses, entries of clouds.yaml."""
     folder = os.path.dirname(os.path.abspath(config.database))
-    fine = os.access(folder, os.W_OK | os.X_OK)
-    return '' if fine else f"database: cmres cannot write to its folder '{folder}'"
-
-
-def fault_of_key(config: Config) -> str:
-    file = key_file(config.database, config.key)
+    if not is_server(config.database) and not os.access(folder, os.W_OK | os.X_OK):
+        yield f"database: cmres cannot write to its folder '{folder}'"
     try:
-        if os.path.exists(file):
+        if os.path.exists(file := key_file(config.database, config.key)):
             read_key(file)
     except Unavailable as error:
-        return f'key: {error}'
-    return ''
-
-
-def fault_of_addresses(config: Config) -> str:
-    """A setting that is an address and isn't."""
-    wrong = [f"{name}: '{text}' is not an http(s) address"
-             for name in ('url', 'public_url', 'webhook')
-             if (text := getattr(config, name)) and not re.fullmatch(WEB, text)]
+        yield f'key: {error}'
+    for name in ('url', 'public_url', 'webhook'):
+        if (text := getattr(config, name)) and not re.fullmatch(WEB, text):
+            yield f"{name}: '{text}' is not an http(s) address"
+    if '@' in config.notify_admins and not config.mail_server:
+        yield 'notify_admins: no mail_server is set that could send to mail addresses'
     port = config.mail_server.partition(':')[2]
     if port and not port.isdecimal():
-        wrong.append(f"mail_server: '{config.mail_server}' is not HOST:PORT")
-    return '; '.join(wrong)
-
-
-def fault_of_credentials(config: Config) -> str:
-    """An entry of clouds.yaml that is named and isn't there."""
+        yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
-    if not named:
-        return ''
-    from openstack.config import OpenStackConfig
-    missing = sorted(named - {*OpenStackConfig().get_cloud_names()})
-    return f"[credentials]: clouds.yaml has no {', '.join(missing)}" if missing else ''
-
-
-CHECKS = (fault_of_folder, fault_of_key, fault_of_addresses, fault_of_credentials)
+    if named:
+        from openstack.config import OpenStackConfig
+        if missing := sorted(named - {*OpenStackConfig().get_cloud_names()}):
+            yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
 
 
 def event_export(config: Config, since: When = None) -> None:
@@ -26420,7 +26962,7 @@ def prepared(config: Config) -> list[str]:
 MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
           'demo': 'create the resource demo and a token, if there are none',
-          'path': 'the name of the copy',
+          'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
           'port': 'port to listen on; 0: any free port',
           'noscheduler': 'do not run the scheduler in this process'}
 
@@ -26451,32 +26993,27 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def alerts(config: Config) -> None:
-    """Prints ten alert rules for Prometheus, which reads /metrics as the job `cmres`.
+def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Callable:
+    """A command that only prints a text, which belongs into a file."""
+    def command(config: Config) -> None:
+        print(text().strip('\n'))
+    command.__name__ = name
+    command.__doc__ = f'{about}\n\nExample:\n  python cmres.py {name} > {file}'
+    return command
 
-    Example:
-      python cmres.py alerts > /etc/prometheus/cmres.yml
-    """
+
+def alerts_as_yaml() -> str:
     import yaml
-    print(yaml.safe_dump(alert_rules(), sort_keys=False, width=200), end='')
+    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
 
 
-def dashboard(config: Config) -> None:
-    """Prints a dashboard for Grafana.
-
-    Example:
-      python cmres.py dashboard > cmres.json
-    """
-    print(json_text(grafana_dashboard(), indent=2), end='')
-
-
-def container(config: Config) -> None:
-    """Prints a Containerfile: not root, and only one volume is written.
-
-    Example:
-      python cmres.py container > Containerfile
-    """
-    print(CONTAINER.strip('\n'))
+PRINTING = (
+    printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
+             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+    printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
+             lambda: json_text(grafana_dashboard(), indent=2)),
+    printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
+             'Containerfile', lambda: CONTAINER))
 
 
 def completion(config: Config, shell: Name) -> None:
@@ -26512,10 +27049,9 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 
 
 LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
-         for each in (serve, scheduler, tick, occurrences, store_backup, store_verify,
+         for each in (serve, scheduler, tick, occurrences, store_backup, store_copy, store_verify,
                       store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, alerts, dashboard,
-                      container)}
+                      catalog_add, config_show, config_check, event_export, *PRINTING)}
 
 
 def in_utc(config: Config) -> None:
@@ -26564,9 +27100,7 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
-    """Runs a life cycle in a thread until `stop` is set: begins another if it dies, and tells if it
-    hangs.
-    """
+    """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
     import traceback
     thread, told = None, False
     while not stop.is_set():
@@ -26627,9 +27161,7 @@ def welcome(service: Reservations, url: str) -> list[str]:
 
 
 class Call:
-    """A command that was understood but not made yet; it has no members that Fire could go on
-    to.
-    """
+    """A command that was understood but not made yet, without members for Fire to go on to."""
 
     def __init__(self, operation: Operation, given: dict):
         self._operation, self._given = operation, given
@@ -26669,9 +27201,7 @@ def command(operation: Operation) -> Callable:
 
 
 def commands(leaf: Callable) -> Group:
-    """The tree of all commands, those of the service and those of this machine; `leaf` makes one of
-    an operation.
-    """
+    """The tree of all commands; `leaf` makes one of an operation."""
     tree: dict = {}
     groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
@@ -26684,7 +27214,7 @@ def commands(leaf: Callable) -> Group:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
-    options, zone = {}, UTC
+    options, zone, code = {}, UTC, 0
     argv = list(sys.argv[1:] if argv is None else argv)
     if '_CMRES_COMPLETE' in os.environ:
         print('\n'.join(completed(argv)))
@@ -26701,25 +27231,21 @@ def main(argv: list[str] | None = None) -> int:
                     else call)
         return 0
     except Error as error:
-        as_json = options.get('format') == 'json'
-        said = (json_text(error_body(error), indent=2) if as_json
-                else '\n'.join(in_words(error, zone)))
-        print(legible(said).rstrip('\n'), file=sys.stderr)
-        return 2 if isinstance(error, Invalid) else 1
+        refusal = error
     except STORE_ERRORS as error:
         if not (refusal := trouble(error)):
             raise
-        print(f'cmres: {refusal}', file=sys.stderr)
-        return 1
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
-    except KeyboardInterrupt:
-        print('cmres: Interrupted. A change is made as a whole or not at all: `events` shows it.',
-              file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        refusal, code = Error(f"Interrupted. {str(stopped) or 'Nothing was changed.'}"), 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    said = (json_text(error_body(refusal), indent=2) if options.get('format') in ('json', 'jsonl')
+            else '\n'.join(in_words(refusal, zone)))
+    print(legible(said).rstrip('\n'), file=sys.stderr)
+    return code or (2 if isinstance(refusal, Invalid) else 1)
 
 
 def take_options(argv: list[str], options: dict) -> list[str]:
@@ -26768,22 +27294,18 @@ def run_command(argv: list[str], finish: Callable) -> None:
         argv = [*argv[1:], '--help']
     path, here = command_path(commands(lambda operation: operation), argv)
     if '--help' in argv or isinstance(here, Group):
-        show_help(here, path)
-    words = plain_flags(here, argv[len(path):])
-    call = plain_call(here, words)
-    if call is None:
-        by_fire(path + words, finish)
-    elif (text := finish(call)) is not None:
-        print(text)
-
-
-def show_help(here: Group | Operation, path: list[str]) -> None:
-    """Prints the help of a command, of a group or of all, and ends."""
-    text = (help_of_command(here, path) if isinstance(here, Operation)
-            else help_of_group(here, path))
-    own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it can be started again
-    print(text.replace('python cmres.py', 'cmres') if own else text)
-    raise SystemExit(0)
+        text = (help_of_command(here, path) if isinstance(here, Operation)
+                else help_of_group(here, path))
+        own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it starts again
+        print(text.replace('python cmres.py', 'cmres') if own else text)
+        raise SystemExit(0)
+    flags, plain = read_words(here, argv[len(path):])
+    calls = plain_calls(here, flags, plain)
+    if not calls:
+        by_fire([*path, *plain, *(f'--{name}={value}' for name, value in flags.items())], finish)
+    for call in calls:
+        if (text := finish(call)) is not None:
+            print(text)
 
 
 def help_of_group(here: Group, path: list[str]) -> str:
@@ -26820,7 +27342,9 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
                                 for name, word in zip(needed, words)))
     for title, names in kinds_of(optional).items():
         blocks.append('\n'.join([title, *(two_columns(
-            f'  {option_in_help(operation, name)}', said_in_help(operation, name), 27)
+            f"  --{name.replace('_', '-')} "
+            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
+            said_in_help(operation, name), 27)
             for name in names)]))
     return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
 
@@ -26841,11 +27365,6 @@ def kinds_of(names: list[str]) -> dict[str, list[str]]:
     return {title: each for title, each in (found | {'Other': rest}).items() if each}
 
 
-def option_in_help(operation: Operation, name: str) -> str:
-    value = SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')
-    return f"--{name.replace('_', '-')} {value}".rstrip()
-
-
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
     default = operation.parameters[name].default
@@ -26862,8 +27381,7 @@ def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
 
 def wrapped(text: str, width: int = 80) -> str:
     """Paragraphs for a terminal of 80 columns."""
-    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width)
-                       for each in text.split('\n\n'))
+    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
@@ -26875,24 +27393,21 @@ def by_fire(words: list[str], finish: Callable) -> None:
     fire.Fire(tree, words + ['--', '--separator=\0'], 'cmres', finish)
 
 
-def plain_call(operation: Operation, words: list[str]) -> Call | None:
-    """The call of a line with nothing but words and flags with values, as Fire reads it; else
-    None.
-    """
-    flags, plain, each = {}, [], iter(words)
-    for word in each:
-        name, equals, value = word[2:].partition('=')
-        if not word.startswith('--'):
-            plain.append(word)
-            continue
-        value = value if equals else next(each, '--')
-        if not equals and value.startswith('-') or (name := name.replace('-', '_')) in flags:
-            return None
-        flags[name] = value
+#: Commands that take several labels, each for itself.
+FOR_EACH = ('accept', 'approve', 'delete', 'end', 'reject', 'servers', 'show', 'skip')
+
+
+def plain_calls(operation: Operation, flags: dict[str, str], plain: list[str]) -> list[Call]:
+    """The calls of a line, one for each label, as Fire reads it; none if it is for Fire to read."""
     rest = [name for name in operation.parameters if name not in flags]
+    if any(value.startswith('-') and value != ANY for value in flags.values()):
+        return []
+    if len(plain) > 1 and operation.name in FOR_EACH and rest[0] == 'label':
+        return [Call(operation, flags | {'label': each}) for each in plain]
     if len(plain) > len(rest):
-        return None
-    return Call(operation, dict(zip(rest, plain)) | flags)
+        raise Invalid(f"{operation.words}: '{plain[len(rest)]}' is one word too many. Put quotes "
+                      'around what belongs together.')
+    return [Call(operation, dict(zip(rest, plain)) | flags)]
 
 
 #: What may stand for some arguments.
@@ -26941,9 +27456,7 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
 
 
 def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
-    """The words of a line that name its command, and that command; refuses an unknown one with the
-    nearest.
-    """
+    """The words that name a command, and that command; refuses an unknown one with the nearest."""
     path, here = [], tree
     for word in argv:
         if not isinstance(here, Group) or word == '--help':
@@ -26955,45 +27468,31 @@ def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
     return path, here
 
 
-def joined_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, those of a list that come under one flag again and again with
-    commas between.
-    """
-    rest, lists, each = [], {}, iter(words)
+def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The flags and the other words after a command; a flag of yes or no has no value."""
+    flags, plain, each = {}, [], iter(words)
+    renamed, known = RENAMED.get(operation.name, {}), operation.parameters
     for word in each:
-        flag, equals, value = word.partition('=')
-        kind = (operation.parameters.get(flag[2:].replace('-', '_')) if flag.startswith('--')
-                else None)
-        if kind and kind.annotation in (Names, Parts, Hosts, Classes, Pairs):
-            lists.setdefault(flag, []).append(value if equals else next(each, ''))
-        else:
-            rest.append(word)
-    return rest + [f"{flag}={','.join(values)}" for flag, values in lists.items()]
-
-
-def plain_flags(operation: Operation, words: list[str]) -> list[str]:
-    """The words after a command, flags checked, and `--flag` of a yes-or-no argument closed by its
-    value.
-    """
-    plain, renamed = [], RENAMED.get(operation.name, {})
-    for word in joined_flags(operation, words):
-        flag, equals, value = word.partition('=')
-        new = renamed.get(flag[2:].replace('-', '_')) if flag.startswith('--') else None
-        word = f"--{new.replace('_', '-')}{equals}{value}" if new else word
         if re.match('-[A-Za-z]|--$', word):
             raise Invalid(f'{operation.words} has no option {shown(word)}. Options start with two '
                           'dashes. Write a value that starts with a dash like this: --label=-x')
-        flag, equals, _ = word.partition('=')
-        name = flag[2:].replace('-', '_')
-        off = name.removeprefix('no')
-        if (flag.startswith('--') and off in operation.parameters
-            and name not in operation.parameters):
-            name, word, equals = off, f'--{off}=false', '='
-        if flag.startswith('--'):
-            refuse_unknown(operation, [name])
-            word += '=true' if not equals and operation.parameters[name].annotation is bool else ''
-        plain.append(word)
-    return plain
+        if not word.startswith('--'):
+            plain.append(word)
+            continue
+        name, equals, value = word[2:].partition('=')
+        name = renamed.get(name.replace('-', '_'), name.replace('-', '_'))
+        if name not in known and name.removeprefix('no') in known:
+            name, equals, value = name.removeprefix('no'), '=', 'false'
+        refuse_unknown(operation, [name])
+        kind = known[name].annotation
+        if not equals:
+            value = 'true' if kind is bool else next(each, '--')
+        if not equals and value.startswith('--'):
+            raise Invalid(f"--{name.replace('_', '-')} needs a value.")
+        if name in flags and kind not in (Names, Parts, Hosts, Classes, Pairs):
+            raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
+        flags[name] = f'{flags[name]},{value}' if name in flags else value
+    return flags, plain
 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
@@ -27015,11 +27514,13 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
     begins = operation.name in BEGINS and not bound.get('dry_run')
-    if begins and not config.url and not os.path.exists(config.database):
+    if begins and not config.url and is_missing(config.database):
         print(told_made(config), file=sys.stderr)
     service = (Client(config.url, config.token) if config.url
                else local_service(config, make=begins))
     asked = getattr(service, operation.name)
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
     table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
@@ -27027,23 +27528,35 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         shown = render(asked(**bound), form, config.zone, table)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
-    answer = asked(**bound)
+    answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
+              else asked(**bound))
     text = render(answer, form, config.zone, table)
-    say_end(getattr(service, 'token_ends', ''), config.zone)
+    id, _, at = getattr(service, 'token_ends', '').partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
     if more := what_follows(operation, asked, bound, answer):
-        say_more(more, form)
+        said = f'There is more: add {more}, or a higher --limit.'
+        if form == 'table':
+            text += f'\n{said}'
+        else:  # no program takes it for a line of the list
+            print(said, file=sys.stderr)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
     return text
 
 
-def say_end(told: str, zone: ZoneInfo) -> None:
-    """Tells on the error output that the token ends soon, as the server has said."""
-    id, _, at = told.partition(' ')
-    if at:
-        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
-              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
+def kept_if_stopped(asked: Callable, bound: dict):
+    """What a call answers; if somebody interrupts it, that says what it has done and is kept."""
+    before, = run('SELECT coalesce(max(id), 0) FROM event').fetchone()
+    try:
+        return asked(**bound)
+    except KeyboardInterrupt:
+        done = rows("SELECT code, count(*) AS number FROM event WHERE id > ? AND actor <> 'cmres' "
+                    "AND code <> 'dropped' GROUP BY code", before)
+        kept = ', '.join(f'{each.number} {each.code}' for each in done)
+        raise KeyboardInterrupt(kept and f'This was done before and stays: {kept}.') from None
 
 
 #: With these an operator begins, so that they make a database where there never was one.
@@ -27054,12 +27567,12 @@ CLEAR = '\x1b[H\x1b[2J'  # the cursor to its home, and the screen empty
 def nothing_taken(name: str, answer) -> Error | None:
     """What a command that took nothing of many ends with."""
     if name == 'import_' and {each['outcome'] for each in answer['events']} == {'refused'}:
-        number = counted(len(answer['events']), 'event')
-        return BadCalendar(f'Nothing was reserved: {number} refused.')
-    if name == 'load' and answer.get('refused') and not answer.get('taken'):
-        number = counted(len(answer['refused']), 'line')
-        return Conflict(f'Nothing was reserved: {number} refused.')
-    return None
+        kind, number = BadCalendar, counted(len(answer['events']), 'event')
+    elif name == 'load' and answer.get('refused') and not answer.get('taken'):
+        kind, number = Conflict, counted(len(answer['refused']), 'line')
+    else:
+        return None
+    return kind(f'Nothing was reserved: {number} refused.')
 
 
 def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> str:
@@ -27074,11 +27587,6 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     shown = (last['id'] if operation.name == 'events'
              else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
-
-
-def say_more(more: str, form: str) -> None:
-    """Tells that a list goes on, where no program takes it for a line of the list."""
-    print(f'There is more: add {more}, or a higher --limit.', file=sys.stderr)
 
 
 def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: float = 1) -> None:
@@ -27156,24 +27664,18 @@ def file_rows(text: str, name: str) -> list[dict]:
 
 
 #: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
-FORMULA = re.compile('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
-
-
-def unquoted(cell):
-    """A cell as it was before `csv_cell` quoted it; what is too much in a line is a list."""
-    quoted = isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:])
-    return cell[1:] if quoted else cell
+FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
 
 
 def csv_rows(text: str) -> list[dict]:
-    """The lines of a CSV text with commas, or with semicolons as spreadsheets of many countries
-    write them.
-    """
+    """The lines of a CSV text with commas, or with semicolons, as many spreadsheets write it."""
     head = text.partition('\n')[0]
     reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    lines = [{name: unquoted(cell) for name, cell in each.items()} | {'line': reader.line_num}
-             for each in reader]
+    # as it was before `csv_cell` quoted it; what is too much in a line is a list
+    quoted = (lambda cell: isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:]))
+    lines = [{name: cell[1:] if quoted(cell) else cell for name, cell in each.items()}
+             | {'line': reader.line_num} for each in reader]
     for each in lines:
         if '' in each:
             raise ValueError(f"line {each['line']} has more columns than the header line.")
@@ -27223,9 +27725,7 @@ def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
 
 
 def sorted_lines(lines: list[dict], names: str) -> list[dict]:
-    """Lines by the fields that are named, with - before one whose last comes first; empty ones are
-    last.
-    """
+    """Lines by the fields that are named, with - before one from its end; empty ones are last."""
     for name in reversed([each.strip() for each in names.split(',')]):
         field = name.removeprefix('-')
         refuse_unknown_column(field, lines)
@@ -27264,10 +27764,7 @@ def as_yaml(answer) -> str:
 def as_csv(lines: list[dict]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    for number, line in enumerate(lines):
-        if number == 0:
-            writer.writerow(line)
-        writer.writerow(map(csv_cell, line.values()))
+    writer.writerows([*lines[:1], *(map(csv_cell, line.values()) for line in lines)])
     return out.getvalue().rstrip('\n')
 
 
@@ -27291,7 +27788,7 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     if not look.chosen:
         filled = {name for name in names if any(line.get(name) not in EMPTY for line in lines)}
         names = [name for name in look.columns or names if name in filled] or names
-    cells = [[in_table(line.get(name), zone) for name in names] for line in lines]
+    cells = [[in_table(worded(name, line.get(name)), zone) for name in names] for line in lines]
     times = {name for name in names if any(isinstance(line.get(name), datetime) for line in lines)}
     heads = [f'{name} ({zone.key})' if name in times else name for name in names]
     shown = range(len(names))
@@ -27300,7 +27797,10 @@ def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
     text = drawn([heads[each] for each in shown],
                  [[line[each] for each in shown] for line in cells])
     left_out = [name for name in names if names.index(name) not in shown]
-    return text + (f"\nNot shown: {', '.join(left_out)} (--wide shows all)" if left_out else '')
+    faults = dict.fromkeys(f"{each.get('label', each.get('name'))}: {each['fault']}"
+                           for each in lines if 'fault' in left_out and each['fault'])
+    said = ', '.join(name for name in left_out if name != 'fault')
+    return '\n'.join([text, *faults] + [f'Not shown: {said} (--wide shows all)'] * bool(said))
 
 
 EMPTY = (None, '', [], {}, ())
@@ -27311,17 +27811,26 @@ TWINS = LIMIT_FIELDS | {'hit': 'affected', 'held': 'needs_confirmation', 'held_n
 
 def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
     """One thing: a line for each field that is not empty, then its lists as tables of their own."""
-    answer = {name: each for name, each in answer.items()
-              if TWINS.get(name) not in answer}
+    answer = {name: each for name, each in answer.items() if TWINS.get(name) not in answer}
     said = answer.pop('message', '')
     if len(answer) == 1:
         return '\n'.join(in_cell(each, zone) for each in answer.values())
     inner = {name: each for name, each in answer.items()
              if each and isinstance(each, list) and isinstance(each[0], dict)}
-    pairs = [(name, in_cell(each, zone)) for name, each in answer.items()
-             if name not in inner and each is not False and each not in EMPTY]
+    pairs = [(name, in_cell(worded(name, each), zone)) for name, each in answer.items()
+             if name not in inner and each is not False and each not in EMPTY
+             and (each or name not in LENGTH_FIELDS) and each != '0s']
     tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
     return '\n'.join([said, drawn([], pairs) if pairs else '', *tables]).strip('\n')
+
+
+#: Fields that are lengths in seconds.
+LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
+
+
+def worded(name: str, value):
+    """A field as people read it: a length with its units."""
+    return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
 def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str:
@@ -27333,20 +27842,14 @@ def inner_table(name: str, lines: list[dict], zone: ZoneInfo, look: Look) -> str
 
 
 def in_table(value, zone: ZoneInfo) -> str:
-    """A value in a table, where the head of a column says the zone; an hour that comes twice says
-    which it is.
-    """
-    if not isinstance(value, datetime):
-        return in_cell(value, zone)
-    text, local = format_time(value, zone), value.astimezone(zone)
-    twice = local.replace(fold=1 - local.fold).astimezone(UTC) != value.astimezone(UTC)
-    return text if twice else text.rpartition(' ')[0]
+    """A value in a table, whose head says the zone; an hour that comes twice says which it is."""
+    text = in_cell(value, zone)
+    plain = isinstance(value, datetime) and not comes_twice(value.astimezone(zone))
+    return text.rpartition(' ')[0] if plain else text
 
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
-    """The columns for which a terminal has room: first goes what all lines share, then what matters
-    least.
-    """
+    """The columns for which a terminal has room: first goes what all share, then the least."""
     widths = [max(map(len, (head, *(line[place] for line in cells))))
               for place, head in enumerate(heads)]
     shared = {name for place, name in enumerate(names)
@@ -27362,9 +27865,7 @@ def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: i
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, each column as wide as it needs to be; a terminal's widest ones are
-    folded.
-    """
+    """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
     widths = [max(wide(part) for line in table for part in line[place].split('\n'))
               for place in range(len(table[0]))]
@@ -27374,7 +27875,7 @@ def drawn(names: list[str], lines: list) -> str:
                  for place in range(len(widths))]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
-    if names and on_terminal:
+    if names and on_terminal and 'NO_COLOR' not in os.environ:
         text[0] = f'\x1b[1m{text[0]}\x1b[0m'
     return '\n'.join(text)
 
@@ -27388,9 +27889,7 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, none that is `whole` or has the
-    least.
-    """
+    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
     widths = widths[:]
     while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
         there = sorted({width for width, fixed in zip(widths, whole) if not fixed
@@ -27472,13 +27971,11 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
     """What a refusal says that would fit."""
-    offers = {'next_start': 'the same from {}', 'most_vms': '{} at that time',
-              'latest_end': 'from the same start until {}'}
     moment = functools.partial(format_moment, zone=zone)
-    values = {'most_vms': lambda number: counted(number, 'VM'), 'next_start': moment,
-              'latest_end': moment}
-    return [text.format(values[name](details[name]))
-            for name, text in offers.items() if name in details]
+    offers = (('next_start', 'the same from {}', moment),
+              ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),
+              ('latest_end', 'from the same start until {}', moment))
+    return [text.format(said(details[name])) for name, text, said in offers if name in details]
 
 
 def run_program() -> None:
@@ -27492,5 +27989,6 @@ def run_program() -> None:
     os._exit(code)
 
 
+gc.enable()
 if __name__ == '__main__':
     run_program()
