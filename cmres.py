@@ -24438,8 +24438,8 @@ class SignIn(Visit):
         names = [each.strip() for each in self.config.oidc_claims.split(',')]
         user, project, role = (f"{said.get(name) or ''}" for name in (*names, '', '', '')[:3])
         if not user:
-            raise Forbidden(f"Who you are the provider does not say: the claim '{names[0]}' is "
-                            'missing.')
+            raise Forbidden("cmres does not know who you are: the provider's claim "
+                            f"'{names[0]}' is missing.")
         if role and role not in ROLES:
             raise Forbidden(f"Your role is '{role}', the provider says. It must be one of "
                             f"{', '.join(ROLES)}.")
