@@ -24415,7 +24415,8 @@ class SignIn(Visit):
         known = self.pages.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
         try:
             if not known:
-                raise Unauthorized('This sign-in was not begun here, or too long ago. Start again.')
+                raise Unauthorized('This sign-in was not started here, or too long ago. Start '
+                                   'again.')
             known = json.loads(known)
             said = self.pages.openid.end(self.back_here(), known, given, self.service.clock())
             actor = self.claimed(said)
@@ -24433,10 +24434,10 @@ class SignIn(Visit):
         names = [each.strip() for each in self.config.oidc_claims.split(',')]
         user, project, role = (f"{said.get(name) or ''}" for name in (*names, '', '', '')[:3])
         if not user:
-            raise Forbidden("cmres does not know who you are: the provider's claim "
-                            f"'{names[0]}' is missing.")
+            raise Forbidden(f"The provider does not say who you are: the claim '{names[0]}' is "
+                            'missing.')
         if role and role not in ROLES:
-            raise Forbidden(f"Your role is '{role}', the provider says. It must be one of "
+            raise Forbidden(f"The provider says that your role is '{role}'. It must be one of "
                             f"{', '.join(ROLES)}.")
         return Actor(user, project or 'default', role or USER)
 
