@@ -16,9 +16,9 @@ test: $(VENV)/cmres_test   ## run all tests that need no cloud
 	$(PYTEST) --assert=plain -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
 test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on PostgreSQL, which they start themselves
-	CMRES_TEST_ENGINE=postgresql $(PYTEST) -n 4 --dist worksteal -m 'not openstack and not clients and not sqlite' cmres_test.py
+	CMRES_TEST_ENGINE=postgresql $(PYTEST) -n 4 --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
 
-test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
+test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done $(VENV)-clients/tempest/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m openstack cmres_test.py
 
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
@@ -61,6 +61,12 @@ $(VENV)-clients/horizon/done: | $(VENV)-clients/done   # OpenStack's dashboard w
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check horizon~=27.0 blazar-dashboard~=16.0
 	cd $(@D)/lib/python3*/site-packages && cp blazar_dashboard/enabled/_9*.py openstack_dashboard/local/enabled/
+	touch $@
+
+$(VENV)-clients/tempest/done: | $(VENV)-clients/done   # OpenStack's own tests, with Blazar's scenarios
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check tempest~=47.0
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps blazar-tempest-plugin==0.19.0
 	touch $@
 
 $(BIN)/python:

@@ -49,7 +49,8 @@ The file reads from top to bottom; a section uses only the sections above it:
   Workers, Health, Planner            who calls clouds; how these are; what is wanted
   Dispatcher, Reconciler, Life cycle  what to call; what became of it; all of that, again and again
   Document, REST, Gate                the faces on the web, and what stands before them
-  Blazar, CalDAV, Page                Blazar's REST; calendar programs; what a browser shows
+  Blazar, CalDAV, Quick line          Blazar's REST; calendar programs; one line of what is wanted
+  Look, Time line, Visits, Page       how pages look; the plan; who visits; what a browser shows
   Serving, Client                     sockets; Python elsewhere
   Nova filter, Command line           what nova-scheduler loads from this file; the shell
 """
@@ -3615,6 +3616,20 @@ class SQLite(peewee.SqliteDatabase):
         connection = self.connection()
         return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
+    def make_trigger(self, text: str) -> None:
+        run(text)
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return bool(run('PRAGMA temp.table_info(texts_now)').fetchone())
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
+                         f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
+                         for _, name, kind, needed, default, key
+                         in run(f'PRAGMA main.table_info({table})'))
+
     def many(self, table: str, names: tuple) -> str:
         """The statement that writes rows, one parameter in JSON: a list of objects."""
         values = ', '.join(f"json_extract(value, '$.{name}')" for name in names)
@@ -3654,11 +3669,12 @@ class PostgreSQL(PooledPostgresqlDatabase):
         super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
-    def _connect(self):
+    def connect(self, reuse_if_open: bool = False) -> bool:
+        """Takes a connection for this thread, and waits for one while all are in use."""
         try:
-            return super()._connect()
+            return super().connect(reuse_if_open)
         except MaxConnectionsExceeded:
-            raise peewee.OperationalError('all connections are in use') from None
+            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3712,7 +3728,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
         """Runs a statement that peewee has made: of the schema."""
         for pattern, text in OF_SCHEMA:
             sql = pattern.sub(text, sql)
-        return super().execute_sql(self.spell(sql), params)
+        return super().execute_sql(self.spell(sql.replace('%s', '?')), params)
 
     @staticmethod
     @functools.lru_cache(2000)
@@ -3734,6 +3750,26 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
         return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    def has_stage(self) -> bool:
+        """Whether this connection has what rehearsals write to."""
+        return run("SELECT to_regclass('pg_temp.texts_now') IS NOT NULL").fetchone()[0]
+
+    def make_trigger(self, text: str) -> None:
+        """Makes of a trigger of SQLite a function and what calls it."""
+        temp, name, event, which, deeds = TRIGGER.fullmatch(text).groups()
+        schema = 'pg_temp.' if temp else ''
+        for pattern, instead in OF_TRIGGERS:
+            deeds = pattern.sub(instead, deeds)
+        if which:
+            deeds = f'IF {which} THEN {deeds} END IF;'
+        run(f'CREATE FUNCTION {schema}{name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN '
+            f'{deeds} RETURN coalesce(NEW, OLD); END $$')
+        run(f'CREATE TRIGGER {name} {event} FOR EACH ROW EXECUTE FUNCTION {schema}{name}()')
+
+    def columns_like(self, table: str) -> str:
+        """The columns of a table that is made like another one."""
+        return f'LIKE {table} INCLUDING DEFAULTS'
 
     def many(self, table: str, names: tuple) -> str:
         """The statement that writes rows, one parameter in JSON: a list of objects."""
@@ -3773,6 +3809,15 @@ def psycopg():
 OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
+
+
+TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                     r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+    (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
+    (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
+    (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
+                                    'CAST(r.invite AS jsonb)) AS list (value) ON TRUE'))]
 
 
 def of_peewee(error: Exception) -> peewee.PeeweeException:
@@ -4528,43 +4573,6 @@ FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, r
      'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
 
 
-def trigger_on_server(name: str, head: str, body: str, answer: str = 'NEW') -> tuple[str, str]:
-    """What makes a trigger of PostgreSQL: its function, and when that is called."""
-    return (f'CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ '
-            f'BEGIN {body}; RETURN {answer}; END $$',
-            f'CREATE TRIGGER {name.removeprefix("pg_temp.")} {head} FOR EACH ROW '
-            f'EXECUTE FUNCTION {name}()')
-
-
-#: The same of PostgreSQL.
-MORE_TEXTS = f"""INSERT INTO texts SELECT NEW.project, {long_texts('NEW')}
-  WHERE {long_texts('NEW')} > 1000
-  ON CONFLICT (project) DO UPDATE SET size = texts.size + excluded.size"""
-LESS_TEXTS = f"""UPDATE texts SET size = size - {long_texts('OLD')}
-  WHERE project = OLD.project AND {long_texts('OLD')} > 1000"""
-TRIGGERS_ON_SERVER = (
-    *trigger_on_server('reservation_texts', 'AFTER INSERT ON reservation', MORE_TEXTS),
-    *trigger_on_server('reservation_texts_changed', 'AFTER UPDATE OF project, user_data, '
-                       'description, metadata ON reservation', f'{LESS_TEXTS}; {MORE_TEXTS}'),
-    *trigger_on_server('reservation_texts_gone', 'AFTER DELETE ON reservation', LESS_TEXTS),
-    *trigger_on_server('occurrence_owner', 'BEFORE INSERT ON occurrence', """
-      IF NEW.of_project = '' THEN
-        SELECT r.project, r.user INTO NEW.of_project, NEW.of_user FROM reservation r
-         WHERE r.id = NEW.reservation_id;
-      END IF"""),
-    *trigger_on_server('reservation_owner', 'AFTER UPDATE OF project, user ON reservation', """
-      UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user
-       WHERE reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user)"""),
-    *trigger_on_server('event_invites', 'AFTER INSERT ON event', """
-      IF NEW.reservation_id IS NOT NULL AND NEW.code IN ('added', 'updated', 'kept', 'admitted',
-        'approved', 'maintenance', 'ready', 'released') THEN
-        INSERT INTO outbox (event_id, target, owner, tries, due, fault, invites)
-          SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', TRUE
-            FROM reservation r, jsonb_array_elements_text(CAST(r.invite AS jsonb)) AS list (value)
-           WHERE r.id = NEW.reservation_id AND r.invite <> '[]';
-      END IF"""))
-
-
 def open_store(path: str, key: str = '', make: bool = True) -> None:
     """Opens the database for all threads. Where none ever was, it and its key are made.
 
@@ -4693,10 +4701,9 @@ def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
 def told_by_server() -> tuple[int, int | None, str]:
     """The same of a database of PostgreSQL."""
     version = db.version()
-    others = run("SELECT count(*) FROM pg_tables WHERE schemaname = current_schema()").fetchone()[0]
-    if not version:
-        return (0, None, '') if others else (OURS, 0, '')
-    return OURS, version, fact('store')
+    if version:
+        return OURS, version, fact('store')
+    return (0, None, '') if db.get_tables() else (OURS, 0, '')
 
 
 def close_store() -> None:
@@ -4726,8 +4733,8 @@ def finish_tables() -> None:
         run(f'CREATE INDEX {index}')
     for index in UNIQUE:
         run(f'CREATE UNIQUE INDEX {index}')
-    for trigger in TRIGGERS if db.in_files else TRIGGERS_ON_SERVER:
-        run(trigger)
+    for each in TRIGGERS:
+        db.make_trigger(each)
     db.note_version()
 
 
@@ -4859,7 +4866,10 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
         part = f'{target}.{secrets.token_hex(4)}'
         make_private(part)
     try:
-        with reading(source) as read, writing(part):
+        with reading(source) as read, opened(part), transaction():
+            if db.version() or told_by_server()[1] is None:
+                raise Conflict(f"The database '{without_password(target)}' is not empty. Choose "
+                               'another one.')
             number = fill_tables(read, watch)
         if part != target:
             leave_wal(part)
@@ -4872,16 +4882,6 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
             with suppress(FileNotFoundError):
                 os.remove(part + side)
     return {'rows': number}
-
-
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """A transaction on a database that is empty yet; Conflict if it is not."""
-    with opened(path), transaction():
-        if is_server(path) and told_by_server() != (OURS, 0, ''):
-            raise Conflict(f"The database '{without_password(path)}' is not empty. Choose "
-                           'another one.')
-        yield
 
 
 def fill_tables(read: Callable, watch: Callable) -> int:
@@ -5832,34 +5832,32 @@ def rehearsing() -> Iterator[None]:
 
 def set_stage() -> None:
     """Makes, once on each connection, what rehearsals write to."""
-    if not db.in_files:
-        set_stage_on_server()
+    if db.has_stage():
         return
-    if run('PRAGMA temp.table_info(texts_now)').fetchone():
-        return
-    for table in REHEARSED:
-        columns = run(f'PRAGMA main.table_info({table})').fetchall()
-        names = ', '.join(f'"{name}"' for _, name, *_ in columns)
-        kinds = ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
-                          f'{" PRIMARY KEY" if key else f" DEFAULT {default}" if default else ""}'
-                          for _, name, kind, needed, default, key in columns)
-        news = ', '.join(f'NEW."{name}"' for _, name, *_ in columns)
-        owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
-          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
-        run_all(f"""
-          CREATE TEMP TABLE {table}_new ({kinds});
-          CREATE TEMP TABLE {table}_gone (id INTEGER PRIMARY KEY);
-          CREATE TEMP VIEW {table}_now AS
-            SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
-            UNION ALL SELECT {names} FROM {table}_new""")
-        run(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
-          INSERT OR REPLACE INTO {table}_new VALUES ({news});
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id);
-          {owner if table == 'reservation' else ''} END""")
-        run(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
-          DELETE FROM {table}_new WHERE id = OLD.id;
-          INSERT OR IGNORE INTO {table}_gone VALUES (OLD.id); END""")
-    run(TEXTS_NOW)
+    with db.atomic(db.snapshot):
+        for model in TABLES:
+            if (table := model._meta.table_name) in REHEARSED:
+                set_stage_of(table, [each.column_name for each in model._meta.sorted_fields])
+        run(TEXTS_NOW)
+
+
+def set_stage_of(table: str, columns: list[str]) -> None:
+    names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
+    gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING;'
+    owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
+      reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
+    run_all(f"""
+      CREATE TEMP TABLE {table}_new ({db.columns_like(table)});
+      CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY);
+      CREATE TEMP VIEW {table}_now AS
+        SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
+        UNION ALL SELECT {names} FROM {table}_new""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id;
+      INSERT INTO {table}_new ({names}) VALUES ({news}); {gone}
+      {owner if table == 'reservation' else ''} END""")
+    db.make_trigger(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
+      DELETE FROM {table}_new WHERE id = OLD.id; {gone} END""")
 
 
 TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
@@ -5868,29 +5866,6 @@ TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
     SELECT project, {long_texts('n')} FROM reservation_new n WHERE {long_texts('n')} > 1000
     UNION ALL SELECT project, -{long_texts('g')} FROM main.reservation g
      WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) x GROUP BY 1"""
-
-
-def set_stage_on_server() -> None:
-    """The same on a connection to PostgreSQL."""
-    if run("SELECT to_regclass('pg_temp.texts_now')").fetchone()[0]:
-        return
-    made = []
-    for table in REHEARSED:
-        owner = ("""UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
-          reservation_id = NEW.id AND (NEW.project, NEW.user) <> (OLD.project, OLD.user);"""
-                 if table == 'reservation' else '')
-        gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING'
-        made += [
-            f'CREATE TEMP TABLE {table}_new (LIKE {table} INCLUDING DEFAULTS)',
-            f'CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY)',
-            f'CREATE TEMP VIEW {table}_now AS SELECT * FROM {table} WHERE id NOT IN (SELECT id '
-            f'FROM {table}_gone) UNION ALL SELECT * FROM {table}_new',
-            *trigger_on_server(f'pg_temp.{table}_changed', f'INSTEAD OF UPDATE ON {table}_now', f"""
-              DELETE FROM {table}_new WHERE id = OLD.id;
-              INSERT INTO {table}_new VALUES (NEW.*); {owner} {gone}"""),
-            *trigger_on_server(f'pg_temp.{table}_dropped', f'INSTEAD OF DELETE ON {table}_now', f"""
-              DELETE FROM {table}_new WHERE id = OLD.id; {gone}""", 'OLD')]
-    db.connection().execute(db.spell(';'.join([*made, TEXTS_NOW])))
 
 
 def rehearsed(sql: str) -> str:
@@ -8158,9 +8133,9 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> dict[str, str]:
         """The ids of what is lent of a kind, by name."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        return {getattr(each, name).removeprefix(f'{self.store} '): each.id
-                for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)}
+        ours = [each for each in getattr(verbs, listing)(**which)
+                if (getattr(each, mark) or '').startswith(self.store)]
+        return {getattr(each, name).removeprefix(f'{self.store} '): each.id for each in ours}
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -14319,7 +14294,7 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        with self.writing(dry_run) as now:
+        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14961,6 +14936,7 @@ class Plan(Operations):
                      else [[each] for each in homeless])
         became: dict[int, dict] = {}
         while left:
+            self.shares.breathe()
             with transaction():
                 self.fence()
                 for those in some_of(left):
@@ -17807,9 +17783,10 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     elif not found.host:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
+        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
-            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms,
-            disk=asked.get('disk_gb') or 1, like=found.flavor)  # Nova boots from no disk of 0
+            vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
+            like=found.flavor)
         account = clouds.account(place.cloud, found.project, found.user)
         # Nova shows a server group to nobody but its project.
         if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
@@ -17850,14 +17827,14 @@ class Lender:
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        answer = result.answer or {}
-        before, self.lent[result.account] = self.lent.get(result.account, {}), {
-            kind: {name: lent for name, lent in things.items() if name in answer.get(kind, {})}
-            for kind, things in result.target.items()}
-        for kind, things in self.lent[result.account].items():
-            for name in things.keys() - before.get(kind, {}).keys():
-                note_lent(things[name], name if kind == 'address' else kind, answer[kind][name])
-        if self.lent[result.account] != result.target:
+        before, has = self.lent.get(result.account, {}), {}
+        for kind, things in result.target.items():
+            ids = (result.answer or {}).get(kind, {})
+            has[kind] = {name: lent for name, lent in things.items() if name in ids}
+            for name in has[kind].keys() - before.get(kind, {}).keys():
+                note_lent(things[name], name if kind == 'address' else kind, ids[name])
+        self.lent[result.account] = has
+        if has != result.target:
             self.again = now + self.AGAIN
 
 
@@ -20393,15 +20370,16 @@ class LeaseView:
     def lend_groups(self, id: str) -> None:
         """Makes the server groups of a lease that begins now: its client reads their ids once."""
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
-        things = [thing for found in lent_parts([*places], self.acting.clock())
-                  if found.lease_id == id for thing in lent_things(
-                      self.acting.clouds, found, places[found.resource_id])]
+        mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
         with suppress(CloudError):  # the life cycle tries it again
-            for account, kind, name, lent in things:
-                if kind == 'server_group':
-                    made = self.asks(account, lambda opened: opened.lend_one(kind, name, lent))
-                    with self.acting.writing():
-                        note_lent(lent, kind, made)
+            for found in mine:
+                for account, kind, name, lent in lent_things(
+                        self.acting.clouds, found, places[found.resource_id]):
+                    if kind == 'server_group':
+                        made = self.asks(account, operator.methodcaller(
+                            'lend_one', kind, name, lent))
+                        with self.acting.writing():
+                            note_lent(lent, kind, made)
 
     # Leases
 
@@ -20455,8 +20433,8 @@ class LeaseView:
     @functools.cached_property
     def lending(self) -> dict[str, str]:
         """What a cloud lends to who has reserved, by resource."""
-        return {each.name: 'address' if network_behind(each)[0] else 'flavor'
-                for each in self.acting.look.places() if each.flavors or network_behind(each)[0]}
+        return {each.name: 'address' if network_behind(each)[0] else each.flavors and 'flavor'
+                for each in self.acting.look.places()}
 
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
@@ -21710,21 +21688,16 @@ class Draft:
         """Writes the event; what is shown of it. Inside a transaction."""
         had, known = self.had, self.known if booked else None
         id = known.id if known else had.reservation_id if had else None
-        self.take_from_others(id)
+        for each in rows('SELECT id FROM calendar_object WHERE reservation_id = ? '
+                         'AND NOT (calendar = ? AND name = ?)', id, self.folder.id, self.name):
+            said = f"The same event stands in the calendar '{self.folder.name}' now."
+            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': said}))
+            show_anew(self.acting, each.id)
         first, last = self.event.span(self.acting.clock() + self.acting.config.horizon * DAY)
         shown = Teller(self.acting, self.event, id, why).text()
         self.folder.write(self.name, self.event.text, shown, uid=self.booking.uid, reservation=id,
                           first=first, last=last, why=json.dumps(why), gone=None)
         return shown
-
-    def take_from_others(self, reservation: int | None) -> None:
-        """Lets a reservation be of one object alone; its event came from another calendar."""
-        for each in rows('SELECT id, text FROM calendar_object WHERE reservation_id = ? '
-                         'AND NOT (calendar = ? AND name = ?)', reservation, self.folder.id,
-                         self.name):
-            why = f"The same event stands in the calendar '{self.folder.name}' now."
-            change(CalendarObject, each.id, reservation=None, why=json.dumps({'': why}))
-            show_anew(self.acting, each.id)
 
     def refuse(self, refusal: Error) -> str:
         """Keeps an event that can't be reserved, with a remark that says why."""
@@ -21851,11 +21824,6 @@ def short_name(tag: str) -> str:
     return PREFIXES.get(space + brace, '') + name if space + brace in PREFIXES else tag
 
 
-def full_name(path: str) -> str:
-    """A path of names with our prefixes as the parser has it."""
-    return re.sub(r'(\w+):', lambda prefix: f'{{{NAMESPACES[prefix[1]]}}}', path)
-
-
 def empty_element(tag: str) -> str:
     name = short_name(tag)
     if name != tag:
@@ -21896,18 +21864,18 @@ class Query:
         self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
             raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
-        for each in root.iter(full_name('C:prop-filter')):
+        for each in root.iterfind('.//C:prop-filter', NAMESPACES):
             if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
                 raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
-        for each in root.iter(full_name('C:text-match')):
+        for each in root.iterfind('.//C:text-match', NAMESPACES):
             if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
                 raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
-        whole = root.find(full_name('C:comp-filter'))
+        whole = root.find('C:comp-filter', NAMESPACES)
         if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
             raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
-        spans = [read_range(each) for each in root.iter(full_name('C:time-range'))]
-        self.parts, self.timed = inner_filters(whole), bool(spans)
-        first = whole.find(full_name('C:comp-filter/C:time-range'))
+        spans = [read_range(each) for each in root.iterfind('.//C:time-range', NAMESPACES)]
+        self.parts, self.timed = whole.findall('C:comp-filter', NAMESPACES), bool(spans)
+        first = whole.find('C:comp-filter/C:time-range', NAMESPACES)
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
@@ -21920,18 +21888,19 @@ class Query:
         """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
-        span = part.find(full_name('C:time-range'))
+        span = part.find('C:time-range', NAMESPACES)
         found = [event for event in events
                  if all(has_property(event, each)
-                        for each in part.iterfind(full_name('C:prop-filter')))
-                 and all(self.has_alarm(event, each, groups) for each in inner_filters(part))]
+                        for each in part.iterfind('C:prop-filter', NAMESPACES))
+                 and all(self.has_alarm(event, each, groups)
+                         for each in part.iterfind('C:comp-filter', NAMESPACES))]
         if is_absent(part) or not found:
             return is_absent(part) and not found
         return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
 
     def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
         """Whether an event has a component in it, in a window where it is an alarm."""
-        name, span = part.get('name', '').upper(), part.find(full_name('C:time-range'))
+        name, span = part.get('name', '').upper(), part.find('C:time-range', NAMESPACES)
         if name != 'VALARM' or is_absent(part) or span is None:
             there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
             return there != is_absent(part)
@@ -21965,18 +21934,14 @@ class Query:
                     yield int(each[side].timestamp()) + offset if each else begin
 
 
-def inner_filters(part) -> list:
-    return part.findall(full_name('C:comp-filter'))
-
-
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
-    return part.find(full_name('C:is-not-defined')) is not None
+    return part.find('C:is-not-defined', NAMESPACES) is not None
 
 
 def has_property(event: Component, part) -> bool:
     """Whether an event has a property as a filter wants it."""
-    name, match = part.get('name', '').upper(), part.find(full_name('C:text-match'))
+    name, match = part.get('name', '').upper(), part.find('C:text-match', NAMESPACES)
     if is_absent(part) or match is None or event.find(name) is None:
         return (event.find(name) is not None) != is_absent(part)
     value, text = unescaped(event.read(name)[1]), match.text or ''
@@ -22138,7 +22103,7 @@ class Dav:
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
                                   for name, value in at.properties().items()}
         if wanted is None:
-            wanted = [full_name(name) for name in table if name != 'C:calendar-data']
+            wanted = [name for name in table if name != 'C:calendar-data']
         found, missing = [], []
         for tag in wanted:
             name = short_name(tag)
@@ -22185,7 +22150,8 @@ class Dav:
         if not self.folder.id or not acting.config.caldav_busy:
             return []
         since = max(begin, int(acting.clock()) - MONTH)
-        where = [('o."end" > ?', since), ('NOT (o.of_user = ? AND o.of_project = ?)', user, project)]
+        others = 'NOT (o.of_user = ? AND o.of_project = ?)', user, project
+        where = [('o."end" > ?', since), others]
         if reservations is not None:
             where.append(acting.look.among('o.reservation_id', reservations))
         asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
@@ -22234,7 +22200,7 @@ class Dav:
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
         root = self.body()
         wanted = wanted_in(root, 'D:propfind')
-        names = root is not None and root.find(full_name('D:propname')) is not None
+        names = root is not None and root.find('D:propname', NAMESPACES) is not None
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
@@ -22256,7 +22222,7 @@ class Dav:
         kept, refused = [], []
         with self.acting.writing():
             for deed in root:
-                for each in deed.iterfind(full_name('D:prop/*')):
+                for each in deed.iterfind('D:prop/*', NAMESPACES):
                     done = self.keep_property(each, short_name(deed.tag) == 'D:set')
                     (kept if done else refused).append(empty_element(each.tag))
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
@@ -22314,14 +22280,14 @@ class Dav:
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
-        window = root.find(full_name('D:prop/C:calendar-data/C:expand'))
+        window = root.find('D:prop/C:calendar-data/C:expand', NAMESPACES)
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
 
     def calendar_multiget(self, root):
         """Tells of events by their addresses."""
         wanted, found = wanted_in(root), []
-        hrefs = ((each.text or '').strip() for each in root.iterfind(full_name('D:href')))
+        hrefs = ((each.text or '').strip() for each in root.iterfind('D:href', NAMESPACES))
         for href in dict.fromkeys(hrefs):
             names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
             try:
@@ -22334,7 +22300,7 @@ class Dav:
 
     def calendar_query(self, root):
         """Tells of the events that a filter takes."""
-        wanted, asked = wanted_in(root), root.find(full_name('C:filter'))
+        wanted, asked = wanted_in(root), root.find('C:filter', NAMESPACES)
         if asked is None:
             raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
@@ -22344,8 +22310,8 @@ class Dav:
 
     def sync_collection(self, root):
         """Tells what has changed since a token (RFC 6578)."""
-        wanted, token = wanted_in(root), (root.findtext(full_name('D:sync-token')) or '').strip()
-        most = (root.findtext(full_name('D:limit/D:nresults')) or '').strip()
+        wanted, token = wanted_in(root), root.findtext('D:sync-token', '', NAMESPACES).strip()
+        most = root.findtext('D:limit/D:nresults', '', NAMESPACES).strip()
         most = int(most) if re.fullmatch('[1-9][0-9]{0,6}', most) else 2**31
         now, since = self.folder.token, self.folder.since(token) if token else (0, 0)
         found = self.folder.objects('rev > ? ORDER BY rev LIMIT ?', since[0], most + 1)
@@ -22362,7 +22328,7 @@ class Dav:
 
     def free_busy_query(self, root):
         """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
-        element = root.find(full_name('C:time-range'))
+        element = root.find('C:time-range', NAMESPACES)
         if element is None or not self.folder.id:
             raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
@@ -22423,7 +22389,7 @@ def wanted_in(root, name: str = '') -> list[str] | None:
         return None
     if name and short_name(root.tag) != name:
         raise Invalid(f'the body should be a {name}')
-    prop = root.find(full_name('D:prop'))
+    prop = root.find('D:prop', NAMESPACES)
     if prop is None:
         return None if name else []
     return [*dict.fromkeys(each.tag for each in prop)]
@@ -22550,21 +22516,188 @@ def uninviting(service: Reservations) -> Callable:
     return handle
 
 
-# Page ########################################################################
+# Quick line ##################################################################
 #
-# What people see in a browser: pages drawn here, forms that call the service. A form names the
-# operation that it is for, and its fields are read by `bind`, so that a person can do on the page
-# exactly what their token can do by REST. Scripts only add to it: dragging, live state, checks
-# while one types. Nothing comes from another host, and nothing is inline.
+# What somebody wants, in one line such as `15 ubuntu every tue 10-12 until 23 feb`, is read part by
+# part into the fields of a form. What is left has not been understood.
 
-MOST_LINES_SHOWN = 50  # reservations on one page of the list
-PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
-SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
-                                   "connect-src 'self'; "
-                                   "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff',
-        'Referrer-Policy': 'same-origin',
-        'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
+CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
+NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from)\b|$)'
+#: Parts that a word begins, in the order in which they are taken out of the line.
+PHRASES = {name: Pattern(pattern) for name, pattern in {
+    'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
+    'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
+    'until': rf'\b(?:until|till) (.+?){NEXT_WORD}',
+    'before': rf'\bbefore (.+?)(?= anywhere\b|{NEXT_WORD[3:-1]})',
+    'count': r'\b(?:for )?(\d{1,3}) times\b',
+    'anywhere': r'\b(anywhere|any resource)\b',
+    'hold': r'\b(hold(?: capacity)?(?: only)?|capacity only|nothing starts)\b',
+    'span': rf'(?<![\d./-])(?:from )?{CLOCKED} ?(?:-|–|to) ?{CLOCKED}(?![\d./-])',
+    'long': r'(?:\bfor )?((?:\b\d+(?:\.\d+)? ?'
+            r'(?:weeks?|days?|d|hours?|hrs?|h|minutes?|mins?)\b ?)+)',
+    'at': r'(?:\bat )?\b(\d{1,2}:\d\d(?:am|pm)?|\d{1,2}(?:am|pm)|(?<=at )\d{1,2}|noon|midnight)\b',
+    'now': r'\b(now)\b'}.items()}
+FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines starting'.split())
+
+
+class QuickLine:
+    """What a person has typed in one line, read into the fields of the form.
+
+    Args:
+      here: where and when it was typed
+      offered: the names that could be meant: of resources, images and flavors
+    """
+
+    def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
+        self.here, self.offered = here, offered
+        self.left = ' '.join(text.lower().replace(',', ' , ').split())[:400]
+        self.today = here.now.astimezone(here.zone).date()
+        self.fields: dict[str, str] = {}
+        self.said: dict[str, str] = {}
+        self.read()
+
+    def take(self, name: str) -> re.Match | None:
+        """Takes a part out of the line."""
+        found = PHRASES[name].search(self.left)
+        if found:
+            self.left = f'{self.left[:found.start()]} {self.left[found.end():]}'
+        return found
+
+    def read(self) -> None:
+        """Reads it part by part; what is left has not been understood."""
+        self.said = {name: found[1].strip(' ,') for name in ('label', 'skip_dates')
+                     if (found := self.take(name))}
+        self.read_repeat()
+        self.said |= {name: found[1].strip(' ,') for name in PHRASES
+                      if name not in ('label', 'skip_dates', 'span') and name != 'at'
+                      and (found := self.take(name))} | (
+            {'span': found.groups()} if (found := self.take('span')) else {})
+        if 'span' not in self.said and (found := self.take('at')):
+            self.said['at'] = found[1]
+        self.read_dates()
+        self.read_times()
+        self.read_words()
+
+    def read_repeat(self) -> None:
+        """The longest run of words that says how it repeats."""
+        words = self.left.split()
+        for first, word in enumerate(words):
+            for last in range(min(len(words), first + 9), first, -1):
+                said = ' '.join(words[first:last]).replace(' , ', ', ')
+                if word in ('every', 'daily', 'weekly', 'monthly', 'weekdays') and is_rule(said):
+                    self.fields['repeat'] = said
+                    self.left = ' '.join(words[:first] + words[last:])
+                    return
+
+    def dates(self, text: str) -> list[date]:
+        """The dates that some words name; none if they name none."""
+        found = []
+        for each in re.split(' ?, ?| and ', text):
+            try:
+                days = dates_of(each.strip().removeprefix('the '), self.today)
+            except ValueError:
+                return []
+            found += days[:1]
+            if not days:
+                return []
+        return found
+
+    def read_dates(self) -> None:
+        """The day of the first, the last one, and those that are left out."""
+        for name in ('until', 'skip_dates', 'before'):
+            found = self.dates(self.said.get(name, ''))[:31] if name in self.said else []
+            if found:
+                self.fields[name] = ', '.join(day_in_words(each) for each in found)
+            elif name == 'until' and as_clock(self.said.get(name, '')):
+                self.said['end'] = self.said[name]
+            elif name in self.said:
+                self.left += f' {self.said[name]}'
+        words = self.left.split()
+        runs = ((n, m) for size in range(4, 0, -1) for n in range(len(words) - size + 1)
+                for m in [n + size])
+        first, last = next((run for run in runs if words[run[0]] not in FILLERS | {','}
+                            and self.dates(' '.join(words[slice(*run)]))), (0, 0))
+        self.day = self.dates(' '.join(words[first:last]))[:1] if last else []
+        self.left = ' '.join(words[:first] + words[last:])
+
+    def read_times(self) -> None:
+        """When it starts and ends; without a clock, at the next full hour, for an hour."""
+        one, other = self.said.get('span') or (self.said.get('at'), self.said.get('end'))
+        if one and other and one[-2:] not in ('am', 'pm') and other[-2:] in ('am', 'pm'):
+            one += other[-2:]
+        clock = as_clock(one or '')
+        if 'now' in self.said:
+            start = self.here.now
+        elif clock or self.day:
+            start = self.first_at(clock or '9:00')
+        else:
+            start = self.here.now.replace(minute=0) + timedelta(hours=1)
+        length = parse_duration(self.said['long']) if 'long' in self.said else timedelta(hours=1)
+        end = start + length
+        if other and as_clock(other):
+            end = parse_time(as_clock(other), self.here.zone, self.here.now, start)
+        self.start, self.end, self.length = start, end, end - start
+        self.timed = bool(clock or self.day or 'now' in self.said)
+
+    def first_at(self, clock: str) -> datetime:
+        """The first time at which clocks show something: on its day, or one of its weekdays."""
+        days = [f'{each} ' for each in re.findall(r'[a-z]+', self.fields.get('repeat', ''))
+                if len(each) > 1 and is_weekday(each)]
+        days = [f'{self.day[0]} '] if self.day else days or ['']
+        return min(parse_time(f'{day.rstrip().removesuffix("s")} {clock}', self.here.zone,
+                              self.here.now) for day in days)
+
+    def read_words(self) -> None:
+        """How many, of what and where; other words are not understood."""
+        unknown = []
+        if 'gpu' in self.left:
+            self.said['gpu'] = 'gpu'
+        for word in self.left.split():
+            number = re.fullmatch(r'(\d{1,6})x?', word)
+            kind, name = ('vms', number[1]) if number and 'vms' not in self.fields else (
+                self.named(word))
+            if kind and kind not in self.fields:
+                self.fields[kind] = name
+            elif word not in FILLERS | {','}:
+                unknown.append(word)
+        self.fields |= {name: self.said[name] for name in ('label', 'count') if name in self.said}
+        self.fields['what'] = 'hold' if 'hold' in self.said else 'image'
+        self.unknown = ' '.join(unknown)
+
+    def named(self, word: str) -> tuple[str, str]:
+        """Of which kind a word is a name, and that name: the latest that begins with it."""
+        for kind in ('resource', 'flavor', 'image'):
+            names = self.offered[kind]
+            same = [name for name in names if name.lower() == word]
+            begins = [name for name in names if kind != 'flavor' and len(word) > 1
+                      and name.lower().startswith(word)]
+            if found := same or sorted(begins):
+                return kind, found[-1]
+        return '', ''
+
+
+def is_rule(words: str) -> bool:
+    try:
+        return bool(read_repeat(words))
+    except ValueError:
+        return False
+
+
+def as_clock(word: str) -> str:
+    """A word as a clock shows it, 10 as 10:00; '' if it is none."""
+    word = f'{word}:00' if re.fullmatch(r'\d{1,2}', word) else word
+    return word if word and read_clock(word) is not None else ''
+
+
+def day_in_words(day: date) -> str:
+    return f'{day.day} {day:%b %Y}'
+
+
+# Look ########################################################################
+#
+# How pages look: their style, their script, the text of all of them, and the macros of which that
+# is made. Nothing comes from another host, and nothing is inline.
+
 STYLE = '''
 :root { color-scheme: light dark; --t1: .75rem; --t2: .8125rem; --t3: .9375rem; --t4: 1.125rem;
   --bg: #f5f6f8; --card: #fff; --sunk: #eef1f5; --text: #15202b; --soft: #53606e; --line: #dde3e9;
@@ -23035,12 +23168,14 @@ class Move {
   constructor(plot, bar, event) {
     Object.assign(this, {plot, bar, a: +bar.dataset.a, z: +bar.dataset.z, fits: false});
     const box = $('rect', bar).getBoundingClientRect();
-    this.resize = bar.dataset.runs || event.clientX > box.right - 6;
-    this.from = plot.at(event);
+    const grip = Math.min(event.pointerType === 'touch' ? 24 : 6, box.width / 3);
+    this.edge = event.clientX > box.right - grip;
+    this.from = this.edge ? this.z : plot.at(event);
   }
   to(event) {
     const by = this.plot.near(this.plot.at(event)) - this.plot.near(this.from);
-    const [a, z] = this.resize ? [this.a, this.z + by] : [this.a + by, this.z + by];
+    const longer = this.edge || this.bar.dataset.runs;
+    const [a, z] = [longer ? this.a : this.a + by, this.z + by];
     if (z <= a || this.start === a && this.end === z) return;
     [this.start, this.end, this.fits] = [a, z, false];
     this.bar.classList.add('ghost');
@@ -23106,7 +23241,7 @@ for (const svg of $$('svg.plot')) {
   svg.addEventListener('touchmove', event => {
     clearTimeout(press);
     tapped = false;
-    if (from !== null || move) event.preventDefault();
+    if (event.cancelable && (from !== null || move)) event.preventDefault();
   }, {passive: false});
   svg.addEventListener('pointermove', event => {
     const here = plot.at(event);
@@ -23351,25 +23486,14 @@ Continue</a></p></html>
 <code>Authorization: Bearer TOKEN</code> or <code>X-Auth-Token: TOKEN</code>. The same for programs:
 <a href="/openapi.json">/openapi.json</a> (OpenAPI 3.1).</p>
 <nav class="chips gap" aria-label="Kinds">
-{{!many('<a class="chip" href="#{0}">{0}</a>', zip([*tags, 'kinds']))}}</nav>
-% for tag, (text, entries) in tags.items():
-<h2 class="gap" id="{{tag}}">{{tag.capitalize()}}</h2>
-<p class="soft">{{sentence(text)}}</p>
-% for verb, path, entry, arguments in sorted(entries, key=lambda each: 'deprecated' in each[2]):
-<details class="card pad gap"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
-{{'(old form)' if entry.get('deprecated') else ''}}
-<span class="soft">{{entry['summary']}}</span></summary><p>{{entry['description']}}</p>
-{{!visit.table(f'Arguments of {verb} {path}', ['argument', 'in', 'kind', 'meaning'], arguments)}}
-{{!facts((status, answer_told(status, answer)) for status, answer in entry['responses'].items())}}
-</details>
+{{!many('<a class="chip" href="#{0}">{0}</a>', zip(name for name, *_ in parts))}}</nav>
+% for name, words, entries in parts:
+<h2 class="gap" id="{{name}}">{{name.capitalize()}}</h2><p class="soft">{{sentence(words)}}</p>
+% for id, verb, path, summary, text, lines in entries:
+<details class="card pad gap" id="{{id}}"><summary><strong>{{verb}}</strong> <code>{{path}}</code>
+<span class="soft">{{summary}}</span></summary><p>{{text}}</p>
+{{!facts((key, in_html(value)) for key, value in lines)}}</details>
 % end
-% end
-<h2 class="gap" id="kinds">Kinds</h2>
-% for name, kind in sorted(kinds.items()):
-<details class="card pad gap" id="kind-{{name}}"><summary><strong>{{name}}</strong>
-<span class="soft">{{kind.get('description', '')}}</span></summary>
-{{!facts((field, field_told(each)) for field, each in kind.get('properties', {'': kind}).items())}}
-</details>
 % end
 ''', 'secret': '''
 <div class="card pad stack" role="status"><p>{{words}}</p>
@@ -23432,7 +23556,7 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 {{!chip(way(at=at, mine='1'), 'Only mine', mine)}}</div>
 <div class="seg" role="group" aria-label="Time span">
 % for each in ('day', 'week', 'month'):
-<a href="{{way(view=each, at=at)}}" data-key="{{each[0]}}"
+<a href="{{way(view=each, at=middle)}}" data-key="{{each[0]}}"
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
@@ -23797,6 +23921,9 @@ a token</p>
 '''}
 
 
+LOOK = hashed(STYLE + SCRIPT)[:12]
+
+
 class Act(NamedTuple):
     """What a button does.
 
@@ -23857,8 +23984,9 @@ ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admi
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
          'max_vms': 'Most VMs', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
          'min_notice': 'Shortest notice', 'max_vcpu_hours': 'Most vCPU-hours',
-         'max_waiting': 'Most waiting', 'label': 'Name', 'affected': 'Affected reservations',
-         'min_free_time': 'Free for at least', 'rename': 'Name', 'repeat': 'Repeats',
+         'max_waiting': 'Most waiting', 'label': 'Name', 'at_end': 'At the end',
+         'affected': 'Affected reservations', 'min_free_time': 'Free for at least',
+         'rename': 'Name', 'repeat': 'Repeats',
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
          'notify': 'Send notices to', 'key': 'SSH key pair', 'server': 'Use an existing server',
          'user_data': 'User data (cloud-init)', 'personal': 'Who can start VMs in it',
@@ -23883,6 +24011,7 @@ CHOICE_WORDS = {
     'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
     'scopes': dict.fromkeys(('', *SCOPES)),
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items() if name != 'at_end'}}
+UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
 FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
@@ -23891,9 +24020,13 @@ FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'S
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
-
-
-# What templates are made with
+FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
+             'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
+             'Notices': 'notify invite description'}
+BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
+             'personal host holidays')
+BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
+           f'lead notify invite description {BOOK_MORE} wait').split()
 
 
 def render_page(template: str, /, **values) -> str:
@@ -24017,341 +24150,10 @@ MACROS = {macro.__name__: macro for macro in (
     'NOTHING_FREE': NOTHING_FREE}
 
 
-@dataclasses.dataclass
-class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for
-    them. Each group of pages is a class of its own.
-    """
-    pages: Pages
-    service: Reservations
-    actor: Actor | None
-    zone: ZoneInfo
-    guard: str              # what a form of theirs must carry
-    back: str = '/list'     # where the buttons of a table lead back to
-
-    @property
-    def config(self) -> Config:
-        return self.service.config
-
-    @property
-    def writes(self) -> bool:
-        """Whether they may change anything at all."""
-        return self.actor is not None and self.actor.role != READER and not self.actor.scopes
-
-    @property
-    def links(self) -> list[tuple[str, str]]:
-        """The pages that this person has a use for."""
-        return [('/', 'Plan'), ('/list', 'Reservations'),
-                *([('/book', 'Book')] if self.writes else []),
-                *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
-
-    @property
-    def here(self) -> Here:
-        """Where and when what they type is read."""
-        return self.service.here
-
-    def named(self, id: str) -> str:
-        """What people call whom OpenStack knows under an id."""
-        return self.service.clouds.keystone.names.get(id, id)
-
-    def places(self) -> list:
-        return self.service.look.places()
-
-    # How it is written
-
-    def render(self, template: str, /, **values) -> str:
-        """A template for this person."""
-        return render_page(template, visit=self, post=self.post, **values)
-
-    def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
-             check: str = '') -> str:
-        """The begin of a form that is sent to an address: with what proves that it is ours.
-
-        Args:
-          check: where a script asks what would become of it
-        """
-        more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
-            ('class', kind), ('id', id), ('data-check', check)))
-        kept = hidden({'form': self.guard} | (fields or {}))
-        return f'<form method="post" action="{in_html(action)}"{more}>{kept}'
-
-    def at(self, moment: datetime) -> str:
-        """A time in a table, whose head tells the zone."""
-        here = moment.astimezone(self.zone)
-        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%Y-%m-%d %H:%M}</time>'
-
-    def plain(self, moment: datetime) -> str:
-        """A time within a sentence."""
-        here = moment.astimezone(self.zone)
-        return f'{here:%a} {here.day} {here:%b %Y}, {here:%H:%M}'
-
-    def span(self, start: datetime, end: datetime) -> str:
-        """From when until when, within a sentence."""
-        one, other = start.astimezone(self.zone), end.astimezone(self.zone)
-        until = f'{other:%H:%M}' if one.date() == other.date() else self.plain(end)
-        return f'{self.plain(start)} to {until}'
-
-    def href(self, label: str, project: str, start: datetime | None = None) -> str:
-        """The address of the page of a reservation, or of one of its occurrences."""
-        which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
-        return f'/r/{quote(label)}?{urlencode(which)}'
-
-    def href_of(self, found) -> str:
-        """The address of the page of a listed reservation, of a series of that occurrence."""
-        start = instant(found.start) if found.repeats else None
-        return self.href(found.label, found.project, start)
-
-    def page(self, title: str, body: str, status: int = 200, headed: bool = True):
-        """A whole page; what the last form did is said once.
-
-        Args:
-          headed: its title stands above the body, which has no heading of its own
-        """
-        import bottle
-        request = bottle.request
-        note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
-        back = request.path + f'?{request.query_string}'.rstrip('?')
-        stays = request.method == 'GET' and self.actor
-        made = answered(self.laid_out(title, body, json.loads(note) if note else None,
-                                      request.path, back if stays else '/', headed), status)
-        if note:
-            made.delete_cookie('note', path='/')
-        return made
-
-    def laid_out(self, title: str, body: str, note: dict | None = None, here: str = '',
-                 back: str = '/', headed: bool = True) -> str:
-        """The text of a whole page."""
-        unread = len(self.told_of(self.seen)) if self.actor else 0
-        return self.render('layout', title=title, body=body, note=note, here=here, back=back,
-                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
-
-    def refusal(self, error: Error, back: str, again: str = ''):
-        """The page that says what could not be done, and how to do it again."""
-        import bottle
-        note_wait(bottle.request.environ, error)
-        body = self.render('refused', words=sentence(str(error)), back=back, again=again)
-        return self.page('Refused', body, error.status)
-
-    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
-        """Leads on after a form, so that loading again does not send it again.
-
-        Args:
-          words: what was done, for the next page to say
-          undo: the form that takes it back
-        """
-        made = answered('', 303, {'Location': href})
-        if words:
-            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
-            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
-                     for each in (undo, None)]
-            note = notes[0] if len(notes[0]) < 3900 else notes[1]
-            self.set_cookie(made, 'note', note, 60)
-        return made
-
-    def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
-        """Sets a cookie that scripts and other sites can't use."""
-        made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
-                        secure=self.config.public_url.startswith('https:'))
-
-    def unless_same(self, text: str):
-        """A part of a page, if it is another than the browser has."""
-        import bottle
-        tag = f'"{hashed(text)[:20]}"'
-        same = tag == header(bottle.request, 'If-None-Match')
-        return answered('' if same else text, 304 if same else 200, {'ETag': tag})
-
-    # Notices
-
-    @property
-    def seen(self) -> int:
-        """The last notice that this person has marked as read."""
-        return int(fact(f'seen-{self.actor.project}/{self.actor.user}') or 0)
-
-    def told_of(self, after: int) -> list:
-        """What others, and cmres, have done lately to one's own reservations, the newest first."""
-        me = self.actor.user
-        lately = rows(f'''SELECT e.id, e.at, e.actor, e.code, r.label, r.project, r.user, e.sentence
-          FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id IN
-            (SELECT id FROM event WHERE project = ? AND reservation_id > 0 AND id > ?
-              ORDER BY id DESC LIMIT {MOST_LATELY}) ORDER BY e.id DESC''',
-                      self.actor.project, after)
-        return [public(each) for each in lately if each.user == me != each.actor]
-
-    # Tables
-
-    def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '') -> str:
-        """A table that a click on a head sorts.
-
-        Args:
-          given: the arguments of the page; `sort` is a column, with a minus the other way round
-          picks: what comes before the key of a line in the name of the box that selects it
-        """
-        if not lines:
-            return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
-        sort = (given or {}).get('sort', '')
-        by, down = sort.lstrip('-'), sort.startswith('-')
-        if by in columns:
-            lines = sorted(lines, key=lambda line: sort_key(line.get(by)), reverse=down)
-        heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by))
-                 for key in columns]
-        cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
-                 for line in lines]
-        return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks)
-
-    def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
-        """A head of a table: its name, its words, where it leads, and how it is sorted."""
-        zone = f' ({self.zone.key})' if any(isinstance(line.get(key), datetime)
-                                            for line in lines) else ''
-        order, arrow = {0: ('', ''), 1: ('ascending', ' ↑'), -1: ('descending', ' ↓')}[way]
-        kept = {name: value for name, value in (given or {}).items()
-                if name not in ('sort', 'after')} | {'sort': f'-{key}' if way > 0 else key}
-        fixed = given is None or key in ('change', 'addresses')
-        return (key.replace('_', ' '), head_of(key) + zone + arrow,
-                '' if fixed else f'?{urlencode(kept)}', order)
-
-    def cell(self, key: str, line: dict) -> str:
-        """What a table shows of a line."""
-        value = line.get(key)
-        if key == 'state' and value in STATES:
-            more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
-                           for each in ('fault', 'late') if line.get(each))
-            return f'<div>{state(value)}{cut_short(more)}</div>'
-        if key == 'label' and 'project' in line:
-            user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
-            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
-                  f'<bdi>{in_html(project)}</bdi></span>'
-                  if self.actor.role == ADMIN and 'user' in line else '')
-            href = in_html(self.href(value, line['project'], line.get('which')))
-            return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
-        if key == 'change' and 'acts' in line:
-            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
-        if key == 'log_in':
-            return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
-                           f'{copy(each, f"Copy {each}")}</span>' for each in value)
-        return self.shown(value)
-
-    def shown(self, value) -> str:
-        """Any value of an answer."""
-        import bottle
-        if value in (None, '', {}, []):
-            return ''
-        text = (self.at(value) if isinstance(value, datetime)
-                else bottle.html_escape(in_cell(value, self.zone)))
-        return f'<span>{text}</span>'
-
-    def input(self, operation: Operation, name: str, value: Any, words: str = '',
-              names: dict | None = None, **more) -> str:
-        """The field of an argument, typed or chosen as its type wants it.
-
-        Args:
-          names: of the kinds of things on a cloud, those that there are
-        """
-        parameter, choices = operation.parameters[name], ()
-        needed = parameter.default is REQUIRED
-        if name == 'resource':
-            choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
-                                                   for each in self.places()]
-        elif found := (names or {}).get(name):
-            choices = [('', f'choose: {name}'), *found]
-        elif name in CHOICE_WORDS:
-            choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
-        if choices and value not in [each for each, _ in choices]:
-            choices = [*choices, (value, value)]
-        kind = INPUT_KINDS.get(parameter.annotation, 'text')
-        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
-                     choices=choices, needed=needed, **more)
-
-    # What can be done
-
-    def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
-        """The button that does something to what a line is about.
-
-        Args:
-          wide: there is room for a field beside it, and it leads back to the page of the
-            reservation
-          occurrence: of a series, the one that is meant
-        """
-        if name == 'edit':
-            about = in_html(line['name'])
-            query = in_html(urlencode({'edit': line['name']}))
-            return (f'<a class="btn tiny" href="/admin/resources?{query}#resource_update">Edit'
-                    f'<span class="off"> {about}</span></a> ')
-        if name == 'undo':
-            onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
-                '<button class="tiny">Undo</button></form>')
-        words, _, typed, bad = ACTS[name]
-        occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
-        undo = name == 'skip' and line.get('state') == 'cancelled'
-        if 'label' in line and 'project' in line:
-            fields = {'label': line['label'], 'project': line['project']}
-            stays = line.get('which') or wide and (occurrence or not bad)
-            onward = self.href(*fields.values()) if stays else self.back
-            fields |= {'occurrence': occurrence} if occurrence else {}
-            if name == 'delete':
-                words += ' this one' if occurrence else ' all' if line.get('tz') else ''
-        else:
-            fields = {key: line[key] for key in ('name', 'id') if key in line}
-            fields = dict([next(iter(fields.items()))])
-            onward = ACT_PAGES.get(name, '/tokens') if self.actor.role == ADMIN else '/tokens'
-        if undo:
-            words, bad, fields = 'Put back', False, fields | {'undo': 'true'}
-        typed = typed if wide or name in ('extend', 'keep') else None
-        return self.button(name, fields | {'next': onward}, words, bad, typed)
-
-    def button(self, name: str, fields: dict, words: str, bad: bool,
-               typed: tuple[str, str] | None) -> str:
-        """A form with one button, and perhaps a field beside it."""
-        about = in_html(f'{words} {next(iter(fields.values()))}')
-        beside = ''
-        if typed:
-            argument, value = typed
-            shown = {'reason': 'because', 'until': 'for'}.get(argument, argument)
-            beside = (f'<input name="{argument}" value="{in_html(value)}" placeholder="{shown}" '
-                      f'aria-label="{about} {shown}">')
-        return self.post(f'/do/{name}', fields, 'deed') + (
-            f'<button class="tiny{mark("bad", bad)}" aria-label="{about}">{words}</button>'
-            f'{beside}</form>')
-
-    def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
-        """What this person can do to a reservation, or what of that is asked for."""
-        if not self.writes or found.get('leaves'):
-            return ['undo'] * bool(found.get('leaves'))
-        asks = []
-        if (found['state'] == 'pending' or 'change' in found) and not only:
-            held = self.service.look.occurrence(found['id'])
-            asks = (['accept'] if held.confirm else ['approve', 'reject']
-                    if self.actor.role == ADMIN else [])
-        skips = found['tz'] and found['start'] > self.here.now
-        can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
-        return [*asks, *(each for each in can if not only or each in only)]
-
-    # What can be taken back for a while
-
-    @functools.cached_property
-    def put_off(self) -> list[tuple[str, str, str, int]]:
-        """What is done soon, unless somebody takes it back: its name, a label, a project, an
-        occurrence or 0.
-        """
-        found = ((each.name, json.loads(each.value.partition(' ')[2]))
-                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
-        return [(name, *about) for name, said in found for about in said['about']]
-
-    def leaves(self, label: str, project: str, id: int) -> str:
-        """What cancels an occurrence in a moment; '' if nothing does."""
-        return next((name for name, *about, which in self.put_off
-                     if about == [label, project] and which in (0, id)), '')
-
-    def as_left(self, line: dict) -> dict:
-        """A line of a table as it will be when what is under way is done."""
-        name = self.leaves(line['label'], line['project'], line['id'])
-        return line | {'state': 'cancelled', 'leaves': name} if name else line
-
-
-# The time line: what of it stands where
-
+# Time line ###################################################################
+#
+# What stands where on the plan: times, how full resources are, bars and labels that never touch. It
+# draws values alone.
 
 VIEWS = ('month', 'week', 'day', 'hours')  # from the longest to the shortest
 SNAPS = {'month': 1440, 'week': 15, 'day': 15, 'hours': 5}  # minutes to which a drag keeps
@@ -24367,7 +24169,6 @@ MOST_LANES = 8
 MOST_PLACES = 12   # resources on one time line
 MOST_BARS = {'month': 150} | dict.fromkeys(VIEWS[1:], 200)  # reservations on one time line
 MOST_STEPS_DRAWN = 250   # steps of one resource; else there are spans, each with its peak
-UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 WIDE_LETTERS, THIN_LETTERS = set('mwMW%@'), set("iljtfrI.,:;'|!()[]- 1")
 
 
@@ -24716,7 +24517,7 @@ class Drawing:
                              separators=(',', ':')),
             shut=json.dumps([[round(first), round(last), words]
                              for first, last, words in changes]),
-            figures=[each for each in figures if not any(
+            figures=[each for each in figures if month or not any(
                 x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE for x, _, words in closed)],
             height=height)
 
@@ -24820,316 +24621,379 @@ class Drawing:
         return [*days.items()]
 
 
-class PlanPage(Visit):
-    """The time line of all resources."""
+# Visits ######################################################################
+#
+# Who asks for a page: the cookie of a session, the guard of a form, signing in; and what all pages
+# have in common.
 
-    def plan(self, given: dict):
-        """Resources against time: how full they are, what is one's own, what is free."""
-        places = sorted(self.places(), key=lambda each: (each.cloud, each.region, each.name))
-        if not places:
-            return self.page('Plan', self.render('nothing'))
-        view = given.get('view') if given.get('view') in VIEWS else 'week'
-        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
-        number = given.get('page', '')
-        page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
-        kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
-
-        def href(**other) -> str:
-            chosen = {name: value for name, value in (kept | other).items() if value != ''}
-            return f'/?{urlencode(chosen)}'
-        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
-            len(places) > (page + 1) * MOST_PLACES)
-        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
-        return self.page('Plan', body, headed=False)
-
-    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
-              others: list) -> str:
-        """The plan of some resources."""
-        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
-        found = self.on_plan(places, line, mine)
-        coming = self.coming()
-        first = not coming and not found and self.writes and not self.service.over('', 1)
-        changes = self.service.maintenance_list()
-        uses = [use_of(each, line, drawing.days, found[:most], changes,
-                       self.here.now.timestamp()) for each in places]
-        groups = defaultdict(list)
-        for n, each in enumerate(uses):
-            name = each.place.cloud or 'no cloud', each.place.region
-            hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
-            groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
-        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
-        inside = line.first <= today < line.after
-        middle = today if inside else line.first + (line.after - line.first) / 2
-        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
-                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
-                 if 0 <= each[-1] < len(VIEWS)]
-        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
-                'thin': line.thin, 'snap': SNAPS[line.view],
-                **({'writes': ''} if self.writes else {})}
-        return self.render(
-            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
-            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
-            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
-            before=line.at(line.first - (line.after - line.first)), view=line.view,
-            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
-            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
-            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
-            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
-            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
-            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
-            legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
-                'other', 'other people’s') for each in found),
-            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
-            others=[(href(at=line.at(line.first), page=number), words)
-                    for number, words in others],
-            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
-
-    def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
-        """The reservations that are drawn, one more than there may be if there are more."""
-        asked = dict.fromkeys(('user', 'project', 'resource', *PLACE), '')
-        if mine:
-            asked |= {'user': self.actor.user, 'project': self.actor.project}
-        look = self.service.look
-        filters, where = look.filtered(asked)
-        filters |= {'places': [each.id for each in places]}
-        where += [('o.start < ?', line.end), ('o."end" > ?', line.begin), ('o.cancelled IS NULL',)]
-        found = look.page(look.ways(filters, (), line.begin), where, (),
-                          MOST_BARS[line.view] + 1, fields=BRIEF)
-        return self.not_leaving(found)
-
-    def coming(self) -> list:
-        """The next of one's own reservations."""
-        mine = {'user': self.actor.user, 'project': self.actor.project}
-        asked = dict.fromkeys(('resource', *PLACE), '') | mine
-        return self.not_leaving(self.service.matching('', asked, (), None, None, 30, ''))
-
-    def not_leaving(self, found: list) -> list:
-        """Those that nobody has cancelled a moment ago."""
-        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
-
-    def cards(self, coming: list) -> list[tuple]:
-        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
-        rest, an address.
-        """
-        def starts(each) -> str:
-            at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} on {each.resource}"
-            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
-
-        def ends(each) -> str:
-            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
-            return f'ends {self.plain(instant(each.end))}, in {left}'
-
-        def up(each) -> str:
-            vms = counted(each.vms, 'VM')
-            return f'{each.up} of {each.vms} ready' if each.runs else vms
-
-        def when(each) -> str:
-            return self.span(instant(each.start), instant(each.end))
-        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
-                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
-        firsts = [(*kind, next((each for each in coming if each.state in kind[1]), None))
-                  for kind in kinds]
-        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
-                for head, _, words, more, found in firsts if found]
-
-    def ask_line(self, typed: str = '') -> str:
-        """The line in which people say what they want."""
-        return self.render('line', typed=typed, example=EXAMPLES[0])
-
-    def first_day(self, places: list) -> str:
-        """What somebody reads who has reserved nothing yet."""
-        people = row('SELECT count(*) AS n FROM token WHERE revoked IS NULL').n
-        steps = [('ended', f"{counted(len(places), 'resource')} can be booked",
-                  '/admin/resources#resource_add', 'Add another'),
-                 ('ended' if people > 1 else 'reserved', 'Let people in: a sign-in token for each',
-                  '/admin/people#token_add', 'Make tokens'),
-                 ('reserved', 'Make the first reservation', '/book', 'Try it')]
-        return self.render('first day', line=self.ask_line(), steps=steps,
-                           examples=[(urlencode({'q': each}), each) for each in EXAMPLES])
+PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
+SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
+                                   "connect-src 'self'; "
+                                   "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        'X-Frame-Options': 'DENY', 'X-Content-Type-Options': 'nosniff',
+        'Referrer-Policy': 'same-origin',
+        'Cache-Control': 'no-store', 'Content-Type': 'text/html; charset=utf-8'}
 
 
-#: What people can type in one line.
-EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
-            '1 vm tomorrow 9:00-11:00')
-MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
-                  'all.')
+def answered(text: str, status: int = 200, headers: dict | None = None):
+    """An answer of the page, with the headers that guard it."""
+    import bottle
+    return bottle.HTTPResponse(text, status, SAFE | (headers or {}))
 
 
-# One line that says what somebody wants, such as `15 ubuntu every tue 10-12 until 23 feb`
+def read_form(request) -> dict:
+    """The fields of a form (application/x-www-form-urlencoded), each once."""
+    return fields_of(whole_body(request), 'form')
 
 
-CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
-NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from)\b|$)'
-#: Parts that a word begins, in the order in which they are taken out of the line.
-PHRASES = {name: Pattern(pattern) for name, pattern in {
-    'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
-    'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
-    'until': rf'\b(?:until|till) (.+?){NEXT_WORD}',
-    'before': rf'\bbefore (.+?)(?= anywhere\b|{NEXT_WORD[3:-1]})',
-    'count': r'\b(?:for )?(\d{1,3}) times\b',
-    'anywhere': r'\b(anywhere|any resource)\b',
-    'hold': r'\b(hold(?: capacity)?(?: only)?|capacity only|nothing starts)\b',
-    'span': rf'(?<![\d./-])(?:from )?{CLOCKED} ?(?:-|–|to) ?{CLOCKED}(?![\d./-])',
-    'long': r'(?:\bfor )?((?:\b\d+(?:\.\d+)? ?'
-            r'(?:weeks?|days?|d|hours?|hrs?|h|minutes?|mins?)\b ?)+)',
-    'at': r'(?:\bat )?\b(\d{1,2}:\d\d(?:am|pm)?|\d{1,2}(?:am|pm)|(?<=at )\d{1,2}|noon|midnight)\b',
-    'now': r'\b(now)\b'}.items()}
-FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines starting'.split())
+def local(href: str | None) -> str:
+    """An address on this site; whatever leads elsewhere becomes the first page."""
+    return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
 
 
-class QuickLine:
-    """What a person has typed in one line, read into the fields of the form.
+def sort_key(value) -> tuple:
+    """A key that puts values of any kind in order."""
+    return (value is None, isinstance(value, str), str(value) if isinstance(value, (dict, list))
+            else value if value is not None else 0)
 
-    Args:
-      here: where and when it was typed
-      offered: the names that could be meant: of resources, images and flavors
+
+@dataclasses.dataclass
+class Visit:
+    """A request from a browser: who has signed in, if anybody, and how pages are written for
+    them. Each group of pages is a class of its own.
     """
+    pages: Pages
+    service: Reservations
+    actor: Actor | None
+    zone: ZoneInfo
+    guard: str              # what a form of theirs must carry
+    back: str = '/list'     # where the buttons of a table lead back to
 
-    def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
-        self.here, self.offered = here, offered
-        self.left = ' '.join(text.lower().replace(',', ' , ').split())[:400]
-        self.today = here.now.astimezone(here.zone).date()
-        self.fields: dict[str, str] = {}
-        self.said: dict[str, str] = {}
-        self.read()
+    @property
+    def config(self) -> Config:
+        return self.service.config
 
-    def take(self, name: str) -> re.Match | None:
-        """Takes a part out of the line."""
-        found = PHRASES[name].search(self.left)
-        if found:
-            self.left = f'{self.left[:found.start()]} {self.left[found.end():]}'
-        return found
+    @property
+    def writes(self) -> bool:
+        """Whether they may change anything at all."""
+        return self.actor is not None and self.actor.role != READER and not self.actor.scopes
 
-    def read(self) -> None:
-        """Reads it part by part; what is left has not been understood."""
-        self.said = {name: found[1].strip(' ,') for name in ('label', 'skip_dates')
-                     if (found := self.take(name))}
-        self.read_repeat()
-        self.said |= {name: found[1].strip(' ,') for name in PHRASES
-                      if name not in ('label', 'skip_dates', 'span') and name != 'at'
-                      and (found := self.take(name))} | (
-            {'span': found.groups()} if (found := self.take('span')) else {})
-        if 'span' not in self.said and (found := self.take('at')):
-            self.said['at'] = found[1]
-        self.read_dates()
-        self.read_times()
-        self.read_words()
+    @property
+    def links(self) -> list[tuple[str, str]]:
+        """The pages that this person has a use for."""
+        return [('/', 'Plan'), ('/list', 'Reservations'),
+                *([('/book', 'Book')] if self.writes else []),
+                *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
-    def read_repeat(self) -> None:
-        """The longest run of words that says how it repeats."""
-        words = self.left.split()
-        for first, word in enumerate(words):
-            for last in range(min(len(words), first + 9), first, -1):
-                said = ' '.join(words[first:last]).replace(' , ', ', ')
-                if word in ('every', 'daily', 'weekly', 'monthly', 'weekdays') and is_rule(said):
-                    self.fields['repeat'] = said
-                    self.left = ' '.join(words[:first] + words[last:])
-                    return
+    @property
+    def here(self) -> Here:
+        """Where and when what they type is read."""
+        return self.service.here
 
-    def dates(self, text: str) -> list[date]:
-        """The dates that some words name; none if they name none."""
-        found = []
-        for each in re.split(' ?, ?| and ', text):
-            try:
-                days = dates_of(each.strip().removeprefix('the '), self.today)
-            except ValueError:
-                return []
-            found += days[:1]
-            if not days:
-                return []
-        return found
+    def named(self, id: str) -> str:
+        """What people call whom OpenStack knows under an id."""
+        return self.service.clouds.keystone.names.get(id, id)
 
-    def read_dates(self) -> None:
-        """The day of the first, the last one, and those that are left out."""
-        for name in ('until', 'skip_dates', 'before'):
-            found = self.dates(self.said.get(name, ''))[:31] if name in self.said else []
-            if found:
-                self.fields[name] = ', '.join(day_in_words(each) for each in found)
-            elif name == 'until' and as_clock(self.said.get(name, '')):
-                self.said['end'] = self.said[name]
-            elif name in self.said:
-                self.left += f' {self.said[name]}'
-        words = self.left.split()
-        runs = ((n, m) for size in range(4, 0, -1) for n in range(len(words) - size + 1)
-                for m in [n + size])
-        first, last = next((run for run in runs if words[run[0]] not in FILLERS | {','}
-                            and self.dates(' '.join(words[slice(*run)]))), (0, 0))
-        self.day = self.dates(' '.join(words[first:last]))[:1] if last else []
-        self.left = ' '.join(words[:first] + words[last:])
+    def places(self) -> list:
+        return self.service.look.places()
 
-    def read_times(self) -> None:
-        """When it starts and ends; without a clock, at the next full hour, for an hour."""
-        one, other = self.said.get('span') or (self.said.get('at'), self.said.get('end'))
-        if one and other and one[-2:] not in ('am', 'pm') and other[-2:] in ('am', 'pm'):
-            one += other[-2:]
-        clock = as_clock(one or '')
-        if 'now' in self.said:
-            start = self.here.now
-        elif clock or self.day:
-            start = self.first_at(clock or '9:00')
+    # How it is written
+
+    def render(self, template: str, /, **values) -> str:
+        """A template for this person."""
+        return render_page(template, visit=self, post=self.post, **values)
+
+    def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
+             check: str = '') -> str:
+        """The begin of a form that is sent to an address: with what proves that it is ours.
+
+        Args:
+          check: where a script asks what would become of it
+        """
+        more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
+            ('class', kind), ('id', id), ('data-check', check)))
+        kept = hidden({'form': self.guard} | (fields or {}))
+        return f'<form method="post" action="{in_html(action)}"{more}>{kept}'
+
+    def at(self, moment: datetime) -> str:
+        """A time in a table, whose head tells the zone."""
+        here = moment.astimezone(self.zone)
+        return f'<time datetime="{moment:%Y-%m-%dT%H:%MZ}">{here:%Y-%m-%d %H:%M}</time>'
+
+    def plain(self, moment: datetime) -> str:
+        """A time within a sentence."""
+        here = moment.astimezone(self.zone)
+        return f'{here:%a} {here.day} {here:%b %Y}, {here:%H:%M}'
+
+    def span(self, start: datetime, end: datetime) -> str:
+        """From when until when, within a sentence."""
+        one, other = start.astimezone(self.zone), end.astimezone(self.zone)
+        until = f'{other:%H:%M}' if one.date() == other.date() else self.plain(end)
+        return f'{self.plain(start)} to {until}'
+
+    def brief(self, start: datetime, end: datetime) -> str:
+        """From when until when, as short as it is clear today."""
+        day, span = self.plain(start).partition(',')[0], self.span(start, end)
+        is_today = day == self.plain(self.here.now).partition(',')[0]
+        return span.replace(f'{day}, ', 'today ') if is_today else span
+
+    def href(self, label: str, project: str, start: datetime | None = None) -> str:
+        """The address of the page of a reservation, or of one of its occurrences."""
+        which = {'project': project} | ({'occurrence': to_plain(start)} if start else {})
+        return f'/r/{quote(label)}?{urlencode(which)}'
+
+    def href_of(self, found) -> str:
+        """The address of the page of a listed reservation, of a series of that occurrence."""
+        start = instant(found.start) if found.repeats else None
+        return self.href(found.label, found.project, start)
+
+    def page(self, title: str, body: str, status: int = 200, headed: bool = True):
+        """A whole page; what the last form did is said once.
+
+        Args:
+          headed: its title stands above the body, which has no heading of its own
+        """
+        import bottle
+        request = bottle.request
+        note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
+        back = request.path + f'?{request.query_string}'.rstrip('?')
+        stays = request.method == 'GET' and self.actor
+        made = answered(self.laid_out(title, body, json.loads(note) if note else None,
+                                      request.path, back if stays else '/', headed), status)
+        if note:
+            made.delete_cookie('note', path='/')
+        return made
+
+    def laid_out(self, title: str, body: str, note: dict | None = None, here: str = '',
+                 back: str = '/', headed: bool = True) -> str:
+        """The text of a whole page."""
+        unread = len(self.told_of(self.seen)) if self.actor else 0
+        return self.render('layout', title=title, body=body, note=note, here=here, back=back,
+                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
+
+    def refusal(self, error: Error, back: str, again: str = ''):
+        """The page that says what could not be done, and how to do it again."""
+        import bottle
+        note_wait(bottle.request.environ, error)
+        body = self.render('refused', words=sentence(str(error)), back=back, again=again)
+        return self.page('Refused', body, error.status)
+
+    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
+        """Leads on after a form, so that loading again does not send it again.
+
+        Args:
+          words: what was done, for the next page to say
+          undo: the form that takes it back
+        """
+        made = answered('', 303, {'Location': href})
+        if words:
+            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
+            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
+                     for each in (undo, None)]
+            note = notes[0] if len(notes[0]) < 3900 else notes[1]
+            self.set_cookie(made, 'note', note, 60)
+        return made
+
+    def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
+        """Sets a cookie that scripts and other sites can't use."""
+        made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
+                        secure=self.config.public_url.startswith('https:'))
+
+    def unless_same(self, text: str):
+        """A part of a page, if it is another than the browser has."""
+        import bottle
+        tag = f'"{hashed(text)[:20]}"'
+        same = tag == header(bottle.request, 'If-None-Match')
+        return answered('' if same else text, 304 if same else 200, {'ETag': tag})
+
+    # Notices
+
+    @property
+    def seen(self) -> int:
+        """The last notice that this person has marked as read."""
+        return int(fact(f'seen-{self.actor.project}/{self.actor.user}') or 0)
+
+    def told_of(self, after: int) -> list:
+        """What others, and cmres, have done lately to one's own reservations, the newest first."""
+        me = self.actor.user
+        lately = rows(f'''SELECT e.id, e.at, e.actor, e.code, r.label, r.project, r.user, e.sentence
+          FROM event e JOIN reservation r ON r.id = e.reservation_id WHERE e.id IN
+            (SELECT id FROM event WHERE project = ? AND reservation_id > 0 AND id > ?
+              ORDER BY id DESC LIMIT {MOST_LATELY}) ORDER BY e.id DESC''',
+                      self.actor.project, after)
+        return [public(each) for each in lately if each.user == me != each.actor]
+
+    # Tables
+
+    def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
+              empty: str = 'None.', picks: str = '') -> str:
+        """A table that a click on a head sorts.
+
+        Args:
+          given: the arguments of the page; `sort` is a column, with a minus the other way round
+          picks: what comes before the key of a line in the name of the box that selects it
+        """
+        if not lines:
+            return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
+        sort = (given or {}).get('sort', '')
+        by, down = sort.lstrip('-'), sort.startswith('-')
+        if by in columns:
+            lines = sorted(lines, key=lambda line: sort_key(line.get(by)), reverse=down)
+        heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by))
+                 for key in columns]
+        cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
+                 for line in lines]
+        return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
+                           lines=cells, picks=picks)
+
+    def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
+        """A head of a table: its name, its words, where it leads, and how it is sorted."""
+        zone = f' ({self.zone.key})' if any(isinstance(line.get(key), datetime)
+                                            for line in lines) else ''
+        order, arrow = {0: ('', ''), 1: ('ascending', ' ↑'), -1: ('descending', ' ↓')}[way]
+        kept = {name: value for name, value in (given or {}).items()
+                if name not in ('sort', 'after')} | {'sort': f'-{key}' if way > 0 else key}
+        fixed = given is None or key in ('change', 'addresses')
+        return (key.replace('_', ' '), head_of(key) + zone + arrow,
+                '' if fixed else f'?{urlencode(kept)}', order)
+
+    def cell(self, key: str, line: dict) -> str:
+        """What a table shows of a line."""
+        value = line.get(key)
+        if key == 'state' and value in STATES:
+            more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
+                           for each in ('fault', 'late') if line.get(each))
+            return f'<div>{state(value)}{cut_short(more)}</div>'
+        if key == 'label' and 'project' in line:
+            user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
+            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+                  f'<bdi>{in_html(project)}</bdi></span>'
+                  if self.actor.role == ADMIN and 'user' in line else '')
+            href = in_html(self.href(value, line['project'], line.get('which')))
+            return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
+        if key == 'change' and 'acts' in line:
+            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
+        if key == 'log_in':
+            return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
+                           f'{copy(each, f"Copy {each}")}</span>' for each in value)
+        return self.shown(value)
+
+    def shown(self, value) -> str:
+        """Any value of an answer."""
+        import bottle
+        if value in (None, '', {}, []):
+            return ''
+        text = (self.at(value) if isinstance(value, datetime)
+                else bottle.html_escape(in_cell(value, self.zone)))
+        return f'<span>{text}</span>'
+
+    def input(self, operation: Operation, name: str, value: Any, words: str = '',
+              names: dict | None = None, **more) -> str:
+        """The field of an argument, typed or chosen as its type wants it.
+
+        Args:
+          names: of the kinds of things on a cloud, those that there are
+        """
+        parameter, choices = operation.parameters[name], ()
+        needed = parameter.default is REQUIRED
+        if name == 'resource':
+            choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
+                                                   for each in self.places()]
+        elif found := (names or {}).get(name):
+            choices = [('', f'choose: {name}'), *found]
+        elif name in CHOICE_WORDS:
+            choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
+        if choices and value not in [each for each, _ in choices]:
+            choices = [*choices, (value, value)]
+        kind = INPUT_KINDS.get(parameter.annotation, 'text')
+        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
+                     choices=choices, needed=needed, **more)
+
+    # What can be done
+
+    def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
+        """The button that does something to what a line is about.
+
+        Args:
+          wide: there is room for a field beside it, and it leads back to the page of the
+            reservation
+          occurrence: of a series, the one that is meant
+        """
+        if name == 'edit':
+            about = in_html(line['name'])
+            query = in_html(urlencode({'edit': line['name']}))
+            return (f'<a class="btn tiny" href="/admin/resources?{query}#resource_update">Edit'
+                    f'<span class="off"> {about}</span></a> ')
+        if name == 'undo':
+            onward = self.href(line['label'], line['project']) if wide else self.back
+            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
+                '<button class="tiny">Undo</button></form>')
+        words, _, typed, bad = ACTS[name]
+        occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
+        undo = name == 'skip' and line.get('state') == 'cancelled'
+        if 'label' in line and 'project' in line:
+            fields = {'label': line['label'], 'project': line['project']}
+            stays = line.get('which') or wide and (occurrence or not bad)
+            onward = self.href(*fields.values()) if stays else self.back
+            fields |= {'occurrence': occurrence} if occurrence else {}
+            if name == 'delete':
+                words += ' this one' if occurrence else ' all' if line.get('tz') else ''
         else:
-            start = self.here.now.replace(minute=0) + timedelta(hours=1)
-        length = parse_duration(self.said['long']) if 'long' in self.said else timedelta(hours=1)
-        end = start + length
-        if other and as_clock(other):
-            end = parse_time(as_clock(other), self.here.zone, self.here.now, start)
-        self.start, self.end, self.length = start, end, end - start
-        self.timed = bool(clock or self.day or 'now' in self.said)
+            fields = {key: line[key] for key in ('name', 'id') if key in line}
+            fields = dict([next(iter(fields.items()))])
+            onward = ACT_PAGES.get(name, '/tokens') if self.actor.role == ADMIN else '/tokens'
+        if undo:
+            words, bad, fields = 'Put back', False, fields | {'undo': 'true'}
+        typed = typed if wide or name in ('extend', 'keep') else None
+        return self.button(name, fields | {'next': onward}, words, bad, typed)
 
-    def first_at(self, clock: str) -> datetime:
-        """The first time at which clocks show something: on its day, or one of its weekdays."""
-        days = [f'{each} ' for each in re.findall(r'[a-z]+', self.fields.get('repeat', ''))
-                if len(each) > 1 and is_weekday(each)]
-        days = [f'{self.day[0]} '] if self.day else days or ['']
-        return min(parse_time(f'{day.rstrip().removesuffix("s")} {clock}', self.here.zone,
-                              self.here.now) for day in days)
+    def button(self, name: str, fields: dict, words: str, bad: bool,
+               typed: tuple[str, str] | None) -> str:
+        """A form with one button, and perhaps a field beside it."""
+        about = in_html(f'{words} {next(iter(fields.values()))}')
+        beside = ''
+        if typed:
+            argument, value = typed
+            shown = {'reason': 'because', 'until': 'for'}.get(argument, argument)
+            beside = (f'<input name="{argument}" value="{in_html(value)}" placeholder="{shown}" '
+                      f'aria-label="{about} {shown}">')
+        return self.post(f'/do/{name}', fields, 'deed') + (
+            f'<button class="tiny{mark("bad", bad)}" aria-label="{about}">{words}</button>'
+            f'{beside}</form>')
 
-    def read_words(self) -> None:
-        """How many, of what and where; other words are not understood."""
-        unknown = []
-        if 'gpu' in self.left:
-            self.said['gpu'] = 'gpu'
-        for word in self.left.split():
-            number = re.fullmatch(r'(\d{1,6})x?', word)
-            kind, name = ('vms', number[1]) if number and 'vms' not in self.fields else (
-                self.named(word))
-            if kind and kind not in self.fields:
-                self.fields[kind] = name
-            elif word not in FILLERS | {','}:
-                unknown.append(word)
-        self.fields |= {name: self.said[name] for name in ('label', 'count') if name in self.said}
-        self.fields['what'] = 'hold' if 'hold' in self.said else 'image'
-        self.unknown = ' '.join(unknown)
+    def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
+        """What this person can do to a reservation, or what of that is asked for."""
+        if not self.writes or found.get('leaves'):
+            return ['undo'] * bool(found.get('leaves'))
+        asks = []
+        if (found['state'] == 'pending' or 'change' in found) and not only:
+            held = self.service.look.occurrence(found['id'])
+            asks = (['accept'] if held.confirm else ['approve', 'reject']
+                    if self.actor.role == ADMIN else [])
+        skips = found['tz'] and found['start'] > self.here.now
+        can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
+        return [*asks, *(each for each in can if not only or each in only)]
 
-    def named(self, word: str) -> tuple[str, str]:
-        """Of which kind a word is a name, and that name: the latest that begins with it."""
-        for kind in ('resource', 'flavor', 'image'):
-            names = self.offered[kind]
-            same = [name for name in names if name.lower() == word]
-            begins = [name for name in names if kind != 'flavor' and len(word) > 1
-                      and name.lower().startswith(word)]
-            if found := same or sorted(begins):
-                return kind, found[-1]
-        return '', ''
+    # What can be taken back for a while
 
+    @functools.cached_property
+    def put_off(self) -> list[tuple[str, str, str, int]]:
+        """What is done soon, unless somebody takes it back: its name, a label, a project, an
+        occurrence or 0.
+        """
+        found = ((each.name, json.loads(each.value.partition(' ')[2]))
+                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
+        return [(name, *about) for name, said in found for about in said['about']]
 
-def is_rule(words: str) -> bool:
-    try:
-        return bool(read_repeat(words))
-    except ValueError:
-        return False
+    def leaves(self, label: str, project: str, id: int) -> str:
+        """What cancels an occurrence in a moment; '' if nothing does."""
+        return next((name for name, *about, which in self.put_off
+                     if about == [label, project] and which in (0, id)), '')
 
-
-def as_clock(word: str) -> str:
-    """A word as a clock shows it, 10 as 10:00; '' if it is none."""
-    word = f'{word}:00' if re.fullmatch(r'\d{1,2}', word) else word
-    return word if word and read_clock(word) is not None else ''
-
-
-def day_in_words(day: date) -> str:
-    return f'{day.day} {day:%b %Y}'
+    def as_left(self, line: dict) -> dict:
+        """A line of a table as it will be when what is under way is done."""
+        name = self.leaves(line['label'], line['project'], line['id'])
+        return line | {'state': 'cancelled', 'leaves': name} if name else line
 
 
 class CloudNames:
@@ -25230,7 +25094,7 @@ class OpenId:
         from authlib.common.errors import AuthlibBaseError
         from joserfc.errors import JoseError
         if not secrets.compare_digest(said.get('state', ''), known['state']) or 'code' not in said:
-            raise Unauthorized(f"you are not signed in: {said.get('error') or 'begin anew'}")
+            raise Unauthorized(f"you are not signed in: {said.get('error') or 'start again'}")
         try:
             token = self.client(back).fetch_token(
                 self.provider['token_endpoint'], code=said['code'],
@@ -25266,18 +25130,6 @@ class Pages:
         self.sent: deque[str] = deque(maxlen=1000)  # forms that were sent, by their numbers
         self.key_file = key_file(service.config.database, service.config.key)
         self.read: tuple = (None, [])  # the stamp of that file, and what was in it
-
-    def mount(self, app) -> None:
-        """Gives an application the addresses of all pages."""
-        for kind, (handlers, signed_in) in ROUTES.items():
-            for address, name in handlers.items():
-                verb, path = address.split()
-                app.route(path, verb, self.visited(kind, name, signed_in))
-        for path, text, kind in (('/page.css', STYLE, 'text/css'),
-                                 ('/page.js', SCRIPT, 'text/javascript')):
-            app.route(path, 'GET', functools.partial(answered, text, headers={
-                'Content-Type': f'{kind}; charset=utf-8',
-                'Cache-Control': 'public, max-age=31536000, immutable'}))
 
     @property
     def keys(self) -> list[bytes]:
@@ -25525,6 +25377,154 @@ class SignIn(Visit):
         return made
 
 
+# Page ########################################################################
+#
+# What people see in a browser: pages drawn here, forms that call the service. A form names the
+# operation that it is for, and its fields are read by `bind`, so that a person can do on the page
+# exactly what their token can do by REST. Scripts only add to it: dragging, live state, checks
+# while one types.
+
+MOST_LINES_SHOWN = 50  # reservations on one page of the list
+
+
+class PlanPage(Visit):
+    """The time line of all resources."""
+
+    def plan(self, given: dict):
+        """Resources against time: how full they are, what is one's own, what is free."""
+        places = sorted(self.places(), key=lambda each: (each.cloud, each.region, each.name))
+        if not places:
+            return self.page('Plan', self.render('nothing'))
+        view = given.get('view') if given.get('view') in VIEWS else 'week'
+        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
+        number = given.get('page', '')
+        page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
+        kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
+
+        def href(**other) -> str:
+            chosen = {name: value for name, value in (kept | other).items() if value != ''}
+            return f'/?{urlencode(chosen)}'
+        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
+            len(places) > (page + 1) * MOST_PLACES)
+        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
+        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
+        return self.page('Plan', body, headed=False)
+
+    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
+              others: list) -> str:
+        """The plan of some resources."""
+        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
+        found = self.on_plan(places, line, mine)
+        coming = self.coming()
+        first = not coming and not found and self.writes and not self.service.over('', 1)
+        changes = self.service.maintenance_list()
+        uses = [use_of(each, line, drawing.days, found[:most], changes,
+                       self.here.now.timestamp()) for each in places]
+        groups = defaultdict(list)
+        for n, each in enumerate(uses):
+            name = each.place.cloud or 'no cloud', each.place.region
+            hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
+            groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
+        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
+        inside = line.first <= today < line.after
+        middle = today if inside else line.first + (line.after - line.first) / 2
+        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
+                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
+                 if 0 <= each[-1] < len(VIEWS)]
+        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
+                'thin': line.thin, 'snap': SNAPS[line.view],
+                **({'writes': ''} if self.writes else {})}
+        return self.render(
+            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
+            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
+            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
+            before=line.at(line.first - (line.after - line.first)), view=line.view,
+            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
+            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
+            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
+            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
+            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
+            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
+            legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
+                'other', 'other people’s') for each in found),
+            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
+            others=[(href(at=line.at(line.first), page=number), words)
+                    for number, words in others],
+            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
+
+    def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
+        """The reservations that are drawn, one more than there may be if there are more."""
+        asked = dict.fromkeys(('user', 'project', 'resource', *PLACE), '')
+        if mine:
+            asked |= {'user': self.actor.user, 'project': self.actor.project}
+        look = self.service.look
+        filters, where = look.filtered(asked)
+        filters |= {'places': [each.id for each in places]}
+        where += [('o.start < ?', line.end), ('o."end" > ?', line.begin), ('o.cancelled IS NULL',)]
+        found = look.page(look.ways(filters, (), line.begin), where, (),
+                          MOST_BARS[line.view] + 1, fields=BRIEF)
+        return self.not_leaving(found)
+
+    def coming(self) -> list:
+        """The next of one's own reservations."""
+        mine = {'user': self.actor.user, 'project': self.actor.project}
+        asked = dict.fromkeys(('resource', *PLACE), '') | mine
+        return self.not_leaving(self.service.matching('', asked, (), None, None, 30, ''))
+
+    def not_leaving(self, found: list) -> list:
+        """Those that nobody has cancelled a moment ago."""
+        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
+
+    def cards(self, coming: list) -> list[tuple]:
+        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
+        rest, an address.
+        """
+        def starts(each) -> str:
+            at = instant(each.start - each.lead)
+            what = f"{counted(each.vms, 'VM')} on {each.resource}"
+            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
+
+        def ends(each) -> str:
+            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
+            until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
+            return f'ends {until}, in {left}'
+
+        def up(each) -> str:
+            vms = counted(each.vms, 'VM')
+            return f'{each.up} of {each.vms} ready' if each.runs else vms
+
+        def when(each) -> str:
+            return self.brief(instant(each.start), instant(each.end))
+        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
+                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
+        firsts = [(*kind, next((each for each in coming if each.state in kind[1] and (
+            each.state != 'pending' or each.confirm)), None)) for kind in kinds]
+        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
+                for head, _, words, more, found in firsts if found]
+
+    def ask_line(self, typed: str = '') -> str:
+        """The line in which people say what they want."""
+        return self.render('line', typed=typed, example=EXAMPLES[0])
+
+    def first_day(self, places: list) -> str:
+        """What somebody reads who has reserved nothing yet."""
+        people = row('SELECT count(*) AS n FROM token WHERE revoked IS NULL').n
+        steps = [('ended', f"{counted(len(places), 'resource')} can be booked",
+                  '/admin/resources#resource_add', 'Add another'),
+                 ('ended' if people > 1 else 'reserved', 'Let people in: a sign-in token for each',
+                  '/admin/people#token_add', 'Make tokens'),
+                 ('reserved', 'Make the first reservation', '/book', 'Try it')]
+        return self.render('first day', line=self.ask_line(), steps=steps,
+                           examples=[(urlencode({'q': each}), each) for each in EXAMPLES])
+
+
+#: What people can type in one line.
+EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
+            '1 vm tomorrow 9:00-11:00')
+MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
+                  'all.')
+
+
 class Lists(Visit):
     """Reservations: in a list, one by one, as others see them; notices, tokens, and what programs
     can ask for.
@@ -25547,7 +25547,7 @@ class Lists(Visit):
         return self.page('Reservations', self.render(
             'list', over=over, state=wanted, table=self.listed(found, given, empty),
             onward=last and lines(last, 1) and urlencode(kept | {'after': last}),
-            states=[each for each in STATES if each not in OVER]))
+            states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
         """A table of reservations: with their addresses, how late they were ready, and what can
@@ -25720,14 +25720,17 @@ class Lists(Visit):
     def docs(self, given: dict):
         """What programs can ask for: /openapi.json for people."""
         told = openapi()
-        by_tag = {tag['name']: (tag['description'], []) for tag in told['tags']}
-        for path, verbs in told['paths'].items():
-            for verb, entry in verbs.items():
-                line = verb.upper(), path, entry, arguments_told(entry)
-                by_tag[entry['tags'][0]][1].append(line)
-        return self.page('REST', self.render(
-            'docs', tags=by_tag, kinds=told['components']['schemas'], field_told=field_told,
-            answer_told=answer_told))
+        found = [(verb.upper(), path, entry) for path, verbs in told['paths'].items()
+                 for verb, entry in verbs.items()]
+        found.sort(key=lambda each: 'deprecated' in each[2])
+        parts = [(tag['name'], tag['description'], [operation_told(*each) for each in found
+                                                    if tag['name'] in each[2]['tags']])
+                 for tag in told['tags']]
+        kinds = [(f'kind-{name}', '', name, kind.get('description', ''), '', [
+            (key, schema_told(each)) for key, each in kind.get('properties', {'': kind}).items()])
+            for name, kind in sorted(told['components']['schemas'].items())]
+        return self.page('REST', self.render('docs', parts=[
+            *parts, ('kinds', 'what arguments and answers are', kinds)]))
 
 
 class Verdict(NamedTuple):
@@ -25758,13 +25761,6 @@ LOOKS = {'ok': ('ended', 'active'), 'some': ('degraded', 'degraded'), 'no': ('fa
 OUTCOMES = {'ok': ('ok', 'ended', 'fits'), 'no': ('no', 'no', 'does not fit'),
             'out': ('out', 'cancelled', 'left out')}
 MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
-FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
-             'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
-             'Notices': 'notify invite description'}
-BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host holidays')
-BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
-           f'lead notify invite description {BOOK_MORE} wait').split()
 USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
                'monthly on first mon')
 #: Fields that a change can make empty, and those that can change while VMs run, or of one alone.
@@ -26424,7 +26420,7 @@ class Admin(Visit):
                else in_field(found[each]) for each in names.split() if each in (found or {})}
         fields = ''.join(self.input(API[name], each, mine.get(each, was.get(each, '')),
                                     was=was[each] if each in was and each != 'name' else None,
-                                    help=argument_help(API[name], each))
+                                    help=argument_help(API[name], each).replace('`', ''))
                          for each in names.split())
         back = page if self.actor.role == ADMIN else '/tokens'
         return self.render(
@@ -26449,7 +26445,7 @@ class Admin(Visit):
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
                            'Go back to the form.')
-        puts_off = name in PUT_OFF and self.config.undo_time and not (
+        puts_off = name in PUT_OFF and self.config.undo_time and said.get('label') and not (
             said.get('dry_run') or said.get('undo'))
         try:
             bound = bind(operation, asked | {'dry_run': True} if checks or puts_off else asked,
@@ -26686,12 +26682,6 @@ def ready_after(seconds: float) -> str:
     return f'ready {format_duration(round(max(seconds, 0)))} after the start'
 
 
-def sort_key(value) -> tuple:
-    """A key that puts values of any kind in order."""
-    return (value is None, isinstance(value, str), str(value) if isinstance(value, (dict, list))
-            else value if value is not None else 0)
-
-
 def csv_answer(lines: list, name: str):
     """Lines as a file that a browser saves."""
     text = io.StringIO()
@@ -26701,18 +26691,26 @@ def csv_answer(lines: list, name: str):
         'Content-Disposition': f'attachment; filename="{name}"'})
 
 
-def arguments_told(entry: dict) -> list[dict]:
-    """The arguments of an operation, as lines of a table."""
+def operation_told(verb: str, path: str, entry: dict) -> tuple:
+    """An operation for people: id, verb, address, what it does, in full, arguments and answers."""
     body = entry.get('requestBody', {'content': {'application/json': {'schema': {}}}})
     shape = body['content']['application/json']['schema']
     needed = shape.get('required', ())
-    found = [(each['name'], each['in'], each.get('required'), each['schema'], each['description'])
+    lines = [(each['name'], f"{kind_told(each['schema'])}: {each['description']} ({each['in']})")
              for each in entry['parameters'] if 'in' in each]
-    found += [(name, 'body', name in needed, each, each['description'])
+    lines += [(f"{name}{' (needed)' if name in needed else ''}", schema_told(each))
               for name, each in shape.get('properties', {}).items()]
-    return [{'argument': f"{name}{' (needed)' if need else ''}", 'in': where,
-             'kind': kind_told(schema), 'meaning': words}
-            for name, where, need, schema, words in found]
+    for status, answer in entry['responses'].items():
+        kinds = [kind_told(each['schema']) for each in answer.get('content', {}).values()]
+        lines.append((status, ' '.join([answer.get('description') or REFUSALS[int(status)],
+                                        *kinds[:1]])))
+    summary = f"{'(old form) ' if entry.get('deprecated') else ''}{entry['summary']}"
+    return entry['operationId'], verb, path, summary, entry['description'], lines
+
+
+def schema_told(schema: dict) -> str:
+    """A schema with what it is for."""
+    return f"{kind_told(schema)}: {schema.get('description', '')}".rstrip(': ')
 
 
 def kind_told(schema: dict) -> str:
@@ -26729,34 +26727,17 @@ def kind_told(schema: dict) -> str:
     return found if isinstance(found, str) else ' or '.join(found)
 
 
-def field_told(schema: dict) -> str:
-    return in_html(f"{kind_told(schema)} {schema.get('description', '')}")
-
-
-def answer_told(status: str, answer: dict) -> str:
-    """What an operation answers with a status, as HTML."""
-    kinds = ', '.join(f"{kind_told(each['schema'])} ({kind})"
-                      for kind, each in answer.get('content', {}).items())
-    return in_html(f"{answer.get('description') or REFUSALS[int(status)]} {kinds}")
-
-
-def answered(text: str, status: int = 200, headers: dict | None = None):
-    """An answer of the page, with the headers that guard it."""
-    import bottle
-    return bottle.HTTPResponse(text, status, SAFE | (headers or {}))
-
-
-def read_form(request) -> dict:
-    """The fields of a form (application/x-www-form-urlencoded), each once."""
-    return fields_of(whole_body(request), 'form')
-
-
-def local(href: str | None) -> str:
-    """An address on this site; whatever leads elsewhere becomes the first page."""
-    return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
-
-
-LOOK = hashed(STYLE + SCRIPT)[:12]
+def mount_pages(pages: Pages, app) -> None:
+    """Gives an application the addresses of all pages."""
+    for kind, (handlers, signed_in) in ROUTES.items():
+        for address, name in handlers.items():
+            verb, path = address.split()
+            app.route(path, verb, pages.visited(kind, name, signed_in))
+    for path, text, kind in (('/page.css', STYLE, 'text/css'),
+                             ('/page.js', SCRIPT, 'text/javascript')):
+        app.route(path, 'GET', functools.partial(answered, text, headers={
+            'Content-Type': f'{kind}; charset=utf-8',
+            'Cache-Control': 'public, max-age=31536000, immutable'}))
 
 
 def web(service: Reservations):
@@ -26779,7 +26760,7 @@ def web(service: Reservations):
     app = rest(service, told, lambda request: pages.visit(request).actor)
     mount_caldav(app, service)
     Blazar(service).mount(app)
-    pages.mount(app)
+    mount_pages(pages, app)
     return app
 
 
@@ -27286,8 +27267,11 @@ class Client:
             yield from found
             filters['after'] = cursor_of(found[-1])
 
-    def call(self, operation: Operation, given: dict):
-        """One operation over HTTP.
+    def call(self, operation: Operation, given: dict, sent: str = ''):
+        """One operation over HTTP; a POST whose answer is lost is sent once more, and done once.
+
+        Args:
+          sent: the Idempotency-Key with which it was sent before
 
         Raises:
           Error: the same kinds as the service; Unavailable if there is no answer.
@@ -27300,6 +27284,9 @@ class Client:
                               method=verb)
             if body:
                 request.add_header('Content-Type', 'application/json')
+            key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
+            if key:
+                request.add_header('Idempotency-Key', key)
             with urlopen(request, timeout=self.timeout) as answer:
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
@@ -27307,6 +27294,8 @@ class Client:
             raise self.refusal(error) from None
         except (URLError, OSError, ValueError) as error:
             why = getattr(error, 'reason', error)
+            if isinstance(why, ConnectionResetError) and key and not sent:
+                return self.call(operation, given, key)
             raise Unavailable(f'No answer from {self.url}: {why}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
@@ -27674,7 +27663,7 @@ def store_copy(config: Config, target: Name) -> dict:
       python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
-    file = key_file(target)
+    file = key_file(target, config.key)
     keys = all_keys(key_file(config.database, config.key))
     found = copy_rows(config.database, target, progress_bar)
     if not os.path.exists(file):
@@ -27744,8 +27733,8 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. After a theft, use `user end`, or stop cmres and remove the
-    key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
+    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
     Example:
       python cmres.py key rotate
