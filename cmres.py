@@ -38,7 +38,7 @@ The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
   Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
-  Store, Capacity                     what is on disk; the rule that admits
+  Store, Capacity, Hosts              what is on disk; the rules that admit: sums, and hosts
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar
   Service, Lookup, Wishes, Limits     who asks; what is there; what is asked; what anybody may have
   Policy, Bookings                    the rules; the one place where promises are made otherwise
@@ -1379,8 +1379,8 @@ TEXTS = {
 TEXT_FIELDS = frozenset((
     'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
     'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
-    'description personal repeat tz start end cancelled added changed up fault request host '
-    'state when what then link').split())
+    'description personal affinity repeat tz start end cancelled added changed up fault request '
+    'host state when what then link').split())
 
 
 def setting(default, why: str, least=None, most=10**9):
@@ -2022,6 +2022,7 @@ WORDS = {
     'flavors': 'give Nova a private flavor, with the id of the reservation, for each lease of VMs',
     'following': 'also all occurrences after it',
     'holidays': 'calendar file or address; leave out the days of its all-day events',
+    'hosts': 'the hosts that are left to Nova, a list',
     'host': 'reserve this whole host; m[01-05] means five hosts',
     'serve.host': 'IP address to listen on',
     'id': 'the id that the list shows',
@@ -2078,6 +2079,7 @@ WORDS = {
     'max_vcpu_hours': 'maximum of reserved future vCPU-hours',
     'wait': 'if it does not fit, join the waiting list',
     'max_waiting': 'maximum number of requests on the waiting list',
+    'affinity': 'whether its VMs are apart, each on a host of its own, or together on one',
     'personal': 'only you may start VMs in it through Nova, not your whole project',
     'rows': 'CSV, JSON or YAML file with one reservation a line, fields named as in `add`',
     'security_groups': 'security groups of the VMs (comma-separated)',
@@ -2540,7 +2542,8 @@ def read_rows(value, here=None) -> list[dict]:
 
 MOST_PARTS = 100
 #: Placement's classes that vcpus and ram are, and disks, which are not counted.
-PLAIN = ('VCPU', 'MEMORY_MB', 'DISK_GB')
+DISK = 'DISK_GB'
+PLAIN = ('VCPU', 'MEMORY_MB', DISK)
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
 PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name,
@@ -2655,6 +2658,7 @@ class ReservationAnswer(Answer):
     lead: int
     description: str
     personal: bool
+    affinity: str
     repeat: str
     tz: str
     start: datetime
@@ -2851,6 +2855,7 @@ class ResourceAnswer(Answer):
 
 class ResourceNowAnswer(ResourceAnswer):
     """A resource, and how much of it is used now."""
+    planned_by: str
     held_now: dict[str, int]
     used_now: dict[str, int]
     warnings: NotRequired[list[str]]
@@ -3638,6 +3643,8 @@ OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
     (r'\bnumbers\((\?\d*)\)', r'(SELECT CAST(value AS bigint) FROM '
                               r'jsonb_array_elements_text(CAST(\1 AS jsonb)) AS list (value))'),
     (r'\bnames\((\?\d*)\)', r'(SELECT jsonb_array_elements_text(CAST(\1 AS jsonb)))'),
+    (r"json_extract\(h.classes, '\$.(\w+)'\)",
+     r"CAST(CAST(h.classes AS jsonb) ->> '\1' AS bigint)"),
     (r"json_extract\(value, '\$\[(\d+)\]'\) AS track\b", r'value ->> \1 AS track'),
     (r"json_extract\(value, '\$\[(\d+)\]'\) AS", r'CAST(value ->> \1 AS bigint) AS'),
     (r'\bFROM json_each\((\?\d*)\)', r'FROM jsonb_array_elements(CAST(\1 AS jsonb)) '
@@ -3999,6 +4006,8 @@ class Reservation(Table):
     confirm = peewee.IntegerField(default=0)     # seconds that its owner has to accept it
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
+    # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
+    affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
@@ -4029,6 +4038,8 @@ class Occurrence(Table):
     vcpus = peewee.IntegerField()  # of all its machines
     ram = peewee.IntegerField()    # of all its machines, MiB
     classes = peewee.TextField(default='')  # of all its machines, JSON
+    # JSON: how many of its machines are planned on which host, by id; '': on none
+    placed = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle looks at it next; NULL: never again
@@ -4061,6 +4072,17 @@ class Texts(Table):
     """How many characters of long texts the reservations of a project have; triggers count them."""
     project = peewee.CharField(primary_key=True)
     size = peewee.IntegerField()
+
+
+class Host(Table):
+    """A host of a resource, and what reservations can have of it; in order of id it is filled."""
+    resource = peewee.ForeignKeyField(Resource)
+    name = peewee.CharField()
+    vcpus = peewee.IntegerField()
+    ram = peewee.IntegerField()   # MiB
+    classes = peewee.TextField()  # JSON
+    units = peewee.TextField()    # JSON: least, most and step of one amount, by class; '': any
+    until = peewee.IntegerField()  # FOREVER, or since when it is not there
 
 
 class Capacity(Table):
@@ -4181,6 +4203,9 @@ class Claim(Table):
     resource = peewee.ForeignKeyField(Resource, index=False)
     occurrence = peewee.IntegerField(null=True)  # it boots on; NULL: on what nobody has reserved
     server = peewee.CharField()   # Nova's id
+    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])  # where it is
+    # until a resize is confirmed, what it takes before and after it
+    twice = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     project = peewee.CharField()  # Nova's ids
     user = peewee.CharField()
     vcpus = peewee.IntegerField()
@@ -4424,10 +4449,10 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait, Limit,
-          Step, Server, Claim, Tally, Token, Session, Share, OnceDone, Feed, Subscription, CalendarObject,
-          CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease, BlazarHold,
-          HostProperty, Credential, Fact, SimulatedServer]
+TABLES = [Resource, Host, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait,
+          Limit, Step, Server, Claim, Tally, Token, Session, Share, OnceDone, Feed, Subscription,
+          CalendarObject, CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease,
+          BlazarHold, HostProperty, Credential, Fact, SimulatedServer]
 
 #: Indexes that fields don't tell of. `occurrence_ended` finds what a wrong clock has ended.
 INDEXES = '''
@@ -4486,7 +4511,7 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks()]
+    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts()]
 
 
 def long_texts(row: str) -> str:
@@ -5520,6 +5545,20 @@ def add_locks() -> None:
         add_columns(table, {'lock': 'INTEGER NOT NULL DEFAULT 0'})
 
 
+def add_hosts() -> None:
+    """Version 21: reservations are planned on the hosts of a resource."""
+    add_columns('reservation', {'affinity': "VARCHAR(255) NOT NULL DEFAULT ''"})
+    add_columns('occurrence', {'placed': "TEXT NOT NULL DEFAULT ''"})
+    add_columns('claim', {'host': "VARCHAR(255) NOT NULL DEFAULT ''",
+                          'twice': 'INTEGER NOT NULL DEFAULT 0'})
+    run_all("""
+        CREATE TABLE IF NOT EXISTS host (
+          id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
+          name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
+          classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
+        CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5760,8 +5799,9 @@ class Unmade(Exception):
 
 rehearsal = Rehearsal()
 #: What operations change, each with what changes with it.
-REHEARSED = dict.fromkeys(('occurrence', 'resource', 'capacity', 'proposal', 'extra_hold', 'wait',
-                           'limits', 'token', 'credential', 'feed', 'subscription', 'share'), ())
+REHEARSED = dict.fromkeys(('occurrence', 'resource', 'host', 'capacity', 'proposal', 'extra_hold',
+                           'wait', 'limits', 'token', 'credential', 'feed', 'subscription',
+                           'share'), ())
 REHEARSED['reservation'] = ('occurrence', 'texts')
 WRITTEN = Pattern(r'\s*(?:INSERT INTO|UPDATE|DELETE FROM)\s+(\w+)')
 NAMED = Pattern(r'\b((?:FROM|JOIN|INTO|UPDATE)\s+)(\w+)\b')
@@ -5946,7 +5986,7 @@ class Remembered(threading.local):
 
 remembered = Remembered()
 MEMORIES.append(remembered)
-SELDOM = ('resource', 'limits', 'wait')
+SELDOM = ('resource', 'host', 'limits', 'wait')
 STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits,
                      EXISTS (SELECT 1 FROM limits) AS limits"""
 
@@ -6122,6 +6162,7 @@ LISTING = '''
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
          r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         r.affinity,
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -6133,8 +6174,8 @@ LISTING = '''
          (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
            AND v.ready IS NOT NULL) AS ever,
          (r.image <> '' OR r.server <> '') AS runs,
-         CAST(?1 AS BIGINT) AS now, o.told, o.held_from, o.held_until, o.resource_id, r.over,
-         o.due, o.slot, o.altered, o.revision, o.revised, r.waiting,
+         CAST(?1 AS BIGINT) AS now, o.told, o.held_from, o.held_until, o.placed, o.resource_id,
+         r.over, o.due, o.slot, o.altered, o.revision, o.revised, r.waiting,
          r.priority, r.confirm, r.pending, r.on_conflict, r.booked_until, r.subscription,
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
@@ -6205,6 +6246,14 @@ def ids_by(ways: Iterable[tuple[str, str]]) -> str:
                               f'{condition}' for way, condition in ways)
 
 
+def overlapping(ways: list, begin: int, also: str) -> list[tuple[str, str]]:
+    """The ways to what ends after an instant; only what is long starts long before it."""
+    day, month = begin - DAY, begin - MONTH
+    return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{also}'),
+            ('long', f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{also}'),
+            *((way, f'{condition} AND o.start >= {day}') for way, condition in ways)]
+
+
 def all_of(where: list) -> str:
     """Conditions, as `given` takes them, behind another one."""
     return ''.join(f' AND {text}' for text, *_ in where)
@@ -6247,7 +6296,8 @@ def given(where: list) -> list:
 
 def quantity(name: str, number: int) -> str:
     """So much of a resource class, for people: 4 VMs, 1 vCPU, 512 MiB of RAM, 2 CUSTOM_GPU."""
-    nouns = {'vms': ('VM',), 'vcpus': ('vCPU',), 'ram': ('MiB of RAM', 'MiB of RAM')}
+    nouns = {'vms': ('VM',), 'vcpus': ('vCPU',), 'ram': ('MiB of RAM', 'MiB of RAM'),
+             DISK: ('GB of disk', 'GB of disk')}
     return counted(number, *nouns.get(name, (name, name)))
 
 
@@ -6307,6 +6357,11 @@ NOTHING = Amount()
 OTHERS = '*'    # of a capacity, all classes that are not told
 CLOSED = '!'    # the track in which a maintenance holds one
 HOST = 'host:'  # begins the class of a host that is reserved by its name
+
+
+def no_more(amount: Amount) -> Amount:
+    """An amount as a capacity, which has nothing of other classes."""
+    return amount._replace(classes=(*amount.classes, (OTHERS, 0)))
 
 
 def added(one: Amount, other: Amount, sign: int) -> tuple:
@@ -6376,8 +6431,7 @@ def of_columns(columns: dict) -> Amount:
 def capacity(resource) -> Amount:
     """What the row of a resource holds; of what Placement has not told for its hosts, nothing."""
     most = amount_of(resource)
-    return (most if resource.hosts in ('', '[]')
-            else most._replace(classes=(*most.classes, (OTHERS, 0))))
+    return most if resource.hosts in ('', '[]') else no_more(most)
 
 
 def stored(amount: Amount, prefix: str = '') -> dict:
@@ -6468,6 +6522,11 @@ class Ledger(threading.local):
         if (resource, track) not in self.profiles:
             self.profiles[resource, track] = Profile()
         self.profiles[resource, track].add(*change)
+
+    def hosts(self, resource: int) -> set[int]:
+        """The hosts of a resource on which something is held more or less."""
+        return {int(track[1:].partition(':')[0]) for of, track in self.profiles
+                if of == resource and track[:1] == '@'}
 
     def within(self, resource: int, track: str, begin: float, until: float) -> list[tuple]:
         """A window in pieces, each with what this transaction holds more in all of it."""
@@ -6672,7 +6731,13 @@ def refuse_without_room(pieces: Iterable[Hold], now: float) -> None:
 def steps(resource: int, begin: float, until: float,
           classes: Iterable[str] = ()) -> Iterator[tuple[float, Amount]]:
     """The step function in a window: (instant, level from then on), also of CLOSED."""
-    tracks = ['', CLOSED, *classes]
+    for at, held in steps_of(resource, ['', CLOSED, *classes], begin, until):
+        yield at, amount_of_tracks(held)
+
+
+def steps_of(resource: int, tracks: list[str], begin: float,
+             until: float) -> Iterator[tuple[float, dict[str, tuple]]]:
+    """The step functions of some tracks in a window: (instant, levels from then on)."""
     levels = {track: [written_level(resource, track, begin), ZERO] for track in tracks}
     marks = ', '.join('?' * len(tracks))
     changes = [(at, track, 0, figures) for at, track, *figures in run(
@@ -6681,40 +6746,28 @@ def steps(resource: int, begin: float, until: float,
     changes += [(at, track, 1, more) for track in tracks
                 for at, _, more in ledger.within(resource, track, begin, until)]
     at = begin
-    for after, track, side, figures in [*sorted(changes), (until, '', 0, ZERO)]:
+    for after, track, side, figures in [*sorted(changes), (until, tracks[0], 0, ZERO)]:
         if after > at:
-            held = {track: plus(*each) for track, each in levels.items()}
-            classes = ((name, held[name][0]) for name in tracks[1:] if held[name][0])
-            yield at, Amount(*held[''], tuple(classes))
+            yield at, {track: plus(*each) for track, each in levels.items()}
         at, levels[track][side] = after, figures
 
 
 def peaks(resource: int, begin: int, width: int, number: int,
           classes: Iterable[str] = ()) -> list[Amount]:
     """The peaks of so many spans of so many seconds, one after the other."""
-    tracks = {track: peaks_of(resource, track, begin, width, number) for track in ('', *classes)}
-    return [Amount(*tracks[''][n], tuple((name, tracks[name][n][0]) for name in tracks if name
-                                         and tracks[name][n][0])) for n in range(number)]
+    spans = [(at, at + width) for at in range(begin, begin + number * width, width)]
+    ledger.read((resource, track, *span) for span in spans for track in ('', *classes))
+    found = [{track: ledger.peak(resource, track, *span) for track in ('', *classes)}
+             for span in spans]
+    if not db.in_transaction():
+        ledger.forget()
+    return [amount_of_tracks(each) for each in found]
 
 
-def peaks_of(resource: int, track: str, begin: int, width: int, number: int) -> list[tuple]:
-    spans = {n: (first, peak, last) for n, first, *peak, last in run(
-        'SELECT (at - ?) / ?, min(at), max(vms), max(vcpus), max(ram), max(at) FROM step WHERE '
-        'resource_id = ? '
-        'AND track = ? AND at >= ? AND at < ? GROUP BY 1', begin, width, resource, track, begin,
-        begin + width * number)}
-    at_last = dict((at, figures) for at, *figures in run(
-        'SELECT at, vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at IN '
-        'numbers(?)', resource, track,
-        json.dumps([last for _, _, last in spans.values()])))
-    carried, found = level_of(resource, track, begin), []
-    for n in range(number):
-        first, inside, last = spans.get(n, (None, carried, None))
-        # What holds at the beginning counts, unless there is a step just there.
-        found.append(tuple(inside if first in (None, begin + n * width)
-                           else map(max, inside, carried)))
-        carried = at_last.get(last, carried)
-    return found
+def amount_of_tracks(levels: dict[str, tuple]) -> Amount:
+    """The levels of tracks as an amount."""
+    return Amount(*levels[''], tuple((name, each) for name, (each, _, _) in levels.items()
+                                     if name and each))
 
 
 def free_windows(resource, amount: Amount, after: float,
@@ -6803,6 +6856,558 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
             yield (track, at), levels[track]
 
 
+# Hosts #######################################################################
+#
+# A sum promises too much: three VMs of 5 GPUs fit two hosts of 8 GPUs by the sum, and do not fit
+# them. So a resource whose hosts a cloud has told (`resource sync`) is reserved by hosts.
+#
+# THE RULE OF HOSTS. Each VM takes its amount of one host, of the same one all the time. A
+# reservation is admitted if there is a plan: a host for each VM of all that is live, so that
+#
+#   (H1) each occurrence is planned whole: its VMs by host, `placed`, sum to its number; those that
+#        are to be apart are one a host, those that are to be together on one;
+#   (H2) on each host, from now on, no more is held of anything than the host has;
+#   (H3) the step functions of a host, the tracks '@ID:' and '@ID:CLASS', are from now on the sums
+#        of what is planned there; those of the resource stay the sums of all, under THE RULE;
+#   (H4) what has begun stays where it is, until its host is lost;
+#   (H5) a refusal changes nothing; an admission and the moves that made its room are one commit.
+#
+# Why it holds: nothing is held on a host but where `rooms` has just found it free in all of the
+# window (H2), by the very counts that are written down (H1, H3). Moves are made all or none, of
+# what has not begun alone (H4), and are checked in the transaction that makes them (H5).
+#
+# A plan is no promise of a certain host: until it begins, a VM may be planned elsewhere. So first
+# fit in a fixed order of hosts is good enough: it costs one index range a host and figure, and
+# reads no further than the last host that it takes. Where that finds none, a search moves what has
+# not begun (`replan`, bounded by steps). It runs in a rehearsal, which holds no lock; the
+# transaction after it makes the moves, if they can still be made. A refusal says that no plan was
+# found: that there is none is proven only by the sum, and by hosts that are too small.
+
+FOREVER = 2**40  # until when a host is there that nobody takes away
+WHATEVER = -2**62  # less than any room
+APART, TOGETHER = 'apart', 'together'
+
+
+class Need(NamedTuple):
+    """VMs that need hosts of a resource during [begin, until): each the same of one host."""
+    resource: int  # id
+    begin: int
+    until: int
+    each: Amount
+    number: int
+    affinity: str = ''  # or APART, or TOGETHER
+    host: str = ''      # on this one alone, by its name
+
+    @property
+    def figures(self) -> tuple:
+        """What one of them takes of a host: classes first, which are scarce."""
+        return (*(each for _, each in self.each.classes), self.each.vcpus, self.each.ram)
+
+
+def need_of(held: Hold, affinity: str = '') -> Need:
+    """What a hold needs of hosts; of one that is reserved by its name it needs all, once."""
+    amount = held.amount
+    for name in amount.names:
+        if name.startswith(HOST):
+            whole = amount - Amount(classes=((name, 1),))
+            return Need(*held[:3], whole, 1, host=name.removeprefix(HOST))
+    return Need(*held[:3], amount // max(amount.vms, 1), amount.vms, affinity)
+
+
+def planned_by_host(resource: int) -> bool:
+    """Whether the hosts of a resource are known."""
+    return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = ?) AS known',
+                     resource)[0].known)
+
+
+def read_placed(text: str | None) -> dict[int, int]:
+    """How many VMs are planned on which hosts, by id, as a row has it."""
+    return {int(host): number for host, number in json.loads(text or '{}').items()}
+
+
+def stored_placed(placed: dict[int, int]) -> str:
+    return json.dumps({host: number for host, number in sorted(placed.items()) if number})
+
+
+def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
+    """Holds, or gives back, what some VMs take of their hosts."""
+    if need.begin < need.until:
+        for host, number in placed.items():
+            for track, figures in (need.each * (sign * number)).tracks:
+                ledger.add(need.resource, on_host(host, track), need.begin, need.until, figures)
+
+
+def on_host(host: int, track: str) -> str:
+    """The track of a host."""
+    return f'@{host}:{track}'
+
+
+ON_HOSTS = "track LIKE '@%'"
+
+
+@functools.lru_cache
+def rooms_query(classes: tuple[str, ...]) -> str:
+    """What each host has free in all of a window, of classes, vCPUs and RAM, in order of hosts.
+
+    Its parameters: resource, begin, until, a list of hosts or NULL for all, and what must be free.
+    """
+    figures = [(f"coalesce(json_extract(h.classes, '$.{name}'), 0)", name, 'vms')
+               for name in classes] + [('h.vcpus', '', 'vcpus'), ('h.ram', '', 'ram')]
+    free, enough = [], []
+    for n, (most, track, column) in enumerate(figures):
+        of_it = f"step WHERE resource_id = h.resource_id AND track = '@' || h.id || ':{track}'"
+        free.append(f"""{most} - coalesce((SELECT max({column}) FROM {of_it} AND at < ?3 AND at >=
+          coalesce((SELECT at FROM {of_it} AND at <= ?2 ORDER BY at DESC LIMIT 1), ?2)), 0) AS f{n}
+          """)
+        enough.append(f'f{n} >= ?{n + 5}')
+    return f"""
+      SELECT * FROM (SELECT h.id, h.units, {', '.join(free)} FROM host h
+       WHERE h.resource_id = ?1 AND h.until >= ?3
+         AND (?4 IS NULL OR h.id IN numbers(?4)))
+       WHERE {' AND '.join(enough)} ORDER BY id"""
+
+
+def rooms(need: Need, among: Iterable[int] | None = None,
+          least: int | None = None) -> Iterator[tuple[int, tuple]]:
+    """The hosts (`among` some) that have enough for a VM in all of a window, and what they have
+    free; with `least`, so much of everything is enough.
+    """
+    names, enough = tuple(name for name, _ in need.each.classes), need.figures
+    if least is not None:
+        enough = (least,) * len(enough)
+    changed = sorted(each for each in ledger.hosts(need.resource)
+                     if among is None or each in among)
+    written = run(rooms_query(names), *need[:3], None if among is None else json.dumps([*among]),
+                  *enough)
+    return heapq.merge(
+        ((host, tuple(room)) for host, units, *room in written
+         if host not in changed and suits(units, need)),
+        ((host, room) for host in changed for units, room in room_of(need, host)
+         if all(map(operator.ge, room, enough)) and suits(units, need)))
+
+
+def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
+    """What a host has free where this transaction holds or gives back something, if it is there."""
+    found = once('SELECT * FROM host WHERE id = ?', host)[0]
+    if found.until < need.until:
+        return
+    most = amount_of_host(found)
+    names = [name for name, _ in need.each.classes]
+    tracks = [on_host(host, name) for name in ('', *names)]
+    ledger.read((need.resource, track, *piece[:2]) for track in tracks
+                for piece in ledger.within(need.resource, track, need.begin, need.until))
+    held = [ledger.peak(need.resource, track, need.begin, need.until) for track in tracks]
+    classes = dict(most.classes)
+    yield found.units, (*(classes.get(name, 0) - level[0] for name, level in zip(names, held[1:])),
+                        most.vcpus - held[0][1], most.ram - held[0][2])
+
+
+def amount_of_host(found) -> Amount:
+    """What the row of a host has in all."""
+    return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
+
+
+def suits(units: str, need: Need) -> bool:
+    """Whether a host gives out amounts of such a size: at least, at most and in steps, by class."""
+    asked = dict(need.each.classes) | {'VCPU': need.each.vcpus, 'MEMORY_MB': need.each.ram}
+    return not units or need.host != '' or all(
+        least <= asked[name] <= most and asked[name] % step == 0
+        for name, (least, most, step) in json.loads(units).items() if asked.get(name))
+
+
+def how_many(room: tuple, need: Need) -> int:
+    """How many of some VMs a host takes."""
+    many = min((free // each for free, each in zip(room, need.figures) if each),
+               default=need.number)
+    if need.affinity == TOGETHER:
+        return need.number if many >= need.number else 0
+    return min(many, 1 if need.affinity == APART else need.number)
+
+
+def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[int, int] | None:
+    """How many VMs on which hosts, in the order of hosts; None if not all of them find one. Those
+    on which they are already, `had`, come first; if they have begun there, they `stay`.
+    """
+    had = had if need.affinity != TOGETHER else {host: need.number for host in had}
+    placed: Counter = Counter()
+    for among in (had, None) if had else (None,):
+        left = need.number - placed.total()
+        for host, room in rooms(need, among) if left else ():
+            many = how_many(room, need) - placed[host]
+            taken = min(left, many, had[host] if among else left)
+            placed[host] += max(taken, 0)
+            left -= max(taken, 0)
+            if not left:
+                break
+        if stay and among is had and placed.total() < min(sum(had.values()), need.number):
+            return None
+    return {host: many for host, many in placed.items() if many} if not left else None
+
+
+# Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
+# turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
+# not begun; that, in its turn, what is in its own way. Two searches do so, each from the plan as it
+# is, first on few hosts, then on more:
+#
+#   chains  depth first: each VM pushes out the least that it can, at most so many pushes deep.
+#           Most of what can be found is found so, in a few milliseconds.
+#   guided  as often as one is without a host, it pushes out those that failed least so far to find
+#           one; whoever fails is in the way the less, and has to be placed the more.
+#
+# Ties go by order, and by dice that the request seeds, so that nothing is left to chance. All is
+# bounded by the looks at a VM on a host that it takes.
+
+SEARCHED = (8, 2_500), (32, 12_000)  # so many hosts, and looks at them in each search
+DEPTH, PUSHES = 2, 200
+MOST_SEARCHED = 0.5  # seconds of CPU, where a machine is too slow for so many looks
+SEARCHES = 20        # of one request, which may be a series
+
+
+class TooMuch(Exception):
+    """A search has taken what it may."""
+
+
+class Unit:
+    """One VM, while a plan is looked for."""
+
+    def __init__(self, owner: int, need: Need, figures: tuple, host: int | None, share: float):
+        self.owner, self.figures, self.host, self.was = owner, figures, host, host
+        self.apart, self.share = need.affinity == APART, share  # of the largest host
+        self.size = share * (need.until - need.begin)
+        self.failures = 1  # how often it found no host
+
+
+class Scene:
+    """What a search may touch, in memory: some hosts, what is free there between any two cuts of
+    time, and the VMs that may move.
+    """
+
+    def __init__(self, need: Need, hosts: list, had: dict[int, int], now: float, own: int):
+        self.hosts = {each.id: each for each in hosts}
+        others = in_the_way(need, self.hosts, now, own)
+        self.rows = {each.id: each for each, _ in others}
+        needs = [need, *(other for _, other in others)]
+        self.names = sorted({name for each in needs for name in each.each.names})
+        self.most = [max(each) or 1 for each in zip(*(
+            self.in_order(amount_of_host(host)) for host in hosts))]
+        self.read_free(need.resource, {at for each in needs for at in (each.begin, each.until)})
+        self.on: dict[int, dict[Unit, bool]] = {host: {} for host in self.hosts}
+        self.may: dict[Unit, set[int]] = {}
+        for found, other in others:
+            for host, number in read_placed(found.placed).items():
+                if host in self.hosts:
+                    self.add(found.id, other, host, number)
+        self.units = [*self.may]
+        self.new = self.add(0, need, None, need.number)
+        stay = (host for host, number in had.items() for _ in range(number))
+        self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
+
+    def in_order(self, amount: Amount) -> tuple:
+        """The figures of an amount: classes first, which are scarce."""
+        classes = dict(amount.classes)
+        return (*(classes.get(name, 0) for name in self.names), amount.vcpus, amount.ram)
+
+    def read_free(self, resource: int, cuts: set[int]) -> None:
+        """Reads what is free on the hosts, a row a figure, between any two cuts."""
+        tracks = [on_host(host, name) for host in self.hosts for name in ('', *self.names)]
+        levels = dict(steps_of(resource, tracks, min(cuts), max(cuts)))
+        self.cuts, held, columns = sorted(cuts | levels.keys()), {}, defaultdict(list)
+        for at in self.cuts[:-1]:
+            held = levels.get(at, held)
+            for host, found in self.hosts.items():
+                taken = (*(held[on_host(host, name)][0] for name in self.names),
+                         *held[on_host(host, '')][1:])
+                columns[host].append(map(operator.sub, self.in_order(amount_of_host(found)), taken))
+        self.free = {host: [*map(list, zip(*columns[host]))] for host in self.hosts}
+
+    def add(self, owner: int, need: Need, host: int | None, number: int) -> list[Unit]:
+        """Adds so many VMs of an occurrence, on a host or on none yet."""
+        figures = self.in_order(need.each)
+        share = max(map(operator.truediv, figures, self.most))
+        made = [Unit(owner, need, figures, host, share) for _ in range(number)]
+        for unit in made:
+            unit.first, unit.last = (bisect_left(self.cuts, at) for at in need[1:3])
+            self.may[unit] = {id for id, each in self.hosts.items() if suits(each.units, need)}
+            if host:
+                self.on[host][unit] = True
+        return made
+
+    def put(self, unit: Unit, host: int | None) -> None:
+        """Puts a VM on another host, or on none."""
+        if unit.host:
+            self.give(self.free[unit.host], unit, 1)
+            del self.on[unit.host][unit]
+        if host:
+            self.give(self.free[host], unit, -1)
+            self.on[host][unit] = True
+        unit.host = host
+
+    def give(self, free: list[list], unit: Unit, sign: int, first: int = 0) -> None:
+        """Frees what a VM takes, or takes it, in rows that begin with the cut `first`."""
+        begin, end = max(unit.first - first, 0), max(unit.last - first, 0)
+        for row, figure in zip(free, unit.figures):
+            if figure:
+                row[begin:end] = [each + sign * figure for each in row[begin:end]]
+
+    def fits(self, unit: Unit, host: int) -> bool:
+        self.look()
+        return host in self.may[unit] and not self.siblings(unit, host) and all(
+            min(row[unit.first:unit.last]) >= figure
+            for row, figure in zip(self.free[host], unit.figures) if figure)
+
+    def look(self) -> None:
+        """Counts a look at a VM on a host."""
+        self.looks -= 1
+        if self.looks < 0 or self.looks % 50 == 0 and time.thread_time() > self.deadline:
+            raise TooMuch
+
+    def siblings(self, unit: Unit, host: int) -> list[Unit]:
+        """The others on a host from which a VM is to be apart."""
+        return [other for other in self.on[host] if other.owner == unit.owner] if unit.apart else []
+
+    def best(self, unit: Unit) -> int | None:
+        """The host that has least left of what is scarcest, at the tightest and then in all."""
+        left = {host: self.free[host][0][unit.first:unit.last] for host in self.hosts
+                if self.fits(unit, host)}
+        return min(left, key=lambda host: (min(left[host]), sum(left[host]), host), default=None)
+
+    def options(self, unit: Unit) -> list[tuple[int, list[Unit]]]:
+        """On which hosts a VM would fit if some others went."""
+        found = [(host, self.blockers(unit, host)) for host in self.may[unit]]
+        return [(host, pushed) for host, pushed in found if pushed is not None]
+
+    def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
+        """A few VMs without which another would fit on a host; None if they are not enough."""
+        self.look()
+        free = [row[unit.first:unit.last] for row in self.free[host]]
+        pushed = self.siblings(unit, host)
+        must = len(pushed)
+        left = [each for each in self.on[host] if each not in pushed
+                and each.first < unit.last and each.last > unit.first]
+        for each in pushed:
+            self.give(free, each, 1, unit.first)
+        while lack := self.lack(free, unit):
+            if not left:
+                return None
+            each = max(left, key=lambda each: self.worth(each, lack))
+            left.remove(each)
+            pushed.append(each)
+            self.give(free, each, 1, unit.first)
+        for each in pushed[must:-1]:  # it may not be needed any more, since larger ones went
+            self.give(free, each, -1, unit.first)
+            if self.lack(free, unit):
+                self.give(free, each, 1, unit.first)
+            else:
+                pushed.remove(each)
+        return pushed
+
+    def lack(self, free: list[list], unit: Unit) -> set[int]:
+        """After which cuts a VM finds too little."""
+        return {n for row, figure in zip(free, unit.figures) if figure
+                for n, each in enumerate(row, unit.first) if each < figure}
+
+    def worth(self, unit: Unit, lack: set[int]) -> float:
+        """How good it is to push a VM out: it covers much of the lack, is small, seldom failed."""
+        covers = sum(unit.first <= n < unit.last for n in lack)
+        return covers * unit.share / unit.failures / unit.size ** 0.5
+
+    def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
+        """Puts a VM on a host, and those off that are in its way."""
+        for each in pushed:
+            self.put(each, None)
+        self.put(unit, host)
+
+    def chain(self, units: list[Unit], depth: int) -> bool:
+        """Whether each of some VMs finds a host, and so do those that it pushes out."""
+        return all(self.settle(unit, depth) for unit in sorted(units, key=lambda each: -each.size))
+
+    def settle(self, unit: Unit, depth: int) -> bool:
+        if host := self.best(unit):
+            self.put(unit, host)
+            return True
+        options = self.options(unit) if depth else []
+        for host, pushed in sorted(options, key=lambda option: (
+                sum(each.size for each in option[1]), option[0])):
+            before = {each: each.host for each in self.units + self.new}
+            self.push(unit, host, pushed)
+            if self.chain(pushed, depth - 1):
+                return True
+            self.back(before)
+        return False
+
+    def back(self, before: dict[Unit, int | None]) -> None:
+        """Puts VMs where they were."""
+        for unit, host in before.items():
+            if unit.host != host:
+                self.put(unit, host)
+
+    def guided(self, units: list[Unit], depth: int) -> bool:
+        """Whether each of some VMs finds a host, after many pushes."""
+        dice, out, left = random.Random(f'{units[0].figures} {self.cuts}'), [*units], {}
+        for _ in range(PUSHES):
+            out.sort(key=lambda each: (each.failures, each.share))
+            unit, pushed = out.pop(), []
+            host = self.best(unit)
+            if not host:
+                unit.failures += 1
+                options = [(sum(each.failures for each in pushed) + dice.random() / 2
+                            + 3 * (left.get(unit) == host), host, pushed)  # not back at once
+                           for host, pushed in self.options(unit)]
+                if not options:
+                    return False
+                _, host, pushed = min(options, key=lambda option: option[:2])
+            left |= dict.fromkeys(pushed, host)
+            out += pushed
+            self.push(unit, host, pushed)
+            if not out:
+                return True
+        return False
+
+    def solve(self, looks: int, deadline: float) -> bool:
+        """Whether a search finds a host for each VM."""
+        self.deadline = deadline
+        for search in self.chain, self.guided:
+            self.looks = looks
+            with suppress(TooMuch):
+                if search(self.new, DEPTH):
+                    return True
+            self.back({unit: unit.was for unit in self.units + self.new})
+        return False
+
+    def moves(self) -> list[tuple]:
+        """What is on other hosts than before: its id, its `placed` before and after."""
+        after = {owner: Counter(read_placed(found.placed)) for owner, found in self.rows.items()}
+        for unit in self.units:
+            after[unit.owner][unit.was] -= 1
+            after[unit.owner][unit.host] += 1
+        found = [(owner, self.rows[owner].placed, stored_placed(placed))
+                 for owner, placed in after.items()]
+        return [move for move in found if move[1] != move[2]]
+
+
+def in_the_way(need: Need, hosts: Iterable[int], now: float,
+               own: int) -> list[tuple[Any, Need]]:
+    """What is planned on hosts in a window, or in that of what is there, and may move: what has not
+    begun, and is not of the reservation `own`.
+    """
+    begin, until, found = need.begin, need.until, []
+    for _ in range(2):
+        there = (f' AND o.due IS NOT NULL AND o.resource_id = {need.resource} '
+                 f'AND o.start > {int(now)} AND o.start < {until} + {LONGEST_LEAD}')
+        near = ids_by(overlapping([('place_live', f'1{there}')], begin, there))
+        planned = rows(f"""SELECT o.*, r.affinity FROM occurrence o
+                             JOIN reservation r ON r.id = o.reservation_id
+                            WHERE o.id IN ({near}) AND o.held_from > ? AND o.held_from < ?
+                              AND o.held_until > ? AND o.held_until > o.held_from
+                              AND o.placed <> '' AND r.id <> ? AND r.host = '' AND r.affinity <> ?
+                            ORDER BY o.id""", int(now), until, begin, own, TOGETHER)
+        found = [(each, need_of(hold_of(each), each.affinity)) for each in planned
+                 if not read_placed(each.placed).keys().isdisjoint(hosts)]
+        begin = min([begin, *(other.begin for _, other in found)])
+        until = max([until, *(other.until for _, other in found)])
+    return found
+
+
+class Replans(threading.local):
+    """What this thread's rehearsals found, by need, for the transaction after them."""
+    found: dict = {}
+    searches = 0  # so many may still be made; none where a quick answer is wanted
+
+
+replans = Replans()
+
+
+def replan(need: Need, had: dict[int, int], now: float,
+           own: int) -> tuple[dict[int, int], list[tuple]] | None:
+    """The hosts of some VMs and the moves that make room for them, or None; changes nothing."""
+    deadline = time.thread_time() + MOST_SEARCHED
+    lacking = {host: sum(map(operator.lt, room, need.figures))
+               for host, room in rooms(need, least=WHATEVER)}
+    nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
+    for width, looks in SEARCHED:
+        chosen = nearest[:max(width, 2 * need.number)]
+        scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
+                                 json.dumps(chosen)), had, now, own)
+        if chosen and scene.solve(looks, deadline):
+            return dict(Counter(unit.host for unit in scene.new)), scene.moves()
+        if len(chosen) == len(nearest):
+            return None
+    return None
+
+
+def make_moves(moves: list[tuple], now: float) -> bool:
+    """Makes some moves, unless one can't be made any more; then the caller undoes them."""
+    made = []
+    for id, before, after in moves:
+        found = row('SELECT * FROM occurrence WHERE id = ? AND placed = ? AND held_from > ? '
+                    'AND held_until > held_from', id, before, now)
+        if not found:
+            return False
+        need, placed = on_hosts(found, now)
+        hold_on(need, placed, -1)
+        hold_on(need, read_placed(after))
+        made.append((need, read_placed(after)))
+        run('UPDATE occurrence SET placed = ? WHERE id = ?', after, id)
+    return all(min(room) >= 0 for need, placed in made
+               for _, room in rooms(need, placed, least=WHATEVER))
+
+
+def most_on_hosts(need: Need) -> int:
+    """How many of some VMs the hosts of their resource take if nothing else is there."""
+    names = [name for name, _ in need.each.classes]
+    return sum(how_many((*(classes.get(name, 0) for name in names), each.vcpus, each.ram), need)
+               for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
+                                "?3 IN ('', name)", need.resource, need.until, need.host)
+               for classes in [json.loads(each.classes)] if suits(each.units, need))
+
+
+def on_hosts(found, now: float) -> tuple[Need, dict[int, int]]:
+    """What the row of an occurrence holds on which hosts, from now on."""
+    need = need_of(hold_of(found))
+    return need._replace(begin=max(need.begin, int(now))), read_placed(found.placed)
+
+
+def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
+    """Where (H3) does not hold, from now on: (track, instant), what is kept and what is right."""
+    right, kept = defaultdict(Profile), defaultdict(Profile)
+    for found in rows("SELECT * FROM occurrence WHERE resource_id = ? AND due IS NOT NULL "
+                      "AND held_until > ? AND placed <> ''", resource, now):
+        need, placed = on_hosts(found, now)
+        for host, number in placed.items() if need.begin < need.until else ():
+            for track, figures in (need.each * number).tracks:
+                right[on_host(host, track)].add(need.begin, need.until, figures)
+    for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
+                                   f'= ? AND {ON_HOSTS} ORDER BY track, at', resource):
+        kept[track].ats.append(at)
+        kept[track].levels.append(tuple(figures))
+    for track in sorted(right.keys() | kept.keys()):
+        for at in sorted({now, *right[track].ats, *kept[track].ats}):
+            held = kept[track].at(at), right[track].at(at)
+            if at >= now and held[0] != held[1]:
+                yield (track, at), *held
+
+
+def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
+               own: int) -> dict[int, int] | None:
+    """The hosts of some VMs, or None; others may have moved for them, none of reservation `own`."""
+    if need.host:  # that one, or none
+        had, stay = {each.id: 1 for each in rows('SELECT id FROM host WHERE resource_id = ? AND '
+                                                 'name = ?', need.resource, need.host)}, True
+    placed, key = first_fit(need, had, stay), need._replace(begin=0)  # which is now, perhaps
+    if placed is not None or need.host and not had:
+        return placed
+    had = had if stay else {}
+    if rehearsal.on and replans.searches and most_on_hosts(need) >= need.number:
+        replans.searches -= 1
+        replans.found[key] = replan(need, had, now, own)
+    placed, moves = replans.found.get(key) or (None, [])
+    with Attempt() as attempt:
+        if placed and make_moves(moves, now) and first_fit(need, placed, stay) == placed:
+            return placed
+        attempt.undo()
+    return None
+
+
 # Clouds ######################################################################
 #
 # What a cloud must do for us: know names, boot one machine under a mark, list the servers that
@@ -6811,10 +7416,13 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
 
 
 class Flavor(NamedTuple):
-    """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them."""
+    """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them, and
+    of the disk of its host, in GB.
+    """
     vcpus: int
     ram: int
     classes: tuple = ()
+    disk: int = 0
 
 
 class Thing(NamedTuple):
@@ -6887,6 +7495,8 @@ class Aggregate(NamedTuple):
     name: str
     hosts: dict[str, Amount]  # what each holds, by Placement
     mark: str  # the resource that it is marked with, or ''
+    #: Of hosts that don't give out any amount: least, most and step of one, by class.
+    units: dict[str, dict[str, tuple]] = {}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -6914,6 +7524,14 @@ class Lent(NamedTuple):
     like: str = ''
     policy: str = ''
     network: str = ''
+
+
+class Seat(NamedTuple):
+    """Where a server is and what it takes there."""
+    host: str  # '': nowhere yet
+    takes: Flavor | None = None  # None: as before, or not settled
+    #: Nova holds it on two hosts, or twice on one: it is resized or moved, and may go back.
+    twice: bool = False
 
 
 class Seen(NamedTuple):
@@ -7077,10 +7695,8 @@ class Cloud:
         """
         raise NotImplementedError
 
-    def hosts(self, uids: Iterable[str]) -> dict[str, str | None]:
-        """On which host each server is: '' while it is nowhere yet, None if it is gone or
-        failed.
-        """
+    def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
+        """Where each server is; None if it is gone, has failed or takes nothing of any host."""
         raise NotImplementedError
 
     def time(self) -> float | None:
@@ -7295,7 +7911,8 @@ class OpenStack(Cloud):
     # Whose each thing is: the account of an admin is shown what belongs to others as well.
 
     def flavor_thing(self, cloud, found) -> Thing:
-        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}))
+        disk = found.disk + (found.ephemeral or 0) + math.ceil((found.swap or 0) / 1024)
+        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}), disk)
         return Thing(found.id, found.name, own=True, open=True, flavor=takes)
 
     def key_thing(self, cloud, found) -> Thing:
@@ -7432,22 +8049,32 @@ class OpenStack(Cloud):
         with self.calling('list aggregates', sure=True) as cloud:
             found = [each for each in cloud.compute.aggregates()
                      if not host or host in (each.hosts or [])]
-        return [Aggregate(each.name, {one: self.host_holds(one) for one in sorted(each.hosts or [])
-                                      if host in ('', one)},
-                          (each.metadata or {}).get('cmres', '')) for each in found]
+        hosts = {one for each in found for one in each.hosts or [] if host in ('', one)}
+        told = {one: self.host_holds(one) for one in sorted(hosts)}
+        return [Aggregate(each.name, {one: told[one][0] for one in sorted(each.hosts or [])
+                                      if one in told}, (each.metadata or {}).get('cmres', ''),
+                          {one: told[one][1] for one in each.hosts or [] if one in told})
+                for each in found]
 
-    def host_holds(self, host: str) -> Amount:
-        """What Placement gives out of a host and of what is in it (total, reserved, ratio)."""
-        found: dict = defaultdict(int)
+    def host_holds(self, host: str) -> tuple[Amount, dict[str, tuple]]:
+        """What Placement gives out of a host and of what is in it (total, reserved, ratio), and of
+        which class only some amounts.
+        """
+        found, units = defaultdict(int), {}
         with self.calling('tell what a host holds', sure=True) as cloud:
             placement = cloud.placement
             for root in placement.resource_providers(name=host):
                 for provider in placement.resource_providers(in_tree=root.id):
                     for each in placement.resource_provider_inventories(provider):
                         name = each.resource_class or each.id
-                        found[name] += int((each.total - each.reserved) * each.allocation_ratio)
+                        most = int((each.total - each.reserved) * each.allocation_ratio)
+                        found[name] += most
+                        unit = each.min_unit or 1, each.max_unit or most, each.step_size or 1
+                        if unit[0] > 1 or unit[1] < most or unit[2] > 1:
+                            units[name] = unit
         return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
-            (name, each) for name, each in found.items() if name not in PLAIN and each)))
+            (name, each) for name, each in found.items()
+            if name not in ('VCPU', 'MEMORY_MB') and each))), units
 
     def mark(self, aggregate, resource):
         with self.calling('mark an aggregate', sure=True) as cloud:
@@ -7551,17 +8178,22 @@ class OpenStack(Cloud):
         return None
 
     def hosts(self, uids):
-        return {uid: self.host_of(uid) for uid in uids}
+        return {uid: self.seat_of(uid) for uid in uids}
 
-    def host_of(self, uid: str) -> str | None:
-        """The host of a server: '' while it is nowhere yet, None if it is gone or failed."""
+    def seat_of(self, uid: str) -> Seat | None:
+        """Where a server is, as `hosts` tells it."""
         with self.calling('tell where a server is', sure=True) as cloud:
             server = self.got(cloud.compute.get_server, uid)
             if not server:
                 return None
             host = server.compute_host or server.hypervisor_hostname or ''
-            failed = server.status.lower() in GONE or server.status == 'ERROR' and not host
-            return None if failed else host
+            gone = server.status.lower() in (*GONE, 'shelved_offloaded')
+            if gone or server.status == 'ERROR' and not host:
+                return None
+            twice = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
+            has = server.flavor if server.flavor and server.flavor.vcpus else None
+            return Seat(host, None if twice or not has else Flavor(
+                has.vcpus, has.ram, classes_of(has.extra_specs or {})), twice)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -7621,7 +8253,7 @@ class Simulated(Cloud):
 
     def hosts(self, uids):
         there = {each.uid for each in self.present()}
-        return {uid: 'gpu-1' if uid in there else None for uid in uids}
+        return {uid: Seat('gpu-1') if uid in there else None for uid in uids}
 
     def present(self):
         return SimulatedServer.select().where(SimulatedServer.account == self.account,
@@ -9604,6 +10236,7 @@ class Wish(NamedTuple):
     whole: Amount | None = None  # what it holds
     trusted: list = []           # KIND:NAME that an admin gave it
     invite: list = []            # mail addresses
+    affinity: str = ''           # whether its VMs are to be on one host or on several
 
     @property
     def amount(self) -> Amount:
@@ -9753,19 +10386,20 @@ SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
-FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host')
+FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host', 'affinity')
 #: What a wish has as it is asked for.
 SAME = frozenset(('label', 'vms', 'flavor', 'image', 'network', 'key', 'user_data', 'description',
                   'repeat', 'on_conflict'))
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
-          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite')
+          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite',
+          'affinity')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
-               'lead', 'on_conflict', 'at_end', 'calendar'}
+               'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
@@ -9775,10 +10409,10 @@ UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', 
              'over')
 OVER = ('ended', 'cancelled', 'failed')
 PLACE = ('cell', 'cloud', 'region', 'aggregate')
-HIDDEN = frozenset(('now', 'resource_id', 'held_from', 'held_until', 'over', 'due', 'reservation',
-                    'user_data', 'existing', 'ever', 'runs', 'told', 'slot', 'altered', 'revision',
-                    'revised', 'on_conflict', 'booked_until', 'subscription', 'repeats', 'series',
-                    'waiting', 'confirm', 'pending', 'priority', 'choices', 'named', 'trusted', 'flavors'))
+HIDDEN = frozenset("""
+  now resource_id held_from held_until placed over due reservation user_data existing ever runs told
+  slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
+  pending priority choices named trusted flavors""".split())
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -9910,6 +10544,11 @@ def in_figures(amount: Amount) -> dict:
     """An amount with the names of its figures."""
     return dict(zip(FIGURES, amount)) | {
         name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
+
+
+def amount_in_words(amount: Amount) -> str:
+    """An amount for people: 4 vCPUs, 512 MiB of RAM."""
+    return ', '.join(quantity(name, each) for name, each in in_figures(amount).items() if each)
 
 
 def known_classes(before: str, given: dict | None) -> str:
@@ -10054,6 +10693,7 @@ class Service:
 
         What has no room is refused at once, and explained in a rehearsal: nobody waits for it.
         """
+        replans.found, replans.searches = {}, SEARCHES
         if dry_run:
             with self.writing(dry_run) as now:
                 return deed(now)
@@ -10064,6 +10704,7 @@ class Service:
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
+            replans.found, replans.searches = {}, SEARCHES
             with self.shares.paced(), self.writing(dry_run=True) as now:
                 deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
@@ -10246,15 +10887,7 @@ class Lookup:
         """By which indexes a page is found that filters ask for, of what ends after `begin`."""
         found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word])
                              if state else BOTH)
-        return found if begin is None else self.overlapping(found, begin, self.within(asked))
-
-    def overlapping(self, ways: list, begin: int, also: str) -> list[tuple[str, str]]:
-        """The ways to what ends after an instant; only what is long starts long before it."""
-        day, month = begin - DAY, begin - MONTH
-        return [('longest', f'o."end" - o.start > {MONTH} AND o.start < {month}{also}'),
-                ('long',
-                 f'o."end" - o.start > {DAY} AND o.start >= {month} AND o.start < {day}{also}'),
-                *((way, f'{condition} AND o.start >= {day}') for way, condition in ways)]
+        return found if begin is None else overlapping(found, begin, self.within(asked))
 
     def ways_by(self, asked: dict, ways: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """The same ways, by the indexes that know whose or where as well."""
@@ -10517,6 +11150,7 @@ class Wishes:
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
             at_end=asked['at_end'] or ('stop' if made_of['server'] else 'delete'),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
+            affinity=asked.get('affinity') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
             **made_of)
         if stretches and 'repeat' not in changes:
@@ -10536,7 +11170,7 @@ class Wishes:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
             found = self.ask_cloud(place, asked | {'trusted': kept}, warnings)
             by_hand = tuple(sorted((asked.get('classes') or {}).items()))
-            each = (asked.get('each') or self.each_takes(found)) + Amount(classes=by_hand)
+            each = (asked.get('each') or self.each_takes(found, place)) + Amount(classes=by_hand)
             warnings += [] if old else self.unheld_classes(place, each)
             server = found['server'].id if 'server' in found else ''
             trusted = self.trusted(asked | {'server': server}, kept, changes if old
@@ -10606,6 +11240,7 @@ class Wishes:
                           f"Remove the {'image' if boots else 'server'}.")
         if has and asked['vms'] != 1:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
+        refuse_unknown_word('affinity', asked.get('affinity') or '', (APART, TOGETHER), '')
         ends = ENDS[1:3] if has else ENDS
         refuse_unknown_word('at_end', asked['at_end'], ends, '')
 
@@ -10650,13 +11285,19 @@ class Wishes:
 
     def unheld_classes(self, place, each: Amount) -> list[str]:
         """That a resource has more than a reservation asks for: GPUs, say."""
-        names = [name for name in json.loads(place.classes or '{}') if name not in each.names]
+        names = [name for name in json.loads(place.classes or '{}')
+                 if name not in (DISK, *each.names)]
         return [f"'{place.name}' also has {' and '.join(names)}. This reservation has 0 of "
                 'them.'] if names else []
 
-    def each_takes(self, found: dict) -> Amount:
-        """What one machine takes, of what the cloud told."""
-        return Amount(1, *found['flavor'].flavor) if 'flavor' in found else Amount(1)
+    def each_takes(self, found: dict, place) -> Amount:
+        """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
+        """
+        if 'flavor' not in found:
+            return Amount(1)
+        *figures, disk = found['flavor'].flavor
+        counts = disk and DISK in capacity(place).names
+        return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
 
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
@@ -10894,6 +11535,29 @@ class Reasons:
         free = max(lack.limit - lack.used, 0)
         return f"'{name}' has {free} of {limit} free from {when}. {asked}"
 
+    def without_hosts(self, need: Need, wish: Wish) -> NoCapacity:
+        """The refusal of what has room by the sum, and finds no host for each of its VMs."""
+        name, number = wish.resource.name, counted(need.number, 'VM')
+        when = self.service.config.told_window(*wish.held, wish.tz)
+        takes, most = amount_in_words(need.each._replace(vms=0)), most_on_hosts(need)
+        if need.host:
+            is_so = f'is already reserved from {when}' if most else f"is no longer one of '{name}'"
+            return NoCapacity(f"Host '{need.host}' {is_so}. Choose another host or time.",
+                              cause='host')
+        if most < need.number:
+            largest = amount_in_words(max((amount_of_host(each) for each in rows(
+                'SELECT * FROM host WHERE resource_id = ?', need.resource)), key=lambda each: (
+                each.classes, each)))
+            return NoCapacity(
+                f"The hosts of '{name}' hold {most} of {number} at most, when they are empty: each "
+                f'takes {takes} of one host. The largest host has {largest}. Reserve fewer or '
+                'smaller VMs.', cause='too_large')
+        refusal = NoCapacity(
+            f"'{name}' has enough free in all from {when}, but not on single hosts: no plan was "
+            f'found for {number} that each take {takes} of one host.', cause='host')
+        refusal.others = {need.resource}
+        return refusal
+
     def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
         begin, until = lack.changes[0].start, max(each.end for each in lack.changes)
@@ -10917,7 +11581,7 @@ class Reasons:
             'classes LIKE ?', (f'%"{lack.figure}"%',))
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} '
                  f'AND o.start < {until} + {LONGEST_LEAD}')
-        near = ids_by(self.look.overlapping([('place_live', f'TRUE{there}')], begin, there))
+        near = ids_by(overlapping([('place_live', f'TRUE{there}')], begin, there))
         found = rows(f"""
             SELECT r.label, r.user, r.project, h.vms, h.start, h.until FROM (
               SELECT reservation_id, vms, start, "end" AS until FROM occurrence
@@ -10944,18 +11608,24 @@ class Reasons:
     def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
         """As many VMs as there is room for in that window."""
         begin, until = self.to_come(wish)
+        if not lack and planned_by_host(wish.resource.id) and not wish.whole:
+            need = need_of(Hold(wish.resource.id, begin, until, wish.amount), wish.affinity)
+            many = min(sum(how_many(room, need) for _, room in rooms(need)), wish.vms - 1)
+            if many > (old.vms if old else 0):
+                yield many, with_vms(wish, many)
+            return
         most = capacity(wish.resource)
         used = peak(wish.resource.id, begin, until, wish.amount.names)
         left = {name: most.most(name) - held for name, held in used.classes
                 if most.most(name) is not None} | {
                 name: limit - held for name, limit, held in zip(FIGURES, most, used)
                 if limit is not None}
-        rooms = [left[name] // need for name, need in in_figures(wish.each).items() if need
-                 and name in left]
+        many = min((left[name] // need for name, need in in_figures(wish.each).items() if need
+                    and name in left), default=0)
         # Who asks for more than there ever is must ask for something else, however much is free.
-        offered = rooms and lack and not wish.whole and not (lack.alone and lack.used > lack.less)
-        if offered and (old.vms if old else 0) < min(rooms) < wish.vms:
-            yield min(rooms), with_vms(wish, min(rooms))
+        offered = lack and not wish.whole and not (lack.alone and lack.used > lack.less)
+        if offered and (old.vms if old else 0) < many < wish.vms:
+            yield many, with_vms(wish, many)
 
 
 # Limits ######################################################################
@@ -11173,7 +11843,8 @@ def change_to(before, after: Wish, now: float, key: str = '', waits: bool = Fals
         begin = min(before.held_from, after.start)
     wants = [] if waits else [Hold(after.resource.id, begin, after.end, after.amount)]
     return Change(before, after, key, had, wants, beyond(had, wants), beyond(wants, had),
-                  {'held_from': begin, 'held_until': begin if waits else after.end} | columns)
+                  {'held_from': begin, 'held_until': begin if waits else after.end,
+                   'placed': '' if waits or not before else before.placed} | columns)
 
 
 def given_up(before, now: float, **columns) -> Change:
@@ -11249,8 +11920,44 @@ class Policy:
         for rule in (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
                      self.refuse_overtaking, self.refuse_overbooking):
             rule(change, view)
+        self.take_hosts(change, view)
         for each in change.growth:
             hold(*each)
+
+    def leave_hosts(self, change: Change, now: float) -> None:
+        """Gives back what a change has on hosts outside of the window that it wants."""
+        if change.had:
+            hold_on(*on_hosts(change.before, now), -1)
+            self.hold_kept_hosts(change, now, 1)
+
+    def hold_kept_hosts(self, change: Change, now: float, sign: int) -> None:
+        """Holds, or gives back, what a change has on hosts inside of it."""
+        if change.had:
+            need, placed = on_hosts(change.before, now)
+            for wants in change.wants:
+                if wants.resource == need.resource:
+                    hold_on(need._replace(begin=max(need.begin, wants.begin),
+                                          until=min(need.until, wants.until)), placed, sign)
+
+    def take_hosts(self, change: Change, view: View) -> None:
+        """THE RULE OF HOSTS: holds what a change wants on hosts, where its resource has any."""
+        change.columns['placed'], wish, now = '', change.after, view.now
+        if not change.wants or not planned_by_host(wish.resource.id):
+            return
+        need = need_of(change.wants[0], wish.affinity)
+        need = need._replace(begin=max(need.begin, int(now)))
+        same = change.had and change.had[0].resource == need.resource
+        had = read_placed(change.before.placed) if same else {}
+        self.hold_kept_hosts(change, now, -1)
+        if not any(need.figures):
+            return  # VMs of whatever size, on what is free
+        placed = (find_hosts(need, had, bool(had) and change.before.held_from <= now, now, view.own)
+                  if change.growth else Counter([*Counter(had).elements()][:need.number]))
+        if placed is None:
+            self.hold_kept_hosts(change, now, 1)
+            raise self.reasons.without_hosts(need, wish)
+        hold_on(need, placed)
+        change.columns['placed'] = stored_placed(placed)
 
     def refuse_shared_server(self, change: Change, view: View) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
@@ -11277,6 +11984,11 @@ class Policy:
         """Refuses to wait for what there will never be."""
         if not change.wants and not change.after.amount.within(self.most_ever(change.after)):
             raise NoCapacity('')
+        wish = change.after
+        need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish.affinity)
+        waits = not change.wants and planned_by_host(need.resource) and any(need.figures)
+        if waits and most_on_hosts(need) < need.number:
+            raise self.reasons.without_hosts(need, wish)
 
     def refuse_overtaking(self, change: Change, view: View) -> None:
         """Refuses to take what is kept for one that has waited for long."""
@@ -11524,6 +12236,7 @@ class Bookings:
         view = View(now, own, others, line)
         for each in deal.changes:
             give(each.gives)
+            self.policy.leave_hosts(each, now)
             if others and each.after:
                 others.put(each.key, each.kept, each.after.start)
         if others:
@@ -11574,6 +12287,7 @@ class Bookings:
                                        default=0)
             raise refusal
         give(change.kept)
+        self.policy.hold_kept_hosts(change, view.now, -1)
         if clash.startswith('shift') and isinstance(error, NoCapacity) and (
                 other := self.shifted(change, view, clash)):
             return told(other.after, 'shifted', why), old, self.columns_of(other, view.now)
@@ -11607,10 +12321,14 @@ class Bookings:
         if not change.had:
             return False
         begun = change.before.held_from <= view.now
+        need, placed = on_hosts(change.before, view.now)
+        if not begun and placed and first_fit(need, placed, stay=True) != placed:
+            return False
         try:
             take(change.had, view.now, given=change.had if begun else change.kept)
         except NoCapacity:
             return False
+        hold_on(need, placed)
         if view.others:
             view.others.put(change.key, change.had, change.before.start)
         return True
@@ -11818,9 +12536,10 @@ class Bookings:
         """Erases a reservation as if it had never been."""
         self.drop_proposals(reservation)
         for table in ('occurrence', 'extra_hold'):
-            held = map(hold_of, rows(f'SELECT * FROM {table} WHERE reservation_id = ?',
-                                     reservation))
-            give(each for each in held if each.begin < each.until)
+            there = rows(f'SELECT * FROM {table} WHERE reservation_id = ?', reservation)
+            give(each for each in map(hold_of, there) if each.begin < each.until)
+            for each in there if table == 'occurrence' else ():
+                hold_on(*on_hosts(each, self.service.clock()), -1)
         run('DELETE FROM outbox WHERE event_id IN '
             '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
         for table in ('extra_hold', 'wait', 'event', 'occurrence'):
@@ -11837,6 +12556,7 @@ class Bookings:
         with undone():
             if old:
                 give([hold_of(old), *self.stopped_held(old.reservation)])
+                hold_on(*on_hosts(old, self.service.clock()), -1)
             yield
 
     def stand_in_line(self, reservation: int) -> None:
@@ -12667,6 +13387,7 @@ class Offers:
     def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
         """Whether something can be done; it is undone."""
         try:
+            replans.searches = 0
             with undone():
                 deed(wish, field)
                 return True
@@ -12693,7 +13414,7 @@ class Offers:
                  ('user', 'o.of_user = ?', wish.user)]
         whose += [('place', 'o.resource_id = ?', each) for each in others]
         for way, condition, value in whose:
-            ways = self.look.overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
+            ways = overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
                                          ' AND o.due IS NOT NULL')
             found += walk(self.service.clock(), ways, [(condition, value), later], most)
         ends = run('SELECT "end" FROM occurrence WHERE id IN numbers(?)',
@@ -12938,8 +13659,8 @@ class Requests(Operations):
             security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
             server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
             lead: Span = None, description: Text = '', personal: bool = False,
-            repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
-            skip_dates: Names = (), holidays: Source = '',
+            affinity: Name = '', repeat: Repeat = '', tz: Zone = '', until: Day = None,
+            count: Count = None, skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
             host: Hosts = (), classes: Classes = None, wait: bool = False, priority: int = 0,
@@ -13266,7 +13987,8 @@ class Requests(Operations):
                key: Name = None, security_groups: Names = None, user_data: File = None,
                metadata: Pairs = None, at_end: Name = None, notify: Names = None,
                invite: Names = None, lead: Span = None, description: Text = None,
-               personal: bool = None, host: Name = None, repeat: Repeat = None, until: Day = None,
+               personal: bool = None, host: Name = None, affinity: Name = None,
+               repeat: Repeat = None, until: Day = None,
                count: Count = None, skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
                occurrence: Day = None, following: bool = False, tz: Zone = '', project: Name = '',
@@ -13660,7 +14382,7 @@ class Requests(Operations):
                 refusals.append(error)
                 continue
             by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
-            amount = (self.wishes.each_takes(known) + by_hand) * vms
+            amount = (self.wishes.each_takes(known, place) + by_hand) * vms
             windows = free_windows(place, amount, begin - ahead, until)
             slots = (each for each in windows if each[1] - each[0] >= need + ahead)
             found += [(first + ahead, place.name, last)
@@ -13823,7 +14545,8 @@ class Plan(Operations):
         found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
         used = in_figures(held)
-        return self.resource_public(found) | {'held_now': used, 'used_now': used}
+        how = 'hosts' if planned_by_host(found.id) else 'sum'
+        return self.resource_public(found) | {'planned_by': how, 'held_now': used, 'used_now': used}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
@@ -13965,9 +14688,11 @@ class Plan(Operations):
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
         wanted |= {'flavors': flavors} if flavors is not None else {}
-        with self.writing(dry_run) as now:
-            synced = [self.sync_one(cloud, each, wanted, reservable_hosts, force, now)
-                      for each in chosen]
+        replans.found, replans.searches = {}, 10 * SEARCHES
+        for rehearsed in dict.fromkeys((True, dry_run)):  # first, since a search takes no lock
+            with self.writing(rehearsed) as now:
+                synced = [self.sync_one(cloud, each, wanted, reservable_hosts, force, now)
+                          for each in chosen]
         # outside the transaction: it is a call to the cloud
         for each, (name, _) in zip(chosen, synced):
             if each.mark != name and not dry_run:
@@ -13994,12 +14719,86 @@ class Plan(Operations):
         elif lines:
             change(Resource, found.id, **new)
             self.rehold_changes(self.look.resource_row(name), now)
-            homeless = self.no_longer_fitting(self.look.resource_row(name), now)
-            self.refuse_homeless(name, [] if force else
-                                 homeless + self.without_host(found, new, now))
+        place = self.look.resource_row(name)
+        other, suspects = self.sync_hosts(place.id, aggregate, now)
+        lines += [{'resource': name, 'what': f'host {host}', 'before': before, 'after': after}
+                  for host, before, after in other if found]
+        homeless = self.rehouse(place.id, suspects, now) if other else []
+        if found and lines:
+            homeless += self.must_go(place, int(now), int(LAST.timestamp()))
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
+        if not force:
+            self.refuse_homeless(name, in_lines(self.look.in_order(homeless)[:1000]))
         return name, lines
+
+    def sync_hosts(self, resource: int, aggregate: Aggregate,
+                   now: float) -> tuple[list[tuple], dict[int, bool]]:
+        """Notes the hosts of a resource as its cloud tells them; of those that are otherwise, what
+        they were and what they are, and of those that were there, whether they are gone.
+        """
+        known = {each.name: each for each in rows('SELECT * FROM host WHERE resource_id = ?',
+                                                  resource)}
+        told = {name: {'vcpus': each.vcpus, 'ram': each.ram, 'until': FOREVER,
+                       'classes': json.dumps(dict(each.classes)),
+                       'units': json.dumps(units) if (units := aggregate.units.get(name)) else ''}
+                for name, each in aggregate.hosts.items()}
+        told |= {name: {'until': int(now)} for name, each in known.items()
+                 if name not in told and each.until > now}
+        other, suspects = [], {}
+        for name, columns in told.items():
+            was = {field: getattr(known.get(name), field, None) for field in columns}
+            if name not in known:
+                insert(Host, resource=resource, name=name, **columns)
+            elif was != columns:
+                change(Host, known[name].id, **columns)
+                suspects[known[name].id] = columns['until'] <= now
+            if was != columns:
+                other.append((name, was if name in known else None, columns))
+        return other, suspects
+
+    def rehouse(self, resource: int, suspects: dict[int, bool], now: float) -> list[int]:
+        """Plans anew what has no host, or one of `suspects` that is gone (True) or too full; the
+        ids of what finds none. What has begun comes first, then the priority, then the start.
+        """
+        live = rows("""
+            SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
+             WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.held_until > ?
+               AND o.held_until > o.held_from
+             ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""", resource, int(now), now)
+        short = [each.id for each in live[::-1] if self.lacks_hosts(each, suspects, now)]
+        return [id for id in short[::-1] if not self.finds_hosts(id, now)]
+
+    def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
+        """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
+        planned whole then.
+        """
+        need, placed = on_hosts(found, now)
+        off = {host: number for host, number in placed.items() if suspects.get(host)
+               or host in suspects and found.held_from > now
+               and not any(rooms(need, [host], least=0))}
+        if off:
+            hold_on(need, off, -1)
+            placed = Counter(placed) - Counter(off)
+            self.note_plan(found.id, placed)
+        return sum(placed.values()) < need.number and any(need.figures)
+
+    def finds_hosts(self, id: int, now: float) -> bool:
+        """Plans those VMs of an occurrence that have no host; whether all have one then."""
+        found = row('SELECT o.*, r.affinity FROM occurrence o JOIN reservation r '
+                    'ON r.id = o.reservation_id WHERE o.id = ?', id)
+        need, had = on_hosts(found, now)
+        hold_on(need, had, -1)
+        placed = find_hosts(need._replace(affinity=found.affinity), had, found.held_from <= now,
+                            now, found.reservation_id)
+        hold_on(need, had if placed is None else placed)
+        if placed is not None:
+            self.note_plan(id, placed)
+        return placed is not None
+
+    def note_plan(self, id: int, placed: dict[int, int]) -> None:
+        """Notes where an occurrence is planned."""
+        run('UPDATE occurrence SET placed = ? WHERE id = ?', stored_placed(placed), id)
 
     def synced(self, aggregate: Aggregate, before: dict, named: bool | None) -> dict:
         """The columns of a resource that its aggregate tells."""
@@ -14222,13 +15021,6 @@ class Plan(Operations):
             raise Conflict(f"{counted(len(found), 'occurrence')} on '{name}' would no longer fit. "
                            'Nothing was changed.', hint=FORCE, occurrences=found)
 
-    def without_host(self, place, new: dict, now: float) -> list[dict]:
-        """What is reserved on hosts that a resource has no more, or no more by their names."""
-        left = json.loads(new.get('named', place.named) or '{}')
-        found = self.look.search([('o.resource_id = ?', place.id), ("r.host <> ''", None),
-                                  (NOT_OVER, None), ('o.held_until > ?', int(now))], limit=1000)
-        return [public(each) for each in found if each.host not in left]
-
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
         found = self.homeless(place, int(now), int(LAST.timestamp()))
@@ -14316,14 +15108,16 @@ class Plan(Operations):
         with db.atomic(db.snapshot):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
                 kept = {(track, at): tuple(held) for track, at, *held in run(
-                    'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ?', place.id)}
+                    'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id = ? '
+                    f'AND NOT ({ON_HOSTS})', place.id)}
                 right = dict(held_steps(place.id))
                 steps_seen += len(right)
                 wrong = sorted(step for step in kept.keys() | right.keys()
                                if kept.get(step) != right.get(step))
-                differences += [{'resource': place.name, 'at': instant(step[1]),
-                                 'kept': kept.get(step),
-                                 'right': right.get(step)} for step in wrong]
+                found = [(step, kept.get(step), right.get(step)) for step in wrong]
+                found += differing_on_hosts(place.id, int(self.clock()))
+                differences += [{'resource': place.name, 'at': instant(step[1]), 'kept': had,
+                                 'right': has} for step, had, has in found]
         if differences:
             raise Error(f'The stored usage differs from the reservations at {len(differences)} '
                         f"times, first on {differences[0]['resource']} at "
@@ -14343,12 +15137,12 @@ class Claims(Operations):
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
-        capacity.
+        capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
@@ -14356,9 +15150,82 @@ class Claims(Operations):
         need = Amount(1, vcpus, ram,
                       tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
-        with self.writing(dry_run) as now:
-            return [{'resource': name} | self.claim_on(name, server, projects, users, need, label,
-                                                       project, user, now) for name in resources]
+
+        def decide() -> list[dict]:
+            with self.writing(dry_run) as now:
+                return [{'resource': name} | self.claim_on(
+                    name, server, projects, users, need, label, project, user, hosts, now)
+                    for name in resources]
+        answers = decide()
+        in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
+        looked = in_use and not dry_run and self.look_at_claims(in_use)
+        return decide() if looked else answers
+
+    def look_at_claims(self, resources: list[str]) -> bool:
+        """Looks at once whether servers are still there that count; whether that was told."""
+        for name in resources:
+            place = self.look.resource_row(name)
+            uids = [each.server for each in rows(
+                'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND at < ? '
+                'LIMIT 100', place.id, self.clock() - 5)]  # Nova may not show the newest yet
+            opened = self.clouds.open(place.cloud)
+            try:
+                seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
+            except Error:
+                return False
+            with self.writing() as now:
+                self.note_seats(place.cloud, seats, now)
+        return True
+
+    def note_seats(self, cloud: str, seats: dict[str, Seat | None], now: float) -> None:
+        """Lets claims count while their servers are on a host of the resource, and as much as they
+        take there.
+        """
+        for uid, seat in seats.items():
+            for claim in rows('SELECT c.*, s.hosts FROM claim c JOIN resource s ON '
+                              's.id = c.resource_id WHERE c.server = ? AND c.due IS NOT NULL '
+                              'AND s.cloud = ?', uid, cloud):
+                hosts = json.loads(claim.hosts)
+                if seat is None or seat.host and hosts and seat.host not in hosts:
+                    change(Claim, claim.id, due=None, gone=now, host='')
+                    continue
+                takes = {}
+                if seat.takes and not (claim.twice and claim.due > now):  # else it may be to come
+                    vcpus, ram, classes, _ = seat.takes
+                    takes = {'vcpus': vcpus, 'ram': ram, 'twice': False,
+                             'classes': json.dumps(dict(classes)) if classes else ''}
+                pause = self.config.poll_running if seat.host else self.config.poll_changing
+                change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
+                if seat.host not in ('', claim.host):
+                    self.follow(claim, seat.host, now)
+
+    def follow(self, claim, host: str, now: float) -> None:
+        """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
+        found = row('SELECT * FROM occurrence WHERE id = ?', claim.occurrence)
+        here = row('SELECT id FROM host WHERE resource_id = ? AND name = ?', claim.resource_id,
+                   host)
+        if not found or not found.placed or not here:
+            return
+        taken = self.claimed('c.occurrence = ?', found.id, '')
+        if taken[host].vms > read_placed(found.placed).get(here.id, 0):
+            self.journal(now, 'trouble', f'the server {claim.server} is on {host}, where it was '
+                         'not planned', found.reservation_id, (), found.id)
+            need = self.put_on(found, here.id, taken, now)
+            if not any(rooms(need, [here.id], least=0)):
+                self.rehouse(claim.resource_id, {here.id: False}, now)
+
+    def put_on(self, found, host: int, taken: dict[str, Amount], now: float) -> Need:
+        """Plans one VM of an occurrence on a host instead of one on which none runs."""
+        need, placed = on_hosts(found, now)
+        names = dict(run('SELECT id, name FROM host WHERE resource_id = ?',
+                         need.resource).fetchall())
+        for spare in placed:
+            if spare != host and placed[spare] > taken[names[spare]].vms:
+                hold_on(need, {spare: -1, host: 1})
+                placed = Counter(placed) + Counter({host: 1}) - Counter({spare: 1})
+                self.note_plan(found.id, placed)
+                break
+        return need
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
@@ -14366,46 +15233,71 @@ class Claims(Operations):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, now: float) -> dict:
+                 label: str, project: str, user: str, hosts: list[str], now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
             why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
             return {'passes': bool(place), 'why': why, 'hosts': None}
+        there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
+                    'AND due IS NOT NULL', place.id, server)
+        had = amount_of(there)._replace(vms=1) if there else need
+        resized = there and there.host and had != need
+        if resized:  # until that is confirmed, Nova holds both
+            need = had if there.twice else (had + need)._replace(vms=1)
         found, why = self.may_boot(place, server, projects, users, need, label, now)
         walks_in = False
         if not found and not label and place.mode == 'shared':
             walks_in, why = self.walk_in(place, server, need, now), (
                 f"'{name}' is not free for {format_duration(place.hold)}")
-        hosts = self.hosts_for(place, found, now) if found or walks_in else None
-        if hosts == []:
-            why = f"'{found.host}' is no longer a host of '{name}'" if found and found.host else (
-                f"all hosts of '{name}' are reserved by name until then")
-        if not (found or walks_in) or hosts == []:
+        if not (found or walks_in):
             return {'passes': False, 'why': why, 'hosts': None}
-        classes = stored(need)['classes']
-        if not rehearsal.on:
-            run('INSERT INTO claim (resource_id, occurrence, server, project, user, vcpus, ram, '
-                'classes, at, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (resource_id, '
-                'server) DO UPDATE SET occurrence = excluded.occurrence, vcpus = excluded.vcpus, '
-                'ram = excluded.ram, classes = excluded.classes, due = excluded.due', place.id,
-                found.id if found else None, server, project, user, need.vcpus, need.ram, classes,
-                now, now + self.config.lost_answer_wait)
-        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': hosts}
+        chosen = self.host_for(place, found, server, need, hosts, there.host if there else '', now)
+        if chosen == []:
+            why = (f"'{found.host}' is no longer a host of '{name}'" if found and found.host else
+                   f"no host of '{name}' has room for it until then")
+            return {'passes': False, 'why': why, 'hosts': None}
+        columns = stored(need) | {'twice': bool(resized), 'occurrence': found.id if found else None,
+                                  'due': now + self.config.lost_answer_wait,
+                                  'host': chosen[0] if chosen else ''}
+        del columns['vms']
+        if there:
+            change(Claim, there.id, **columns)
+        elif not rehearsal.on:
+            run('DELETE FROM claim WHERE resource_id = ? AND server = ?', place.id, server)
+            insert(Claim, resource=place.id, server=server, project=project, user=user, at=now,
+                   **columns)
+        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
 
-    def hosts_for(self, place, found, now: float) -> list[str] | None:
-        """The hosts on which a server may boot, None: any; a named one is its owner's alone."""
-        if found and found.host:
-            return [host for host in json.loads(place.hosts) if host == found.host]
-        if not place.named:
+    def host_for(self, place, found, server: str, need: Amount, hosts: list[str], before: str,
+                 now: float) -> list[str] | None:
+        """The host on which a server may boot, [] if there is none, None for any. Where Nova may
+        use none of those that are planned, another that has room until the end is planned instead.
+        """
+        if not planned_by_host(place.id):
             return None
-        until = found.end if found else now + max(place.hold, 1)
-        taken = {each.host for each in rows(
-            'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE '
-            "o.resource_id = ? AND o.due IS NOT NULL AND r.host <> '' AND o.start < ? + "
-            f'{LONGEST_LEAD} AND o.held_from < ? AND o.held_until > ? AND o.held_until > '
-            'o.held_from', place.id, until, until, now)}
-        return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
+        names = dict(run('SELECT id, name FROM host WHERE resource_id = ? AND until > ? AND name '
+                         'IN names(?)', place.id, int(now),
+                         json.dumps(hosts or json.loads(place.hosts))).fetchall())
+        if found and found.host:
+            return [name for name in names.values() if name == found.host]
+        placed = read_placed(found.placed) if found else {}
+        each = amount_of(found) // found.vms if placed else need
+        taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
+        planned = [names[host] for host in placed if host in names
+                   and (taken[names[host]] + need).within(no_more(each * placed[host]))]
+        if planned or not need.within(no_more(each)):
+            return [before] if before in planned else planned[:1]
+        until = found.held_until if found else int(now + max(place.hold, 1))
+        loose = self.claimed("c.resource_id = ? AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE "
+                             "o.id = c.occurrence AND o.placed <> '')", place.id, server)
+        one = Need(place.id, int(now), until, each, 1)
+        for host, _ in rooms(one, names):
+            if any(rooms(one._replace(each=each + loose[names[host]]), [host])):
+                if placed:
+                    self.put_on(found, host, taken, now)
+                return [names[host]]
+        return []
 
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount,
                  label: str, now: float) -> tuple[Any, str]:
@@ -14443,36 +15335,34 @@ class Claims(Operations):
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
-        taken, reserved = self.claimed('occurrence = ?', found.id, server) + need, amount_of(found)
+        taken = sum(self.claimed('c.occurrence = ?', found.id, server).values(), need)
         if found.flavor or found.host or found.vcpus or found.ram:
-            return taken.within(reserved._replace(classes=tuple((name,
-                                                                 dict(reserved.classes).get(name,
-                                                                                            0))
-                                                                for name in taken.names)))
+            return taken.within(no_more(amount_of(found)))
         # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
-        return taken.vms <= reserved.vms and self.walk_in(place, server, need._replace(vms=0), now)
+        return taken.vms <= found.vms and self.walk_in(place, server, need._replace(vms=0), now)
 
-    def claimed(self, condition: str, value, server: str) -> Amount:
-        """What other servers than this one have claimed and still use."""
-        where = f'FROM claim WHERE {condition} AND due IS NOT NULL AND server <> ?'
-        total = Amount(*run(f'SELECT count(*), coalesce(sum(vcpus), 0), coalesce(sum(ram), 0) '
-                            f'{where}', value, server).fetchone())
-        for (classes,) in run(f"SELECT classes {where} AND classes <> ''", value,
-                              server).fetchall():
-            total += Amount(classes=tuple(sorted(json.loads(classes).items())))
-        return total
+    def claimed(self, condition: str, value, server: str) -> dict[str, Amount]:
+        """What other servers than this one have claimed and still use, by host."""
+        found: dict = defaultdict(lambda: NOTHING)
+        for each in rows('SELECT c.host, count(*) AS vms, sum(c.vcpus) AS vcpus, sum(c.ram) AS ram,'
+                         f' c.classes FROM claim c WHERE {condition} AND c.due IS NOT NULL '
+                         'AND c.server <> ? GROUP BY c.host, c.classes', value, server):
+            amount = amount_of(each)
+            classes = (Amount(classes=amount.classes) * each.vms).classes
+            found[each.host] += amount._replace(classes=classes)
+        return found
 
     def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
         """Whether there is room from now for the hold time of a resource."""
-        others = self.claimed('resource_id = ? AND occurrence IS NULL', place.id, server)
+        loose = self.claimed('c.resource_id = ? AND c.occurrence IS NULL', place.id, server)
+        others = sum(loose.values(), NOTHING)
         for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM '
                          'occurrence o WHERE o.id IN (SELECT occurrence FROM claim WHERE '
                          'resource_id = ? AND due IS NOT NULL)', place.id):
             held = NOTHING if each.cancelled is not None or each.end <= now else amount_of(each)
             # what is there and nobody holds
-            beyond = self.claimed('occurrence = ?', each.id, server) - held
-            others += Amount(*(max(figure, 0) for figure in beyond[:3]),
-                             tuple(one for one in beyond.classes if one[1] > 0))
+            taken = self.claimed('c.occurrence = ?', each.id, server)
+            others += sum(taken.values(), NOTHING).beyond(held)
         used = peak(place.id, now, now + max(place.hold, 1), need.names)
         return (used + others + need).within(capacity(place))
 
@@ -16217,7 +17107,7 @@ class Workers:
                         '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
                         method, event, stop_link(self.config, notice.target))
 
-    def do_trace(self, call: Job) -> dict[str, str | None]:
+    def do_trace(self, call: Job) -> dict[str, Seat | None]:
         return self.clouds.open(call.account).hosts(call.target)
 
     def do_time(self, call: Job) -> float | None:
@@ -17082,22 +17972,13 @@ class Reconciler:
             note_check(now, result.answer)
 
     def record_trace(self, result: Job, now: float) -> None:
-        """Lets claims count as long as their servers are there, on a host of the resource."""
+        """Lets claims count what their servers really take."""
         if result.error:
             run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN "
                 f"({', '.join('?' * len(result.target))})",
                 now + self.config.poll_running, now, *result.target)
             return
-        for uid, host in result.answer.items():
-            for claim in rows('SELECT c.id, c.occurrence, s.hosts FROM claim c JOIN resource s ON '
-                              's.id = c.resource_id '
-                              'WHERE c.server = ? AND c.due IS NOT NULL AND s.cloud = ?', uid,
-                              result.account):
-                hosts = json.loads(claim.hosts)
-                elsewhere = host is None or host and hosts and host not in hosts
-                later = now + (self.config.poll_running if host else self.config.poll_changing)
-                change(Claim, claim.id, due=None if elsewhere else later,
-                       gone=now if elsewhere else None)
+        self.service.note_seats(result.account, result.answer, now)
 
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
@@ -17711,8 +18592,8 @@ VALUES: dict[Any, dict] = {
     datetime: {'type': 'string', 'format': 'date-time', 'examples': ['2026-12-01T09:00:00+00:00']}}
 
 #: The words of which an argument is one.
-CHOICES = {'role': ROLES, 'at_end': ('', *ENDS), 'mode': ('', 'open', *MODES),
-           'affected': THEN,
+CHOICES = {'role': ROLES, 'affinity': ('', APART, TOGETHER), 'at_end': ('', *ENDS),
+           'mode': ('', 'open', *MODES), 'affected': THEN,
            'group_by': ('project', 'user', 'resource')}
 
 #: Why requests are refused.
@@ -26490,6 +27371,9 @@ def nova_settings():
     options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='address of cmres'),
                cfg.StrOpt('token', default='', secret=True, help='token of an admin'),
                cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
+               cfg.StrOpt('without_hint', default='outside', choices=['outside', 'reserved'],
+                          help='whether servers without the hint `cmres` may use a reservation '
+                               'of their project up while there are other hosts for them'),
                cfg.StrOpt('when_down', default='closed', choices=['closed', 'open'],
                           help='whether servers may start on hosts of cmres while it does not '
                                'answer')]
@@ -26507,13 +27391,28 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     def filter_all(self, hosts, spec):
         """Nova's own entry point: the hosts of a request that pass, asked for at once for all of
         them.
+
+        With the hint `cmres` it goes to hosts of cmres alone; without it, it uses up no reservation
+        where there are other hosts, unless `without_hint` says so.
         """
         marks = [(host, self.marks(host)) for host in hosts]
+        inside, label = [host.host for host, names in marks if names], self.hint(spec)
+        outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
-        verdicts = self.ask(resources, spec) if resources and not self.is_rebuild(spec) else {}
+        asks = resources and not self.is_rebuild(spec)
+        if asks and not label and outside:
+            verdicts = dict.fromkeys(resources, False)
+        else:
+            verdicts = self.ask(resources, spec, label, inside) if asks else {}
         for host, names in marks:
-            if all(self.lets(verdicts.get(name, True), host) for name in names):
+            passes = all(self.lets(verdicts.get(name, True), host) for name in names)
+            if passes and (names or not label):
                 yield host
+
+    def hint(self, spec) -> str:
+        """The label of the reservation that a request names, '' if it names none."""
+        hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
+        return (hints.get('cmres') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
         return host.host in verdict if isinstance(verdict, list) else verdict
@@ -26525,18 +27424,18 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask(self, resources: list[str], spec) -> dict[str, bool | list]:
+    def ask(self, resources: list[str], spec, label: str,
+            hosts: list[str]) -> dict[str, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts; a refusal is logged
         with its reason.
         """
         settings = nova_settings()
-        hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
-        label = (hints.get('cmres') or [''])[0]
         try:
             answer = Client(settings.url, settings.token, settings.timeout).claim(
                 spec.instance_uuid, resources, spec.project_id, spec.user_id or '',
                 spec.flavor.vcpus,
-                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label)
+                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label,
+                hosts)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(resources, settings.when_down == 'open')
