@@ -14729,7 +14729,8 @@ class Plan(Operations):
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
         if not force:
-            self.refuse_homeless(name, in_lines(self.look.in_order(homeless)[:1000]))
+            found = self.look.in_order(homeless[:1000], fields=SLIM)
+            self.refuse_homeless(name, list(map(public, found)))
         return name, lines
 
     def sync_hosts(self, resource: int, aggregate: Aggregate,
