@@ -23986,7 +23986,8 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
          'notify': 'Send notices to', 'key': 'SSH key pair', 'server': 'Use an existing server',
          'user_data': 'User data (cloud-init)', 'personal': 'Who can start VMs in it',
-         'host': 'Whole host', 'holidays': 'Leave out the days of a calendar',
+         'host': 'Whole host', 'affinity': 'Hosts of its VMs',
+         'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
          'accept_within': 'Time to accept what became free'}
 #: What stands in an empty field.
@@ -24004,9 +24005,11 @@ CHOICE_WORDS = {
     'at_end': {'': 'as usual: delete the VMs', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
                'shelve': 'shelve the VMs', 'snapshot': 'save an image of each, then delete'},
     'personal': {'': 'the project', 'true': 'only the owner', 'false': 'the project'},
+    'affinity': {'': 'any hosts', APART: 'each on a host of its own', TOGETHER: 'all on one host'},
     'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
     'scopes': dict.fromkeys(('', *SCOPES)),
-    **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items() if name != 'at_end'}}
+    **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
+       if name not in ('affinity', 'at_end')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
@@ -24020,7 +24023,7 @@ FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host holidays')
+             'personal host affinity holidays')
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
            f'lead notify invite description {BOOK_MORE} wait').split()
 
