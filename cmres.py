@@ -6903,6 +6903,11 @@ class Need(NamedTuple):
         """What one of them takes of a host: classes first, which are scarce."""
         return (*(each for _, each in self.each.classes), self.each.vcpus, self.each.ram)
 
+    @property
+    def takes(self) -> bool:
+        """Whether it takes anything of hosts; VMs of whatever size are on what is free."""
+        return self.host != '' or any(self.figures)
+
 
 def need_of(held: Hold, affinity: str = '') -> Need:
     """What a hold needs of hosts; of one that is reserved by its name it needs all, once."""
@@ -11949,8 +11954,8 @@ class Policy:
         same = change.had and change.had[0].resource == need.resource
         had = read_placed(change.before.placed) if same else {}
         self.hold_kept_hosts(change, now, -1)
-        if not any(need.figures):
-            return  # VMs of whatever size, on what is free
+        if not need.takes:
+            return
         placed = (find_hosts(need, had, bool(had) and change.before.held_from <= now, now, view.own)
                   if change.growth else Counter([*Counter(had).elements()][:need.number]))
         if placed is None:
@@ -11986,7 +11991,7 @@ class Policy:
             raise NoCapacity('')
         wish = change.after
         need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish.affinity)
-        waits = not change.wants and planned_by_host(need.resource) and any(need.figures)
+        waits = not change.wants and planned_by_host(need.resource) and need.takes
         if waits and most_on_hosts(need) < need.number:
             raise self.reasons.without_hosts(need, wish)
 
@@ -14782,7 +14787,7 @@ class Plan(Operations):
             hold_on(need, off, -1)
             placed = Counter(placed) - Counter(off)
             self.note_plan(found.id, placed)
-        return sum(placed.values()) < need.number and any(need.figures)
+        return sum(placed.values()) < need.number and need.takes
 
     def finds_hosts(self, id: int, now: float) -> bool:
         """Plans those VMs of an occurrence that have no host; whether all have one then."""

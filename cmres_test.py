@@ -7668,8 +7668,9 @@ def test_others_do_not_boot_into_a_maintenance_that_is_near(world):
 
 def test_others_do_not_take_more_vcpus_or_ram_than_the_hosts_have(world):
     world.service.resource_sync('simulated', ['gpu'], mode='shared')
-    assert not boots_there(world, vcpus=33) and not boots_there(world, ram=131073) and boots_there(world, vcpus=32, ram=131072)
-    assert not boots_there(world, 's2', vcpus=1)
+    assert not boots_there(world, vcpus=17) and not boots_there(world, ram=65537)
+    assert all(boots_there(world, name, vcpus=16, ram=65536) for name in ('s1', 's2'))
+    assert not boots_there(world, 's3', vcpus=1)
 
 
 def test_who_has_used_up_a_reservation_may_walk_in_on_a_shared_resource_as_others_do(world):
@@ -10059,7 +10060,7 @@ def test_what_only_waits_for_a_host_keeps_nobody_from_it(named):
     book(named.service, 'b2', start=2, end=3, resource='gpu', host='gpu-1')
     book(named.service, 'waits', start=1.5, end=3, resource='gpu', host='gpu-1', wait=True)
     book(named.as_user(), start=0, end=2, resource='gpu', flavor='m1.small')
-    assert named.service.claim('s1', ['gpu'], 'biology', vcpus=1, ram=2048)[0]['hosts'] is None
+    assert named.service.claim('s1', ['gpu'], 'biology', vcpus=1, ram=2048)[0]['hosts'] == ['gpu-1']
 
 
 def test_where_all_hosts_are_reserved_by_name_nobody_else_boots(named):
@@ -24350,11 +24351,11 @@ def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova)
         nova.servers[uid]['status'] = status
         cloud.start(uid)
         assert nova.servers[uid]['status'] == 'ACTIVE'
-    assert cloud.hosts([uid, str(uuid.uuid4())]).popitem()[1] is None and cloud.hosts([uid]) == {uid: 'gpu-1'}
+    assert cloud.hosts([uid, str(uuid.uuid4())]).popitem()[1] is None and cloud.hosts([uid])[uid].host == 'gpu-1'
     for more, host in (({'status': 'ERROR', 'OS-EXT-SRV-ATTR:host': None}, None), ({'status': 'BUILD'}, '')):
         nova.servers[uid] |= more
         nova.untagged = 99
-        assert cloud.hosts([uid]) == {uid: host}
+        assert getattr(cloud.hosts([uid])[uid], 'host', None) == host
     nova.servers[uid] |= {'status': 'ERROR', 'fault': {'message': 'No valid host was found. '}}
     assert (cloud.server(uid).state, cloud.server(uid).fault) == ('error', 'No valid host was found. ')
     cloud.delete(uid)
