@@ -15265,7 +15265,7 @@ class Claims(Operations):
             return {'passes': False, 'why': why, 'hosts': None}
         columns = stored(need) | {'twice': bool(resized), 'occurrence': found.id if found else None,
                                   'due': now + self.config.lost_answer_wait,
-                                  'host': chosen[0] if chosen else ''}
+                                  'host': chosen[0] if chosen and not chosen[1:] else ''}
         del columns['vms']
         if there:
             change(Claim, there.id, **columns)
@@ -15281,7 +15281,7 @@ class Claims(Operations):
         use none of those that are planned, another that has room until the end is planned instead.
         """
         if not planned_by_host(place.id):
-            return None
+            return self.hosts_left(place, found, now)
         names = dict(run('SELECT id, name FROM host WHERE resource_id = ? AND until > ? AND name '
                          'IN names(?)', place.id, int(now),
                          json.dumps(hosts or json.loads(place.hosts))).fetchall())
@@ -15304,6 +15304,20 @@ class Claims(Operations):
                     self.put_on(found, host, taken, now)
                 return [names[host]]
         return []
+
+    def hosts_left(self, place, found, now: float) -> list[str] | None:
+        """The hosts of a resource that has not been synced since it could be planned by hosts: those
+        that nobody else has reserved by name; None: any.
+        """
+        if found and found.host:
+            return [host for host in json.loads(place.hosts) if host == found.host]
+        until = found.end if found else now + max(place.hold, 1)
+        taken = {each.host for each in rows(
+            'SELECT r.host FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE '
+            "o.resource_id = ? AND o.due IS NOT NULL AND r.host <> '' AND o.start < ? + "
+            f'{LONGEST_LEAD} AND o.held_from < ? AND o.held_until > ? AND o.held_until > '
+            'o.held_from', place.id, until, until, now)} if place.named else ()
+        return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
     def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount,
                  label: str, now: float) -> tuple[Any, str]:

@@ -10063,6 +10063,17 @@ def test_what_only_waits_for_a_host_keeps_nobody_from_it(named):
     assert named.service.claim('s1', ['gpu'], 'biology', vcpus=1, ram=2048)[0]['hosts'] == ['gpu-1']
 
 
+def test_a_host_that_was_reserved_by_name_before_there_were_plans_is_kept_from_others(named):
+    book(named.as_user('tom', 'physics'), 'h', start=0, end=2, resource='gpu', host='gpu-1')
+    book(named.as_user(), start=0, end=2, resource='gpu', flavor='m1.small')
+    with cmres.transaction():
+        cmres.run('DELETE FROM host')
+        cmres.remembered.change()
+    toms, evas = (named.service.claim(server, ['gpu'], project, vcpus=1, ram=2048)[0]
+                  for server, project in (('s1', 'physics'), ('s2', 'biology')))
+    assert (toms['hosts'], evas['hosts']) == (['gpu-1'], ['gpu-2'])
+
+
 def test_where_all_hosts_are_reserved_by_name_nobody_else_boots(named):
     book(named.as_user('tom', 'physics'), 'h', start=1, end=2, resource='gpu', host='gpu-[1-2]')
     book(named.as_user(), start=0, end=3, resource='gpu', vms=2)
