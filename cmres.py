@@ -6968,7 +6968,7 @@ def rooms_query(classes: tuple[str, ...]) -> str:
     return f"""
       SELECT * FROM (SELECT h.id, h.units, {', '.join(free)} FROM host h
        WHERE h.resource_id = ?1 AND h.until >= ?3
-         AND (?4 IS NULL OR h.id IN numbers(?4)))
+         AND (CAST(?4 AS TEXT) IS NULL OR h.id IN numbers(?4))) h
        WHERE {' AND '.join(enough)} ORDER BY id"""
 
 
@@ -7299,7 +7299,7 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
     for _ in range(2):
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {need.resource} '
                  f'AND o.start > {int(now)} AND o.start < {until} + {LONGEST_LEAD}')
-        near = ids_by(overlapping([('place_live', f'1{there}')], begin, there))
+        near = ids_by(overlapping([('place_live', f'TRUE{there}')], begin, there))
         planned = rows(f"""SELECT o.*, r.affinity FROM occurrence o
                              JOIN reservation r ON r.id = o.reservation_id
                             WHERE o.id IN ({near}) AND o.held_from > ? AND o.held_from < ?
