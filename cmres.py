@@ -10890,6 +10890,8 @@ class Lookup:
     def ways(self, asked: dict, state: Iterable[str],
              begin: int | None = None) -> list[tuple[str, str]]:
         """By which indexes a page is found that filters ask for, of what ends after `begin`."""
+        if asked.get('places') == []:
+            return []
         found = self.ways_by(asked, dict.fromkeys(way for word in state for way in WAYS[word])
                              if state else BOTH)
         return found if begin is None else overlapping(found, begin, self.within(asked))

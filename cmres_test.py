@@ -19872,6 +19872,14 @@ def environment():
     return {name: value for name, value in os.environ.items() if not name.startswith('CMRES_')} | {'TZ': 'UTC'}
 
 
+@pytest.mark.parametrize('when', [{}, {'start': NOON}, {'start': NOON, 'end': NOON + hours(9)}, {'end': NOON + hours(9)}])
+def test_a_place_without_resources_has_no_reservations(world, when):
+    book(world.service)
+    assert list(world.service.list(cloud='nowhere', **when)) == []
+    assert list(world.service.list(cloud='nowhere', state=['cancelled', 'active'], **when)) == []
+    assert labels(world.service.list(cloud='simulated', **when)) == ['lab']
+
+
 def test_a_list_imports_only_what_it_uses(tmp_path, empty):
     new_store(tmp_path, empty)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
