@@ -1514,8 +1514,8 @@ class Config:
     session_length: float = setting(43200.0, 'seconds after '
                                         'which people must sign in to the page again', 0.1)
     undo_time: float = setting(
-        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. 0: no Undo',
-        0.0, 600)
+        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. '
+        '0: no Undo', 0.0, 600)
     login_command: str = setting('ssh {address}',
                          'how people log in to a VM; their calendar shows it')
     no_overtaking_after: float = setting(
@@ -7816,7 +7816,8 @@ class OpenStack(Cloud):
         else:
             way, auth = 'v3password', {'trust_id': found.name} | {
                 name: each for name, each in ours.items() if not name.startswith('project')}
-        same = {name: entry.config[name] for name in ('region_name', 'verify', 'cacert', 'interface')
+        kept = ('region_name', 'verify', 'cacert', 'interface')
+        same = {name: entry.config[name] for name in kept
                 if entry.config.get(name) is not None}
         return same | {'auth': auth, 'auth_type': way,
                        'load_yaml_config': False, 'load_envvars': False}
@@ -8398,7 +8399,8 @@ class Clouds:
         known = self.config.read_again().credentials
         own = {f'{each.cloud}{OF_PERSON}{each.id}'
                for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
-        return clouds | own | {entry for key, entry in known.items() if key.rpartition('@')[2] in clouds}
+        return clouds | own | {entry for key, entry in known.items()
+                               if key.rpartition('@')[2] in clouds}
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -10188,8 +10190,8 @@ SCOPES: dict[str, Callable[[Operation], bool]] = {
     'calendar': lambda operation: operation.name.startswith(('calendar_', 'import_'))}
 #: What a token for one resource is good for: what looks at resources one by one.
 ON_ONE_RESOURCE = frozenset(
-    'add list show servers duration update extend keep end skip delete accept find usage resource_list '
-    'resource_show'.split())
+    'add list show servers duration update extend keep end skip delete accept find usage '
+    'resource_list resource_show'.split())
 
 
 class Actor(NamedTuple):
@@ -11738,8 +11740,8 @@ class Limits:
             f'{at(last, wish.tz)}.')
         nearest = now + (limit.least_notice or 0)
         yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
-            f'must reserve at least {format_duration(limit.least_notice or 0)} before the start. Choose a '
-            f'start after {at(nearest, wish.tz)}.')
+            f'must reserve at least {format_duration(limit.least_notice or 0)} before the start. '
+            f'Choose a start after {at(nearest, wish.tz)}.')
         if limit.most_vms is not None:
             most = self.most_at_once(limit, wish, old, others, own)
             yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
@@ -15308,8 +15310,8 @@ class Claims(Operations):
         return []
 
     def hosts_left(self, place, found, now: float) -> list[str] | None:
-        """The hosts of a resource that has not been synced since it could be planned by hosts: those
-        that nobody else has reserved by name; None: any.
+        """The hosts of a resource that was synced before there were plans by hosts: those that
+        nobody else has reserved by name; None: any.
         """
         if found and found.host:
             return [host for host in json.loads(place.hosts) if host == found.host]
@@ -27603,7 +27605,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
     told += [channels(config), *(welcome(service, url) if demo else [])]
-    print(f'cmres {__version__} serves {url} from {without_password(config.database)}', *told, sep='\n', flush=True)
+    print(f'cmres {__version__} serves {url} from {without_password(config.database)}', *told,
+          sep='\n', flush=True)
     note_start(service, 'serve')
     with running(acts, Housekeeper(service, acts, front), front.leave):
         front.run()
@@ -27869,7 +27872,8 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
         seen = {each.uid: each for each in cycle.clouds.open(account).servers()}
         found += [{'cloud': account, 'id': each.uid, 'state': each.state,
                    'added': instant(each.made), 'addresses': each.addresses}
-                  for each in orphans_in(seen, cycle.reconciler.matched(seen)) if each.uid not in adopted()]
+                  for each in orphans_in(seen, cycle.reconciler.matched(seen))
+                  if each.uid not in adopted()]
     return found
 
 
