@@ -10993,10 +10993,11 @@ def test_how_to_log_in_stands_beside_each_vm(world):
 # Service: plans by hosts ##################################################
 
 
-def rack(world, monkeypatch, hosts, units={}, **how):
+def rack(world, monkeypatch, hosts, units={}, told=None, **how):
     """A resource `gpu` of hosts, {name: GPUs}, each of 128 vCPUs and 1 TiB, with flavors g1, g2, ... of so many GPUs."""
     amounts = {name: cmres.Amount(0, 128, 2**20, (('CUSTOM_GPU', gpus), ('DISK_GB', 2000))) for name, gpus in hosts.items()}
-    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate('gpu', amounts, '', dict.fromkeys(amounts, units)),))
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate(
+        'gpu', amounts, '', {name: cmres.HostTold(units, **(told or {}).get(name, {})) for name in amounts}),))
     for n in range(1, 9):
         monkeypatch.setitem(cmres.Simulated.FLAVORS, f'g{n}', cmres.Flavor(16 * n, 2**17 * n, (('CUSTOM_GPU', n),)))
     monkeypatch.setitem(cmres.Simulated.FLAVORS, 'c80', cmres.Flavor(80, 1024))
@@ -16334,7 +16335,7 @@ def test_hosts_are_taken_in_and_out(hosts, nova):
     assert (host['hypervisor_hostname'], host['vcpus'], host['memory_mb'], host['gpu']) == ('gpu-1', 64, 64512, 'a100')
     assert host['id'].isdigit() and host['reservable'] and hosts.call('GET', '/os-hosts')['hosts'] == [host]
     assert hosts.call('GET', f"/os-hosts/{host['id']}")['host'] == host
-    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
+    assert nova.aggregates[0]['metadata']['cmres'] == 'gpu'
     hosts.call('POST', '/os-hosts', {'name': 'gpu-1'}, 409)
     assert 'has a host' in hosts.call('POST', '/os-hosts', {'name': 'gpu-3'}, 404)['error_message']
     hosts.call('POST', '/os-hosts', {'name': 'gpu-2'}, 201)
@@ -23757,6 +23758,7 @@ class StandIn(Proxy):
         self.groups = [self.network(name, project) for project in ('lab', 'bio', 'admin') for name in ('default', 'web')]
         self.keys = {'lab': ['lab-key', 'course'], 'bio': ['bio-key']}
         self.aggregates = [{'id': 1, 'name': 'gpu', 'hosts': ['gpu-1'], 'metadata': {}}]
+        self.states, self.used, self.traits = {}, collections.defaultdict(dict), {}  # of hosts, of providers
         self.inventories = {'gpu-1': {'VCPU': (16, 0, 4.0), 'MEMORY_MB': (65536, 1024, 1.0)},
                             'gpu-1-cards': {'CUSTOM_GPU': (4, 0, 1.0)}}
 
@@ -23985,6 +23987,17 @@ class StandIn(Proxy):
         return (200, {'aggregates': self.aggregates}) if user == self.ADMIN else (
             403, self.refusal(403, "Policy doesn't allow os_compute_api:os-aggregates:index to be performed."))
 
+    def list_hypervisors(self, user, query, said):
+        return 200, {'hypervisors': [{'id': host, 'hypervisor_hostname': f'{host}.example', 'service': {'host': host}} | dict(
+            zip(('state', 'status'), self.states.get(host, ('up', 'enabled')))) for host in self.inventories if host.count('-') == 1]}
+
+    def list_allocations(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'allocations': {
+            uid: {'resources': takes} for uid, takes in self.used[id].items()}}
+
+    def list_traits(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'traits': self.traits.get(id, [])}
+
     def mark_aggregate(self, user, query, said, id):
         self.aggregates[int(id) - 1]['metadata'] |= said['set_metadata']['metadata']
         return 200, {'aggregate': self.aggregates[int(id) - 1]}
@@ -24049,6 +24062,9 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('GET /v3/OS-TRUST/trusts/([^/]+)', 'show_trust'),
     ('GET /v2.0/(networks|security-groups)', 'list_nets'), ('GET /v2.0/(networks|security-groups)/([^/]+)', 'list_nets'),
     ('GET /placement/resource_providers', 'list_providers'),
+    ('GET /v2.1/os-hypervisors/detail', 'list_hypervisors'),
+    ('GET /placement/resource_providers/([^/]+)/allocations', 'list_allocations'),
+    ('GET /placement/resource_providers/([^/]+)/traits', 'list_traits'),
     ('GET /placement/resource_providers/([^/]+)/inventories', 'list_inventories'))]
 
 
@@ -24408,9 +24424,9 @@ def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
     far.service.resource_sync('admin', ['gpu'], mode='exclusive')
     found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
     assert (found['vcpus'], found['ram'], found['classes']) == (64, 64512, {'CUSTOM_GPU': 4})
-    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
-    verbs(nova, 'admin').mark('gpu', '')
-    assert nova.aggregates[0]['metadata'] == {'cmres': None}
+    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu', 'cmres_store': far.clouds.store}
+    verbs(nova, 'admin').mark(cmres.Aggregate('gpu', {}, ''), '')
+    assert nova.aggregates[0]['metadata'] == {'cmres': None, 'cmres_store': None}
     with pytest.raises(cmres.CloudError, match="could not list aggregates: Policy doesn't allow"):
         far.service.resource_sync('lab')
 
