@@ -6809,67 +6809,26 @@ def free_windows(resource, amount: Amount, after: float,
                  before: float) -> Iterator[tuple[float, float]]:
     """The longest [begin, until) within [after, before) in which an amount fits, in order."""
     most = capacity(resource)
-    found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
-                     free_of(resource.id, CLOSED, (0,), (0,), after, before))
-    for name, need in amount.classes:
-        found = overlaps(found,
-                         free_of(resource.id, name, (need,), (most.most(name),), after, before))
-    return found
-
-
-def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
-            before: float) -> Iterator[tuple[float, float]]:
-    """The free windows of one step function."""
-    rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    free = None  # it may go on
-    for begin, until, more in ledger.within(resource, track, after, before):
-        left = [room - each for room, each in zip(rooms, more)]
-        for first, last in free_within(resource, track, left, begin, until):
-            if free and free[1] < first:
-                yield free
-                free = None
-            free = (free[0] if free else first, last)
-            if last < until:
-                yield free
-                free = None
-    if free:
-        yield free
-
-
-def free_within(resource: int, track: str, rooms: list, after: float,
-                before: float) -> Iterator[tuple[float, float]]:
-    """The windows in which no more than some figures is written as held."""
-    held = written_level(resource, track, after)
-    begin = after if all(each <= room for each, room in zip(held, rooms)) else None
-    at = after
-    while at < before:
-        at = next_step(resource, track, rooms, at, before, free=begin is None)
-        if begin is not None:
-            yield begin, at
-        begin = at if begin is None else None
-
-
-def next_step(resource: int, track: str, rooms: list, after: float, before: float,
-              free: bool) -> float:
-    """The first step in (after, before) within some figures, or beyond them; else `before`."""
-    within = ' AND '.join(f'{figure} <= ?' for figure, _ in zip(FIGURES, rooms))
-    found = run('SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? AND '
-                f"{'' if free else 'NOT'} ({within}) ORDER BY at LIMIT 1",
-                resource, track, after, before, *rooms).fetchone()
-    return found[0] if found else before
-
-
-def overlaps(ones: Iterator, others: Iterator) -> Iterator[tuple[float, float]]:
-    """What windows of two kinds have in common, each in order and apart from one another."""
-    one, other = next(ones, None), next(others, None)
-    while one and other:
-        begin, until = max(one[0], other[0]), min(one[1], other[1])
-        if begin < until:
-            yield begin, until
-        if one[1] <= other[1]:
-            one = next(ones, None)
-        else:
-            other = next(others, None)
+    rooms = {'': [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])],
+             CLOSED: [0]}
+    rooms |= {name: [2**62 if most.most(name) is None else most.most(name) - need]
+              for name, need in amount.classes}
+    begin = None
+    while after < before:  # read in pieces, as the first window may be all that is wanted
+        later = run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at > ? "
+                    'AND at < ? ORDER BY at LIMIT 1 OFFSET 20', resource.id, after, before)
+        until = (later.fetchone() or (before,))[0]
+        for at, levels in steps_of(resource.id, [*rooms], after, until):
+            fits = all(each <= room for track, left in rooms.items()
+                       for each, room in zip(levels[track], left))
+            if fits and begin is None:
+                begin = at
+            elif begin is not None and not fits:
+                yield begin, at
+                begin = None
+        after = until
+    if begin is not None:
+        yield begin, before
 
 
 def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
@@ -6959,6 +6918,11 @@ def planned_by_host(resource: int) -> bool:
     """Whether the hosts of a resource are known."""
     return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = ?) AS known',
                      resource)[0].known)
+
+
+def any_hosts() -> bool:
+    """Whether the hosts of any resource are known."""
+    return bool(once('SELECT EXISTS (SELECT 1 FROM host) AS known')[0].known)
 
 
 def read_placed(text: str | None) -> dict[int, int]:
@@ -7125,14 +7089,15 @@ HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resou
 
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
-# not begun; that, in its turn, what is in its own way. The search begins with the plan as it is, on
-# few hosts, then on more: as often as a VM is without a host, it pushes out those that failed least
-# so far to find one; whoever fails is in the way the less, and has to be placed the more.
+# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is, on
+# few hosts, the last one on more: as often as a VM is without a host, it pushes out those that
+# failed least so far to find one; whoever fails is in the way the less, and has to be placed the
+# more.
 #
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = (8, 5_000), (32, 15_000)  # so many hosts, and looks at them
+SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
 
@@ -7291,9 +7256,10 @@ class Scene:
             self.put(each, None)
         self.put(unit, host)
 
-    def solve(self, looks: int) -> bool:
+    def solve(self, looks: int, turn: int) -> bool:
         """Whether the new VMs find hosts, after so many looks at most."""
-        dice, out, left = random.Random(f'{self.new[0].figures} {self.cuts}'), [*self.new], {}
+        dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
+        out, left = [*self.new], {}
         self.looks = looks
         for _ in range(PUSHES):
             out.sort(key=lambda each: (each.failures, each.share))
@@ -7363,15 +7329,13 @@ def replan(need: Need, had: dict[int, int], now: float,
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for width, looks in SEARCHED:
+    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
         with suppress(TooMuch):
-            if chosen and scene.solve(looks):
+            if scene.solve(looks, turn):
                 return dict(Counter(unit.host for unit in scene.new)), scene.moves()
-        if len(chosen) == len(nearest):
-            return None
     return None
 
 
@@ -7438,6 +7402,23 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
             held = kept[track].at(at), right[track].at(at)
             if at >= now and held[0] != held[1]:
                 yield (track, at), *held
+
+
+def forget_past(now: float) -> int:
+    """Forgets what was planned on hosts until a day ago; how much. Only the future is checked."""
+    hosts = rows('SELECT id, resource_id, classes FROM host')
+    tracks = [(each.resource_id, on_host(each.id, name), int(now) - DAY)
+              for each in hosts for name in ('', *json.loads(each.classes))]
+    return run(DROP_PAST, json.dumps(tracks)).rowcount if tracks else 0
+
+
+DROP_PAST = of_list("""
+  DELETE FROM step WHERE (resource_id, track, at) IN (
+    SELECT s.resource_id, s.track, s.at FROM p CROSS JOIN step s
+        ON s.resource_id = p.resource AND s.track = p.track AND s.at < (
+           SELECT max(at) FROM step e
+            WHERE e.resource_id = p.resource AND e.track = p.track AND e.at <= p.at))""",
+                    'resource', 'track', 'at')
 
 
 def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
@@ -13948,8 +13929,11 @@ class Requests(Operations):
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused. Nothing was '
                                'reserved.', refused=refused)
             return {'taken': taken, 'refused': refused}
-        if dry_run or unread and not partial:
-            return self.carry_out(deed, dry_run=True)
+        only_asks = dry_run or unread and not partial
+        if only_asks or any_hosts():  # a search takes no lock
+            answer = self.carry_out(deed, dry_run=True)
+        if only_asks:
+            return answer
         try:
             taken, refused = self.take_in_turns(requests, partial)
         except NoCapacity:
@@ -16825,7 +16809,7 @@ class Records(Operations):
         leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
-        return len(old) + len(events) + gone + len(changes) + leases + objects
+        return len(old) + len(events) + gone + len(changes) + leases + objects + forget_past(now)
 
     def forget_objects(self, now: float, before: int, most: int) -> int:
         """Forgets what calendar programs wrote that is long over, later that it was there."""
@@ -18879,6 +18863,10 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            replans.found, replans.searches = {}, 2  # in a pass: VMs wait to be started
+            if any_hosts():
+                with self.service.writing(dry_run=True):  # a search takes no lock
+                    self.service.waiting.admit_waiting(now)
             with self.leader.acting():
                 self.line_moves = self.service.waiting.admit_waiting(now)
 
