@@ -11143,12 +11143,17 @@ def refuse_broken_rule(world, before: dict, lost: set = frozenset()):
     """THE RULE OF HOSTS, from nothing but what is booked, where that is planned, and what the hosts have."""
     hosts = {each.id: each for each in cmres.rows('SELECT * FROM host')}
     there, changes = by_host(world), collections.defaultdict(collections.Counter)
+    closed = {(each.host, at) for each in cmres.rows("SELECT * FROM capacity WHERE host <> '' AND removed IS NULL")
+              for at in range(each.start, each.end, 1800)}
     for id, each in there.items():
         placed = {int(host): number for host, number in json.loads(each.placed or '{}').items()}
         assert sum(placed.values()) == each.vms or world.homeless, 'H1: not planned whole'
         assert each.affinity != 'apart' or set(placed.values()) <= {1}, 'H1: not apart'
         assert each.affinity != 'together' or len(placed) <= 1, 'H1: not together'
-        assert all(hosts[host].until > world.now for host in placed), 'H1: on a host that is lost'
+        assert all(hosts[host].state != 'gone' for host in placed), 'H1: on a host that is lost'
+        if each.held_from > world.now:
+            assert not any(hosts[host].state for host in placed), 'planned where nothing may start'
+            assert not closed & {(hosts[host].name, at) for host in placed for at in range(each.held_from, each.held_until, 1800)}
         if id in before and before[id].held_from <= world.now and each.held_from <= world.now:
             old = {int(host): number for host, number in json.loads(before[id].placed or '{}').items()}
             assert all(placed.get(host, 0) >= min(old[host], each.vms - sum(n for h, n in old.items() if h != host))
@@ -11192,7 +11197,11 @@ def random_deeds(world, monkeypatch, seed, number):
             (1, 'flavor', lambda: eva.update(label, flavor=flavor)), (2, 'delete', lambda: eva.delete(label)),
             (1, 'plan', lambda: eva.add(f'r{step}', 'gpu', vms=vms, flavor=flavor, dry_run=True, **window)),
             (2, 'time', lambda: setattr(world, 'now', world.now + dice.choice((60, 1800, 7200)))),
-            (0.4, 'host', lambda: rack(world, monkeypatch, changed, force=True))]
+            (0.4, 'host', lambda: rack(world, monkeypatch, changed, told=told, force=True)),
+            (0.2, 'close', lambda: root.maintenance_add('gpu', window['start'], window['end'], host='h1')),
+            (0.2, 'open', lambda: root.maintenance_delete(root.maintenance_list()[0]['id'] if root.maintenance_list() else 0)),
+            (0.2, 'spare', lambda: root.resource_update('gpu', spare=dice.randrange(2)))]
+        told = {'h1': {'state': 'disabled'}} if dice.random() < 0.3 else {}
         changed = dice.choice(({'h1': 8, 'h2': 8}, {'h1': 8, 'h3': 8}, {'h1': 8, 'h2': 8, 'h3': 8}, {'h1': 8, 'h2': 4, 'h3': 8}))
         weights, names, calls = zip(*deeds)
         n = dice.choices(range(len(deeds)), weights)[0]
@@ -11210,7 +11219,7 @@ def random_deeds(world, monkeypatch, seed, number):
             refused = True
         if refused:
             assert rows == [cmres.rows(f'SELECT * FROM {table}') for table in ('occurrence', 'step', 'host')], 'H5'
-        if names[n] == 'host':
+        if names[n] in ('host', 'close'):
             world.homeless = True
             world.homeless = any(sum(json.loads(each.placed or '{}').values()) < each.vms
                                  for each in by_host(world).values())
@@ -11240,6 +11249,7 @@ def count_moves(world, monkeypatch):
 MUTATIONS = [
     ('make_moves', "        run('UPDATE occurrence SET placed = ? WHERE id = ?', after, id)\n", ''),
     ('rooms_query', '(SELECT at FROM {of_it} AND at <= ?2 ORDER BY at DESC LIMIT 1)', 'NULL'),
+    ('Plan.host_columns', 'if told.state else FOREVER', 'if None else FOREVER'),
     ('find_hosts', 'now, own)\n    placed, moves', '0, own)\n    now = 0\n    placed, moves'), ('Scene.siblings', 'if unit.apart', 'if None')]
 
 
@@ -11338,6 +11348,254 @@ def test_few_are_refused_for_whom_there_is_a_plan(world):
     pytest.importorskip('ortools')
     found = demand(world, 'plain', 2, 28, seed=2)
     assert found['moved'] and found['hosts'] and found['wrong'] <= found['asked'] // 50
+
+
+def survey(world):
+    """What the life cycle does every few minutes: asks the clouds for their hosts, and follows."""
+    world.cycle.settle()
+    for verb in ('hosts', 'states'):
+        world.cycle.watch.ask(verb)
+        world.cycle.settle()
+
+
+def told_hosts(monkeypatch, hosts, told=None, id='', owner='', name='gpu'):
+    """What the simulated cloud tells of its hosts by now: {name: GPUs}, and more of some."""
+    amounts = {each: cmres.Amount(0, 128, 2**20, (('CUSTOM_GPU', number), ('DISK_GB', 2000))) for each, number in hosts.items()}
+    more = {each: cmres.HostTold(**(told or {}).get(each, {})) for each in amounts}
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate(name, amounts, 'gpu', more, id, owner),))
+
+
+def affected(world, label):
+    return [each['sentence'] for each in world.service.events(label) if each['code'] == 'affected']
+
+
+def test_a_renamed_aggregate_is_the_same_resource(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='7')
+    racks.service.resource_sync('simulated')
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='7', name='gpus-of-today')
+    lines = racks.service.resource_sync('simulated', ['gpus-of-today'])
+    assert [(each['what'], each['before'], each['after']) for each in lines if each['what'] != 'mark'] == [
+        ('aggregate', 'gpu', 'gpus-of-today')]
+    assert [each['name'] for each in racks.service.resource_list()] == ['demo', 'gpu']
+    told_hosts(monkeypatch, {'h1': 8}, id='9')  # another one has the old name
+    with pytest.raises(Conflict, match="'gpu'"):
+        racks.service.resource_sync('simulated', ['gpu'])
+
+
+def test_the_aggregate_of_another_cmres_is_refused_and_left_alone(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8}, owner='cmres-other')
+    with pytest.raises(Conflict, match="The aggregate 'gpu' of simulated belongs to another cmres, so its hosts would be promised twice"):
+        racks.service.resource_sync('simulated', ['gpu'])
+    assert racks.service.resource_sync('simulated') == []
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_what_is_planned_on_a_host_that_nova_lets_nothing_start_on_moves_and_what_has_begun_stays(racks, monkeypatch):
+    gpus(racks, 'runs', 'g4', start=1, end=6)
+    gpus(racks, 'comes', 'g4', start=3, end=5)
+    gpus(racks, 'later', 'g8', start=4, end=6)
+    assert [planned(each) for each in ('runs', 'comes', 'later')] == [[{'h1': 1}], [{'h1': 1}], [{'h2': 1}]]
+    racks.at(2)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'state': 'disabled'}})
+    survey(racks)
+    assert planned('runs') == [{'h1': 1}] and planned('comes') == [{}] or planned('later') == [{}]
+    short = 'comes' if planned('comes') == [{}] else 'later'
+    assert len(affected(racks, short)) == 1 and 'no host has room for all of its VMs (1 VM from' in affected(racks, short)[0]
+    survey(racks)
+    assert len(affected(racks, short)) == 1 and racks.service.check()['differences'] == 0
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g4', start=4, end=5)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
+    survey(racks)
+    assert all(planned(each) != [{}] for each in ('runs', 'comes', 'later')) and racks.service.check()['differences'] == 0
+    assert cmres.fact(f"affected {racks.service.resource_show('gpu')['id']}") == '[]'
+
+
+def test_what_others_take_of_a_host_is_not_promised(racks, monkeypatch):
+    theirs = {'somebody': cmres.Amount(0, 16, 1024, (('CUSTOM_GPU', 3),))}
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': theirs}})
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 13
+    gpus(racks, 'big', 'g8')
+    assert planned('big') == [{'h2': 1}]
+    with pytest.raises(NoCapacity, match='hold 1 of 2 VMs at most|not on single hosts'):
+        gpus(racks, 'no', 'g6', vms=2, start=3, end=4)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
+    survey(racks)
+    gpus(racks, 'yes', 'g6', vms=2, start=3, end=4)
+
+
+def test_servers_of_ours_are_nobody_elses(racks, monkeypatch):
+    gpus(racks, 'mine', 'g2', image='cirros')
+    racks.at(1.5)
+    uid = cmres.rows('SELECT uid FROM server')[0].uid
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': {uid: cmres.Amount(0, 32, 2**18, (('CUSTOM_GPU', 2),))}}})
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_a_host_that_placement_does_not_know_is_named_and_nothing_changes(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 0}, {'h2': {'state': 'unknown'}})
+    with pytest.raises(Conflict, match="Placement has no resource provider for the host 'h2' of the aggregate 'gpu'"):
+        racks.service.resource_sync('simulated', ['gpu'])
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_a_look_that_finds_nothing_else_writes_nothing(racks):
+    survey(racks)
+    before = cmres.db.state()
+    survey(racks)
+    assert cmres.db.state() == before
+
+
+def test_a_host_that_is_closed_for_a_while_is_planned_around(racks):
+    gpus(racks, 'runs', 'g2', start=1, end=6)
+    gpus(racks, 'comes', 'g4', start=3, end=5)
+    gpus(racks, 'after', 'g8', start=5, end=6)
+    racks.at(2)
+    assert planned('comes') == [{'h1': 1}]
+    with pytest.raises(NotFound, match="host: 'h3' is no known host of this resource"):
+        racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h3')
+    would = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1', dry_run=True)
+    made = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1', reason='fan')
+    assert [each['label'] for each in would['affected']] == [each['label'] for each in made['affected']] == ['runs']
+    assert planned('comes') == [{'h2': 1}] and planned('runs') == [{'h1': 1}]
+    told, = [each['sentence'] for each in racks.service.events('runs') if each['code'] == 'maintenance']
+    assert told.startswith("The host h1 of 'gpu' is closed from") and ': fan' in told
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g5', start=3, end=4)
+    assert racks.service.check()['differences'] == 0
+    line, = racks.service.maintenance_list()
+    assert (line['host'], line['resource']) == ('h1', 'gpu')
+    racks.service.maintenance_delete(line['id'])
+    gpus(racks, 'yes', 'g5', start=3, end=4)
+    assert racks.service.check()['differences'] == 0
+
+
+def test_what_finds_no_host_but_the_one_that_is_closed_is_moved_to_later(racks):
+    gpus(racks, 'big', 'g8', vms=2, start=3, end=5)
+    affected, = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(4), host='h1', affected='move')['affected']
+    assert affected['outcome'].startswith('moved to gpu from') and racks.service.show('big')['start'] == NOON + hours(4)
+    assert racks.service.check()['differences'] == 0
+
+
+def test_amounts_of_a_closed_host_may_change(racks, monkeypatch):
+    racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1')
+    told_hosts(monkeypatch, {'h1': 6, 'h2': 8})
+    racks.service.resource_sync('simulated', ['gpu'])
+    assert racks.service.check()['differences'] == 0
+    racks.service.maintenance_delete(racks.service.maintenance_list()[0]['id'])
+    assert not [each for each in cmres.rows('SELECT * FROM step') if each.track.startswith('@')]
+
+
+def test_spare_hosts_are_promised_to_nobody_and_taken_when_others_fail(world, monkeypatch):
+    rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8})
+    gpus(world, 'old', 'g8', vms=3, start=5, end=6)
+    assert world.service.resource_update('gpu', spare=1)['spare'] == 1
+    assert planned('old') == [{'h1': 1, 'h2': 1, 'h3': 1}]
+    with pytest.raises(NoCapacity, match='hold 2 of 3 VMs at most'):
+        gpus(world, 'no', 'g8', vms=3)
+    gpus(world, 'lab', 'g8', vms=2, start=1, end=4)
+    assert planned('lab') == [{'h1': 1, 'h2': 1}]
+    world.at(1)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8}, {'h1': {'state': 'down'}})
+    survey(world)
+    assert planned('lab') == [{'h1': 1, 'h2': 1}]  # it may be up again soon
+    world.now += 20
+    survey(world)
+    assert planned('lab') == [{'h2': 1, 'h3': 1}] and world.service.check()['differences'] == 0
+    world.service.update('lab', vms=1)
+    world.service.extend('lab', hours(1))
+
+
+def test_vms_of_a_host_that_is_down_are_made_anew_at_once(racks, monkeypatch):
+    gpus(racks, 'lab', 'g4', vms=2, start=1, end=4, image='cirros')
+    racks.at(1)
+    racks.at(1.5)
+    before = {each.uid for each in cmres.rows('SELECT uid FROM server')}
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'state': 'down'}})
+    monkeypatch.setattr(cmres.Simulated, 'states', lambda self: {'h1': ('down', [*before]), 'h2': ('', [])})
+    survey(racks)
+    assert {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")} == before
+    racks.now += 20
+    survey(racks)
+    for _ in range(4):
+        racks.now += 10
+        racks.cycle.settle()
+    after = {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")}
+    assert len(after) == 2 and not after & before and planned('lab') == [{'h2': 2}]
+    told = [each['sentence'] for each in racks.service.events('lab') if each['code'] == 'vanished']
+    assert told == ['the host h1 is down, so these VMs and everything on them are lost; cmres creates them again: lab-1-1, lab-1-2']
+    survey(racks)
+    assert {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")} == after
+
+
+def test_free_slots_are_those_in_which_hosts_are_free(racks):
+    gpus(racks, 'a', 'g5', vms=2, start=0, end=3)
+    gpus(racks, 'b', 'g5', vms=1, start=3, end=6)
+    slot = racks.service.find('gpu', timedelta(hours=1), vms=1, flavor='g4')[0]
+    assert (slot['start'], slot['until']) > (NOON + hours(3), NOON + hours(6)) and slot['start'] == NOON + hours(3)
+    assert racks.service.find('gpu', timedelta(hours=1), vms=2, flavor='g3')[0]['start'] == NOON
+    assert racks.service.find('gpu', timedelta(hours=1), vms=3, flavor='g4')[0]['start'] == NOON + hours(6)
+    slot = racks.service.find('gpu', timedelta(hours=1), vms=1, flavor='g8')[0]
+    assert slot['start'] == NOON + hours(3)
+
+
+def test_the_longest_that_is_offered_has_a_host(racks):
+    gpus(racks, 'a', 'g5', vms=2, start=3, end=6)
+    with pytest.raises(NoCapacity) as no:
+        gpus(racks, 'long', 'g4', start=1, end=5)
+    assert no.value.details['longest'] == '2h' and no.value.details['latest_end'] == NOON + hours(3)
+    assert no.value.details['next_start'] == NOON + hours(6)
+
+
+def crowded(racks):
+    """What lets in 8 more GPUs on one host from 15 to 16 o'clock only by a move."""
+    gpus(racks, 'a', 'g8', start=1, end=2)
+    gpus(racks, 'b', 'g3', start=1, end=4)
+    gpus(racks, 'c', 'g5', start=2, end=4)
+
+
+def test_who_waits_is_let_in_by_a_move(racks):
+    gpus(racks, 'all', 'g8', vms=2, start=3, end=4)
+    gpus(racks, 'big', 'g8', start=3, end=4, wait=True)
+    assert racks.state('big') == 'waiting'
+    racks.service.delete('all')
+    crowded(racks)
+    assert racks.state('big') == 'waiting'
+    racks.cycle.settle()
+    assert racks.state('big') == 'reserved' and racks.service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('partial', [False, True])
+def test_lines_are_taken_by_moves(racks, partial):
+    crowded(racks)
+    line = {'label': 'big', 'resource': 'gpu', 'start': '2026-12-01T15:00Z', 'end': '2026-12-01T16:00Z', 'flavor': 'g8', 'vms': '1'}
+    told = racks.as_user().load([line], partial=partial)
+    assert [each['label'] for each in told['taken']] == ['big'] and racks.service.check()['differences'] == 0
+
+
+def test_what_was_planned_on_hosts_is_forgotten_and_what_is_stays(racks):
+    for n in range(6):
+        gpus(racks, f'r{n}', 'g2', start=n, end=n + 1)
+    gpus(racks, 'stays', 'g2', start=1, end=100)
+    steps = lambda: cmres.run(f"SELECT count(*) FROM step WHERE {cmres.ON_HOSTS}").fetchone()[0]  # noqa: E731
+    before = steps()
+    racks.at(40)
+    racks.cycle.tidied = 0
+    racks.cycle.settle()
+    assert steps() < before and racks.service.check()['differences'] == 0
+
+
+def test_a_search_ends_after_a_number_of_looks_and_asks_no_clock(racks, monkeypatch):
+    crowded(racks)
+    monkeypatch.setattr(cmres, 'SEARCHED', ((8, 3),))
+    with pytest.raises(NoCapacity, match='no plan was found'):
+        gpus(racks, 'big', 'g8', start=3, end=4)
+    text = inspect.getsource(cmres.Scene) + inspect.getsource(cmres.replan)
+    assert 'time.' not in text
 
 
 # Service: who may what #######################################################
