@@ -6017,8 +6017,14 @@ def resource_of(id: int, removed: bool = False):
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
-    ROW_TYPES[sql] = namedtuple('Row', [column[0] for column in cursor.description])
+    ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
     return ROW_TYPES[sql]
+
+
+@functools.cache
+def row_of(names: tuple[str, ...]) -> type:
+    """The type of rows with some columns: many queries have the same ones."""
+    return namedtuple('Row', names)
 
 
 def insert(model: type[Table], **values) -> int:
