@@ -3569,6 +3569,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    settled_event = 2**62  # all before this one are there, or never come
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3660,6 +3661,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    until: float | None = 0.0  # when it is away for too long; None: it is there
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3670,11 +3672,27 @@ class PostgreSQL(PooledPostgresqlDatabase):
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
     def connect(self, reuse_if_open: bool = False) -> bool:
-        """Takes a connection for this thread, and waits for one while all are in use."""
-        try:
-            return super().connect(reuse_if_open)
-        except MaxConnectionsExceeded:
-            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+        """Takes a connection for this thread, and waits for one while all are in use, or while
+        the server is started again.
+        """
+        while True:
+            try:
+                found = super().connect(reuse_if_open)
+            except MaxConnectionsExceeded:
+                raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+            except peewee.OperationalError as error:
+                self.until = time.monotonic() + RESTARTS if self.until is None else self.until
+                if time.monotonic() >= self.until or not is_lost(error):
+                    raise
+            else:
+                self.until = None
+                return found
+            time.sleep(0.1)
+
+    def leave_lost(self) -> None:
+        """Forgets a connection that is lost, and those at rest, which were lost with it."""
+        self.manual_close()
+        self.close_idle()
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3688,7 +3706,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             if not connection.closed or self.in_transaction():
                 raise of_peewee(error) from error
-            self.manual_close()
+            self.leave_lost()
             if not sql.lstrip().startswith('SELECT'):
                 raise of_peewee(error) from error
         with peewee.__exception_wrapper__:
@@ -3704,25 +3722,55 @@ class PostgreSQL(PooledPostgresqlDatabase):
         note_fact('version', f'{latest_version()}')
 
     def begin(self, isolation_level: str = '') -> None:
-        """Begins a snapshot, or what writes: then nobody else writes until it ends."""
-        kind = f' ISOLATION LEVEL {isolation_level}' if isolation_level else ''
-        lock = '' if isolation_level else f'; SELECT pg_advisory_xact_lock({OURS})'
+        """Begins a snapshot, or what writes, with its locks."""
+        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}' + (
+            '' if isolation_level else self.locks(locked.on))
         with peewee.__exception_wrapper__:
             try:
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.connection().execute(text)
             except psycopg().OperationalError:
                 if not self.connection().closed:
                     self.connection().rollback()
                     raise
-                self.manual_close()  # nothing was begun
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.leave_lost()  # nothing was begun
+                self.connection().execute(text)
+
+    @staticmethod
+    def locks(on: Iterable[tuple[int, int]] | None) -> str:
+        """What takes some locks, in their order, and marks how far the ids of events are."""
+        if on is None:
+            return f'; SELECT pg_advisory_xact_lock({OURS})'
+        each = [f'pg_advisory_xact_lock({kind}, {number})' for kind, number in sorted(on)]
+        mark = f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) FROM event_id_seq'
+        return '; SELECT '.join(['', f'pg_advisory_xact_lock_shared({OURS})', *each, mark])
+
+    @property
+    def settled_event(self) -> int:
+        """Events up to this id are there, or never come: who still writes has marked a later one,
+        and marked it before. So what is drawn last must be asked first.
+        """
+        last, = run('SELECT last_value FROM event_id_seq').fetchone()
+        mark, = run("SELECT min(CAST(CAST(objid AS text) AS int)) FROM pg_locks "
+                    f"WHERE locktype = 'advisory' AND classid = {On.EVENTS} AND objsubid = 2 AND "
+                    'database = (SELECT oid FROM pg_database WHERE datname = current_database())'
+                    ).fetchone()
+        return last if mark is None else min(last, mark)
+
+    def commit(self) -> None:
+        """Ends a transaction; Unavailable where nobody knows whether it did."""
+        try:
+            super().commit()
+        except (peewee.OperationalError, peewee.InterfaceError) as error:
+            if not is_lost(error):
+                raise
+            raise Unavailable(UNSURE.format(first_line(error))) from error
 
     def rollback(self) -> None:
         """Undoes a transaction; the server did so where the connection is lost."""
         try:
             super().rollback()
         except (peewee.OperationalError, peewee.InterfaceError):
-            self.manual_close()
+            self.leave_lost()
 
     def execute_sql(self, sql: str, params: tuple = ()):
         """Runs a statement that peewee has made: of the schema."""
@@ -3779,6 +3827,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
 
 MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
+RESTARTS = 5  # seconds that it may be away while it is started again
+UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
+          'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
 OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
                   'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
 
@@ -3838,6 +3889,75 @@ HOW = {'lock_type': 'IMMEDIATE', 'pragmas': {
 SQLITE = SQLite(None, **HOW)
 db = peewee.DatabaseProxy()  # leads to the engine of the store that is open
 db.initialize(SQLITE)
+
+
+# Locks. On SQLite one writes at a time. On PostgreSQL those who have nothing in common do not wait
+# for one another: a transaction locks what it decides on, before it reads any of it, in this order,
+# those of a kind by number:
+#
+#   the store < resources < whom limits count < servers that were there < the mails of an owner <
+#   labels < the waiting list
+#
+# The store is shared by those who name their locks. Who names none has it alone: maintenance,
+# hosts, limits, passes of the life cycle. A reservation is changed under the locks of all resources
+# that it is on. Nobody waits in a circle: all locks are taken at the beginning, in one order, and a
+# row that two may write is written under one of them, but for two that each writes one of: first a
+# key of `once`, later the texts of its project. Whoever comes to something that is not locked
+# begins anew with that as well: `persist`. Ids of events are drawn before others see them, so who
+# writes marks how far they were: `settled_event`.
+
+class On:
+    """What a lock is on; the last is only marked."""
+    RESOURCE, COUNTED, SERVER, MAILS, LABEL, LINE, EVENTS = range(1, 8)
+
+
+#: What may be written under such locks.
+SHARED_TABLES = frozenset(('reservation', 'occurrence', 'extra_hold', 'proposal', 'wait', 'step',
+                           'event', 'outbox', 'mailed', 'once'))
+MOST_LOCKS = 50  # more are the whole store
+
+
+class Locked(threading.local):
+    """What this thread's transaction has locked; None: the whole store."""
+    on: frozenset | None = None
+
+
+locked = Locked()
+
+
+class Lacking(Exception):
+    """A transaction decides on what it has not locked: on this; None: on the whole store."""
+
+    def __init__(self, on: frozenset | None):
+        self.on = on
+
+
+def locks_on(names: Iterable[tuple[int, int | str]]) -> frozenset[tuple[int, int]]:
+    """The locks of things, by kinds and ids or names; two that share one only wait in vain."""
+    return frozenset((kind, zlib.crc32(f'{name}'.encode()) % 2**31) for kind, name in names)
+
+
+def decide_on(*names: tuple[int, int | str], also: Iterable[tuple[int, int | str]] = ()) -> None:
+    """Says on what this transaction decides, by kinds and names; Lacking if it is not locked."""
+    if locked.on is not None and (lacks := locks_on((*names, *also)) - locked.on):
+        raise Lacking(lacks)
+
+
+def persist(deed: Callable[[frozenset | None], Any], on: Callable[[], Iterable] | None) -> Any:
+    """Does something in one transaction with some locks; again where it lacked some, or where
+    the connection was lost before anything was saved.
+    """
+    if db.in_files or db.in_transaction():
+        return deed(None)
+    locks = on and locks_on(on())
+    for left in reversed(range(5)):
+        try:
+            return deed(locks if locks is not None and len(locks) <= MOST_LOCKS else None)
+        except Lacking as lack:
+            locks = locks | lack.on if lack.on is not None and left > 1 else None
+        except STORE_ERRORS as error:
+            if not left or not is_lost(error):
+                raise
 
 
 def is_server(path: str) -> bool:
@@ -5613,6 +5733,11 @@ def engine_error(error: BaseException) -> BaseException | None:
     return error
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
+    return str(code_of(engine_error(error))).startswith((LOST, '57P'))
+
+
 def code_of(cause: BaseException | None) -> int | str | None:
     """The code of the engine's own error; of SQLite's, the rest of it is for experts."""
     if cause is None or hasattr(cause, 'sqlstate'):
@@ -5668,8 +5793,8 @@ def probe(path: str) -> str:
         if db.in_files:
             write_probe(path)
         else:
-            with transaction():
-                run(COUNT_WRITE)
+            with transaction(on=frozenset()):
+                db.run(COUNT_WRITE, ())
     except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
@@ -5694,11 +5819,12 @@ MEMORIES: list = []
 
 
 @contextmanager
-def transaction(first: bool = False) -> Iterator[None]:
+def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; a part of the transaction or rehearsal around it.
 
     Args:
       first: before all others of this process that wait
+      on: the locks of all that it decides on; None: nobody else writes
     """
     if db.in_transaction():
         with Attempt():
@@ -5709,6 +5835,7 @@ def transaction(first: bool = False) -> Iterator[None]:
     if db.in_files and not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
+        locked.on = None if db.in_files else on
         METRICS.observe('lock_wait_seconds', time.monotonic() - began)
         with watched():
             try:
@@ -5719,6 +5846,7 @@ def transaction(first: bool = False) -> Iterator[None]:
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
+        locked.on = None
         if db.in_files:
             turns.release()
 
@@ -5939,6 +6067,8 @@ def run_new(sql: str, *values) -> int:
 
 def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
+    if locked.on is not None and (to := WRITTEN.match(sql)) and to[1] not in SHARED_TABLES:
+        raise Lacking(None)
     return db.run(sql, values)
 
 
@@ -6111,6 +6241,12 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     tell_owners(config, event, targets, about, actor, at)
 
 
+def newest_event() -> int:
+    """The last event before which no other one comes any more."""
+    found = row('SELECT id FROM event WHERE id <= ? ORDER BY id DESC LIMIT 1', db.settled_event)
+    return found.id if found else 0
+
+
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
     return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
@@ -6147,6 +6283,7 @@ def owner_of(reservation: int | None) -> str:
 
 def mails_left(config: Config, owner: str, number: int, at: float) -> int:
     """How many of some mails may be sent for somebody today; -1: none, which was told already."""
+    decide_on((On.MAILS, owner))
     total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
                  'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
                  'number = excluded.number + iif(mailed.day = excluded.day, mailed.number, 0) '
@@ -6682,6 +6819,7 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
+    decide_on((On.RESOURCE, resource))
     tracks = [*amount.tracks] if begin < until else []
     for track, figures in tracks:
         ledger.add(resource, track, begin, until, figures)
@@ -6696,9 +6834,12 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room there, or that lacked something else."""
     if standing().waits:
-        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
-            resource, begin, until)
-        run('UPDATE wait SET due = 0 WHERE limited')
+        decide_on((On.RESOURCE, resource))
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ? '
+            'AND NOT limited', resource, begin, until)
+        if row('SELECT 1 AS one FROM wait WHERE limited LIMIT 1'):
+            decide_on((On.LINE, 0))
+            run('UPDATE wait SET due = 0 WHERE limited')
         remembered.change()
 
 
@@ -10676,6 +10817,8 @@ class Service:
         self.fence: Callable[[], None] = lambda: None
         # Called before a change and before it is written; raises if nobody wants it any more.
         self.wanted: Callable[[], None] = lambda: None
+        # Called with the answer of what was carried out, before it is written.
+        self.answered: Callable[[Any], None] = lambda answer: None
         self.reason = ''  # why somebody changes what may be others'
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
@@ -10693,9 +10836,9 @@ class Service:
         return Here(self.config.zone, instant(int(self.clock())))
 
     @contextmanager
-    def writing(self, dry_run: bool = False) -> Iterator[float]:
+    def writing(self, dry_run: bool = False, on: frozenset | None = None) -> Iterator[float]:
         """A transaction that yields its instant, and wakes the life cycle after it."""
-        with rehearsing() if dry_run else transaction():
+        with rehearsing() if dry_run else transaction(on=on):
             self.fence()
             self.wanted()
             yield self.clock()
@@ -10703,19 +10846,27 @@ class Service:
         if not dry_run and not rehearsal.on:
             self.wake()
 
-    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False,
+                  on: Callable[[], Iterable] | None = None) -> Any:
         """Does something at an instant, all of it or nothing.
 
         What has no room is refused at once, and explained in a rehearsal: nobody waits for it.
+
+        Args:
+          on: gives the locks that it needs, as far as that is known; None: the whole store
         """
+        def done(locks: frozenset | None) -> Any:
+            with self.writing(on=locks) as now:
+                answer = deed(now)
+                self.answered(answer)
+                return answer
         replans.found, replans.searches = {}, SEARCHES
         if dry_run:
             with self.writing(dry_run) as now:
                 return deed(now)
         for _ in range(3):
             try:
-                with self.writing() as now:
-                    return deed(now)
+                return persist(done, on)
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
@@ -11709,6 +11860,12 @@ class Limits:
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
+    def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
+        """The locks of whom the limits of a wish count."""
+        for limit in self.limits_for(wish):
+            project = limit.project or not limit.user and wish.project or ''
+            yield On.COUNTED, f'{project}/{limit.user and wish.user}'
+
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
@@ -11718,6 +11875,7 @@ class Limits:
           others: the other occurrences of its series as they will be
           own: its reservation
         """
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= self.service.config.exempt_longest)
@@ -11806,6 +11964,7 @@ class Limits:
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             if limit.waiting is None:
                 continue
@@ -11981,6 +12140,7 @@ class Policy:
         wish = change.after
         if not wish.server or not change.wants:
             return
+        decide_on((On.SERVER, wish.server))
         other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
                     'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                     "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
@@ -12056,6 +12216,7 @@ class Policy:
 
     def refuse_taken(self, project: str, label: str, now: float) -> None:
         read_argument('label', label, Label, self.service.here)  # Python may call without `bind`
+        decide_on((On.LABEL, f'{project}/{label}'))
         if taken_label(project, label, now):
             raise Conflict(f"Project '{project}' already has a reservation '{label}'. Choose "
                            'another label.')
@@ -12174,6 +12335,15 @@ WITH_STOPPED = """
    ORDER BY o.start"""
 
 
+def wish_locks(wish: Wish) -> Iterator[tuple[int, int | str]]:
+    """On what a wish decides, beside its resource."""
+    yield On.LABEL, f'{wish.project}/{wish.label}'
+    if wish.server:
+        yield On.SERVER, wish.server
+    if not all(map(is_web, wish.notify)):
+        yield On.MAILS, f'{wish.project}/{wish.user}'
+
+
 class Bookings:
     """Makes promises; inside a transaction."""
 
@@ -12186,6 +12356,7 @@ class Bookings:
     def commit(self, deal: Deal, now: float) -> Made | None:
         """Makes a deal true, or none of it; None: it is proposed, since it needs an approval."""
         old = deal.old
+        decide_on(also=self.locks_of(deal))
         # Another change settles those that were proposed before.
         if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
@@ -12209,6 +12380,17 @@ class Bookings:
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
         self.propose(deal, until, growth, now)
         return None
+
+    def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
+        """On what a deal decides, beside what its rules name."""
+        wish, old = deal.wish, deal.old
+        yield from wish_locks(wish)
+        yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
+        if old and old.project != wish.project:  # it writes the texts of both
+            raise Lacking(None)
+        for place, in old and run('SELECT DISTINCT resource_id FROM occurrence WHERE '
+                                  'reservation_id = ?', old.reservation) or ():
+            yield On.RESOURCE, place
 
     def may_need_approval(self, deal: Deal) -> bool:
         """Whether somebody asks for it who is no admin, where an admin must approve."""
@@ -12588,6 +12770,7 @@ class Bookings:
                     'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
         for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
                                       or [[found.resource_id]]) if found else ():
+            decide_on((On.RESOURCE, resource))
             insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
                    until=found.end, since=found.waiting, limited=False, due=0)
 
@@ -13345,7 +13528,7 @@ class Offers:
             yield
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
-                with transaction():
+                with transaction(on=frozenset()):
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.service.config, self.service.clock(), wish.user, 'refused',
                             sentence, None, project=wish.project, resource=wish.resource.id)
@@ -13738,8 +13921,15 @@ class Requests(Operations):
                 answer = self.take_first(requests, now)
             also(answer)
             return answer
+        def locks() -> Iterator[tuple[int, int | str]]:
+            for request in requests:
+                yield On.LABEL, f'{request.last.project}/{request.label}'
+                for wish in itertools.chain(*request.parts):
+                    yield On.RESOURCE, wish.resource.id
+                    yield from wish_locks(wish)
+                    yield from self.limits.counted_for(wish)
         with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
-            return self.carry_out(deed, dry_run)
+            return self.carry_out(deed, dry_run, locks)
 
     def take_first(self, requests: list[Request], now: float) -> dict:
         """Takes the first of some requests that fits; inside a transaction."""
@@ -14115,7 +14305,7 @@ class Requests(Operations):
                                          place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
-        return self.carry_out(deed, dry_run)
+        return self.carry_out(deed, dry_run, frozenset)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -14132,7 +14322,7 @@ class Requests(Operations):
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.look.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
                 coming = [('r.id = ?', found.reservation), (NOT_OVER, None),
@@ -14144,6 +14334,7 @@ class Requests(Operations):
                                hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
+        return self.carry_out(deed, dry_run, frozenset)
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
@@ -14211,7 +14402,7 @@ class Requests(Operations):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
             with self.shares.paced():
-                answer = self.carry_out(deed, dry_run)
+                answer = self.carry_out(deed, dry_run, frozenset)
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
@@ -14319,8 +14510,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        left, whole = (), dry_run or rehearsal.on or db.in_transaction()
-        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
+        left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
+        noted = ''
+
+        def deed(now: float) -> list[dict]:
+            nonlocal noted
+            left.clear()
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14331,13 +14526,14 @@ class Requests(Operations):
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, asked)
-                left = deque(found)
+                left.extend(found)
                 self.cancel_some(left, now, whole)
                 noted = left and self.note_rest(left, now)
-            done = [] if left else self.as_cancelled(found)
+            return self.as_cancelled(found)
+        with self.shares.resting():  # changes of others don't wait
+            done = self.carry_out(deed, dry_run, frozenset if label else None)
         if left:
             self.cancel_rest(left, noted)
-            done = self.as_cancelled(found)
         return done
 
     def cancel_some(self, left: deque, now: float, whole: bool = False) -> None:
@@ -14365,10 +14561,11 @@ class Requests(Operations):
             run('DELETE FROM fact WHERE name = ?', noted)
 
     def as_cancelled(self, found: list) -> list[dict]:
-        """What was cancelled, as it is now, with what becomes of its VMs."""
+        """What was cancelled, as it is now or in a moment, with what becomes of its VMs."""
         after = self.look.in_order([each.id for each in found], fields=SLIM)
-        return [public(line) | self.admission.ends_with(each)
-                for line, each in zip(after, found)]
+        return [public(line) | {'state': line.state if line.cancelled is not None else
+                                'ending' if line.existing else 'cancelled'}
+                | self.admission.ends_with(each) for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -15475,10 +15672,6 @@ def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
     return [*config.logins(addresses), *key]
 
 
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
-
-
 def next_revision() -> int:
     """What the next change of any calendar object is known by."""
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
@@ -16397,7 +16590,7 @@ class Records(Operations):
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
-        where = [('e.id > ?', after)]
+        where = [('e.id > ?', after), ('e.id <= ?', db.settled_event)]
         if label:
             where.append(self.look.among('e.reservation_id', self.look.labelled(label, project)))
         else:
@@ -16541,6 +16734,7 @@ class Records(Operations):
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                         NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
+        run('DELETE FROM once WHERE at < ?', int(now) - DAY)
         leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
@@ -19107,9 +19301,11 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
     tag = tag_for(acting, operation, bound)
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    if once:
+        acting.answered = functools.partial(once.write, status)
     with once or nullcontext():
         answer = getattr(acting, operation.name)(**bound)
-    status = 201 if operation.made and not bound.get('dry_run') else 200
     text = json_text(answer)
     if once:
         once.keep(status, text)
@@ -19248,6 +19444,7 @@ class Once:
         self.now = int(acting.clock())
         self.whose = (acting.actor.user, acting.actor.project, key)
         self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+        self.text = ''  # of the answer that is written
 
     def __enter__(self) -> Once:
         return self
@@ -19286,25 +19483,42 @@ class Once:
         if rehearsal.on:
             return
         found = self.row()
-        if found and found.mark != self.mark:
+        if found and found.mark == self.mark:
+            return
+        new = not found and run(
+            'INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+            "VALUES (?, ?, ?, ?, ?, ?, 0, '') ON CONFLICT (user, project, key) DO UPDATE "
+            "SET digest = excluded.digest, mark = excluded.mark, at = excluded.at, status = 0, "
+            "answer = '' WHERE once.at <= ? RETURNING mark",
+            *self.whose, self.digest, self.mark, self.now, self.now - self.LASTS).fetchone()
+        if not new:
             self.kept()
             raise Conflict('The first request with this Idempotency-Key was just done. Send it '
                            'again.')
-        if not found:
-            run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
-            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
-                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, self.now)
+
+    def write(self, status: int, answer) -> None:
+        """Keeps an answer with what it tells of, unless more is made of it: of a group, say."""
+        self.text = json_text(answer) if isinstance(answer, dict) else ''
+        self.change('UPDATE once SET status = ?, answer = ?', status, self.kept_of(self.text))
 
     def keep(self, status: int, text: str) -> None:
-        """Keeps an answer for who asks again."""
-        if self.keeps and len(text) <= self.MOST:
+        """Keeps an answer for who asks again, if it is not kept already."""
+        if text != self.text and self.kept_of(text):
             self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def kept_of(self, text: str) -> str:
+        """As much as may be kept of an answer."""
+        return text if self.keeps and len(text) <= self.MOST else ''
 
     def run(self, deed: str, *values) -> None:
         """Does something to the row that this request has written."""
-        with transaction():
-            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?',
-                *values, *self.whose, self.mark)
+        with transaction(on=frozenset()):
+            self.change(deed, *values)
+
+    def change(self, deed: str, *values) -> None:
+        """The same in the present transaction."""
+        run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values,
+            *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
@@ -20053,7 +20267,7 @@ class StoreMetrics:
 
     def count_events(self) -> None:
         """Counts the events that came since the last time, be they of another process."""
-        newest = row('SELECT max(id) AS id FROM event').id or 0
+        newest = newest_event()
         if self.seen is not None:
             for code, number in run('SELECT code, count(*) FROM event WHERE id > ? AND id <= ? '
                                     'GROUP BY code', self.seen, newest).fetchall():
