@@ -1801,8 +1801,8 @@ MEASURED = {
     'servers': 'VMs that are not deleted, by cloud and state',
     'cloud_left_alone': 'whether cmres waits before it asks a cloud again after errors: 1 or 0',
     'cloud_failures': 'failures of a cloud in a row',
-    'pass_age_seconds': 'seconds since the last run of the scheduler',
-    'leader': 'the host whose scheduler is the leader now',
+    'pass_age_seconds': 'seconds since a scheduler last ran, for the cloud that waits longest',
+    'leader': "the host whose scheduler acts for a cloud now; '': for what belongs to none",
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notifications that have not been delivered yet',
@@ -3617,6 +3617,18 @@ class SQLite(peewee.SqliteDatabase):
         connection = self.connection()
         return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anybody has written, and what empties it; else None: on Linux."""
+        import ctypes
+        system = ctypes.CDLL(None)
+        if not hasattr(system, 'inotify_init1'):
+            yield None, None
+            return
+        with open(system.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), 'rb', 0) as ear:
+            system.inotify_add_watch(ear.fileno(), os.fsencode(f'{store_file.path}-wal'), MODIFIED)
+            yield ear, lambda: ear.read(1 << 16)
+
     def make_trigger(self, text: str) -> None:
         run(text)
 
@@ -3637,6 +3649,8 @@ class SQLite(peewee.SqliteDatabase):
         return (f'INSERT INTO {table} ({quoted(names)}) '
                 f'SELECT {values} FROM json_each(?) ORDER BY key')
 
+
+MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
 IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
@@ -3798,6 +3812,16 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
         return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anything is due that others have written, and what empties it."""
+        try:
+            with psycopg().connect(store_file.path, autocommit=True, **OF_CONNECTIONS) as ear:
+                ear.execute('LISTEN cmres')
+                yield ear, lambda: [*ear.notifies(timeout=0)]
+        except psycopg().Error as error:
+            raise of_peewee(error) from error
 
     def has_stage(self) -> bool:
         """Whether this connection has what rehearsals write to."""
@@ -4631,7 +4655,8 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts()]
+    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
+    lambda: divide_lease()]
 
 
 def long_texts(row: str) -> str:
@@ -4691,6 +4716,15 @@ FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, r
     ('instr(text, text) RETURNS integer', 'AS $$ SELECT strpos($1, $2) $$'),
     ('json_array(VARIADIC bigint[]) RETURNS text',
      'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
+
+
+#: What tells schedulers, when a transaction ends, that something in it is due at once. Not what is
+#: due later: such transactions would end one after the other.
+TELLING = ["""CREATE FUNCTION tell_due() RETURNS trigger LANGUAGE plpgsql AS $$
+  BEGIN PERFORM pg_notify('cmres', ''); RETURN NULL; END $$""", *(f"""
+  CREATE TRIGGER {table}_tells AFTER INSERT OR UPDATE OF due ON {table} FOR EACH ROW
+    WHEN (NEW.due < extract(epoch FROM clock_timestamp()) + 1) EXECUTE FUNCTION tell_due()"""
+                                                        for table in ('occurrence', 'wait'))]
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4847,7 +4881,7 @@ def make_tables() -> None:
 
 def finish_tables() -> None:
     """Makes what tables have beside their rows."""
-    for each in () if db.in_files else FUNCTIONS:
+    for each in () if db.in_files else FUNCTIONS + TELLING:
         run(each)
     for index in INDEXES.split(';'):
         run(f'CREATE INDEX {index}')
@@ -5677,6 +5711,13 @@ def add_hosts() -> None:
           name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
           classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
         CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
+
+
+def divide_lease() -> None:
+    """Version 22: there is a lease for each cloud, and PostgreSQL tells of what is due at once."""
+    run("UPDATE lease SET name = '' WHERE name = 'scheduler'")
+    for each in () if db.in_files else TELLING:
+        run(each)
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -8541,10 +8582,13 @@ class Clouds:
         """
         return f"cmres-{fact('store')}"
 
-    def accounts(self) -> set[str]:
-        """All accounts that serve the resources there are."""
-        clouds = {each.cloud
-                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+    def names(self) -> set[str]:
+        """The clouds of the resources there are; '' stands for none."""
+        return {'', *(each.cloud for each in rows('SELECT DISTINCT cloud FROM resource'))}
+
+    def accounts(self, among: Iterable[str] | None = None) -> set[str]:
+        """All accounts that serve the resources there are, or those on some clouds."""
+        clouds = (self.names() if among is None else self.names() & {*among}) - {''}
         known = self.config.read_again().credentials
         own = {f'{each.cloud}{OF_PERSON}{each.id}'
                for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
@@ -16859,7 +16903,7 @@ SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data,
                     r.metadata, r.label, r.project, r.trusted, r.notify, o.reservation_id,
-                    o."end", o.resource_id, s.mode
+                    o."end", o.resource_id, s.mode, s.cloud
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
                  JOIN resource s ON s.id = o.resource_id'''
@@ -16924,10 +16968,10 @@ def is_due(what: str, now: float) -> bool:
                     now))
 
 
-def those_due(what: str, query: str, now: float, tail: str = '') -> list:
+def those_due(what: str, query: str, now: float, tail: str = '', *values) -> list:
     """The rows of a query that are due as one kind."""
     _, column, which = DUE[what]
-    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
+    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now, *values)
 
 
 def has_arrived(under_way: str, state: str) -> bool:
@@ -17002,9 +17046,7 @@ DRIFT = 1e-4  # seconds by which two clocks may part in one, without either bein
 
 
 class Trust(NamedTuple):
-    """How the wall clock stood to the uptime when it was believed last, and what is doubted
-    since.
-    """
+    """How the wall clock stood to the uptime when it was last believed, and what is in doubt."""
     boot: str      # since which start of this computer the uptime counts
     offset: float  # seconds of the wall clock less those of the uptime
     uptime: float
@@ -17069,10 +17111,10 @@ class Clocks:
 
     def recall(self) -> None:
         """Recalls what the process that acted before thought of the clocks, and when."""
-        found = row('SELECT value FROM fact WHERE name = ?', 'clocks')
-        if found:
-            self.trust = Trust(*json.loads(found.value))
-            self.latest = max(self.latest, self.trust.offset + self.trust.uptime)
+        if found := row('SELECT value FROM fact WHERE name = ?', 'clocks'):
+            trust = Trust(*json.loads(found.value))
+            self.trust = self.trust or trust
+            self.latest = max(self.latest, trust.offset + trust.uptime)
 
     def judge(self, said: Trust | None = None) -> None:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
@@ -17105,86 +17147,140 @@ class Clocks:
 
 # Leadership ###################################################################
 #
-# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
-# is looked at in every transaction and before every call, and who lost it does nothing more.
+# Of several processes one acts for a cloud, by a lease with a deadline: it is renewed while passes
+# are made, it is looked at in every transaction and before every call, and who lost it does nothing
+# more. There is one for each cloud of a resource, with all accounts there, and one, '', for what
+# belongs to none: notices, calendars, who waits. A scheduler that goes on and on has one on its own
+# name as well, by which the others know with how many they share.
 
 
 class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
+def fair(held: Mapping[str, int], number: int) -> dict[str, int]:
+    """How many of some leases each holder is to have: who has more keeps more, so that few move."""
+    least, more = divmod(number, len(held))
+    order = sorted(held, key=lambda each: (-held[each], each))
+    return {each: least + (n < more) for n, each in enumerate(order)}
+
+
 class Leadership:
-    """Whether this process may act."""
+    """For which clouds this process may act."""
 
-    def __init__(self, config: Config, clocks: Clocks):
-        self.config, self.clocks = config, clocks
+    def __init__(self, config: Config, clocks: Clocks, clouds: Clouds):
+        self.config, self.clocks, self.clouds = config, clocks, clouds
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.shares = False  # whether others are to have some; a line of cron takes all, and ends
+        self.held: set[str] = set()
+        self.spare = 0  # how many of them another scheduler is to have
+        self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
         self.leased_until = 0.0
+        self.calm_until, self.seen = 0.0, None  # nothing is free so long, in that state of all
 
-    def has_time(self, now: float) -> bool:
-        """Whether the lease is this process' at an instant, as it knows by itself."""
-        return self.leased_until - self.config.leader_timeout <= now < self.leased_until
+    def has_time(self, now: float, cloud: str) -> bool:
+        """Whether a lease is this process' at an instant, as it knows by itself."""
+        begun = self.leased_until - self.config.leader_timeout
+        return cloud in self.held and begun <= now < self.leased_until
 
-    def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
-        """Whether this process may act: it has the lease, renews it, or takes one that ran out.
+    @property
+    def served(self) -> set[str]:
+        """The clouds for which calls may be begun."""
+        return self.held - {self.leaving}
+
+    def lead(self, now: float, inherit: Callable[[set[str]], None]) -> set[str]:
+        """Renews the leases of this process in time, and takes those that it may have.
 
         Args:
-          inherit: what is to be written by who takes over
+          inherit: writes what is to be written by who takes over some clouds
 
         Returns:
-          whether it may act, and whether it has just taken over.
+          the clouds that it has just taken over.
         """
-        if self.has_time(now) and now < self.leased_until - self.config.leader_timeout / 2:
-            return True, False
-        if self.held_by_another(now):
-            self.leased_until = 0.0
-            return False, False
+        lasts = self.config.leader_timeout
+        fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
+        if fresh and now < self.calm_until and self.seen == db.state():
+            return set()
+        self.seen = db.state()
+        if not self.free(now) and (fresh or not (self.held or self.shares)):
+            return set()
         with transaction(first=True):
             now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
-            if self.held_by_another(now):
-                return False, False
-            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
-                'UPDATE SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.leader_timeout)
-            if taken_over or not self.clocks.trust:
+            free, until = self.free(now), now + lasts
+            held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
+                            until, self.name)
+            taken = {each for each in free if returned(TAKE, each, self.name, until, now)}
+            if taken or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
-            if taken_over:
-                inherit()
-        self.leased_until = now + self.config.leader_timeout
-        return True, taken_over
+            if taken:
+                run('DELETE FROM lease WHERE name = holder AND until < ?', now - 60 * lasts)
+                inherit(taken)
+        self.seen, self.leased_until = None, until
+        self.held = (held | taken) - {self.name}
+        return taken - {self.name}
 
-    def held_by_another(self, now: float) -> bool:
-        found = row('SELECT holder, until FROM lease')
+    def free(self, now: float) -> list[str]:
+        """Looks what this process has and how much too much; the free leases that it is to have."""
+        latest = now + 2 * self.config.leader_timeout
         # One that ends further ahead than any lease was made before the clock was set back.
-        return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.leader_timeout)
+        found = [each for each in rows('SELECT * FROM lease')
+                 if each.holder == self.name or now < each.until <= latest]
+        holders, clouds = {each.name: each.holder for each in found}, self.clouds.names()
+        numbers = Counter(holder for name, holder in holders.items() if name in clouds)
+        sharing = {each.name for each in found if each.name == each.holder} | {self.name}
+        most = len(clouds)
+        if self.shares:
+            most = fair({each: numbers[each] for each in sharing}, most)[self.name]
+        self.held = {each for each in clouds if holders.get(each) == self.name}
+        self.spare = max(len(self.held) - most, 0)
+        if not self.spare or self.leaving not in self.held:
+            self.leaving = None
+        others = (each.until for each in found if each.holder != self.name)
+        self.calm_until = min(others, default=math.inf)
+        more = sorted(clouds - holders.keys())[:max(most - len(self.held), 0)]
+        return more + [self.name] * (self.shares and self.name not in holders)
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """A transaction of the process that has the lease; LostLease for any other."""
+        """A transaction of the process that has its leases; LostLease for any other."""
         with transaction(first=True):
             self.refuse()
             yield
 
     def refuse(self) -> None:
-        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-            self.leased_until = 0.0
+        """Raises LostLease if any lease that this process had is another's."""
+        lost = self.held - returned('SELECT name FROM lease WHERE holder = ?', self.name)
+        self.held = self.held - lost
+        if lost or not self.held:
             raise LostLease('another scheduler is the leader now; this one waits')
 
-    def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may
-        appear.
-        """
-        latest = now + self.config.call_timeout
-        with self.acting():
-            run('UPDATE server SET called = ? '
-                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            # A second snapshot would make a second image.
-            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
-                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
-            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
+    def bound_calls(self, now: float, clouds: set[str]) -> None:
+        """Notes when the calls of who acted before will have ended: so long servers may appear."""
+        # A second snapshot would make a second image.
+        run("UPDATE server SET called = CASE WHEN uid IS NULL THEN ?1 ELSE called END, "
+            "due = CASE WHEN goal = 'snapshot' AND state <> ?2 THEN ?1 ELSE due END, "
+            f'intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL AND {ON_CLOUDS}',
+            now + self.config.call_timeout, UNDER_WAY['snapshot'], json.dumps([*clouds]))
+
+
+def leases(clouds: Clouds) -> list:
+    """Who acts for which of the clouds that there are; those first that nobody acts for."""
+    return rows('SELECT * FROM lease WHERE name IN names(?) ORDER BY until, name',
+                json.dumps([*clouds.names()]))
+
+
+TAKE = """INSERT INTO lease (name, holder, until) VALUES (?1, ?2, ?3)
+  ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
+  WHERE lease.until <= ?4 OR lease.until > 2 * excluded.until - ?4 RETURNING name"""
+#: Of the servers, those of reservations on some clouds.
+ON_CLOUDS = """EXISTS (SELECT 1 FROM occurrence o JOIN resource s ON s.id = o.resource_id
+  WHERE o.id = server.occurrence_id AND s.cloud IN names(?3))"""
+
+
+def returned(sql: str, *values) -> set[str]:
+    """The names that a statement gives."""
+    return {name for name, in run(sql, *values).fetchall()}
 
 
 # Workers ######################################################################
@@ -17203,6 +17299,7 @@ class Job:
     verb: str
     account: str
     target: Any
+    cloud: str  # whose lease it takes
     taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
     fenced: bool = False        # its time is over, and it must not make anything any more
     began: float = 0.0
@@ -17227,16 +17324,16 @@ class Workers:
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.deeds = {
-            'boot': self.do_boot, 'delete': self.do_delete, 'start': self.do_start,
-            'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
+            'boot': self.do_boot, 'snapshot': self.do_snapshot,
+            **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
             'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
 
-    def submit(self, key: tuple, verb: str, account: str, target) -> None:
+    def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
         if self.busy(key):
             return
-        self.flying[key] = call = Job(key, verb, account, target)
+        self.flying[key] = call = Job(key, verb, account, target, cloud)
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
@@ -17269,7 +17366,7 @@ class Workers:
         """
         with self.fence:
             up, now = self.clocks.uptime(), self.clocks.clock()
-            if not self.leader.has_time(now):
+            if not self.leader.has_time(now, call.cloud):
                 raise LostLease('the time for this call ran out before it began')
             if (call.fenced or call.taken is not None
                 and up >= call.taken + self.config.call_timeout):
@@ -17279,9 +17376,7 @@ class Workers:
             call.taken = up
 
     def work(self, call: Job) -> None:
-        """A worker's whole job: one call, if it is not too late for it; the next pass records
-        it.
-        """
+        """A worker's whole job: one call, if it is not too late; the next pass records it."""
         call.began = self.clocks.now()
         try:
             self.go_on(call)
@@ -17302,17 +17397,8 @@ class Workers:
             self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
             lambda: self.go_on(call)))
 
-    def do_delete(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target.uid)
-
-    def do_start(self, call: Job) -> None:
-        self.clouds.open(call.account).start(call.target.uid)
-
-    def do_stop(self, call: Job) -> None:
-        self.clouds.open(call.account).stop(call.target.uid)
-
-    def do_shelve(self, call: Job) -> None:
-        self.clouds.open(call.account).shelve(call.target.uid)
+    def do_verb(self, call: Job) -> None:
+        getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
 
     def do_snapshot(self, call: Job) -> tuple[str, str]:
         server = call.target
@@ -17423,9 +17509,7 @@ TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 
 class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
-    left alone.
-    """
+    """A cloud in trouble: its failures in a row, the last one, until when it is left alone."""
     failures: int = 0
     last: float = 0
     until: float = 0
@@ -17563,9 +17647,7 @@ class Post:
                     f' and {given_up - 1} others' if given_up > 1 else '', error)
 
     def hurry_to(self, host: str, now: float) -> None:
-        """Lets all notices go out that wait because of a host, or of our mail server, that is well
-        again.
-        """
+        """Lets all notices go out that waited for a host, or for our mail server: it is well."""
         for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
             if host_of(each.target) == host:
                 change(Outbox, each.id, due=now)
@@ -17592,11 +17674,14 @@ class Planner:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
-        if is_due('occurrence', now):
+        clouds = {each.cloud for each in those_due(
+            'occurrence', 'SELECT DISTINCT s.cloud FROM occurrence o CROSS JOIN resource s '
+            'ON s.id = o.resource_id', now)} & self.leader.served
+        if clouds:
             with self.leader.acting():
                 is_aside, _ = not_real_yet()
                 for occurrence in those_due('occurrence', due, now):
-                    if not is_aside(occurrence.reservation_id):
+                    if occurrence.cloud in clouds and not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
@@ -17657,9 +17742,7 @@ class Planner:
         return occurrence._replace(told=told | FOREIGN)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
-        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
-        `before`.
-        """
+        """Writes down a server that is wanted: a new one, one there was, or a series' `before`."""
         borrowed = bool(occurrence.server)
         number = f'-{occurrence.id}-{n}'
         # One that was there has a name of its own, which the first look tells.
@@ -17680,9 +17763,7 @@ class Planner:
                planned=max(occurrence.start, occurrence.changed), **values)
 
     def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
-        shelved.
-        """
+        """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                         "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
                         "AND NOT v.borrowed "
@@ -17690,9 +17771,7 @@ class Planner:
                         occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
-        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
-        account.
-        """
+        """The VMs that a series has stopped or shelved before, on the same account."""
         account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
         return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
                     "v.occurrence_id = o.id "
@@ -17702,9 +17781,7 @@ class Planner:
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
-        """What becomes of a server that is up no longer; one that never was up is not worth
-        keeping.
-        """
+        """What becomes of a server that was wanted; one that never was up is not worth keeping."""
         if server.borrowed:
             return occurrence.at_end
         asked = (over and occurrence.cancelled is None and server.ready
@@ -17721,9 +17798,7 @@ class Planner:
                                                 f'them: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must not be
-        stopped between.
-        """
+        """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
                         'o.reservation_id '
                         "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
@@ -17732,9 +17807,7 @@ class Planner:
                         now, now))
 
     def force(self, occurrence, now: float) -> None:
-        """Deletes after the grace time what could not be stopped, shelved or saved: others were
-        promised its place.
-        """
+        """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
                     "NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
@@ -17747,9 +17820,7 @@ class Planner:
                                                 f'end and deletes them: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, one without machines on which nobody has booted any; whether
-        it did.
-        """
+        """Warns of, and then releases, one on which nobody has booted anything; whether it did."""
         boots = occurrence.image or occurrence.server or occurrence.idle
         if not occurrence.no_show or not occurrence.mode or boots or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
@@ -17771,9 +17842,7 @@ class Planner:
         return False
 
     def end_foreign(self, occurrence, now: float) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
-        """
+        """Reports, and if that is set deletes, machines that people booted on what is over now."""
         foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
                        'AND c.server NOT IN '
                        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
@@ -17786,7 +17855,8 @@ class Planner:
                     f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
                     f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.delete_user_started else ():
-            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server,
+                                occurrence.cloud)
 
     def tell_up(self, occurrence, now: float):
         """Tells how many servers are up, if that was not told yet; the occurrence with what was.
@@ -17882,9 +17952,7 @@ class Planner:
         return occurrence.start - before, occurrence.end - min(before, length / 2)
 
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and nothing is left to
-        do.
-        """
+        """When an occurrence must be planned again; None once it is over and nothing is to do."""
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
                      occurrence.end,
@@ -17936,10 +18004,12 @@ class Dispatcher:
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers."""
         self.call_for_servers(now)
+        self.trace_claims(now)
+        if '' not in self.leader.served:
+            return
         for notice in self.post.next_notices(now):
             key = 'notice', notice.target, notice.owner
             self.workers.submit(key, 'notice', ' notices', notice)
-        self.trace_claims(now)
         # one at a time of each host: one that is slow holds no more than a worker
         for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
                               'ORDER BY u.due'):
@@ -17948,20 +18018,22 @@ class Dispatcher:
     def call_for_servers(self, now: float) -> None:
         """Hands on what servers need next, each call after its intent is written."""
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-        due = [server for server in servers if not self.workers.busy(('server', server.id))]
+        due = [server for server in servers if server.cloud in self.leader.served
+               and not self.workers.busy(('server', server.id))]
         needs: list[tuple] = []
         if due:
             waits: dict = {}
             with self.leader.acting():
                 for server in due:
                     needs += self.needs(server, waits, now)
-        looks = {server.account for verb, server in needs if verb == 'look'}
+        looks = {(server.account, server.cloud) for verb, server in needs if verb == 'look'}
         for verb, server in needs:
             if verb != 'look':
-                self.workers.submit(('server', server.id), verb, server.account, server)
-        for account in looks:
+                self.workers.submit(('server', server.id), verb, server.account, server,
+                                    server.cloud)
+        for account, cloud in looks:
             if self.health.breakers[account].until <= now:
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+                self.workers.submit(('look', account), 'look', account, known_on(account), cloud)
 
     def needs(self, server, waits: dict, now: float) -> list[tuple]:
         """The calls that a server needs now, each a verb and the server as it is then."""
@@ -17978,16 +18050,16 @@ class Dispatcher:
     def trace_claims(self, now: float) -> None:
         """Lets clouds be asked whether servers are still there that people have booted."""
         claims: dict = defaultdict(list)
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                              'ON s.id = c.resource_id', now, 'LIMIT 100'):
+        clouds = json.dumps([*self.leader.served])
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c CROSS JOIN resource '
+                              's ON s.id = c.resource_id', now,
+                              'AND s.cloud IN names(?) LIMIT 100', clouds):
             claims[each.cloud].append(each.server)
         for account, uids in claims.items():
-            self.workers.submit(('claims', account), 'trace', account, uids)
+            self.workers.submit(('claims', account), 'trace', account, uids, account)
 
     def left_alone(self, server, now: float) -> bool:
-        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
-        it is over.
-        """
+        """Whether a cloud is in such trouble that calls to it wait; looks tell when it is over."""
         breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
@@ -18070,8 +18142,8 @@ class Lender:
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, workers: Workers):
-        self.workers = workers
-        self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.workers, self.leader = workers, workers.leader
+        self.lent: dict[tuple, dict] = {}  # by cloud and account, as it has them
         self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
@@ -18083,26 +18155,31 @@ class Lender:
         # What an account had and is over is taken back.
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
-            cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+            of_addresses = network_behind(place)[0]
+            cloud = of_addresses or place.cloud
+            kind = 'address' if of_addresses else 'flavor'
+            wanted.setdefault((cloud, cloud), {})[kind] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
                     self.workers.clouds, each, places[each.resource_id]):
-                wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
-        for account, things in wanted.items():
-            if things != self.lent.get(account):
-                self.workers.submit(('lend', account), 'lend', account, things)
+                cloud = places[each.resource_id].cloud or account
+                wanted.setdefault((cloud, account), {}).setdefault(kind, {})[name] = lent
+        # who takes a cloud over asks for all
+        self.lent = {each: had for each, had in self.lent.items() if each[0] in self.leader.held}
+        for (cloud, account), things in wanted.items():
+            if cloud in self.leader.served and things != self.lent.get((cloud, account)):
+                self.workers.submit(('lend', account), 'lend', account, things, cloud)
 
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        before, has = self.lent.get(result.account, {}), {}
+        before, has = self.lent.get((result.cloud, result.account), {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
             has[kind] = {name: lent for name, lent in things.items() if name in ids}
             for name in has[kind].keys() - before.get(kind, {}).keys():
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
-        self.lent[result.account] = has
+        self.lent[result.cloud, result.account] = has
         if has != result.target:
             self.again = now + self.AGAIN
 
@@ -18133,9 +18210,7 @@ class Reconciler:
             'look': self.record_look, 'lend': lender.record}
 
     def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass; they wait until that
-        has worked.
-        """
+        """Writes down what calls came to since the last pass; that waits until it has worked."""
         while not self.workers.results.empty():
             result = self.workers.results.get()
             # The clock may have been set back since.
@@ -18146,6 +18221,8 @@ class Reconciler:
         breakers = dict(self.health.breakers)
         with self.leader.acting():
             for result in self.workers.ended:
+                if result.cloud not in self.leader.held:
+                    continue
                 self.health.note(result, now)
                 if result.error and not isinstance(result.error, Error):
                     log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
@@ -18156,9 +18233,7 @@ class Reconciler:
         self.workers.forget_calls()
 
     def record_alone(self, result: Job, now: float) -> None:
-        """Records one result; one that can't be recorded costs the others nothing, and a look finds
-        out later.
-        """
+        """Records one result; if it can't be recorded, the others are, and a look tells later."""
         try:
             with Attempt():
                 self.record_one(result, now)
@@ -18174,7 +18249,8 @@ class Reconciler:
                 self.deeds[result.verb](result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state in FINAL or server.tries != result.target.tries:
+        if (server.state in FINAL or server.tries != result.target.tries
+            or server.cloud not in self.leader.held):
             return
         change(Server, server.id, intended=None)
         if isinstance(result.error, LostLease):
@@ -18279,12 +18355,13 @@ class Reconciler:
         self.forget_builds(account, seen)
         matched, vanished = self.matched(seen), []
         for server, found in matched:
-            vanished += self.compare(server, found, result, now)
+            if server.cloud in self.leader.held:
+                vanished += self.compare(server, found, result, now)
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.poll_running, account)
-        self.clear_orphans(account, orphans_in(seen, matched), now)
+        self.clear_orphans(result, orphans_in(seen, matched), now)
 
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
         """Forgets since when servers boot that boot no longer."""
@@ -18314,17 +18391,18 @@ class Reconciler:
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
 
-    def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
+    def clear_orphans(self, look: Job, orphans: list[Seen], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
         left, restored = adopted(), fact('restored')
         for each in orphans:
             if each.uid in left or now - each.made < self.config.orphan_grace:
                 continue
             if not restored:
-                self.workers.submit(('clear', each.uid), 'clear', account, each.uid)
+                self.workers.submit(('clear', each.uid), 'clear', look.account, each.uid,
+                                    look.cloud)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
-                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
+                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, look.account))
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
@@ -18449,7 +18527,7 @@ class LifeCycle:
                  uptime: Callable[[], float] | None = None):
         self.config, self.clouds = config, clouds
         self.clocks = Clocks(config, clock, uptime)
-        self.leader = Leadership(config, self.clocks)
+        self.leader = Leadership(config, self.clocks, clouds)
         actor = Actor('cmres', 'default', ADMIN)
         self.service = service = Reservations(config, clouds, actor, self.clocks.now)
         service.fence = self.leader.refuse
@@ -18471,31 +18549,34 @@ class LifeCycle:
         self.tidied = 0.0  # when old things were last looked for
 
     def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded
-        by a later one.
-        """
+        """One pass, if this process may act; a later one records the calls that it begins."""
         if not self.lead(now):
             self.workers.forget()
             return False
         now = self.believed()  # we may have been frozen since
         if now < self.clocks.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
-            self.pull_forward(now)
+            with self.leader.acting():
+                self.pull_forward(now, self.leader.held)
             self.sweep()
         self.clocks.latest = now
         self.reconciler.record(now)
         self.workers.give_up()
-        self.refresh(now)
-        self.dropping = self.line_moves = False
+        acts_for_none = '' in self.leader.served
+        if acts_for_none:
+            self.refresh(now)
+        self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
         if self.has_work(now):
-            self.admit_waiting(now)
-            self.drop_staged(now)
-            self.do_later(now)
+            if acts_for_none:
+                self.admit_waiting(now)
+                self.drop_staged(now)
+                self.do_later(now)
             self.planner.plan(now)
             self.dispatcher.call(now)
             self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None
-        self.tidy(now)
+        if acts_for_none:
+            self.tidy(now)
         return True
 
     def settle(self) -> bool:
@@ -18520,22 +18601,20 @@ class LifeCycle:
         return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is
-        planned.
-        """
+        """When, after an instant, the next pass has something to do; infinity if never."""
         due = row(SOONEST, after).due
         return float('inf') if due is None else due
 
     def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until
-        `stop` is set.
-        """
+        """Passes at every due instant, at every change and each second, until `stop` is set."""
         import schedule
         beat = schedule.Scheduler()
         # other processes may change the store; clocks may be set
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        self.leader.shares = True
+        threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
             wait = self.guarded_pass()
             stop.wait(self.guarded(lambda: self.rest(wait, beat)))
@@ -18557,14 +18636,12 @@ class LifeCycle:
         acts = self.converge(self.clocks.clock())
         self.passed = time.monotonic()
         if not acts:
-            return 1
+            return min(self.leader.calm_until - self.clocks.now(), 1)
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.goes_on else self.soonest - self.clocks.now()
+        return 0 if self.goes_on else min(self.soonest, self.leader.calm_until) - self.clocks.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
-        wait.
-        """
+        """Does what is repeated: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
             return deed()
         except LostLease as error:
@@ -18584,13 +18661,10 @@ class LifeCycle:
         return time.monotonic() - self.passed
 
     def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at
-        once.
-        """
+        """Lets calls end and records them; then another scheduler may act at once."""
         self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
-        with self.workers.fence:  # no worker begins anything after another process has begun to act
-            self.leader.leased_until = 0.0
-        self.guarded(self.hand_over)
+        self.leader.shares = False
+        self.guarded(lambda: self.hand_over(self.leader.held))
         for pool in self.workers.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -18600,65 +18674,106 @@ class LifeCycle:
             self.wake.clear()
             self.reconciler.record(self.clocks.now())
 
-    def hand_over(self) -> None:
-        """Gives the lease back, and what no worker has begun to who acts next."""
+    def hand_over(self, clouds: set[str]) -> None:
+        """Gives some leases back, and what no worker has begun to who acts next."""
+        with self.workers.fence:  # no worker begins anything after another process has begun to act
+            self.leader.held = self.leader.held - clouds
         with transaction(first=True):
             now = self.clocks.now()
-            if run('UPDATE lease SET until = ? WHERE holder = ?', now, self.leader.name).rowcount:
-                for call in self.workers.flying.values():
-                    if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None, due=now)
+            if not self.leader.shares:
+                run('DELETE FROM lease WHERE name = ?', self.leader.name)
+            left = returned("UPDATE lease SET until = ?, holder = '-' WHERE holder = ? "
+                            'AND name IN names(?) RETURNING name',
+                            now, self.leader.name, json.dumps([*clouds]))
+            for call in self.workers.flying.values():
+                if call.verb == 'boot' and call.taken is None and call.cloud in left:
+                    change(Server, call.target.id, state='planned', intended=None, due=now)
 
     def lead(self, now: float) -> bool:
-        """Whether this process may act; who has just taken over looks at everything."""
-        acts, taken_over = self.leader.lead(now, self.inherit)
-        if taken_over:
-            self.sweep()
-        return acts
+        """Whether this process may act; of what it has just taken over, it looks at everything."""
+        if taken := self.leader.lead(now, self.inherit):
+            log.info('this scheduler acts for %s now', ', '.join(map(repr, sorted(taken))))
+            self.ask_clouds(taken, 'look', known_on)
+        if self.leader.spare:
+            self.give_one(now)
+        return bool(self.leader.held)
 
-    def inherit(self) -> None:
+    def give_one(self, now: float) -> None:
+        """Lets another scheduler have a cloud: when its calls have ended, or have had a while."""
+        leader, flying = self.leader, Counter(each.cloud for each in self.workers.flying.values())
+        if leader.leaving is None:
+            leader.leaving = min(sorted(leader.held), key=lambda each: flying[each])
+            leader.since = now
+        patience = self.config.leader_timeout / 2
+        if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
+            self.hand_over({leader.leaving})
+
+    def hear(self, stop: threading.Event) -> None:
+        """Looks at once when another process has changed something; else the next beat does."""
+        while not stop.is_set():
+            stop.wait(self.guarded(lambda: self.listen(stop)))
+
+    def listen(self, stop: threading.Event) -> float:
+        """The same until the connection is lost; how long to wait until there can be another."""
+        import select
+        with db.ear() as (ear, empty):
+            self.wake.set()  # nobody told of what was before
+            while ear and not stop.is_set():
+                if select.select([ear], [], [], 5)[0]:
+                    empty()
+                    self.wake.set()
+                    stop.wait(0.02)  # where much is written, not each of it
+        return 3600
+
+    def inherit(self, clouds: set[str]) -> None:
         """Whoever made the calls that are under way may never tell of them."""
-        self.leader.bound_calls(self.clocks.now())
-        self.pull_forward(self.clocks.now())
+        now = self.clocks.now()
+        self.leader.bound_calls(now, clouds)
+        self.pull_forward(now, clouds)
 
-    def pull_forward(self, now: float) -> None:
+    def pull_forward(self, now: float, clouds: set[str]) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
-        longest = now + self.config.call_timeout
-        with self.leader.acting():
-            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
-                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
-                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
-                pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
-                'id FROM occurrence '
-                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS INT4)))) '
-                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
+        longest, those = now + self.config.call_timeout, json.dumps([*clouds])
+        run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ?1 "
+            "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ?2 ELSE ?4 END), "
+            f'called = min(called, iif(uid IS NULL, ?2, ?4)) WHERE due IS NOT NULL AND {ON_CLOUDS}',
+            pause, longest, those, now)
+        run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+            'o.id FROM occurrence o CROSS JOIN resource s ON s.id = o.resource_id '
+            f'WHERE o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD} AND s.cloud IN names(?))',
+            now, now, latest, latest, those)
+        if '' in clouds:
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS '
+                'INT4)))) WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
-                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
-                             'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0, up_told=None)
-                tell_of(self.config, now, 'clock',
-                        'a wrong clock ended it too early; it continues', each)
+        for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                         'CROSS JOIN reservation r ON r.id = o.reservation_id CROSS JOIN '
+                         'resource s ON s.id = o.resource_id WHERE o.due IS NULL AND o.cancelled '
+                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, those):
+            change(Occurrence, each.id, due=now, told=0, up_told=None)
+            tell_of(self.config, now, 'clock',
+                    'a wrong clock ended it too early; it continues', each)
         self.health.breakers.clear()
         self.clocks.latest = now
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
         if self.clocks.clock() < self.leader.leased_until:
-            for account in self.clouds.accounts():
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+            self.ask_clouds(self.leader.held, 'look', known_on)
+
+    def ask_clouds(self, clouds: set[str], verb: str, what: Callable[[str], Any]) -> None:
+        """Asks for something on every account on some clouds."""
+        for cloud in clouds:
+            for account in self.clouds.accounts({cloud}):
+                self.workers.submit((verb, account), verb, account, what(account), cloud)
 
     def check_file(self) -> None:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
         self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
 
     def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is
-        doubted.
-        """
+        """The instant by which a pass acts; the clouds are asked while the clock is in doubt."""
         trust, now = self.clocks.judged()
         if trust.doubted != (self.clocks.trust and self.clocks.trust.doubted):
             with self.leader.acting():
@@ -18669,14 +18784,11 @@ class LifeCycle:
             return now
         if self.clocks.uptime() >= self.clocks.asked + self.config.lost_answer_wait / 3:
             self.clocks.asked = self.clocks.uptime()
-            for account in self.clouds.accounts():
-                self.workers.submit(('time', account), 'time', account, None)
+            self.ask_clouds(self.leader.held, 'time', lambda account: None)
         return now
 
     def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so
-        that none is long.
-        """
+        """Carries series on, once a day and with a new zone table; some in each pass."""
         if now < self.fresh_until:
             return
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
@@ -19762,15 +19874,17 @@ class Readiness:
             DAMAGED.format(last['result']) if last and last['result'] != 'ok' else '')}
 
     def scheduler(self) -> dict:
-        """How long ago a scheduler renewed its right to act, which it does in its passes."""
-        found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
+        """How long ago schedulers renewed their right to act, which they do in their passes."""
+        found = leases(self.service.clouds)
         if not found:
             return {'fault': 'No scheduler has run yet. Start `serve` or `scheduler`.'}
-        timeout = self.service.config.leader_timeout
-        age = round(max(self.service.clock() - found.until + timeout, 0), 1)
-        late = (f'The scheduler last ran {format_duration(int(age))} ago. Start `serve` or '
+        now, config = self.service.clock(), self.service.config
+        age = round(max(now - found[0].until + config.leader_timeout, 0), 1)
+        cloud = f" for the cloud '{found[0].name}'" if found[0].name else ''
+        late = (f'The scheduler last ran {format_duration(int(age))} ago{cloud}. Start `serve` or '
                 '`scheduler`, or look at its log.')
-        return {'last_pass': age, 'fault': late if age > most else ''}
+        return {'last_pass': age, 'fault': late if age > config.max_pass_age else '',
+                'schedulers': len({each.holder for each in found if each.until > now})}
 
 
 RETRY = 60  # seconds after which somebody may try again, where nothing better is known
@@ -20288,11 +20402,14 @@ class StoreMetrics:
         for account, state, number in run('SELECT account, state, count(*) FROM server '
                                           "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
             yield 'servers', (('cloud', account), ('state', state)), number
-        if lease := row('SELECT holder, until FROM lease'):
+        found = leases(self.service.clouds)
+        for lease in found[:1]:
             renewed = lease.until - self.service.config.leader_timeout
             yield 'pass_age_seconds', (), max(now - renewed, 0)
+        for lease in found:
             if lease.until > now:
-                yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
+                host = lease.holder.partition(':')[0]
+                yield 'leader', (('cloud', lease.name), ('host', host)), 1
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
 
     def of_resources(self) -> Iterator[tuple]:
@@ -27922,8 +28039,8 @@ def scheduler(config: Config, port: int = None) -> None:
 def tick(config: Config) -> None:
     """Runs the scheduler once. For cron: `* * * * *`.
 
-    Starts what is due, waits for the answers of the clouds and stores them. Does nothing while
-    another scheduler is the leader. `scheduler --once` is the same.
+    Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
+    for which another scheduler acts. `scheduler --once` is the same.
 
     Example:
       python cmres.py tick
@@ -27931,7 +28048,9 @@ def tick(config: Config) -> None:
     for line in prepared(config):
         print(line, file=sys.stderr)
     service = local_service(config)
-    LifeCycle(config, service.clouds).settle()
+    cycle = LifeCycle(config, service.clouds)
+    cycle.settle()
+    cycle.finish()
 
 
 def store_backup(config: Config, path: Name) -> dict:

@@ -1675,7 +1675,7 @@ def test_readiness_needs_somebody_who_makes_passes(world):
     assert 'No scheduler has run yet' in web.get('/readyz', status=503).json['scheduler']['fault']
     world.at(0)
     web = webtest.TestApp(cmres.rest(world.service))
-    assert web.get('/readyz').json['scheduler'] == {'last_pass': 0}
+    assert web.get('/readyz').json['scheduler'] == {'last_pass': 0, 'schedulers': 1}
     world.now += 200
     web = webtest.TestApp(cmres.rest(world.service))
     assert 'The scheduler last ran 3m20s ago' in web.get('/readyz', status=503).json['scheduler']['fault']
@@ -5141,7 +5141,7 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 SMALL = {'resource': 'dozens', 'host': 'the machines of an operator', 'proposal': 'who waits for a word',
          'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'credential': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself',
-         'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one row',
+         'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one a cloud and scheduler',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
          'sqlite_master': 'the schema'}
 #: Indexes of rows that are few at any time: they leave as soon as they are dealt with.
@@ -13038,10 +13038,10 @@ class Chaos:
         cmres.open_store(self.config.database)
         self.service = cmres.Reservations(self.config, cmres.Clouds(self.config), Actor('root', 'default', 'admin'))
         self.service.resource_add('demo', cloud='simulated', vms=10**6)
-        cmres.db.execute_sql('CREATE TABLE lease_log (at, holder, until)')
+        cmres.db.execute_sql('CREATE TABLE lease_log (at, name, holder, until)')
         for verb in ('INSERT', 'UPDATE'):
-            cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease BEGIN '
-                                 f'INSERT INTO lease_log VALUES ({SECONDS}, new.holder, new.until); END')
+            cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease WHEN new.name <> new.holder BEGIN '
+                                 f'INSERT INTO lease_log VALUES ({SECONDS}, new.name, new.holder, new.until); END')
         self.pids, self.kills, self.felt, self.freezes, self.labels = [], 0, 0, 0, []
 
     def begin(self, flaky=True) -> None:
@@ -13072,9 +13072,8 @@ class Chaos:
             os._exit(0)
 
     def kill(self, pid: int, number=signal.SIGKILL) -> None:
-        holder = cmres.row('SELECT holder FROM lease')
         self.kills += 1
-        self.felt += bool(holder) and f':{pid}:' in holder.holder
+        self.felt += bool(cmres.rows('SELECT holder FROM lease WHERE name <> holder AND holder LIKE ?', f'%:{pid}:%'))
         os.kill(pid, number)
         os.waitpid(pid, 0)
         self.pids.remove(pid)
@@ -13186,11 +13185,14 @@ class Chaos:
 
     def trespasses(self, figures: dict) -> list[str]:
         """Calls by who had no lease, leases of two at once; the longest time that nobody acted goes to the figures."""
-        log, wrong = cmres.rows('SELECT * FROM lease_log ORDER BY rowid'), []
-        for one, next_one in zip(log, log[1:]):
-            if next_one.holder != one.holder and next_one.at < one.until - 0.02:
-                wrong.append(f'leases overlap: {one} {next_one}')
-        figures['longest without a lease'] = round(max(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])), 2)
+        wrong, longest = [], 0
+        for name in ('', 'simulated'):
+            log = cmres.rows('SELECT * FROM lease_log WHERE name = ? ORDER BY rowid', name)
+            for one, next_one in zip(log, log[1:]):
+                if next_one.holder not in (one.holder, '-') and next_one.at < one.until - 0.02:  # '-': it was given back
+                    wrong.append(f'leases overlap: {one} {next_one}')
+            longest = max(longest, *(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])))
+        figures['longest without a lease'] = round(longest, 2)
         for began, holder, verb, what in self.calls():
             if not any(each.holder == holder and each.at - 0.1 <= began <= each.until + 0.02 for each in log):
                 wrong.append(f'{holder} had no lease at {began}: {verb} {what}')
@@ -14353,6 +14355,209 @@ def test_what_was_under_way_when_the_lease_was_lost_is_adopted_by_the_next(two):
     world.cycle = second
     live(world, 30)
     assert world.state('lab') == 'active' and {each['tries'] for each in world.service.servers('lab')} == {1}
+
+
+# Several schedulers share the clouds
+
+
+class Schedulers:
+    """Some schedulers on one store with some clouds, under the clock of the test; each has clouds of its own in its view."""
+
+    def __init__(self, world, clouds: int, number: int):
+        self.world = hurry(world)
+        self.moves, self.owner = collections.Counter(), {}
+        self.there = [self.begin() for _ in range(number)]
+        for n in range(2, clouds + 1):
+            world.service.resource_add(f'place-{n}', cloud=f'simulated-{n}', vms=16)
+
+    def begin(self):
+        cycle = cmres.LifeCycle(self.world.config, self.world.clouds, lambda: self.world.now)
+        cycle.leader.shares = True
+        return cycle
+
+    def passes(self, number=1, seconds=1.0):
+        """Some rounds in which each makes a pass; no cloud is ever two's, and who got which is counted."""
+        for _ in range(number):
+            for cycle in self.there:
+                cycle.settle()
+                holders = self.holders()
+                held = [name for each in self.there for name in each.leader.held
+                        if each.leader.has_time(self.world.now, name)]
+                assert len(held) == len(holders), 'a cloud is of two'
+                self.moves += collections.Counter(name for name in holders if self.owner.get(name) != holders[name])
+                self.owner |= holders
+            self.world.now += seconds
+
+    def holders(self) -> dict:
+        """The clouds that somebody acts for, and who."""
+        return {name: cycle.leader.name for cycle in self.there for name in cycle.leader.held
+                if cycle.leader.has_time(self.world.now, name)}
+
+    def numbers(self) -> list[int]:
+        return sorted(len(each.leader.held) for each in self.there)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 30))
+def test_a_fair_division_differs_by_one_and_stays_as_it_is(held, number):
+    held = {f's{n}': each for n, each in enumerate(held)}
+    shares = cmres.fair(held, number)
+    assert sum(shares.values()) == number and max(shares.values()) - min(shares.values()) <= 1
+    assert cmres.fair(shares, number) == shares
+    assert all(shares[a] >= shares[b] for a in held for b in held if held[a] > held[b])
+
+
+@pytest.mark.parametrize('clouds, number, shares', [(1, 2, [1, 1]), (5, 3, [2, 2, 2]), (3, 3, [1, 1, 2]), (1, 3, [0, 1, 1])])
+def test_schedulers_that_come_one_by_one_divide_the_clouds_fairly(world, clouds, number, shares):
+    schedulers = Schedulers(world, clouds, 1)
+    schedulers.passes(2)
+    assert schedulers.numbers() == [clouds + 1]
+    for n in range(2, number + 1):
+        schedulers.there.append(schedulers.begin())
+        schedulers.passes(2 * clouds + 6)
+    assert schedulers.numbers() == shares and set(schedulers.holders()) == world.clouds.names()
+    settled = schedulers.moves.copy()
+    schedulers.passes(20)
+    assert schedulers.moves == settled, 'nothing moves any more'
+    assert max(settled.values()) <= number, 'each moves at most once for each that came'
+
+
+def test_one_that_dies_is_replaced_for_its_clouds_alone_and_within_the_lease(world):
+    schedulers = Schedulers(world, 5, 3)
+    schedulers.passes(20)
+    dead = schedulers.there.pop(1)
+    kept, lost, before = schedulers.holders(), dead.leader.held, schedulers.moves.copy()
+    last = dead.leader.leased_until
+    while world.now < last:
+        schedulers.passes(1, 0.5)
+        assert lost.isdisjoint(schedulers.holders()) or world.now > last
+    schedulers.passes(1)
+    assert kept.items() <= schedulers.holders().items() and set(schedulers.holders()) == world.clouds.names()
+    assert set(schedulers.moves - before) == lost and schedulers.numbers() == [3, 3]
+    world.now += 60 * world.config.leader_timeout + 1
+    schedulers.passes(1)
+    assert not cmres.rows('SELECT * FROM lease WHERE holder = ?', dead.leader.name), 'what it was is forgotten'
+
+
+def test_one_that_ends_in_good_order_gives_all_to_the_others_at_once(world):
+    schedulers = Schedulers(world, 3, 2)
+    schedulers.passes(12)
+    schedulers.there.pop().finish()
+    schedulers.passes(1, 0)
+    assert set(schedulers.holders()) == world.clouds.names() and schedulers.numbers() == [4]
+    assert len(cmres.rows('SELECT * FROM lease')) == 5
+
+
+def test_a_line_of_cron_takes_what_is_free_and_no_share(world):
+    schedulers = Schedulers(world, 3, 1)
+    schedulers.passes(2)
+    cron = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    assert not cron.settle()
+    cron.finish()
+    schedulers.passes(10)
+    assert schedulers.numbers() == [4]
+    schedulers.there.pop().finish()
+    assert cron.settle() and cron.leader.held == world.clouds.names()
+
+
+def test_a_cloud_that_is_new_has_its_scheduler_at_the_next_pass(world):
+    schedulers = Schedulers(world, 1, 1)
+    schedulers.passes(1, 0)
+    world.service.resource_add('other', cloud='simulated-9', vms=4)
+    schedulers.passes(1, 0)
+    assert schedulers.holders()['simulated-9']
+
+
+def test_each_starts_ends_and_looks_at_what_is_on_its_clouds_alone(world):
+    schedulers = Schedulers(world, 4, 2)
+    schedulers.passes(12)
+    for n, place in enumerate(['demo', 'place-2', 'place-3', 'place-4']):
+        world.service.add(f'r{n}', place, cmres.instant(world.now), hours(1), vms=2, flavor='m1.small', image='cirros')
+    calls = []
+    for cycle in schedulers.there:
+        work = cycle.workers.work
+        cycle.workers.work = lambda call, cycle=cycle, work=work: (calls.append((cycle, call)), work(call))[-1]
+    schedulers.passes(40)
+    assert made_twice() == [] and len(cmres.rows('SELECT * FROM simulated_server')) == 8
+    assert {each['state'] for each in world.service.list()} == {'active'}
+    owner = schedulers.holders()
+    assert {(cycle.leader.name, call.cloud) for cycle, call in calls if call.verb == 'boot'} == {
+        (owner[cloud], cloud) for cloud in owner if cloud}
+    world.now += 3600
+    schedulers.passes(30)
+    assert [world.state(f'r{n}') for n in range(4)] == ['ended'] * 4 and made_twice() == []
+    assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL')
+
+
+def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_elsewhere(world):
+    schedulers = Schedulers(world, 2, 1)
+    schedulers.passes(1)
+    cycle, = schedulers.there
+    for n, place in enumerate(['demo', 'place-2']):
+        world.service.add(f'r{n}', place, cmres.instant(world.now), hours(1), flavor='m1.small', image='cirros')
+    cmres.run("UPDATE lease SET holder = 'another', until = ? WHERE name = 'simulated-2'", world.now + 6)
+    with pytest.raises(cmres.LostLease), cycle.leader.acting():
+        pass
+    clouds = [Sick(world), Sick(world, 'simulated-2')]
+    schedulers.passes(3)
+    assert [cloud.instants('boot') != [] for cloud in clouds] == [True, False]
+    assert [each.account for each in cmres.rows('SELECT account FROM server')] == ['simulated']
+    world.now += world.config.leader_timeout
+    schedulers.passes(2)
+    assert len(clouds[1].instants('boot')) == 1
+
+
+@pytest.mark.parametrize('busy', [False, True])
+def test_a_cloud_is_given_when_its_calls_have_ended_or_after_a_while(world, busy):
+    """First that for which none is under way; where all have some, none is begun any more for the one that goes."""
+    schedulers = Schedulers(world, 1, 1)
+    schedulers.passes(1, 0)
+    hang, first, second = threading.Event(), schedulers.there[0], schedulers.begin()
+    cloud = Sick(world, look=hang)
+    for key, name in [(1, ''), (2, ''), (3, 'simulated')][:2 + busy]:
+        first.workers.submit(('look', key), 'look', 'simulated', [], name)
+    boot(world, start=0, vms=1)
+    second.converge(world.now), first.converge(world.now), second.converge(world.now)
+    if busy:
+        assert (first.leader.held, second.leader.held) == ({'', 'simulated'}, set()) and not first.workers.busy(('server', 1))
+        world.now += world.config.leader_timeout / 2
+        first.converge(world.now), second.converge(world.now)
+    assert (first.leader.held, second.leader.held) == ({''}, {'simulated'})
+    hang.set()
+    wait_for(lambda: first.workers.results.qsize() == 2 + busy)
+    schedulers.there.append(second)
+    schedulers.passes(3)
+    assert len(cloud.instants('boot')) == 1 and schedulers.numbers() == [1, 1]
+
+
+def test_what_is_asked_for_elsewhere_wakes_a_scheduler(world):
+    cycle, stop = world.cycle, threading.Event()
+    thread = threading.Thread(target=cycle.hear, args=(stop,))
+    thread.start()
+    try:
+        assert cycle.wake.wait(30)
+        time.sleep(0.1)
+        cycle.wake.clear()
+        with contextlib.closing(sqlite3.connect(world.config.database)) as other:
+            other.execute("INSERT INTO fact VALUES ('some', 'thing')")
+            other.commit()
+        assert cycle.wake.wait(30)
+    finally:
+        stop.set()
+
+
+def test_where_nothing_tells_of_changes_the_beat_finds_them(world, monkeypatch):
+    monkeypatch.setattr('ctypes.CDLL', lambda name: object())
+    cycle, stop = world.cycle, threading.Event()
+    waits = []
+    monkeypatch.setattr(stop, 'wait', lambda seconds: (waits.append(seconds), stop.set()))
+    cycle.hear(stop)
+    assert waits == [3600]
+
+
+def test_a_store_of_one_lease_gets_one_for_each_cloud(world):
+    cmres.run("INSERT INTO lease VALUES ('scheduler', 'old', ?)", world.now + 5)
+    cmres.divide_lease()
+    assert not world.cycle.leader.free(world.now).count('') and 'simulated' in world.cycle.leader.free(world.now)
 
 
 # What is repeated
@@ -16080,6 +16285,24 @@ def metric(text: str, name: str, **labels) -> float | None:
     return float(found[1]) if found else None
 
 
+def test_readiness_and_metrics_tell_who_acts_for_which_cloud(world, gated):
+    schedulers = Schedulers(world, 2, 2)
+    schedulers.passes(10)
+    web = webtest.TestApp(cmres.rest(world.service))
+    ready = web.get('/readyz').json['scheduler']
+    assert ready['schedulers'] == 2 and ready['last_pass'] <= world.config.leader_timeout
+    for n, cycle in enumerate(schedulers.there):
+        cmres.run('UPDATE lease SET holder = ? WHERE holder = ?', f'host-{n}:1:x', cycle.leader.name)
+    text = gated('admin', metrics='open').ask('/metrics').text
+    for n, cycle in enumerate(schedulers.there):
+        assert all(metric(text, 'leader', cloud=cloud, host=f'host-{n}') == 1 for cloud in cycle.leader.held)
+    assert text.count('cmres_leader{') == 3
+    cmres.run("UPDATE lease SET until = until - 1000 WHERE name = 'simulated-2'")
+    assert 1000 <= metric(gated('admin', metrics='open').ask('/metrics').text, 'pass_age_seconds') <= 1006
+    web = webtest.TestApp(cmres.rest(world.service))
+    assert "for the cloud 'simulated-2'" in web.get('/readyz', status=503).json['scheduler']['fault']
+
+
 def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
     admin = gated('admin', cycle=world.cycle, metrics='open')
     before = admin.ask('/metrics').text
@@ -16108,8 +16331,8 @@ def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
     assert metric(text, 'cloud_call_seconds_count', cloud='simulated', verb='boot',
                   result='ok') >= 3
     assert metric(text, 'start_delay_seconds_count', cloud='simulated') >= 3
-    assert metric(text, 'pass_age_seconds') <= 36 and metric(text, 'leader',
-            host=socket.gethostname()) == 1
+    assert metric(text, 'pass_age_seconds') <= 36 and metric(
+        text, 'leader', cloud='simulated', host=socket.gethostname()) == 1
     assert metric(text, 'store_bytes') > 10**5 and metric(text, 'resident_bytes') > 10**6
     assert metric(text, 'lock_wait_seconds_count') > 0 and metric(text, 'cloud_left_alone',
             cloud='simulated') in (0, None)
