@@ -7516,9 +7516,12 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whose it is
+
+
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a floating IP of a network.
+    server group of a policy, a host in an aggregate, a floating IP of a network.
     """
     lease: str
     part: str
@@ -8054,7 +8057,8 @@ class OpenStack(Cloud):
     def aggregates(self, host=''):
         with self.calling('list aggregates', sure=True) as cloud:
             found = [each for each in cloud.compute.aggregates()
-                     if not host or host in (each.hosts or [])]
+                     if (not host or host in (each.hosts or []))
+                     and LENT_BY not in (each.metadata or {})]
         hosts = {one for each in found for one in each.hosts or [] if host in ('', one)}
         told = {one: self.host_holds(one) for one in sorted(hosts)}
         return [Aggregate(each.name, {one: told[one][0] for one in sorted(each.hosts or [])
@@ -8114,6 +8118,7 @@ class OpenStack(Cloud):
     LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
                        'id'),
             'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'aggregate': ('compute', 'aggregates', {}, 'delete_aggregate', 'metadata', 'name'),
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
@@ -8123,7 +8128,7 @@ class OpenStack(Cloud):
                 verbs = getattr(cloud, self.LENT[kind][0])
                 ours = self.lent(kind, verbs)  # two server groups may have one name
                 for id in [id for name, id in ours if name not in things]:
-                    getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+                    self.take_back(kind, verbs, id)
                 answer[kind] = there = {name: id for name, id in ours if name in things}
                 for name in things.keys() - there.keys():
                     try:
@@ -8140,9 +8145,29 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
         """The names and ids of what is lent of a kind."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        ours = [each for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)]
+        there = [*getattr(verbs, listing)(**which)]
+        if kind == 'aggregate':
+            return [(f'{each.name} {host}', f'{each.id} {host}') for each in there
+                    if (each.metadata or {}).get(LENT_BY) == self.store
+                    for host in each.hosts or ['']]
+        ours = [each for each in there if (getattr(each, mark) or '').startswith(self.store)]
         return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
+
+    def take_back(self, kind: str, verbs, id: str) -> None:
+        """Takes back something that is lent; the last host of an aggregate goes with it."""
+        id, _, host = id.partition(' ')
+        if host:
+            verbs.remove_host_from_aggregate(id, host)
+        if not host or not verbs.get_aggregate(id).hosts:
+            getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+
+    def lend_aggregate(self, compute, name: str, lent: Lent) -> str:
+        name, _, host = name.partition(' ')
+        there = [each for each in compute.aggregates() if each.name == name]
+        found = there[0] if there else compute.create_aggregate(name=name)
+        compute.set_aggregate_metadata(found, {LENT_BY: self.store, 'blazar:owner': lent.project})
+        compute.add_host_to_aggregate(found, host)
+        return f'{found.id} {host}'
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -8448,11 +8473,11 @@ class Keystone:
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
-    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+    def told(self, token: str, ask: Callable[[Callable, float], Any]) -> Scoped:
         """Who has a token. While Keystone does not answer, those who were known go on.
 
         Args:
-          ask: calls what may take long
+          ask: calls what may take long, for so many seconds
 
         Raises:
           Unauthorized: Keystone does not know it, or it is for no project.
@@ -8468,14 +8493,21 @@ class Keystone:
             raise found.refusal
         return found.scoped
 
-    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+    def is_new(self, token: str) -> bool:
+        """Whether it is nobody's who is known."""
+        return hashlib.sha256(token.encode()).hexdigest() not in self.known
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any]) -> Told:
         """What Keystone says now; what it said before, if it does not answer."""
         before = self.known.get(key)
+        patience = self.SOON if before else self.PATIENT
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
-        except (CloudError, TooMany, Unavailable):
+            found = ask(lambda: self.look(token, patience), patience + 1)
+        except (CloudError, TooMany, Unavailable) as error:
+            if getattr(error, 'sure', False):  # it answers bit by bit, for longer than one waits
+                self.shut = self.clock() + self.SHUT
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
@@ -9042,10 +9074,10 @@ class Shares:
         self.request = threading.local()
 
     @contextmanager
-    def answering(self, user: str) -> Iterator[None]:
+    def answering(self, user: str, patience: float = math.inf) -> Iterator[None]:
         """A request of a user in this thread; what is asked outside of any has no bounds."""
         here = self.request
-        here.user, here.left, here.has = user, self.patience, ()
+        here.user, here.left, here.has = user, min(self.patience, patience), ()
         try:
             with acting_for(user):
                 yield
@@ -15141,6 +15173,11 @@ class Plan(Operations):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
+#: Whether a reservation has a label; or is of a reservation of Blazar's of that id.
+NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hold h '
+            'WHERE h.reservation = r.id AND h.part = ?))')
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
@@ -15353,9 +15390,8 @@ class Claims(Operations):
                     f'AND o.due IS NOT NULL AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} AND '
                     'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
                     'NULL AND r.pending IS NULL AND r.project IN '
-                    f"({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY "
-                    '+o.start',
-                    place.id, after, until, after, until, *projects, *([label] if label else []))
+                    f"({marks}){NAMED_SO if label else ''} ORDER BY +o.start",
+                    place.id, after, until, after, until, *projects, *2 * [label] * bool(label))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -17799,7 +17835,9 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     lent = Lent(found.lease_id, found.part, project)
     if cloud:
         yield cloud, 'address', found.host, lent._replace(network=network)
-    elif not found.host:
+    elif found.host:
+        yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
+    else:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
         disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
@@ -17814,8 +17852,8 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
 
 
 class Lender:
-    """Has clouds know what the leases have that are active: flavors and server groups where that
-    is wanted, and floating IPs.
+    """Has clouds know what the leases have that are active: flavors, server groups and aggregates
+    where that is wanted, and floating IPs.
     """
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
@@ -17834,7 +17872,8 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+            for kind in ('address',) if cloud else ('flavor', 'aggregate'):
+                wanted.setdefault(cloud or place.cloud, {})[kind] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
                     self.workers.clouds, each, places[each.resource_id]):
@@ -19372,10 +19411,13 @@ class Line:
     Args:
       threads: how many there are
       call: wakes one of them; `waitress` calls all of this under a lock of its own
+      is_new: whether Keystone is still to be asked for a token. All such have one share together,
+        so that a flood of made-up ones slows nobody else
     """
 
-    def __init__(self, threads: int, call: Callable[[], None]):
-        self.threads, self.call = threads, call
+    def __init__(self, threads: int, call: Callable[[], None],
+                 is_new: Callable[[str], bool] = lambda said: False):
+        self.threads, self.call, self.is_new = threads, call, is_new
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
@@ -19396,7 +19438,7 @@ class Line:
         return first if first and under_way[first[0]] < share else None
 
     def append(self, channel) -> None:
-        self.waiting.append((whose(channel), channel))
+        self.waiting.append((whose(channel, self.is_new), channel))
 
     def popleft(self):
         """What this thread answers next."""
@@ -19408,17 +19450,27 @@ class Line:
         return channel
 
 
-def whose(channel) -> str:
+def whose(channel, is_new: Callable[[str], bool]) -> str:
     """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
-    return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
+    said = headers.get('AUTHORIZATION') or headers.get('X_AUTH_TOKEN') or ''
+    scheme, _, token = said.rpartition(' ')
+    if token and scheme.lower() in ('', 'bearer') and is_new(token):
+        return 'new to Keystone'
+    return said or headers.get('COOKIE') or str(channel.addr)
 
 
-def fair_dispatcher(threads: int):
+def new_to_keystone(service: Reservations, token: str) -> bool:
+    """Whether Keystone is asked for a token, and has not said yet that it is somebody's."""
+    return bool(service.config.keystone) and not token.startswith(OUR_TOKENS) and (
+        service.clouds.keystone.is_new(token))
+
+
+def fair_dispatcher(threads: int, is_new: Callable[[str], bool]):
     """The threads of `waitress`, with a line of ours before them."""
     from waitress.task import ThreadedTaskDispatcher
     made = ThreadedTaskDispatcher()
-    made.queue = Line(threads, made.queue_cv.notify)
+    made.queue = Line(threads, made.queue_cv.notify, is_new)
     made.set_thread_count(threads)
     return made
 
@@ -19616,9 +19668,9 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
 
 
-def ask_keystone(service: Reservations, whose: str, call: Callable):
+def ask_keystone(service: Reservations, whose: str, call: Callable, patience: float):
     """What Keystone answers; only a few wait for that at the same time."""
-    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+    with service.shares.answering(f'a token {hashed(whose)[:8]}', patience):
         return service.shares.ask('Keystone', call)
 
 
@@ -20102,7 +20154,10 @@ LEASE_FIELDS = {
     'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
                   'disk_gb', 'required_floatingips'}
-AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
+              | dict.fromkeys(('true', 't', 'yes', 'y', 'on', '1'), True)
+              | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
+ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
@@ -20458,8 +20513,9 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        what = one.host if kind == 'address' else '' if one.host or one.image else kind
-        return bool(what) and what not in part
+        if one.host and kind:
+            kind = one.host if kind == 'address' else 'aggregate'
+        return bool(kind) and not one.image and kind not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -20720,7 +20776,8 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
+                                               'affinity': ON_HOSTS_SO[asked.get('affinity')]}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -25288,8 +25345,9 @@ class SignIn(Visit):
         try:
             if not service.config.keystone or not all(said.values()):
                 raise Unauthorized('Type your user name, your project and its domain.')
-            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
-                password=given.get('password', ''), **said))
+            keystone = service.clouds.keystone
+            found = ask_keystone(service, said['user'], lambda: keystone.sign_in(
+                password=given.get('password', ''), **said), keystone.PATIENT)
             if found.refusal:
                 raise found.refusal
             role = role_of(service, found.scoped)
@@ -26920,14 +26978,14 @@ def channels_in(connections: Connections, watch: Watch) -> type:
 class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
-    def __init__(self, app: Callable, config: Config):
+    def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
         import waitress
         allow_files(config.connections + 500)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
             app, host=config.host, port=config.port, asyncore_use_poll=True,
-            _dispatcher=fair_dispatcher(config.threads),
+            _dispatcher=fair_dispatcher(config.threads, is_new),
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
             ident=None,
             channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
@@ -27437,9 +27495,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
                 yield host
 
     def hint(self, spec) -> str:
-        """The label of the reservation that a request names, '' if it names none."""
+        """The label of the reservation that a request names, or as Blazar's users do its id; '' if
+        it names none.
+        """
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
-        return (hints.get('cmres') or [''])[0]
+        return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
         return host.host in verdict if isinstance(verdict, list) else verdict
@@ -27612,10 +27672,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         front.run()
 
 
-def listening(app: Callable, config: Config) -> Front:
+def listening(app: Gate, config: Config) -> Front:
     """The sockets of a server; the setting `port` is the one that it has then."""
     try:
-        front = Front(app, config)
+        front = Front(app, config, functools.partial(new_to_keystone, app.service))
     except (OSError, ValueError) as error:
         raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
                           'another port.', hint='--port N') from None
