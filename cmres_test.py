@@ -25239,7 +25239,7 @@ def all_commands_work(host, flavor, **environ):
         'hide': 'reservation host property set gpu --private', 'few': 'reservation host property list',
         'whole': f"""{reserve} --reservation 'resource_type=physical:host,min=1,max=1,hypervisor_properties=,resource_properties=["==", "$gpu", "h100"]' whole""",
         'full': f'{reserve} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=99,affinity=False small',
-        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=False small',
+        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=True small',
         'flavor': f'{reserve.replace("01-01", "01-03")} --reservation resource_type=flavor:instance,flavor_id={flavor},amount=1 cards',
         'leases': 'reservation lease list', 'lease': 'reservation lease show small',
         'allocations': 'reservation allocation list host',
@@ -25986,7 +25986,8 @@ class FirstHost(Guarded):
         super().__init__(folder)
 
     def serve(self, port=0):
-        self.world.config.take(keystone='lab-admin', delete_user_started=True)
+        mine = {f"{sdk('lab-admin').current_project_id}@lab-admin": 'lab-admin'}  # Nova shows a server group to its project
+        self.world.config.take(keystone='lab-admin', delete_user_started=True, credentials=self.world.config.credentials | mine)
         self.service.resource_delete('demo')
         self.service.resource_sync('lab-admin', [self.aggregate.name], mode='exclusive', flavors=True, reservable_hosts=True)
         self.server = waitress.create_server(cmres.web(self.service), host='127.0.0.1', port=port, threads=8)
