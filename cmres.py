@@ -1365,6 +1365,7 @@ TEXTS = {
                 'was.\n\n{link}',
     'maintenance': 'Maintenance affects {label}, {start}\n{message}.\n\nYour reservation: {what}, '
                    '{when}\n{link}',
+    'ahead': '{label} could not start\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'unused': 'Nobody uses {label}\n{message}.\n\n{link}',
     'trouble': '{label}: not all VMs are running\n{message}.\n\n{link}',
     'vanished': '{label}: the cloud lost VMs\n{message}.\n\n{link}',
@@ -1474,6 +1475,9 @@ class Config:
     retry_max: float = setting(300.0, 'maximum of these seconds', 0.01)
     leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
                                          'scheduler takes over', 0.1)
+    check_ahead: float = setting(3600.0, 'seconds before VMs start when cmres asks the cloud again '
+                                         'for all that they need, and tells the owner what would '
+                                         'fail; 0: never', 0)
     remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
                                           'reminder', 0.0)
     end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
@@ -7689,6 +7693,12 @@ class Cloud:
         """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
         return wanted
 
+    def refuse_any_network(self, sight: Sight) -> None:
+        """Refuses what names no network where Nova could not tell which one it is to have."""
+
+    def left(self) -> Amount | None:
+        """How much more the quota of the account's project allows; None where that is not told."""
+
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
         raise NotImplementedError
@@ -8186,6 +8196,22 @@ class OpenStack(Cloud):
                                  project_id=lent.project, description=self.store)
         network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
         return made.id
+
+    def refuse_any_network(self, sight):
+        with self.calling('list networks', sure=True) as cloud:
+            found = [each for each in cloud.network.networks(is_admin_state_up=True)
+                     if each.is_shared or each.project_id == cloud.current_project_id]
+        if found[1:]:
+            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
+            raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
+                          f'them: {names}.')
+
+    def left(self):
+        with self.calling('tell the quota', sure=True) as cloud:
+            found = cloud.compute.get_limits().absolute
+        return Amount(*(most - used if most >= 0 else 2**40 for most, used in (
+            (found.instances, found.instances_used), (found.total_cores, found.total_cores_used),
+            (found.total_ram, found.total_ram_used))))
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
@@ -10421,7 +10447,7 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 64, 128
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -11303,6 +11329,9 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            if asked['image'] and asked['network'] in ('', 'auto'):
+                self.service.shares.ask(f'the cloud {account}',
+                                        lambda: cloud.refuse_any_network(sight))
             found = self.service.shares.ask(f'the cloud {account}',
                                             lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
@@ -12406,9 +12435,11 @@ class Bookings:
         if not old:
             first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
                          revision=0, revised=int(now), told=0,
-                         due=min(begin, one.start - self.service.config.remind_before))
+                         due=min(begin - self.service.config.check_ahead,
+                                 one.start - self.service.config.remind_before))
         else:
-            again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
+            again = 0 if one.start != old.start else (
+                ~(ENDING | AHEAD) if one.end != old.end else ~AHEAD)
             first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
         return first | dict(resource=one.resource.id, start=one.start, end=one.end,
                             **stored(one.amount)) | change.columns
@@ -16997,6 +17028,15 @@ class Job:
     error: Exception | None = None
 
 
+class Ahead(NamedTuple):
+    """What is asked for before VMs start."""
+    occurrence: int
+    asked: dict
+    sight: Sight
+    needs: Amount  # what the quota must leave
+    homeless: int  # VMs without a host
+
+
 class Workers:
     """The calls that are under way, in threads of their own."""
 
@@ -17017,7 +17057,8 @@ class Workers:
             'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
+            'ahead': self.do_ahead}
 
     def submit(self, key: tuple, verb: str, account: str, target) -> None:
         if self.busy(key):
@@ -17130,6 +17171,30 @@ class Workers:
 
     def do_lend(self, call: Job) -> dict[str, str]:
         return self.clouds.open(call.account).lend(call.target)
+
+    def do_ahead(self, call: Job) -> list[str]:
+        """What would fail if something started now, each in a sentence."""
+        cloud, about = self.clouds.open(call.account), call.target
+        asks = [functools.partial(cloud.check, [pair], about.sight) for pair in
+                named_by(about.asked)]
+        if about.asked['image'] and about.asked['network'] in ('', 'auto'):
+            asks.append(functools.partial(cloud.refuse_any_network, about.sight))
+        found = []
+        for ask in asks:
+            try:
+                ask()
+            except Invalid as error:
+                found.append(f'{error}'.rstrip('.'))
+        left = cloud.left() if about.needs != NOTHING else None
+        lacks = [f'{quantity(name, getattr(left, name))} of '
+                 f'{quantity(name, getattr(about.needs, name))}' for name in FIGURES
+                 if left and getattr(left, name) < getattr(about.needs, name)]
+        if lacks:
+            found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
+                         'are needed by then')
+        if about.homeless:
+            found.append(f"No host has room for {counted(about.homeless, 'VM')} of it")
+        return found
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -17408,6 +17473,8 @@ class Planner:
         if wanted:
             occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
+        if not wanted and self.is_near(occurrence, over, now):
+            told |= self.look_ahead(occurrence, now)
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
@@ -17661,6 +17728,53 @@ class Planner:
             return occurrence.told | ENDING
         return occurrence.told
 
+    def is_near(self, occurrence, over: bool, now: float) -> bool:
+        """Whether it is time to ask its cloud for what its VMs will need."""
+        boots = (occurrence.image or occurrence.server) and not over and not occurrence.idle
+        return bool(boots) and not occurrence.told & AHEAD and (
+            now >= occurrence.held_from - self.config.check_ahead)
+
+    def look_ahead(self, occurrence, now: float) -> int:
+        """Lets a cloud be asked whether what starts soon could start; AHEAD."""
+        about = row('SELECT r.*, o.of_user, s.cloud FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
+        account = self.clouds.account(about.cloud, about.project, about.of_user)
+        asked = about._asdict() | {'security_groups': json.loads(about.security_groups)}
+        sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
+        needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
+        self.workers.submit(('ahead', occurrence.id), 'ahead', account,
+                            Ahead(occurrence.id, asked, sight, needs, self.homeless(occurrence)))
+        return AHEAD
+
+    def needed_at(self, at: int, account: str, now: float) -> Amount:
+        """What an account must be allowed more than it has now, for all that is up at an instant."""
+        found = rows(f"""
+            SELECT o.*, r.project, s.cloud,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                       AND v.uid IS NOT NULL AND v.state <> 'deleted') AS up
+              FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id
+              JOIN reservation r ON r.id = o.reservation_id
+             WHERE s.cloud = ? AND o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD}
+               AND o.held_from <= ? AND o.held_until > ? AND r.image <> ''""",
+                     cloud_of(account), at, at, now)
+        total = NOTHING
+        for each in found:
+            if self.clouds.account(each.cloud, each.project, each.of_user) == account:
+                wanted = each.vms if each.held_until > at else 0
+                total += amount_of(each) // each.vms * (wanted - each.up)
+        return total
+
+    def homeless(self, occurrence) -> int:
+        """For how many of its VMs no host is planned, where hosts are planned."""
+        takes = occurrence.vcpus or occurrence.ram or occurrence.classes
+        if not takes or not planned_by_host(occurrence.resource_id):
+            return 0
+        placed = read_placed(occurrence.placed)
+        there = rows('SELECT id FROM host WHERE id IN numbers(?) AND until >= ?',
+                     json.dumps([*placed]), occurrence.held_until)
+        return occurrence.vms - sum(placed[each.id] for each in there)
+
     def notice_times(self, occurrence) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         length = occurrence.end - occurrence.start
@@ -17673,7 +17787,7 @@ class Planner:
         """
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end,
+                     occurrence.end, occurrence.held_from - self.config.check_ahead,
                      *(max(occurrence.start, occurrence.changed) + each
                        for each in (occurrence.no_show // 2, occurrence.no_show)),
                      occurrence.up_check or 0)
@@ -17919,7 +18033,7 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look, 'lend': lender.record}
+            'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead}
 
     def record(self, now: float) -> None:
         """Writes down the results of the calls that ended since the last pass; they wait until that
@@ -18033,6 +18147,17 @@ class Reconciler:
     def record_integrity(self, result: Job, now: float) -> None:
         if not result.error:
             note_check(now, result.answer)
+
+    def record_ahead(self, result: Job, now: float) -> None:
+        """Tells the owner what would fail; a cloud that did not answer is asked again."""
+        about = row('SELECT o.*, r.label, r.notify FROM occurrence o JOIN reservation r '
+                    'ON r.id = o.reservation_id WHERE o.id = ?', result.target.occurrence)
+        if result.error:
+            run('UPDATE occurrence SET told = told & ?, due = min(due, ?) '
+                'WHERE id = ? AND due IS NOT NULL', ~AHEAD, now + 300, about.id)
+        elif result.answer and about.due is not None and now < about.held_from:
+            tell_of(self.config, now, 'ahead', 'if its VMs started now, that would fail: '
+                    f"{'; '.join(result.answer)}", about)
 
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count what their servers really take."""

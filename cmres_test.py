@@ -23778,8 +23778,9 @@ class StandIn(Proxy):
                        self.image('bio-private', 'bio', 'private'), self.image('anybody', 'chem', 'community'),
                        self.image('offered', 'chem', 'shared')]
         self.members = {self.id_of('offered'): [('bio', 'accepted'), ('lab', 'pending')]}
-        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab'),
-                         self.network('bio-net', 'bio'), self.network('wan', 'admin', external=True)]
+        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab', up=False),
+                         self.network('bio-net', 'bio', up=False), self.network('wan', 'admin', external=True)]
+        self.quota = {'Instances': (-1, 0), 'Cores': (-1, 0), 'RAM': (-1, 0)}  # most and used
         self.groups = [self.network(name, project) for project in ('lab', 'bio', 'admin') for name in ('default', 'web')]
         self.keys = {'lab': ['lab-key', 'course'], 'bio': ['bio-key']}
         self.aggregates = [{'id': 1, 'name': 'gpu', 'hosts': ['gpu-1'], 'metadata': {}}]
@@ -23789,9 +23790,9 @@ class StandIn(Proxy):
     def image(self, name, owner, visibility='private', status='active'):
         return {'id': str(uuid.uuid4()), 'name': name, 'owner': owner, 'visibility': visibility, 'status': status}
 
-    def network(self, name, owner, shared=False, external=False):
+    def network(self, name, owner, shared=False, external=False, up=True):
         return {'id': str(uuid.uuid4()), 'name': name, 'project_id': owner, 'tenant_id': owner, 'shared': shared,
-                'router:external': external}
+                'router:external': external, 'admin_state_up': up}
 
     def id_of(self, name):
         return next(each['id'] for each in [*self.images, *getattr(self, 'networks', ())] if each['name'] == name)
@@ -24004,6 +24005,11 @@ class StandIn(Proxy):
     def show_trust(self, user, query, said, id):
         return (200, {'trust': self.trusts[id]}) if id in self.trusts else (404, self.refusal(404, 'Not found.'))
 
+    def limits(self, user, query, said):
+        return 200, {'limits': {'rate': [], 'absolute': {
+            f'{word}{name}{used}': value for name, (most, now) in self.quota.items() for word, used, value in (
+                ('maxTotal', 'Size' if name == 'RAM' else '', most), ('total', 'Used', now))}}}
+
     def list_keys(self, user, query, said):
         return 200, {'keypairs': [{'keypair': {'name': each}} for each in self.keys.get(user, ())]}
 
@@ -24059,7 +24065,7 @@ class StandIn(Proxy):
         there = self.networks if kind == 'networks' else self.groups
         found = [each for each in there if user in (self.ADMIN, each['project_id']) or each['shared']
                  or each['router:external']]
-        found = [each for each in found if all(query[name] == each[name] for name in ('name', 'project_id')
+        found = [each for each in found if all(query[name] == f'{each[name]}' for name in ('name', 'project_id', 'admin_state_up')
                                                if name in query) and id in ('', each['id'])]
         if id:
             return (200, {kind[:-1].replace('-', '_'): found[0]}) if found else (404, self.refusal(404, 'Not found.'))
@@ -24085,6 +24091,7 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
     ('POST /v2.1/flavors', 'make_flavor'), ('DELETE /v2.1/flavors/([^/]+)', 'delete_flavor'),
     ('POST /v2.1/flavors/([^/]+)/(action|os-extra_specs)', 'change_flavor'),
+    ('GET /v2.1/limits', 'limits'),
     ('GET /v2.1/flavors/([^/]+)/os-extra_specs', 'show_specs'), ('GET /v2.1/os-keypairs', 'list_keys'),
     ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'change_aggregate'),
     ('POST /v2.1/os-aggregates', 'make_aggregate'), ('DELETE /v2.1/os-aggregates/([^/]+)', 'drop_aggregate'),
@@ -24206,6 +24213,84 @@ def test_what_is_out_of_sight_is_refused_by_the_same_calls_as_what_is_not_there(
             said = refused_by(mallory, kind, each).replace(each, '?')
             seen.append((said, [re.sub('/[0-9a-f-]{36}', '/ID', line[0]) for line in nova.seen]))
         assert seen[0] == seen[1] == seen[2]
+
+
+def told_ahead(world, label='lab'):
+    return [each['sentence'] for each in world.service.events(label) if each['code'] == 'ahead']
+
+
+def test_what_would_fail_is_told_an_hour_before_the_start(far, nova):
+    """Image, key and quota; once, again after a change, and not where all is there."""
+    nova.images.append(nova.image('old', 'lab'))
+    for label, start in (('lab', 3), ('well', 4)):
+        book(far.service, label, start, 5, resource='lab', flavor='m1.tiny', image='old' if label == 'lab' else 'tiny', key='course', vms=3)
+    nova.images.pop(), nova.keys['lab'].remove('course')
+    nova.quota['Instances'] = 10, 8
+    far.at(1.9)
+    assert told_ahead(far) == []
+    far.at(2)
+    far.at(2.1)
+    assert told_ahead(far) == [
+        "if its VMs started now, that would fail: The cloud lab has no image 'old'. Did you mean 'tiny'?; The cloud lab has no key "
+        "'course'; The quota of the cloud lab leaves 2 VMs of 3 VMs that are needed by then"]
+    nova.keys['lab'].append('course')
+    nova.quota['Instances'] = 10, 4
+    far.service.update('lab', image='tiny')
+    far.at(2.2)
+    assert len(told_ahead(far)) == 1
+    nova.quota['Instances'] = 10, 8  # the three of `lab` are counted that are to come before
+    far.at(3)
+    far.at(3.1)
+    assert told_ahead(far, 'well') == [
+        'if its VMs started now, that would fail: The quota of the cloud lab leaves 2 VMs of 3 VMs that are needed by then']
+    assert 'ahead' in cmres.TEXTS
+
+
+def test_a_cloud_that_does_not_answer_is_asked_again_before_the_start(far, nova):
+    book(far.service, 'lab', 3, 5, resource='lab', flavor='m1.tiny', image='tiny')
+    nova.images.clear()
+    nova.faults['GET /image'] = nova.faults['GET /v2/images'] = ['503 before'] * 4
+    far.at(2)
+    assert told_ahead(far) == []
+    nova.faults.clear()
+    far.at(2.05)
+    assert told_ahead(far) == []
+    far.at(2.2)
+    assert len(told_ahead(far)) == 1
+
+
+def test_nothing_is_asked_ahead_where_that_is_not_wanted_or_nothing_starts(far, nova):
+    far.config.take(check_ahead=0.0)
+    book(far.service, 'off', 3, 5, resource='lab', flavor='m1.tiny', image='tiny')
+    far.config.take(check_ahead=3600.0)
+    book(far.service, 'empty', 3, 5, resource='lab', vms=2)
+    nova.images.clear()
+    far.config.take(check_ahead=0.0)
+    far.at(2.5)
+    assert told_ahead(far, 'off') == told_ahead(far, 'empty') == []
+
+
+def test_vms_without_a_host_are_told_ahead(racks):
+    gpus(racks, 'lab', 'g5', 2, image='cirros')
+    cmres.run("UPDATE host SET until = 1 WHERE name = 'h2'")
+    racks.at(0.5)
+    assert told_ahead(racks) == ['if its VMs started now, that would fail: No host has room for 1 VM of it']
+
+
+def test_of_several_networks_one_is_chosen_when_it_is_added(far, nova):
+    nova.networks.append(nova.network('second', 'admin', shared=True))
+    nova.networks.append(nova.network('own', 'lab'))
+    said = {'resource': 'lab', 'flavor': 'm1.tiny', 'image': 'tiny'}
+    with pytest.raises(Invalid, match='^The cloud lab has 3 networks, so choose one of them: lab-net, second[.]$'):
+        book(far.as_user(*STRANGER), 'x', **said)
+    with pytest.raises(Invalid, match='lab-net, second, own[.]$'):
+        book(far.service, 'x', network='auto', **said)
+    for network in ('second', 'none'):
+        book(far.service, f'x-{network}', network=network, **said)
+    book(far.service, 'capacity', resource='lab', flavor='m1.tiny')
+    nova.networks.append(nova.network('lab-net', 'admin', shared=True))
+    with pytest.raises(Invalid, match="has 2 of the name 'lab-net'"):
+        book(far.service, 'y', network='lab-net', **said)
 
 
 def test_what_an_operator_calls_common_may_be_named_by_all(far, nova):
@@ -25958,6 +26043,8 @@ admin_password = {password}
 admin_project_name = {project_name}
 admin_domain_name = Default
 create_isolated_networks = false
+use_dynamic_credentials = false
+test_accounts_file = {folder}/accounts.yaml
 [identity]
 uri_v3 = {auth_url}
 region = RegionOne
@@ -26025,6 +26112,10 @@ def test_tempests_scenarios_of_blazar_pass(tmp_path):
         (tmp_path / 'tempest.conf').write_text(TEMPEST_CONF.format(
             folder=tmp_path, image=admin.image.find_image('tiny').id, flavor=admin.compute.find_flavor('m1.small').id,
             **admin.config.config['auth']))
+        people = [sdk(name).config.config['auth'] for name in ('lab-admin', 'lab-user')]
+        (tmp_path / 'accounts.yaml').write_text(yaml.safe_dump([
+            {key: each[key] for key in ('username', 'password', 'project_name')} | {'domain_name': 'Default'}
+            | ({'types': ['admin']} if each['username'] == 'admin' else {}) for each in people]))
         done = subprocess.run(
             [TEMPEST, '-c', TEMPEST_RUN, *(SCENARIO + each for each in SCENARIOS)], cwd=tmp_path,
             env=os.environ | {'TEMPEST_CONFIG_DIR': str(tmp_path)}, capture_output=True, text=True, timeout=1200)
