@@ -15215,7 +15215,7 @@ class Claims(Operations):
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
@@ -15225,6 +15225,9 @@ class Claims(Operations):
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
+        if store not in ('', self.clouds.store):
+            raise NotFound(f'these resources are of the cmres {store}; this is '
+                           f'{self.clouds.store}')
         need = Amount(1, vcpus, ram,
                       tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
@@ -27578,8 +27581,10 @@ _nova = sys.modules.get('nova.scheduler.filters')
 def nova_settings():
     """The section [cmres] of nova.conf: url, token, timeout in seconds, when_down."""
     from oslo_config import cfg
-    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='address of cmres'),
-               cfg.StrOpt('token', default='', secret=True, help='token of an admin'),
+    options = [cfg.ListOpt('url', default=['http://127.0.0.1:8080'], help='address of cmres, or of '
+                           'each, if there are several'),
+               cfg.ListOpt('token', default=[''], secret=True, help='token of an admin, or one for '
+                           'each address'),
                cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
                cfg.StrOpt('without_hint', default='outside', choices=['outside', 'reserved'],
                           help='whether servers without the hint `cmres` may use a reservation '
@@ -27597,6 +27602,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """
 
     RUN_ON_REBUILD = False
+    known: dict[str, tuple] = {}  # which address and token are those of a store
 
     def filter_all(self, hosts, spec):
         """Nova's own entry point: the hosts of a request that pass, asked for at once for all of
@@ -27613,7 +27619,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         if asks and not label and outside:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside) if asks else {}
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
             if passes and (names or not label):
@@ -27629,33 +27635,58 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     def lets(self, verdict: bool | list, host) -> bool:
         return host.host in verdict if isinstance(verdict, list) else verdict
 
-    def marks(self, host) -> set[str]:
-        return {each.metadata['cmres'] for each in host.aggregates if each.metadata.get('cmres')}
+    def marks(self, host) -> set[tuple[str, str]]:
+        """Which cmres has a host, as far as that is said, and as what resource."""
+        said = [each.metadata for each in host.aggregates]
+        return {(each.get('cmres_store', ''), each['cmres']) for each in said if each.get('cmres')}
 
     def is_rebuild(self, spec) -> bool:
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask(self, resources: list[str], spec, label: str,
+    def ask_all(self, resources: list[tuple], spec, label: str,
+                hosts: list[str]) -> dict[tuple, bool | list]:
+        """Whether each resource may be booted on, or on which of its hosts."""
+        verdicts = {}
+        for store in {each[0] for each in resources}:
+            names = [name for owner, name in resources if owner == store]
+            found = self.ask(store, names, spec, label, hosts)
+            verdicts |= {(store, name): found[name] for name in names}
+        return verdicts
+
+    def ask(self, store: str, names: list[str], spec, label: str,
             hosts: list[str]) -> dict[str, bool | list]:
-        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged
-        with its reason.
-        """
-        settings = nova_settings()
+        """What the cmres says that has some resources; a refusal is logged with its reason."""
+        settings, flavor = nova_settings(), spec.flavor
         try:
-            answer = Client(settings.url, settings.token, settings.timeout).claim(
-                spec.instance_uuid, resources, spec.project_id, spec.user_id or '',
-                spec.flavor.vcpus,
-                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label,
-                hosts)
+            answer = self.answer(store, settings, [
+                spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts])
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
-            return dict.fromkeys(resources, settings.when_down == 'open')
+            return dict.fromkeys(names, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
                 log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+
+    def answer(self, store: str, settings, asked: list) -> list[dict]:
+        """What the first cmres answers that has a store; without several, it is the only one."""
+        last = settings.token[-1]  # which may be that of all
+        doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
+        doors.sort(key=lambda door: door != self.known.get(store))
+        error = None
+        for url, token in doors:
+            try:
+                found = Client(url, token, settings.timeout).claim(
+                    *asked, **({'store': store} if doors[1:] else {}))
+            except Error as refusal:
+                error = refusal if not isinstance(refusal, NotFound) else error or refusal
+                continue
+            self.known[store] = url, token
+            return found
+        raise error
 
     def extra_specs(self, flavor) -> dict:
         return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs

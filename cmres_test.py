@@ -24793,7 +24793,7 @@ def scheduler(world, monkeypatch):
     class BaseHostFilter:
         RUN_ON_REBUILD = False
     conf, filters, cfg = {}, types.ModuleType('filters'), types.ModuleType('cfg')
-    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt = BaseHostFilter, Conf(), Option, Option
+    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt, cfg.ListOpt = BaseHostFilter, Conf(), Option, Option, Option
     oslo = types.ModuleType('oslo_config')
     oslo.cfg = cfg
     monkeypatch.setitem(sys.modules, 'nova.scheduler.filters', filters)
@@ -24810,7 +24810,7 @@ def scheduler(world, monkeypatch):
             server.run()
     threading.Thread(target=serve, daemon=True).start()
     token = world.service.token_add('nova', 'default', 'admin')['token']
-    conf.update(url=f'http://127.0.0.1:{server.effective_port}', token=token)
+    conf.update(url=[f'http://127.0.0.1:{server.effective_port}'], token=[token])
     found = module.ReservationFilter()
     found.conf = conf
     yield found
@@ -24835,7 +24835,7 @@ def test_only_hosts_of_a_marked_aggregate_are_asked_about(scheduler, world, capl
         assert passing(scheduler, HOSTS, spec_of('s2')) == ['plain', 'bare']
     assert "s2 may not start on gpu: 'lab' has 1 VM, 0 vCPUs, 0 MiB of RAM, and all of that is in use" in caplog.text
     assert passing(scheduler, HOSTS, spec_of('s3', project='chem')) == ['plain', 'bare']
-    scheduler.conf['url'] = 'http://127.0.0.1:9'
+    scheduler.conf['url'] = ['http://127.0.0.1:9']
     assert passing(scheduler, HOSTS[2:], spec_of('s4')) == ['plain', 'bare']
 
 
@@ -24870,9 +24870,9 @@ def test_a_flavor_with_other_classes_and_a_host_by_name(scheduler, world):
 
 @pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
 def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
-    scheduler.conf.update(when_down=when_down, token='wrong', without_hint='reserved')
+    scheduler.conf.update(when_down=when_down, token=['wrong'], without_hint='reserved')
     assert passing(scheduler, HOSTS, spec_of()) == passes
-    scheduler.conf.update(url='http://127.0.0.1:9')
+    scheduler.conf.update(url=['http://127.0.0.1:9'])
     assert passing(scheduler, HOSTS, spec_of()) == passes
     assert caplog.text.count(f'cmres does not answer, so its hosts are {when_down}') == 2
 
@@ -26114,8 +26114,8 @@ def test_tempests_scenarios_of_blazar_pass(tmp_path):
             **admin.config.config['auth']))
         people = [sdk(name).config.config['auth'] for name in ('lab-admin', 'lab-user')]
         (tmp_path / 'accounts.yaml').write_text(yaml.safe_dump([
-            {key: each[key] for key in ('username', 'password', 'project_name')} | {'domain_name': 'Default'}
-            | ({'types': ['admin']} if each['username'] == 'admin' else {}) for each in people]))
+            {key: each[key] for key in ('username', 'password', 'project_name')}
+            | {'domain_name': 'Default', 'roles': ['admin' if each['username'] == 'admin' else 'member']} for each in people]))
         done = subprocess.run(
             [TEMPEST, '-c', TEMPEST_RUN, *(SCENARIO + each for each in SCENARIOS)], cwd=tmp_path,
             env=os.environ | {'TEMPEST_CONFIG_DIR': str(tmp_path)}, capture_output=True, text=True, timeout=1200)
