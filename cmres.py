@@ -1526,6 +1526,9 @@ class Config:
         86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
     exempt_longest: float = setting(
         86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
+    at_end_stop: str = setting('hold', 'what becomes of VMs that are to be stopped at the end, on '
+                               'resources that come from `resource sync`: hold (they stay, and '
+                               'keep their capacity), shelve (they are shelved instead) or refuse')
     delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
                                                'themselves in their reservation')
     retention: int = setting(400, 'days after which finished reservations are forgotten; reports '
@@ -1639,6 +1642,7 @@ class Config:
 
 #: Settings that are one of some words.
 WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
+            'at_end_stop': ('hold', 'shelve', 'refuse'),
             'caldav_refusal': ('mark', '403')}
 
 
@@ -2093,6 +2097,7 @@ WORDS = {
     'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
+    'store': 'whose resources these are, as their second mark says',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -7536,6 +7541,7 @@ class Lent(NamedTuple):
     like: str = ''
     policy: str = ''
     network: str = ''
+    make: bool = True  # else it is kept, and another account makes it
 
 
 class Seat(NamedTuple):
@@ -7930,9 +7936,12 @@ class OpenStack(Cloud):
     # Whose each thing is: the account of an admin is shown what belongs to others as well.
 
     def flavor_thing(self, cloud, found) -> Thing:
-        disk = found.disk + (found.ephemeral or 0) + math.ceil((found.swap or 0) / 1024)
-        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}), disk)
-        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+        return Thing(found.id, found.name, own=True, open=True, flavor=self.takes(found))
+
+    def takes(self, flavor) -> Flavor:
+        """What a VM of a flavor takes, be it that of a server."""
+        disk = flavor.disk + (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+        return Flavor(flavor.vcpus, flavor.ram, classes_of(flavor.extra_specs or {}), disk)
 
     def key_thing(self, cloud, found) -> Thing:
         return Thing(found.id, found.name, own=True)
@@ -7958,7 +7967,8 @@ class OpenStack(Cloud):
         # Until it has a host, Nova may show a server without its tags: it may be anybody's.
         own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
         mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
-        return Thing(found.id, found.name, own, mark=mark)
+        has = found.flavor if found.flavor and found.flavor.vcpus else None
+        return Thing(found.id, found.name, own, mark=mark, flavor=has and self.takes(has))
 
     def boot(self, machine):
         with self.calling('make a server'):
@@ -8127,7 +8137,8 @@ class OpenStack(Cloud):
     #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
     LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
                        'id'),
-            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'server_group': ('compute', 'server_groups', {'all_projects': True},
+                             'delete_server_group', 'name', 'name'),
             'aggregate': ('compute', 'aggregates', {}, 'delete_aggregate', 'metadata', 'name'),
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
@@ -8140,7 +8151,7 @@ class OpenStack(Cloud):
                 for id in [id for name, id in ours if name not in things]:
                     self.take_back(kind, verbs, id)
                 answer[kind] = there = {name: id for name, id in ours if name in things}
-                for name in things.keys() - there.keys():
+                for name in [each for each in things if each not in there and things[each].make]:
                     try:
                         there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
@@ -8190,6 +8201,14 @@ class OpenStack(Cloud):
 
     def lend_server_group(self, compute, name: str, lent: Lent) -> str:
         return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
+
+    def lend_to_token(self, token: str, name: str, lent: Lent) -> str:
+        """Makes a server group in the project of somebody's token, and tells its id."""
+        wish = {'server_group': {'name': f'{self.store} {name}', 'policy': lent.policy}}
+        with self.calling('lend a server group') as cloud:
+            return cloud.compute.post(
+                '/os-server-groups', json=wish, headers={'X-Auth-Token': token},
+                authenticated=False, microversion='2.64').json()['server_group']['id']
 
     def lend_address(self, network, address: str, lent: Lent) -> str:
         made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
@@ -11215,7 +11234,7 @@ class Wishes:
         wish = Wish(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
-            at_end=asked['at_end'] or ('stop' if made_of['server'] else 'delete'),
+            at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
@@ -11246,6 +11265,23 @@ class Wishes:
         host, whole = ((old.host, amount_of(old)) if same_host
                        else self.whole_host(place, asked, each))
         return each, {'server': server, 'host': host, 'whole': whole, 'trusted': trusted}
+
+    def end_on(self, place, asked: dict, borrowed: bool, changes: set, warnings: list) -> str:
+        """What is done at the end: what was asked for, as far as the operator lets VMs stay."""
+        at_end = asked['at_end'] or ('stop' if borrowed else 'delete')
+        is_new = not changes or {'at_end', 'resource'} & changes
+        if (at_end, borrowed, bool(json.loads(place.hosts)), bool(is_new)) != (
+                'stop', False, True, True):
+            return at_end
+        how = self.service.config.at_end_stop
+        if how == 'refuse':
+            raise Invalid(f"VMs cannot stay stopped on '{place.name}': they would keep its capacity "
+                          'from others. Let them be shelved, saved or deleted at the end.')
+        warnings.append('The VMs will be shelved at the end, not stopped: a stopped VM keeps its '
+                        f"host of '{place.name}' from others." if how == 'shelve' else
+                        f"Stopped VMs keep the capacity of '{place.name}' after the end, until you "
+                        'delete them. Shelved ones do not.')
+        return 'shelve' if how == 'shelve' else at_end
 
     def owner_of(self, asked: dict, old) -> tuple[str, str]:
         """Whose a reservation will be: user and project."""
@@ -11329,7 +11365,7 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
-            if asked['image'] and asked['network'] in ('', 'auto'):
+            if asked.get('image') and asked.get('network') in ('', 'auto'):
                 self.service.shares.ask(f'the cloud {account}',
                                         lambda: cloud.refuse_any_network(sight))
             found = self.service.shares.ask(f'the cloud {account}',
@@ -11363,9 +11399,10 @@ class Wishes:
     def each_takes(self, found: dict, place) -> Amount:
         """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
         """
-        if 'flavor' not in found:
+        sized = found.get('flavor') or found.get('server')
+        if not (sized and sized.flavor):
             return Amount(1)
-        *figures, disk = found['flavor'].flavor
+        *figures, disk = sized.flavor
         counts = disk and DISK in capacity(place).names
         return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
 
@@ -17961,11 +17998,16 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
+        if asked.get('affinity') is None:
+            return
         account = clouds.account(place.cloud, found.project, found.user)
+        group = lent._replace(policy='affinity' if asked['affinity'] else 'anti-affinity')
         # Nova shows a server group to nobody but its project.
-        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
-            yield account, 'server_group', found.part, lent._replace(
-                policy='affinity' if asked['affinity'] else 'anti-affinity')
+        own = clouds.sight(account, found.project).all_own
+        if own:
+            yield account, 'server_group', found.part, group
+        if account != place.cloud or not own:  # the operator's account takes it back
+            yield place.cloud, 'server_group', found.part, group._replace(make=False)
 
 
 class Lender:
@@ -17989,7 +18031,7 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            for kind in ('address',) if cloud else ('flavor', 'aggregate'):
+            for kind in ('address',) if cloud else ('flavor', 'aggregate', 'server_group'):
                 wanted.setdefault(cloud or place.cloud, {})[kind] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
@@ -18005,8 +18047,9 @@ class Lender:
         before, has = self.lent.get(result.account, {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
-            has[kind] = {name: lent for name, lent in things.items() if name in ids}
-            for name in has[kind].keys() - before.get(kind, {}).keys():
+            has[kind] = {name: lent for name, lent in things.items()
+                         if name in ids or not lent.make}
+            for name in ids.keys() & has[kind].keys() - before.get(kind, {}).keys():
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
         self.lent[result.account] = has
         if has != result.target:
@@ -20351,7 +20394,9 @@ class Blazar:
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
-                    answer = handle(LeaseView(acting), given)
+                    view = LeaseView(acting)
+                    view.token = keystone_token(self.service, request)
+                    answer = handle(view, given)
             except Error as error:
                 body = in_blazars_words(error_body(error), error.status)
                 return sent(json_text(body), error.status, UNKEPT | headers_of(error))
@@ -20568,20 +20613,27 @@ class LeaseView:
 
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
+        self.token = ''  # of Keystone, with which the request came
 
     def lend_groups(self, id: str) -> None:
-        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        """Makes the server groups of a lease that begins now: its client reads their ids once.
+
+        Where cmres has no account of its own in their project, by the token that they sent.
+        """
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
         mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
+        things = [each for found in mine for each in lent_things(
+            self.acting.clouds, found, places[found.resource_id]) if each[1] == 'server_group']
+        first = {name: (account, lent) for account, _, name, lent in reversed(things)}
         with suppress(CloudError):  # the life cycle tries it again
-            for found in mine:
-                for account, kind, name, lent in lent_things(
-                        self.acting.clouds, found, places[found.resource_id]):
-                    if kind == 'server_group':
-                        made = self.asks(account, operator.methodcaller(
-                            'lend_one', kind, name, lent))
-                        with self.acting.writing():
-                            note_lent(lent, kind, made)
+            for name, (account, lent) in first.items():
+                call = operator.methodcaller('lend_one', 'server_group', name, lent)
+                if not lent.make:
+                    call = operator.methodcaller('lend_to_token', self.token, name, lent)
+                if lent.make or self.token:
+                    made = self.asks(account, call)
+                    with self.acting.writing():
+                        note_lent(lent, 'server_group', made)
 
     # Leases
 
