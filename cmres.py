@@ -6180,7 +6180,7 @@ LISTING = '''
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id
-           OR NOT p.alone)
+           OR NOT p.alone) AND p.code <> 'undo'
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
@@ -10408,6 +10408,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
+UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
@@ -10669,6 +10670,7 @@ class Service:
         # Called before a change and before it is written; raises if nobody wants it any more.
         self.wanted: Callable[[], None] = lambda: None
         self.reason = ''  # why somebody changes what may be others'
+        self.undo_for = 0.0  # seconds for which what a change gives back stays held for its Undo
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -11881,10 +11883,11 @@ class View(NamedTuple):
     own: int  # its reservation; 0: a new one
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
+    returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
-UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted', UNDO)
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -11926,8 +11929,9 @@ class Policy:
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
         """Raises what the first rule says that is against a change; else it holds what it wants."""
-        for rule in (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
-                     self.refuse_overtaking, self.refuse_overbooking):
+        asks_anew = (self.refuse_unlimited, self.refuse_never_fitting, self.refuse_overtaking)
+        for rule in (self.refuse_shared_server, *(() if view.returns else asks_anew),
+                     self.refuse_overbooking):
             rule(change, view)
         self.take_hosts(change, view)
         for each in change.growth:
@@ -12142,7 +12146,7 @@ def last_of(deal: Deal) -> int:
 
 
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
-AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
+AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted', UNDO)
 
 
 A_CHANGE_WAITS = 'an admin must approve the change'
@@ -12179,7 +12183,7 @@ class Bookings:
         """Makes a deal true, or none of it; None: it is proposed, since it needs an approval."""
         old = deal.old
         # Another change settles those that were proposed before.
-        if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
+        if old and SHAPE & set(deal.asked):
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
@@ -12242,7 +12246,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line)
+        view = View(now, own, others, line, deal.code == UNDO)
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12452,15 +12456,17 @@ class Bookings:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
                    held_from=each.begin, held_until=each.until, **stored(each.amount))
 
-    def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
-        """Forgets what is proposed of a reservation or one occurrence; how many there were."""
-        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
-                     'occurrence = coalesce(?, occurrence))', reservation, occurrence)
+    def drop_proposals(self, reservation: int, occurrence: int | None = None,
+                       code: str | None = None) -> int:
+        """Forgets what is proposed of a reservation or one occurrence; how many admins read of."""
+        found = rows('SELECT id, code FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
+                     'occurrence = coalesce(?, occurrence)) AND code = coalesce(?, code)',
+                     reservation, occurrence, code)
         for each in found:
             give(map(hold_of, rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)))
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
-        return len(found)
+        return sum(each.code != UNDO for each in found)
 
     @contextmanager
     def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
@@ -12590,22 +12596,38 @@ class Bookings:
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
 
+    def keep_for_undo(self, deal: Deal, had: list[Hold], now: float) -> None:
+        """Holds for a while what a change has given back, so that it can be taken back.
+
+        Args:
+          deal: what takes it back
+          had: what the reservation held before it was changed
+        """
+        until = min(int(now + self.service.undo_for), last_of(deal))
+        gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
+        self.write_proposal(deal, until, gave, now, {})
+
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(growth, now)
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
-                    named=deal.named, user=self.service.actor.user, code=deal.code,
-                    asked=json.dumps(asked), wish=stored_wish(wish), until=until,
-                    shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, growth)
+        self.write_proposal(deal, until, growth, now, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
+
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
+                       shown: dict) -> None:
+        # it fits: the deed had that, and at each instant what was or what will be is held
+        take(holds, now)
+        old = deal.old
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
+                    named=deal.named, user=self.service.actor.user, code=deal.code,
+                    asked=json.dumps(sorted(deal.asked)), wish=stored_wish(deal.wish),
+                    until=until, shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, holds)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -13098,7 +13120,7 @@ class Admission:
         self.bookings.drop_proposals(old.reservation,
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
-        self.bookings.commit(deal._replace(code='granted'), now)
+        self.bookings.commit(deal._replace(code=UNDO if deal.code == UNDO else 'granted'), now)
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
@@ -13212,9 +13234,12 @@ class Waiting:
             why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.look.together(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
+        for each in rows('SELECT DISTINCT reservation_id AS reservation, code FROM proposal '
                          'WHERE until <= ?', int(now)):
-            self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
+            if each.code == UNDO:
+                self.bookings.drop_proposals(each.reservation, code=UNDO)
+            else:
+                self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
         return more
 
     def admit_in_order(self, now: float) -> bool:
@@ -13467,6 +13492,11 @@ class Operations(Service):
 # it is dropped.
 
 
+TOO_LATE = 'It is too late to undo this. It is done already.'
+#: What waits for the word of an admin, beside what is pending itself.
+PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
+
+
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
@@ -13528,6 +13558,26 @@ class Approvals(Operations):
                 self.waiting.leave_as_it_was(each.reservation, now, f'the change was {why}')
             return self.told_parts(label, parts)
 
+    def take_back(self, ids: list[int]) -> list[str]:
+        """Undoes changes for which what they gave back is still held; the labels of what they
+        changed.
+        """
+        def deed(now: float) -> list[str]:
+            labels = []
+            for id in ids:
+                found = row('SELECT * FROM proposal WHERE id = ? AND code = ? AND user = ? '
+                            'AND until > ?', id, UNDO, self.actor.user, now)
+                if not found:
+                    raise Conflict(TOO_LATE)
+                old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                with self.offers.explaining(wish, old):
+                    self.admission.grant(found, now)
+                asked = dict.fromkeys(json.loads(found.asked))
+                self.tell_change(old, wish, asked, [], 'updated', now)
+                labels.append(old.label)
+            return labels
+        return self.carry_out(deed)
+
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
         self.bookings.commit(Deal('granted', self.wishes.carried_on(found), [], found,
@@ -13543,7 +13593,7 @@ class Approvals(Operations):
                  or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
-            'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
+            f'{PROPOSED} AND reservation_id = ? ORDER BY id', each.reservation)]
         if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals
@@ -13551,7 +13601,7 @@ class Approvals(Operations):
     def awaiting_approval(self) -> list[dict]:
         """What is pending, or of which a change is; as answers show it."""
         waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
-                 'UNION SELECT reservation_id FROM proposal')
+                 f"UNION SELECT reservation_id FROM ({PROPOSED}) p")
         return [public(each) for each in self.look.search(
             [*self.look.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None),
              (NEXT_OF_ITS, None)], limit=1000)]
@@ -14205,7 +14255,8 @@ class Requests(Operations):
         def deal(wish: Wish, *otherwise: str) -> Deal:
             return self.admission.edit(old, wish, {*asked, *otherwise}, now, code, named, only)
         wanted = deal(wish)
-        done = wanted.same
+        done, undoes = wanted.same, self.undo_for and not (wish.stretches or rehearsal.on)
+        had = self.bookings.holds(old.reservation) if undoes else []
         if not self.admission.is_as_before(wanted):
             with self.offers.explaining(wish, old, lambda *other: self.bookings.commit(
                     deal(*other), now)):
@@ -14213,6 +14264,12 @@ class Requests(Operations):
             done = made.done if made else []
             if made:
                 self.tell_change(old, wish, asked, done, code, now)
+            if made and undoes:
+                back = self.wishes.carried_on(old)._replace(
+                    resource=resource_of(old.resource_id), on_conflict=old.on_conflict,
+                    stretches=[])
+                self.bookings.keep_for_undo(wanted._replace(
+                    code=UNDO, wish=back, old=self.look.occurrence(old.id)), had, now)
         return self.admission.answer(old.reservation, done, wish, old.id if only else None)
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -23465,8 +23522,8 @@ class="off">Account</span></summary><div class="menu card"><p class="small soft"
 {{!body}}
 % if note:
 <div class="toast" role="status"><span>{{note['words']}}</span>
-% if note.get('undo'):
-{{!post(*note['undo'])}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
+% if note['undo']:
+{{!post('/undo', {'act': note['undo'], 'next': note['next']})}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
 % end
 </div>
 % end
@@ -24649,6 +24706,9 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
+CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project FROM proposal p
+  JOIN reservation r ON r.id = p.reservation_id
+  WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -24800,20 +24860,18 @@ class Visit:
         body = self.render('refused', words=sentence(str(error)), back=back, again=again)
         return self.page('Refused', body, error.status)
 
-    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
+    def onward(self, href: str, words: str = '', undo: tuple[str, float] = ('', 0)):
         """Leads on after a form, so that loading again does not send it again.
 
         Args:
           words: what was done, for the next page to say
-          undo: the form that takes it back
+          undo: what takes it back, and for how many seconds
         """
         made = answered('', 303, {'Location': href})
         if words:
-            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
-            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
-                     for each in (undo, None)]
-            note = notes[0] if len(notes[0]) < 3900 else notes[1]
-            self.set_cookie(made, 'note', note, 60)
+            note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
+            self.set_cookie(made, 'note', quote(self.pages.signed('note', json.dumps(note)),
+                                                safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -24948,7 +25006,7 @@ class Visit:
                     f'<span class="off"> {about}</span></a> ')
         if name == 'undo':
             onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
+            return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
                 '<button class="tiny">Undo</button></form>')
         words, _, typed, bad = ACTS[name]
         occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
@@ -24985,13 +25043,13 @@ class Visit:
 
     def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
+        asks = ['undo'] * bool(found.get('undo'))
         if not self.writes or found.get('leaves'):
-            return ['undo'] * bool(found.get('leaves'))
-        asks = []
+            return asks
         if (found['state'] == 'pending' or 'change' in found) and not only:
             held = self.service.look.occurrence(found['id'])
-            asks = (['accept'] if held.confirm else ['approve', 'reject']
-                    if self.actor.role == ADMIN else [])
+            asks += (['accept'] if held.confirm else ['approve', 'reject']
+                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
         return [*asks, *(each for each in can if not only or each in only)]
@@ -24999,23 +25057,38 @@ class Visit:
     # What can be taken back for a while
 
     @functools.cached_property
-    def put_off(self) -> list[tuple[str, str, str, int]]:
-        """What is done soon, unless somebody takes it back: its name, a label, a project, an
-        occurrence or 0.
+    def undoable(self) -> list[tuple]:
+        """What can be taken back: a label, a project, an occurrence or 0; by what, for who did it;
+        and whether it is as good as cancelled.
         """
-        found = ((each.name, json.loads(each.value.partition(' ')[2]))
-                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
-        return [(name, *about) for name, said in found for about in said['about']]
+        me, now = [self.actor.user, self.actor.project], self.service.clock()
+        later = [(each.name, json.loads(each.value.partition(' ')[2]))
+                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
+        changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+        return [(*about, name * (said['by'][:2] == me), True)
+                for name, said in later for about in said['about']] + [
+            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]), False)
+            for each in reversed(changed)]
 
-    def leaves(self, label: str, project: str, id: int) -> str:
-        """What cancels an occurrence in a moment; '' if nothing does."""
-        return next((name for name, *about, which in self.put_off
-                     if about == [label, project] and which in (0, id)), '')
+    def way_back(self, answer: dict) -> tuple[str, float]:
+        """What takes back what has just been changed, and for how many seconds."""
+        now, parts = self.service.clock(), answer.get('parts', [answer])
+        labels = {(each['label'], each['project']) for each in parts}
+        made = {each.label: each for each in rows(
+            CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+            if each.user == self.actor.user and (each.label, each.project) in labels}
+        ids = ','.join(f'{each.id}' for each in made.values())
+        return ids, min((each.until for each in made.values()), default=now) - now
+
+    def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
+        """What takes back what was done to an occurrence, and whether that cancels it."""
+        return next(((name, gone) for *about, which, name, gone in self.undoable
+                     if about == [label, project] and which in (0, id)), ('', False))
 
     def as_left(self, line: dict) -> dict:
         """A line of a table as it will be when what is under way is done."""
-        name = self.leaves(line['label'], line['project'], line['id'])
-        return line | {'state': 'cancelled', 'leaves': name} if name else line
+        undo, gone = self.leaves(line['label'], line['project'], line['id'])
+        return line | {'undo': undo, 'leaves': gone} | ({'state': 'cancelled'} if gone else {})
 
 
 class CloudNames:
@@ -25191,7 +25264,7 @@ class Pages:
         except Invalid:
             zone = config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.wanted = while_there(request.environ)
+        service.wanted, service.undo_for = while_there(request.environ), config.undo_time
         # sentences speak in the person's zone
         service.config = dataclasses.replace(config, timezone=zone.key)
         return kind(self, service, actor, zone, self.sign('form', f'{found.id}' if found else ''))
@@ -25495,7 +25568,7 @@ class PlanPage(Visit):
 
     def not_leaving(self, found: list) -> list:
         """Those that nobody has cancelled a moment ago."""
-        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
+        return [each for each in found if not self.leaves(each.label, each.project, each.id)[1]]
 
     def cards(self, coming: list) -> list[tuple]:
         """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
@@ -25648,7 +25721,11 @@ class Lists(Visit):
     def occurrences(self, found: dict) -> str:
         """The next occurrences of a series, each with what can be done to it."""
         coming = found.get('occurrences', ())
-        lines = [self.as_left(found | each) for each in coming[:60]]
+        ids = {instant(each.start): each.id for each in rows(
+            'SELECT o.id, o.start FROM occurrence o JOIN occurrence one '
+            'ON one.reservation_id = o.reservation_id WHERE one.id = ? AND o."end" > ?',
+            found['id'], int(self.service.clock()))} if coming else {}
+        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
         columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
@@ -26226,7 +26303,8 @@ class BookForm(Visit):
         except Error as error:
             return self.changing(label, given, given, cannot_change(error, True), error.status)
         words = f"'{answer['label']}' is changed"
-        return self.onward(self.href(answer['label'], answer['project']), words)
+        return self.onward(self.href(answer['label'], answer['project']), words,
+                           self.way_back(answer))
 
 
 def cannot_change(error: Error, focus: bool) -> Verdict:
@@ -26289,7 +26367,7 @@ class Admin(Visit):
         words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
-    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple | None]:
+    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple[str, float]]:
         """Does something to each of several: how many, why not others, what takes it back."""
         done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
         for each in asked:
@@ -26300,7 +26378,7 @@ class Admin(Visit):
             except Error as error:
                 refused.append(f"{each['label']}: {error}")
         undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
-                          ) if puts_off and done else None
+                          ) if puts_off and done else ('', 0)
         return len(done), refused, undo
 
     def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
@@ -26478,7 +26556,8 @@ class Admin(Visit):
         if checks:
             affects = [each | {'resource': answer['resource']} for each in answer['hit']]
             return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
-        words, undo = told_done(name, asked, answer), undo_of(name, said, answer)
+        words = told_done(name, asked, answer)
+        undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
         if puts_off:
             whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
             first = answer if isinstance(answer, dict) else answer[0]
@@ -26490,9 +26569,9 @@ class Admin(Visit):
                                                  secret=answer[secret.pop()]))
         return self.onward(onward, words, undo)
 
-    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, dict]:
-        """Lets the life cycle do something when it can't be taken back any more; the form that
-        takes it back.
+    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
+        """Lets the life cycle do something when it can't be taken back any more; what takes it
+        back, and for how many seconds.
         """
         name, me = f'later-{secrets.token_hex(8)}', self.actor
         with self.service.writing() as now:
@@ -26505,23 +26584,29 @@ class Admin(Visit):
                 what = ', '.join(sorted({ACTS[each].words.lower() for each, _ in calls}))
                 self.service.journal(now, 'updated', f'{me.user}: {what}. Undo is possible until '
                                      f'{until}', found.reservation)
-        return '/undo', {'act': name, 'next': '/list'}
+        return name, self.config.undo_time
 
     def undo(self, given: dict):
         """Takes back what was asked for a moment ago."""
         act = given.get('act', '')
+        labels = (self.service.take_back([*map(int, act.split(','))])
+                  if re.fullmatch('[0-9]{1,18}(,[0-9]{1,18}){0,99}', act) else self.call_off(act))
+        about = ', '.join(f"'{label}'" for label in labels)
+        return self.onward(local(given.get('next')), f'{about} stays as it was')
+
+    def call_off(self, act: str) -> list[str]:
+        """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ?', act)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
-                raise Conflict('It is too late to undo this. It is done already.')
+                raise Conflict(TOO_LATE)
             run('DELETE FROM fact WHERE name = ?', act)
             for label, project, _ in said['about']:
                 reservation = self.service.look.mine(label, project, live=False).reservation
                 self.service.journal(now, 'updated', f'{self.actor.user} has undone that',
                                      reservation)
-        about = ', '.join(f"'{label}'" for label, *_ in said['about'])
-        return self.onward(local(given.get('next')), f'{about} stays as it was')
+        return [label for label, *_ in said['about']]
 
     def running(self, said: dict) -> bool:
         """Whether VMs run that a form would delete."""
@@ -26586,20 +26671,6 @@ def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
     return zone | {name: value for name, value in said.items()
                    if value != '' and not name.startswith('was_')
                    and said.get(f'was_{name}') != value}
-
-
-def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
-    """What takes back at once what a form has done, if anything does."""
-    kept = {key: said[key] for key in ('label', 'project', 'occurrence') if said.get(key)}
-    if name == 'skip' and not said.get('undo'):
-        return '/do/skip', kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
-    if name == 'update' and said.get('was_start') and said.get('was_end'):
-        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
-        return '/do/update', kept | moved | {'start': said['was_start'], 'end': said['was_end']}
-    if name == 'extend' and 'parts' not in answer:
-        before = answer['end'] - parse_duration(said['by'])
-        return '/do/update', kept | {'end': to_plain(before)}
-    return None
 
 
 def told_done(name: str, said: dict, answer) -> str:
