@@ -22839,7 +22839,8 @@ footer [name=zone] { width: 14rem; min-height: 28px }
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
-.between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
+.between { justify-content: space-between } .between > .chips { flex: 1 1 0 }
+.grow { flex: 1 1 auto; min-width: 0 }
 .cols > * { min-width: 0 }
 .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
   align-items: start }
@@ -22862,7 +22863,7 @@ textarea { min-height: 64px; resize: vertical }
 label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
   margin-bottom: 4px }
 .seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
-  max-width: 100%; background: var(--card) }
+  white-space: nowrap; max-width: 100%; background: var(--card) }
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
@@ -22883,6 +22884,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
   font-weight: 600 }
 .fields { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
+.roomy { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
 .fields > .all { grid-column: 1 / -1 }
 form.deed { display: inline-flex; gap: 4px; vertical-align: middle }
 form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
@@ -22998,11 +23000,11 @@ tbody tr:hover > td { background: var(--sunk) } tr.on > td { background: var(--w
 td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-block;
   padding: 4px 0 } .pick { width: 44px }
 .sel { position: sticky; bottom: 8px; z-index: 4; margin-top: 12px; padding: 8px 16px }
-.sel input[name=reason] { flex: 1; min-width: 10rem; width: auto }
+.sel label { flex: 1 1 16rem } .of { white-space: nowrap } .deeds { gap: 4px 8px }
 .find { max-width: 22rem; flex: 1 }
 .heat { table-layout: fixed; min-width: 840px }
 .heat td, .heat th { padding: 1px; border: 0; height: 30px; text-align: center; font-size: 11px }
-.heat th:first-child { width: 120px; text-align: left; font-size: var(--t2) }
+.heat th:first-child { width: 132px; padding-left: 12px; text-align: left; font-size: var(--t2) }
 .heat td span { display: grid; place-items: center; height: 28px; border-radius: 3px }
 .heat .h4, .heat .h5 { color: var(--card) }
 /* book */
@@ -23013,7 +23015,8 @@ td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-bl
 .said .no { background: var(--amber-wash) }
 fieldset { border: 0; border-top: 1px solid var(--line); padding: 12px 0 16px; min-width: 0;
   margin-top: 16px }
-fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 650; padding: 0 }
+fieldset:first-of-type { border-top: 0; margin-top: 0 }
+legend { font-weight: 650; padding: 0 8px 0 0 }
 .pickers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 8px }
 .opt { display: flex; gap: 10px; padding: 10px 12px; border: 1px solid var(--edge);
   border-radius: 8px; cursor: pointer } .opt > span { margin: 0; color: var(--text) }
@@ -23038,7 +23041,8 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
 .track { width: 100%; height: 84px }
 .track text { font-size: 12px; fill: var(--soft) }
 .track .run { fill: var(--sunk); stroke: var(--edge) } .track .done { fill: var(--green) }
-.log li { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
+.log { margin-top: 8px }
+.log li { display: grid; grid-template-columns: 8.75rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
   font-size: var(--t2) }
 .toast { position: fixed; z-index: 8; left: 50%; bottom: 24px; transform: translateX(-50%);
   display: flex; gap: 16px; align-items: center; width: max-content;
@@ -23091,8 +23095,10 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
   .flat tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 8px 12px;
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
-  .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty, .flat [data-name=change]::before { display: none }
+  .flat td[data-head]::before { content: attr(data-head) ' '; color: var(--soft);
+    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] { flex: 1 }
+  .flat td:is([data-name=label], [data-name=state], [data-name=change])::before { content: none }
+  .seg { flex-wrap: wrap }
   .pick input { width: 24px; height: 24px }
 }
 @media print {
@@ -23503,7 +23509,7 @@ TEMPLATES = {'layout': '''<!doctype html>
 % user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
-<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
+<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="true"', name == part)}}>
 {{!sign(name.lower())}}{{name}}</a>
 % end
 </nav>
@@ -23523,7 +23529,8 @@ class="off">Account</span></summary><div class="menu card"><p class="small soft"
 % if note:
 <div class="toast" role="status"><span>{{note['words']}}</span>
 % if note['undo']:
-{{!post('/undo', {'act': note['undo'], 'next': note['next']})}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
+{{!post('/undo', {'act': note['undo'], 'next': note['next']})}}<button>Undo
+<span class="left">{{note['left']}}</span></button></form>
 % end
 </div>
 % end
@@ -23579,8 +23586,8 @@ Continue</a></p></html>
 ''', 'refused': '''
 {{!alert(words)}}<p class="gap">{{!again}}</p><p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
-{{f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
+<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{
+f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
 {{!many('<p><strong>{}</strong></p>', zip(warnings))}}
 {{!post(f'/do/{operation}', fields | {'sure': 'yes'}, 'line')}}
 <button class="bad">Yes, {{words.lower()}}</button>
@@ -23764,9 +23771,9 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-{{!when(PICK, picks, pick)}}
+{{!when(PICK, picks, pick, mark('checked', f'{picks}{pick}' in picked))}}
 % for head, cell in zip(heads, cells):
-<td data-name="{{head[0]}}">{{!cell}}</td>
+<td data-name="{{head[0]}}" data-head="{{head[1].partition(' (')[0]}}">{{!cell}}</td>
 % end
 </tr>
 % end
@@ -23867,8 +23874,9 @@ href="{{href}}">Use<span class="off"> {{words}}</span></a></div>
 <div class="verdict" role="status">{{!verdict}}</div>
 <a href="/book?{{urlencode(times)}}">More options</a></form>
 ''', 'reservation': '''
-<p class="line between gap"><a href="/list">Reservations</a>
-{{!when('<a class="btn" href="{}">Change</a>', change)}}</p>
+<p class="small"><a href="/list">Reservations</a></p>
+<div class="line between"><h1>{{label}}</h1>
+{{!when('<a class="btn" href="{}">Change</a>', change)}}</div>
 <p id="told" class="off" role="status"></p>
 <div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
 {{!share}}
@@ -23924,7 +23932,7 @@ there.</p>
 height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
 {{!many('<text x="{}%" text-anchor="{}" y="{}">{}</text>', track[2])}}</svg>
 % end
-<p class="line gap">{{!acts}}</p>
+<div class="line deeds gap">{{!acts}}</div>
 <div class="cols gap"><div class="stack">
 % if vms:
 <section><div class="line between"><h2>VMs</h2>
@@ -23945,10 +23953,11 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 % end
 </nav>{{!body}}
 ''', 'decide': '''
-<section class="gap"><h2>Waiting for your approval</h2>{{!post('/admin/decide')}}{{!alert(refusal)}}
+<section class="gap"><h2>Waiting for your approval</h2>
+{{!post('/admin/decide', kind='stack')}}{{!alert(refusal)}}
 {{!table}}
 % if some:
-<div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
+<div class="sel card line"><span><b class="count">{{picked}}</b> selected</span><label><span
 class="off">Reason</span><input name="reason" value="{{reason}}"
 placeholder="Reason, sent to the owners (needed to reject)"></label>
 <button class="main" name="do" value="approve">Approve</button>
@@ -23957,7 +23966,10 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 </form></section>
 ''', 'form': '''
 <details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
-{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields">{{!fields}}</div>
+{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields roomy">{{!fields}}</div>
+% if rare:
+<details><summary>More options</summary><div class="fields roomy gap">{{!rare}}</div></details>
+% end
 <p class="line"><button class="main">{{title}}</button>
 {{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
 <p class="small soft">{{note}}</p></form></details>
@@ -23997,6 +24009,8 @@ a token</p>
 '''}
 
 
+#: The part of the page to which addresses belong, by how they begin.
+PARTS = {'/': 'Plan', '/li': 'Reservations', '/r/': 'Reservations', '/bo': 'Book', '/ad': 'Admin'}
 LOOK = hashed(STYLE + SCRIPT)[:12]
 
 
@@ -24028,15 +24042,21 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'resource_add': Act('Add a resource', 'is added'),
         'resource_update': Act('Change a resource', 'is changed'),
         'maintenance_add': Act('Plan a maintenance', 'is planned'),
+        'resource_sync': Act('Read resources from a cloud', 'is read'),
+        'resource_capacity': Act('Change a capacity for a while', 'is changed'),
+        'user_end': Act('End all access of a person', 'has no access any more', bad=True),
+        'credential_add': Act('Let VMs be yours', 'is kept'),
+        'credential_delete': Act('Delete', 'is deleted', bad=True),
+        'end': Act('End now', 'ends now', bad=True),
         'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
         'calendar_feed': Act('Make an address', 'is made')}
-ASKED_TWICE = ('resource_delete', 'token_revoke')  # and what deletes VMs that run
+ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
 PUT_OFF = ('delete', 'skip', 'reject')  # done only when it can't be taken back any more
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin
 #: says.
 ACTS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
            'reserved': ('extend', 'skip', 'delete'),
-           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
+           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'end', 'delete'))}
 RUNNING = ('starting', 'active', 'degraded')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What becomes of VMs at the end.
@@ -24045,14 +24065,22 @@ ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
               'people': 'People'}
 #: The forms of operators: the page of each, and its fields in the order in which people think.
-FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram classes '
-                          'mode approval'),
-         'resource_update': ('/admin/resources', 'name vms vcpus ram classes mode min_free_time '
-                             'approval no_show default_image default_flavor default_vms'),
-         'maintenance_add': ('/admin/maintenance', 'resource start end reason affected'),
+FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram mode '
+                          'approval | cell classes min_free_time no_show lock default_image '
+                          'default_flavor default_vms'),
+         'resource_update': ('/admin/resources', 'rename vms vcpus ram mode approval force | cell '
+                             'cloud region aggregate classes min_free_time no_show lock '
+                             'default_image default_flavor default_vms'),
+         'resource_sync': ('/admin/resources', 'cloud aggregates mode | min_free_time '
+                           'reservable_hosts flavors force'),
+         'maintenance_add': ('/admin/maintenance', 'resource start end affected reason'),
+         'resource_capacity': ('/admin/maintenance', 'name start end vms vcpus ram affected reason '
+                               '| classes'),
          'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
-                       'min_notice max_vcpu_hours max_waiting exempt_within'),
-         'token_add': ('/admin/people', 'user project role purpose lasts scopes resource')}
+                       'min_notice max_vcpu_hours | max_waiting exempt_within lock'),
+         'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
+         'user_end': ('/admin/people', 'user project'),
+         'credential_add': ('/tokens', 'cloud application secret | trust')}
 #: Where else the button of an act of operators leads back to.
 ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
              'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
@@ -24069,27 +24097,38 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'host': 'Whole host', 'affinity': 'Hosts of its VMs',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
-         'accept_within': 'Time to accept what became free'}
+         'accept_within': 'Time to accept what became free', 'classes': 'Other classes, each VM',
+         'part': 'Several resources at once', 'user': 'User', 'following': 'Which occurrences',
+         'force': 'Even if reservations no longer fit', 'no_show': 'Cancel if unused for',
+         'lock': 'Locked before its start for', 'approval': 'An admin must approve within',
+         'default_vms': 'Default VMs', 'late_worst': 'Latest VM (s)', 'lasts': 'Good for'}
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
-         'until': '23 feb', 'skip_dates': '22 dec, 29 dec', 'lead': '10m',
+         'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2, cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
-INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules'}
-ATTRIBUTES = {'text': ' autocomplete="off"', 'password': ' type="password" '
+INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
+HINTS_OF = {'span': '2 hours, 3 days'}
+ATTRIBUTES = {**dict.fromkeys(('text', 'span'), ' autocomplete="off"'),
+              'secret': ' type="password" autocomplete="off"', 'password': ' type="password" '
               'autocomplete="current-password" required', 'rules': ' list="rules"',
               'number': ' type="number" min="1" max="1000000"'}
 #: The words of which an argument is one, as people read them.
 CHOICE_WORDS = {
-    'at_end': {'': 'as usual: delete the VMs', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
+    'at_end': {'': 'delete (usual)', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
                'shelve': 'shelve the VMs', 'snapshot': 'save an image of each, then delete'},
     'personal': {'': 'the project', 'true': 'only the owner', 'false': 'the project'},
     'affinity': {'': 'any hosts', APART: 'each on a host of its own', TOGETHER: 'all on one host'},
     'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
     'scopes': dict.fromkeys(('', *SCOPES)),
+    'role': {'': 'user', 'reader': 'reader: only looks', 'admin': 'admin'},
+    'affected': {'': 'stay; their owners are told', 'move': 'are moved', 'cancel': 'are cancelled'},
+    'force': {'': 'no', 'true': 'yes, and cancel nothing'},
+    'following': {'': 'only this one', 'true': 'this one and all later ones'},
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
-       if name not in ('affinity', 'at_end')}}
+       if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
@@ -24099,13 +24138,14 @@ FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'S
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
-FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
+FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host affinity holidays')
+             'personal host affinity holidays classes part')
+FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
-           f'lead notify invite description {BOOK_MORE} wait').split()
+           f'lead notify invite description {BOOK_MORE}{FOR_OTHERS} wait').split()
 
 
 def render_page(template: str, /, **values) -> str:
@@ -24208,19 +24248,21 @@ def head_of(name: str) -> str:
 def offer_of(place) -> str:
     """A resource with how much it has."""
     limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
+    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
                                      for name, n in limits.items())])
 
 
 def sentence(text: str) -> str:
     """A text as a sentence: with a capital letter and a full stop."""
-    text = text[:1].upper() + text[1:]
+    name, colon, rest = text.partition(': ')
+    text = f'{head_of(name)}: {rest}' if colon and name.isidentifier() else (
+        text[:1].upper() + text[1:])
     return text if not text or text[-1] in '.!?' else f'{text}.'
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
 PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
-        'aria-label="Select {1}"></td>')
+        'aria-label="Select {1}"{2}></td>')
 NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
@@ -24587,7 +24629,7 @@ class Drawing:
         most, unit = caps[now.unit] if caps else ('', '')
         return SimpleNamespace(
             name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · needs approval' * bool(use.place.approval),
+            holds=(names or 'no limit') + ' · approval' * bool(use.place.approval),
             now=f'{now.free} of {most}' if caps else now.free,
             unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
             summary=f'at least {least} free at any time' if caps else 'nothing limits it',
@@ -24851,7 +24893,8 @@ class Visit:
         """The text of a whole page."""
         unread = len(self.told_of(self.seen)) if self.actor else 0
         return self.render('layout', title=title, body=body, note=note, here=here, back=back,
-                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
+                           headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
+                           unread=unread)
 
     def refusal(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
@@ -24906,13 +24949,15 @@ class Visit:
     # Tables
 
     def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '') -> str:
+              empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
         """A table that a click on a head sorts.
 
         Args:
           given: the arguments of the page; `sort` is a column, with a minus the other way round
           picks: what comes before the key of a line in the name of the box that selects it
+          picked: the names of the boxes that are ticked
         """
+        columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
         if not lines:
             return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
         sort = (given or {}).get('sort', '')
@@ -24924,7 +24969,7 @@ class Visit:
         cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
                  for line in lines]
         return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks)
+                           lines=cells, picks=picks, picked=picked)
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -24946,13 +24991,14 @@ class Visit:
             return f'<div>{state(value)}{cut_short(more)}</div>'
         if key == 'label' and 'project' in line:
             user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
-            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+            of = (f'<br><span class="soft small of"><bdi>{in_html(user)}</bdi> in '
                   f'<bdi>{in_html(project)}</bdi></span>'
                   if self.actor.role == ADMIN and 'user' in line else '')
             href = in_html(self.href(value, line['project'], line.get('which')))
             return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
         if key == 'change' and 'acts' in line:
-            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
+            acts = ''.join(self.act(each, line) for each in line['acts'])
+            return f'<div class="line deeds">{acts}</div>' if acts else ''
         if key == 'log_in':
             return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
                            f'{copy(each, f"Copy {each}")}</span>' for each in value)
@@ -24976,18 +25022,19 @@ class Visit:
         """
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
-        if name == 'resource':
+        if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
             choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
                                                    for each in self.places()]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
             choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
-        if choices and value not in [each for each, _ in choices]:
+        if choices and value and value not in [each for each, _ in choices]:
             choices = [*choices, (value, value)]
-        kind = INPUT_KINDS.get(parameter.annotation, 'text')
-        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
-                     choices=choices, needed=needed, **more)
+        kind = 'secret' if name == 'secret' else INPUT_KINDS.get(parameter.annotation, 'text')
+        hint = HINTS.get(name) or HINTS_OF.get(kind, '')
+        return field(name, words or head_of(name), value, kind, hint, choices=choices,
+                     needed=needed, **more)
 
     # What can be done
 
@@ -25052,6 +25099,8 @@ class Visit:
                      if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
+        if found.get('at_end') in ('', None, 'delete') or 'servers' not in found:
+            can = [each for each in can if each != 'end']  # then that is to cancel it
         return [*asks, *(each for each in can if not only or each in only)]
 
     # What can be taken back for a while
@@ -25285,7 +25334,8 @@ class Pages:
             request, given = bottle.request, {}
             visit = self.visit(request, kind)
             try:
-                given = read_form(request) if request.method == 'POST' else read_query(request)
+                given = read_query(request) | (
+                    read_form(request) if request.method == 'POST' else {})
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -25678,8 +25728,9 @@ class Lists(Visit):
         href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
         changes = found['state'] not in (*OVER, 'ending') and self.writes
         return self.page(label, self.render(
-            'reservation', live=live, href=f'{href}/live{query}', share=self.share_form(found),
-            change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
+            'reservation', label=label, live=live, href=f'{href}/live{query}',
+            share=self.share_form(found), tag=hashed(live)[:20],
+            change=f'{href}/change{query}' if changes else ''), headed=False)
 
     def live(self, label: str, given: dict):
         """What is live of a reservation's page, if it is another than the browser has."""
@@ -25866,7 +25917,7 @@ USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every
 CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
                           'notify', 'invite', 'lead', 'description'))
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
-OF_ONE = 'resource', 'start', 'end', 'vms'
+OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
 
 class BookForm(Visit):
@@ -25890,7 +25941,8 @@ class BookForm(Visit):
 
     def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **more):
         """The page with the form of a new one."""
-        return self.page('Book', self.form(said, verdict, BOOK_MORE, action='/book',
+        return self.page('Book', self.form(said, verdict, BOOK_MORE + FOR_OTHERS * (
+            self.actor.role == ADMIN), action='/book',
                          check='/book/check', line=self.render(
                              'line', typed=typed, example=EXAMPLES[0]), **more), status)
 
@@ -25908,7 +25960,8 @@ class BookForm(Visit):
 
         def fields(of: str) -> str:
             return ''.join(self.field(each, said, names, was) for each in of.split()
-                           if each in (only or known) and (was is None or each != 'label'))
+                           if (each in only if only else each in known and each != 'following')
+                           and (was is None or each != 'label'))
         groups = {name: fields(those) for name, those in FIELDSETS.items()}
         groups = {name: f'<div class="fields">{inside}</div>' for name, inside in groups.items()
                   if inside}
@@ -26056,8 +26109,10 @@ class BookForm(Visit):
         given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
         if said.get('what') == 'hold':
             given.pop('image', None)
-        elif said.get('what') and not given.get('image') and not given.get('server'):
+        elif said.get('what') and not any(given.get(each) for each in ('image', 'server', 'part')):
             raise Invalid(CHOOSE)
+        if given.get('part'):
+            given.pop('resource', None)  # the parts name theirs
         if given.get('skip_dates'):
             given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
         return bind(API['add'], given | {'tz': self.zone.key}, self.here)
@@ -26227,8 +26282,7 @@ class BookForm(Visit):
         query = urlencode({name: given[name] for name in ('project', 'occurrence')
                            if given.get(name)})
         href = f'/r/{quote(label)}/change'
-        more = BOOK_MORE.replace('accept_within ', '') + ' user reason' * (
-            self.actor.role == ADMIN)
+        more = BOOK_MORE + ' user reason' * (self.actor.role == ADMIN)
         return self.page(f'Change {label}', self.form(
             was | said, verdict, more, was=was, only=only, line='', action=f'{href}?{query}',
             check=f'{href}/check?{query}'), status)
@@ -26255,7 +26309,7 @@ class BookForm(Visit):
         """Does what a form of changes says."""
         found, _ = self.to_change(label, given)
         before = self.stored_fields(found)
-        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'user', 'reason')
+        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'reason', 'following')
                 if name in given and given[name] != given.get(f'was_{name}', before.get(name))}
         if said.pop('what', '') == 'hold' and found['image']:
             said['image'] = ''
@@ -26342,9 +26396,12 @@ class Admin(Visit):
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
                    if not each.get('leaves')]
         columns = 'label resource vms start end description change'.split()
-        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ')
+        picked = [each for each in typed if each.startswith('pick ')]
+        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ',
+                           picked)
         waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
         return self.render('decide', table=table, some=pending, refusal=refusal,
+                           picked=len(picked),
                            reason=typed.get('reason', '')) + headed(
             'Waiting for capacity', self.table(
                 'Waiting', 'label resource vms start end change'.split(), waiting, {},
@@ -26395,7 +26452,8 @@ class Admin(Visit):
                                            .split(), affected, {}, 'It affects nobody.'))
         return headed('Maintenance', self.table(
             'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
-                'maintenance_add', typed, refusal) + affects
+                'maintenance_add', typed, refusal) + self.op_form(
+                    'resource_capacity', typed, refusal) + affects
 
     def resources(self, given: dict, typed: dict, refusal: str) -> str:
         """The resources, each with how to change it."""
@@ -26407,8 +26465,9 @@ class Admin(Visit):
         edits = found or typed.get('operation') == 'resource_update'
         return headed('Resources', self.table(
             'Resources', columns, lines, given, 'There is no resource yet.')) + (
-                self.op_form('resource_update', typed, refusal, found) if edits else '') + (
-                    self.op_form('resource_add', typed, refusal))
+                self.op_form('resource_update', typed, refusal, found) if edits else '') + ''.join(
+                    self.op_form(each, typed, refusal) for each in ('resource_add',
+                                                                    'resource_sync'))
 
     def use(self, given: dict, typed: dict, refusal: str) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
@@ -26460,7 +26519,7 @@ class Admin(Visit):
         tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
                   if not each['revoked']]
         limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
-        columns = f"id {FORMS['limit_add'][1]} change".split()
+        columns = f"id {FORMS['limit_add'][1]} change".replace('|', '').split()
         many = typed if typed.get('operation') == 'many' else {}
         fields = field('people', 'One person a line: the name, and a project if it is another',
                        many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
@@ -26471,10 +26530,10 @@ class Admin(Visit):
             self.op_form('token_add', typed, refusal),
             self.render('form', id='many', title='Make tokens for many people', more={},
                         action='/admin/people', refusal=refusal * bool(many), opened=many,
-                        fields=fields, previews=False, note='You get a CSV file with a link to '
-                        'sign in for each. It is made only now, so keep it safe.'),
+                        fields=fields, rare='', previews=False, note='You get a CSV file with a '
+                        'link to sign in for each. It is made only now, so keep it safe.'),
             headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
-            self.op_form('limit_add', typed, refusal)))
+            self.op_form('limit_add', typed, refusal), self.op_form('user_end', typed, refusal)))
 
     def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
@@ -26498,8 +26557,10 @@ class Admin(Visit):
                               error.status)
         return csv_answer(made, 'tokens.csv')
 
-    def tokens(self, given: dict):
-        """One's own tokens: what for, until when; made, renewed and revoked here."""
+    def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
+        """One's own tokens: what for, until when; made, renewed and revoked here. And on which
+        clouds VMs are one's own.
+        """
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
         own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
                for each in self.service.token_list()
@@ -26507,26 +26568,34 @@ class Admin(Visit):
         makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
                  'purpose': 'calendar program'}
         address = f'{self.pages.service.config.served}{DAV}/'
-        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + (
-            self.op_form('token_add', {}, '') if can else '') + self.render(
-                'programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD))
+        clouds = [each | {'acts': ['credential_delete'] * can}
+                  for each in self.service.credential_list()]
+        forms = [self.op_form(each, typed or {}, refusal) for each in
+                 ('token_add', *['credential_add'] * self.writes)] if can else []
+        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + ''.join(
+            forms) + self.table('Clouds on which VMs are yours',
+                                'id user cloud application trust added change'.split(), clouds) +
+            self.render('programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD),
+            status)
 
     # Forms that name an operation
 
     def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
         mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
-        was = {each: in_length(found[each]) if API[name].parameters[each].annotation is Span
-               else in_field(found[each]) for each in names.split() if each in (found or {})}
-        fields = ''.join(self.input(API[name], each, mine.get(each, was.get(each, '')),
-                                    was=was[each] if each in was and each != 'name' else None,
-                                    help=argument_help(API[name], each).replace('`', ''))
-                         for each in names.split())
-        back = page if self.actor.role == ADMIN else '/tokens'
+        now, operation = found and found | {'rename': found['name']} or {}, API[name]
+        was = {each: in_length(now[each]) if operation.parameters[each].annotation is Span
+               else in_field(now[each]) for each in names.split() if each in now}
+        fields, rare = (''.join(
+            self.input(operation, each, mine.get(each, was.get(each, '')), was=was.get(each),
+                       help=argument_help(operation, each).replace('`', ''))
+            for each in those.split()) for those in f'{names}|'.split('|')[:2])
+        about = {'name': found['name']} if found else {}
         return self.render(
             'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
-            more={'next': back, 'once': secrets.token_hex(8)}, opened=mine or found,
-            refusal=refusal * bool(mine), previews=name == 'maintenance_add')
+            rare=rare, opened=mine or found, refusal=refusal * bool(mine),
+            more=about | {'next': page if self.actor.role == ADMIN else '/tokens',
+                          'once': secrets.token_hex(8)}, previews='affected' in names)
 
     def do(self, name: str, given: dict):
         """Whatever a form asks for: an operation by its name, its fields read as those of REST
@@ -26538,9 +26607,9 @@ class Admin(Visit):
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         checks = given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
-        ends = name == 'delete' and not sure and self.running(said)
+        ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
-            return self.are_you_sure(operation, given, said, onward)
+            return self.are_you_sure(operation, given, said, onward, ends or '')
         asked = asked_by(operation, said, self)
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
@@ -26608,33 +26677,36 @@ class Admin(Visit):
                                      reservation)
         return [label for label, *_ in said['about']]
 
-    def running(self, said: dict) -> bool:
-        """Whether VMs run that a form would delete."""
+    def running(self, said: dict) -> str:
+        """The VMs that a form would end, in words; '' if none run."""
+        about = {name: said[name] for name in ('label', 'project', 'occurrence') if said.get(name)}
         try:
-            found = self.service.show(**bind(API['show'], {
-                name: said[name] for name in ('label', 'project', 'occurrence')
-                if said.get(name)}, self.here))
-            return 'servers' not in found or bool(found['servers'])
+            found = self.service.show(**bind(API['show'], about, self.here))
         except Error:  # the operation says why
-            return False
+            return ''
+        names = [each['name'] for part in found.get('parts', [found]) for each in part['servers']]
+        return names and f"{counted(len(names), 'VM')} running now: {', '.join(names[:20])}." or ''
 
-    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str):
-        """The question before what can't be undone, with what that would warn of."""
-        warnings = []
+    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str, ends: str):
+        """The question before what can't be undone, with what that ends and would warn of."""
+        warnings = [ends]
         if operation.name == 'delete':
             bound = bind(operation, asked_by(operation, said, self) | {'dry_run': True}, self.here)
-            warnings = [sentence(each) for line in self.service.delete(**bound)
-                        for each in line.get('warnings', ())]
+            warnings += [sentence(each) for line in self.service.delete(**bound)
+                         for each in line.get('warnings', ())]
+        about = next((said[each] for each in ('label', 'name', 'id', 'user') if said.get(each)), '')
         return self.page('Are you sure?', self.render(
             'sure', operation=operation.name, fields=given, words=ACTS[operation.name].words,
-            warnings=warnings, about=said.get('label') or said.get('name') or said.get('id'),
-            which=said.get('occurrence'), back=back))
+            warnings=filter(None, warnings), about=about, which=said.get('occurrence'), back=back))
 
     def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and self.actor.role == ADMIN and FORMS[name][0] == back:
-            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2],
-                              said | {'operation': name}, sentence(str(error)), error.status)
+        typed, words = said | {'operation': name}, sentence(str(error))
+        if name in FORMS and back == '/tokens':
+            return self.tokens({}, typed, words, error.status)
+        if name in FORMS and FORMS[name][0] == back:
+            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2], typed, words,
+                              error.status)
         words, _, typed, bad = ACTS.get(name, Act(name, ''))
         if not typed or typed[0] not in said:
             raise error
@@ -26675,8 +26747,8 @@ def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
-    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user') if said.get(key)),
-                 '')
+    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user', 'cloud')
+                  if said.get(key)), '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     warned = [each for line in answer for each in line.get('warnings', ())

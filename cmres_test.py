@@ -17765,7 +17765,7 @@ def test_admins_look_after_everything_on_one_page(world):
         return form.submit(status='*')
     assert fill('resource_add', name='gpu', vms='4', approval='2d').status_int == 303
     refused = fill('resource_update', name='gpu', vms='many')
-    assert 'Vms: "many" is not a whole number' in refused.html.text
+    assert 'VMs: "many" is not a whole number' in refused.html.text
     assert form_of(refused, '/do/resource_update')['vms'].value == 'many'
     assert fill('maintenance_add', resource='gpu', start='2026-12-24T08:00', end='+2h', reason='disks').status_int == 303
     assert fill('limit_add', project='biology', max_vms='3').status_int == 303
@@ -17855,8 +17855,10 @@ def test_on_the_page_each_role_can_do_exactly_what_it_can_by_rest(world):
             continue
         if name == 'add':
             fields = {**fields, 'label': 'new'}
-        if name in ('token_add', 'resource_add', 'resource_update', 'maintenance_add', 'limit_add', 'update'):
-            fields = {**fields, **{'update': {'label': 'lab', 'project': 'biology', 'vms': '2'}, 'token_add': {'user': 'ada'}, 'resource_add': {'name': 'new'}, 'resource_update': {
+        if name in ('token_add', 'resource_add', 'resource_update', 'maintenance_add', 'limit_add', 'update', 'resource_capacity',
+                    'user_end'):
+            fields = {**fields, **{'resource_capacity': {'name': 'demo', 'start': '+1d', 'end': '+1h', 'vms': '20'}, 'user_end': {
+                'user': 'ann'}, 'update': {'label': 'lab', 'project': 'biology', 'vms': '2'}, 'token_add': {'user': 'ada'}, 'resource_add': {'name': 'new'}, 'resource_update': {
                 'name': 'gpu', 'vms': '9'}, 'maintenance_add': {'resource': 'demo', 'start': '+1d', 'end': '+1h'},
                 'limit_add': {'project': 'x', 'max_vms': '3'}}[name]}
         given = {field: value for field, value in fields.items() if value and field != 'once'} | {'dry_run': 'true'}
@@ -18564,6 +18566,22 @@ def test_undo_is_of_all_parts_of_a_request_and_of_the_occurrence_that_was_skippe
     undo_form(page).submit(status=303)
     let_undo_pass(world)
     assert [each['state'] for each in world.service.list('class')] == ['reserved'] * 4
+
+
+def test_the_form_of_one_occurrence_changes_that_one_or_also_those_after_it(world):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    visitor = as_visitor(world)
+    starts = lambda: [int((each['start'] - NOON).total_seconds() / 3600) for each in world.service.list('class')]  # noqa: E731
+    href = occurrence_page(visitor, 'class', 1).html.find('a', string='Change')['href']
+    form = form_of(visitor.get(href), href)
+    form['start'], form['end'] = 'Thu 3 Dec 2026, 1:00', '2:00'
+    form.submit(status=303)
+    assert starts() == [10, 37, 58, 82]
+    href = occurrence_page(visitor, 'class', 2).html.find('a', string='Change')['href']
+    form = form_of(visitor.get(href), href)
+    form['vms'], form['following'] = '2', 'true'
+    form.submit(status=303)
+    assert [each['vms'] for each in world.service.list('class')] == [1, 1, 2, 2]
 
 
 def test_what_looks_the_same_is_drawn_once():
