@@ -24097,16 +24097,16 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'host': 'Whole host', 'affinity': 'Hosts of its VMs',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
-         'accept_within': 'Time to accept what became free', 'classes': 'Other classes, each VM',
-         'part': 'Several resources at once', 'user': 'User', 'following': 'Which occurrences',
-         'force': 'Even if reservations no longer fit', 'no_show': 'Cancel if unused for',
-         'lock': 'Locked before its start for', 'approval': 'An admin must approve within',
+         'accept_within': 'Time to accept what became free', 'classes': 'Other classes',
+         'part': 'In parts', 'user': 'User', 'following': 'Which occurrences',
+         'force': 'If some no longer fit', 'no_show': 'Cancel if unused for',
+         'lock': 'Locked before start', 'approval': 'Approval within',
          'default_vms': 'Default VMs', 'late_worst': 'Latest VM (s)', 'lasts': 'Good for'}
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
          'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
-         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2, cpu:20', 'until': '23 feb',
+         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
 INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
@@ -24125,7 +24125,7 @@ CHOICE_WORDS = {
     'scopes': dict.fromkeys(('', *SCOPES)),
     'role': {'': 'user', 'reader': 'reader: only looks', 'admin': 'admin'},
     'affected': {'': 'stay; their owners are told', 'move': 'are moved', 'cancel': 'are cancelled'},
-    'force': {'': 'no', 'true': 'yes, and cancel nothing'},
+    'force': {'': 'refuse', 'true': 'change it anyway'},
     'following': {'': 'only this one', 'true': 'this one and all later ones'},
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
        if name not in ('affinity', 'at_end', 'affected')}}
@@ -25709,7 +25709,8 @@ class Lists(Visit):
             late = [max(server.ready - server.planned, 0) for server in own if server.ready]
             lines.append(each | {
                 'addresses': sum((json.loads(server.addresses) for server in own), []),
-                'late': ready_after(max(late)) if late else '', 'acts': self.acts(each)})
+                'late': ready_after(max(late)) if late else '',
+                'acts': [act for act in self.acts(each) if act != 'keep']})
         columns = 'label state resource vms start end addresses'.split()
         return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
 

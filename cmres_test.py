@@ -18944,7 +18944,7 @@ def test_in_a_browser_a_check_that_fails_leaves_no_old_verdict(world, browse):
     page = browse()
     signs_in(world, page, path='/book?resource=demo&what=hold&start=2027-01-05T09:00')
     page.get_by_label('From').fill('3026-12-05T09:00')
-    expect(page.locator('#verdict')).to_contain_text("Start: '3026-12-05T09:00' is not between the years 1970 and 2199")
+    expect(page.locator('#verdict')).to_contain_text("From: '3026-12-05T09:00' is not between the years 1970 and 2199")
 
 
 def test_in_a_browser_live_pages_leave_the_focus_where_it_is(world, browse):
