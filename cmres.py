@@ -23586,8 +23586,8 @@ Continue</a></p></html>
 ''', 'refused': '''
 {{!alert(words)}}<p class="gap">{{!again}}</p><p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{
-f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
+% told = f', the occurrence of {which[:16].replace("T", " ")}' if which else ''
+<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{told}}?</p>
 {{!many('<p><strong>{}</strong></p>', zip(warnings))}}
 {{!post(f'/do/{operation}', fields | {'sure': 'yes'}, 'line')}}
 <button class="bad">Yes, {{words.lower()}}</button>
@@ -23632,9 +23632,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 % end
 </section>
 % end
-<div class="bar-top"><a class="btn sq" href="{{way(at=before)}}" aria-label="Earlier">‹</a>
+% at, view, number = span.at(span.first), span.view, VIEWS.index(span.view)
+<div class="bar-top"><a class="btn sq" aria-label="Earlier"
+href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
-<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a><h1>{{span}}</h1>
+<a class="btn sq" href="{{way(at=span.at(span.after))}}" aria-label="Later">›</a><h1>{{span}}</h1>
 <div class="chips">{{!chip(way(at=at, mine=''), 'Everyone’s', not mine)}}
 {{!chip(way(at=at, mine='1'), 'Only mine', mine)}}</div>
 <div class="seg" role="group" aria-label="Time span">
@@ -23643,9 +23645,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
-% for id, words, drawn, key, to in zooms:
-<a class="btn sq" id="{{id}}" data-key="{{key}}" href="{{way(view=to, at=middle)}}"
-aria-label="{{words}}">{{drawn}}</a>
+% for way_on, key, to in (('out', '−', number - 1), ('in', '+', number + 1)):
+% if 0 <= to < len(VIEWS):
+<a class="btn sq" id="zoom-{{way_on}}" data-key="{{key.replace('−', '-')}}"
+href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</a>
+% end
 % end
 </span></div>
 <nav class="week card" aria-label="Days">
@@ -23660,7 +23664,9 @@ aria-label="{{words}}">{{drawn}}</a>
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
 {{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
 % for day in days:
-<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}"><rect
+<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
+% dx = 4 if view == 'month' else 8
+<rect
 x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
 width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
 y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
@@ -23669,7 +23675,7 @@ y="37">{{day.number}}</text></svg></a>
 % if now is not None and view != 'month':
 <svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
 width="38" height="16" rx="8"/><text class="now-t" y="41"
-text-anchor="middle">{{clock}}</text></svg>
+text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 % end
 </svg></div>
 % for name, those in groups:
@@ -23679,12 +23685,13 @@ text-anchor="middle">{{clock}}</text></svg>
 <p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
 % name = visit.writes and row.name
 {{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
-{{!visit.render('row', row=row, view=view, now=now, data=data)}}</div>
+{{!visit.render('row', row=row, line=span, now=now, snap=snap[view])}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
+% moved = ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end')
 {{!post('/do/update', dict.fromkeys(moved, '') | {'next': way(at=at)}, 'off', 'move')}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
@@ -23704,18 +23711,29 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 <use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
-{{!many('<rect class="h{}" x="{}" y="{}" width="18" height="{}"/>', ramp)}}</svg>full</li></ul>
-<p class="small">{{!many('<a href="{}">{}</a> ', others)}}{{!left_out}}</p>
+% for n in range(5):
+<rect class="h{{n + 1}}" x="{{18 * n}}" y="{{8 - 2 * n}}" width="18" height="{{4 + 2 * n}}"/>
+% end
+</svg>full</li></ul>
+<p class="small">
+{{!when('<a href="{1}">Resources before</a>', page, way(at=at, page=page - 1))}}
+{{!when('<a href="{1}">More resources</a>', more, way(at=at, page=page + 1))}}
+% if most:
+Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has them all.
+% end
+</p>
 ''', 'row': '''
 <svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
-data-resource="{{row.name}}" {{!data}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
+data-resource="{{row.name}}" data-first="{{line.first.isoformat(timespec='minutes')}}"
+data-length="{{line.length}}" data-thin="{{line.thin}}" data-snap="{{snap}}"
+{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
 data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
 {{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
-{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and view != 'month')}}
+{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and line.view != 'month')}}
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
 % for x, width, words in row.closed:
 <rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
-</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if view != 'month' else ''}}</text>
+</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if line.view != 'month' else ''}}</text>
 % end
 % if now is not None:
 <rect class="past" width="{{now}}%" height="{{row.height}}"/>
@@ -25541,28 +25559,30 @@ class PlanPage(Visit):
         if not places:
             return self.page('Plan', self.render('nothing'))
         view = given.get('view') if given.get('view') in VIEWS else 'week'
-        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
         number = given.get('page', '')
         page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
         kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
 
-        def href(**other) -> str:
+        def way(**other) -> str:
             chosen = {name: value for name, value in (kept | other).items() if value != ''}
             return f'/?{urlencode(chosen)}'
-        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
-            len(places) > (page + 1) * MOST_PLACES)
-        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
-        return self.page('Plan', body, headed=False)
+        first = page * MOST_PLACES
+        return self.page('Plan', self.drawn(
+            TimeLine(view, read_at(given.get('at')) or self.today, self.zone),
+            places[first:first + MOST_PLACES], way, kept['mine'], page=page,
+            more=len(places) > first + MOST_PLACES), headed=False)
 
-    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
-              others: list) -> str:
+    @property
+    def today(self) -> datetime:
+        """What clocks show now."""
+        return to_wall(self.here.now, self.zone)
+
+    def drawn(self, line: TimeLine, places: list, way: Callable[..., str], mine: str,
+              **values) -> str:
         """The plan of some resources."""
-        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
-        found = self.on_plan(places, line, mine)
-        coming = self.coming()
+        drawing, most, coming = Drawing(self, line, way), MOST_BARS[line.view], self.coming()
+        found, changes = self.on_plan(places, line, mine), self.service.maintenance_list()
         first = not coming and not found and self.writes and not self.service.over('', 1)
-        changes = self.service.maintenance_list()
         uses = [use_of(each, line, drawing.days, found[:most], changes,
                        self.here.now.timestamp()) for each in places]
         groups = defaultdict(list)
@@ -25570,32 +25590,17 @@ class PlanPage(Visit):
             name = each.place.cloud or 'no cloud', each.place.region
             hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
             groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
-        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
-        inside = line.first <= today < line.after
-        middle = today if inside else line.first + (line.after - line.first) / 2
-        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
-                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
-                 if 0 <= each[-1] < len(VIEWS)]
-        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
-                'thin': line.thin, 'snap': SNAPS[line.view],
-                **({'writes': ''} if self.writes else {})}
+        inside = line.first <= self.today < line.after
+        middle = self.today if inside else line.first + (line.after - line.first) / 2
         return self.render(
-            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
-            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
-            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
-            before=line.at(line.first - (line.after - line.first)), view=line.view,
-            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
-            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
-            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
-            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
-            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
-            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
+            'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
+            line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
+            middle=f'{middle:%Y-%m-%dT%H}', days=drawing.with_shares(uses), groups=groups.items(),
+            grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
+            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
             legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
                 'other', 'other people’s') for each in found),
-            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
-            others=[(href(at=line.at(line.first), page=number), words)
-                    for number, words in others],
-            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
+            most=most if len(found) > most else 0, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -25624,28 +25629,23 @@ class PlanPage(Visit):
         """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
         rest, an address.
         """
-        def starts(each) -> str:
-            at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} on {each.resource}"
-            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
-
-        def ends(each) -> str:
-            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
-            until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
-            return f'ends {until}, in {left}'
-
-        def up(each) -> str:
+        def told(head: str, each) -> tuple[str, str]:
             vms = counted(each.vms, 'VM')
-            return f'{each.up} of {each.vms} ready' if each.runs else vms
-
-        def when(each) -> str:
-            return self.brief(instant(each.start), instant(each.end))
-        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
-                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
-        firsts = [(*kind, next((each for each in coming if each.state in kind[1] and (
-            each.state != 'pending' or each.confirm)), None)) for kind in kinds]
-        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
-                for head, _, words, more, found in firsts if found]
+            if head == 'Running now':
+                until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
+                left = in_length(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
+                return (f'{each.up} of {each.vms} ready' if each.runs else vms,
+                        f'ends {until}, in {left}')
+            at = self.plain(instant(each.start - each.lead))[-5:]
+            return (self.brief(instant(each.start), instant(each.end)) if head == 'Next'
+                    else each.state,
+                    f'{vms} on {each.resource}' + f', {each.image} starts at {at}' * bool(each.image))
+        kinds = {'Running now': ('active', 'starting'), 'Next': ('reserved',),
+                 'Needs you': ('degraded', 'pending')}
+        firsts = [(head, next((each for each in coming if each.state in states and (
+            each.state != 'pending' or each.confirm)), None)) for head, states in kinds.items()]
+        return [(head, each.state, each.label, *told(head, each), self.href_of(each))
+                for head, each in firsts if each]
 
     def ask_line(self, typed: str = '') -> str:
         """The line in which people say what they want."""
@@ -25666,8 +25666,6 @@ class PlanPage(Visit):
 #: What people can type in one line.
 EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
             '1 vm tomorrow 9:00-11:00')
-MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
-                  'all.')
 
 
 class Lists(Visit):
