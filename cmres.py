@@ -22617,12 +22617,7 @@ FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines 
 
 
 class QuickLine:
-    """What a person has typed in one line, read into the fields of the form.
-
-    Args:
-      here: where and when it was typed
-      offered: the names that could be meant: of resources, images and flavors
-    """
+    """One line of what somebody wants, read into the fields of the form."""
 
     def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
         self.here, self.offered = here, offered
@@ -24033,17 +24028,11 @@ LOOK = hashed(STYLE + SCRIPT)[:12]
 
 
 class Act(NamedTuple):
-    """What a button does.
-
-    Args:
-      words, done: what it says, and what is said of it afterwards
-      field: what is typed beside it: the argument, and what stands there at first
-      bad: it takes something away
-    """
+    """What a button does."""
     words: str
-    done: str
-    field: tuple[str, str] | None = None
-    bad: bool = False
+    done: str  # what is said of it afterwards
+    field: tuple[str, str] | None = None  # typed beside it: the argument, what is there at first
+    bad: bool = False  # it takes something away
 
 
 ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
@@ -24457,9 +24446,7 @@ def spans_of(place, line: TimeLine, width: int) -> list[Level]:
 
 
 def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
-    """What is held from some minutes on, as levels; where nothing limits it, against the most
-    that is shown.
-    """
+    """What is held from some minutes on, as levels; without a limit against the most."""
     limits = {name: limit for name, limit in most.items() if limit is not None}
     highest = max((held.vms for _, held in found), default=0)
     levels, last = [], 0
@@ -24492,9 +24479,7 @@ def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level,
 
 
 def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
-    """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
-    width, y, height, level.
-    """
+    """The levels as shapes, as high and dark as it is full: x, width, y, height, level."""
     shapes = []
     for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
@@ -24512,9 +24497,7 @@ def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
 
 
 def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool) -> list[tuple]:
-    """What is free, or used where nothing limits it, wherever there is space to say so: x, words,
-    class, y.
-    """
+    """What is free, or used without a limit, where there is space to say so: x, words, class, y."""
     if line.view == 'month':
         return [(line.x(each.at + 60), in_brief_figures(each.free),
                  f'm m{math.ceil(5 * each.share)}', 26) for each in levels if not each.closed]
@@ -24559,12 +24542,7 @@ class Spot(NamedTuple):
 
 
 def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
-    """Where bars of one lane could have a text, the best first; the last is without one.
-
-    Args:
-      boxes: where each is, and its width
-      texts: what could be said, the longest first
-    """
+    """Where bars of one lane could have one of some texts, the best first; the last has none."""
     (low, width), high = boxes[0], boxes[-1][0] + boxes[-1][1]
     space = width - SIGN - 2 * PAD if len(boxes) == 1 else 0
     inside = next((text for text in texts if text_width(text) <= space), '') or shortened(
@@ -24582,9 +24560,7 @@ def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
 
 
 def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | None]:
-    """Puts groups of boxes with their texts into lanes in which nothing touches anything: the
-    lane and spot of each, None where there is none.
-    """
+    """Puts boxes with texts into lanes where nothing touches: lane and spot of each, or None."""
     taken: list[float] = []
     for boxes, texts in groups:
         found = next(((lane, spot) for spot in spots(boxes, texts)
@@ -24598,9 +24574,7 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
 
 
 class Use(NamedTuple):
-    """What is drawn of a resource: itself, its limits, how full it is and is now, the
-    reservations and changes of its capacity.
-    """
+    """What is drawn of a resource."""
     place: Any
     limits: dict
     levels: list[Level]
@@ -24629,11 +24603,7 @@ class Drawing:
         self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
 
     def row(self, use: Use, hint: int) -> SimpleNamespace:
-        """All that stands in the row of a resource.
-
-        Args:
-          hint: where it says how to begin, in percent, if it does
-        """
+        """All that stands in the row of a resource; `hint`: where it says how to begin."""
         line, limits, month = self.line, use.limits, self.line.view == 'month'
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
         names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
@@ -24801,9 +24771,7 @@ def sort_key(value) -> tuple:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for
-    them. Each group of pages is a class of its own.
-    """
+    """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
     service: Reservations
     actor: Actor | None
@@ -24847,11 +24815,7 @@ class Visit:
 
     def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
              check: str = '') -> str:
-        """The begin of a form that is sent to an address: with what proves that it is ours.
-
-        Args:
-          check: where a script asks what would become of it
-        """
+        """The begin of a form, with what proves that it is ours; `check`: where a script asks."""
         more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
             ('class', kind), ('id', id), ('data-check', check)))
         kept = hidden({'form': self.guard} | (fields or {}))
@@ -24890,11 +24854,7 @@ class Visit:
         return self.href(found.label, found.project, start)
 
     def page(self, title: str, body: str, status: int = 200, headed: bool = True):
-        """A whole page; what the last form did is said once.
-
-        Args:
-          headed: its title stands above the body, which has no heading of its own
-        """
+        """A whole page, under its title if it has no heading; says what the last form did."""
         import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
@@ -24922,12 +24882,7 @@ class Visit:
         return self.page('Refused', body, error.status)
 
     def onward(self, href: str, words: str = '', undo: tuple[str, float] = ('', 0)):
-        """Leads on after a form, so that loading again does not send it again.
-
-        Args:
-          words: what was done, for the next page to say
-          undo: what takes it back, and for how many seconds
-        """
+        """Leads on after a form; the next page says what was done, and offers to undo it."""
         made = answered('', 303, {'Location': href})
         if words:
             note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
@@ -24968,13 +24923,7 @@ class Visit:
 
     def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
               empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
-        """A table that a click on a head sorts.
-
-        Args:
-          given: the arguments of the page; `sort` is a column, with a minus the other way round
-          picks: what comes before the key of a line in the name of the box that selects it
-          picked: the names of the boxes that are ticked
-        """
+        """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
         columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
         if not lines:
             return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
@@ -25033,11 +24982,7 @@ class Visit:
 
     def input(self, operation: Operation, name: str, value: Any, words: str = '',
               names: dict | None = None, **more) -> str:
-        """The field of an argument, typed or chosen as its type wants it.
-
-        Args:
-          names: of the kinds of things on a cloud, those that there are
-        """
+        """The field of an argument, typed or chosen; `names`: those on a cloud, by kind."""
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
         if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
@@ -25057,13 +25002,7 @@ class Visit:
     # What can be done
 
     def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
-        """The button that does something to what a line is about.
-
-        Args:
-          wide: there is room for a field beside it, and it leads back to the page of the
-            reservation
-          occurrence: of a series, the one that is meant
-        """
+        """The button that does something to what a line is about; `wide`: on its own page."""
         if name == 'edit':
             about = in_html(line['name'])
             query = in_html(urlencode({'edit': line['name']}))
@@ -25125,9 +25064,7 @@ class Visit:
 
     @functools.cached_property
     def undoable(self) -> list[tuple]:
-        """What can be taken back: a label, a project, an occurrence or 0; by what, for who did it;
-        and whether it is as good as cancelled.
-        """
+        """What can be taken back: label, project, occurrence or 0; how; whether it cancels."""
         me, now = [self.actor.user, self.actor.project], self.service.clock()
         later = [(each.name, json.loads(each.value.partition(' ')[2]))
                  for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
@@ -25159,9 +25096,7 @@ class Visit:
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
-    that is slow.
-    """
+    """Names of flavors and images, looked up aside: nobody waits long for a slow cloud."""
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -25171,9 +25106,7 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some
-        seconds.
-        """
+        """The names in sight, by kind; and why, if the cloud does not answer in time."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -25365,9 +25298,7 @@ class Pages:
         return handler
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our
-        forms know.
-        """
+        """Refuses what another site sends: by where it comes from, and what only our forms know."""
         origin = header(request, 'Origin')
         ours = (header(request, 'Host'), urlsplit(self.service.config.public_url).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
@@ -25491,9 +25422,7 @@ class SignIn(Visit):
         return Actor(user, project or 'default', role or USER)
 
     def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
-        """Begins a session of somebody whom others know, until they do not any more: of a token
-        that nobody knows.
-        """
+        """Begins a session of somebody whom others know: of a token that nobody knows."""
         now, purpose = self.service.clock(), f'signed in at {where}'
         lasts, hash = min(self.config.session_length, ends - now), secrets.token_hex(32)
         with transaction():
@@ -25626,9 +25555,7 @@ class PlanPage(Visit):
         return [each for each in found if not self.leaves(each.label, each.project, each.id)[1]]
 
     def cards(self, coming: list) -> list[tuple]:
-        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
-        rest, an address.
-        """
+        """What runs, is next, needs you: a head, a state, a label, words, the rest, a link."""
         def told(head: str, each) -> tuple[str, str]:
             vms = counted(each.vms, 'VM')
             if head == 'Running now':
@@ -25669,9 +25596,7 @@ EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
 
 
 class Lists(Visit):
-    """Reservations: in a list, one by one, as others see them; notices, tokens, and what programs
-    can ask for.
-    """
+    """Reservations in a list, one by one, as others see them; notices, and the REST interface."""
 
     def list(self, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
@@ -25693,9 +25618,7 @@ class Lists(Visit):
             states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
-        """A table of reservations: with their addresses, how late they were ready, and what can
-        be done to them.
-        """
+        """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
                          'occurrence_id IN numbers(?)',
@@ -25883,23 +25806,16 @@ class Lists(Visit):
 
 
 class Verdict(NamedTuple):
-    """What a form says of itself.
-
-    Args:
-      kind: ok, some of it or no; '' before it was checked
-      months: of a series, each with its weeks of days and what becomes of those
-      go, waits: what its buttons do; '' without one
-      focus: it goes to who has just sent the form
-    """
-    kind: str
+    """What a form says of itself."""
+    kind: str  # ok, some of it or no; '' before it was checked
     head: str
     words: Iterable[str] = ()
     facts: Iterable[tuple[str, str]] = ()
-    months: Iterable[tuple] = ()
+    months: Iterable[tuple] = ()  # of a series: weeks of days, and what becomes of those
     offers: Iterable[tuple[str, str]] = ()
-    go: str = 'Book'
+    go: str = 'Book'   # what its buttons do; '' without one
     waits: str = ''
-    focus: bool = False
+    focus: bool = False  # it goes to who has just sent the form
 
 
 UNCHECKED = Verdict('', 'Here you see whether it fits.')
@@ -25947,13 +25863,7 @@ class BookForm(Visit):
 
     def form(self, said: dict, verdict: Verdict, more: str, was: dict | None = None,
              only: Iterable[str] = (), **values) -> str:
-        """All fields of a reservation, to book it or to change it.
-
-        Args:
-          more: the fields that few need
-          was: the fields as they were before it was changed
-          only: the fields that are shown, if not all
-        """
+        """The fields of a reservation, or `only` some; `was`: before it was changed."""
         names, why = self.offered(said['resource'])
         known = API['add' if was is None else 'update'].parameters
 
@@ -26014,9 +25924,7 @@ class BookForm(Visit):
                                              'vms': '1', 'what': 'image'}
 
     def filled(self, given: dict) -> dict:
-        """The fields of the form: as given, times as people write them; what was clicked on, not
-        before now.
-        """
+        """The fields of the form as given; what was clicked on is not before now."""
         said = self.blank() | {name: given[name] for name in BOOKING if given.get(name)}
         place, clicked = self.place(said['resource']), 'label' not in given
         if place and clicked:
@@ -26371,11 +26279,7 @@ class Admin(Visit):
 
     def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
               status: int = 200):
-        """A page of operators.
-
-        Args:
-          typed: the form that was refused, or that shows what it would do, with its `operation`
-        """
+        """A page of operators; `typed`: the form that was refused, or shows what it would do."""
         self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
@@ -26557,9 +26461,7 @@ class Admin(Visit):
         return csv_answer(made, 'tokens.csv')
 
     def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
-        """One's own tokens: what for, until when; made, renewed and revoked here. And on which
-        clouds VMs are one's own.
-        """
+        """One's own tokens; and the clouds on which VMs are one's own."""
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
         own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
                for each in self.service.token_list()
@@ -26597,9 +26499,7 @@ class Admin(Visit):
                           'once': secrets.token_hex(8)}, previews='affected' in names)
 
     def do(self, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST
-        are.
-        """
+        """Whatever a form asks for: an operation, whose fields are read as those of REST are."""
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
@@ -26638,9 +26538,7 @@ class Admin(Visit):
         return self.onward(onward, words, undo)
 
     def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
-        """Lets the life cycle do something when it can't be taken back any more; what takes it
-        back, and for how many seconds.
-        """
+        """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
         name, me = f'later-{secrets.token_hex(8)}', self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
