@@ -6375,7 +6375,7 @@ LISTING = '''
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id
-           OR NOT p.alone)
+           OR NOT p.alone) AND p.code <> 'undo'
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
@@ -10678,6 +10678,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
+UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
@@ -10941,6 +10942,7 @@ class Service:
         # Called with the answer of what was carried out, before it is written.
         self.answered: Callable[[Any], None] = lambda answer: None
         self.reason = ''  # why somebody changes what may be others'
+        self.undo_for = 0.0  # seconds for which what a change gives back stays held for its Undo
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -12190,10 +12192,11 @@ class View(NamedTuple):
     own: int  # its reservation; 0: a new one
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
+    returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
-UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted', UNDO)
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -12235,8 +12238,9 @@ class Policy:
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
         """Raises what the first rule says that is against a change; else it holds what it wants."""
-        for rule in (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
-                     self.refuse_overtaking, self.refuse_overbooking):
+        asks_anew = (self.refuse_unlimited, self.refuse_never_fitting, self.refuse_overtaking)
+        for rule in (self.refuse_shared_server, *(() if view.returns else asks_anew),
+                     self.refuse_overbooking):
             rule(change, view)
         self.take_hosts(change, view)
         for each in change.growth:
@@ -12453,7 +12457,7 @@ def last_of(deal: Deal) -> int:
 
 
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
-AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
+AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted', UNDO)
 
 
 A_CHANGE_WAITS = 'an admin must approve the change'
@@ -12500,7 +12504,7 @@ class Bookings:
         old = deal.old
         decide_on(also=self.locks_of(deal))
         # Another change settles those that were proposed before.
-        if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
+        if old and SHAPE & set(deal.asked):
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
@@ -12574,7 +12578,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line)
+        view = View(now, own, others, line, deal.code == UNDO)
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12786,15 +12790,17 @@ class Bookings:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
                    held_from=each.begin, held_until=each.until, **stored(each.amount))
 
-    def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
-        """Forgets what is proposed of a reservation or one occurrence; how many there were."""
-        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
-                     'occurrence = coalesce(?, occurrence))', reservation, occurrence)
+    def drop_proposals(self, reservation: int, occurrence: int | None = None,
+                       code: str | None = None) -> int:
+        """Forgets what is proposed of a reservation or one occurrence; how many admins read of."""
+        found = rows('SELECT id, code FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
+                     'occurrence = coalesce(?, occurrence)) AND code = coalesce(?, code)',
+                     reservation, occurrence, code)
         for each in found:
             give(map(hold_of, rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)))
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
-        return len(found)
+        return sum(each.code != UNDO for each in found)
 
     @contextmanager
     def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
@@ -12925,22 +12931,38 @@ class Bookings:
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
 
+    def keep_for_undo(self, deal: Deal, had: list[Hold], now: float) -> None:
+        """Holds for a while what a change has given back, so that it can be taken back.
+
+        Args:
+          deal: what takes it back
+          had: what the reservation held before it was changed
+        """
+        until = min(int(now + self.service.undo_for), last_of(deal))
+        gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
+        self.write_proposal(deal, until, gave, now, {})
+
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(growth, now)
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
-                    named=deal.named, user=self.service.actor.user, code=deal.code,
-                    asked=json.dumps(asked), wish=stored_wish(wish), until=until,
-                    shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, growth)
+        self.write_proposal(deal, until, growth, now, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
+
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
+                       shown: dict) -> None:
+        # it fits: the deed had that, and at each instant what was or what will be is held
+        take(holds, now)
+        old = deal.old
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
+                    named=deal.named, user=self.service.actor.user, code=deal.code,
+                    asked=json.dumps(sorted(deal.asked)), wish=stored_wish(deal.wish),
+                    until=until, shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, holds)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -13433,7 +13455,7 @@ class Admission:
         self.bookings.drop_proposals(old.reservation,
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
-        self.bookings.commit(deal._replace(code='granted'), now)
+        self.bookings.commit(deal._replace(code=UNDO if deal.code == UNDO else 'granted'), now)
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
@@ -13547,9 +13569,12 @@ class Waiting:
             why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.look.together(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
+        for each in rows('SELECT DISTINCT reservation_id AS reservation, code FROM proposal '
                          'WHERE until <= ?', int(now)):
-            self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
+            if each.code == UNDO:
+                self.bookings.drop_proposals(each.reservation, code=UNDO)
+            else:
+                self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
         return more
 
     def admit_in_order(self, now: float) -> bool:
@@ -13802,6 +13827,11 @@ class Operations(Service):
 # it is dropped.
 
 
+TOO_LATE = 'It is too late to undo this. It is done already.'
+#: What waits for the word of an admin, beside what is pending itself.
+PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
+
+
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
@@ -13863,6 +13893,26 @@ class Approvals(Operations):
                 self.waiting.leave_as_it_was(each.reservation, now, f'the change was {why}')
             return self.told_parts(label, parts)
 
+    def take_back(self, ids: list[int]) -> list[str]:
+        """Undoes changes for which what they gave back is still held; the labels of what they
+        changed.
+        """
+        def deed(now: float) -> list[str]:
+            labels = []
+            for id in ids:
+                found = row('SELECT * FROM proposal WHERE id = ? AND code = ? AND user = ? '
+                            'AND until > ?', id, UNDO, self.actor.user, now)
+                if not found:
+                    raise Conflict(TOO_LATE)
+                old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                with self.offers.explaining(wish, old):
+                    self.admission.grant(found, now)
+                asked = dict.fromkeys(json.loads(found.asked))
+                self.tell_change(old, wish, asked, [], 'updated', now)
+                labels.append(old.label)
+            return labels
+        return self.carry_out(deed)
+
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
         self.bookings.commit(Deal('granted', self.wishes.carried_on(found), [], found,
@@ -13878,7 +13928,7 @@ class Approvals(Operations):
                  or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
-            'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
+            f'{PROPOSED} AND reservation_id = ? ORDER BY id', each.reservation)]
         if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals
@@ -13886,7 +13936,7 @@ class Approvals(Operations):
     def awaiting_approval(self) -> list[dict]:
         """What is pending, or of which a change is; as answers show it."""
         waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
-                 'UNION SELECT reservation_id FROM proposal')
+                 f"UNION SELECT reservation_id FROM ({PROPOSED}) p")
         return [public(each) for each in self.look.search(
             [*self.look.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None),
              (NEXT_OF_ITS, None)], limit=1000)]
@@ -14562,7 +14612,8 @@ class Requests(Operations):
         def deal(wish: Wish, *otherwise: str) -> Deal:
             return self.admission.edit(old, wish, {*asked, *otherwise}, now, code, named, only)
         wanted = deal(wish)
-        done = wanted.same
+        done, undoes = wanted.same, self.undo_for and not (wish.stretches or rehearsal.on)
+        had = self.bookings.holds(old.reservation) if undoes else []
         if not self.admission.is_as_before(wanted):
             with self.offers.explaining(wish, old, lambda *other: self.bookings.commit(
                     deal(*other), now)):
@@ -14570,6 +14621,12 @@ class Requests(Operations):
             done = made.done if made else []
             if made:
                 self.tell_change(old, wish, asked, done, code, now)
+            if made and undoes:
+                back = self.wishes.carried_on(old)._replace(
+                    resource=resource_of(old.resource_id), on_conflict=old.on_conflict,
+                    stretches=[])
+                self.bookings.keep_for_undo(wanted._replace(
+                    code=UNDO, wish=back, old=self.look.occurrence(old.id)), had, now)
         return self.admission.answer(old.reservation, done, wish, old.id if only else None)
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -23185,12 +23242,7 @@ FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines 
 
 
 class QuickLine:
-    """What a person has typed in one line, read into the fields of the form.
-
-    Args:
-      here: where and when it was typed
-      offered: the names that could be meant: of resources, images and flavors
-    """
+    """One line of what somebody wants, read into the fields of the form."""
 
     def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
         self.here, self.offered = here, offered
@@ -23407,7 +23459,8 @@ footer [name=zone] { width: 14rem; min-height: 28px }
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
-.between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
+.between { justify-content: space-between } .between > .chips { flex: 1 1 0 }
+.grow { flex: 1 1 auto; min-width: 0 }
 .cols > * { min-width: 0 }
 .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
   align-items: start }
@@ -23430,7 +23483,7 @@ textarea { min-height: 64px; resize: vertical }
 label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
   margin-bottom: 4px }
 .seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
-  max-width: 100%; background: var(--card) }
+  white-space: nowrap; max-width: 100%; background: var(--card) }
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
@@ -23451,6 +23504,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
   font-weight: 600 }
 .fields { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
+.roomy { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
 .fields > .all { grid-column: 1 / -1 }
 form.deed { display: inline-flex; gap: 4px; vertical-align: middle }
 form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
@@ -23566,11 +23620,11 @@ tbody tr:hover > td { background: var(--sunk) } tr.on > td { background: var(--w
 td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-block;
   padding: 4px 0 } .pick { width: 44px }
 .sel { position: sticky; bottom: 8px; z-index: 4; margin-top: 12px; padding: 8px 16px }
-.sel input[name=reason] { flex: 1; min-width: 10rem; width: auto }
+.sel label { flex: 1 1 16rem } .of { white-space: nowrap } .deeds { gap: 4px 8px }
 .find { max-width: 22rem; flex: 1 }
 .heat { table-layout: fixed; min-width: 840px }
 .heat td, .heat th { padding: 1px; border: 0; height: 30px; text-align: center; font-size: 11px }
-.heat th:first-child { width: 120px; text-align: left; font-size: var(--t2) }
+.heat th:first-child { width: 132px; padding-left: 12px; text-align: left; font-size: var(--t2) }
 .heat td span { display: grid; place-items: center; height: 28px; border-radius: 3px }
 .heat .h4, .heat .h5 { color: var(--card) }
 /* book */
@@ -23581,7 +23635,8 @@ td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-bl
 .said .no { background: var(--amber-wash) }
 fieldset { border: 0; border-top: 1px solid var(--line); padding: 12px 0 16px; min-width: 0;
   margin-top: 16px }
-fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 650; padding: 0 }
+fieldset:first-of-type { border-top: 0; margin-top: 0 }
+legend { font-weight: 650; padding: 0 8px 0 0 }
 .pickers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 8px }
 .opt { display: flex; gap: 10px; padding: 10px 12px; border: 1px solid var(--edge);
   border-radius: 8px; cursor: pointer } .opt > span { margin: 0; color: var(--text) }
@@ -23606,7 +23661,8 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
 .track { width: 100%; height: 84px }
 .track text { font-size: 12px; fill: var(--soft) }
 .track .run { fill: var(--sunk); stroke: var(--edge) } .track .done { fill: var(--green) }
-.log li { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
+.log { margin-top: 8px }
+.log li { display: grid; grid-template-columns: 8.75rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
   font-size: var(--t2) }
 .toast { position: fixed; z-index: 8; left: 50%; bottom: 24px; transform: translateX(-50%);
   display: flex; gap: 16px; align-items: center; width: max-content;
@@ -23659,8 +23715,10 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
   .flat tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 8px 12px;
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
-  .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty, .flat [data-name=change]::before { display: none }
+  .flat td[data-head]::before { content: attr(data-head) ' '; color: var(--soft);
+    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] { flex: 1 }
+  .flat td:is([data-name=label], [data-name=state], [data-name=change])::before { content: none }
+  .seg { flex-wrap: wrap }
   .pick input { width: 24px; height: 24px }
 }
 @media print {
@@ -24071,7 +24129,7 @@ TEMPLATES = {'layout': '''<!doctype html>
 % user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
-<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
+<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="true"', name == part)}}>
 {{!sign(name.lower())}}{{name}}</a>
 % end
 </nav>
@@ -24090,8 +24148,9 @@ class="off">Account</span></summary><div class="menu card"><p class="small soft"
 {{!body}}
 % if note:
 <div class="toast" role="status"><span>{{note['words']}}</span>
-% if note.get('undo'):
-{{!post(*note['undo'])}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
+% if note['undo']:
+{{!post('/undo', {'act': note['undo'], 'next': note['next']})}}<button>Undo
+<span class="left">{{note['left']}}</span></button></form>
 % end
 </div>
 % end
@@ -24147,8 +24206,8 @@ Continue</a></p></html>
 ''', 'refused': '''
 {{!alert(words)}}<p class="gap">{{!again}}</p><p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
-{{f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
+% told = f', the occurrence of {which[:16].replace("T", " ")}' if which else ''
+<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{told}}?</p>
 {{!many('<p><strong>{}</strong></p>', zip(warnings))}}
 {{!post(f'/do/{operation}', fields | {'sure': 'yes'}, 'line')}}
 <button class="bad">Yes, {{words.lower()}}</button>
@@ -24193,9 +24252,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 % end
 </section>
 % end
-<div class="bar-top"><a class="btn sq" href="{{way(at=before)}}" aria-label="Earlier">‹</a>
+% at, view, number = span.at(span.first), span.view, VIEWS.index(span.view)
+<div class="bar-top"><a class="btn sq" aria-label="Earlier"
+href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
-<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a><h1>{{span}}</h1>
+<a class="btn sq" href="{{way(at=span.at(span.after))}}" aria-label="Later">›</a><h1>{{span}}</h1>
 <div class="chips">{{!chip(way(at=at, mine=''), 'Everyone’s', not mine)}}
 {{!chip(way(at=at, mine='1'), 'Only mine', mine)}}</div>
 <div class="seg" role="group" aria-label="Time span">
@@ -24204,9 +24265,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
-% for id, words, drawn, key, to in zooms:
-<a class="btn sq" id="{{id}}" data-key="{{key}}" href="{{way(view=to, at=middle)}}"
-aria-label="{{words}}">{{drawn}}</a>
+% for way_on, key, to in (('out', '−', number - 1), ('in', '+', number + 1)):
+% if 0 <= to < len(VIEWS):
+<a class="btn sq" id="zoom-{{way_on}}" data-key="{{key.replace('−', '-')}}"
+href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</a>
+% end
 % end
 </span></div>
 <nav class="week card" aria-label="Days">
@@ -24221,7 +24284,9 @@ aria-label="{{words}}">{{drawn}}</a>
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
 {{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
 % for day in days:
-<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}"><rect
+<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
+% dx = 4 if view == 'month' else 8
+<rect
 x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
 width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
 y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
@@ -24230,7 +24295,7 @@ y="37">{{day.number}}</text></svg></a>
 % if now is not None and view != 'month':
 <svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
 width="38" height="16" rx="8"/><text class="now-t" y="41"
-text-anchor="middle">{{clock}}</text></svg>
+text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 % end
 </svg></div>
 % for name, those in groups:
@@ -24240,12 +24305,13 @@ text-anchor="middle">{{clock}}</text></svg>
 <p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
 % name = visit.writes and row.name
 {{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
-{{!visit.render('row', row=row, view=view, now=now, data=data)}}</div>
+{{!visit.render('row', row=row, line=span, now=now, snap=snap[view])}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
+% moved = ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end')
 {{!post('/do/update', dict.fromkeys(moved, '') | {'next': way(at=at)}, 'off', 'move')}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
@@ -24265,18 +24331,29 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 <use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
-{{!many('<rect class="h{}" x="{}" y="{}" width="18" height="{}"/>', ramp)}}</svg>full</li></ul>
-<p class="small">{{!many('<a href="{}">{}</a> ', others)}}{{!left_out}}</p>
+% for n in range(5):
+<rect class="h{{n + 1}}" x="{{18 * n}}" y="{{8 - 2 * n}}" width="18" height="{{4 + 2 * n}}"/>
+% end
+</svg>full</li></ul>
+<p class="small">
+{{!when('<a href="{1}">Resources before</a>', page, way(at=at, page=page - 1))}}
+{{!when('<a href="{1}">More resources</a>', more, way(at=at, page=page + 1))}}
+% if most:
+Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has them all.
+% end
+</p>
 ''', 'row': '''
 <svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
-data-resource="{{row.name}}" {{!data}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
+data-resource="{{row.name}}" data-first="{{line.first.isoformat(timespec='minutes')}}"
+data-length="{{line.length}}" data-thin="{{line.thin}}" data-snap="{{snap}}"
+{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
 data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
 {{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
-{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and view != 'month')}}
+{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and line.view != 'month')}}
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
 % for x, width, words in row.closed:
 <rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
-</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if view != 'month' else ''}}</text>
+</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if line.view != 'month' else ''}}</text>
 % end
 % if now is not None:
 <rect class="past" width="{{now}}%" height="{{row.height}}"/>
@@ -24332,9 +24409,9 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-{{!when(PICK, picks, pick)}}
+{{!when(PICK, picks, pick, mark('checked', f'{picks}{pick}' in picked))}}
 % for head, cell in zip(heads, cells):
-<td data-name="{{head[0]}}">{{!cell}}</td>
+<td data-name="{{head[0]}}" data-head="{{head[1].partition(' (')[0]}}">{{!cell}}</td>
 % end
 </tr>
 % end
@@ -24435,8 +24512,9 @@ href="{{href}}">Use<span class="off"> {{words}}</span></a></div>
 <div class="verdict" role="status">{{!verdict}}</div>
 <a href="/book?{{urlencode(times)}}">More options</a></form>
 ''', 'reservation': '''
-<p class="line between gap"><a href="/list">Reservations</a>
-{{!when('<a class="btn" href="{}">Change</a>', change)}}</p>
+<p class="small"><a href="/list">Reservations</a></p>
+<div class="line between"><h1>{{label}}</h1>
+{{!when('<a class="btn" href="{}">Change</a>', change)}}</div>
 <p id="told" class="off" role="status"></p>
 <div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
 {{!share}}
@@ -24492,7 +24570,7 @@ there.</p>
 height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
 {{!many('<text x="{}%" text-anchor="{}" y="{}">{}</text>', track[2])}}</svg>
 % end
-<p class="line gap">{{!acts}}</p>
+<div class="line deeds gap">{{!acts}}</div>
 <div class="cols gap"><div class="stack">
 % if vms:
 <section><div class="line between"><h2>VMs</h2>
@@ -24513,10 +24591,11 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 % end
 </nav>{{!body}}
 ''', 'decide': '''
-<section class="gap"><h2>Waiting for your approval</h2>{{!post('/admin/decide')}}{{!alert(refusal)}}
+<section class="gap"><h2>Waiting for your approval</h2>
+{{!post('/admin/decide', kind='stack')}}{{!alert(refusal)}}
 {{!table}}
 % if some:
-<div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
+<div class="sel card line"><span><b class="count">{{picked}}</b> selected</span><label><span
 class="off">Reason</span><input name="reason" value="{{reason}}"
 placeholder="Reason, sent to the owners (needed to reject)"></label>
 <button class="main" name="do" value="approve">Approve</button>
@@ -24525,7 +24604,10 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 </form></section>
 ''', 'form': '''
 <details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
-{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields">{{!fields}}</div>
+{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields roomy">{{!fields}}</div>
+% if rare:
+<details><summary>More options</summary><div class="fields roomy gap">{{!rare}}</div></details>
+% end
 <p class="line"><button class="main">{{title}}</button>
 {{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
 <p class="small soft">{{note}}</p></form></details>
@@ -24565,21 +24647,17 @@ a token</p>
 '''}
 
 
+#: The part of the page to which addresses belong, by how they begin.
+PARTS = {'/': 'Plan', '/li': 'Reservations', '/r/': 'Reservations', '/bo': 'Book', '/ad': 'Admin'}
 LOOK = hashed(STYLE + SCRIPT)[:12]
 
 
 class Act(NamedTuple):
-    """What a button does.
-
-    Args:
-      words, done: what it says, and what is said of it afterwards
-      field: what is typed beside it: the argument, and what stands there at first
-      bad: it takes something away
-    """
+    """What a button does."""
     words: str
-    done: str
-    field: tuple[str, str] | None = None
-    bad: bool = False
+    done: str  # what is said of it afterwards
+    field: tuple[str, str] | None = None  # typed beside it: the argument, what is there at first
+    bad: bool = False  # it takes something away
 
 
 ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
@@ -24596,15 +24674,21 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'resource_add': Act('Add a resource', 'is added'),
         'resource_update': Act('Change a resource', 'is changed'),
         'maintenance_add': Act('Plan a maintenance', 'is planned'),
+        'resource_sync': Act('Read resources from a cloud', 'is read'),
+        'resource_capacity': Act('Change a capacity for a while', 'is changed'),
+        'user_end': Act('End all access of a person', 'has no access any more', bad=True),
+        'credential_add': Act('Let VMs be yours', 'is kept'),
+        'credential_delete': Act('Delete', 'is deleted', bad=True),
+        'end': Act('End now', 'ends now', bad=True),
         'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
         'calendar_feed': Act('Make an address', 'is made')}
-ASKED_TWICE = ('resource_delete', 'token_revoke')  # and what deletes VMs that run
+ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
 PUT_OFF = ('delete', 'skip', 'reject')  # done only when it can't be taken back any more
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin
 #: says.
 ACTS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
            'reserved': ('extend', 'skip', 'delete'),
-           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
+           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'end', 'delete'))}
 RUNNING = ('starting', 'active', 'degraded')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What becomes of VMs at the end.
@@ -24613,14 +24697,22 @@ ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
               'people': 'People'}
 #: The forms of operators: the page of each, and its fields in the order in which people think.
-FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram classes '
-                          'mode approval'),
-         'resource_update': ('/admin/resources', 'name vms vcpus ram classes mode min_free_time '
-                             'approval no_show default_image default_flavor default_vms'),
-         'maintenance_add': ('/admin/maintenance', 'resource start end reason affected'),
+FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram mode '
+                          'approval | cell classes min_free_time no_show lock default_image '
+                          'default_flavor default_vms'),
+         'resource_update': ('/admin/resources', 'rename vms vcpus ram mode approval force | cell '
+                             'cloud region aggregate classes min_free_time no_show lock '
+                             'default_image default_flavor default_vms'),
+         'resource_sync': ('/admin/resources', 'cloud aggregates mode | min_free_time '
+                           'reservable_hosts flavors force'),
+         'maintenance_add': ('/admin/maintenance', 'resource start end affected reason'),
+         'resource_capacity': ('/admin/maintenance', 'name start end vms vcpus ram affected reason '
+                               '| classes'),
          'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
-                       'min_notice max_vcpu_hours max_waiting exempt_within'),
-         'token_add': ('/admin/people', 'user project role purpose lasts scopes resource')}
+                       'min_notice max_vcpu_hours | max_waiting exempt_within lock'),
+         'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
+         'user_end': ('/admin/people', 'user project'),
+         'credential_add': ('/tokens', 'cloud application secret | trust')}
 #: Where else the button of an act of operators leads back to.
 ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
              'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
@@ -24637,27 +24729,38 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'host': 'Whole host', 'affinity': 'Hosts of its VMs',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
-         'accept_within': 'Time to accept what became free'}
+         'accept_within': 'Time to accept what became free', 'classes': 'Other classes',
+         'part': 'In parts', 'user': 'User', 'following': 'Which occurrences',
+         'force': 'If some no longer fit', 'no_show': 'Cancel if unused for',
+         'lock': 'Locked before start', 'approval': 'Approval within',
+         'default_vms': 'Default VMs', 'late_worst': 'Latest VM (s)', 'lasts': 'Good for'}
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
-         'until': '23 feb', 'skip_dates': '22 dec, 29 dec', 'lead': '10m',
+         'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
-INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules'}
-ATTRIBUTES = {'text': ' autocomplete="off"', 'password': ' type="password" '
+INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
+HINTS_OF = {'span': '2 hours, 3 days'}
+ATTRIBUTES = {**dict.fromkeys(('text', 'span'), ' autocomplete="off"'),
+              'secret': ' type="password" autocomplete="off"', 'password': ' type="password" '
               'autocomplete="current-password" required', 'rules': ' list="rules"',
               'number': ' type="number" min="1" max="1000000"'}
 #: The words of which an argument is one, as people read them.
 CHOICE_WORDS = {
-    'at_end': {'': 'as usual: delete the VMs', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
+    'at_end': {'': 'delete (usual)', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
                'shelve': 'shelve the VMs', 'snapshot': 'save an image of each, then delete'},
     'personal': {'': 'the project', 'true': 'only the owner', 'false': 'the project'},
     'affinity': {'': 'any hosts', APART: 'each on a host of its own', TOGETHER: 'all on one host'},
     'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
     'scopes': dict.fromkeys(('', *SCOPES)),
+    'role': {'': 'user', 'reader': 'reader: only looks', 'admin': 'admin'},
+    'affected': {'': 'stay; their owners are told', 'move': 'are moved', 'cancel': 'are cancelled'},
+    'force': {'': 'refuse', 'true': 'change it anyway'},
+    'following': {'': 'only this one', 'true': 'this one and all later ones'},
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
-       if name not in ('affinity', 'at_end')}}
+       if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
@@ -24667,13 +24770,14 @@ FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'S
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
-FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
+FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host affinity holidays')
+             'personal host affinity holidays classes part')
+FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
-           f'lead notify invite description {BOOK_MORE} wait').split()
+           f'lead notify invite description {BOOK_MORE}{FOR_OTHERS} wait').split()
 
 
 def render_page(template: str, /, **values) -> str:
@@ -24776,19 +24880,21 @@ def head_of(name: str) -> str:
 def offer_of(place) -> str:
     """A resource with how much it has."""
     limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
+    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
                                      for name, n in limits.items())])
 
 
 def sentence(text: str) -> str:
     """A text as a sentence: with a capital letter and a full stop."""
-    text = text[:1].upper() + text[1:]
+    name, colon, rest = text.partition(': ')
+    text = f'{head_of(name)}: {rest}' if colon and name.isidentifier() else (
+        text[:1].upper() + text[1:])
     return text if not text or text[-1] in '.!?' else f'{text}.'
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
 PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
-        'aria-label="Select {1}"></td>')
+        'aria-label="Select {1}"{2}></td>')
 NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
@@ -24965,9 +25071,7 @@ def spans_of(place, line: TimeLine, width: int) -> list[Level]:
 
 
 def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
-    """What is held from some minutes on, as levels; where nothing limits it, against the most
-    that is shown.
-    """
+    """What is held from some minutes on, as levels; without a limit against the most."""
     limits = {name: limit for name, limit in most.items() if limit is not None}
     highest = max((held.vms for _, held in found), default=0)
     levels, last = [], 0
@@ -25000,9 +25104,7 @@ def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level,
 
 
 def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
-    """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
-    width, y, height, level.
-    """
+    """The levels as shapes, as high and dark as it is full: x, width, y, height, level."""
     shapes = []
     for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
@@ -25020,9 +25122,7 @@ def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
 
 
 def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool) -> list[tuple]:
-    """What is free, or used where nothing limits it, wherever there is space to say so: x, words,
-    class, y.
-    """
+    """What is free, or used without a limit, where there is space to say so: x, words, class, y."""
     if line.view == 'month':
         return [(line.x(each.at + 60), in_brief_figures(each.free),
                  f'm m{math.ceil(5 * each.share)}', 26) for each in levels if not each.closed]
@@ -25067,12 +25167,7 @@ class Spot(NamedTuple):
 
 
 def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
-    """Where bars of one lane could have a text, the best first; the last is without one.
-
-    Args:
-      boxes: where each is, and its width
-      texts: what could be said, the longest first
-    """
+    """Where bars of one lane could have one of some texts, the best first; the last has none."""
     (low, width), high = boxes[0], boxes[-1][0] + boxes[-1][1]
     space = width - SIGN - 2 * PAD if len(boxes) == 1 else 0
     inside = next((text for text in texts if text_width(text) <= space), '') or shortened(
@@ -25090,9 +25185,7 @@ def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
 
 
 def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | None]:
-    """Puts groups of boxes with their texts into lanes in which nothing touches anything: the
-    lane and spot of each, None where there is none.
-    """
+    """Puts boxes with texts into lanes where nothing touches: lane and spot of each, or None."""
     taken: list[float] = []
     for boxes, texts in groups:
         found = next(((lane, spot) for spot in spots(boxes, texts)
@@ -25106,9 +25199,7 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
 
 
 class Use(NamedTuple):
-    """What is drawn of a resource: itself, its limits, how full it is and is now, the
-    reservations and changes of its capacity.
-    """
+    """What is drawn of a resource."""
     place: Any
     limits: dict
     levels: list[Level]
@@ -25137,11 +25228,7 @@ class Drawing:
         self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
 
     def row(self, use: Use, hint: int) -> SimpleNamespace:
-        """All that stands in the row of a resource.
-
-        Args:
-          hint: where it says how to begin, in percent, if it does
-        """
+        """All that stands in the row of a resource; `hint`: where it says how to begin."""
         line, limits, month = self.line, use.limits, self.line.view == 'month'
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
         names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
@@ -25155,7 +25242,7 @@ class Drawing:
         most, unit = caps[now.unit] if caps else ('', '')
         return SimpleNamespace(
             name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · needs approval' * bool(use.place.approval),
+            holds=(names or 'no limit') + ' · approval' * bool(use.place.approval),
             now=f'{now.free} of {most}' if caps else now.free,
             unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
             summary=f'at least {least} free at any time' if caps else 'nothing limits it',
@@ -25274,6 +25361,9 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
+CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project FROM proposal p
+  JOIN reservation r ON r.id = p.reservation_id
+  WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -25306,9 +25396,7 @@ def sort_key(value) -> tuple:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for
-    them. Each group of pages is a class of its own.
-    """
+    """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
     service: Reservations
     actor: Actor | None
@@ -25352,11 +25440,7 @@ class Visit:
 
     def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
              check: str = '') -> str:
-        """The begin of a form that is sent to an address: with what proves that it is ours.
-
-        Args:
-          check: where a script asks what would become of it
-        """
+        """The begin of a form, with what proves that it is ours; `check`: where a script asks."""
         more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
             ('class', kind), ('id', id), ('data-check', check)))
         kept = hidden({'form': self.guard} | (fields or {}))
@@ -25395,11 +25479,7 @@ class Visit:
         return self.href(found.label, found.project, start)
 
     def page(self, title: str, body: str, status: int = 200, headed: bool = True):
-        """A whole page; what the last form did is said once.
-
-        Args:
-          headed: its title stands above the body, which has no heading of its own
-        """
+        """A whole page, under its title if it has no heading; says what the last form did."""
         import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
@@ -25416,7 +25496,8 @@ class Visit:
         """The text of a whole page."""
         unread = len(self.told_of(self.seen)) if self.actor else 0
         return self.render('layout', title=title, body=body, note=note, here=here, back=back,
-                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
+                           headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
+                           unread=unread)
 
     def refusal(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
@@ -25425,20 +25506,13 @@ class Visit:
         body = self.render('refused', words=sentence(str(error)), back=back, again=again)
         return self.page('Refused', body, error.status)
 
-    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
-        """Leads on after a form, so that loading again does not send it again.
-
-        Args:
-          words: what was done, for the next page to say
-          undo: the form that takes it back
-        """
+    def onward(self, href: str, words: str = '', undo: tuple[str, float] = ('', 0)):
+        """Leads on after a form; the next page says what was done, and offers to undo it."""
         made = answered('', 303, {'Location': href})
         if words:
-            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
-            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
-                     for each in (undo, None)]
-            note = notes[0] if len(notes[0]) < 3900 else notes[1]
-            self.set_cookie(made, 'note', note, 60)
+            note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
+            self.set_cookie(made, 'note', quote(self.pages.signed('note', json.dumps(note)),
+                                                safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -25473,13 +25547,9 @@ class Visit:
     # Tables
 
     def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '') -> str:
-        """A table that a click on a head sorts.
-
-        Args:
-          given: the arguments of the page; `sort` is a column, with a minus the other way round
-          picks: what comes before the key of a line in the name of the box that selects it
-        """
+              empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
+        """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
+        columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
         if not lines:
             return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
         sort = (given or {}).get('sort', '')
@@ -25491,7 +25561,7 @@ class Visit:
         cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
                  for line in lines]
         return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks)
+                           lines=cells, picks=picks, picked=picked)
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -25513,13 +25583,14 @@ class Visit:
             return f'<div>{state(value)}{cut_short(more)}</div>'
         if key == 'label' and 'project' in line:
             user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
-            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+            of = (f'<br><span class="soft small of"><bdi>{in_html(user)}</bdi> in '
                   f'<bdi>{in_html(project)}</bdi></span>'
                   if self.actor.role == ADMIN and 'user' in line else '')
             href = in_html(self.href(value, line['project'], line.get('which')))
             return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
         if key == 'change' and 'acts' in line:
-            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
+            acts = ''.join(self.act(each, line) for each in line['acts'])
+            return f'<div class="line deeds">{acts}</div>' if acts else ''
         if key == 'log_in':
             return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
                            f'{copy(each, f"Copy {each}")}</span>' for each in value)
@@ -25536,36 +25607,27 @@ class Visit:
 
     def input(self, operation: Operation, name: str, value: Any, words: str = '',
               names: dict | None = None, **more) -> str:
-        """The field of an argument, typed or chosen as its type wants it.
-
-        Args:
-          names: of the kinds of things on a cloud, those that there are
-        """
+        """The field of an argument, typed or chosen; `names`: those on a cloud, by kind."""
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
-        if name == 'resource':
+        if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
             choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
                                                    for each in self.places()]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
             choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
-        if choices and value not in [each for each, _ in choices]:
+        if choices and value and value not in [each for each, _ in choices]:
             choices = [*choices, (value, value)]
-        kind = INPUT_KINDS.get(parameter.annotation, 'text')
-        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
-                     choices=choices, needed=needed, **more)
+        kind = 'secret' if name == 'secret' else INPUT_KINDS.get(parameter.annotation, 'text')
+        hint = HINTS.get(name) or HINTS_OF.get(kind, '')
+        return field(name, words or head_of(name), value, kind, hint, choices=choices,
+                     needed=needed, **more)
 
     # What can be done
 
     def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
-        """The button that does something to what a line is about.
-
-        Args:
-          wide: there is room for a field beside it, and it leads back to the page of the
-            reservation
-          occurrence: of a series, the one that is meant
-        """
+        """The button that does something to what a line is about; `wide`: on its own page."""
         if name == 'edit':
             about = in_html(line['name'])
             query = in_html(urlencode({'edit': line['name']}))
@@ -25573,7 +25635,7 @@ class Visit:
                     f'<span class="off"> {about}</span></a> ')
         if name == 'undo':
             onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
+            return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
                 '<button class="tiny">Undo</button></form>')
         words, _, typed, bad = ACTS[name]
         occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
@@ -25610,43 +25672,56 @@ class Visit:
 
     def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
+        asks = ['undo'] * bool(found.get('undo'))
         if not self.writes or found.get('leaves'):
-            return ['undo'] * bool(found.get('leaves'))
-        asks = []
+            return asks
         if (found['state'] == 'pending' or 'change' in found) and not only:
             held = self.service.look.occurrence(found['id'])
-            asks = (['accept'] if held.confirm else ['approve', 'reject']
-                    if self.actor.role == ADMIN else [])
+            asks += (['accept'] if held.confirm else ['approve', 'reject']
+                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
+        if found.get('at_end') in ('', None, 'delete') or 'servers' not in found:
+            can = [each for each in can if each != 'end']  # then that is to cancel it
         return [*asks, *(each for each in can if not only or each in only)]
 
     # What can be taken back for a while
 
     @functools.cached_property
-    def put_off(self) -> list[tuple[str, str, str, int]]:
-        """What is done soon, unless somebody takes it back: its name, a label, a project, an
-        occurrence or 0.
-        """
-        found = ((each.name, json.loads(each.value.partition(' ')[2]))
-                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
-        return [(name, *about) for name, said in found for about in said['about']]
+    def undoable(self) -> list[tuple]:
+        """What can be taken back: label, project, occurrence or 0; how; whether it cancels."""
+        me, now = [self.actor.user, self.actor.project], self.service.clock()
+        later = [(each.name, json.loads(each.value.partition(' ')[2]))
+                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
+        changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+        return [(*about, name * (said['by'][:2] == me), True)
+                for name, said in later for about in said['about']] + [
+            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]), False)
+            for each in reversed(changed)]
 
-    def leaves(self, label: str, project: str, id: int) -> str:
-        """What cancels an occurrence in a moment; '' if nothing does."""
-        return next((name for name, *about, which in self.put_off
-                     if about == [label, project] and which in (0, id)), '')
+    def way_back(self, answer: dict) -> tuple[str, float]:
+        """What takes back what has just been changed, and for how many seconds."""
+        now, parts = self.service.clock(), answer.get('parts', [answer])
+        labels = {(each['label'], each['project']) for each in parts}
+        made = {each.label: each for each in rows(
+            CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+            if each.user == self.actor.user and (each.label, each.project) in labels}
+        ids = ','.join(f'{each.id}' for each in made.values())
+        return ids, min((each.until for each in made.values()), default=now) - now
+
+    def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
+        """What takes back what was done to an occurrence, and whether that cancels it."""
+        return next(((name, gone) for *about, which, name, gone in self.undoable
+                     if about == [label, project] and which in (0, id)), ('', False))
 
     def as_left(self, line: dict) -> dict:
         """A line of a table as it will be when what is under way is done."""
-        name = self.leaves(line['label'], line['project'], line['id'])
-        return line | {'state': 'cancelled', 'leaves': name} if name else line
+        undo, gone = self.leaves(line['label'], line['project'], line['id'])
+        return line | {'undo': undo, 'leaves': gone} | ({'state': 'cancelled'} if gone else {})
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
-    that is slow.
-    """
+    """Names of flavors and images, looked up aside: nobody waits long for a slow cloud."""
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -25656,9 +25731,7 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some
-        seconds.
-        """
+        """The names in sight, by kind; and why, if the cloud does not answer in time."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -25816,7 +25889,7 @@ class Pages:
         except Invalid:
             zone = config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.wanted = while_there(request.environ)
+        service.wanted, service.undo_for = while_there(request.environ), config.undo_time
         # sentences speak in the person's zone
         service.config = dataclasses.replace(config, timezone=zone.key)
         return kind(self, service, actor, zone, self.sign('form', f'{found.id}' if found else ''))
@@ -25837,7 +25910,8 @@ class Pages:
             request, given = bottle.request, {}
             visit = self.visit(request, kind)
             try:
-                given = read_form(request) if request.method == 'POST' else read_query(request)
+                given = read_query(request) | (
+                    read_form(request) if request.method == 'POST' else {})
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -25849,9 +25923,7 @@ class Pages:
         return handler
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our
-        forms know.
-        """
+        """Refuses what another site sends: by where it comes from, and what only our forms know."""
         origin = header(request, 'Origin')
         ours = (header(request, 'Host'), urlsplit(self.service.config.public_url).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
@@ -25976,9 +26048,7 @@ class SignIn(Visit):
         return Actor(user, project or 'default', role or USER)
 
     def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
-        """Begins a session of somebody whom others know, until they do not any more: of a token
-        that nobody knows.
-        """
+        """Begins a session of somebody whom others know: of a token that nobody knows."""
         now, purpose = self.service.clock(), f'signed in at {where}'
         lasts, hash = min(self.config.session_length, ends - now), secrets.token_hex(32)
         with transaction():
@@ -26044,28 +26114,30 @@ class PlanPage(Visit):
         if not places:
             return self.page('Plan', self.render('nothing'))
         view = given.get('view') if given.get('view') in VIEWS else 'week'
-        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
         number = given.get('page', '')
         page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
         kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
 
-        def href(**other) -> str:
+        def way(**other) -> str:
             chosen = {name: value for name, value in (kept | other).items() if value != ''}
             return f'/?{urlencode(chosen)}'
-        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
-            len(places) > (page + 1) * MOST_PLACES)
-        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
-        return self.page('Plan', body, headed=False)
+        first = page * MOST_PLACES
+        return self.page('Plan', self.drawn(
+            TimeLine(view, read_at(given.get('at')) or self.today, self.zone),
+            places[first:first + MOST_PLACES], way, kept['mine'], page=page,
+            more=len(places) > first + MOST_PLACES), headed=False)
 
-    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
-              others: list) -> str:
+    @property
+    def today(self) -> datetime:
+        """What clocks show now."""
+        return to_wall(self.here.now, self.zone)
+
+    def drawn(self, line: TimeLine, places: list, way: Callable[..., str], mine: str,
+              **values) -> str:
         """The plan of some resources."""
-        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
-        found = self.on_plan(places, line, mine)
-        coming = self.coming()
+        drawing, most, coming = Drawing(self, line, way), MOST_BARS[line.view], self.coming()
+        found, changes = self.on_plan(places, line, mine), self.service.maintenance_list()
         first = not coming and not found and self.writes and not self.service.over('', 1)
-        changes = self.service.maintenance_list()
         uses = [use_of(each, line, drawing.days, found[:most], changes,
                        self.here.now.timestamp()) for each in places]
         groups = defaultdict(list)
@@ -26073,32 +26145,17 @@ class PlanPage(Visit):
             name = each.place.cloud or 'no cloud', each.place.region
             hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
             groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
-        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
-        inside = line.first <= today < line.after
-        middle = today if inside else line.first + (line.after - line.first) / 2
-        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
-                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
-                 if 0 <= each[-1] < len(VIEWS)]
-        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
-                'thin': line.thin, 'snap': SNAPS[line.view],
-                **({'writes': ''} if self.writes else {})}
+        inside = line.first <= self.today < line.after
+        middle = self.today if inside else line.first + (line.after - line.first) / 2
         return self.render(
-            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
-            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
-            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
-            before=line.at(line.first - (line.after - line.first)), view=line.view,
-            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
-            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
-            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
-            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
-            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
-            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
+            'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
+            line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
+            middle=f'{middle:%Y-%m-%dT%H}', days=drawing.with_shares(uses), groups=groups.items(),
+            grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
+            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
             legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
                 'other', 'other people’s') for each in found),
-            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
-            others=[(href(at=line.at(line.first), page=number), words)
-                    for number, words in others],
-            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
+            most=most if len(found) > most else 0, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -26121,34 +26178,27 @@ class PlanPage(Visit):
 
     def not_leaving(self, found: list) -> list:
         """Those that nobody has cancelled a moment ago."""
-        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
+        return [each for each in found if not self.leaves(each.label, each.project, each.id)[1]]
 
     def cards(self, coming: list) -> list[tuple]:
-        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
-        rest, an address.
-        """
-        def starts(each) -> str:
-            at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} on {each.resource}"
-            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
-
-        def ends(each) -> str:
-            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
-            until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
-            return f'ends {until}, in {left}'
-
-        def up(each) -> str:
+        """What runs, is next, needs you: a head, a state, a label, words, the rest, a link."""
+        def told(head: str, each) -> tuple[str, str]:
             vms = counted(each.vms, 'VM')
-            return f'{each.up} of {each.vms} ready' if each.runs else vms
-
-        def when(each) -> str:
-            return self.brief(instant(each.start), instant(each.end))
-        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
-                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
-        firsts = [(*kind, next((each for each in coming if each.state in kind[1] and (
-            each.state != 'pending' or each.confirm)), None)) for kind in kinds]
-        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
-                for head, _, words, more, found in firsts if found]
+            if head == 'Running now':
+                until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
+                left = in_length(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
+                return (f'{each.up} of {each.vms} ready' if each.runs else vms,
+                        f'ends {until}, in {left}')
+            at = self.plain(instant(each.start - each.lead))[-5:]
+            return (self.brief(instant(each.start), instant(each.end)) if head == 'Next'
+                    else each.state,
+                    f'{vms} on {each.resource}' + f', {each.image} starts at {at}' * bool(each.image))
+        kinds = {'Running now': ('active', 'starting'), 'Next': ('reserved',),
+                 'Needs you': ('degraded', 'pending')}
+        firsts = [(head, next((each for each in coming if each.state in states and (
+            each.state != 'pending' or each.confirm)), None)) for head, states in kinds.items()]
+        return [(head, each.state, each.label, *told(head, each), self.href_of(each))
+                for head, each in firsts if each]
 
     def ask_line(self, typed: str = '') -> str:
         """The line in which people say what they want."""
@@ -26169,14 +26219,10 @@ class PlanPage(Visit):
 #: What people can type in one line.
 EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
             '1 vm tomorrow 9:00-11:00')
-MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
-                  'all.')
 
 
 class Lists(Visit):
-    """Reservations: in a list, one by one, as others see them; notices, tokens, and what programs
-    can ask for.
-    """
+    """Reservations in a list, one by one, as others see them; notices, and the REST interface."""
 
     def list(self, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
@@ -26198,9 +26244,7 @@ class Lists(Visit):
             states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
-        """A table of reservations: with their addresses, how late they were ready, and what can
-        be done to them.
-        """
+        """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
                          'occurrence_id IN numbers(?)',
@@ -26212,7 +26256,8 @@ class Lists(Visit):
             late = [max(server.ready - server.planned, 0) for server in own if server.ready]
             lines.append(each | {
                 'addresses': sum((json.loads(server.addresses) for server in own), []),
-                'late': ready_after(max(late)) if late else '', 'acts': self.acts(each)})
+                'late': ready_after(max(late)) if late else '',
+                'acts': [act for act in self.acts(each) if act != 'keep']})
         columns = 'label state resource vms start end addresses'.split()
         return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
 
@@ -26231,8 +26276,9 @@ class Lists(Visit):
         href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
         changes = found['state'] not in (*OVER, 'ending') and self.writes
         return self.page(label, self.render(
-            'reservation', live=live, href=f'{href}/live{query}', share=self.share_form(found),
-            change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
+            'reservation', label=label, live=live, href=f'{href}/live{query}',
+            share=self.share_form(found), tag=hashed(live)[:20],
+            change=f'{href}/change{query}' if changes else ''), headed=False)
 
     def live(self, label: str, given: dict):
         """What is live of a reservation's page, if it is another than the browser has."""
@@ -26274,7 +26320,11 @@ class Lists(Visit):
     def occurrences(self, found: dict) -> str:
         """The next occurrences of a series, each with what can be done to it."""
         coming = found.get('occurrences', ())
-        lines = [self.as_left(found | each) for each in coming[:60]]
+        ids = {instant(each.start): each.id for each in rows(
+            'SELECT o.id, o.start FROM occurrence o JOIN occurrence one '
+            'ON one.reservation_id = o.reservation_id WHERE one.id = ? AND o."end" > ?',
+            found['id'], int(self.service.clock()))} if coming else {}
+        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
         columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
@@ -26382,23 +26432,16 @@ class Lists(Visit):
 
 
 class Verdict(NamedTuple):
-    """What a form says of itself.
-
-    Args:
-      kind: ok, some of it or no; '' before it was checked
-      months: of a series, each with its weeks of days and what becomes of those
-      go, waits: what its buttons do; '' without one
-      focus: it goes to who has just sent the form
-    """
-    kind: str
+    """What a form says of itself."""
+    kind: str  # ok, some of it or no; '' before it was checked
     head: str
     words: Iterable[str] = ()
     facts: Iterable[tuple[str, str]] = ()
-    months: Iterable[tuple] = ()
+    months: Iterable[tuple] = ()  # of a series: weeks of days, and what becomes of those
     offers: Iterable[tuple[str, str]] = ()
-    go: str = 'Book'
+    go: str = 'Book'   # what its buttons do; '' without one
     waits: str = ''
-    focus: bool = False
+    focus: bool = False  # it goes to who has just sent the form
 
 
 UNCHECKED = Verdict('', 'Here you see whether it fits.')
@@ -26415,7 +26458,7 @@ USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every
 CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
                           'notify', 'invite', 'lead', 'description'))
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
-OF_ONE = 'resource', 'start', 'end', 'vms'
+OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
 
 class BookForm(Visit):
@@ -26439,25 +26482,21 @@ class BookForm(Visit):
 
     def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **more):
         """The page with the form of a new one."""
-        return self.page('Book', self.form(said, verdict, BOOK_MORE, action='/book',
+        return self.page('Book', self.form(said, verdict, BOOK_MORE + FOR_OTHERS * (
+            self.actor.role == ADMIN), action='/book',
                          check='/book/check', line=self.render(
                              'line', typed=typed, example=EXAMPLES[0]), **more), status)
 
     def form(self, said: dict, verdict: Verdict, more: str, was: dict | None = None,
              only: Iterable[str] = (), **values) -> str:
-        """All fields of a reservation, to book it or to change it.
-
-        Args:
-          more: the fields that few need
-          was: the fields as they were before it was changed
-          only: the fields that are shown, if not all
-        """
+        """The fields of a reservation, or `only` some; `was`: before it was changed."""
         names, why = self.offered(said['resource'])
         known = API['add' if was is None else 'update'].parameters
 
         def fields(of: str) -> str:
             return ''.join(self.field(each, said, names, was) for each in of.split()
-                           if each in (only or known) and (was is None or each != 'label'))
+                           if (each in only if only else each in known and each != 'following')
+                           and (was is None or each != 'label'))
         groups = {name: fields(those) for name, those in FIELDSETS.items()}
         groups = {name: f'<div class="fields">{inside}</div>' for name, inside in groups.items()
                   if inside}
@@ -26511,9 +26550,7 @@ class BookForm(Visit):
                                              'vms': '1', 'what': 'image'}
 
     def filled(self, given: dict) -> dict:
-        """The fields of the form: as given, times as people write them; what was clicked on, not
-        before now.
-        """
+        """The fields of the form as given; what was clicked on is not before now."""
         said = self.blank() | {name: given[name] for name in BOOKING if given.get(name)}
         place, clicked = self.place(said['resource']), 'label' not in given
         if place and clicked:
@@ -26605,8 +26642,10 @@ class BookForm(Visit):
         given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
         if said.get('what') == 'hold':
             given.pop('image', None)
-        elif said.get('what') and not given.get('image') and not given.get('server'):
+        elif said.get('what') and not any(given.get(each) for each in ('image', 'server', 'part')):
             raise Invalid(CHOOSE)
+        if given.get('part'):
+            given.pop('resource', None)  # the parts name theirs
         if given.get('skip_dates'):
             given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
         return bind(API['add'], given | {'tz': self.zone.key}, self.here)
@@ -26776,8 +26815,7 @@ class BookForm(Visit):
         query = urlencode({name: given[name] for name in ('project', 'occurrence')
                            if given.get(name)})
         href = f'/r/{quote(label)}/change'
-        more = BOOK_MORE.replace('accept_within ', '') + ' user reason' * (
-            self.actor.role == ADMIN)
+        more = BOOK_MORE + ' user reason' * (self.actor.role == ADMIN)
         return self.page(f'Change {label}', self.form(
             was | said, verdict, more, was=was, only=only, line='', action=f'{href}?{query}',
             check=f'{href}/check?{query}'), status)
@@ -26804,7 +26842,7 @@ class BookForm(Visit):
         """Does what a form of changes says."""
         found, _ = self.to_change(label, given)
         before = self.stored_fields(found)
-        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'user', 'reason')
+        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'reason', 'following')
                 if name in given and given[name] != given.get(f'was_{name}', before.get(name))}
         if said.pop('what', '') == 'hold' and found['image']:
             said['image'] = ''
@@ -26852,7 +26890,8 @@ class BookForm(Visit):
         except Error as error:
             return self.changing(label, given, given, cannot_change(error, True), error.status)
         words = f"'{answer['label']}' is changed"
-        return self.onward(self.href(answer['label'], answer['project']), words)
+        return self.onward(self.href(answer['label'], answer['project']), words,
+                           self.way_back(answer))
 
 
 def cannot_change(error: Error, focus: bool) -> Verdict:
@@ -26866,11 +26905,7 @@ class Admin(Visit):
 
     def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
               status: int = 200):
-        """A page of operators.
-
-        Args:
-          typed: the form that was refused, or that shows what it would do, with its `operation`
-        """
+        """A page of operators; `typed`: the form that was refused, or shows what it would do."""
         self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
@@ -26890,9 +26925,12 @@ class Admin(Visit):
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
                    if not each.get('leaves')]
         columns = 'label resource vms start end description change'.split()
-        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ')
+        picked = [each for each in typed if each.startswith('pick ')]
+        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ',
+                           picked)
         waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
         return self.render('decide', table=table, some=pending, refusal=refusal,
+                           picked=len(picked),
                            reason=typed.get('reason', '')) + headed(
             'Waiting for capacity', self.table(
                 'Waiting', 'label resource vms start end change'.split(), waiting, {},
@@ -26915,7 +26953,7 @@ class Admin(Visit):
         words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
-    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple | None]:
+    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple[str, float]]:
         """Does something to each of several: how many, why not others, what takes it back."""
         done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
         for each in asked:
@@ -26926,7 +26964,7 @@ class Admin(Visit):
             except Error as error:
                 refused.append(f"{each['label']}: {error}")
         undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
-                          ) if puts_off and done else None
+                          ) if puts_off and done else ('', 0)
         return len(done), refused, undo
 
     def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
@@ -26943,7 +26981,8 @@ class Admin(Visit):
                                            .split(), affected, {}, 'It affects nobody.'))
         return headed('Maintenance', self.table(
             'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
-                'maintenance_add', typed, refusal) + affects
+                'maintenance_add', typed, refusal) + self.op_form(
+                    'resource_capacity', typed, refusal) + affects
 
     def resources(self, given: dict, typed: dict, refusal: str) -> str:
         """The resources, each with how to change it."""
@@ -26955,8 +26994,9 @@ class Admin(Visit):
         edits = found or typed.get('operation') == 'resource_update'
         return headed('Resources', self.table(
             'Resources', columns, lines, given, 'There is no resource yet.')) + (
-                self.op_form('resource_update', typed, refusal, found) if edits else '') + (
-                    self.op_form('resource_add', typed, refusal))
+                self.op_form('resource_update', typed, refusal, found) if edits else '') + ''.join(
+                    self.op_form(each, typed, refusal) for each in ('resource_add',
+                                                                    'resource_sync'))
 
     def use(self, given: dict, typed: dict, refusal: str) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
@@ -27008,7 +27048,7 @@ class Admin(Visit):
         tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
                   if not each['revoked']]
         limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
-        columns = f"id {FORMS['limit_add'][1]} change".split()
+        columns = f"id {FORMS['limit_add'][1]} change".replace('|', '').split()
         many = typed if typed.get('operation') == 'many' else {}
         fields = field('people', 'One person a line: the name, and a project if it is another',
                        many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
@@ -27019,10 +27059,10 @@ class Admin(Visit):
             self.op_form('token_add', typed, refusal),
             self.render('form', id='many', title='Make tokens for many people', more={},
                         action='/admin/people', refusal=refusal * bool(many), opened=many,
-                        fields=fields, previews=False, note='You get a CSV file with a link to '
-                        'sign in for each. It is made only now, so keep it safe.'),
+                        fields=fields, rare='', previews=False, note='You get a CSV file with a '
+                        'link to sign in for each. It is made only now, so keep it safe.'),
             headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
-            self.op_form('limit_add', typed, refusal)))
+            self.op_form('limit_add', typed, refusal), self.op_form('user_end', typed, refusal)))
 
     def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
@@ -27046,8 +27086,8 @@ class Admin(Visit):
                               error.status)
         return csv_answer(made, 'tokens.csv')
 
-    def tokens(self, given: dict):
-        """One's own tokens: what for, until when; made, renewed and revoked here."""
+    def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
+        """One's own tokens; and the clouds on which VMs are one's own."""
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
         own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
                for each in self.service.token_list()
@@ -27055,40 +27095,46 @@ class Admin(Visit):
         makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
                  'purpose': 'calendar program'}
         address = f'{self.pages.service.config.served}{DAV}/'
-        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + (
-            self.op_form('token_add', {}, '') if can else '') + self.render(
-                'programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD))
+        clouds = [each | {'acts': ['credential_delete'] * can}
+                  for each in self.service.credential_list()]
+        forms = [self.op_form(each, typed or {}, refusal) for each in
+                 ('token_add', *['credential_add'] * self.writes)] if can else []
+        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + ''.join(
+            forms) + self.table('Clouds on which VMs are yours',
+                                'id user cloud application trust added change'.split(), clouds) +
+            self.render('programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD),
+            status)
 
     # Forms that name an operation
 
     def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
         mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
-        was = {each: in_length(found[each]) if API[name].parameters[each].annotation is Span
-               else in_field(found[each]) for each in names.split() if each in (found or {})}
-        fields = ''.join(self.input(API[name], each, mine.get(each, was.get(each, '')),
-                                    was=was[each] if each in was and each != 'name' else None,
-                                    help=argument_help(API[name], each).replace('`', ''))
-                         for each in names.split())
-        back = page if self.actor.role == ADMIN else '/tokens'
+        now, operation = found and found | {'rename': found['name']} or {}, API[name]
+        was = {each: in_length(now[each]) if operation.parameters[each].annotation is Span
+               else in_field(now[each]) for each in names.split() if each in now}
+        fields, rare = (''.join(
+            self.input(operation, each, mine.get(each, was.get(each, '')), was=was.get(each),
+                       help=argument_help(operation, each).replace('`', ''))
+            for each in those.split()) for those in f'{names}|'.split('|')[:2])
+        about = {'name': found['name']} if found else {}
         return self.render(
             'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
-            more={'next': back, 'once': secrets.token_hex(8)}, opened=mine or found,
-            refusal=refusal * bool(mine), previews=name == 'maintenance_add')
+            rare=rare, opened=mine or found, refusal=refusal * bool(mine),
+            more=about | {'next': page if self.actor.role == ADMIN else '/tokens',
+                          'once': secrets.token_hex(8)}, previews='affected' in names)
 
     def do(self, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST
-        are.
-        """
+        """Whatever a form asks for: an operation, whose fields are read as those of REST are."""
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         checks = given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
-        ends = name == 'delete' and not sure and self.running(said)
+        ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
-            return self.are_you_sure(operation, given, said, onward)
+            return self.are_you_sure(operation, given, said, onward, ends or '')
         asked = asked_by(operation, said, self)
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
@@ -27104,7 +27150,8 @@ class Admin(Visit):
         if checks:
             affects = [each | {'resource': answer['resource']} for each in answer['hit']]
             return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
-        words, undo = told_done(name, asked, answer), undo_of(name, said, answer)
+        words = told_done(name, asked, answer)
+        undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
         if puts_off:
             whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
             first = answer if isinstance(answer, dict) else answer[0]
@@ -27116,10 +27163,8 @@ class Admin(Visit):
                                                  secret=answer[secret.pop()]))
         return self.onward(onward, words, undo)
 
-    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, dict]:
-        """Lets the life cycle do something when it can't be taken back any more; the form that
-        takes it back.
-        """
+    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
+        """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
         me = self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
@@ -27130,52 +27175,61 @@ class Admin(Visit):
                 what = ', '.join(sorted({ACTS[each].words.lower() for each, _ in calls}))
                 self.service.journal(now, 'updated', f'{me.user}: {what}. Undo is possible until '
                                      f'{until}', found.reservation)
-        return '/undo', {'act': name, 'next': '/list'}
+        return name, self.config.undo_time
 
     def undo(self, given: dict):
         """Takes back what was asked for a moment ago."""
         act = given.get('act', '')
+        labels = (self.service.take_back([*map(int, act.split(','))])
+                  if re.fullmatch('[0-9]{1,18}(,[0-9]{1,18}){0,99}', act) else self.call_off(act))
+        about = ', '.join(f"'{label}'" for label in labels)
+        return self.onward(local(given.get('next')), f'{about} stays as it was')
+
+    def call_off(self, act: str) -> list[str]:
+        """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
                         'AND CAST(value AS REAL) > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
-                raise Conflict('It is too late to undo this. It is done already.')
+                raise Conflict(TOO_LATE)
             run('DELETE FROM fact WHERE name = ?', act)
             for label, project, _ in said['about']:
                 reservation = self.service.look.mine(label, project, live=False).reservation
                 self.service.journal(now, 'updated', f'{self.actor.user} has undone that',
                                      reservation)
-        about = ', '.join(f"'{label}'" for label, *_ in said['about'])
-        return self.onward(local(given.get('next')), f'{about} stays as it was')
+        return [label for label, *_ in said['about']]
 
-    def running(self, said: dict) -> bool:
-        """Whether VMs run that a form would delete."""
+    def running(self, said: dict) -> str:
+        """The VMs that a form would end, in words; '' if none run."""
+        about = {name: said[name] for name in ('label', 'project', 'occurrence') if said.get(name)}
         try:
-            found = self.service.show(**bind(API['show'], {
-                name: said[name] for name in ('label', 'project', 'occurrence')
-                if said.get(name)}, self.here))
-            return 'servers' not in found or bool(found['servers'])
+            found = self.service.show(**bind(API['show'], about, self.here))
         except Error:  # the operation says why
-            return False
+            return ''
+        names = [each['name'] for part in found.get('parts', [found]) for each in part['servers']]
+        return names and f"{counted(len(names), 'VM')} running now: {', '.join(names[:20])}." or ''
 
-    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str):
-        """The question before what can't be undone, with what that would warn of."""
-        warnings = []
+    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str, ends: str):
+        """The question before what can't be undone, with what that ends and would warn of."""
+        warnings = [ends]
         if operation.name == 'delete':
             bound = bind(operation, asked_by(operation, said, self) | {'dry_run': True}, self.here)
-            warnings = [sentence(each) for line in self.service.delete(**bound)
-                        for each in line.get('warnings', ())]
+            warnings += [sentence(each) for line in self.service.delete(**bound)
+                         for each in line.get('warnings', ())]
+        about = next((said[each] for each in ('label', 'name', 'id', 'user') if said.get(each)), '')
         return self.page('Are you sure?', self.render(
             'sure', operation=operation.name, fields=given, words=ACTS[operation.name].words,
-            warnings=warnings, about=said.get('label') or said.get('name') or said.get('id'),
-            which=said.get('occurrence'), back=back))
+            warnings=filter(None, warnings), about=about, which=said.get('occurrence'), back=back))
 
     def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and self.actor.role == ADMIN and FORMS[name][0] == back:
-            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2],
-                              said | {'operation': name}, sentence(str(error)), error.status)
+        typed, words = said | {'operation': name}, sentence(str(error))
+        if name in FORMS and back == '/tokens':
+            return self.tokens({}, typed, words, error.status)
+        if name in FORMS and FORMS[name][0] == back:
+            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2], typed, words,
+                              error.status)
         words, _, typed, bad = ACTS.get(name, Act(name, ''))
         if not typed or typed[0] not in said:
             raise error
@@ -27214,24 +27268,10 @@ def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
                    and said.get(f'was_{name}') != value}
 
 
-def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
-    """What takes back at once what a form has done, if anything does."""
-    kept = {key: said[key] for key in ('label', 'project', 'occurrence') if said.get(key)}
-    if name == 'skip' and not said.get('undo'):
-        return '/do/skip', kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
-    if name == 'update' and said.get('was_start') and said.get('was_end'):
-        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
-        return '/do/update', kept | moved | {'start': said['was_start'], 'end': said['was_end']}
-    if name == 'extend' and 'parts' not in answer:
-        before = answer['end'] - parse_duration(said['by'])
-        return '/do/update', kept | {'end': to_plain(before)}
-    return None
-
-
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
-    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user') if said.get(key)),
-                 '')
+    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user', 'cloud')
+                  if said.get(key)), '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     warned = [each for line in answer for each in line.get('warnings', ())
