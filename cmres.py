@@ -27811,14 +27811,16 @@ def faults_of(config: Config) -> Iterator[str]:
             yield f"{name}: '{text}' is not an http(s) address"
     if '@' in config.notify_admins and not config.mail_server:
         yield 'notify_admins: no mail_server is set that could send to mail addresses'
-    port = config.mail_server.partition(':')[2]
-    if port and not port.isdecimal():
+    if not re.fullmatch(r'[^:]*(:\d*)?', config.mail_server):
         yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
     if named:
         from openstack.config import OpenStackConfig
         if missing := sorted(named - {*OpenStackConfig().get_cloud_names()}):
             yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
+
+
+EXPORTED = 1000  # events that are read at once
 
 
 def event_export(config: Config, since: When = None) -> None:
@@ -27829,14 +27831,10 @@ def event_export(config: Config, since: When = None) -> None:
     Example:
       python cmres.py event export --since 2027-01-01
     """
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    asked = {'since': since or FIRST}
+    service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
         print(''.join(map(json_text, found)), end='', flush=True)
         asked = {'after': found[-1]['id']}
-
-
-EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -27880,10 +27878,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [MIGRATED.format(**done)] if done else []
+    return [f"Updated the database from version {done['before']} to {done['after']}. "
+            f"'{done['copy']}' is a copy of before."] if done else []
 
 
-MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
           'demo': 'create the resource demo and a token, if there are none',
           'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
@@ -27901,10 +27899,10 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
-    start = (start if isinstance(start, datetime)
-             else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0)))
-    end = (start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime)
-           else end)
+    def moment(given, origin: datetime, default: timedelta) -> datetime:
+        return given if isinstance(given, datetime) else origin + (given or default)
+    start = moment(start, datetime.now(UTC).replace(microsecond=0), timedelta(0))
+    end = moment(end, start, timedelta(days=366))
     if not start < end:
         raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
                       f'({config.told_time(start.timestamp())}).')
@@ -27926,14 +27924,9 @@ def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Calla
     return command
 
 
-def alerts_as_yaml() -> str:
-    import yaml
-    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
-
-
 PRINTING = (
     printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
-             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+             '`cmres`.', '/etc/prometheus/cmres.yml', lambda: as_yaml(alert_rules())),
     printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
              lambda: json_text(grafana_dashboard(), indent=2)),
     printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
@@ -28053,6 +28046,11 @@ def local_service(config: Config, make: bool = False) -> Reservations:
         user = str(os.getuid())
     return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN),
                         progress=progress_bar)
+
+
+def reached(config: Config, make: bool = False) -> Reservations | Client:
+    """The service that a command works with: on a server where one is set, else here."""
+    return Client(config.url, config.token) if config.url else local_service(config, make)
 
 
 def channels(config: Config) -> str:
@@ -28177,33 +28175,37 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in COMMON or name == '--file' and rest[:1] == ['add']:
+        is_file = name == '--file' and rest[:1] == ['add']
+        if name in COMMON or is_file:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in COMMON:
+        if is_file:
+            rest = ['load', value, *rest[1:]]
+        elif name in COMMON:
             options[name[2:]] = value
-        elif word in SWITCHES:
+        elif word in SWITCHES or word == '--follow' and rest[:1] == ['events']:
             options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
-        elif name == '--file' and rest[:1] == ['add']:
-            rest = ['load', value, *rest[1:]]
-        elif word == '--follow' and rest[:1] == ['events']:
-            options['follow'] = True
         else:
             rest.append(word)
-    rest[:1] = [ALIASES.get(word, word) for word in rest[:1]]
-    for old, new in PAIRED.items():
-        if rest[:len(old)] == [*old]:
-            rest[:len(old)] = new
-    if rest[:1] == ['scheduler'] and '--once' in rest:
-        rest = ['tick', *(word for word in rest[1:] if word != '--once')]
-    if rest[:1] == ['extend'] and any(word.startswith('--until') for word in rest):
-        rest[0] = 'keep'
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"'{options['format']}' is not one of {', '.join(FORMATS)}.")
-    return rest
+    return with_usual_names(rest)
+
+
+def with_usual_names(words: list[str]) -> list[str]:
+    """A line whose command has its own name, not another one that people give to it."""
+    words = [ALIASES.get(word, word) for word in words[:1]] + words[1:]
+    for old, new in PAIRED.items():
+        if words[:len(old)] == [*old]:
+            words[:len(old)] = new
+    if words[:1] == ['scheduler'] and '--once' in words:
+        return ['tick', *(word for word in words[1:] if word != '--once')]
+    if words[:1] == ['extend'] and any(word.startswith('--until') for word in words):
+        return ['keep', *words[1:]]
+    return words
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
@@ -28236,15 +28238,13 @@ def help_of_group(here: Group, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
     text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    names = [name for name in dir(here) if name not in ALIASES]
-    shelves = {'Commands': names} if path else {
-        title: words.split() for title, words in SHELVES.items()}
-    lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
-                                      for name in shelf if name in names)
-             for title, shelf in shelves.items()]
-    also = [] if path else [wrapped('Also: ' + ', '.join(
-        f'{new} (same as {old})' for new, old in ALIASES.items()))]
-    return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
+    shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
+    lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+                                 for name in names.split())])
+             for title, names in shelves.items()]
+    also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
+    return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
+                        f'Example:\n{example}'])
 
 
 def first_of(command: Group | Operation) -> str:
@@ -28256,51 +28256,45 @@ def first_of(command: Group | Operation) -> str:
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
     text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
-    needed = [name for name, each in operation.parameters.items() if each.default is REQUIRED]
-    words = [called(name, each) for name, each in operation.parameters.items() if name in needed]
-    optional = [name for name in operation.parameters if name not in needed]
-    usage = ' '.join(['Usage: python cmres.py', *path, *words] + ['[options]'] * bool(optional))
-    blocks = [usage, wrapped(text)]
-    if needed:
-        blocks.append('\n'.join(two_columns(f'  {word}', argument_help(operation, name), 16)
-                                for name, word in zip(needed, words)))
+    kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
+             for name, each in operation.parameters.items()}
+    needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
+              for name, each in operation.parameters.items() if each.default is REQUIRED}
+    optional = [name for name in kinds if name not in needed]
+    usage = ['Usage: python cmres.py', *path, *needed.values(), '[options]' if optional else '']
+    blocks = [[two_columns(f'  {word}', argument_help(operation, name), 16)
+               for name, word in needed.items()]]
     for title, names in kinds_of(optional).items():
-        blocks.append('\n'.join([title, *(two_columns(
-            f"  --{name.replace('_', '-')} "
-            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
-            said_in_help(operation, name), 27)
-            for name in names)]))
-    return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
-
-
-def called(name: str, parameter: inspect.Parameter) -> str:
-    """What stands for an argument that is needed."""
-    is_file = SHOWN_AS.get(parameter.annotation) == 'FILE'
-    return 'FILE' if is_file else name.upper().replace('_', '-')
+        words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
+        blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
+                                for name, word in words.items())])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text), *map('\n'.join, filter(None, blocks)),
+                        f'Example:\n{example.rstrip()}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
     """Options by kind, where there are many."""
     if len(names) < 9:
         return {'Options': names} if names else {}
-    found = {title: [name for name in words.split() if name in names]
-             for title, words in KINDS_OF_OPTIONS.items()}
-    rest = [name for name in names if not any(name in each for each in found.values())]
-    return {title: each for title, each in (found | {'Other': rest}).items() if each}
+    titles = {name: title for title, words in KINDS_OF_OPTIONS.items() for name in words.split()}
+    found = {title: [name for name in names if titles.get(name, 'Other') == title]
+             for title in (*KINDS_OF_OPTIONS, 'Other')}
+    return {title: each for title, each in found.items() if each}
 
 
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
-    default = operation.parameters[name].default
-    there = default not in (None, '', (), False) and 'default' not in argument_help(operation, name)
-    return argument_help(operation, name) + (f' (default: {default})' if there else '')
+    default, text = operation.parameters[name].default, argument_help(operation, name)
+    said = default not in (None, '', (), False) and 'default' not in text
+    return f'{text} (default: {default})' if said else text
 
 
 def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
     """A line of help; what is too long for it goes on below, in its column."""
-    lines = textwrap.wrap(right, width - place, break_on_hyphens=False)
-    head = [left.ljust(place) + lines[0]] if len(left) < place else [left, ' ' * place + lines[0]]
-    return '\n'.join(head + [' ' * place + line for line in lines[1:]])
+    margin = ' ' * place
+    text = textwrap.fill(right, width, initial_indent=margin, subsequent_indent=margin,
+                         break_on_hyphens=False)
+    return f'{left}\n{text}' if len(left) >= place else left.ljust(place) + text[place:]
 
 
 def wrapped(text: str, width: int = 80) -> str:
@@ -28342,26 +28336,26 @@ KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_en
 
 def completed(words: list[str]) -> list[str]:
     """What the last of some words may become; nothing where that can't be told."""
-    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
-    typed = words.pop()
-    tree = commands(lambda operation: operation)
+    *words, typed = [word for word in words[:-1] if word != '='] + [*words[-1:], ''][:1]
+    typed, found = typed.lstrip('='), []
     with suppress(Error, OSError, *STORE_ERRORS):
-        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
-        if isinstance(here, Group):
-            return sorted(word for word in dir(here) if word.startswith(typed))
+        path, here = command_path(commands(lambda operation: operation),
+                                  [word for word in words if not word.startswith('-')])
         name, equals, begun = typed.partition('=')
-        if equals:
-            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
         last = words[-1] if words else ''
-        if last.startswith('--') and last not in SWITCHES and '=' not in last:
-            return [each for each in values_of(here, last) if each.startswith(typed)]
-        if typed.startswith('-'):
+        if isinstance(here, Group):
+            found = sorted(dir(here))
+        elif equals:
+            found = [f'{name}={each}' for each in values_of(here, name)]
+        elif last.startswith('--') and last not in SWITCHES and '=' not in last:
+            found = values_of(here, last)
+        elif typed.startswith('-'):
             flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
-            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
-        plain = [word for word in words[len(path):] if not word.startswith('--')]
-        place = list(here.parameters)[len(plain):][:1]
-        return [each for each in values_of(here, *place) if each.startswith(typed)]
-    return []
+            found = [*flags, *COMMON, *SWITCHES]
+        else:
+            plain = [word for word in words[len(path):] if not word.startswith('--')]
+            found = values_of(here, *list(here.parameters)[len(plain):][:1])
+    return [each for each in found if each.startswith(typed)]
 
 
 def values_of(operation: Operation, name: str = '') -> list[str]:
@@ -28369,13 +28363,11 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
     name = name.removeprefix('--').replace('-', '_')
     if name in KNOWN_VALUES:
         return list(KNOWN_VALUES[name])
-    config = load_config()
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    if (name in ('resource', 'resources') or name == 'name'
-        and operation.name.startswith('resource_')):
-        return [each['name'] for each in service.resource_list()]
+    of_resource = name == 'name' and operation.name.startswith('resource_')
+    if name in ('resource', 'resources') or of_resource:
+        return [each['name'] for each in reached(load_config()).resource_list()]
     if name == 'label' and operation.name != 'add':
-        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+        return list({each['label']: 0 for each in reached(load_config()).list(limit=1000)})
     return []
 
 
@@ -28421,40 +28413,26 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
-    operation = call._operation
-    given = {name: from_file(value, operation.parameters[name].annotation)
-             for name, value in call._given.items()}
-    # the parts name resources: the rest came early
-    if 'part' in given and 'end' not in given and 'resource' in given:
-        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']}
-                                                                  if 'start' in given else {})
-    if 'tz' in operation.parameters:
-        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
-        given.setdefault('tz', zone)
-    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
-    form = options.get('format', 'table')
+    operation, form = call._operation, options.get('format', 'table')
+    bound = bound_call(call, config, options)
+    look = Look.of(options, '' if operation.name == 'events' else COLUMNS.get(operation.name, ''))
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
     begins = operation.name in BEGINS and not bound.get('dry_run')
     if begins and not config.url and is_missing(config.database):
         print(told_made(config), file=sys.stderr)
-    service = (Client(config.url, config.token) if config.url
-               else local_service(config, make=begins))
+    service = reached(config, begins)
     asked = getattr(service, operation.name)
-    if config.url and 'limit' in operation.parameters:  # a page, as here
-        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
     while options.get('watch') and not operation.changes:
-        shown = render(asked(**bound), form, config.zone, table)
+        shown = render(asked(**bound), form, config.zone, look)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
     answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
               else asked(**bound))
-    text = render(answer, form, config.zone, table)
+    text = render(answer, form, config.zone, look)
     id, _, at = getattr(service, 'token_ends', '').partition(' ')
     if at:
         print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
@@ -28469,6 +28447,25 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         print(text)
         raise refused
     return text
+
+
+def bound_call(call: Call, config: Config, options: dict) -> dict:
+    """The arguments of a call as values: files are read, times are of the zone of the line."""
+    operation = call._operation
+    given = {name: from_file(value, operation.parameters[name].annotation)
+             for name, value in call._given.items()}
+    if 'part' in given and 'end' not in given and 'resource' in given:
+        # the parts name resources: the rest came early
+        early = dict(zip(('start', 'end'), (given[name] for name in ('resource', 'start')
+                                            if name in given)))
+        given |= {'resource': ANY} | early
+    if 'tz' in operation.parameters:
+        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
+        given.setdefault('tz', zone)
+    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
+    return bound
 
 
 def kept_if_stopped(asked: Callable, bound: dict):
@@ -28507,9 +28504,10 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else cursor_of(last)
-    shown = (last['id'] if operation.name == 'events'
-             else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
+    if operation.name == 'events':
+        after = shown = last['id']
+    else:
+        after, shown = cursor_of(last), f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
 
@@ -28623,13 +28621,13 @@ class Look(NamedTuple):
     width: int | None = None                # of a terminal; without, as wide as it needs to be
 
     @staticmethod
-    def of(options: dict, usual: str | None = None) -> Look:
+    def of(options: dict, usual: str) -> Look:
         """As the options of a command line say; `usual`: the columns that are shown without any."""
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
-        narrow = sys.stdout.isatty() and not options.get('wide')
-        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        is_wide = options.get('wide')
+        columns = chosen or (not is_wide and usual.split()) or None
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if narrow else None)
+                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28679,7 +28677,7 @@ def only_columns(lines: list[dict], look: Look) -> list[dict]:
 
 def as_yaml(answer) -> str:
     import yaml
-    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False, width=200)
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
     return text.rstrip()
@@ -28697,9 +28695,8 @@ def csv_cell(value):
     if isinstance(value, str):
         return legible(f"'{value}" if FORMULA.match(value) else value)
     plain = to_plain(value)
-    if not isinstance(plain, (list, dict)):
-        return plain
-    return legible(json.dumps(plain, ensure_ascii=False))
+    is_nested = isinstance(plain, (list, dict))
+    return legible(json.dumps(plain, ensure_ascii=False)) if is_nested else plain
 
 
 def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28774,29 +28771,27 @@ def in_table(value, zone: ZoneInfo) -> str:
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
     """The columns for which a terminal has room: first goes what all share, then the least."""
-    widths = [max(map(len, (head, *(line[place] for line in cells))))
-              for place, head in enumerate(heads)]
-    shared = {name for place, name in enumerate(names)
-              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
-    goes = [name for name in LEAST if name in shared] + [name for name in LEAST
-                                                         if name not in shared]
+    columns = [*zip(heads, *cells)]
+    widths = [2 + max(map(len, column)) for column in columns]
+    is_shared = [len(cells) > 1 and len({*column[1:]}) == 1 for column in columns]
+    goes = sorted((place for place, name in enumerate(names) if name in LEAST),
+                  key=lambda place: (not is_shared[place], LEAST.index(names[place])))
     shown = list(range(len(names)))
-    for name in goes:
-        if sum(widths[each] + 2 for each in shown) - 2 <= width:
-            break
-        shown = [each for each in shown if names[each] != name]
+    while goes and sum(widths[each] for each in shown) - 2 > width:
+        shown.remove(goes.pop(0))
     return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
     """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
-    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
-              for place in range(len(table[0]))]
+    columns = [*zip(*table)]
+    widths = [max(wide(part) for cell in column for part in cell.split('\n'))
+              for column in columns]
     on_terminal = sys.stdout.isatty()
     if on_terminal:
-        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
-                 for place in range(len(widths))]
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', cell) for cell in column[bool(names):])
+                 for column in columns]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
     if names and on_terminal and 'NO_COLOR' not in os.environ:
@@ -28813,38 +28808,28 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
-    widths = widths[:]
-    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
-        there = sorted({width for width, fixed in zip(widths, whole) if not fixed
-                        and width > least})
-        if not there:
+    """Widths that fit a terminal: the widest goes down step by step, but none that is `whole`."""
+    widths = [width if fixed else min(width, most) for width, fixed in zip(widths, whole)]
+    while sum(widths) + 2 * len(widths) - 2 > most:
+        width, place = max((0 if whole[place] else width, place)
+                           for place, width in enumerate(widths))
+        if width <= least:
             break
-        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
-        lower = there[-2] if len(there) > 1 else least
-        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+        widths[place] -= 1
     return widths
 
 
 def pieces_of(cell: str, width: int) -> Iterator[str]:
     """The lines of a cell, cut where they are too wide, between words if there are any."""
     for part in cell.split('\n'):
-        while (end := fitting_end(part, width)) < len(part):
+        while wide(part) > width:
+            taken = itertools.accumulate(map(wide, part))
+            end = max(sum(each <= width for each in taken), 1)  # at least one letter
             space = part.rfind(' ', 1, end + 1)
             end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
             part = part[end:].lstrip()
         yield part
-
-
-def fitting_end(text: str, width: int) -> int:
-    """How many letters of a text fit; at least one."""
-    taken = 0
-    for end, letter in enumerate(text):
-        taken += wide(letter)
-        if taken > width:
-            return max(end, 1)
-    return len(text)
 
 
 def wide(text: str) -> int:
