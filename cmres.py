@@ -1383,163 +1383,105 @@ TEXT_FIELDS = frozenset((
     'host state when what then link').split())
 
 
-def setting(default, why: str, least=None, most=10**9):
-    return dataclasses.field(default=default, metadata={'why': why, 'least': least, 'most': most})
+def setting(default, least=None, most=10**9):
+    return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
-    database: str = setting('cmres.db',
-                            'the SQLite file that holds everything, not on a network file system; '
-                            'or PostgreSQL: postgresql://USER@HOST/DATABASE')
-    key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
-                           'database; if empty, the database with .key, of PostgreSQL cmres.key')
-    host: str = setting('127.0.0.1',
-                        'the address that `serve` listens on; put a TLS proxy before any other')
-    port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
-    threads: int = setting(8, 'requests that are answered at the same time', 1)
-    slow_per_user: int = setting(2, 'slow requests of one user (clouds, calendars, long '
-                                    'computations) at the same time', 1)
-    slow_per_target: int = setting(4, 'requests that wait for one cloud entry, or for one host, '
-                                      'at the same time', 1)
-    outside_timeout: float = setting(
-        50.0, 'seconds that one request may wait for clouds and calendars in total', 0.1)
-    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
-                           'database')
-    token: str = setting('', 'the token for that server')
-    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
-                                     'closes the oldest idle one', 10, 100_000)
-    connections_per_address: int = setting(200, 'open connections from one address, also from a '
-                                                'proxy', 1)
-    requests_per_address: int = setting(
-        12000, 'requests from one address within a minute; 0: no limit', 0)
-    requests_per_user: int = setting(
-        3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
-    mib_per_address: int = setting(
-        2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
-                                     'Admins have no such limit', 0)
-    cpu_per_user: float = setting(
-        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
-              'limit. Admins have no such limit', 0.0)
-    wrong_tokens: int = setting(
-        30, 'wrong tokens from one address within a minute; more are answered with 429', 1)
-    trusted_proxies: str = setting(
-        '127.0.0.1, ::1', 'addresses and networks of proxies; their last entry in X-Forwarded-For '
-                          'counts for limits and the log, and for nothing else')
-    keystone: str = setting(
-        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
-        'address such as https://cloud.example.org/identity')
-    keystone_roles: str = setting(
-        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
-        'KEYSTONE:CMRES; of several the highest, without any of them none')
-    oidc: str = setting(
-        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
-        'https://login.example.org; needs the package authlib')
-    oidc_client: str = setting('', 'the client id of cmres at that provider')
-    oidc_secret: str = setting('', 'its secret; without one, the client is public')
-    oidc_claims: str = setting(
-        'preferred_username, project, role', 'the claims that say user, project and role there; '
-        'without the last two, people are users of the project default')
-    identity_proxies: str = setting(
-        '', 'addresses and networks of proxies that say who asks, in the headers of '
-        '`identity_header`; they must take those headers out of what their clients send')
-    identity_header: str = setting(
-        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
-        'X-Remote-Project, X-Remote-Role')
-    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
-                           '(everybody) or off (nobody)')
-    log_format: str = setting('text', 'format of the log: text or json')
-    log_requests: bool = setting(
-        True, 'write a line to the log for each request and each call to a cloud')
-    drain: float = setting(30.0, 'seconds that running requests have to finish after SIGTERM', 0.0)
-    min_disk: int = setting(
-        100, 'MiB that should be free on the disk of the database; with less, /readyz warns', 0)
-    timezone: str = setting('UTC', 'time zone of times without a zone, and of tables; default: '
-                                   'the zone of this computer')
-    workers: int = setting(32, 'calls to one cloud at the same time', 1)
-    call_timeout: float = setting(60.0, 'seconds after which cmres gives up a call to a cloud', 0.1)
-    boot_timeout: float = setting(900.0, 'seconds until a VM that does not become ACTIVE is '
-                                         'replaced', 0.1)
-    lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
-                                            'the VM is created again', 0.0)
-    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
-                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
-    poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
-                                        'stopping', 0.01)
-    poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
-    retry_first: float = setting(5.0, 'seconds before a failed start or deletion is tried again; '
-                                      'doubles each time', 0.01)
-    retry_max: float = setting(300.0, 'maximum of these seconds', 0.01)
-    leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
-                                         'scheduler takes over', 0.1)
-    remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder', 0.0)
-    end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
-                                      'then the VM is deleted', 0.0)
-    webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
-    private_addresses: bool = setting(
-        False, 'allow webhook and calendar addresses in private networks and on this computer')
-    mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
-                                   'mail and refuses mail addresses')
-    mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    notify_admins: str = setting(
-        '', 'mail addresses or URLs that get a message when an admin must approve something')
-    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
-    own_token_days: int = setting(
-        365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
-    feeds_per_user: int = setting(
-        50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
-    subscriptions_per_user: int = setting(
-        50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
-                                1, 3660)
-    invitations_per_day: int = setting(
-        200, 'mails that invite people to what one user has reserved, within a day', 0)
-    calendar_poll: float = setting(300.0, 'seconds between '
-                                          'two readings of a subscribed calendar', 0.1)
-    caldav_refusal: str = setting(
-        'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
-        'stays and says so) or 403 (the program is refused)')
-    caldav_busy: bool = setting(
-        False, 'whether the calendar of a resource shows what others have reserved, as busy')
-    caldav_events: int = setting(
-        20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('', 'address of this server for people, for links, for example '
-                                  'https://cmres.example.org')
-    session_length: float = setting(43200.0, 'seconds after '
-                                        'which people must sign in to the page again', 0.1)
-    undo_time: float = setting(
-        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. '
-        '0: no Undo', 0.0, 600)
-    login_command: str = setting('ssh {address}',
-                         'how people log in to a VM; their calendar shows it')
-    no_overtaking_after: float = setting(
-        86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
-    exempt_longest: float = setting(
-        86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
-    delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
-                                               'themselves in their reservation')
-    retention: int = setting(400, 'days after which finished reservations are forgotten; reports '
-                                  'keep their sums', 1, 36500)
-    project_texts: int = setting(
-        100, 'MiB of user data, descriptions and metadata that a project may have here', 1, 10**6)
-    orphan_grace: float = setting(60.0, 'age in seconds at which cmres removes a server of its '
-                                        'own that no reservation needs', 0.0)
-    verify_every: float = setting(
-        3600.0, 'seconds between two checks of the database file for damage', 0.1)
-    max_pass_age: float = setting(
-        180.0, 'seconds since the last run of the scheduler after which /readyz warns', 0.1)
-    simulated_boot: float = setting(3.0, 'seconds until a '
-                                         'VM is ready on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of VMs that fail to start there, 0 to 1', 0.0,
-                                        1.0)
-    simulated_vms: int = setting(0, 'VMs that fit there; 0: no limit', 0)
-    simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
+    """Everything that can be set; config.example.ini says what each setting is for.
+
+    Once read, only what `read_again` takes is ever changed.
+    """
+    # the store, and how `serve` is reached
+    database: str = setting('cmres.db')
+    key: str = setting('')
+    host: str = setting('127.0.0.1')
+    port: int = setting(8080, 0, 65535)
+    threads: int = setting(8, 1)
+    slow_per_user: int = setting(2, 1)
+    slow_per_target: int = setting(4, 1)
+    outside_timeout: float = setting(50.0, 0.1)
+    url: str = setting('')
+    token: str = setting('')
+    # how much one may ask
+    connections: int = setting(2000, 10, 100_000)
+    connections_per_address: int = setting(200, 1)
+    requests_per_address: int = setting(12000, 0)
+    requests_per_user: int = setting(3000, 0)
+    mib_per_address: int = setting(2000, 0)
+    mib_per_user: int = setting(500, 0)
+    cpu_per_user: float = setting(30.0, 0.0)
+    wrong_tokens: int = setting(30, 1)
+    # who says who asks
+    trusted_proxies: str = setting('127.0.0.1, ::1')
+    keystone: str = setting('')
+    keystone_roles: str = setting('admin:admin, member:user, reader:reader')
+    oidc: str = setting('')
+    oidc_client: str = setting('')
+    oidc_secret: str = setting('')
+    oidc_claims: str = setting('preferred_username, project, role')
+    identity_proxies: str = setting('')
+    identity_header: str = setting('X-Remote')
+    # what the operator sees
+    metrics: str = setting('token')
+    log_format: str = setting('text')
+    log_requests: bool = setting(True)
+    drain: float = setting(30.0, 0.0)
+    min_disk: int = setting(100, 0)
+    timezone: str = setting('UTC')
+    # the life cycle and its clouds; seconds
+    workers: int = setting(32, 1)
+    call_timeout: float = setting(60.0, 0.1)
+    boot_timeout: float = setting(900.0, 0.1)
+    lost_answer_wait: float = setting(15.0, 0.0)
+    common_names: str = setting('')
+    poll_changing: float = setting(1.0, 0.01)
+    poll_running: float = setting(60.0, 0.01)
+    retry_first: float = setting(5.0, 0.01)
+    retry_max: float = setting(300.0, 0.01)
+    leader_timeout: float = setting(6.0, 0.1)
+    remind_before: float = setting(600.0, 0.0)
+    end_grace: float = setting(600.0, 0.0)
+    # who is told
+    webhook: str = setting('')
+    webhook_secret: str = setting('')
+    private_addresses: bool = setting(False)
+    mail_server: str = setting('')
+    mail_from: str = setting('cmres@localhost')
+    notify_admins: str = setting('')
+    mail_domains: str = setting('')
+    notices_per_day: int = setting(200, 0)
+    # what people may keep
+    own_token_days: int = setting(365, 1, 36500)
+    tokens_per_user: int = setting(50, 0)
+    feeds_per_user: int = setting(50, 0)
+    subscriptions_per_user: int = setting(50, 0)
+    horizon: int = setting(366, 1, 3660)
+    invitations_per_day: int = setting(200, 0)
+    # calendars and the page
+    calendar_poll: float = setting(300.0, 0.1)
+    caldav_refusal: str = setting('mark')
+    caldav_busy: bool = setting(False)
+    caldav_events: int = setting(20000, 0)
+    public_url: str = setting('')
+    session_length: float = setting(43200.0, 0.1)
+    undo_time: float = setting(10.0, 0.0, 600)
+    login_command: str = setting('ssh {address}')
+    # rules, and how long what is over is kept
+    no_overtaking_after: float = setting(86400.0, 0.0)
+    exempt_longest: float = setting(86400.0, 0.0)
+    delete_user_started: bool = setting(False)
+    retention: int = setting(400, 1, 36500)
+    project_texts: int = setting(100, 1, 10**6)
+    orphan_grace: float = setting(60.0, 0.0)
+    verify_every: float = setting(3600.0, 0.1)
+    max_pass_age: float = setting(180.0, 0.1)
+    simulated_boot: float = setting(3.0, 0.0)
+    simulated_failures: float = setting(0.0, 0.0, 1.0)
+    simulated_vms: int = setting(0, 0)
+    simulated_latency: float = setting(0.0, 0.0)
+    # what else stands in the file, and where all of it is from
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
@@ -1556,7 +1498,7 @@ class Config:
     @property
     def common(self) -> frozenset[str]:
         """The setting `common_names`, one by one; Invalid if one of them is none."""
-        names = [each.strip() for each in self.common_names.split(',') if each.strip()]
+        names = [*filter(None, map(str.strip, self.common_names.split(',')))]
         for each in names:
             kind, _, name = each.partition(':')
             if kind not in KINDS or not name:
@@ -1569,13 +1511,14 @@ class Config:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
-    def is_proxy(self, peer: str) -> bool:
-        """Whether an address is that of a trusted proxy."""
-        return is_among(peer, read_networks(self.trusted_proxies))
-
-    def tells_who(self, peer: str) -> bool:
-        """Whether an address is that of a proxy that says who asks."""
-        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+    def is_among(self, setting: str, address: str) -> bool:
+        """Whether an address is in one of the networks that a setting names."""
+        import ipaddress
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found in each for each in read_networks(getattr(self, setting), setting))
 
     @property
     def roles(self) -> dict[str, str]:
@@ -1586,13 +1529,6 @@ class Config:
                 raise Invalid(f"Setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
                               f"such as member:user; the roles here are {', '.join(ROLES)}")
         return {name: role for name, _, role in pairs}
-
-    def check_choices(self) -> None:
-        """Invalid if a setting that is one of some words is another."""
-        for name, words in WORDS_OF.items():
-            if (said := getattr(self, name)) not in words:
-                raise Invalid(f"Setting {name}: '{said}' is not one of "
-                              f"{', '.join(words)}{nearest(said, words)}")
 
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
@@ -1638,17 +1574,8 @@ WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
             'caldav_refusal': ('mark', '403')}
 
 
-def is_among(address: str, networks: list) -> bool:
-    """Whether an address is in one of some networks."""
-    import ipaddress
-    with suppress(ValueError):
-        found = ipaddress.ip_address(address)
-        return any(found in each for each in networks)
-    return False
-
-
 @functools.lru_cache
-def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
+def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
     import ipaddress
     found = []
@@ -1661,7 +1588,7 @@ def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     return found
 
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
 #: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
@@ -1672,30 +1599,31 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     Raises:
       Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
     """
-    path = path or environ.get('CMRES_CONFIG') or (
-        'config.ini' if os.path.exists('config.ini') else '')
+    usual = 'config.ini' if os.path.exists('config.ini') else ''
+    path = path or environ.get('CMRES_CONFIG') or usual
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     twins = {name[6:].lower(): text for name, text in environ.items()
              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    said = dict.fromkeys(sections['cmres'], path)
+    said |= {name: f'CMRES_{name.upper()}' for name in twins}
     renamed = RENAMED['setting']
-    old = [name for name in (*sections['cmres'], *twins) if name in renamed]
-    sources = {renamed.get(name, name): path for name in sections['cmres']} | {
-        renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
-    for name in sections['texts']:
+    settings = with_new_names('setting', sections['cmres']) | with_new_names('setting', twins)
+    settings.setdefault('timezone', machine_zone(environ))
+    for name, template in sections['texts'].items():
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
                           f"'{name}'{nearest(name, TEXTS)}")
-        check_template(f'{path}: [texts] {name}', sections['texts'][name])
-    texts.setdefault('timezone', machine_zone(environ))
-    config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
+        check_template(f'{path}: [texts] {name}', template)
+    config = Config(**{name: read_setting(name, text) for name, text in settings.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
-                    old_names=tuple(old))
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp,
+                    sources={renamed.get(name, name): where for name, where in said.items()},
+                    old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.roles, config.check_choices()
-    config.is_proxy(''), config.tells_who('')
+    config.zone, config.common, config.roles
+    for name in ('trusted_proxies', 'identity_proxies'):
+        read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
 
@@ -1704,9 +1632,8 @@ def check_template(where: str, template: str) -> None:
     """Refuses words for an event that could not be filled in; Invalid says where and why."""
     from string import Formatter
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        for field in fields:
-            if field not in TEXT_FIELDS:
+        for _, field, _, _ in Formatter().parse(template):
+            if field is not None and field not in TEXT_FIELDS:
                 hint = nearest(field, TEXT_FIELDS)
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
@@ -1737,8 +1664,7 @@ def read_config_file(path: str) -> dict[str, dict]:
         with open(path, encoding='utf-8') as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        why = str(error).splitlines()[0]
-        raise Invalid(f"Cannot read the configuration '{path}': {why}") from None
+        raise Invalid(f"Cannot read the configuration '{path}': {str(error).splitlines()[0]}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -1754,18 +1680,21 @@ def read_bool(value, here=None) -> bool:
 
 
 def read_setting(name: str, text: str):
+    """The value of a setting; Invalid if the text is none."""
     if name not in SETTINGS:
         raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
-    field = SETTINGS[name]
+    usual, (least, most) = SETTINGS[name].default, SETTINGS[name].metadata.values()
     try:
-        value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
+        value = read_bool(text) if isinstance(usual, bool) else type(usual)(text)
     except ValueError:
-        what = ('not true or false' if isinstance(field.default, bool)
-                else f'not a number such as {field.default}')
-        raise Invalid(f"Setting {name}: '{text}' is {what}.") from None
-    least, most = field.metadata['least'], field.metadata['most']
+        what = 'true or false' if isinstance(usual, bool) else f'a number such as {usual}'
+        raise Invalid(f"Setting {name}: '{text}' is not {what}.") from None
     if least is not None and not least <= value <= most:
         raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
+    words = WORDS_OF.get(name, [value])
+    if value not in words:
+        raise Invalid(f"Setting {name}: '{value}' is not one of "
+                      f"{', '.join(words)}{nearest(value, words)}")
     return value
 
 
@@ -19636,7 +19565,8 @@ def by_proxy(service: Reservations, request) -> Actor | None:
     """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
     begin = service.config.identity_header
     user = header(request, f'{begin}-User')
-    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+    if not user or not service.config.is_among(
+            'identity_proxies', request.environ.get('REMOTE_ADDR', '')):
         return None
     project = header(request, f'{begin}-Project') or 'default'
     role = header(request, f'{begin}-Role') or USER
@@ -19829,7 +19759,7 @@ class Gate:
         said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
         for name in FORWARDED:
             environ.pop(name, None)
-        trusted = said and self.service.config.is_proxy(peer)
+        trusted = said and self.service.config.is_among('trusted_proxies', peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
     def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
