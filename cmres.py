@@ -20858,7 +20858,6 @@ MOST_FILTERS = 100   # elements of a filter
 MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
-CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
               'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
@@ -20870,8 +20869,6 @@ STORED_PROPERTIES = frozenset(
     ('D:displayname', 'A:calendar-color', 'A:calendar-order', 'C:calendar-timezone'))
 DAV_VERBS = 'OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, REPORT'
 REPORTS = ('C:calendar-query', 'C:calendar-multiget', 'C:free-busy-query', 'D:sync-collection')
-READS = ('read', 'read-current-user-privilege-set')
-WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
 TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
@@ -21020,10 +21017,10 @@ def without_blocks(text: str) -> str:
 
 
 class Form:
-    """How times are written in a series: as its first start is."""
+    """How times are written in a series, and what its occurrences have of it: as its first one."""
 
     def __init__(self, head: Component, zone: tzinfo):
-        self.parameters, value = head.read('DTSTART')
+        self.head, (self.parameters, value) = head, head.read('DTSTART')
         self.zone, self.whole = zone, 'T' not in value.upper()
         self.instant = value.strip().upper().endswith('Z') or zone is UTC and (
             'TZID' in self.parameters.upper())
@@ -21037,9 +21034,19 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def exception(self, plain: Component, slot: Slot) -> Component:
-        """An occurrence of a series as an event of its own, with what is carried over."""
-        made = Component([*plain.lines])
+    @functools.cached_property
+    def plain(self) -> Component:
+        """What of a series each of its occurrences has as well: no alarms, and no long texts."""
+        head = self.head
+        kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
+                and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
+        made = Component([head.lines[0], *kept, head.lines[-1]])
+        made.put_line('UID', head.line('UID'))
+        return made
+
+    def exception(self, slot: Slot, like: Component | None = None) -> Component:
+        """An occurrence of a series as an event of its own."""
+        made = Component([*(like or self.plain).lines])
         at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
         times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
         for name, at in times.items():
@@ -21047,44 +21054,11 @@ class Form:
         return made
 
 
-def carried(head: Component) -> Component:
-    """What of a series each of its occurrences has as well: no alarms, and no long texts."""
-    kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
-            and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
-    made = Component([head.lines[0], *kept, head.lines[-1]])
-    made.put_line('UID', head.line('UID'))
-    return made
-
-
-def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
-                 keys: dict[str, str], zone: tzinfo) -> str:
-    """A calendar with what cmres says of it, by slots; '' is all of it.
-
-    Args:
-      keys: the slots that exceptions have there, by what they are written as
-    """
-    parts = components(text)
-    events = events_in(parts)
-    head, behind = events[0], parts.index(events[-1]) + 1
-    form, plain = Form(head, zone), carried(head)
-    there = {keys.get(each.key, ''): each for each in events}
-    there.setdefault('', head)
-    for slot, remark in remarks.items():
-        if slot not in there:
-            there[slot] = form.exception(plain, slots[slot])
-            there[slot].put_line(MADE, f'{MADE}:1\r\n')
-            parts.insert(behind, there[slot])
-            behind += 1
-        remark.write(there[slot], form)
-    return joined(parts)
-
-
 def without_remarks(text: str, shown: str, before: str) -> str:
     """A calendar without what cmres has said in it.
 
     Args:
-      shown: what the program was shown
-      before: what a person had written before that
+      shown, before: what the program was shown, and what a person had written before that
     """
     parts = components(text)
     was, own = ({each.key: each for each in events_in(components(each))}
@@ -21225,8 +21199,7 @@ class Folder:
         """Writes an object, or some columns of it; it is another one for all programs then.
 
         Args:
-          text: what a person wrote
-          shown: the same with what cmres says of it
+          text, shown: what a person wrote, and that with what cmres says of it
         """
         there = self.objects('name = ?', name)
         values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
@@ -21287,12 +21260,22 @@ class Teller:
         self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
     def text(self) -> str:
-        """The event as it is shown."""
+        """The event with what there is to say, also of occurrences that it does not write out."""
         remarks = self.remarks()
         if not remarks:
             return self.event.text
-        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
-                            self.event.here)
+        parts, keys = components(self.event.text), self.event.keys()
+        events = events_in(parts)
+        form, behind = Form(events[0], self.event.here), parts.index(events[-1]) + 1
+        there = {'': events[0]} | {keys.get(each.key, ''): each for each in events}
+        for slot, remark in remarks.items():
+            if slot not in there:
+                there[slot] = form.exception(self.slots[slot])
+                there[slot].put_line(MADE, f'{MADE}:1\r\n')
+                parts.insert(behind, there[slot])
+                behind += 1
+            remark.write(there[slot], form)
+        return joined(parts)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -21458,16 +21441,15 @@ def reservation_text(folder: Folder, id: int) -> str:
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(found, found.vms), 'END:VEVENT']
-    head = Component([folded(each) for each in lines])
-    form, plain, events = Form(head, zone), carried(head), [head]
+    form = Form(Component([folded(each) for each in lines]), zone)
+    plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
     for each in live if stretches else ():
-        slot = plan_of(stretches, there).get(each.slot)
-        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
-            continue
-        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
-        for line in want_lines(found, each.vms):
-            events[-1].put_line(line.partition(':')[0], folded(line))
-    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+        slot = plan.get(each.slot)
+        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
+            events.append(form.exception(Slot(each.slot, *each[1:5])))
+            for line in want_lines(found, each.vms):
+                events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
 
 
@@ -21908,12 +21890,11 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form = Form(events[0], table.zone)
     form.instant = not form.whole
-    for slot in table.slots(begin, until):
-        one = form.exception(own.get(slot.key, plain), slot)
-        one.put_line('DURATION')
-        found.append(one)
+    found = [form.exception(slot, own.get(slot.key)) for slot in table.slots(begin, until)]
+    for each in found:
+        each.put_line('DURATION')
     return whole_calendar(joined(found))
 
 
@@ -21935,8 +21916,10 @@ def read_range(element) -> tuple[int, int]:
 
 
 def privileges(dav: Dav, writable: bool) -> str:
-    names = READS + (WRITES if writable and dav.writes else ())
-    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+    names = 'read read-current-user-privilege-set'
+    if writable and dav.writes:
+        names += ' write write-properties write-content bind unbind'
+    return elements((f'D:{each}' for each in names.split()), '<D:privilege>{}</D:privilege>')
 
 
 def described(folder: Folder) -> str:
@@ -22295,9 +22278,7 @@ DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
 
 
 def busy_lines(place, begin: int, until: int) -> Iterator[str]:
-    """When a resource has no free capacity for what an event usually gets, and when it has less
-    than all.
-    """
+    """When a resource can't take what an event usually gets, and when it has less than all."""
     usual = Amount(place.default_vms)
     free = [(max(begin, int(first)), int(min(last, until)))
             for first, last in free_windows(place, usual, begin, until)]
@@ -22345,9 +22326,12 @@ def wanted_in(root, name: str = '') -> list[str] | None:
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
-    text = ''.join(parts)
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus {DECLARED}>{text}{more}'
-                '</D:multistatus>', 207, DAV_HEADERS)
+    return xml_answer('multistatus', ''.join(parts) + more, 207)
+
+
+def xml_answer(name: str, inner: str, status: int, headers: dict = {}):
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:{name} {DECLARED}>{inner}</D:{name}>',
+                status, DAV_HEADERS | headers)
 
 
 def dav_refusal(error: Error):
@@ -22355,64 +22339,47 @@ def dav_refusal(error: Error):
     name, href = getattr(error, 'element', ''), error.details.get('href')
     inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
-    headers = headers_of(error)
-    if error.status == 401:
-        headers = {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'}
-    if error.status == 405:
-        headers = {'Allow': DAV_VERBS}
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:error {DECLARED}>'
-                f'{xml_text(str(error))}{element}</D:error>', error.status, DAV_HEADERS | headers)
+    headers = {401: {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'},
+               405: {'Allow': DAV_VERBS}}.get(error.status, headers_of(error))
+    return xml_answer('error', f'{xml_text(str(error))}{element}', error.status, headers)
 
 
-class Programs:
-    """Who answers calendar programs, and who they act for."""
-    MOST = 10_000  # tokens that are remembered
+def calendar_programs(service: Reservations) -> Callable:
+    """Answers calendar programs, for who has the token that they send as a password."""
+    import bottle
+    known: dict = {}  # see `refresh`
 
-    def __init__(self, service: Reservations):
-        self.service, self.known, self.seen = service, {}, {}
+    @functools.lru_cache(10_000)
+    def token_id(digest: str, minute: int) -> int:
+        """Of all requests of a minute one looks a hash up."""
+        return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), service.clock()).id
 
-    def answer(self, path: str = ''):
-        import bottle
+    def who(request) -> Actor:
+        secret = bearer(request)
+        if not secret:  # that is no attacker
+            raise Unauthorized('sign in with your name and, as password, a token of cmres')
+        try:
+            id = token_id(hashed(secret), int(time.monotonic() // 60))
+            found = token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), service.clock())
+        except Unauthorized:
+            note_wrong(service, request.environ)
+            raise
+        note_caller(service, request.environ, found)
+        return bearer_of(found)
+
+    def handle(path: str = ''):
         request = bottle.request
         if request.method == 'OPTIONS':
             return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
         try:
-            acting = self.service.acting(self.who(request))
+            acting = service.acting(who(request))
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer(self.seen)
+                return Dav(acting, request, path).answer(known)
         except Error as error:
             return dav_refusal(error)
-
-    def elsewhere(self):
-        """Where programs find all of this (RFC 6764)."""
-        return sent('', 301, DAV_HEADERS | {'Location': f'{DAV}/'})
-
-    def who(self, request) -> Actor:
-        """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request)
-        if not secret:
-            raise Unauthorized('sign in with your name and, as password, a token of cmres')
-        try:
-            found = self.token(hashed(secret))
-        except Unauthorized:
-            note_wrong(self.service, request.environ)
-            raise
-        note_caller(self.service, request.environ, found)
-        return bearer_of(found)
-
-    def token(self, digest: str):
-        """The row of a token, by its id where it was found a short while ago."""
-        now = self.service.clock()
-        id, until = self.known.get(digest, (0, 0))
-        if time.monotonic() < until:
-            return token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), now)
-        found = token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), now)
-        if len(self.known) >= self.MOST:
-            self.known.clear()
-        self.known[digest] = found.id, time.monotonic() + CHECKED_FOR
-        return found
+    return handle
 
 
 def may(actor: Actor) -> tuple[str, str]:
@@ -22435,10 +22402,11 @@ HOW_TO_ADD = {
 
 def mount_caldav(app, service: Reservations) -> None:
     """Adds the addresses for calendar programs to an application."""
-    programs = Programs(service)
-    app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
+    home = DAV_HEADERS | {'Location': f'{DAV}/'}  # where programs look for it (RFC 6764)
+    app.route('/.well-known/caldav', 'ANY', lambda: sent('', 301, home))
+    programs = calendar_programs(service)
     for path in (DAV, f'{DAV}/<path:path>'):
-        app.route(path, 'ANY', programs.answer)
+        app.route(path, 'ANY', programs)
     for verb in ('GET', 'POST'):
         app.route('/invitations/<address>/<sign>', verb, uninviting(service))
 
