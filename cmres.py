@@ -2079,11 +2079,6 @@ class Operation:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
 
-    @property
-    def summary(self) -> str:
-        return inspect.getdoc(self.method).splitlines()[0]
-
-
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
     return WORDS.get(f'{operation.name}.{name}') or WORDS[name]
@@ -2353,12 +2348,17 @@ def read_names(value, here=None) -> list[str]:
     return [name for name in map(read_name, items) if name]
 
 
+def pairs_of(value):
+    """What k=v,k=v or an object says; None behind a name without a value."""
+    if not isinstance(value, str):
+        return value
+    return {pair.partition('=')[0]: pair.partition('=')[2] if '=' in pair else None
+            for pair in value.split(',') if pair}
+
+
 def read_pairs(value, here=None) -> dict[str, str]:
     """Nova's metadata: at most 128 pairs, names and values of up to 255 characters."""
-    pairs = value
-    if isinstance(value, str):
-        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                     for pair in value.split(',') if pair)
+    pairs = pairs_of(value)
     if (not isinstance(pairs, dict) or len(pairs) > 128
         or not all(isinstance(each, str) for each in pairs.values())):
         raise ValueError(f'{shown(value)} is not valid. Write k=v,k=v with at most 128 pairs.')
@@ -2371,10 +2371,7 @@ def read_pairs(value, here=None) -> dict[str, str]:
 
 def read_classes(value, here=None) -> dict[str, int]:
     """Names as Placement has them, each with a figure; `unlimited` is UNLIMITED."""
-    classes = value
-    if isinstance(value, str):
-        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                       for pair in value.split(',') if pair)
+    classes = pairs_of(value)
     if not isinstance(classes, dict) or len(classes) > 50:
         raise ValueError(f'{shown(value)} is not valid. Write for example CUSTOM_GPU=2, with at '
                          'most 50 classes.')
@@ -2475,9 +2472,8 @@ DISK = 'DISK_GB'
 PLAIN = ('VCPU', 'MEMORY_MB', DISK)
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
-PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name,
-               'host': Name,
-               'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
+PART_FIELDS = {'resource': Place, 'vms': Count} | dict.fromkeys(
+    ('flavor', 'image', 'network', 'host', 'cell', 'cloud', 'region', 'aggregate'), Name)
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
@@ -2501,8 +2497,7 @@ READERS = {
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
     'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
-    'latest_end '
-    'next_start planned polled ready revoked start until'.split())
+    'latest_end next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -18572,10 +18567,11 @@ TAGS = {
     'user': 'people who leave', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
-HEADERS = {
-    'If-Match': ('the ETag of the reservation that was read', '"417"'),
-    'Idempotency-Key': ('a name for this request, so that it is done only once; stored for a day',
-                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+HEADERS = {name: {'description': text, 'example': example, 'schema': {
+    'type': 'string', 'pattern': '^[!-~]{1,255}$'}} for name, text, example in (
+    ('If-Match', 'the ETag of the reservation that was read', '"417"'),
+    ('Idempotency-Key', 'a name for this request, so that it is done only once; stored for a day',
+     '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11'))}
 TOLD = {'ETag': 'the value for If-Match; states of VMs do not change it',
         'Location': 'the address of what was created',
         'Link': 'the next page of the list: rel="next"',
@@ -18602,7 +18598,8 @@ class Document:
                 'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
                 'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
                 'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
-                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'parameters': {name: {'name': name, 'in': 'header', **said}
+                                              for name, said in HEADERS.items()},
                                'schemas': self.schemas}}
 
     def paths(self) -> dict:
@@ -18620,8 +18617,9 @@ class Document:
                   if f'<{name}>' not in path and name not in fixed}
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields),
-                                *map(header_ref, conditions(operation, verb))],
+                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                     {'$ref': f'#/components/parameters/{name}'}
+                     for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
         if verb in WITH_BODY and fields:
             entry['requestBody'] = self.body(operation, fields)
@@ -18701,8 +18699,9 @@ class Document:
         """All fields of an answer."""
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
+        means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) | meaning(name)
+                'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
@@ -18771,21 +18770,6 @@ def plain_entry(path: str, name: str, text: str, responses: dict, security: list
                 {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
                  'schema': {'type': 'string', 'pattern': '^[!-.0-~]+$'}}
                 for each in re.findall(r'<(\w+)>', path)]}
-
-
-def header_argument(name: str) -> dict:
-    """A header of a request."""
-    text, example = HEADERS[name]
-    return {'name': name, 'in': 'header', 'description': text, 'example': example,
-            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
-
-
-def meaning(field: str) -> dict:
-    return {'description': MEANS[field]} if field in MEANS else {}
-
-
-def header_ref(name: str) -> dict:
-    return {'$ref': f'#/components/parameters/{name}'}
 
 
 @functools.cache
@@ -18895,34 +18879,37 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
       told: words what never reaches one of its handlers
       visitor: tells who is signed in to the page, by the cookie of a request
     """
+    import bottle
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
             app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
-    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+
+    def document():
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
+    app.route('/openapi.json', 'GET', document)
     return app
 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
     import bottle
+
+    def no_metrics():
+        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.route('/healthz', 'GET', health_handler(service))
+    app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
     return app
-
-
-def no_metrics():
-    """What is answered where no gate is before the application."""
-    return refused(NotFound('`serve` counts, and only there are metrics'))
 
 
 def rule(operation: Operation, path: str) -> str:
@@ -18939,31 +18926,20 @@ def handler(service: Reservations, operation: Operation, fixed: dict,
             visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
+    # a calendar in JSON is longer than in a file
+    most = 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
     def handle(**path):
         request = bottle.request
         acting = service.acting(who_asks(service, request, visitor))
         acting.wanted = while_there(request.environ)
-        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-            given = given_once(read_query(request, several(operation)),
-                               read_body(request, most_body(operation)), path, fixed)
+        # of some the body alone takes long to read
+        computing = acting.shares.computing() if operation.name in LONG else nullcontext()
+        with acting.shares.answering(acting.actor.user), computing:
+            given = given_once(read_query(request, several(operation)), read_body(request, most),
+                               path, fixed)
             bound = bind(operation, given, acting.here)
             return respond(acting, operation, bound, request, given)
-    return handle
-
-
-def at_length(acting: Reservations, operation: Operation):
-    """What bounds a request whose body alone takes long to read, before it is read."""
-    return acting.shares.computing() if operation.name in LONG else nullcontext()
-
-
-def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
-    """Answers with the description of all that is here, for who may ask for any of it."""
-    import bottle
-
-    def handle():
-        who_asks(service, bottle.request, visitor)
-        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -18977,7 +18953,8 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
-    tag = tag_for(acting, operation, bound)
+    is_read = not operation.changes and bound.get('label') and tells_of_reservations(operation)
+    tag = tag_of(acting, bound) if is_read else ''
     with once or nullcontext():
         answer = getattr(acting, operation.name)(**bound)
     status = 201 if operation.made and not bound.get('dry_run') else 200
@@ -19060,13 +19037,6 @@ def cursor_of(line: dict) -> str:
 # What a request depends on.
 
 
-def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
-    """The ETag of a reservation that is read; of anything else none."""
-    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
-        return ''
-    return tag_of(acting, bound)
-
-
 def tag_of(acting: Reservations, bound: dict) -> str:
     """An ETag of what people did to a reservation: it stays while only its VMs change."""
     newest = acting.look.newest_deed(bound['label'], bound.get('project', ''))
@@ -19097,12 +19067,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
-
-
-def has_secret(kind) -> bool:
-    """Whether an answer has a field that is shown once and kept nowhere."""
-    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    has_secret = any(each.kind is Secret for each in fields)
+    return Once(acting, key, hashed(asked), not has_secret)
 
 
 class Once:
@@ -19136,8 +19103,7 @@ class Once:
         """The status and answer of the same request before; None if there was none.
 
         Raises:
-          KeyReused: it was another request.
-          Conflict: its answer is not there, or not yet.
+          KeyReused, Conflict: it was another request; its answer is not there, or not yet.
         """
         found = self.row()
         if found and found.digest != self.digest:
@@ -19149,11 +19115,7 @@ class Once:
         return found
 
     def claim(self) -> None:
-        """Writes the key in the transaction of what is done.
-
-        Raises:
-          Conflict: another request was faster.
-        """
+        """Writes the key with what is done; Conflict if another request was faster."""
         if rehearsal.on:
             return
         found = self.row()
@@ -19228,9 +19190,6 @@ class WrittenFeeds:
                 self.places.release()
         return found.etag, found.text
 
-    def size(self) -> int:
-        return sum(len(each.text) for each in self.kept.values())
-
     def is_old(self, found: Written) -> bool:
         return found.newest != newest_event() or self.service.clock() >= found.holds
 
@@ -19245,9 +19204,9 @@ class WrittenFeeds:
             text = calendar_text(name, events)
             found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
-        while self.kept and self.size() + len(found.text) > self.MOST:
-            del self.kept[next(iter(self.kept))]
         self.kept[feed.id] = found = found._replace(newest=newest)
+        while len(self.kept) > 1 and sum(len(each.text) for each in self.kept.values()) > self.MOST:
+            del self.kept[next(iter(self.kept))]
         return found
 
 
@@ -19276,20 +19235,16 @@ def mistake(error: Exception, request) -> Error:
                  'log of the server.', id=id)
 
 
-def health_handler(service: Reservations) -> Callable:
+def health(service: Reservations):
     """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-
-    def handle():
-        row('SELECT 1 AS one')
-        age = service.age() if service.age else 0
-        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
-        if age > LATE:
-            status, body = 503, {'last_pass': round(age, 1),
-                                 'error': 'No VM was started or ended for '
-                                          f'{format_duration(age)}. The log of this server says '
-                                          'why.'}
-        return sent(json_text(body), status, UNKEPT)
-    return handle
+    row('SELECT 1 AS one')
+    age = service.age() if service.age else 0
+    status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
+    if age > LATE:
+        late = (f'No VM was started or ended for {format_duration(age)}. The log of this server '
+                'says why.')
+        status, body = 503, {'last_pass': round(age, 1), 'error': late}
+    return sent(json_text(body), status, UNKEPT)
 
 
 class Line:
@@ -19377,16 +19332,14 @@ class Readiness:
                 store_file.look()
             if time.monotonic() >= self.until or store_file.troubles != self.troubles:
                 self.troubles = store_file.troubles
-                self.found, self.until = self.look_safely(), time.monotonic() + 1
+                try:
+                    self.found = self.look()
+                except (Unavailable, *STORE_ERRORS) as error:
+                    fault = str(trouble(error) or error)
+                    self.found = {'status': 'not ready', 'store': {'fault': fault}}
+                self.until = time.monotonic() + 1
             found = self.found
         return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
-
-    def look_safely(self) -> dict:
-        """What is so now, also where that can't be read."""
-        try:
-            return self.look()
-        except (Unavailable, *STORE_ERRORS) as error:
-            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
@@ -19447,33 +19400,28 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    for name, value in UNKEPT.items():
+    status, error = failure.status_code, failure.body
+    if status == 405:
+        error = wrong_verb(failure, request, response)
+    elif not isinstance(error, Error):
+        error = (mistake(failure.exception, request) if status == 500 else
+                 NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
+                 if status == 404 else Invalid(str(error)))
+    for name, value in (UNKEPT | (headers_of(error) if error else {})).items():
         response.set_header(name, value)
-    if failure.status_code == 405:
-        return wrong_verb(failure, request, response)
-    error = failure.body
-    if failure.status_code == 500 and not isinstance(error, Error):
-        error = mistake(failure.exception, request)
-    if failure.status_code == 404 and not isinstance(error, Error):
-        error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
-    if not isinstance(error, Error):
-        error = Invalid(str(error))
-    for name, value in headers_of(error).items():
-        response.set_header(name, value)
-    return json_text(error_body(error))
+    return json_text(error_body(error)) if error else ''
 
 
-def wrong_verb(failure, request, response) -> str:
+def wrong_verb(failure, request, response) -> Error | None:
     """What is said of the verbs of an address: to who asks for them, and to who took another."""
     verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
     verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
     response.set_header('Allow', ', '.join(verbs))
     if request.method == 'OPTIONS':
         response.status = 204
-        return ''
+        return None
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return json_text(error_body(Error(f'{request.method} is not possible at this address. Use '
-                                      f'{use}.')))
+    return Error(f'{request.method} is not possible at this address. Use {use}.')
 
 
 def request_name(environ: dict) -> str:
@@ -19516,11 +19464,8 @@ def by_token(service: Reservations, request) -> Actor | None:
     secret = bearer(request)
     if not secret or secret == keystone_token(service, request):
         return None
-    try:
+    with noting_wrong(service, request.environ):
         found = token_of(secret, service.clock())
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     note_caller(service, request.environ, found)
     return bearer_of(found)
 
@@ -19537,11 +19482,8 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     if not (token := keystone_token(service, request)):
         return None
     ask = functools.partial(ask_keystone, service, token)
-    try:
+    with noting_wrong(service, request.environ):
         found = service.clouds.keystone.told(token, ask)
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
 
 
@@ -19607,8 +19549,17 @@ def note_caller(service: Reservations, environ: dict, found) -> None:
         service.shares.rates.look('mib_per_user', name)
 
 
+@contextmanager
+def noting_wrong(service: Reservations, environ: dict) -> Iterator[None]:
+    """Notes that a wrong token came from an address; TooMany if many do."""
+    try:
+        yield
+    except Unauthorized:
+        note_wrong(service, environ)
+        raise
+
+
 def note_wrong(service: Reservations, environ: dict) -> None:
-    """Notes a wrong token of an address; TooMany if many come from there."""
     address = environ.get('cmres.address', '')
     METRICS.count('wrong_tokens_total')
     service.shares.wrong[address] += 1
@@ -19648,10 +19599,7 @@ def read_query(request, several: Iterable[str] = ()) -> dict:
 
 
 def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
-    """The fields of a query or of a form.
-
-    Args:
-      several: those that may come more than once
+    """The fields of a query or of a form; those of `several` may come more than once.
 
     Raises:
       Invalid: they are not UTF-8, too many, or given twice with two values.
@@ -19671,11 +19619,6 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
     if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
         raise TooLarge(f'The body is larger than {most} bytes. Send it in parts.')
     return body
-
-
-def most_body(operation: Operation) -> int:
-    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -19763,12 +19706,7 @@ class Gate:
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
     def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
-        """What Prometheus reads.
-
-        Raises:
-          NotFound: the operator wants none.
-          Forbidden: it needs the token of an admin.
-        """
+        """What Prometheus reads: NotFound if the operator wants none, else for an admin's token."""
         allowed = self.service.config.metrics
         if allowed == 'off':
             raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
@@ -22358,12 +22296,9 @@ def calendar_programs(service: Reservations) -> Callable:
         secret = bearer(request)
         if not secret:  # that is no attacker
             raise Unauthorized('sign in with your name and, as password, a token of cmres')
-        try:
+        with noting_wrong(service, request.environ):
             id = token_id(hashed(secret), int(time.monotonic() // 60))
             found = token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), service.clock())
-        except Unauthorized:
-            note_wrong(service, request.environ)
-            raise
         note_caller(service, request.environ, found)
         return bearer_of(found)
 
