@@ -644,13 +644,8 @@ def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
                  zone: ZoneInfo) -> tuple[int, int]:
-    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after
-    that.
-
-    Args:
-      end: a length keeps its hours; a time is one on the clocks
-      start, first: the instant and the wall time that it counts from
-    """
+    """The length of a stretch that an end asks for, after a start and its wall time `first`:
+    seconds by the clocks for a time, and exact ones after that for a length."""
     if not isinstance(end, timedelta):
         by_clocks = int((typed_wall(end, zone) - first).total_seconds())
         return (by_clocks, 0) if by_clocks > 0 else (0, int((end - start).total_seconds()))
@@ -664,19 +659,13 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
 
 
 def at_midnight(day: date) -> datetime:
-    """The wall time at which a day begins."""
     return datetime(day.year, day.month, day.day)
 
 
 def read_repeat(text: str, today: date = date.min) -> str:
-    """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
-
-    Args:
-      today: a last date without a year is the first after that
-
-    Raises:
-      ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
-    """
+    """The RRULE that a person typed or meant, its UNTIL left as it is; ValueError if it is none, or
+    one that is not for machines, such as FREQ=SECONDLY. A last date without a year comes after
+    `today`."""
     word = ' '.join(text.split()).removeprefix('RRULE:')
     rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
     return checked_rule(rule) if rule else ''
@@ -938,10 +927,7 @@ MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30
 
 @functools.lru_cache(4000)
 def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
-    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
-
-    Args:
-      weekday: of its first day
+    """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
     """
     starts, length = MONTHS[leap], 365 + leap
     days = set(range(length))
@@ -1151,14 +1137,8 @@ def listed_walls(stretch: Stretch) -> set[datetime]:
 
 def slots(stretch: Stretch, begin: float, until: float,
           zone: tzinfo | None = None) -> Iterator[Slot]:
-    """What a stretch wants of the time between two instants, as far as it is not over at the first.
-
-    Args:
-      zone: the zone of its wall times, where that has no name
-
-    Raises:
-      Invalid: that is more than MOST_OCCURRENCES.
-    """
+    """What a stretch wants of the time between two instants, as far as it is not over at the first;
+    Invalid for more than MOST_OCCURRENCES. Its zone is needed where that has no name."""
     zone, found = zone or read_zone(stretch.zone), 0
     day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
     longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
@@ -1186,11 +1166,8 @@ def slots(stretch: Stretch, begin: float, until: float,
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
-    """The instants of a wall time and of its end; never none between them.
-
-    Args:
-      length: seconds from there to the end by the clocks, and `exact` elapsed ones after that
-    """
+    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
+    later; never none between them."""
     start = from_wall(wall, zone)
     end = from_wall(wall + timedelta(seconds=length), zone) if length else start
     end += timedelta(seconds=exact)
@@ -1206,13 +1183,11 @@ def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
 
 
 def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
-    """Whether a series wants anything that begins after an instant."""
     return any(slot.start >= after for stretch in stretches
                for slot in slots(stretch, after, LAST.timestamp()))
 
 
 def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
-    """What a series is before a slot."""
     return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches
             if (stretch.since or min([stretch.start, *stretch.dates])) < key]
 
@@ -1226,7 +1201,6 @@ def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch
 
 
 def endless(rule: str) -> str:
-    """A rule without its UNTIL or COUNT."""
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
@@ -1321,11 +1295,8 @@ RENAMED = {
 
 
 def with_new_names(where: str, given: dict) -> dict:
-    """Arguments of an operation, or settings, under the names that they have now.
-
-    Raises:
-      Invalid: one has two different values, under its old and its new name.
-    """
+    """Arguments of an operation, or settings, under the names that they have now; Invalid if one
+    has two different values, under its old and its new name."""
     names, found = RENAMED.get(where, {}), {}
     for name, value in given.items():
         new = names.get(name, name)
@@ -1553,10 +1524,8 @@ class Config:
             object.__setattr__(self, name, value)
 
     def read_again(self) -> Config:
-        """Itself, with the sections of AGAIN from its file if that has changed since.
-
-        A file that can't be read leaves them as they were; the log says why, once.
-        """
+        """Itself, with the sections of AGAIN from its file if that has changed since; where it
+        can't be read they stay, and the log says why, once."""
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
             self.take(stamp=stamp)
@@ -1594,10 +1563,7 @@ AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
-    """Settings from the environment, a file and the defaults.
-
-    Raises:
-      Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
+    """Settings from the environment, a file and the defaults; Invalid says what is wrong in them.
     """
     usual = 'config.ini' if os.path.exists('config.ini') else ''
     path = path or environ.get('CMRES_CONFIG') or usual
@@ -1643,7 +1609,6 @@ def check_template(where: str, template: str) -> None:
 
 
 def is_web(target: str) -> bool:
-    """Whether somebody is told by a webhook, and not by mail."""
     return target.startswith(('http://', 'https://'))
 
 
@@ -1656,7 +1621,6 @@ def file_stamp(path: str) -> tuple:
 
 
 def read_config_file(path: str) -> dict[str, dict]:
-    """The texts of each section."""
     import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
@@ -2067,7 +2031,6 @@ class Operation:
 
     @functools.cached_property
     def answers(self):
-        """The type of its answer."""
         return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
@@ -2160,11 +2123,8 @@ class Here(NamedTuple):
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
-    """The arguments of a call, read from text or JSON by the types of the method's signature.
-
-    Raises:
-      Invalid: one is unknown, missing or malformed; the sentence names it.
-    """
+    """The arguments of a call, read from text or JSON by the types of the method's signature;
+    Invalid names the one that is unknown, missing or malformed."""
     parameters, given = operation.parameters, with_new_names(operation.name, given)
     refuse_unknown(operation, given)
     anything = {name for name in FILTERS & given.keys()
@@ -2203,11 +2163,7 @@ def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
 
 
 def read_argument(name: str, value, kind, here: Here):
-    """One argument of a call, by the type that the operation gives it.
-
-    Raises:
-      Invalid: it is malformed; the sentence names the argument.
-    """
+    """One argument of a call, by the type that the operation gives it; Invalid names it."""
     try:
         return READERS[kind](value, here)
     except (ValueError, TypeError) as error:
@@ -8519,11 +8475,8 @@ class Undelivered(Error):
 
 
 def deliver(config: Config, notice, about: dict) -> None:
-    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Delivers a notice to its target, `about` its reservation as answers show it; else
+    Undelivered."""
     from http.client import HTTPException
     try:
         if is_web(notice.target):
@@ -8538,11 +8491,8 @@ def deliver(config: Config, notice, about: dict) -> None:
 
 
 def post(config: Config, url: str, body: bytes) -> None:
-    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
-
-    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and
-    the body.
-    """
+    """Posts a webhook, without redirects. Where there is a secret, X-Cmres-Signature is `sha256=`
+    and the hex HMAC of X-Cmres-Timestamp, a full stop and the body."""
     import hmac
     stamp = str(int(time.time())).encode()
     signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
@@ -8556,12 +8506,7 @@ def post(config: Config, url: str, body: bytes) -> None:
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
-    first.
-
-    Raises:
-      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the
-        address.
-    """
+    first; Undelivered, without the address in its sentence, where there is none."""
     from http.client import HTTPException
     try:
         for _ in range(6):
@@ -8582,12 +8527,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None,
              headers: dict) -> tuple[int, dict, bytes]:
-    """One request to an address that a person gave: its status, headers in lower case and body.
-
-    Raises:
-      OSError, ValueError, HTTPException: no answer within 10 seconds, more than MOST_FETCHED
-        bytes, or a private address.
-    """
+    """One request to an address that a person gave: status, headers in lower case and body.
+    OSError, ValueError or HTTPException for no whole answer in time, or a private address."""
     from http.client import HTTPConnection, HTTPSConnection
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
@@ -8649,12 +8590,8 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host.
-
-    Raises:
-      ValueError: none is known, or one of them is not public and that is not allowed; in one
-        sentence, so that nobody learns which hosts there are inside.
-    """
+    """The address of a host; ValueError where it has none that is public (or allowed), in one
+    sentence, so that nobody learns which hosts there are inside."""
     import ipaddress
     try:
         found = [ipaddress.ip_address(each[4][0].partition('%')[0])
@@ -8689,11 +8626,8 @@ def is_public(address) -> bool:
 
 
 def embedded(address) -> list:
-    """The IPv4 addresses that an IPv6 address leads to.
-
-    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
-    ISATAP (RFC 5214).
-    """
+    """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
+    (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
     import ipaddress
     if address.version == 4:
         return []
@@ -8705,7 +8639,6 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    """Sends a notice as a mail."""
     subject, _, text = notice_text(config, notice, about).partition('\n')
     sentence = legible(notice.sentence)
     message = mail_to(config, notice, subject)
@@ -8716,14 +8649,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
 
 def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
                     stop: str) -> None:
-    """Sends a mail with an event for a calendar (RFC 6047).
-
-    Args:
-      stop: the address at which its reader says that no more are wanted
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Sends a mail with an event for a calendar (RFC 6047), and the address `stop` at which its
+    reader says that no more are wanted; else Undelivered."""
     message = mail_to(config, notice, subject)
     message['List-Unsubscribe'] = f'<{stop}>'
     message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
@@ -8805,7 +8732,6 @@ def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
-    """A value for people."""
     if isinstance(value, datetime):
         return format_time(value, zone)
     if isinstance(value, dict):
@@ -9222,9 +9148,7 @@ class Frame:
 
 
 def table_zone(name: str) -> ZoneInfo | None:
-    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of
-    Windows.
-    """
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or in Windows."""
     words = name.split('/')
     ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
     for each in (name, *ends):
@@ -9235,9 +9159,7 @@ def table_zone(name: str) -> ZoneInfo | None:
 
 
 def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
-    """A zone by its changes, as instants without their zone, in the form of a zone table's file
-    (RFC 8536).
-    """
+    """A zone by its changes, as instants in UTC, in the form of a zone table's file (RFC 8536)."""
     offsets = [before, *(offset for _, offset in changes)]
     kinds = [*dict.fromkeys(offsets)]
 
@@ -9276,7 +9198,6 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
 
 
 def read_offset(text: str) -> timedelta:
-    """A TZOFFSETFROM or TZOFFSETTO."""
     if not OFFSET.fullmatch(text):
         raise ValueError(text)
     hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
@@ -9405,9 +9326,7 @@ class Entry:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Its length by the clocks, and the exact one after that: the hours of a DURATION are
-        exact.
-        """
+        """Its length by the clocks, and the exact one after that: hours of a DURATION are exact."""
         nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
         return nominal, int(self.length.total_seconds()) - nominal
 
@@ -9611,7 +9530,6 @@ class Clock(NamedTuple):
 
 
 def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
-    """The clock of a series and its exceptions."""
     head = entries[0]
     here = head.start.zone or owner
     if here is UTC and (head.repeats or len(entries) > 1):
@@ -9824,14 +9742,9 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
              defaults: Want, usual: Want | None = None) -> list[Booking]:
-    """What the events of calendars want, those that want nothing left out unread.
-
-    Args:
-      groups: the events by UID
-      owner: the zone of times without one
-      begin, until: the window that a series in a zone of its own making is spelled out for
-      usual: what an event wants that says nothing
-    """
+    """What the events of calendars want, by UID; those that want nothing are left out unread. What
+    says nothing wants what is `usual`; a series in a zone of its own making is spelled out from
+    `begin` to `until`."""
     found, budget = {}, Budget()
     for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
@@ -9909,7 +9822,6 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
 
 
 def lengths_of(stretch: Stretch) -> list[int]:
-    """All lengths of its occurrences, in seconds."""
     periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
     moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
     return [stretch.length + stretch.exact, *moved, *periods]
@@ -9984,9 +9896,7 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
 
 
 def programmed_want(entry: Entry, defaults: Want) -> Want:
-    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK,
-    X-VM-KEY.
-    """
+    """CATEGORIES:VM and X-VM-COUNT, -FLAVOR, -IMAGE, -RESOURCE, -NETWORK, -KEY."""
     said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
     vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
     return defaults._replace(vms=vms,
@@ -10029,9 +9939,7 @@ class Shown(NamedTuple):
 
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
-    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the
-    occurrence.
-    """
+    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC, changed when that was changed."""
     times = shown.start, shown.end, shown.revised
     start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
@@ -10044,12 +9952,8 @@ def event_text(shown: Shown) -> str:
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
                     others: list[tuple[int, int]]) -> str:
-    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
-
-    Args:
-      host: the mail address of who invites
-      others: the further windows of a series
-    """
+    """A calendar with one event to which a host invites a guest (RFC 5546, 3.2.2 and 3.2.5);
+    `others` are the further windows of a series."""
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
     people = (f'ORGANIZER:mailto:{host}',
               f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
@@ -15331,14 +15235,12 @@ FORGOTTEN = 'calendars forgotten'
 
 
 def addresses_of(occurrence: int) -> list[str]:
-    """The addresses of the VMs that an occurrence has now."""
     found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
                  "AND goal = 'up' ORDER BY n", occurrence)
     return [each for one in found for each in json.loads(one.addresses)]
 
 
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
-    """How to log in to the VMs of an occurrence, as calendars tell it."""
     key = [f'key pair: {found.key}'] if found.key and addresses else []
     return [*config.logins(addresses), *key]
 
@@ -15353,7 +15255,6 @@ def next_revision() -> int:
 
 
 def repeats(booking: Booking) -> bool:
-    """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
 
 
@@ -15523,13 +15424,9 @@ class Calendars(Operations):
 
     def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
               again: bool = True) -> dict:
-        """The same of an event that was understood; inside a transaction.
-
-        Args:
-          known: the row of the reservation that it has made
-          source: the subscription that it is of
-          again: one that was cancelled here is booked again, though it says what it said
-        """
+        """The same of an event that was understood; inside a transaction. It has made the
+        reservation `known`, for the subscription `source`; `again`: also where that was cancelled
+        here."""
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not source  # else what runs goes on
@@ -15551,18 +15448,14 @@ class Calendars(Operations):
 
     def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
                   also: int | None = None):
-        """The newest reservation that the event of a UID has made; None if there is none.
-
-        Args:
-          also: the id of one that counts, whatever calendar it is of
-        """
+        """The newest reservation that the event of a UID has made, be it that with the id `also` of
+        another calendar; None if there is none."""
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
                    '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
                    source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
-        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
-        anew.
+        """What becomes of an event that asks for what it did; nothing, if that is asked for anew.
         """
         if not live:
             cancelled = {'outcome': 'left out', 'why': 'it was cancelled in cmres'}
@@ -18678,12 +18571,10 @@ class Document:
         return schema
 
     def ref(self, name: str, schema: dict) -> dict:
-        """A schema by its name."""
         self.schemas[name] = schema
         return {'$ref': f'#/components/schemas/{name}'}
 
     def answer(self, kind) -> dict:
-        """What is answered."""
         choices, inside = choices_of(kind), get_args(kind)
         if len(choices) > 1:
             return {'anyOf': [self.answer(each) for each in choices]}
@@ -18696,7 +18587,6 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        """All fields of an answer."""
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
         means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
@@ -18707,7 +18597,6 @@ class Document:
                 } | ({'required': always} if always else {})
 
     def responses(self, operation: Operation, verb: str, path: str) -> dict:
-        """What can come of a request."""
         kind = operation.answers
         tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
         told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
@@ -18718,7 +18607,6 @@ class Document:
         return found | self.refused(*statuses_of(operation, verb))
 
     def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
-        """An answer of a type, with some headers."""
         told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
         return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
                 } | ({'headers': told} if told else {})
@@ -18764,7 +18652,6 @@ LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100,
 
 
 def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
-    """An address that only answers."""
     return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
             'security': security, 'responses': responses, 'parameters': [
                 {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
@@ -18774,17 +18661,14 @@ def plain_entry(path: str, name: str, text: str, responses: dict, security: list
 
 @functools.cache
 def openapi() -> dict:
-    """OpenAPI 3.1 of all that is answered."""
     return Document().whole()
 
 
 def template(path: str) -> str:
-    """An address as OpenAPI writes it."""
     return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
 
 
 def refusal_name(status: int) -> str:
-    """The kind of error with a status: its first."""
     return next(name for name, kind in ERRORS.items() if kind.status == status)
 
 
@@ -18873,12 +18757,8 @@ UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
 
 
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
-    """The WSGI application that answers for a service.
-
-    Args:
-      told: words what never reaches one of its handlers
-      visitor: tells who is signed in to the page, by the cookie of a request
-    """
+    """The WSGI application that answers for a service; `told` words what never reaches one of its
+    handlers, `visitor` tells who is signed in to the page, by the cookie of a request."""
     import bottle
     app = health_of(service, told)
     for operation in API.values():
@@ -19100,11 +18980,8 @@ class Once:
                    *self.whose, self.now - self.LASTS)
 
     def kept(self):
-        """The status and answer of the same request before; None if there was none.
-
-        Raises:
-          KeyReused, Conflict: it was another request; its answer is not there, or not yet.
-        """
+        """The answer of the same request before, None if there was none; KeyReused if it was
+        another request, Conflict if its answer is not there, or not yet."""
         found = self.row()
         if found and found.digest != self.digest:
             raise KeyReused('Another request had this Idempotency-Key. Use a new key for each '
@@ -19283,7 +19160,6 @@ class Line:
         self.waiting.append((whose(channel), channel))
 
     def popleft(self):
-        """What this thread answers next."""
         name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
@@ -19354,7 +19230,6 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
-        """How much space the database has left."""
         config = self.service.config
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
@@ -19442,14 +19317,8 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Who sends a request, by the first way that it goes.
-
-    Args:
-      visitor: tells who has signed in to the page, which is enough to read
-
-    Raises:
-      Unauthorized: it goes none of these ways.
-    """
+    """Who sends a request, by the first way that it goes, else Unauthorized; to read, it is enough
+    to be signed in to the page, which `visitor` knows."""
     for way in WAYS_IN:
         if actor := way(service, request):
             return actor
@@ -19599,11 +19468,8 @@ def read_query(request, several: Iterable[str] = ()) -> dict:
 
 
 def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
-    """The fields of a query or of a form; those of `several` may come more than once.
-
-    Raises:
-      Invalid: they are not UTF-8, too many, or given twice with two values.
-    """
+    """The fields of a query or form, those of `several` maybe more than once; Invalid if they are
+    not UTF-8, too many, or given twice with two values."""
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict',
                           max_num_fields=100)
@@ -19780,7 +19646,6 @@ class Reply:
         return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
 
     def also(self) -> Iterator[tuple[str, str]]:
-        """Headers that this answer needs."""
         for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
             yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
@@ -19794,7 +19659,6 @@ class Reply:
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
     def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        """A whole answer."""
         from http.client import responses
         self.begin(f'{status} {responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
@@ -19892,7 +19756,6 @@ class StoreMetrics:
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
 
     def of_resources(self) -> Iterator[tuple]:
-        """What each resource has, and how much of it is reserved now."""
         now = self.service.clock()
         for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
             most, classes = capacity(each), read_json(each.classes)
@@ -20845,7 +20708,6 @@ class Component:
         return None
 
     def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
         number = self.find(name)
         return '' if number is None else self.lines[number]
 
@@ -20925,7 +20787,6 @@ class Remark(NamedTuple):
     window: tuple[int, int] | None = None  # when it really is
 
     def write(self, event: Component, form: Form) -> None:
-        """Writes it into an event."""
         if self.window:
             event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
@@ -20964,7 +20825,6 @@ class Form:
             'TZID' in self.parameters.upper())
 
     def line(self, name: str, at: int) -> str:
-        """The line of a time."""
         wall = to_wall(instant(at), self.zone)
         if self.whole and wall.time() == datetime.min.time():
             return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
@@ -20993,11 +20853,8 @@ class Form:
 
 
 def without_remarks(text: str, shown: str, before: str) -> str:
-    """A calendar without what cmres has said in it.
-
-    Args:
-      shown, before: what the program was shown, and what a person had written before that
-    """
+    """A calendar without what cmres has said in it, of which the program was shown one text, while
+    a person had written another before that."""
     parts = components(text)
     was, own = ({each.key: each for each in events_in(components(each))}
                 for each in (shown, before))
@@ -21134,11 +20991,8 @@ class Folder:
         return numbers
 
     def write(self, name: str, text: str, shown: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then.
-
-        Args:
-          text, shown: what a person wrote, and that with what cmres says of it
-        """
+        """Writes an object, or some columns of it: what a person wrote, and that with what cmres
+        says of it. It is another one for all programs then."""
         there = self.objects('name = ?', name)
         values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
                    'rev': next_revision(), 'changed': int(self.acting.clock())}
@@ -21239,7 +21093,6 @@ class Teller:
         return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
-        """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
         said = self.last_said('released', 'rejected', 'maintenance')
@@ -21288,12 +21141,8 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
 
 
 def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
-    """Writes anew what is shown of reservations that have changed since the last time, and what
-    was reserved elsewhere by who acts.
-
-    Args:
-      known: up to which event, and on what, everybody's reservations were looked for
-    """
+    """Writes anew what is shown of reservations that have changed, and what was reserved elsewhere
+    by who acts: `known` is up to which event, and on what, that was looked for."""
     seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
     changed = deque(rows(
         'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
@@ -21334,9 +21183,8 @@ def show_anew(acting: Reservations, id: int) -> None:
 
 
 def elsewhere(acting: Reservations, places: str, since: int) -> list:
-    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
-    those that an event after that tells of.
-    """
+    """The reservations of who acts that no calendar has, on some resources: all (0), or those that
+    an event after some other tells of."""
     told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
     return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
@@ -21459,8 +21307,7 @@ class Draft:
 
     def put(self, data: bytes) -> tuple[bool, str]:
         """Makes a reservation of what a program sends, or changes it; whether it is new, and its
-        ETag if it is shown as it was sent.
-        """
+        ETag if it is shown as it was sent."""
         had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
         self.event = self.folder.understand(text)
@@ -21710,12 +21557,7 @@ def href_of(*names: str) -> str:
 
 
 def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
-    """What is said of one address.
-
-    Args:
-      told: properties as XML, and their status
-      status: that of the address itself
-    """
+    """What is said of one address: properties as XML with their status, or its own status."""
     text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
     for properties, each in [one for one in told if one[0]] or told[:1]:
         text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
@@ -21748,13 +21590,11 @@ class Query:
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
-        """Whether an object is what the filter wants."""
         events = events_in(components(item.text))
         groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
         return all(self.has_event(each, events, groups) for each in self.parts)
 
     def has_event(self, part, events: list[Component], groups) -> bool:
-        """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
         span = part.find('C:time-range', NAMESPACES)
@@ -21962,12 +21802,8 @@ class Dav:
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
-        """What is told of an address: of a calendar, of what stands in it, or of what is above.
-
-        Args:
-          wanted: names of properties; None for those that all may want
-          names: only their names are
-        """
+        """What is told of an address (a calendar, what stands in it, or what is above): of the
+        properties that are wanted, or of those that all may want; maybe only their names."""
         table = OF_ITEMS if isinstance(at, Item) else ABOVE
         if isinstance(at, Folder):
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
@@ -22074,7 +21910,6 @@ class Dav:
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
-        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
         if level == 3:
             yield self.item(self.names[2])
@@ -27030,14 +26865,8 @@ class Housekeeper(threading.Thread):
 
 
 def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
-    """Reads the settings again for all who share them.
-
-    Returns:
-      what has changed, and what would have but needs a restart.
-
-    Raises:
-      Invalid: they can't be read, so that nothing has changed.
-    """
+    """Reads the settings again for all who share them: what has changed, and what would have but
+    needs a restart. Invalid if they can't be read; then nothing has changed."""
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
         before, after = getattr(config.read or config, name), getattr(new, name)
@@ -27821,11 +27650,8 @@ def in_utc(config: Config) -> None:
 @contextmanager
 def running(cycle: LifeCycle | None, keeper: Housekeeper,
             leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
-    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
-
-    Args:
-      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
-    """
+    """Runs a life cycle and a housekeeper beside what follows. SIGTERM and Ctrl-C call `leave`, or
+    end what follows at once; all ends in good order."""
     stop = threading.Event()
 
     def end(*_):
@@ -27940,10 +27766,8 @@ class Untyped(str):
 
 
 def command(operation: Operation) -> Callable:
-    """What Fire calls for an operation: the same signature, but it only notes the call.
-
-    Nothing is required: what is missing is for `bind` to say.
-    """
+    """What Fire calls for an operation: it only notes the call. Nothing is required by its
+    signature: what is missing is for `bind` to say."""
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
@@ -28042,11 +27866,8 @@ def with_usual_names(words: list[str]) -> list[str]:
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
-    """Reads a line and prints what `finish` makes of the call that it is.
-
-    Fire reads it; a call that has nothing for Fire to find out is read without it, as to import it
-    costs as much as to list reservations.
-    """
+    """Reads a line and prints what `finish` makes of the call that it is. Fire reads only what it
+    is needed for: to import it costs as much as to list reservations."""
     # Fire would take -h for a short --holidays.
     argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
@@ -28081,7 +27902,6 @@ def help_of_group(here: Group, path: list[str]) -> str:
 
 
 def first_of(command: Group | Operation) -> str:
-    """The first sentence of the help of a command or a group."""
     text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
     return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
 
@@ -28131,7 +27951,6 @@ def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
 
 
 def wrapped(text: str, width: int = 80) -> str:
-    """Paragraphs for a terminal of 80 columns."""
     return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
@@ -28438,7 +28257,6 @@ def csv_rows(text: str) -> list[dict]:
 
 
 def progress_bar(items: list) -> Iterable:
-    """The items, with a bar on a terminal while there are many."""
     if len(items) < 20 or not sys.stderr.isatty():
         return items
     from rich.console import Console
@@ -28500,7 +28318,6 @@ def refuse_unknown_column(name: str, lines: list[dict]) -> None:
 
 
 def only_columns(lines: list[dict], look: Look) -> list[dict]:
-    """The lines with the columns that somebody chose."""
     if not look.chosen:
         return lines
     for name in look.columns:
@@ -28583,7 +28400,6 @@ LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
 
 
 def worded(name: str, value):
-    """A field as people read it: a length with its units."""
     return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
@@ -28712,7 +28528,6 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
-    """What a refusal says that would fit."""
     moment = functools.partial(format_moment, zone=zone)
     offers = (('next_start', 'the same from {}', moment),
               ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),
