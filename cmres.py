@@ -5603,9 +5603,11 @@ def transaction(first: bool = False) -> Iterator[None]:
             turns.release()
 
 
-def some_of(left: deque) -> Iterator:
-    """Takes one by one what is left, until a transaction has lasted for as long as a piece may."""
-    until = time.monotonic() + PIECE
+def some_of(left: deque, whole: bool = False) -> Iterator:
+    """Takes one by one what is left, until a transaction has lasted for as long as a piece may, or
+    all of it.
+    """
+    until = math.inf if whole else time.monotonic() + PIECE
     while left:
         yield left.popleft()
         if time.monotonic() >= until:
@@ -13397,11 +13399,25 @@ class Approvals(Operations):
 
 #: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
 GOES_ON = 60
+#: Reservations that are read again at once where a long delete goes on.
+AT_ONCE = 20
 #: What was written in pieces of which the last has not come: facts, whose values begin with the
 #: instant at which they are dropped.
 STAGED = "name > 'staged-' AND name < 'staged.'"
 #: What people have asked for on the page and can still take back: facts that begin in that way.
 LATER = "name > 'later-' AND name < 'later.'"
+
+
+def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
+    """Lets the life cycle call operations at an instant, unless the fact that it names is gone.
+
+    Args:
+      about: of each that can be taken back its label, project and occurrence, 0 for all of them
+    """
+    name = f'later-{secrets.token_hex(8)}'
+    note_fact(name, f'{due:.3f} ' + json.dumps({
+        'by': [by.user, by.project, by.role], 'about': about, 'calls': calls}))
+    return name
 
 
 def not_real_yet() -> tuple[Callable, Callable]:
@@ -14125,6 +14141,7 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
+        left, whole = (), dry_run or rehearsal.on or db.in_transaction()
         with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
@@ -14136,11 +14153,44 @@ class Requests(Operations):
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, asked)
-                for each in found:
-                    self.admission.cancel(self.look.live(each), now, ends=True)
-            after = self.look.in_order([each.id for each in found], fields=SLIM)
-            return [public(line) | self.admission.ends_with(each)
-                    for line, each in zip(after, found)]
+                left = deque(found)
+                self.cancel_some(left, now, whole)
+                noted = left and self.note_rest(left, now)
+            done = [] if left else self.as_cancelled(found)
+        if left:
+            self.cancel_rest(left, noted)
+            done = self.as_cancelled(found)
+        return done
+
+    def cancel_some(self, left: deque, now: float, whole: bool = False) -> None:
+        """Cancels reservations: all of them, or as many as one transaction has time for."""
+        for each in some_of(left, whole):
+            self.admission.cancel(self.look.live(each), now, ends=True)
+
+    def note_rest(self, left: deque, now: float) -> str:
+        """Lets the life cycle cancel what is left, if this process does not; the fact of that."""
+        return note_later(self.actor, now + GOES_ON, [('delete', {
+            'label': each.label, 'project': each.project, 'reason': self.reason,
+            'start': f'{instant(each.start)}', 'end': f'{instant(each.end)}'}) for each in left])
+
+    def cancel_rest(self, left: deque, noted: str) -> None:
+        """Cancels the rest some at a time: others write between, as there may be thousands."""
+        while left:
+            self.shares.breathe()
+            with self.writing() as now:
+                some = [left.popleft().id for _ in range(min(len(left), AT_ONCE))]
+                there = self.look.in_order(some, fields=SLIM)
+                rest = deque(each for each in there if each.cancelled is None)
+                self.cancel_some(rest, now)
+            left.extendleft(reversed(rest))
+        with transaction():
+            run('DELETE FROM fact WHERE name = ?', noted)
+
+    def as_cancelled(self, found: list) -> list[dict]:
+        """What was cancelled, as it is now, with what becomes of its VMs."""
+        after = self.look.in_order([each.id for each in found], fields=SLIM)
+        return [public(line) | self.admission.ends_with(each)
+                for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -18309,15 +18359,17 @@ class LifeCycle:
         """Does what people have asked for and can't take back any more."""
         for each in those_due('later', 'SELECT f.name, f.value FROM fact f', now):
             said = json.loads(each.value.partition(' ')[2])
-            service = self.service.acting(Actor(*said['by']))
-            with self.leader.acting():
-                run('DELETE FROM fact WHERE name = ?', each.name)
-                for name, asked in said['calls']:
-                    try:
-                        with Attempt():
-                            getattr(service, name)(**bind(API[name], asked, service.here))
-                    except Error as error:  # it has ended meanwhile
-                        log.info('%s of %s was not done: %s', name, asked, error)
+            service, left = self.service.acting(Actor(*said['by'])), deque(said['calls'])
+            while left:
+                with self.leader.acting():
+                    for name, asked in some_of(left):
+                        try:
+                            with Attempt():
+                                getattr(service, name)(**bind(API[name], asked, service.here))
+                        except Error as error:  # it has ended meanwhile
+                            log.info('%s of %s was not done: %s', name, asked, error)
+                    note_fact(each.name, f'{now:.3f} ' + json.dumps(said | {'calls': [*left]}))
+            run('DELETE FROM fact WHERE name = ?', each.name)
 
 
 # Document ####################################################################
@@ -26162,11 +26214,10 @@ class Admin(Visit):
         """Lets the life cycle do something when it can't be taken back any more; the form that
         takes it back.
         """
-        name, me = f'later-{secrets.token_hex(8)}', self.actor
+        me = self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
-            note_fact(name, f'{due:.3f} ' + json.dumps({
-                'by': [me.user, me.project, me.role], 'about': about, 'calls': calls}))
+            name = note_later(me, due, calls, about)
             for label, project, _ in about:
                 found = self.service.look.mine(label, project, live=False)
                 until = f'{instant(int(due)).astimezone(self.zone):%H:%M:%S}'
@@ -26179,7 +26230,8 @@ class Admin(Visit):
         """Takes back what was asked for a moment ago."""
         act = given.get('act', '')
         with self.service.writing() as now:
-            found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ?', act)
+            found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
+                        'AND CAST(value AS REAL) > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
                 raise Conflict('It is too late to undo this. It is done already.')

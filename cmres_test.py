@@ -5528,6 +5528,63 @@ def test_between_those_that_a_maintenance_affects_others_write(world, monkeypatc
     assert world.service.check()['differences'] == 0
 
 
+def half_deleted(monkeypatch, world, pieces: int):
+    """A user of whose five reservations a delete has cancelled some when its process died."""
+    def dies(piece):
+        if piece == pieces:
+            raise SystemExit
+    eva = world.as_user()
+    for number in range(5):
+        book(eva, f'lab-{number}')
+    between(monkeypatch, eva, dies)
+    with pytest.raises(SystemExit):
+        eva.delete(resource='demo', count=5)
+    assert labels(eva.list()) == [f'lab-{number}' for number in range(pieces, 5)]
+    return eva
+
+
+def test_between_those_that_a_delete_cancels_others_write(world, monkeypatch):
+    eva, others, seen = world.as_user(), world.as_user('bob', 'chemistry'), []
+    for number in range(5):
+        book(eva, f'lab-{number}')
+
+    def meanwhile(piece):
+        seen.append(len(eva.list()))
+        book(others, f'other-{piece}', 5 + piece, 6 + piece)
+        if piece == 2:
+            eva.delete('lab-3')
+    between(monkeypatch, eva, meanwhile)
+    monkeypatch.setattr(cmres, 'AT_ONCE', 2)
+    assert [each['state'] for each in eva.delete(resource='demo', count=5)] == ['cancelled'] * 5
+    assert seen == [4, 3, 2, 1, 0]
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.LATER}')
+    assert world.service.check()['differences'] == 0
+
+
+def test_a_delete_whose_process_died_is_finished_and_deletes_nothing_else(world, monkeypatch):
+    eva = half_deleted(monkeypatch, world, 3)
+    eva = world.as_user()
+    eva.delete('lab-4')
+    book(eva, 'lab-4', 5, 6)
+    world.now += cmres.GOES_ON - 1
+    world.cycle.settle()
+    assert labels(eva.list()) == ['lab-3', 'lab-4']
+    world.now += 2
+    world.cycle.settle()
+    assert labels(eva.list()) == ['lab-4']
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.LATER}')
+    assert world.service.check()['differences'] == 0
+
+
+def test_what_is_left_of_a_delete_is_done_in_pieces_too(world, monkeypatch):
+    eva, left, acting = half_deleted(monkeypatch, world, 1), [], cmres.Leadership.acting
+    world.now += cmres.GOES_ON + 1
+    monkeypatch.setattr(cmres.Leadership, 'acting', lambda self: (left.append(len(eva.list())), acting(self))[1])
+    world.cycle.settle()
+    assert [each for each, _ in itertools.groupby(left)] == [4, 3, 2, 1, 0]
+    assert world.service.check()['differences'] == 0
+
+
 def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
     eva, seen = world.as_user(), []
 
