@@ -9112,13 +9112,13 @@ class Booking(NamedTuple):
     """All components of one UID, as a series that wants machines."""
     uid: str
     summary: str
+    guess: str           # the flavor in words that only look like a wish
+    name: str            # as a sentence calls it
     want: Want
     stretches: list      # of resource 0, until it is known
     cancelled: bool
     digest: str          # of its text, without what changes at each look
-    name: str = ''       # as a sentence calls it
     error: str = ''      # why it can't be understood
-    guess: str = ''      # the flavor in words that only look like a wish
 
     def why(self, error: Error) -> str:
         """The sentence that refuses it, by its title and date."""
@@ -9315,16 +9315,16 @@ class Entry:
     @functools.cached_property
     def length(self) -> timedelta:
         """By wall clocks; without an end a day for a date, nothing for a time (RFC 5545, 3.6.1)."""
-        if 'DTEND' in self.said:
-            end, zone = self.moment('DTEND'), self.start.zone
-            if zone and end.zone and end.zone is not zone:
-                end = Moment(to_wall(end.at(zone), zone))
-            if end.wall < self.start.wall:
-                raise Invalid(f'It ends at {end.wall}, before it starts.')
-            return end.wall - self.start.wall
-        if 'DURATION' in self.said:
-            return read_length(self.one('DURATION')[1])
-        return timedelta(days=self.start.whole)
+        if 'DTEND' not in self.said:
+            there = 'DURATION' in self.said
+            return (read_length(self.one('DURATION')[1]) if there
+                    else timedelta(days=self.start.whole))
+        end, zone = self.moment('DTEND'), self.start.zone
+        if zone and end.zone and end.zone is not zone:
+            end = Moment(to_wall(end.at(zone), zone))
+        if end.wall < self.start.wall:
+            raise Invalid(f'It ends at {end.wall}, before it starts.')
+        return end.wall - self.start.wall
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -9361,12 +9361,11 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
-        title = ' '.join(title.split()) or self.uid
-        title = textwrap.shorten(title, 80) if len(title) > 80 else title
+        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split())
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title or self.uid
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{title}'" + (
-            f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+        on = f" of {'-'.join(day.groups())}" if day else ''
+        return f"the event '{title}'{on} (line {self.line})"
 
 
 def unescaped(text: str) -> str:
@@ -9588,8 +9587,11 @@ def timetable(entries: list[Entry], owner: tzinfo,
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
-    refuse_too_many_dates(entries)
-    head, clock = entries[0], clock_of(entries, owner)
+    head = entries[0]
+    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
+    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
+        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
+    clock = clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
@@ -9599,14 +9601,6 @@ def timetable(entries: list[Entry], owner: tzinfo,
     stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
-
-
-def refuse_too_many_dates(entries: list[Entry]) -> None:
-    """Raises Invalid for more than MOST_DATES of them, before any is read."""
-    head = entries[0]
-    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
-    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
-        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
 
 
 def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
@@ -9774,12 +9768,10 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
-            stretches, cancelled = wanted_stretches(table, group, begin, until)
-        return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
-                       digest_of(group), head.name, guess=guessed(head))
+            said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
-        return Booking(uid, title_of(head), defaults, [], False, '', head.name, str(error),
-                       guessed(head))
+        said = defaults, [], False, '', str(error)
+    return Booking(uid, title_of(head), guessed(head), head.name, *said)
 
 
 def title_of(entry: Entry) -> str:
@@ -9858,8 +9850,8 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
-    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
+    text = entry.text('DESCRIPTION')
+    texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
     return [*filter(None, map(MARKED.search, texts))]
 
 
@@ -9887,7 +9879,11 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     if said := spoken(entry):
         return spoken_want(said, defaults)
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
-    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
+    if not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
+        return None
+    said = {name.lower(): read_name(entry.text(f'X-VM-{name}')) for name in PROGRAMMED
+            if f'X-VM-{name}' in entry.said}
+    return defaults._replace(vms=read_count(entry.text('X-VM-COUNT') or defaults.vms), **said)
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -9895,14 +9891,6 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
     flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
-
-
-def programmed_want(entry: Entry, defaults: Want) -> Want:
-    """CATEGORIES:VM and X-VM-COUNT, -FLAVOR, -IMAGE, -RESOURCE, -NETWORK, -KEY."""
-    said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
-    vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
-    return defaults._replace(vms=vms,
-                             **{name.lower(): read_name(value) for name, value in said.items()})
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -9942,13 +9930,12 @@ class Shown(NamedTuple):
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
     """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC, changed when that was changed."""
-    times = shown.start, shown.end, shown.revised
-    start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
+    start, end, changed = map(stamp_of, (shown.start, shown.end, shown.revised))
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
-            'SEQUENCE': str(shown.revision), 'DTSTART': start, 'DTEND': end, 'STATUS': shown.status,
-            'SUMMARY': escaped(shown.summary), 'DESCRIPTION': escaped(shown.description),
-            'LOCATION': escaped(shown.location), 'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM',
-            'END': 'VEVENT'}
+            'SEQUENCE': f'{shown.revision}', 'DTSTART': start, 'DTEND': end,
+            'STATUS': shown.status, 'SUMMARY': escaped(shown.summary),
+            'DESCRIPTION': escaped(shown.description), 'LOCATION': escaped(shown.location),
+            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', 'END': 'VEVENT'}
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
@@ -9957,12 +9944,11 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
     """A calendar with one event to which a host invites a guest (RFC 5546, 3.2.2 and 3.2.5);
     `others` are the further windows of a series."""
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
-    people = (f'ORGANIZER:mailto:{host}',
-              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
-    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
-    return whole_calendar(event + more, f'METHOD:{method}')
+    spans = ','.join(f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others)
+    more = (f'ORGANIZER:mailto:{host}',
+            f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}',
+            *([f'RDATE;VALUE=PERIOD:{spans}'] if spans else []), 'END:VEVENT')
+    return whole_calendar(event + ''.join(map(folded, more)), f'METHOD:{method}')
 
 
 def etag_of(text: str) -> str:
