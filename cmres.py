@@ -15559,13 +15559,11 @@ class Calendars(Operations):
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
                      f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
-        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, "
-                          f"fault, held "
-                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
-        return [public(each) for each in feeds] + [
-            {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname, 'needs_confirmation': each.held}
-            for each in subscribed]
+        subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
+                          'polled, fault, held, held AS needs_confirmation FROM subscription '
+                          f'WHERE due IS NOT NULL {own} ORDER BY id', *who)
+        return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
+                                       for each in subscribed)]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
@@ -15719,12 +15717,10 @@ class Calendars(Operations):
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
-        if not subscription:
-            return {}
         return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r '
                         'ON r.id = o.reservation_id WHERE r.subscription = ? '
                         'AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
-                        subscription.id, int(now)).fetchall())
+                        subscription.id, int(now)).fetchall()) if subscription else {}
 
     def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
@@ -15733,12 +15729,11 @@ class Calendars(Operations):
         uids, done = {each.uid for each in wanted}, []
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.look.search([('r.id = ?', each.id),
-                                                                   (NOT_OVER, None),
-                                                                   ('o.held_from > ?', now)])
+            where = [('r.id = ?', each.id), (NOT_OVER, None), ('o.held_from > ?', now)]
+            coming = [] if each.uid in uids else self.look.search(where)
             if coming:
-                self.admission.cancel(coming, now, 'the '
-                                                   'event was removed from the calendar', ends=True)
+                self.admission.cancel(coming, now, 'the event was removed from the calendar',
+                                      ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
                              'label': each.label})
         return done
@@ -15788,15 +15783,13 @@ class Calendars(Operations):
         shown = [self.feed_event(each, feed, servers[each.id])
                  for each in found[:MOST_SHOWN_BY_FEED]
                  if each.project == feed.project or each.state not in ('cancelled', 'failed')]
-        shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
+        for each in found[MOST_SHOWN_BY_FEED:]:
+            shown.append(Shown(
+                f'more-{each.start}@{self.clouds.store}', each.start, each.end, 0, each.start,
+                'more reservations follow', f'This calendar shows {MOST_SHOWN_BY_FEED} '
+                'occurrences. The page and the list of reservations show the others.', '',
+                'TENTATIVE'))
         return shown, min([now + 60, *turns])
-
-    def not_shown(self, first) -> Shown:
-        """What a feed says in the place of the first occurrence that is too many for it."""
-        uid, words = f'more-{first.start}@{self.clouds.store}', 'more reservations follow'
-        return Shown(uid, first.start, first.end, 0, first.start, words,
-                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. The page and the '
-                     'list of reservations show the others.', '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
@@ -15811,25 +15804,24 @@ class Calendars(Operations):
     def feed_digest(self, feed) -> str:
         """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
-        return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN numbers(?)',
-                              json.dumps(ids)).fetchall()))
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence WHERE id IN '
+                              'numbers(?)', json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
         uid = f'occurrence-{found.id}@{self.clouds.store}'
         passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
-        revision, revised = found.revision + len(passed), max([found.revised, *passed])
+        when = (uid, found.start, found.end, found.revision + len(passed),
+                max([found.revised, *passed]))
         if found.project != feed.project:
-            return Shown(uid, found.start, found.end, revision, revised, 'busy',
-                         f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
+            return Shown(*when, 'busy', f"{counted(found.vms, 'VM')} reserved", found.resource,
+                         'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
-                 found.description]
-        lines += [*log_in_lines(self.config, found, addresses), found.fault]
-        return Shown(uid, found.start, found.end, revision, revised, found.label,
-                     '\n'.join(filter(None, lines)),
-                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
-                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+                 found.description, *log_in_lines(self.config, found, addresses), found.fault]
+        status = dict.fromkeys(('cancelled', 'failed'), 'CANCELLED') | dict.fromkeys(
+            ('waiting', 'pending'), 'TENTATIVE')
+        return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
+                     status.get(found.state, 'CONFIRMED'))
 
 
 # Tokens ######################################################################
@@ -16225,7 +16217,7 @@ class Records(Operations):
         Example:
           python cmres.py punctuality --since 2026-11-01
         """
-        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
+        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
@@ -16238,17 +16230,18 @@ class Records(Operations):
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
+
+        def spreads(servers: list, what: str) -> dict:
+            delays = (getattr(each, what) for each in servers)
+            return spread(what, [each for each in delays if each is not None])
         failed = [each for each in found if each.ready is None and each.fault]
-        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
-                            **spread('begun',
-                                     [each.begun for each in servers if each.begun is not None]),
-                            **spread('ready',
-                                     [each.ready for each in servers if each.ready is not None]),
+        return {'clouds': [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+                            **spreads(servers, 'ready'),
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name,
-                            'tries': each.tries, 'planned': instant(each.planned),
-                            'fault': each.fault} for each in failed[-100:]]}
+                'failed': [{'planned': instant(each.planned)} | {
+                    name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
+                                                           'fault')} for each in failed[-100:]]}
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
@@ -16262,57 +16255,50 @@ class Records(Operations):
         Example:
           python cmres.py report --since 2027-01-01 --by user --format csv
         """
-        by_whom = group_by
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('group_by', by_whom, columns)
-        now = self.clock()
+        refuse_unknown_word('group_by', group_by, columns)
+        now, lines = self.clock(), defaultdict(Counter)
         last = self.resolve(FIRST, until)[1] if until else int(now)
-        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = f'TRUE{all_of(self.look.visible())}'
-        told = ('reserved', 'used', 'unused', 'late_worst')
-        lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
+        first = self.resolve(since, LAST)[0] if since else last - 30 * DAY
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
-        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
-        near = ids_by((way, f'{which} {begun}') for way, which in ways)
-        hours = HOURS.format(by=columns[by_whom], own=own, near=near)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}')
+                      for way, which in ways)
+        hours = HOURS.format(by=columns[group_by], own=f'TRUE{all_of(self.look.visible())}',
+                             near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
-            lines[name] |= zip(told, figures)
-        self.add_forgotten(lines, by_whom, first, last)
+            lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'), figures)))
+        self.add_forgotten(lines, group_by, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
-                   'resource': f"coalesce({name_then}, '')"}[by_whom]
-        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
+                   'resource': f"coalesce({name_then}, '')"}[group_by]
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
                                "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
-                               f'{mine} GROUP BY 1', first, last,
-                               *([self.actor.project] if mine else [])):
+                               f"{'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
             lines[name]['refused'] += count
-        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3),
+        return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late_worst'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
         """Adds forgotten days to the lines of a report; of one that is cut, its share."""
-        own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
               else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
-        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
-            ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
+        units = {'reserved': 3600, 'used': 3600, 'unused': 3600, 'refused': 1}
+        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in units.items())
         for name, *figures, late in run(
-                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t "
-                f'WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1',
-                first, last, *([self.actor.project] if own else [])):
-            for field, more in zip(('reserved', 'used', 'unused', 'refused'), figures):
-                lines[name][field] += more
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t WHERE day > ?1 - {DAY} "
+                f"AND day < ?2 {'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+            lines[name].update(dict(zip(units, figures)))
+            lines[name]['late'] = max(lines[name]['late'], late)
 
     def forget(self, now: float, most: int = 200) -> int:
         """Forgets some of what has been over for longer than `retention`; how much. The newest row
-        of each table stays, so that no id is ever given twice.
-        """
+        of each table stays, so that no id is ever given twice."""
         before = int(now) - self.config.retention * DAY
         old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
                        WHERE due IS NULL AND start < ? AND "end" < ?
@@ -16328,17 +16314,16 @@ class Records(Operations):
                              AND due IS NOT NULL)
                          LIMIT {most}''', before)
         self.forget_events(events)
-        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
-                   f'occurrence IS NULL '
-                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})',
-                   before).rowcount
+        gone = run('DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
+                   'occurrence IS NULL AND due IS NULL AND id < (SELECT max(id) FROM claim) '
+                   f'LIMIT {most})', before).rowcount
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                         NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
-        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+        leases = run('DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
         return len(old) + len(events) + gone + len(changes) + leases + objects
@@ -16366,16 +16351,14 @@ class Records(Operations):
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
         run('DELETE FROM claim WHERE occurrence = ?', old.id)
         run('DELETE FROM occurrence WHERE id = ?', old.id)
-        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}',
-                   old.reservation_id):
+        id = old.reservation_id
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', id):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
-                                    'reservation_id FROM event '
-                                    'WHERE reservation_id = ?', old.reservation_id))
-            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
-                old.reservation_id)
-            run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
-            run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
-            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
+                                    'reservation_id FROM event WHERE reservation_id = ?', id))
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+            run('DELETE FROM share WHERE reservation_id = ?', id)
+            run('DELETE FROM reservation WHERE id = ?', id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -16391,8 +16374,8 @@ class Records(Operations):
         ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
                     'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
                *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT '
-                    'EXISTS '
-                    '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
+                    'EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)', old.id,
+                    old.held_until)]
         late = max((each[2] for each in ran), default=0)
         for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
             first, last = max(day, old.held_from), min(day + DAY, old.held_until)
@@ -16403,14 +16386,12 @@ class Records(Operations):
 
     def count(self, whose: tuple, **figures: float) -> None:
         """Adds figures to the sums of a day, project, user and resource; lateness: the worst."""
-        figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
-        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
-            'late) '
+        sums = ('reserved', 'used', 'unused', 'refused')
+        added = ', '.join(f'{name} = tally.{name} + excluded.{name}' for name in sums)
+        run(f'INSERT INTO tally (day, project, user, resource, {", ".join(sums)}, late) '
             'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, project, user, resource) DO '
-            'UPDATE SET reserved = tally.reserved + excluded.reserved, '
-            'used = tally.used + excluded.used, unused = tally.unused + excluded.unused, '
-            'refused = tally.refused + excluded.refused, '
-            'late = max(tally.late, excluded.late)', *whose, *figures.values())
+            f'UPDATE SET {added}, late = max(tally.late, excluded.late)', *whose,
+            *(figures.get(name, 0) for name in (*sums, 'late')))
 
 
 class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
@@ -26632,11 +26613,10 @@ class Front:
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
-            app, host=config.host, port=config.port, asyncore_use_poll=True,
-            _dispatcher=fair_dispatcher(config.threads),
+            app, host=config.host, port=config.port, asyncore_use_poll=True, ident=None,
+            _dispatcher=fair_dispatcher(config.threads), channel_request_lookahead=1,
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
-            ident=None,
-            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+            clear_untrusted_proxy_headers=False)
         self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
@@ -26692,40 +26672,31 @@ def allow_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-class Alert(NamedTuple):
-    """One rule of Prometheus: when it holds for so long, somebody is told."""
-    name: str
-    holds: str
-    lasts: str
-    severity: str
-    summary: str
-
-
+#: Rules of Prometheus: when one holds for so long, somebody is told.
 ALERTS = (
-    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
-          'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
-    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
-          'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
-    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
-          'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer '
-          'before it asks it again'),
-    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
-          'A reservation ended and none of its VMs was ever ready'),
-    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
-          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
-          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
-    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
-          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
-          'One request in fifty or more ends in an error of the server'),
-    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
-          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
-          'One request in ten takes longer than two seconds'),
-    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
-          'Mails or webhooks are not delivered. See the event log and the mail server'),
-    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m',
-          'page', 'The disk of the database is nearly full, or the database is damaged'),
-    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
-          'Somebody tries tokens. The event log tells from where'))
+    ('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+     'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
+    ('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+     'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
+    ('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+     'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer before it '
+     'asks it again'),
+    ('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+     'A reservation ended and none of its VMs was ever ready'),
+    ('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+     '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+     'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    ('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+     '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+     'One request in fifty or more ends in an error of the server'),
+    ('CmresSlow', 'histogram_quantile(0.9, sum by (le) (rate(cmres_request_seconds_bucket[5m]))) '
+     '> 2', '10m', 'ticket', 'One request in ten takes longer than two seconds'),
+    ('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+     'Mails or webhooks are not delivered. See the event log and the mail server'),
+    ('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+     'The disk of the database is nearly full, or the database is damaged'),
+    ('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+     'Somebody tries tokens. The event log tells from where'))
 
 #: The charts of the dashboard: title, unit, and of each line what it shows and its name.
 CHARTS = (
@@ -26763,9 +26734,9 @@ CHARTS = (
 def alert_rules() -> dict:
     """The alerts as Prometheus reads them."""
     return {'groups': [{'name': 'cmres', 'rules': [
-        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
-         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
-        for each in ALERTS]}]}
+        {'alert': name, 'expr': holds, 'for': lasts, 'labels': {'severity': severity},
+         'annotations': {'summary': summary}}
+        for name, holds, lasts, severity, summary in ALERTS]}]}
 
 
 def grafana_dashboard() -> dict:
@@ -26781,8 +26752,7 @@ def grafana_dashboard() -> dict:
     choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
     return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True,
             'refresh': '30s', 'time': {'from': 'now-6h', 'to': 'now'},
-            'templating': {'list': [choice]},
-            'panels': panels}
+            'templating': {'list': [choice]}, 'panels': panels}
 
 
 CONTAINER = r"""
