@@ -644,13 +644,8 @@ def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
                  zone: ZoneInfo) -> tuple[int, int]:
-    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after
-    that.
-
-    Args:
-      end: a length keeps its hours; a time is one on the clocks
-      start, first: the instant and the wall time that it counts from
-    """
+    """The length of a stretch that an end asks for, after a start and its wall time `first`:
+    seconds by the clocks for a time, and exact ones after that for a length."""
     if not isinstance(end, timedelta):
         by_clocks = int((typed_wall(end, zone) - first).total_seconds())
         return (by_clocks, 0) if by_clocks > 0 else (0, int((end - start).total_seconds()))
@@ -664,19 +659,13 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
 
 
 def at_midnight(day: date) -> datetime:
-    """The wall time at which a day begins."""
     return datetime(day.year, day.month, day.day)
 
 
 def read_repeat(text: str, today: date = date.min) -> str:
-    """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
-
-    Args:
-      today: a last date without a year is the first after that
-
-    Raises:
-      ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
-    """
+    """The RRULE that a person typed or meant, its UNTIL left as it is; ValueError if it is none, or
+    one that is not for machines, such as FREQ=SECONDLY. A last date without a year comes after
+    `today`."""
     word = ' '.join(text.split()).removeprefix('RRULE:')
     rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
     return checked_rule(rule) if rule else ''
@@ -938,10 +927,7 @@ MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30
 
 @functools.lru_cache(4000)
 def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
-    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
-
-    Args:
-      weekday: of its first day
+    """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
     """
     starts, length = MONTHS[leap], 365 + leap
     days = set(range(length))
@@ -1151,14 +1137,8 @@ def listed_walls(stretch: Stretch) -> set[datetime]:
 
 def slots(stretch: Stretch, begin: float, until: float,
           zone: tzinfo | None = None) -> Iterator[Slot]:
-    """What a stretch wants of the time between two instants, as far as it is not over at the first.
-
-    Args:
-      zone: the zone of its wall times, where that has no name
-
-    Raises:
-      Invalid: that is more than MOST_OCCURRENCES.
-    """
+    """What a stretch wants of the time between two instants, as far as it is not over at the first;
+    Invalid for more than MOST_OCCURRENCES. Its zone is needed where that has no name."""
     zone, found = zone or read_zone(stretch.zone), 0
     day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
     longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
@@ -1186,11 +1166,8 @@ def slots(stretch: Stretch, begin: float, until: float,
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
-    """The instants of a wall time and of its end; never none between them.
-
-    Args:
-      length: seconds from there to the end by the clocks, and `exact` elapsed ones after that
-    """
+    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
+    later; never none between them."""
     start = from_wall(wall, zone)
     end = from_wall(wall + timedelta(seconds=length), zone) if length else start
     end += timedelta(seconds=exact)
@@ -1206,13 +1183,11 @@ def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
 
 
 def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
-    """Whether a series wants anything that begins after an instant."""
     return any(slot.start >= after for stretch in stretches
                for slot in slots(stretch, after, LAST.timestamp()))
 
 
 def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
-    """What a series is before a slot."""
     return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches
             if (stretch.since or min([stretch.start, *stretch.dates])) < key]
 
@@ -1226,7 +1201,6 @@ def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch
 
 
 def endless(rule: str) -> str:
-    """A rule without its UNTIL or COUNT."""
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
@@ -1321,11 +1295,8 @@ RENAMED = {
 
 
 def with_new_names(where: str, given: dict) -> dict:
-    """Arguments of an operation, or settings, under the names that they have now.
-
-    Raises:
-      Invalid: one has two different values, under its old and its new name.
-    """
+    """Arguments of an operation, or settings, under the names that they have now; Invalid if one
+    has two different values, under its old and its new name."""
     names, found = RENAMED.get(where, {}), {}
     for name, value in given.items():
         new = names.get(name, name)
@@ -1384,169 +1355,107 @@ TEXT_FIELDS = frozenset((
     'host state when what then link').split())
 
 
-def setting(default, why: str, least=None, most=10**9):
-    return dataclasses.field(default=default, metadata={'why': why, 'least': least, 'most': most})
+def setting(default, least=None, most=10**9):
+    return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
-    database: str = setting('cmres.db',
-                            'the SQLite file that holds everything, not on a network file system; '
-                            'or PostgreSQL: postgresql://USER@HOST/DATABASE')
-    key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
-                           'database; if empty, the database with .key, of PostgreSQL cmres.key')
-    host: str = setting('127.0.0.1',
-                        'the address that `serve` listens on; put a TLS proxy before any other')
-    port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
-    threads: int = setting(8, 'requests that are answered at the same time', 1)
-    slow_per_user: int = setting(2, 'slow requests of one user (clouds, calendars, long '
-                                    'computations) at the same time', 1)
-    slow_per_target: int = setting(4, 'requests that wait for one cloud entry, or for one host, '
-                                      'at the same time', 1)
-    outside_timeout: float = setting(
-        50.0, 'seconds that one request may wait for clouds and calendars in total', 0.1)
-    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
-                           'database')
-    token: str = setting('', 'the token for that server')
-    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
-                                     'closes the oldest idle one', 10, 100_000)
-    connections_per_address: int = setting(200, 'open connections from one address, also from a '
-                                                'proxy', 1)
-    requests_per_address: int = setting(
-        12000, 'requests from one address within a minute; 0: no limit', 0)
-    requests_per_user: int = setting(
-        3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
-    mib_per_address: int = setting(
-        2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
-                                     'Admins have no such limit', 0)
-    cpu_per_user: float = setting(
-        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
-              'limit. Admins have no such limit', 0.0)
-    wrong_tokens: int = setting(
-        30, 'wrong tokens from one address within a minute; more are answered with 429', 1)
-    trusted_proxies: str = setting(
-        '127.0.0.1, ::1', 'addresses and networks of proxies; their last entry in X-Forwarded-For '
-                          'counts for limits and the log, and for nothing else')
-    keystone: str = setting(
-        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
-        'address such as https://cloud.example.org/identity')
-    keystone_roles: str = setting(
-        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
-        'KEYSTONE:CMRES; of several the highest, without any of them none')
-    oidc: str = setting(
-        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
-        'https://login.example.org; needs the package authlib')
-    oidc_client: str = setting('', 'the client id of cmres at that provider')
-    oidc_secret: str = setting('', 'its secret; without one, the client is public')
-    oidc_claims: str = setting(
-        'preferred_username, project, role', 'the claims that say user, project and role there; '
-        'without the last two, people are users of the project default')
-    identity_proxies: str = setting(
-        '', 'addresses and networks of proxies that say who asks, in the headers of '
-        '`identity_header`; they must take those headers out of what their clients send')
-    identity_header: str = setting(
-        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
-        'X-Remote-Project, X-Remote-Role')
-    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
-                           '(everybody) or off (nobody)')
-    log_format: str = setting('text', 'format of the log: text or json')
-    log_requests: bool = setting(
-        True, 'write a line to the log for each request and each call to a cloud')
-    drain: float = setting(30.0, 'seconds that running requests have to finish after SIGTERM', 0.0)
-    min_disk: int = setting(
-        100, 'MiB that should be free on the disk of the database; with less, /readyz warns', 0)
-    timezone: str = setting('UTC', 'time zone of times without a zone, and of tables; default: '
-                                   'the zone of this computer')
-    workers: int = setting(32, 'calls to one cloud at the same time', 1)
-    call_timeout: float = setting(60.0, 'seconds after which cmres gives up a call to a cloud', 0.1)
-    boot_timeout: float = setting(900.0, 'seconds until a VM that does not become ACTIVE is '
-                                         'replaced', 0.1)
-    lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
-                                            'the VM is created again', 0.0)
-    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
-                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
-    poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
-                                        'stopping', 0.01)
-    poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
-    retry_first: float = setting(5.0, 'seconds before a failed start or deletion is tried again; '
-                                      'doubles each time', 0.01)
-    retry_max: float = setting(300.0, 'maximum of these seconds', 0.01)
-    leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
-                                         'scheduler takes over', 0.1)
-    check_ahead: float = setting(3600.0, 'seconds before VMs start when cmres asks the cloud again '
-                                         'for all that they need, and tells the owner what would '
-                                         'fail; 0: never', 0)
-    remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder', 0.0)
-    end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
-                                      'then the VM is deleted', 0.0)
-    webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
-    private_addresses: bool = setting(
-        False, 'allow webhook and calendar addresses in private networks and on this computer')
-    mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
-                                   'mail and refuses mail addresses')
-    mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    notify_admins: str = setting(
-        '', 'mail addresses or URLs that get a message when an admin must approve something')
-    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
-    own_token_days: int = setting(
-        365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
-    feeds_per_user: int = setting(
-        50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
-    subscriptions_per_user: int = setting(
-        50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
-                                1, 3660)
-    invitations_per_day: int = setting(
-        200, 'mails that invite people to what one user has reserved, within a day', 0)
-    calendar_poll: float = setting(300.0, 'seconds between '
-                                          'two readings of a subscribed calendar', 0.1)
-    caldav_refusal: str = setting(
-        'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
-        'stays and says so) or 403 (the program is refused)')
-    caldav_busy: bool = setting(
-        False, 'whether the calendar of a resource shows what others have reserved, as busy')
-    caldav_events: int = setting(
-        20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('', 'address of this server for people, for links, for example '
-                                  'https://cmres.example.org')
-    session_length: float = setting(43200.0, 'seconds after '
-                                        'which people must sign in to the page again', 0.1)
-    undo_time: float = setting(
-        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. '
-        '0: no Undo', 0.0, 600)
-    login_command: str = setting('ssh {address}',
-                         'how people log in to a VM; their calendar shows it')
-    no_overtaking_after: float = setting(
-        86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
-    exempt_longest: float = setting(
-        86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
-    at_end_stop: str = setting('hold', 'what becomes of VMs that are to be stopped at the end, on '
-                               'resources that come from `resource sync`: hold (they stay, and '
-                               'keep their capacity), shelve (they are shelved instead) or refuse')
-    delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
-                                               'themselves in their reservation')
-    retention: int = setting(400, 'days after which finished reservations are forgotten; reports '
-                                  'keep their sums', 1, 36500)
-    project_texts: int = setting(
-        100, 'MiB of user data, descriptions and metadata that a project may have here', 1, 10**6)
-    orphan_grace: float = setting(60.0, 'age in seconds at which cmres removes a server of its '
-                                        'own that no reservation needs', 0.0)
-    verify_every: float = setting(
-        3600.0, 'seconds between two checks of the database file for damage', 0.1)
-    max_pass_age: float = setting(
-        180.0, 'seconds since the last run of the scheduler after which /readyz warns', 0.1)
-    simulated_boot: float = setting(3.0, 'seconds until a '
-                                         'VM is ready on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of VMs that fail to start there, 0 to 1', 0.0,
-                                        1.0)
-    simulated_vms: int = setting(0, 'VMs that fit there; 0: no limit', 0)
-    simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
+    """Everything that can be set; config.example.ini says what each setting is for.
+
+    Once read, only what `read_again` takes is ever changed.
+    """
+    # the store, and how `serve` is reached
+    database: str = setting('cmres.db')
+    key: str = setting('')
+    host: str = setting('127.0.0.1')
+    port: int = setting(8080, 0, 65535)
+    threads: int = setting(8, 1)
+    slow_per_user: int = setting(2, 1)
+    slow_per_target: int = setting(4, 1)
+    outside_timeout: float = setting(50.0, 0.1)
+    url: str = setting('')
+    token: str = setting('')
+    # how much one may ask
+    connections: int = setting(2000, 10, 100_000)
+    connections_per_address: int = setting(200, 1)
+    requests_per_address: int = setting(12000, 0)
+    requests_per_user: int = setting(3000, 0)
+    mib_per_address: int = setting(2000, 0)
+    mib_per_user: int = setting(500, 0)
+    cpu_per_user: float = setting(30.0, 0.0)
+    wrong_tokens: int = setting(30, 1)
+    # who says who asks
+    trusted_proxies: str = setting('127.0.0.1, ::1')
+    keystone: str = setting('')
+    keystone_roles: str = setting('admin:admin, member:user, reader:reader')
+    oidc: str = setting('')
+    oidc_client: str = setting('')
+    oidc_secret: str = setting('')
+    oidc_claims: str = setting('preferred_username, project, role')
+    identity_proxies: str = setting('')
+    identity_header: str = setting('X-Remote')
+    # what the operator sees
+    metrics: str = setting('token')
+    log_format: str = setting('text')
+    log_requests: bool = setting(True)
+    drain: float = setting(30.0, 0.0)
+    min_disk: int = setting(100, 0)
+    timezone: str = setting('UTC')
+    # the life cycle and its clouds; seconds
+    workers: int = setting(32, 1)
+    call_timeout: float = setting(60.0, 0.1)
+    boot_timeout: float = setting(900.0, 0.1)
+    lost_answer_wait: float = setting(15.0, 0.0)
+    common_names: str = setting('')
+    poll_changing: float = setting(1.0, 0.01)
+    poll_running: float = setting(60.0, 0.01)
+    retry_first: float = setting(5.0, 0.01)
+    retry_max: float = setting(300.0, 0.01)
+    leader_timeout: float = setting(6.0, 0.1)
+    check_ahead: float = setting(3600.0, 0.0)
+    remind_before: float = setting(600.0, 0.0)
+    end_grace: float = setting(600.0, 0.0)
+    # who is told
+    webhook: str = setting('')
+    webhook_secret: str = setting('')
+    private_addresses: bool = setting(False)
+    mail_server: str = setting('')
+    mail_from: str = setting('cmres@localhost')
+    notify_admins: str = setting('')
+    mail_domains: str = setting('')
+    notices_per_day: int = setting(200, 0)
+    # what people may keep
+    own_token_days: int = setting(365, 1, 36500)
+    tokens_per_user: int = setting(50, 0)
+    feeds_per_user: int = setting(50, 0)
+    subscriptions_per_user: int = setting(50, 0)
+    horizon: int = setting(366, 1, 3660)
+    invitations_per_day: int = setting(200, 0)
+    # calendars and the page
+    calendar_poll: float = setting(300.0, 0.1)
+    caldav_refusal: str = setting('mark')
+    caldav_busy: bool = setting(False)
+    caldav_events: int = setting(20000, 0)
+    public_url: str = setting('')
+    session_length: float = setting(43200.0, 0.1)
+    undo_time: float = setting(10.0, 0.0, 600)
+    login_command: str = setting('ssh {address}')
+    # rules, and how long what is over is kept
+    no_overtaking_after: float = setting(86400.0, 0.0)
+    exempt_longest: float = setting(86400.0, 0.0)
+    at_end_stop: str = setting('hold')
+    delete_user_started: bool = setting(False)
+    retention: int = setting(400, 1, 36500)
+    project_texts: int = setting(100, 1, 10**6)
+    orphan_grace: float = setting(60.0, 0.0)
+    verify_every: float = setting(3600.0, 0.1)
+    max_pass_age: float = setting(180.0, 0.1)
+    simulated_boot: float = setting(3.0, 0.0)
+    simulated_failures: float = setting(0.0, 0.0, 1.0)
+    simulated_vms: int = setting(0, 0)
+    simulated_latency: float = setting(0.0, 0.0)
+    # what else stands in the file, and where all of it is from
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
@@ -1563,7 +1472,7 @@ class Config:
     @property
     def common(self) -> frozenset[str]:
         """The setting `common_names`, one by one; Invalid if one of them is none."""
-        names = [each.strip() for each in self.common_names.split(',') if each.strip()]
+        names = [*filter(None, map(str.strip, self.common_names.split(',')))]
         for each in names:
             kind, _, name = each.partition(':')
             if kind not in KINDS or not name:
@@ -1576,13 +1485,14 @@ class Config:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
-    def is_proxy(self, peer: str) -> bool:
-        """Whether an address is that of a trusted proxy."""
-        return is_among(peer, read_networks(self.trusted_proxies))
-
-    def tells_who(self, peer: str) -> bool:
-        """Whether an address is that of a proxy that says who asks."""
-        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+    def is_among(self, setting: str, address: str) -> bool:
+        """Whether an address is in one of the networks that a setting names."""
+        import ipaddress
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found in each for each in read_networks(getattr(self, setting), setting))
 
     @property
     def roles(self) -> dict[str, str]:
@@ -1593,13 +1503,6 @@ class Config:
                 raise Invalid(f"Setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
                               f"such as member:user; the roles here are {', '.join(ROLES)}")
         return {name: role for name, _, role in pairs}
-
-    def check_choices(self) -> None:
-        """Invalid if a setting that is one of some words is another."""
-        for name, words in WORDS_OF.items():
-            if (said := getattr(self, name)) not in words:
-                raise Invalid(f"Setting {name}: '{said}' is not one of "
-                              f"{', '.join(words)}{nearest(said, words)}")
 
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
@@ -1624,10 +1527,8 @@ class Config:
             object.__setattr__(self, name, value)
 
     def read_again(self) -> Config:
-        """Itself, with the sections of AGAIN from its file if that has changed since.
-
-        A file that can't be read leaves them as they were; the log says why, once.
-        """
+        """Itself, with the sections of AGAIN from its file if that has changed since; where it
+        can't be read they stay, and the log says why, once."""
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
             self.take(stamp=stamp)
@@ -1646,17 +1547,8 @@ WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
             'caldav_refusal': ('mark', '403')}
 
 
-def is_among(address: str, networks: list) -> bool:
-    """Whether an address is in one of some networks."""
-    import ipaddress
-    with suppress(ValueError):
-        found = ipaddress.ip_address(address)
-        return any(found in each for each in networks)
-    return False
-
-
 @functools.lru_cache
-def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
+def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
     import ipaddress
     found = []
@@ -1669,41 +1561,39 @@ def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     return found
 
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
 #: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
-    """Settings from the environment, a file and the defaults.
-
-    Raises:
-      Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
+    """Settings from the environment, a file and the defaults; Invalid says what is wrong in them.
     """
-    path = path or environ.get('CMRES_CONFIG') or (
-        'config.ini' if os.path.exists('config.ini') else '')
+    usual = 'config.ini' if os.path.exists('config.ini') else ''
+    path = path or environ.get('CMRES_CONFIG') or usual
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     twins = {name[6:].lower(): text for name, text in environ.items()
              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    said = dict.fromkeys(sections['cmres'], path)
+    said |= {name: f'CMRES_{name.upper()}' for name in twins}
     renamed = RENAMED['setting']
-    old = [name for name in (*sections['cmres'], *twins) if name in renamed]
-    sources = {renamed.get(name, name): path for name in sections['cmres']} | {
-        renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
-    for name in sections['texts']:
+    settings = with_new_names('setting', sections['cmres']) | with_new_names('setting', twins)
+    settings.setdefault('timezone', machine_zone(environ))
+    for name, template in sections['texts'].items():
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
                           f"'{name}'{nearest(name, TEXTS)}")
-        check_template(f'{path}: [texts] {name}', sections['texts'][name])
-    texts.setdefault('timezone', machine_zone(environ))
-    config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
+        check_template(f'{path}: [texts] {name}', template)
+    config = Config(**{name: read_setting(name, text) for name, text in settings.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
-                    old_names=tuple(old))
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp,
+                    sources={renamed.get(name, name): where for name, where in said.items()},
+                    old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.roles, config.check_choices()
-    config.is_proxy(''), config.tells_who('')
+    config.zone, config.common, config.roles
+    for name in ('trusted_proxies', 'identity_proxies'):
+        read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
 
@@ -1712,9 +1602,8 @@ def check_template(where: str, template: str) -> None:
     """Refuses words for an event that could not be filled in; Invalid says where and why."""
     from string import Formatter
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        for field in fields:
-            if field not in TEXT_FIELDS:
+        for _, field, _, _ in Formatter().parse(template):
+            if field is not None and field not in TEXT_FIELDS:
                 hint = nearest(field, TEXT_FIELDS)
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
@@ -1724,7 +1613,6 @@ def check_template(where: str, template: str) -> None:
 
 
 def is_web(target: str) -> bool:
-    """Whether somebody is told by a webhook, and not by mail."""
     return target.startswith(('http://', 'https://'))
 
 
@@ -1737,7 +1625,6 @@ def file_stamp(path: str) -> tuple:
 
 
 def read_config_file(path: str) -> dict[str, dict]:
-    """The texts of each section."""
     import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
@@ -1745,8 +1632,7 @@ def read_config_file(path: str) -> dict[str, dict]:
         with open(path, encoding='utf-8') as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        why = str(error).splitlines()[0]
-        raise Invalid(f"Cannot read the configuration '{path}': {why}") from None
+        raise Invalid(f"Cannot read the configuration '{path}': {str(error).splitlines()[0]}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -1762,18 +1648,21 @@ def read_bool(value, here=None) -> bool:
 
 
 def read_setting(name: str, text: str):
+    """The value of a setting; Invalid if the text is none."""
     if name not in SETTINGS:
         raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
-    field = SETTINGS[name]
+    usual, (least, most) = SETTINGS[name].default, SETTINGS[name].metadata.values()
     try:
-        value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
+        value = read_bool(text) if isinstance(usual, bool) else type(usual)(text)
     except ValueError:
-        what = ('not true or false' if isinstance(field.default, bool)
-                else f'not a number such as {field.default}')
-        raise Invalid(f"Setting {name}: '{text}' is {what}.") from None
-    least, most = field.metadata['least'], field.metadata['most']
+        what = 'true or false' if isinstance(usual, bool) else f'a number such as {usual}'
+        raise Invalid(f"Setting {name}: '{text}' is not {what}.") from None
     if least is not None and not least <= value <= most:
         raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
+    words = WORDS_OF.get(name, [value])
+    if value not in words:
+        raise Invalid(f"Setting {name}: '{value}' is not one of "
+                      f"{', '.join(words)}{nearest(value, words)}")
     return value
 
 
@@ -2147,7 +2036,6 @@ class Operation:
 
     @functools.cached_property
     def answers(self):
-        """The type of its answer."""
         return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
@@ -2158,11 +2046,6 @@ class Operation:
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
-
-    @property
-    def summary(self) -> str:
-        return inspect.getdoc(self.method).splitlines()[0]
-
 
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
@@ -2245,11 +2128,8 @@ class Here(NamedTuple):
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
-    """The arguments of a call, read from text or JSON by the types of the method's signature.
-
-    Raises:
-      Invalid: one is unknown, missing or malformed; the sentence names it.
-    """
+    """The arguments of a call, read from text or JSON by the types of the method's signature;
+    Invalid names the one that is unknown, missing or malformed."""
     parameters, given = operation.parameters, with_new_names(operation.name, given)
     refuse_unknown(operation, given)
     anything = {name for name in FILTERS & given.keys()
@@ -2288,11 +2168,7 @@ def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
 
 
 def read_argument(name: str, value, kind, here: Here):
-    """One argument of a call, by the type that the operation gives it.
-
-    Raises:
-      Invalid: it is malformed; the sentence names the argument.
-    """
+    """One argument of a call, by the type that the operation gives it; Invalid names it."""
     try:
         return READERS[kind](value, here)
     except (ValueError, TypeError) as error:
@@ -2433,12 +2309,17 @@ def read_names(value, here=None) -> list[str]:
     return [name for name in map(read_name, items) if name]
 
 
+def pairs_of(value):
+    """What k=v,k=v or an object says; None behind a name without a value."""
+    if not isinstance(value, str):
+        return value
+    return {pair.partition('=')[0]: pair.partition('=')[2] if '=' in pair else None
+            for pair in value.split(',') if pair}
+
+
 def read_pairs(value, here=None) -> dict[str, str]:
     """Nova's metadata: at most 128 pairs, names and values of up to 255 characters."""
-    pairs = value
-    if isinstance(value, str):
-        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                     for pair in value.split(',') if pair)
+    pairs = pairs_of(value)
     if (not isinstance(pairs, dict) or len(pairs) > 128
         or not all(isinstance(each, str) for each in pairs.values())):
         raise ValueError(f'{shown(value)} is not valid. Write k=v,k=v with at most 128 pairs.')
@@ -2451,10 +2332,7 @@ def read_pairs(value, here=None) -> dict[str, str]:
 
 def read_classes(value, here=None) -> dict[str, int]:
     """Names as Placement has them, each with a figure; `unlimited` is UNLIMITED."""
-    classes = value
-    if isinstance(value, str):
-        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                       for pair in value.split(',') if pair)
+    classes = pairs_of(value)
     if not isinstance(classes, dict) or len(classes) > 50:
         raise ValueError(f'{shown(value)} is not valid. Write for example CUSTOM_GPU=2, with at '
                          'most 50 classes.')
@@ -2555,9 +2433,8 @@ DISK = 'DISK_GB'
 PLAIN = ('VCPU', 'MEMORY_MB', DISK)
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
-PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name,
-               'host': Name,
-               'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
+PART_FIELDS = {'resource': Place, 'vms': Count} | dict.fromkeys(
+    ('flavor', 'image', 'network', 'host', 'cell', 'cloud', 'region', 'aggregate'), Name)
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
@@ -2581,8 +2458,7 @@ READERS = {
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
     'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
-    'latest_end '
-    'next_start planned polled ready revoked start until'.split())
+    'latest_end next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -8865,11 +8741,8 @@ class Undelivered(Error):
 
 
 def deliver(config: Config, notice, about: dict) -> None:
-    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Delivers a notice to its target, `about` its reservation as answers show it; else
+    Undelivered."""
     from http.client import HTTPException
     try:
         if is_web(notice.target):
@@ -8884,11 +8757,8 @@ def deliver(config: Config, notice, about: dict) -> None:
 
 
 def post(config: Config, url: str, body: bytes) -> None:
-    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
-
-    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and
-    the body.
-    """
+    """Posts a webhook, without redirects. Where there is a secret, X-Cmres-Signature is `sha256=`
+    and the hex HMAC of X-Cmres-Timestamp, a full stop and the body."""
     import hmac
     stamp = str(int(time.time())).encode()
     signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
@@ -8902,12 +8772,7 @@ def post(config: Config, url: str, body: bytes) -> None:
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
-    first.
-
-    Raises:
-      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the
-        address.
-    """
+    first; Undelivered, without the address in its sentence, where there is none."""
     from http.client import HTTPException
     try:
         for _ in range(6):
@@ -8928,12 +8793,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None,
              headers: dict) -> tuple[int, dict, bytes]:
-    """One request to an address that a person gave: its status, headers in lower case and body.
-
-    Raises:
-      OSError, ValueError, HTTPException: no answer within 10 seconds, more than MOST_FETCHED
-        bytes, or a private address.
-    """
+    """One request to an address that a person gave: status, headers in lower case and body.
+    OSError, ValueError or HTTPException for no whole answer in time, or a private address."""
     from http.client import HTTPConnection, HTTPSConnection
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
@@ -8995,12 +8856,8 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host.
-
-    Raises:
-      ValueError: none is known, or one of them is not public and that is not allowed; in one
-        sentence, so that nobody learns which hosts there are inside.
-    """
+    """The address of a host; ValueError where it has none that is public (or allowed), in one
+    sentence, so that nobody learns which hosts there are inside."""
     import ipaddress
     try:
         found = [ipaddress.ip_address(each[4][0].partition('%')[0])
@@ -9035,11 +8892,8 @@ def is_public(address) -> bool:
 
 
 def embedded(address) -> list:
-    """The IPv4 addresses that an IPv6 address leads to.
-
-    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
-    ISATAP (RFC 5214).
-    """
+    """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
+    (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
     import ipaddress
     if address.version == 4:
         return []
@@ -9051,7 +8905,6 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    """Sends a notice as a mail."""
     subject, _, text = notice_text(config, notice, about).partition('\n')
     sentence = legible(notice.sentence)
     message = mail_to(config, notice, subject)
@@ -9062,14 +8915,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
 
 def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
                     stop: str) -> None:
-    """Sends a mail with an event for a calendar (RFC 6047).
-
-    Args:
-      stop: the address at which its reader says that no more are wanted
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Sends a mail with an event for a calendar (RFC 6047), and the address `stop` at which its
+    reader says that no more are wanted; else Undelivered."""
     message = mail_to(config, notice, subject)
     message['List-Unsubscribe'] = f'<{stop}>'
     message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
@@ -9151,7 +8998,6 @@ def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
-    """A value for people."""
     if isinstance(value, datetime):
         return format_time(value, zone)
     if isinstance(value, dict):
@@ -9530,13 +9376,13 @@ class Booking(NamedTuple):
     """All components of one UID, as a series that wants machines."""
     uid: str
     summary: str
+    guess: str           # the flavor in words that only look like a wish
+    name: str            # as a sentence calls it
     want: Want
     stretches: list      # of resource 0, until it is known
     cancelled: bool
     digest: str          # of its text, without what changes at each look
-    name: str = ''       # as a sentence calls it
     error: str = ''      # why it can't be understood
-    guess: str = ''      # the flavor in words that only look like a wish
 
     def why(self, error: Error) -> str:
         """The sentence that refuses it, by its title and date."""
@@ -9568,9 +9414,7 @@ class Frame:
 
 
 def table_zone(name: str) -> ZoneInfo | None:
-    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of
-    Windows.
-    """
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or in Windows."""
     words = name.split('/')
     ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
     for each in (name, *ends):
@@ -9581,9 +9425,7 @@ def table_zone(name: str) -> ZoneInfo | None:
 
 
 def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
-    """A zone by its changes, as instants without their zone, in the form of a zone table's file
-    (RFC 8536).
-    """
+    """A zone by its changes, as instants in UTC, in the form of a zone table's file (RFC 8536)."""
     offsets = [before, *(offset for _, offset in changes)]
     kinds = [*dict.fromkeys(offsets)]
 
@@ -9622,7 +9464,6 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
 
 
 def read_offset(text: str) -> timedelta:
-    """A TZOFFSETFROM or TZOFFSETTO."""
     if not OFFSET.fullmatch(text):
         raise ValueError(text)
     hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
@@ -9738,22 +9579,20 @@ class Entry:
     @functools.cached_property
     def length(self) -> timedelta:
         """By wall clocks; without an end a day for a date, nothing for a time (RFC 5545, 3.6.1)."""
-        if 'DTEND' in self.said:
-            end, zone = self.moment('DTEND'), self.start.zone
-            if zone and end.zone and end.zone is not zone:
-                end = Moment(to_wall(end.at(zone), zone))
-            if end.wall < self.start.wall:
-                raise Invalid(f'It ends at {end.wall}, before it starts.')
-            return end.wall - self.start.wall
-        if 'DURATION' in self.said:
-            return read_length(self.one('DURATION')[1])
-        return timedelta(days=self.start.whole)
+        if 'DTEND' not in self.said:
+            there = 'DURATION' in self.said
+            return (read_length(self.one('DURATION')[1]) if there
+                    else timedelta(days=self.start.whole))
+        end, zone = self.moment('DTEND'), self.start.zone
+        if zone and end.zone and end.zone is not zone:
+            end = Moment(to_wall(end.at(zone), zone))
+        if end.wall < self.start.wall:
+            raise Invalid(f'It ends at {end.wall}, before it starts.')
+        return end.wall - self.start.wall
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Its length by the clocks, and the exact one after that: the hours of a DURATION are
-        exact.
-        """
+        """Its length by the clocks, and the exact one after that: hours of a DURATION are exact."""
         nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
         return nominal, int(self.length.total_seconds()) - nominal
 
@@ -9786,12 +9625,11 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
-        title = ' '.join(title.split()) or self.uid
-        title = textwrap.shorten(title, 80) if len(title) > 80 else title
+        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split())
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title or self.uid
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{title}'" + (
-            f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+        on = f" of {'-'.join(day.groups())}" if day else ''
+        return f"the event '{title}'{on} (line {self.line})"
 
 
 def unescaped(text: str) -> str:
@@ -9957,7 +9795,6 @@ class Clock(NamedTuple):
 
 
 def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
-    """The clock of a series and its exceptions."""
     head = entries[0]
     here = head.start.zone or owner
     if here is UTC and (head.repeats or len(entries) > 1):
@@ -10014,8 +9851,11 @@ def timetable(entries: list[Entry], owner: tzinfo,
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
-    refuse_too_many_dates(entries)
-    head, clock = entries[0], clock_of(entries, owner)
+    head = entries[0]
+    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
+    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
+        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
+    clock = clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
@@ -10025,14 +9865,6 @@ def timetable(entries: list[Entry], owner: tzinfo,
     stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
-
-
-def refuse_too_many_dates(entries: list[Entry]) -> None:
-    """Raises Invalid for more than MOST_DATES of them, before any is read."""
-    head = entries[0]
-    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
-    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
-        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
 
 
 def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
@@ -10170,14 +10002,9 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
              defaults: Want, usual: Want | None = None) -> list[Booking]:
-    """What the events of calendars want, those that want nothing left out unread.
-
-    Args:
-      groups: the events by UID
-      owner: the zone of times without one
-      begin, until: the window that a series in a zone of its own making is spelled out for
-      usual: what an event wants that says nothing
-    """
+    """What the events of calendars want, by UID; those that want nothing are left out unread. What
+    says nothing wants what is `usual`; a series in a zone of its own making is spelled out from
+    `begin` to `until`."""
     found, budget = {}, Budget()
     for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
@@ -10205,12 +10032,10 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
-            stretches, cancelled = wanted_stretches(table, group, begin, until)
-        return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
-                       digest_of(group), head.name, guess=guessed(head))
+            said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
-        return Booking(uid, title_of(head), defaults, [], False, '', head.name, str(error),
-                       guessed(head))
+        said = defaults, [], False, '', str(error)
+    return Booking(uid, title_of(head), guessed(head), head.name, *said)
 
 
 def title_of(entry: Entry) -> str:
@@ -10255,7 +10080,6 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
 
 
 def lengths_of(stretch: Stretch) -> list[int]:
-    """All lengths of its occurrences, in seconds."""
     periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
     moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
     return [stretch.length + stretch.exact, *moved, *periods]
@@ -10290,8 +10114,8 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
-    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
+    text = entry.text('DESCRIPTION')
+    texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
     return [*filter(None, map(MARKED.search, texts))]
 
 
@@ -10319,7 +10143,11 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     if said := spoken(entry):
         return spoken_want(said, defaults)
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
-    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
+    if not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
+        return None
+    said = {name.lower(): read_name(entry.text(f'X-VM-{name}')) for name in PROGRAMMED
+            if f'X-VM-{name}' in entry.said}
+    return defaults._replace(vms=read_count(entry.text('X-VM-COUNT') or defaults.vms), **said)
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -10327,16 +10155,6 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
     flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
-
-
-def programmed_want(entry: Entry, defaults: Want) -> Want:
-    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK,
-    X-VM-KEY.
-    """
-    said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
-    vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
-    return defaults._replace(vms=vms,
-                             **{name.lower(): read_name(value) for name, value in said.items()})
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -10375,34 +10193,26 @@ class Shown(NamedTuple):
 
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
-    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the
-    occurrence.
-    """
-    times = shown.start, shown.end, shown.revised
-    start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
+    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC, changed when that was changed."""
+    start, end, changed = map(stamp_of, (shown.start, shown.end, shown.revised))
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
-            'SEQUENCE': str(shown.revision), 'DTSTART': start, 'DTEND': end, 'STATUS': shown.status,
-            'SUMMARY': escaped(shown.summary), 'DESCRIPTION': escaped(shown.description),
-            'LOCATION': escaped(shown.location), 'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM',
-            'END': 'VEVENT'}
+            'SEQUENCE': f'{shown.revision}', 'DTSTART': start, 'DTEND': end,
+            'STATUS': shown.status, 'SUMMARY': escaped(shown.summary),
+            'DESCRIPTION': escaped(shown.description), 'LOCATION': escaped(shown.location),
+            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', 'END': 'VEVENT'}
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
                     others: list[tuple[int, int]]) -> str:
-    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
-
-    Args:
-      host: the mail address of who invites
-      others: the further windows of a series
-    """
+    """A calendar with one event to which a host invites a guest (RFC 5546, 3.2.2 and 3.2.5);
+    `others` are the further windows of a series."""
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
-    people = (f'ORGANIZER:mailto:{host}',
-              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
-    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
-    return whole_calendar(event + more, f'METHOD:{method}')
+    spans = ','.join(f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others)
+    more = (f'ORGANIZER:mailto:{host}',
+            f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}',
+            *([f'RDATE;VALUE=PERIOD:{spans}'] if spans else []), 'END:VEVENT')
+    return whole_calendar(event + ''.join(map(folded, more)), f'METHOD:{method}')
 
 
 def etag_of(text: str) -> str:
@@ -15868,14 +15678,12 @@ FORGOTTEN = 'calendars forgotten'
 
 
 def addresses_of(occurrence: int) -> list[str]:
-    """The addresses of the VMs that an occurrence has now."""
     found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
                  "AND goal = 'up' ORDER BY n", occurrence)
     return [each for one in found for each in json.loads(one.addresses)]
 
 
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
-    """How to log in to the VMs of an occurrence, as calendars tell it."""
     key = [f'key pair: {found.key}'] if found.key and addresses else []
     return [*config.logins(addresses), *key]
 
@@ -15886,7 +15694,6 @@ def next_revision() -> int:
 
 
 def repeats(booking: Booking) -> bool:
-    """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
 
 
@@ -16056,13 +15863,9 @@ class Calendars(Operations):
 
     def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
               again: bool = True) -> dict:
-        """The same of an event that was understood; inside a transaction.
-
-        Args:
-          known: the row of the reservation that it has made
-          source: the subscription that it is of
-          again: one that was cancelled here is booked again, though it says what it said
-        """
+        """The same of an event that was understood; inside a transaction. It has made the
+        reservation `known`, for the subscription `source`; `again`: also where that was cancelled
+        here."""
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not source  # else what runs goes on
@@ -16084,18 +15887,14 @@ class Calendars(Operations):
 
     def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
                   also: int | None = None):
-        """The newest reservation that the event of a UID has made; None if there is none.
-
-        Args:
-          also: the id of one that counts, whatever calendar it is of
-        """
+        """The newest reservation that the event of a UID has made, be it that with the id `also` of
+        another calendar; None if there is none."""
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
                    '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
                    source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
-        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
-        anew.
+        """What becomes of an event that asks for what it did; nothing, if that is asked for anew.
         """
         if not live:
             cancelled = {'outcome': 'left out', 'why': 'it was cancelled in cmres'}
@@ -16163,13 +15962,11 @@ class Calendars(Operations):
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
                      f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
-        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, "
-                          f"fault, held "
-                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
-        return [public(each) for each in feeds] + [
-            {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname, 'needs_confirmation': each.held}
-            for each in subscribed]
+        subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
+                          'polled, fault, held, held AS needs_confirmation FROM subscription '
+                          f'WHERE due IS NOT NULL {own} ORDER BY id', *who)
+        return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
+                                       for each in subscribed)]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
@@ -16323,12 +16120,10 @@ class Calendars(Operations):
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
-        if not subscription:
-            return {}
         return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r '
                         'ON r.id = o.reservation_id WHERE r.subscription = ? '
                         'AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
-                        subscription.id, int(now)).fetchall())
+                        subscription.id, int(now)).fetchall()) if subscription else {}
 
     def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
@@ -16337,12 +16132,11 @@ class Calendars(Operations):
         uids, done = {each.uid for each in wanted}, []
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.look.search([('r.id = ?', each.id),
-                                                                   (NOT_OVER, None),
-                                                                   ('o.held_from > ?', now)])
+            where = [('r.id = ?', each.id), (NOT_OVER, None), ('o.held_from > ?', now)]
+            coming = [] if each.uid in uids else self.look.search(where)
             if coming:
-                self.admission.cancel(coming, now, 'the '
-                                                   'event was removed from the calendar', ends=True)
+                self.admission.cancel(coming, now, 'the event was removed from the calendar',
+                                      ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
                              'label': each.label})
         return done
@@ -16392,15 +16186,13 @@ class Calendars(Operations):
         shown = [self.feed_event(each, feed, servers[each.id])
                  for each in found[:MOST_SHOWN_BY_FEED]
                  if each.project == feed.project or each.state not in ('cancelled', 'failed')]
-        shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
+        for each in found[MOST_SHOWN_BY_FEED:]:
+            shown.append(Shown(
+                f'more-{each.start}@{self.clouds.store}', each.start, each.end, 0, each.start,
+                'more reservations follow', f'This calendar shows {MOST_SHOWN_BY_FEED} '
+                'occurrences. The page and the list of reservations show the others.', '',
+                'TENTATIVE'))
         return shown, min([now + 60, *turns])
-
-    def not_shown(self, first) -> Shown:
-        """What a feed says in the place of the first occurrence that is too many for it."""
-        uid, words = f'more-{first.start}@{self.clouds.store}', 'more reservations follow'
-        return Shown(uid, first.start, first.end, 0, first.start, words,
-                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. The page and the '
-                     'list of reservations show the others.', '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
@@ -16415,25 +16207,24 @@ class Calendars(Operations):
     def feed_digest(self, feed) -> str:
         """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
-        return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN numbers(?)',
-                              json.dumps(ids)).fetchall()))
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence WHERE id IN '
+                              'numbers(?)', json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
         uid = f'occurrence-{found.id}@{self.clouds.store}'
         passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
-        revision, revised = found.revision + len(passed), max([found.revised, *passed])
+        when = (uid, found.start, found.end, found.revision + len(passed),
+                max([found.revised, *passed]))
         if found.project != feed.project:
-            return Shown(uid, found.start, found.end, revision, revised, 'busy',
-                         f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
+            return Shown(*when, 'busy', f"{counted(found.vms, 'VM')} reserved", found.resource,
+                         'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
-                 found.description]
-        lines += [*log_in_lines(self.config, found, addresses), found.fault]
-        return Shown(uid, found.start, found.end, revision, revised, found.label,
-                     '\n'.join(filter(None, lines)),
-                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
-                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+                 found.description, *log_in_lines(self.config, found, addresses), found.fault]
+        status = dict.fromkeys(('cancelled', 'failed'), 'CANCELLED') | dict.fromkeys(
+            ('waiting', 'pending'), 'TENTATIVE')
+        return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
+                     status.get(found.state, 'CONFIRMED'))
 
 
 # Tokens ######################################################################
@@ -16829,7 +16620,7 @@ class Records(Operations):
         Example:
           python cmres.py punctuality --since 2026-11-01
         """
-        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
+        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
@@ -16842,17 +16633,18 @@ class Records(Operations):
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
+
+        def spreads(servers: list, what: str) -> dict:
+            delays = (getattr(each, what) for each in servers)
+            return spread(what, [each for each in delays if each is not None])
         failed = [each for each in found if each.ready is None and each.fault]
-        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
-                            **spread('begun',
-                                     [each.begun for each in servers if each.begun is not None]),
-                            **spread('ready',
-                                     [each.ready for each in servers if each.ready is not None]),
+        return {'clouds': [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+                            **spreads(servers, 'ready'),
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name,
-                            'tries': each.tries, 'planned': instant(each.planned),
-                            'fault': each.fault} for each in failed[-100:]]}
+                'failed': [{'planned': instant(each.planned)} | {
+                    name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
+                                                           'fault')} for each in failed[-100:]]}
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
@@ -16866,57 +16658,50 @@ class Records(Operations):
         Example:
           python cmres.py report --since 2027-01-01 --by user --format csv
         """
-        by_whom = group_by
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('group_by', by_whom, columns)
-        now = self.clock()
+        refuse_unknown_word('group_by', group_by, columns)
+        now, lines = self.clock(), defaultdict(Counter)
         last = self.resolve(FIRST, until)[1] if until else int(now)
-        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = f'TRUE{all_of(self.look.visible())}'
-        told = ('reserved', 'used', 'unused', 'late_worst')
-        lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
+        first = self.resolve(since, LAST)[0] if since else last - 30 * DAY
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
-        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
-        near = ids_by((way, f'{which} {begun}') for way, which in ways)
-        hours = HOURS.format(by=columns[by_whom], own=own, near=near)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}')
+                      for way, which in ways)
+        hours = HOURS.format(by=columns[group_by], own=f'TRUE{all_of(self.look.visible())}',
+                             near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
-            lines[name] |= zip(told, figures)
-        self.add_forgotten(lines, by_whom, first, last)
+            lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'), figures)))
+        self.add_forgotten(lines, group_by, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
-                   'resource': f"coalesce({name_then}, '')"}[by_whom]
-        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
+                   'resource': f"coalesce({name_then}, '')"}[group_by]
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
                                "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
-                               f'{mine} GROUP BY 1', first, last,
-                               *([self.actor.project] if mine else [])):
+                               f"{'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
             lines[name]['refused'] += count
-        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3),
+        return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late_worst'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
         """Adds forgotten days to the lines of a report; of one that is cut, its share."""
-        own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
               else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
-        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
-            ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
+        units = {'reserved': 3600, 'used': 3600, 'unused': 3600, 'refused': 1}
+        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in units.items())
         for name, *figures, late in run(
-                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t "
-                f'WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1',
-                first, last, *([self.actor.project] if own else [])):
-            for field, more in zip(('reserved', 'used', 'unused', 'refused'), figures):
-                lines[name][field] += more
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t WHERE day > ?1 - {DAY} "
+                f"AND day < ?2 {'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+            lines[name].update(dict(zip(units, figures)))
+            lines[name]['late'] = max(lines[name]['late'], late)
 
     def forget(self, now: float, most: int = 200) -> int:
         """Forgets some of what has been over for longer than `retention`; how much. The newest row
-        of each table stays, so that no id is ever given twice.
-        """
+        of each table stays, so that no id is ever given twice."""
         before = int(now) - self.config.retention * DAY
         old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
                        WHERE due IS NULL AND start < ? AND "end" < ?
@@ -16932,10 +16717,9 @@ class Records(Operations):
                              AND due IS NOT NULL)
                          LIMIT {most}''', before)
         self.forget_events(events)
-        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
-                   f'occurrence IS NULL '
-                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})',
-                   before).rowcount
+        gone = run('DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
+                   'occurrence IS NULL AND due IS NULL AND id < (SELECT max(id) FROM claim) '
+                   f'LIMIT {most})', before).rowcount
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
@@ -16943,7 +16727,7 @@ class Records(Operations):
                                         NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
         run('DELETE FROM once WHERE at < ?', int(now) - DAY)
-        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+        leases = run('DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
         return len(old) + len(events) + gone + len(changes) + leases + objects
@@ -16971,16 +16755,14 @@ class Records(Operations):
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
         run('DELETE FROM claim WHERE occurrence = ?', old.id)
         run('DELETE FROM occurrence WHERE id = ?', old.id)
-        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}',
-                   old.reservation_id):
+        id = old.reservation_id
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', id):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
-                                    'reservation_id FROM event '
-                                    'WHERE reservation_id = ?', old.reservation_id))
-            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
-                old.reservation_id)
-            run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
-            run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
-            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
+                                    'reservation_id FROM event WHERE reservation_id = ?', id))
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+            run('DELETE FROM share WHERE reservation_id = ?', id)
+            run('DELETE FROM reservation WHERE id = ?', id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -16996,8 +16778,8 @@ class Records(Operations):
         ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
                     'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
                *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT '
-                    'EXISTS '
-                    '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
+                    'EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)', old.id,
+                    old.held_until)]
         late = max((each[2] for each in ran), default=0)
         for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
             first, last = max(day, old.held_from), min(day + DAY, old.held_until)
@@ -17008,14 +16790,12 @@ class Records(Operations):
 
     def count(self, whose: tuple, **figures: float) -> None:
         """Adds figures to the sums of a day, project, user and resource; lateness: the worst."""
-        figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
-        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
-            'late) '
+        sums = ('reserved', 'used', 'unused', 'refused')
+        added = ', '.join(f'{name} = tally.{name} + excluded.{name}' for name in sums)
+        run(f'INSERT INTO tally (day, project, user, resource, {", ".join(sums)}, late) '
             'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, project, user, resource) DO '
-            'UPDATE SET reserved = tally.reserved + excluded.reserved, '
-            'used = tally.used + excluded.used, unused = tally.unused + excluded.unused, '
-            'refused = tally.refused + excluded.refused, '
-            'late = max(tally.late, excluded.late)', *whose, *figures.values())
+            f'UPDATE SET {added}, late = max(tally.late, excluded.late)', *whose,
+            *(figures.get(name, 0) for name in (*sums, 'late')))
 
 
 class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
@@ -19273,10 +19053,11 @@ TAGS = {
     'user': 'people who leave', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
-HEADERS = {
-    'If-Match': ('the ETag of the reservation that was read', '"417"'),
-    'Idempotency-Key': ('a name for this request, so that it is done only once; stored for a day',
-                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+HEADERS = {name: {'description': text, 'example': example, 'schema': {
+    'type': 'string', 'pattern': '^[!-~]{1,255}$'}} for name, text, example in (
+    ('If-Match', 'the ETag of the reservation that was read', '"417"'),
+    ('Idempotency-Key', 'a name for this request, so that it is done only once; stored for a day',
+     '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11'))}
 TOLD = {'ETag': 'the value for If-Match; states of VMs do not change it',
         'Location': 'the address of what was created',
         'Link': 'the next page of the list: rel="next"',
@@ -19303,7 +19084,8 @@ class Document:
                 'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
                 'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
                 'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
-                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'parameters': {name: {'name': name, 'in': 'header', **said}
+                                              for name, said in HEADERS.items()},
                                'schemas': self.schemas}}
 
     def paths(self) -> dict:
@@ -19321,8 +19103,9 @@ class Document:
                   if f'<{name}>' not in path and name not in fixed}
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields),
-                                *map(header_ref, conditions(operation, verb))],
+                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                     {'$ref': f'#/components/parameters/{name}'}
+                     for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
         if verb in WITH_BODY and fields:
             entry['requestBody'] = self.body(operation, fields)
@@ -19381,12 +19164,10 @@ class Document:
         return schema
 
     def ref(self, name: str, schema: dict) -> dict:
-        """A schema by its name."""
         self.schemas[name] = schema
         return {'$ref': f'#/components/schemas/{name}'}
 
     def answer(self, kind) -> dict:
-        """What is answered."""
         choices, inside = choices_of(kind), get_args(kind)
         if len(choices) > 1:
             return {'anyOf': [self.answer(each) for each in choices]}
@@ -19399,17 +19180,16 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        """All fields of an answer."""
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
+        means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) | meaning(name)
+                'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
 
     def responses(self, operation: Operation, verb: str, path: str) -> dict:
-        """What can come of a request."""
         kind = operation.answers
         tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
         told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
@@ -19420,7 +19200,6 @@ class Document:
         return found | self.refused(*statuses_of(operation, verb))
 
     def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
-        """An answer of a type, with some headers."""
         told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
         return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
                 } | ({'headers': told} if told else {})
@@ -19466,7 +19245,6 @@ LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100,
 
 
 def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
-    """An address that only answers."""
     return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
             'security': security, 'responses': responses, 'parameters': [
                 {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
@@ -19474,34 +19252,16 @@ def plain_entry(path: str, name: str, text: str, responses: dict, security: list
                 for each in re.findall(r'<(\w+)>', path)]}
 
 
-def header_argument(name: str) -> dict:
-    """A header of a request."""
-    text, example = HEADERS[name]
-    return {'name': name, 'in': 'header', 'description': text, 'example': example,
-            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
-
-
-def meaning(field: str) -> dict:
-    return {'description': MEANS[field]} if field in MEANS else {}
-
-
-def header_ref(name: str) -> dict:
-    return {'$ref': f'#/components/parameters/{name}'}
-
-
 @functools.cache
 def openapi() -> dict:
-    """OpenAPI 3.1 of all that is answered."""
     return Document().whole()
 
 
 def template(path: str) -> str:
-    """An address as OpenAPI writes it."""
     return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
 
 
 def refusal_name(status: int) -> str:
-    """The kind of error with a status: its first."""
     return next(name for name, kind in ERRORS.items() if kind.status == status)
 
 
@@ -19590,40 +19350,39 @@ UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
 
 
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
-    """The WSGI application that answers for a service.
-
-    Args:
-      told: words what never reaches one of its handlers
-      visitor: tells who is signed in to the page, by the cookie of a request
-    """
+    """The WSGI application that answers for a service; `told` words what never reaches one of its
+    handlers, `visitor` tells who is signed in to the page, by the cookie of a request."""
+    import bottle
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
             app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
-    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+
+    def document():
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
+    app.route('/openapi.json', 'GET', document)
     return app
 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
     import bottle
+
+    def no_metrics():
+        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.route('/healthz', 'GET', health_handler(service))
+    app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
     return app
-
-
-def no_metrics():
-    """What is answered where no gate is before the application."""
-    return refused(NotFound('`serve` counts, and only there are metrics'))
 
 
 def rule(operation: Operation, path: str) -> str:
@@ -19640,31 +19399,20 @@ def handler(service: Reservations, operation: Operation, fixed: dict,
             visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
+    # a calendar in JSON is longer than in a file
+    most = 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
     def handle(**path):
         request = bottle.request
         acting = service.acting(who_asks(service, request, visitor))
         acting.wanted = while_there(request.environ)
-        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-            given = given_once(read_query(request, several(operation)),
-                               read_body(request, most_body(operation)), path, fixed)
+        # of some the body alone takes long to read
+        computing = acting.shares.computing() if operation.name in LONG else nullcontext()
+        with acting.shares.answering(acting.actor.user), computing:
+            given = given_once(read_query(request, several(operation)), read_body(request, most),
+                               path, fixed)
             bound = bind(operation, given, acting.here)
             return respond(acting, operation, bound, request, given)
-    return handle
-
-
-def at_length(acting: Reservations, operation: Operation):
-    """What bounds a request whose body alone takes long to read, before it is read."""
-    return acting.shares.computing() if operation.name in LONG else nullcontext()
-
-
-def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
-    """Answers with the description of all that is here, for who may ask for any of it."""
-    import bottle
-
-    def handle():
-        who_asks(service, bottle.request, visitor)
-        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -19678,7 +19426,8 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
-    tag = tag_for(acting, operation, bound)
+    is_read = not operation.changes and bound.get('label') and tells_of_reservations(operation)
+    tag = tag_of(acting, bound) if is_read else ''
     status = 201 if operation.made and not bound.get('dry_run') else 200
     if once:
         acting.answered = functools.partial(once.write, status)
@@ -19763,13 +19512,6 @@ def cursor_of(line: dict) -> str:
 # What a request depends on.
 
 
-def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
-    """The ETag of a reservation that is read; of anything else none."""
-    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
-        return ''
-    return tag_of(acting, bound)
-
-
 def tag_of(acting: Reservations, bound: dict) -> str:
     """An ETag of what people did to a reservation: it stays while only its VMs change."""
     newest = acting.look.newest_deed(bound['label'], bound.get('project', ''))
@@ -19800,12 +19542,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
-
-
-def has_secret(kind) -> bool:
-    """Whether an answer has a field that is shown once and kept nowhere."""
-    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    has_secret = any(each.kind is Secret for each in fields)
+    return Once(acting, key, hashed(asked), not has_secret)
 
 
 class Once:
@@ -19837,12 +19576,8 @@ class Once:
                    *self.whose, self.now - self.LASTS)
 
     def kept(self):
-        """The status and answer of the same request before; None if there was none.
-
-        Raises:
-          KeyReused: it was another request.
-          Conflict: its answer is not there, or not yet.
-        """
+        """The answer of the same request before, None if there was none; KeyReused if it was
+        another request, Conflict if its answer is not there, or not yet."""
         found = self.row()
         if found and found.digest != self.digest:
             raise KeyReused('Another request had this Idempotency-Key. Use a new key for each '
@@ -19853,11 +19588,7 @@ class Once:
         return found
 
     def claim(self) -> None:
-        """Writes the key in the transaction of what is done.
-
-        Raises:
-          Conflict: another request was faster.
-        """
+        """Writes the key with what is done; Conflict if another request was faster."""
         if rehearsal.on:
             return
         found = self.row()
@@ -19949,9 +19680,6 @@ class WrittenFeeds:
                 self.places.release()
         return found.etag, found.text
 
-    def size(self) -> int:
-        return sum(len(each.text) for each in self.kept.values())
-
     def is_old(self, found: Written) -> bool:
         return found.newest != newest_event() or self.service.clock() >= found.holds
 
@@ -19966,9 +19694,9 @@ class WrittenFeeds:
             text = calendar_text(name, events)
             found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
-        while self.kept and self.size() + len(found.text) > self.MOST:
-            del self.kept[next(iter(self.kept))]
         self.kept[feed.id] = found = found._replace(newest=newest)
+        while len(self.kept) > 1 and sum(len(each.text) for each in self.kept.values()) > self.MOST:
+            del self.kept[next(iter(self.kept))]
         return found
 
 
@@ -19997,20 +19725,16 @@ def mistake(error: Exception, request) -> Error:
                  'log of the server.', id=id)
 
 
-def health_handler(service: Reservations) -> Callable:
+def health(service: Reservations):
     """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-
-    def handle():
-        row('SELECT 1 AS one')
-        age = service.age() if service.age else 0
-        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
-        if age > LATE:
-            status, body = 503, {'last_pass': round(age, 1),
-                                 'error': 'No VM was started or ended for '
-                                          f'{format_duration(age)}. The log of this server says '
-                                          'why.'}
-        return sent(json_text(body), status, UNKEPT)
-    return handle
+    row('SELECT 1 AS one')
+    age = service.age() if service.age else 0
+    status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
+    if age > LATE:
+        late = (f'No VM was started or ended for {format_duration(age)}. The log of this server '
+                'says why.')
+        status, body = 503, {'last_pass': round(age, 1), 'error': late}
+    return sent(json_text(body), status, UNKEPT)
 
 
 class Line:
@@ -20052,7 +19776,6 @@ class Line:
         self.waiting.append((whose(channel, self.is_new), channel))
 
     def popleft(self):
-        """What this thread answers next."""
         name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
@@ -20111,16 +19834,14 @@ class Readiness:
                 store_file.look()
             if time.monotonic() >= self.until or store_file.troubles != self.troubles:
                 self.troubles = store_file.troubles
-                self.found, self.until = self.look_safely(), time.monotonic() + 1
+                try:
+                    self.found = self.look()
+                except (Unavailable, *STORE_ERRORS) as error:
+                    fault = str(trouble(error) or error)
+                    self.found = {'status': 'not ready', 'store': {'fault': fault}}
+                self.until = time.monotonic() + 1
             found = self.found
         return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
-
-    def look_safely(self) -> dict:
-        """What is so now, also where that can't be read."""
-        try:
-            return self.look()
-        except (Unavailable, *STORE_ERRORS) as error:
-            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
@@ -20135,7 +19856,6 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
-        """How much space the database has left."""
         config = self.service.config
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
@@ -20183,33 +19903,28 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    for name, value in UNKEPT.items():
+    status, error = failure.status_code, failure.body
+    if status == 405:
+        error = wrong_verb(failure, request, response)
+    elif not isinstance(error, Error):
+        error = (mistake(failure.exception, request) if status == 500 else
+                 NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
+                 if status == 404 else Invalid(str(error)))
+    for name, value in (UNKEPT | (headers_of(error) if error else {})).items():
         response.set_header(name, value)
-    if failure.status_code == 405:
-        return wrong_verb(failure, request, response)
-    error = failure.body
-    if failure.status_code == 500 and not isinstance(error, Error):
-        error = mistake(failure.exception, request)
-    if failure.status_code == 404 and not isinstance(error, Error):
-        error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
-    if not isinstance(error, Error):
-        error = Invalid(str(error))
-    for name, value in headers_of(error).items():
-        response.set_header(name, value)
-    return json_text(error_body(error))
+    return json_text(error_body(error)) if error else ''
 
 
-def wrong_verb(failure, request, response) -> str:
+def wrong_verb(failure, request, response) -> Error | None:
     """What is said of the verbs of an address: to who asks for them, and to who took another."""
     verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
     verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
     response.set_header('Allow', ', '.join(verbs))
     if request.method == 'OPTIONS':
         response.status = 204
-        return ''
+        return None
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return json_text(error_body(Error(f'{request.method} is not possible at this address. Use '
-                                      f'{use}.')))
+    return Error(f'{request.method} is not possible at this address. Use {use}.')
 
 
 def request_name(environ: dict) -> str:
@@ -20230,14 +19945,8 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Who sends a request, by the first way that it goes.
-
-    Args:
-      visitor: tells who has signed in to the page, which is enough to read
-
-    Raises:
-      Unauthorized: it goes none of these ways.
-    """
+    """Who sends a request, by the first way that it goes, else Unauthorized; to read, it is enough
+    to be signed in to the page, which `visitor` knows."""
     for way in WAYS_IN:
         if actor := way(service, request):
             return actor
@@ -20252,11 +19961,8 @@ def by_token(service: Reservations, request) -> Actor | None:
     secret = bearer(request)
     if not secret or secret == keystone_token(service, request):
         return None
-    try:
+    with noting_wrong(service, request.environ):
         found = token_of(secret, service.clock())
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     note_caller(service, request.environ, found)
     return bearer_of(found)
 
@@ -20273,11 +19979,8 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     if not (token := keystone_token(service, request)):
         return None
     ask = functools.partial(ask_keystone, service, token)
-    try:
+    with noting_wrong(service, request.environ):
         found = service.clouds.keystone.told(token, ask)
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
 
 
@@ -20301,7 +20004,8 @@ def by_proxy(service: Reservations, request) -> Actor | None:
     """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
     begin = service.config.identity_header
     user = header(request, f'{begin}-User')
-    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+    if not user or not service.config.is_among(
+            'identity_proxies', request.environ.get('REMOTE_ADDR', '')):
         return None
     project = header(request, f'{begin}-Project') or 'default'
     role = header(request, f'{begin}-Role') or USER
@@ -20342,8 +20046,17 @@ def note_caller(service: Reservations, environ: dict, found) -> None:
         service.shares.rates.look('mib_per_user', name)
 
 
+@contextmanager
+def noting_wrong(service: Reservations, environ: dict) -> Iterator[None]:
+    """Notes that a wrong token came from an address; TooMany if many do."""
+    try:
+        yield
+    except Unauthorized:
+        note_wrong(service, environ)
+        raise
+
+
 def note_wrong(service: Reservations, environ: dict) -> None:
-    """Notes a wrong token of an address; TooMany if many come from there."""
     address = environ.get('cmres.address', '')
     METRICS.count('wrong_tokens_total')
     service.shares.wrong[address] += 1
@@ -20383,14 +20096,8 @@ def read_query(request, several: Iterable[str] = ()) -> dict:
 
 
 def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
-    """The fields of a query or of a form.
-
-    Args:
-      several: those that may come more than once
-
-    Raises:
-      Invalid: they are not UTF-8, too many, or given twice with two values.
-    """
+    """The fields of a query or form, those of `several` maybe more than once; Invalid if they are
+    not UTF-8, too many, or given twice with two values."""
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict',
                           max_num_fields=100)
@@ -20406,11 +20113,6 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
     if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
         raise TooLarge(f'The body is larger than {most} bytes. Send it in parts.')
     return body
-
-
-def most_body(operation: Operation) -> int:
-    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -20494,16 +20196,11 @@ class Gate:
         said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
         for name in FORWARDED:
             environ.pop(name, None)
-        trusted = said and self.service.config.is_proxy(peer)
+        trusted = said and self.service.config.is_among('trusted_proxies', peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
     def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
-        """What Prometheus reads.
-
-        Raises:
-          NotFound: the operator wants none.
-          Forbidden: it needs the token of an admin.
-        """
+        """What Prometheus reads: NotFound if the operator wants none, else for an admin's token."""
         allowed = self.service.config.metrics
         if allowed == 'off':
             raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
@@ -20577,7 +20274,6 @@ class Reply:
         return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
 
     def also(self) -> Iterator[tuple[str, str]]:
-        """Headers that this answer needs."""
         for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
             yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
@@ -20591,7 +20287,6 @@ class Reply:
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
     def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        """A whole answer."""
         from http.client import responses
         self.begin(f'{status} {responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
@@ -20692,7 +20387,6 @@ class StoreMetrics:
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
 
     def of_resources(self) -> Iterator[tuple]:
-        """What each resource has, and how much of it is reserved now."""
         now = self.service.clock()
         for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
             most, classes = capacity(each), read_json(each.classes)
@@ -21610,7 +21304,6 @@ MOST_FILTERS = 100   # elements of a filter
 MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
-CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
               'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
@@ -21622,8 +21315,6 @@ STORED_PROPERTIES = frozenset(
     ('D:displayname', 'A:calendar-color', 'A:calendar-order', 'C:calendar-timezone'))
 DAV_VERBS = 'OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, REPORT'
 REPORTS = ('C:calendar-query', 'C:calendar-multiget', 'C:free-busy-query', 'D:sync-collection')
-READS = ('read', 'read-current-user-privilege-set')
-WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
 TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
@@ -21662,7 +21353,6 @@ class Component:
         return None
 
     def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
         number = self.find(name)
         return '' if number is None else self.lines[number]
 
@@ -21742,7 +21432,6 @@ class Remark(NamedTuple):
     window: tuple[int, int] | None = None  # when it really is
 
     def write(self, event: Component, form: Form) -> None:
-        """Writes it into an event."""
         if self.window:
             event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
@@ -21772,16 +21461,15 @@ def without_blocks(text: str) -> str:
 
 
 class Form:
-    """How times are written in a series: as its first start is."""
+    """How times are written in a series, and what its occurrences have of it: as its first one."""
 
     def __init__(self, head: Component, zone: tzinfo):
-        self.parameters, value = head.read('DTSTART')
+        self.head, (self.parameters, value) = head, head.read('DTSTART')
         self.zone, self.whole = zone, 'T' not in value.upper()
         self.instant = value.strip().upper().endswith('Z') or zone is UTC and (
             'TZID' in self.parameters.upper())
 
     def line(self, name: str, at: int) -> str:
-        """The line of a time."""
         wall = to_wall(instant(at), self.zone)
         if self.whole and wall.time() == datetime.min.time():
             return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
@@ -21789,9 +21477,19 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def exception(self, plain: Component, slot: Slot) -> Component:
-        """An occurrence of a series as an event of its own, with what is carried over."""
-        made = Component([*plain.lines])
+    @functools.cached_property
+    def plain(self) -> Component:
+        """What of a series each of its occurrences has as well: no alarms, and no long texts."""
+        head = self.head
+        kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
+                and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
+        made = Component([head.lines[0], *kept, head.lines[-1]])
+        made.put_line('UID', head.line('UID'))
+        return made
+
+    def exception(self, slot: Slot, like: Component | None = None) -> Component:
+        """An occurrence of a series as an event of its own."""
+        made = Component([*(like or self.plain).lines])
         at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
         times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
         for name, at in times.items():
@@ -21799,45 +21497,9 @@ class Form:
         return made
 
 
-def carried(head: Component) -> Component:
-    """What of a series each of its occurrences has as well: no alarms, and no long texts."""
-    kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
-            and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
-    made = Component([head.lines[0], *kept, head.lines[-1]])
-    made.put_line('UID', head.line('UID'))
-    return made
-
-
-def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
-                 keys: dict[str, str], zone: tzinfo) -> str:
-    """A calendar with what cmres says of it, by slots; '' is all of it.
-
-    Args:
-      keys: the slots that exceptions have there, by what they are written as
-    """
-    parts = components(text)
-    events = events_in(parts)
-    head, behind = events[0], parts.index(events[-1]) + 1
-    form, plain = Form(head, zone), carried(head)
-    there = {keys.get(each.key, ''): each for each in events}
-    there.setdefault('', head)
-    for slot, remark in remarks.items():
-        if slot not in there:
-            there[slot] = form.exception(plain, slots[slot])
-            there[slot].put_line(MADE, f'{MADE}:1\r\n')
-            parts.insert(behind, there[slot])
-            behind += 1
-        remark.write(there[slot], form)
-    return joined(parts)
-
-
 def without_remarks(text: str, shown: str, before: str) -> str:
-    """A calendar without what cmres has said in it.
-
-    Args:
-      shown: what the program was shown
-      before: what a person had written before that
-    """
+    """A calendar without what cmres has said in it, of which the program was shown one text, while
+    a person had written another before that."""
     parts = components(text)
     was, own = ({each.key: each for each in events_in(components(each))}
                 for each in (shown, before))
@@ -21974,12 +21636,8 @@ class Folder:
         return numbers
 
     def write(self, name: str, text: str, shown: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then.
-
-        Args:
-          text: what a person wrote
-          shown: the same with what cmres says of it
-        """
+        """Writes an object, or some columns of it: what a person wrote, and that with what cmres
+        says of it. It is another one for all programs then."""
         there = self.objects('name = ?', name)
         values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
                    'rev': next_revision(), 'changed': int(self.acting.clock())}
@@ -22039,12 +21697,22 @@ class Teller:
         self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
     def text(self) -> str:
-        """The event as it is shown."""
+        """The event with what there is to say, also of occurrences that it does not write out."""
         remarks = self.remarks()
         if not remarks:
             return self.event.text
-        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
-                            self.event.here)
+        parts, keys = components(self.event.text), self.event.keys()
+        events = events_in(parts)
+        form, behind = Form(events[0], self.event.here), parts.index(events[-1]) + 1
+        there = {'': events[0]} | {keys.get(each.key, ''): each for each in events}
+        for slot, remark in remarks.items():
+            if slot not in there:
+                there[slot] = form.exception(self.slots[slot])
+                there[slot].put_line(MADE, f'{MADE}:1\r\n')
+                parts.insert(behind, there[slot])
+                behind += 1
+            remark.write(there[slot], form)
+        return joined(parts)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -22070,7 +21738,6 @@ class Teller:
         return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
-        """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
         said = self.last_said('released', 'rejected', 'maintenance')
@@ -22119,12 +21786,8 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
 
 
 def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
-    """Writes anew what is shown of reservations that have changed since the last time, and what
-    was reserved elsewhere by who acts.
-
-    Args:
-      known: up to which event, and on what, everybody's reservations were looked for
-    """
+    """Writes anew what is shown of reservations that have changed, and what was reserved elsewhere
+    by who acts: `known` is up to which event, and on what, that was looked for."""
     seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
     changed = deque(rows(
         'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
@@ -22165,9 +21828,8 @@ def show_anew(acting: Reservations, id: int) -> None:
 
 
 def elsewhere(acting: Reservations, places: str, since: int) -> list:
-    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
-    those that an event after that tells of.
-    """
+    """The reservations of who acts that no calendar has, on some resources: all (0), or those that
+    an event after some other tells of."""
     told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
     return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
@@ -22210,16 +21872,15 @@ def reservation_text(folder: Folder, id: int) -> str:
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(found, found.vms), 'END:VEVENT']
-    head = Component([folded(each) for each in lines])
-    form, plain, events = Form(head, zone), carried(head), [head]
+    form = Form(Component([folded(each) for each in lines]), zone)
+    plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
     for each in live if stretches else ():
-        slot = plan_of(stretches, there).get(each.slot)
-        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
-            continue
-        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
-        for line in want_lines(found, each.vms):
-            events[-1].put_line(line.partition(':')[0], folded(line))
-    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+        slot = plan.get(each.slot)
+        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
+            events.append(form.exception(Slot(each.slot, *each[1:5])))
+            for line in want_lines(found, each.vms):
+                events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
 
 
@@ -22291,8 +21952,7 @@ class Draft:
 
     def put(self, data: bytes) -> tuple[bool, str]:
         """Makes a reservation of what a program sends, or changes it; whether it is new, and its
-        ETag if it is shown as it was sent.
-        """
+        ETag if it is shown as it was sent."""
         had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
         self.event = self.folder.understand(text)
@@ -22542,12 +22202,7 @@ def href_of(*names: str) -> str:
 
 
 def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
-    """What is said of one address.
-
-    Args:
-      told: properties as XML, and their status
-      status: that of the address itself
-    """
+    """What is said of one address: properties as XML with their status, or its own status."""
     text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
     for properties, each in [one for one in told if one[0]] or told[:1]:
         text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
@@ -22580,13 +22235,11 @@ class Query:
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
-        """Whether an object is what the filter wants."""
         events = events_in(components(item.text))
         groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
         return all(self.has_event(each, events, groups) for each in self.parts)
 
     def has_event(self, part, events: list[Component], groups) -> bool:
-        """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
         span = part.find('C:time-range', NAMESPACES)
@@ -22660,12 +22313,11 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form = Form(events[0], table.zone)
     form.instant = not form.whole
-    for slot in table.slots(begin, until):
-        one = form.exception(own.get(slot.key, plain), slot)
-        one.put_line('DURATION')
-        found.append(one)
+    found = [form.exception(slot, own.get(slot.key)) for slot in table.slots(begin, until)]
+    for each in found:
+        each.put_line('DURATION')
     return whole_calendar(joined(found))
 
 
@@ -22687,8 +22339,10 @@ def read_range(element) -> tuple[int, int]:
 
 
 def privileges(dav: Dav, writable: bool) -> str:
-    names = READS + (WRITES if writable and dav.writes else ())
-    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+    names = 'read read-current-user-privilege-set'
+    if writable and dav.writes:
+        names += ' write write-properties write-content bind unbind'
+    return elements((f'D:{each}' for each in names.split()), '<D:privilege>{}</D:privilege>')
 
 
 def described(folder: Folder) -> str:
@@ -22793,12 +22447,8 @@ class Dav:
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
-        """What is told of an address: of a calendar, of what stands in it, or of what is above.
-
-        Args:
-          wanted: names of properties; None for those that all may want
-          names: only their names are
-        """
+        """What is told of an address (a calendar, what stands in it, or what is above): of the
+        properties that are wanted, or of those that all may want; maybe only their names."""
         table = OF_ITEMS if isinstance(at, Item) else ABOVE
         if isinstance(at, Folder):
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
@@ -22905,7 +22555,6 @@ class Dav:
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
-        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
         if level == 3:
             yield self.item(self.names[2])
@@ -23047,9 +22696,7 @@ DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
 
 
 def busy_lines(place, begin: int, until: int) -> Iterator[str]:
-    """When a resource has no free capacity for what an event usually gets, and when it has less
-    than all.
-    """
+    """When a resource can't take what an event usually gets, and when it has less than all."""
     usual = Amount(place.default_vms)
     free = [(max(begin, int(first)), int(min(last, until)))
             for first, last in free_windows(place, usual, begin, until)]
@@ -23097,9 +22744,12 @@ def wanted_in(root, name: str = '') -> list[str] | None:
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
-    text = ''.join(parts)
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus {DECLARED}>{text}{more}'
-                '</D:multistatus>', 207, DAV_HEADERS)
+    return xml_answer('multistatus', ''.join(parts) + more, 207)
+
+
+def xml_answer(name: str, inner: str, status: int, headers: dict = {}):
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:{name} {DECLARED}>{inner}</D:{name}>',
+                status, DAV_HEADERS | headers)
 
 
 def dav_refusal(error: Error):
@@ -23107,64 +22757,44 @@ def dav_refusal(error: Error):
     name, href = getattr(error, 'element', ''), error.details.get('href')
     inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
-    headers = headers_of(error)
-    if error.status == 401:
-        headers = {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'}
-    if error.status == 405:
-        headers = {'Allow': DAV_VERBS}
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:error {DECLARED}>'
-                f'{xml_text(str(error))}{element}</D:error>', error.status, DAV_HEADERS | headers)
+    headers = {401: {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'},
+               405: {'Allow': DAV_VERBS}}.get(error.status, headers_of(error))
+    return xml_answer('error', f'{xml_text(str(error))}{element}', error.status, headers)
 
 
-class Programs:
-    """Who answers calendar programs, and who they act for."""
-    MOST = 10_000  # tokens that are remembered
+def calendar_programs(service: Reservations) -> Callable:
+    """Answers calendar programs, for who has the token that they send as a password."""
+    import bottle
+    known: dict = {}  # see `refresh`
 
-    def __init__(self, service: Reservations):
-        self.service, self.known, self.seen = service, {}, {}
+    @functools.lru_cache(10_000)
+    def token_id(digest: str, minute: int) -> int:
+        """Of all requests of a minute one looks a hash up."""
+        return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), service.clock()).id
 
-    def answer(self, path: str = ''):
-        import bottle
+    def who(request) -> Actor:
+        secret = bearer(request)
+        if not secret:  # that is no attacker
+            raise Unauthorized('sign in with your name and, as password, a token of cmres')
+        with noting_wrong(service, request.environ):
+            id = token_id(hashed(secret), int(time.monotonic() // 60))
+            found = token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), service.clock())
+        note_caller(service, request.environ, found)
+        return bearer_of(found)
+
+    def handle(path: str = ''):
         request = bottle.request
         if request.method == 'OPTIONS':
             return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
         try:
-            acting = self.service.acting(self.who(request))
+            acting = service.acting(who(request))
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer(self.seen)
+                return Dav(acting, request, path).answer(known)
         except Error as error:
             return dav_refusal(error)
-
-    def elsewhere(self):
-        """Where programs find all of this (RFC 6764)."""
-        return sent('', 301, DAV_HEADERS | {'Location': f'{DAV}/'})
-
-    def who(self, request) -> Actor:
-        """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request)
-        if not secret:
-            raise Unauthorized('sign in with your name and, as password, a token of cmres')
-        try:
-            found = self.token(hashed(secret))
-        except Unauthorized:
-            note_wrong(self.service, request.environ)
-            raise
-        note_caller(self.service, request.environ, found)
-        return bearer_of(found)
-
-    def token(self, digest: str):
-        """The row of a token, by its id where it was found a short while ago."""
-        now = self.service.clock()
-        id, until = self.known.get(digest, (0, 0))
-        if time.monotonic() < until:
-            return token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), now)
-        found = token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), now)
-        if len(self.known) >= self.MOST:
-            self.known.clear()
-        self.known[digest] = found.id, time.monotonic() + CHECKED_FOR
-        return found
+    return handle
 
 
 def may(actor: Actor) -> tuple[str, str]:
@@ -23187,10 +22817,11 @@ HOW_TO_ADD = {
 
 def mount_caldav(app, service: Reservations) -> None:
     """Adds the addresses for calendar programs to an application."""
-    programs = Programs(service)
-    app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
+    home = DAV_HEADERS | {'Location': f'{DAV}/'}  # where programs look for it (RFC 6764)
+    app.route('/.well-known/caldav', 'ANY', lambda: sent('', 301, home))
+    programs = calendar_programs(service)
     for path in (DAV, f'{DAV}/<path:path>'):
-        app.route(path, 'ANY', programs.answer)
+        app.route(path, 'ANY', programs)
     for verb in ('GET', 'POST'):
         app.route('/invitations/<address>/<sign>', verb, uninviting(service))
 
@@ -27592,11 +27223,10 @@ class Front:
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
-            app, host=config.host, port=config.port, asyncore_use_poll=True,
-            _dispatcher=fair_dispatcher(config.threads, is_new),
+            app, host=config.host, port=config.port, asyncore_use_poll=True, ident=None,
+            _dispatcher=fair_dispatcher(config.threads, is_new), channel_request_lookahead=1,
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
-            ident=None,
-            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+            clear_untrusted_proxy_headers=False)
         self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
@@ -27652,40 +27282,31 @@ def allow_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-class Alert(NamedTuple):
-    """One rule of Prometheus: when it holds for so long, somebody is told."""
-    name: str
-    holds: str
-    lasts: str
-    severity: str
-    summary: str
-
-
+#: Rules of Prometheus: when one holds for so long, somebody is told.
 ALERTS = (
-    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
-          'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
-    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
-          'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
-    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
-          'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer '
-          'before it asks it again'),
-    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
-          'A reservation ended and none of its VMs was ever ready'),
-    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
-          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
-          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
-    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
-          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
-          'One request in fifty or more ends in an error of the server'),
-    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
-          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
-          'One request in ten takes longer than two seconds'),
-    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
-          'Mails or webhooks are not delivered. See the event log and the mail server'),
-    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m',
-          'page', 'The disk of the database is nearly full, or the database is damaged'),
-    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
-          'Somebody tries tokens. The event log tells from where'))
+    ('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+     'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
+    ('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+     'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
+    ('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+     'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer before it '
+     'asks it again'),
+    ('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+     'A reservation ended and none of its VMs was ever ready'),
+    ('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+     '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+     'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    ('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+     '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+     'One request in fifty or more ends in an error of the server'),
+    ('CmresSlow', 'histogram_quantile(0.9, sum by (le) (rate(cmres_request_seconds_bucket[5m]))) '
+     '> 2', '10m', 'ticket', 'One request in ten takes longer than two seconds'),
+    ('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+     'Mails or webhooks are not delivered. See the event log and the mail server'),
+    ('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+     'The disk of the database is nearly full, or the database is damaged'),
+    ('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+     'Somebody tries tokens. The event log tells from where'))
 
 #: The charts of the dashboard: title, unit, and of each line what it shows and its name.
 CHARTS = (
@@ -27723,9 +27344,9 @@ CHARTS = (
 def alert_rules() -> dict:
     """The alerts as Prometheus reads them."""
     return {'groups': [{'name': 'cmres', 'rules': [
-        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
-         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
-        for each in ALERTS]}]}
+        {'alert': name, 'expr': holds, 'for': lasts, 'labels': {'severity': severity},
+         'annotations': {'summary': summary}}
+        for name, holds, lasts, severity, summary in ALERTS]}]}
 
 
 def grafana_dashboard() -> dict:
@@ -27741,8 +27362,7 @@ def grafana_dashboard() -> dict:
     choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
     return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True,
             'refresh': '30s', 'time': {'from': 'now-6h', 'to': 'now'},
-            'templating': {'list': [choice]},
-            'panels': panels}
+            'templating': {'list': [choice]}, 'panels': panels}
 
 
 CONTAINER = r"""
@@ -27863,14 +27483,8 @@ class Housekeeper(threading.Thread):
 
 
 def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
-    """Reads the settings again for all who share them.
-
-    Returns:
-      what has changed, and what would have but needs a restart.
-
-    Raises:
-      Invalid: they can't be read, so that nothing has changed.
-    """
+    """Reads the settings again for all who share them: what has changed, and what would have but
+    needs a restart. Invalid if they can't be read; then nothing has changed."""
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
         before, after = getattr(config.read or config, name), getattr(new, name)
@@ -28509,14 +28123,16 @@ def faults_of(config: Config) -> Iterator[str]:
             yield f"{name}: '{text}' is not an http(s) address"
     if '@' in config.notify_admins and not config.mail_server:
         yield 'notify_admins: no mail_server is set that could send to mail addresses'
-    port = config.mail_server.partition(':')[2]
-    if port and not port.isdecimal():
+    if not re.fullmatch(r'[^:]*(:\d*)?', config.mail_server):
         yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
     if named:
         from openstack.config import OpenStackConfig
         if missing := sorted(named - {*OpenStackConfig().get_cloud_names()}):
             yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
+
+
+EXPORTED = 1000  # events that are read at once
 
 
 def event_export(config: Config, since: When = None) -> None:
@@ -28527,14 +28143,10 @@ def event_export(config: Config, since: When = None) -> None:
     Example:
       python cmres.py event export --since 2027-01-01
     """
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    asked = {'since': since or FIRST}
+    service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
         print(''.join(map(json_text, found)), end='', flush=True)
         asked = {'after': found[-1]['id']}
-
-
-EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -28578,10 +28190,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [MIGRATED.format(**done)] if done else []
+    return [f"Updated the database from version {done['before']} to {done['after']}. "
+            f"'{done['copy']}' is a copy of before."] if done else []
 
 
-MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
           'demo': 'create the resource demo and a token, if there are none',
           'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
@@ -28599,10 +28211,10 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
-    start = (start if isinstance(start, datetime)
-             else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0)))
-    end = (start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime)
-           else end)
+    def moment(given, origin: datetime, default: timedelta) -> datetime:
+        return given if isinstance(given, datetime) else origin + (given or default)
+    start = moment(start, datetime.now(UTC).replace(microsecond=0), timedelta(0))
+    end = moment(end, start, timedelta(days=366))
     if not start < end:
         raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
                       f'({config.told_time(start.timestamp())}).')
@@ -28624,14 +28236,9 @@ def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Calla
     return command
 
 
-def alerts_as_yaml() -> str:
-    import yaml
-    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
-
-
 PRINTING = (
     printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
-             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+             '`cmres`.', '/etc/prometheus/cmres.yml', lambda: as_yaml(alert_rules())),
     printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
              lambda: json_text(grafana_dashboard(), indent=2)),
     printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
@@ -28693,11 +28300,8 @@ def in_utc(config: Config) -> None:
 @contextmanager
 def running(cycle: LifeCycle | None, keeper: Housekeeper,
             leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
-    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
-
-    Args:
-      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
-    """
+    """Runs a life cycle and a housekeeper beside what follows. SIGTERM and Ctrl-C call `leave`, or
+    end what follows at once; all ends in good order."""
     stop = threading.Event()
 
     def end(*_):
@@ -28751,6 +28355,11 @@ def local_service(config: Config, make: bool = False) -> Reservations:
         user = str(os.getuid())
     return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN),
                         progress=progress_bar)
+
+
+def reached(config: Config, make: bool = False) -> Reservations | Client:
+    """The service that a command works with: on a server where one is set, else here."""
+    return Client(config.url, config.token) if config.url else local_service(config, make)
 
 
 def channels(config: Config) -> str:
@@ -28807,10 +28416,8 @@ class Untyped(str):
 
 
 def command(operation: Operation) -> Callable:
-    """What Fire calls for an operation: the same signature, but it only notes the call.
-
-    Nothing is required: what is missing is for `bind` to say.
-    """
+    """What Fire calls for an operation: it only notes the call. Nothing is required by its
+    signature: what is missing is for `bind` to say."""
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
@@ -28875,41 +28482,42 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in COMMON or name == '--file' and rest[:1] == ['add']:
+        is_file = name == '--file' and rest[:1] == ['add']
+        if name in COMMON or is_file:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in COMMON:
+        if is_file:
+            rest = ['load', value, *rest[1:]]
+        elif name in COMMON:
             options[name[2:]] = value
-        elif word in SWITCHES:
+        elif word in SWITCHES or word == '--follow' and rest[:1] == ['events']:
             options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
-        elif name == '--file' and rest[:1] == ['add']:
-            rest = ['load', value, *rest[1:]]
-        elif word == '--follow' and rest[:1] == ['events']:
-            options['follow'] = True
         else:
             rest.append(word)
-    rest[:1] = [ALIASES.get(word, word) for word in rest[:1]]
-    for old, new in PAIRED.items():
-        if rest[:len(old)] == [*old]:
-            rest[:len(old)] = new
-    if rest[:1] == ['scheduler'] and '--once' in rest:
-        rest = ['tick', *(word for word in rest[1:] if word != '--once')]
-    if rest[:1] == ['extend'] and any(word.startswith('--until') for word in rest):
-        rest[0] = 'keep'
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"'{options['format']}' is not one of {', '.join(FORMATS)}.")
-    return rest
+    return with_usual_names(rest)
+
+
+def with_usual_names(words: list[str]) -> list[str]:
+    """A line whose command has its own name, not another one that people give to it."""
+    words = [ALIASES.get(word, word) for word in words[:1]] + words[1:]
+    for old, new in PAIRED.items():
+        if words[:len(old)] == [*old]:
+            words[:len(old)] = new
+    if words[:1] == ['scheduler'] and '--once' in words:
+        return ['tick', *(word for word in words[1:] if word != '--once')]
+    if words[:1] == ['extend'] and any(word.startswith('--until') for word in words):
+        return ['keep', *words[1:]]
+    return words
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
-    """Reads a line and prints what `finish` makes of the call that it is.
-
-    Fire reads it; a call that has nothing for Fire to find out is read without it, as to import it
-    costs as much as to list reservations.
-    """
+    """Reads a line and prints what `finish` makes of the call that it is. Fire reads only what it
+    is needed for: to import it costs as much as to list reservations."""
     # Fire would take -h for a short --holidays.
     argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
@@ -28934,19 +28542,16 @@ def help_of_group(here: Group, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
     text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    names = [name for name in dir(here) if name not in ALIASES]
-    shelves = {'Commands': names} if path else {
-        title: words.split() for title, words in SHELVES.items()}
-    lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
-                                      for name in shelf if name in names)
-             for title, shelf in shelves.items()]
-    also = [] if path else [wrapped('Also: ' + ', '.join(
-        f'{new} (same as {old})' for new, old in ALIASES.items()))]
-    return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
+    shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
+    lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+                                 for name in names.split())])
+             for title, names in shelves.items()]
+    also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
+    return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
+                        f'Example:\n{example}'])
 
 
 def first_of(command: Group | Operation) -> str:
-    """The first sentence of the help of a command or a group."""
     text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
     return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
 
@@ -28954,55 +28559,48 @@ def first_of(command: Group | Operation) -> str:
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
     text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
-    needed = [name for name, each in operation.parameters.items() if each.default is REQUIRED]
-    words = [called(name, each) for name, each in operation.parameters.items() if name in needed]
-    optional = [name for name in operation.parameters if name not in needed]
-    usage = ' '.join(['Usage: python cmres.py', *path, *words] + ['[options]'] * bool(optional))
-    blocks = [usage, wrapped(text)]
-    if needed:
-        blocks.append('\n'.join(two_columns(f'  {word}', argument_help(operation, name), 16)
-                                for name, word in zip(needed, words)))
+    kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
+             for name, each in operation.parameters.items()}
+    needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
+              for name, each in operation.parameters.items() if each.default is REQUIRED}
+    optional = [name for name in kinds if name not in needed]
+    usage = ['Usage: python cmres.py', *path, *needed.values(), '[options]' if optional else '']
+    blocks = [[two_columns(f'  {word}', argument_help(operation, name), 16)
+               for name, word in needed.items()]]
     for title, names in kinds_of(optional).items():
-        blocks.append('\n'.join([title, *(two_columns(
-            f"  --{name.replace('_', '-')} "
-            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
-            said_in_help(operation, name), 27)
-            for name in names)]))
-    return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
-
-
-def called(name: str, parameter: inspect.Parameter) -> str:
-    """What stands for an argument that is needed."""
-    is_file = SHOWN_AS.get(parameter.annotation) == 'FILE'
-    return 'FILE' if is_file else name.upper().replace('_', '-')
+        words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
+        blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
+                                for name, word in words.items())])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text), *map('\n'.join, filter(None, blocks)),
+                        f'Example:\n{example.rstrip()}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
     """Options by kind, where there are many."""
     if len(names) < 9:
         return {'Options': names} if names else {}
-    found = {title: [name for name in words.split() if name in names]
-             for title, words in KINDS_OF_OPTIONS.items()}
-    rest = [name for name in names if not any(name in each for each in found.values())]
-    return {title: each for title, each in (found | {'Other': rest}).items() if each}
+    titles = {name: title for title, words in KINDS_OF_OPTIONS.items() for name in words.split()}
+    found = {title: [name for name in names if titles.get(name, 'Other') == title]
+             for title in (*KINDS_OF_OPTIONS, 'Other')}
+    return {title: each for title, each in found.items() if each}
 
 
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
-    default = operation.parameters[name].default
-    there = default not in (None, '', (), False) and 'default' not in argument_help(operation, name)
-    return argument_help(operation, name) + (f' (default: {default})' if there else '')
+    default, text = operation.parameters[name].default, argument_help(operation, name)
+    said = default not in (None, '', (), False) and 'default' not in text
+    return f'{text} (default: {default})' if said else text
 
 
 def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
     """A line of help; what is too long for it goes on below, in its column."""
-    lines = textwrap.wrap(right, width - place, break_on_hyphens=False)
-    head = [left.ljust(place) + lines[0]] if len(left) < place else [left, ' ' * place + lines[0]]
-    return '\n'.join(head + [' ' * place + line for line in lines[1:]])
+    margin = ' ' * place
+    text = textwrap.fill(right, width, initial_indent=margin, subsequent_indent=margin,
+                         break_on_hyphens=False)
+    return f'{left}\n{text}' if len(left) >= place else left.ljust(place) + text[place:]
 
 
 def wrapped(text: str, width: int = 80) -> str:
-    """Paragraphs for a terminal of 80 columns."""
     return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
@@ -29040,26 +28638,26 @@ KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_en
 
 def completed(words: list[str]) -> list[str]:
     """What the last of some words may become; nothing where that can't be told."""
-    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
-    typed = words.pop()
-    tree = commands(lambda operation: operation)
+    *words, typed = [word for word in words[:-1] if word != '='] + [*words[-1:], ''][:1]
+    typed, found = typed.lstrip('='), []
     with suppress(Error, OSError, *STORE_ERRORS):
-        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
-        if isinstance(here, Group):
-            return sorted(word for word in dir(here) if word.startswith(typed))
+        path, here = command_path(commands(lambda operation: operation),
+                                  [word for word in words if not word.startswith('-')])
         name, equals, begun = typed.partition('=')
-        if equals:
-            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
         last = words[-1] if words else ''
-        if last.startswith('--') and last not in SWITCHES and '=' not in last:
-            return [each for each in values_of(here, last) if each.startswith(typed)]
-        if typed.startswith('-'):
+        if isinstance(here, Group):
+            found = sorted(dir(here))
+        elif equals:
+            found = [f'{name}={each}' for each in values_of(here, name)]
+        elif last.startswith('--') and last not in SWITCHES and '=' not in last:
+            found = values_of(here, last)
+        elif typed.startswith('-'):
             flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
-            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
-        plain = [word for word in words[len(path):] if not word.startswith('--')]
-        place = list(here.parameters)[len(plain):][:1]
-        return [each for each in values_of(here, *place) if each.startswith(typed)]
-    return []
+            found = [*flags, *COMMON, *SWITCHES]
+        else:
+            plain = [word for word in words[len(path):] if not word.startswith('--')]
+            found = values_of(here, *list(here.parameters)[len(plain):][:1])
+    return [each for each in found if each.startswith(typed)]
 
 
 def values_of(operation: Operation, name: str = '') -> list[str]:
@@ -29067,13 +28665,11 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
     name = name.removeprefix('--').replace('-', '_')
     if name in KNOWN_VALUES:
         return list(KNOWN_VALUES[name])
-    config = load_config()
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    if (name in ('resource', 'resources') or name == 'name'
-        and operation.name.startswith('resource_')):
-        return [each['name'] for each in service.resource_list()]
+    of_resource = name == 'name' and operation.name.startswith('resource_')
+    if name in ('resource', 'resources') or of_resource:
+        return [each['name'] for each in reached(load_config()).resource_list()]
     if name == 'label' and operation.name != 'add':
-        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+        return list({each['label']: 0 for each in reached(load_config()).list(limit=1000)})
     return []
 
 
@@ -29119,40 +28715,26 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
-    operation = call._operation
-    given = {name: from_file(value, operation.parameters[name].annotation)
-             for name, value in call._given.items()}
-    # the parts name resources: the rest came early
-    if 'part' in given and 'end' not in given and 'resource' in given:
-        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']}
-                                                                  if 'start' in given else {})
-    if 'tz' in operation.parameters:
-        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
-        given.setdefault('tz', zone)
-    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
-    form = options.get('format', 'table')
+    operation, form = call._operation, options.get('format', 'table')
+    bound = bound_call(call, config, options)
+    look = Look.of(options, '' if operation.name == 'events' else COLUMNS.get(operation.name, ''))
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
     begins = operation.name in BEGINS and not bound.get('dry_run')
     if begins and not config.url and is_missing(config.database):
         print(told_made(config), file=sys.stderr)
-    service = (Client(config.url, config.token) if config.url
-               else local_service(config, make=begins))
+    service = reached(config, begins)
     asked = getattr(service, operation.name)
-    if config.url and 'limit' in operation.parameters:  # a page, as here
-        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
     while options.get('watch') and not operation.changes:
-        shown = render(asked(**bound), form, config.zone, table)
+        shown = render(asked(**bound), form, config.zone, look)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
     answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
               else asked(**bound))
-    text = render(answer, form, config.zone, table)
+    text = render(answer, form, config.zone, look)
     id, _, at = getattr(service, 'token_ends', '').partition(' ')
     if at:
         print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
@@ -29167,6 +28749,25 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         print(text)
         raise refused
     return text
+
+
+def bound_call(call: Call, config: Config, options: dict) -> dict:
+    """The arguments of a call as values: files are read, times are of the zone of the line."""
+    operation = call._operation
+    given = {name: from_file(value, operation.parameters[name].annotation)
+             for name, value in call._given.items()}
+    if 'part' in given and 'end' not in given and 'resource' in given:
+        # the parts name resources: the rest came early
+        early = dict(zip(('start', 'end'), (given[name] for name in ('resource', 'start')
+                                            if name in given)))
+        given |= {'resource': ANY} | early
+    if 'tz' in operation.parameters:
+        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
+        given.setdefault('tz', zone)
+    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
+    return bound
 
 
 def kept_if_stopped(asked: Callable, bound: dict):
@@ -29205,9 +28806,10 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else cursor_of(last)
-    shown = (last['id'] if operation.name == 'events'
-             else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
+    if operation.name == 'events':
+        after = shown = last['id']
+    else:
+        after, shown = cursor_of(last), f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
 
@@ -29305,7 +28907,6 @@ def csv_rows(text: str) -> list[dict]:
 
 
 def progress_bar(items: list) -> Iterable:
-    """The items, with a bar on a terminal while there are many."""
     if len(items) < 20 or not sys.stderr.isatty():
         return items
     from rich.console import Console
@@ -29321,13 +28922,13 @@ class Look(NamedTuple):
     width: int | None = None                # of a terminal; without, as wide as it needs to be
 
     @staticmethod
-    def of(options: dict, usual: str | None = None) -> Look:
+    def of(options: dict, usual: str) -> Look:
         """As the options of a command line say; `usual`: the columns that are shown without any."""
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
-        narrow = sys.stdout.isatty() and not options.get('wide')
-        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        is_wide = options.get('wide')
+        columns = chosen or (not is_wide and usual.split()) or None
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if narrow else None)
+                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -29367,7 +28968,6 @@ def refuse_unknown_column(name: str, lines: list[dict]) -> None:
 
 
 def only_columns(lines: list[dict], look: Look) -> list[dict]:
-    """The lines with the columns that somebody chose."""
     if not look.chosen:
         return lines
     for name in look.columns:
@@ -29377,7 +28977,7 @@ def only_columns(lines: list[dict], look: Look) -> list[dict]:
 
 def as_yaml(answer) -> str:
     import yaml
-    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False, width=200)
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
     return text.rstrip()
@@ -29395,9 +28995,8 @@ def csv_cell(value):
     if isinstance(value, str):
         return legible(f"'{value}" if FORMULA.match(value) else value)
     plain = to_plain(value)
-    if not isinstance(plain, (list, dict)):
-        return plain
-    return legible(json.dumps(plain, ensure_ascii=False))
+    is_nested = isinstance(plain, (list, dict))
+    return legible(json.dumps(plain, ensure_ascii=False)) if is_nested else plain
 
 
 def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -29451,7 +29050,6 @@ LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
 
 
 def worded(name: str, value):
-    """A field as people read it: a length with its units."""
     return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
@@ -29472,29 +29070,27 @@ def in_table(value, zone: ZoneInfo) -> str:
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
     """The columns for which a terminal has room: first goes what all share, then the least."""
-    widths = [max(map(len, (head, *(line[place] for line in cells))))
-              for place, head in enumerate(heads)]
-    shared = {name for place, name in enumerate(names)
-              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
-    goes = [name for name in LEAST if name in shared] + [name for name in LEAST
-                                                         if name not in shared]
+    columns = [*zip(heads, *cells)]
+    widths = [2 + max(map(len, column)) for column in columns]
+    is_shared = [len(cells) > 1 and len({*column[1:]}) == 1 for column in columns]
+    goes = sorted((place for place, name in enumerate(names) if name in LEAST),
+                  key=lambda place: (not is_shared[place], LEAST.index(names[place])))
     shown = list(range(len(names)))
-    for name in goes:
-        if sum(widths[each] + 2 for each in shown) - 2 <= width:
-            break
-        shown = [each for each in shown if names[each] != name]
+    while goes and sum(widths[each] for each in shown) - 2 > width:
+        shown.remove(goes.pop(0))
     return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
     """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
-    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
-              for place in range(len(table[0]))]
+    columns = [*zip(*table)]
+    widths = [max(wide(part) for cell in column for part in cell.split('\n'))
+              for column in columns]
     on_terminal = sys.stdout.isatty()
     if on_terminal:
-        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
-                 for place in range(len(widths))]
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', cell) for cell in column[bool(names):])
+                 for column in columns]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
     if names and on_terminal and 'NO_COLOR' not in os.environ:
@@ -29511,38 +29107,28 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
-    widths = widths[:]
-    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
-        there = sorted({width for width, fixed in zip(widths, whole) if not fixed
-                        and width > least})
-        if not there:
+    """Widths that fit a terminal: the widest goes down step by step, but none that is `whole`."""
+    widths = [width if fixed else min(width, most) for width, fixed in zip(widths, whole)]
+    while sum(widths) + 2 * len(widths) - 2 > most:
+        width, place = max((0 if whole[place] else width, place)
+                           for place, width in enumerate(widths))
+        if width <= least:
             break
-        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
-        lower = there[-2] if len(there) > 1 else least
-        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+        widths[place] -= 1
     return widths
 
 
 def pieces_of(cell: str, width: int) -> Iterator[str]:
     """The lines of a cell, cut where they are too wide, between words if there are any."""
     for part in cell.split('\n'):
-        while (end := fitting_end(part, width)) < len(part):
+        while wide(part) > width:
+            taken = itertools.accumulate(map(wide, part))
+            end = max(sum(each <= width for each in taken), 1)  # at least one letter
             space = part.rfind(' ', 1, end + 1)
             end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
             part = part[end:].lstrip()
         yield part
-
-
-def fitting_end(text: str, width: int) -> int:
-    """How many letters of a text fit; at least one."""
-    taken = 0
-    for end, letter in enumerate(text):
-        taken += wide(letter)
-        if taken > width:
-            return max(end, 1)
-    return len(text)
 
 
 def wide(text: str) -> int:
@@ -29592,7 +29178,6 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
-    """What a refusal says that would fit."""
     moment = functools.partial(format_moment, zone=zone)
     offers = (('next_start', 'the same from {}', moment),
               ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),

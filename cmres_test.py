@@ -400,9 +400,15 @@ def trace(heard=None):
                 heard(args[0] if name == 'run' else name.upper()), usual(*args))[1])
 
 
+@functools.cache
+def syntax(module=MODULE):
+    """The syntax tree of a module, which nobody changes."""
+    return ast.parse(module.read_text())
+
+
 def test_no_two_things_of_a_module_have_one_name():
     for module in (MODULE, Path(__file__)):
-        tree = ast.parse(module.read_text())
+        tree = syntax(module) if module is MODULE else ast.parse(module.read_text())
         names = collections.Counter(
             name for each in tree.body for name in (
                 [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
@@ -426,7 +432,7 @@ def test_promises_are_made_in_one_place():
     # no hold, window or state; and on which hosts it is planned is promised to nobody
     loose = {'told', 'due', 'up_told', 'up_check', 'revision', 'revised', 'placed'}
     makers = {}
-    for part in ast.parse(MODULE.read_text()).body:
+    for part in syntax().body:
         for each in part.body if isinstance(part, ast.ClassDef) else [part]:
             if not isinstance(each, ast.FunctionDef):
                 continue
@@ -454,7 +460,7 @@ def test_promises_are_made_in_one_place():
     # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
     assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take'}} == {
         'stays', 'keep_stopped', 'stopped_aside', 'propose', 'hold_capacity'}
-    bookings = next(each for each in ast.parse(MODULE.read_text()).body if getattr(each, 'name', '') == 'Bookings')
+    bookings = next(each for each in syntax().body if getattr(each, 'name', '') == 'Bookings')
     users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
              for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
     assert users == {'hold_if_allowed': {'decide', 'shifted'}, 'decide_all': {'make_true'},
@@ -472,7 +478,7 @@ def test_a_section_uses_only_those_above_it():
     heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
     section = lambda line: sum(head <= line for head in heads)  # noqa: E731
     there = {}
-    for each in ast.parse(text).body:
+    for each in syntax().body:
         targets = getattr(each, 'targets', [getattr(each, 'target', None)])
         for name in [getattr(each, 'name', None), *(getattr(target, 'id', None) for target in targets)]:
             there.setdefault(name, section(each.lineno))
@@ -843,8 +849,8 @@ def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     sections = cmres.read_config_file(taken)
     assert list(sections['cmres']) == list(SETTINGS) and list(sections['texts']) == list(cmres.TEXTS)
     assert load_config(taken, {}) == Config()
-    for name, field in SETTINGS.items():
-        assert f'# {name}: {field.metadata["why"]}.\n#{name} =' in text
+    for name in SETTINGS:
+        assert re.search(f'^# {name}: [^\n]{{5,}}[.]\n#{name} =', text, flags=re.M)
 
 
 # Calls #######################################################################
@@ -922,14 +928,14 @@ UNSEEN = {'\x9b': 'U+009B', '\x85': 'U+0085', '\x7f': 'U+007F', '\u202e': 'U+202
     ('description', 'add'), ('user', 'add'), ('project', 'add'), ('image', 'add'), ('notify', 'add'), ('metadata', 'add'),
     ('user_data', 'add'), ('reason', 'reject'), ('reason', 'maintenance_add'), ('user', 'token_add'),
     ('cell', 'resource_add'), ('aggregates', 'resource_sync'), ('server', 'claim')])
-@pytest.mark.parametrize('letter', UNSEEN)
-def test_a_character_that_nobody_sees_is_refused_by_its_name(app, name, operation, letter):
-    value = {'k': f'a{letter}b'} if name == 'metadata' else f'a{letter}b'
+def test_a_character_that_nobody_sees_is_refused_by_its_name(app, name, operation):
     verb, path, _ = API[operation].routes[0]
     body = {each: 'x' for each, one in API[operation].parameters.items()
             if one.default is cmres.REQUIRED and f'<{each}>' not in path}
-    answer = app.call(verb, re.sub('<.*?>', 'x', path), {name: value} | body | {name: value}, status=400)
-    assert answer.json['error'].startswith(f'{name}: The character {UNSEEN[letter]} is not allowed')
+    for letter, called in UNSEEN.items():
+        value = {'k': f'a{letter}b'} if name == 'metadata' else f'a{letter}b'
+        answer = app.call(verb, re.sub('<.*?>', 'x', path), {name: value} | body | {name: value}, status=400)
+        assert answer.json['error'].startswith(f'{name}: The character {called} is not allowed')
 
 
 @pytest.mark.parametrize('text', ['Zoë', '数学科', 'علوم', 'שלום', 'می‌خواهم', '👩‍🔬', 'a\tb', 'a\nb', '葛󠄀城'])
@@ -2582,172 +2588,11 @@ OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), of_list', r'\bINS
 
 def test_no_statement_outside_the_store_is_in_the_words_of_one_engine():
     text = MODULE.read_text()
-    text = text[text.index('# Writers on PostgreSQL wait for one another where they decide on the same thing, and nowhere else.
-
-
-@pytest.fixture
-def house(server_run, server):
-    """A service on PostgreSQL with resources a to d, each with room for one."""
-    assert server_run('resource', 'add', 'spare')[0] == 0
-    house = cmres.local_service(load_config())
-    for name in 'abcd':
-        house.resource_add(name, cloud='simulated', vms=1)
-    house.soon = cmres.instant(int(time.time())) + hours(1)
-    house.reserve_there = lambda label, resource, start=0, **more: house.add(
-        label, resource, house.soon + hours(start), house.soon + hours(start + 1), **more)
-    house.waits = lambda: server.tell('SELECT count(*) FROM pg_locks WHERE NOT granted').fetchone()[0]
-    return house
-
-
-def until_so(look):
-    end = time.monotonic() + 30
-    while not (found := look()):
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    return found
-
-
-@pytest.fixture
-def beside(house):
-    """Begins something in a thread of its own; what becomes of it is its answer, or the error."""
-    def one(deed):
-        with contextlib.closing(cmres.db.obj):
-            try:
-                return deed()
-            except (Error, peewee.PeeweeException) as error:
-                return error
-    with ThreadPoolExecutor(4) as threads:
-        yield lambda deed: threads.submit(one, deed)
-
-
-@contextlib.contextmanager
-def writing(beside, *on, deed=lambda: None):
-    """Somebody has begun to write with some locks, and is done at the end."""
-    begun, leave = threading.Event(), threading.Event()
-
-    def write():
-        with cmres.transaction(on=cmres.locks_on(on)):
-            deed()
-            begun.set()
-            leave.wait(30)
-    writer = beside(write)
-    try:
-        assert begun.wait(30)
-        yield
-    finally:
-        leave.set()
-        assert writer.result() is None, writer.result()
-
-
-def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, beside):
-    first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
-    with writing(beside, (cmres.On.RESOURCE, first)):
-        same = beside(lambda: house.reserve_there('lab', 'a'))
-        until_so(house.waits)
-        house.reserve_there('free', 'b')
-        house.extend('free', by=hours(1))
-        house.update('free', resource='c')
-        house.delete('free')
-        change = beside(lambda: house.resource_update('b', vms=2))
-        until_so(lambda: house.waits() == 2)
-    assert same.result()['state'] == 'reserved' and change.result()['vms'] == 2
-    assert house.check()['differences'] == 0
-
-
-#: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
-KINDS = {
-    'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
-    'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
-    'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
-    'SERVER': ('refuse_shared_server', [('x', 'a'), ('y', 'b')], {'server': 'known'})}
-
-
-@pytest.mark.parametrize('removed', [False, True])
-@pytest.mark.parametrize('kind', KINDS)
-def test_each_lock_keeps_two_from_the_same_at_once(house, beside, monkeypatch, kind, removed):
-    name, adds, more = KINDS[kind]
-    rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
-
-    def slow_rule(*args):
-        rule(*args)
-        here.append(1)
-        until_so(lambda: len(here) > 1 or house.waits())
-    if kind == 'COUNTED':
-        house.limit_add(project='default', most_vms=1)
-    if kind == 'SERVER':
-        cmres.insert(cmres.SimulatedServer, account='simulated', uid='known', name='known', mark='', made=1, boots=0,
-                     power='active', fault='')
-    text = cmres.PostgreSQL.locks
-    if removed:
-        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(
-            lambda on: text(on and frozenset(each for each in on if each[0] != number))))
-    monkeypatch.setattr(cmres.Policy, name, slow_rule)
-    done = [each.result() for each in [beside(lambda each=each: house.reserve_there(*each, **more)) for each in adds]]
-    assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
-
-
-def test_locks_are_taken_in_one_order():
-    locks = cmres.locks_on((kind, name) for kind in range(1, 7) for name in (7, 3, 'b', 'a', 'z' * 90))
-    taken = re.findall(r'xact_lock\((\d+), (\d+)\)', cmres.PostgreSQL.locks(locks))
-    assert [(int(kind), int(number)) for kind, number in taken] == sorted(locks) and len(taken) == 30
-    assert all(0 <= number < 2**31 for _, number in locks)
-
-
-@pytest.mark.parametrize('marked', [True, False])
-def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, beside, monkeypatch, marked):
-    if not marked:
-        monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
-    last, seen = house.events(limit=1)[-1]['id'], []
-
-    def follow():
-        nonlocal last
-        for each in house.events(after=last, limit=100):
-            last = each['id']
-            seen.append(each['sentence'])
-        return len(seen)
-    with writing(beside, deed=lambda: house.journal(1.0, 'late', 'drawn first, saved last')):
-        house.reserve_there('lab', 'a')
-        assert follow() == (0 if marked else 1)
-        assert len(seen) == (not marked)
-    assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
-
-
-def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
-    tried = []
-
-    def deed(*names):
-        def done(locks):
-            with cmres.transaction(on=locks):
-                tried.append(locks)
-                for each in names:
-                    cmres.decide_on(each)
-                cmres.run('INSERT INTO mailed (owner, day, number) VALUES (?, 1, 1)', f'{time.monotonic()}')
-        return done
-    first, second = (cmres.On.RESOURCE, 1), (cmres.On.LABEL, 'p/x')
-    cmres.persist(deed(first, second), frozenset)
-    locks = cmres.locks_on([first]), cmres.locks_on([first, second])
-    assert tried == [frozenset(), *locks]
-    tried.clear()
-    cmres.persist(deed(first, second), lambda: [first, second])
-    assert tried == [locks[1]]
-    for deeds in (lambda locks: cmres.note_fact('x', 'y'), lambda locks: cmres.change(cmres.Resource, 1, vms=3)):
-        tried.clear()
-
-        def done(locks):
-            with cmres.transaction(on=locks):
-                tried.append(locks)
-                deeds(locks)
-        cmres.persist(done, frozenset)
-        assert tried == [frozenset(), None]  # only who has the store alone writes there
-    tried.clear()
-    many = [(cmres.On.RESOURCE, n) for n in range(cmres.MOST_LOCKS + 1)]
-    cmres.persist(deed(), lambda: many)
-    cmres.persist(deed(*many[:6]), frozenset)
-    assert tried[0] is None and tried[-1] is None and len(tried) == 6
-
-
-# Capacity ####'):].replace(inspect.getsource(cmres.of_list), '')
-    texts = [each.value for each in ast.walk(ast.parse(text)) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    text = text[text.index('# Capacity ####'):].replace(inspect.getsource(cmres.of_list), '')
+    below = [each for each in syntax().body if each.lineno > len(MODULE.read_text()[:-len(text)].splitlines())
+             and getattr(each, 'name', '') != 'of_list']
+    texts = [each.value for part in below for each in ast.walk(part)
+             if isinstance(each, ast.Constant) and isinstance(each.value, str)]
     sql = [each for each in texts if re.search(r'\b(SELECT|WHERE|UPDATE|INSERT INTO|DELETE FROM|IN) ', each)]
     wrong = {(each.strip()[:80], instead) for each in sql for word, instead in OWN_WORDS.items() if re.search(word, each)}
     assert len(sql) > 300 and not wrong, wrong
@@ -2947,6 +2792,170 @@ def test_a_dry_run_on_postgresql_waits_for_nobody(server_run, server):
         leave.set()
         writer.join()
     assert service.resource_list()[0]['vms'] == 5 and service.list() == []
+
+
+# Writers on PostgreSQL wait for one another where they decide on the same thing, and nowhere else.
+
+
+@pytest.fixture
+def house(server_run, server):
+    """A service on PostgreSQL with resources a to d, each with room for one."""
+    assert server_run('resource', 'add', 'spare')[0] == 0
+    house = cmres.local_service(load_config())
+    for name in 'abcd':
+        house.resource_add(name, cloud='simulated', vms=1)
+    house.soon = cmres.instant(int(time.time())) + hours(1)
+    house.reserve_there = lambda label, resource, start=0, **more: house.add(
+        label, resource, house.soon + hours(start), house.soon + hours(start + 1), **more)
+    house.waits = lambda: server.tell('SELECT count(*) FROM pg_locks WHERE NOT granted').fetchone()[0]
+    return house
+
+
+def until_so(look):
+    end = time.monotonic() + 30
+    while not (found := look()):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return found
+
+
+@pytest.fixture
+def at_once(house):
+    """Begins something in a thread of its own; what becomes of it is its answer, or the error."""
+    def one(deed):
+        with contextlib.closing(cmres.db.obj):
+            try:
+                return deed()
+            except (Error, peewee.PeeweeException) as error:
+                return error
+    with ThreadPoolExecutor(4) as threads:
+        yield lambda deed: threads.submit(one, deed)
+
+
+@contextlib.contextmanager
+def writing(at_once, *on, deed=lambda: None):
+    """Somebody has begun to write with some locks, and is done at the end."""
+    begun, leave = threading.Event(), threading.Event()
+
+    def write():
+        with cmres.transaction(on=cmres.locks_on(on)):
+            deed()
+            begun.set()
+            leave.wait(30)
+    writer = at_once(write)
+    try:
+        assert begun.wait(30)
+        yield
+    finally:
+        leave.set()
+        assert writer.result() is None, writer.result()
+
+
+def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once):
+    first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
+    with writing(at_once, (cmres.On.RESOURCE, first)):
+        same = at_once(lambda: house.reserve_there('lab', 'a'))
+        until_so(house.waits)
+        house.reserve_there('free', 'b')
+        house.extend('free', by=hours(1))
+        house.update('free', resource='c')
+        house.delete('free')
+        change = at_once(lambda: house.resource_update('b', vms=2))
+        until_so(lambda: house.waits() == 2)
+    assert same.result()['state'] == 'reserved' and change.result()['vms'] == 2
+    assert house.check()['differences'] == 0
+
+
+#: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
+KINDS = {
+    'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
+    'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
+    'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
+    'SERVER': ('refuse_shared_server', [('x', 'a'), ('y', 'b')], {'server': 'known'})}
+
+
+@pytest.mark.parametrize('removed', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
+    name, adds, more = KINDS[kind]
+    rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
+
+    def slow_rule(*args):
+        rule(*args)
+        here.append(1)
+        until_so(lambda: len(here) > 1 or house.waits())
+    if kind == 'COUNTED':
+        house.limit_add(project='default', most_vms=1)
+    if kind == 'SERVER':
+        cmres.insert(cmres.SimulatedServer, account='simulated', uid='known', name='known', mark='', made=1, boots=0,
+                     power='active', fault='')
+    text = cmres.PostgreSQL.locks
+    if removed:
+        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(
+            lambda on: text(on and frozenset(each for each in on if each[0] != number))))
+    monkeypatch.setattr(cmres.Policy, name, slow_rule)
+    done = [each.result() for each in [at_once(lambda each=each: house.reserve_there(*each, **more)) for each in adds]]
+    assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
+
+
+def test_locks_are_taken_in_one_order():
+    locks = cmres.locks_on((kind, name) for kind in range(1, 7) for name in (7, 3, 'b', 'a', 'z' * 90))
+    taken = re.findall(r'xact_lock\((\d+), (\d+)\)', cmres.PostgreSQL.locks(locks))
+    assert [(int(kind), int(number)) for kind, number in taken] == sorted(locks) and len(taken) == 30
+    assert all(0 <= number < 2**31 for _, number in locks)
+
+
+@pytest.mark.parametrize('marked', [True, False])
+def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_once, monkeypatch, marked):
+    if not marked:
+        monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
+    last, seen = house.events(limit=1)[-1]['id'], []
+
+    def follow():
+        nonlocal last
+        for each in house.events(after=last, limit=100):
+            last = each['id']
+            seen.append(each['sentence'])
+        return len(seen)
+    with writing(at_once, deed=lambda: house.journal(1.0, 'late', 'drawn first, saved last')):
+        house.reserve_there('lab', 'a')
+        assert follow() == (0 if marked else 1)
+        assert len(seen) == (not marked)
+    assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
+
+
+def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
+    tried = []
+
+    def deed(*names):
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                for each in names:
+                    cmres.decide_on(each)
+                cmres.run('INSERT INTO mailed (owner, day, number) VALUES (?, 1, 1)', f'{time.monotonic()}')
+        return done
+    first, second = (cmres.On.RESOURCE, 1), (cmres.On.LABEL, 'p/x')
+    cmres.persist(deed(first, second), frozenset)
+    locks = cmres.locks_on([first]), cmres.locks_on([first, second])
+    assert tried == [frozenset(), *locks]
+    tried.clear()
+    cmres.persist(deed(first, second), lambda: [first, second])
+    assert tried == [locks[1]]
+    for deeds in (lambda locks: cmres.note_fact('x', 'y'), lambda locks: cmres.change(cmres.Resource, 1, vms=3)):
+        tried.clear()
+
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                deeds(locks)
+        cmres.persist(done, frozenset)
+        assert tried == [frozenset(), None]  # only who has the store alone writes there
+    tried.clear()
+    many = [(cmres.On.RESOURCE, n) for n in range(cmres.MOST_LOCKS + 1)]
+    cmres.persist(deed(), lambda: many)
+    cmres.persist(deed(*many[:6]), frozenset)
+    assert tried[0] is None and tried[-1] is None and len(tried) == 6
 
 
 # Capacity ####################################################################
@@ -3718,7 +3727,7 @@ BOMBS = {
         'DTSTART;TZID=Bomb:20261201T090000', before=zone('Bomb', ('+0100', *AUTUMN), ('+0200', *SPRING)).replace(
             'END:STANDARD', 'RDATE:' + instants(100000).replace('Z', '') + '\nEND:STANDARD')),
     '100000 components in each other': lambda: calendar(''.join(f'BEGIN:X-{n}\n' for n in range(100000))),
-    '100000 events in each other': lambda: calendar('BEGIN:VEVENT\n' * 100000 + 'END:VEVENT\n' * 100000),
+    '30000 events in each other': lambda: calendar('BEGIN:VEVENT\n' * 30000 + 'END:VEVENT\n' * 30000),
     'a line of 20 MB': lambda: timed('SUMMARY:' + 'x' * 20_000_000),
     'cut within a word': CUT[:-20],
     'cut within a rule, where it is still one': CUT[:CUT.rindex(b'2\r\nEND:VEVENT')],
@@ -3766,7 +3775,7 @@ def test_hard_calendars_occur_as_independent_libraries_agree(occur, tmp_path, na
 
 
 #: Of these nothing can be read.
-HOPELESS = [name for name in BOMBS if name.startswith(('cut ', '100000 ev', '100000 comp', 'a page', 'UTF-16', 'an empty',
+HOPELESS = [name for name in BOMBS if name.startswith(('cut ', '30000 ev', '100000 comp', 'a page', 'UTF-16', 'an empty',
                                                        'line ends', 'a line of'))]
 
 
@@ -3843,7 +3852,7 @@ def spans(found) -> list[list[str]]:
 
 @pytest.mark.skipif(not AGREED, reason='needs CMRES_CALENDARS')
 @pytest.mark.parametrize('name', AGREED)
-def test_what_people_wrote_occurs_as_libraries_agree_and_is_booked_as_it_occurs(tmp_path, name):
+def test_what_people_wrote_occurs_as_libraries_agree_and_is_booked_as_it_occurs(place, name):
     data, agreed = (CALENDARS / 'calendars' / name).read_bytes(), AGREED[name]
     begin, until = (datetime.strptime(each, '%Y%m%dT%H%M%S%z') for each in agreed['window'])
     began = time.thread_time()
@@ -3856,7 +3865,7 @@ def test_what_people_wrote_occurs_as_libraries_agree_and_is_booked_as_it_occurs(
             by_uid[each['uid']].append((each['start'], each['end']))
     assert refused == [] and {uid: spans(each) for uid, each in by_uid.items()} == {
         uid: sorted(each) for uid, each in agreed['occurrences'].items() if each}
-    world = World(tmp_path, horizon=-(-(until - begin) // timedelta(days=1)))
+    world = World(place, horizon=-(-(until - begin) // timedelta(days=1)))
     world.now = begin.timestamp()
     world.service.resource_update('demo', vms=100_000)
     text = re.sub(rb'(?i)(\r?\n)(END:VEVENT)', rb'\1' + MARKS + rb'\2', data) + calendar(
@@ -17242,7 +17251,7 @@ def test_a_token_is_looked_up_once_and_a_revoked_one_stops_at_once(dav, world):
     for _ in range(5):
         dav.ask('PROPFIND', 'demo/', Depth='0', status=207)
     trace(None)
-    assert sum('t.hash' in each for each in statements) == 1
+    assert sum('t.hash' in each for each in statements) in (1, 2)  # a minute may end
     world.service.token_revoke(world.service.token_list()[-1]['id'])
     dav.ask('PROPFIND', 'demo/', Depth='0', status=401)
 
@@ -20565,20 +20574,23 @@ def test_a_list_that_is_watched_is_shown_again_until_it_is_interrupted(run, monk
     assert out.splitlines()[-3:] == ['label', 'lab-1', 'lab-2']
 
 
-@pytest.mark.parametrize('words, found', [
+COMPLETED = [
     (['']  , {'add', 'list', 'resource'}), (['li'], {'list', 'limit'}), (['resource', ''], {'add', 'list', 'update'}),
     (['add', 'new', ''], {'demo', 'gpu'}), (['add', 'new', 'd'], {'demo'}), (['extend', ''], {'lab', 'lesson'}),
     (['extend', 'le'], {'lesson'}), (['list', '--st'], {'--start', '--state'}), (['list', '--state', 'e'], {'ending', 'ended'}),
     (['list', '--state=e'], {'--state=ending', '--state=ended'}), (['list', '--resource', '=', 'd'], {'demo'}),
     (['list', '--format', ''], {'table', 'json', 'jsonl', 'csv', 'yaml'}), (['completion', ''], {'bash', 'zsh', 'fish'}),
-    (['resource', 'update', 'g'], {'gpu'}), (['nothing', ''], set()), (['add', 'new', 'demo', ''], set())])
-def test_words_are_completed(run, words, found):
+    (['resource', 'update', 'g'], {'gpu'}), (['nothing', ''], set()), (['add', 'new', 'demo', ''], set())]
+
+
+def test_words_are_completed(run):
     run('resource', 'add', 'demo', '--vms', '16')
     run('resource', 'add', 'gpu', '--vms', '16')
     run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
     run('add', 'lesson', 'demo', '2100-01-04T09:00', '+1h')
-    came = cmres.completed(words)
-    assert set(came) >= found if words[-1] in ('', 'li') and len(words) < 3 else set(came) == found
+    for words, found in COMPLETED:
+        came = cmres.completed(words)
+        assert set(came) >= found if words[-1] in ('', 'li') and len(words) < 3 else set(came) == found, words
 
 
 SHELLS = {'bash': 'eval "$(cmres completion bash)"; COMP_WORDS=(cmres extend le); COMP_CWORD=2; _cmres; echo "${COMPREPLY[@]}"',
@@ -20592,7 +20604,7 @@ def test_a_real_shell_completes_a_label(run, tmp_path, shell):
     run('resource', 'add', 'demo', '--vms', '16')
     run('add', 'lesson-1', 'demo', '2100-01-04T09:00', '+1h')
     run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
-    (tmp_path / 'cmres').write_text(f'#!/bin/sh\nexec {sys.executable} -B {MODULE} "$@"\n')
+    (tmp_path / 'cmres').write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
     (tmp_path / 'cmres').chmod(0o755)
     env = environment() | {'PATH': f"{tmp_path}:{os.environ['PATH']}", 'HOME': str(tmp_path)}
     ended = subprocess.run([shell, '-c', SHELLS[shell]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
@@ -20752,10 +20764,9 @@ RETIRED = re.compile(r"\b(machines?|places?|rooms?|boots?|booted|booting|hits?|h
 
 def public_sentences():
     """All that people read of the program, but the page."""
-    tree = ast.parse(MODULE.read_text())
     page = next(n for n, line in enumerate(MODULE.read_text().splitlines(), 1) if line.startswith('# Quick line ###'))
     ends = next(n for n, line in enumerate(MODULE.read_text().splitlines(), 1) if line.startswith('# Serving ###'))
-    for node in ast.walk(tree):
+    for node in ast.walk(syntax()):
         says = isinstance(node, ast.Raise) or isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
             node.func.attr in ('journal', 'note', 'warning', 'error', 'info', 'critical'))
         if says and not page < node.lineno < ends:
@@ -20773,7 +20784,6 @@ def public_sentences():
     yield from cmres.GROUPS.values()
     yield from cmres.TAGS.values()
     yield from cmres.MEASURED.values()
-    yield from (field.metadata['why'] for field in SETTINGS.values())
     yield from (text for name, text in vars(cmres).items() if isinstance(text, str) and ' ' in text
                 and name != '__doc__' and not re.search('SELECT|CREATE|DROP|FROM step|track = | ON [a-z]+ |{{|%', text))
     yield re.sub('^#held.*', '', (MODULE.parent / 'config.example.ini').read_text(), flags=re.M)
@@ -21454,10 +21464,12 @@ def test_a_feed_that_has_too_much_to_show_says_so(app, world, monkeypatch):
 
 def test_more_than_ten_thousand_occurrences_are_all_in_a_feed(app, world):
     world.service.resource_update('demo', vms=100_000)
-    hourly = f"FREQ=DAILY;BYHOUR={','.join(map(str, range(5)))}"
-    with cmres.transaction():
-        for n in range(6):
-            world.service.add(f'series-{n}', 'demo', NOON + hours(1), timedelta(minutes=5), repeat=hourly)
+    book(world.service, repeat='daily', count=10)
+    columns = [column.name for column in cmres.db.get_columns('occurrence') if column.name not in ('id', 'slot')]
+    names = ', '.join(f'"{name}"' for name in columns)
+    with cmres.transaction():  # as if it came a thousand times a day
+        for n in range(1001):
+            cmres.run(f'INSERT INTO occurrence (slot, {names}) SELECT ?, {names} FROM occurrence WHERE id <= 10', f'{n}')
     assert fetch(app, feed(app)).body.count(b'BEGIN:VEVENT') > 10_000
 
 
@@ -22472,10 +22484,10 @@ def test_exceptions_of_a_series_come_and_go(service):
 
 
 @pytest.mark.parametrize('name', EVENTS)
-def test_what_an_import_books_is_what_occurs(tmp_path, name):
+def test_what_an_import_books_is_what_occurs(place, name):
     body, tz, start, end, expected = EVENTS[name]
     begin, until = (datetime.fromisoformat(each) for each in (start, end))
-    world = World(tmp_path, horizon=-(-(until - begin) // timedelta(days=1)))
+    world = World(place, horizon=-(-(until - begin) // timedelta(days=1)))
     world.now = begin.timestamp()
     text = wanting(calendar(body)).decode('utf8', 'surrogateescape')
     answer = world.service.import_(text, resource='demo', tz=tz)
