@@ -1983,6 +1983,7 @@ WORDS = {
     'max_vcpu_hours': 'maximum of reserved future vCPU-hours',
     'wait': 'if it does not fit, join the waiting list',
     'max_waiting': 'maximum number of requests on the waiting list',
+    'where': 'only on hosts that are so, such as gpu_count>=2 and arch==x86_64',
     'affinity': 'whether its VMs are apart, each on a host of its own, or together on one',
     'personal': 'only you may start VMs in it through Nova, not your whole project',
     'rows': 'CSV, JSON or YAML file with one reservation a line, fields named as in `add`',
@@ -2551,6 +2552,7 @@ class ReservationAnswer(Answer):
     description: str
     personal: bool
     affinity: str
+    where: str
     repeat: str
     tz: str
     start: datetime
@@ -2758,6 +2760,12 @@ class ResourceChangedAnswer(ResourceAnswer):
     """A resource that was changed, and what no longer fits."""
     no_longer_fit: list[ReservationAnswer]
     warnings: NotRequired[list[str]]
+
+
+class HostAnswer(Answer):
+    """A host, and what is known of it."""
+    name: str
+    properties: dict[str, str]
 
 
 class DifferenceAnswer(Answer):
@@ -4051,7 +4059,7 @@ class Reservation(Table):
     # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
     affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     # what their hosts must be like, as it was typed
-    demands = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    where = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
@@ -5295,7 +5303,7 @@ def run_all(statements: str) -> None:
 def add_columns(table: str, columns: dict[str, str]) -> None:
     """Gives a table the columns, name by type, that it has not yet."""
     for name in columns.keys() - columns_of(table):
-        run(f'ALTER TABLE {table} ADD COLUMN {name} {columns[name]}')
+        run(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
 
 
 def add_tracks() -> None:
@@ -5635,7 +5643,7 @@ def add_host_states() -> None:
     add_columns('host', {'state': name, 'spare': number,
                          'properties': "TEXT NOT NULL DEFAULT '{}'"})
     add_columns('capacity', {'host': name})
-    add_columns('reservation', {'demands': "TEXT NOT NULL DEFAULT ''"})
+    add_columns('reservation', {'where': "TEXT NOT NULL DEFAULT ''"})
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -6266,7 +6274,7 @@ LISTING = '''
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
          r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
-         r.affinity,
+         r.affinity, r."where",
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -6886,11 +6894,11 @@ def free_windows(resource, amount: Amount, after: float,
              CLOSED: [0]}
     rooms |= {name: [2**62 if most.most(name) is None else most.most(name) - need]
               for name, need in amount.classes}
-    begin = None
+    begin, ahead = None, 5
     while after < before:  # read in pieces, as the first window may be all that is wanted
         later = run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at > ? "
-                    'AND at < ? ORDER BY at LIMIT 1 OFFSET 20', resource.id, after, before)
-        until = (later.fetchone() or (before,))[0]
+                    'AND at < ? ORDER BY at LIMIT 1 OFFSET ?', resource.id, after, before, ahead)
+        until, ahead = (later.fetchone() or (before,))[0], 2 * ahead
         for at, levels in steps_of(resource.id, [*rooms], after, until):
             fits = all(each <= room for track, left in rooms.items()
                        for each, room in zip(levels[track], left))
@@ -6899,6 +6907,10 @@ def free_windows(resource, amount: Amount, after: float,
             elif begin is not None and not fits:
                 yield begin, at
                 begin = None
+        if begin is None and not ledger.entries:  # it may be full for long
+            until = (run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at >= ? AND "
+                         'vms <= ? AND vcpus <= ? AND ram <= ? ORDER BY at LIMIT 1', resource.id,
+                         until, *rooms['']).fetchone() or (before,))[0]
         after = until
     if begin is not None:
         yield begin, before
@@ -6965,6 +6977,7 @@ class Need(NamedTuple):
     affinity: str = ''  # or APART, or TOGETHER
     host: str = ''      # on this one alone, by its name
     heals: bool = False  # also on hosts that are kept for when others fail
+    able: frozenset | None = None  # only on these, by id
 
     @property
     def figures(self) -> tuple:
@@ -6977,25 +6990,75 @@ class Need(NamedTuple):
         return self.host != '' or any(self.figures)
 
 
-def need_of(held: Hold, affinity: str = '') -> Need:
-    """What a hold needs of hosts; of one that is reserved by its name it needs all, once."""
+def need_of(held: Hold, of=None) -> Need:
+    """What a hold `of` a wish or a row needs of hosts; of one reserved by its name all, once."""
     amount = held.amount
     for name in amount.names:
         if name.startswith(HOST):
             whole = amount - Amount(classes=((name, 1),))
             return Need(*held[:3], whole, 1, host=name.removeprefix(HOST))
-    return Need(*held[:3], amount // max(amount.vms, 1), amount.vms, affinity)
+    able = able_hosts(held.resource, of.where) if of and of.where else None
+    return Need(*held[:3], amount // max(amount.vms, 1), amount.vms, of.affinity if of else '',
+                able=able)
 
 
-def planned_by_host(resource: int) -> bool:
-    """Whether the hosts of a resource are known."""
-    return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = ?) AS known',
-                     resource)[0].known)
+def host_id(cloud: str, name: str) -> int:
+    """The number of a host: clients take nothing else for an id."""
+    return int(hashed(f'{cloud}/{name}')[:12], 16)
 
 
-def any_hosts() -> bool:
-    """Whether the hosts of any resource are known."""
-    return bool(once('SELECT EXISTS (SELECT 1 FROM host) AS known')[0].known)
+def is_compared(comparison: str, there: str, value: str) -> bool:
+    """Whether a comparison holds: of numbers, else of texts."""
+    try:
+        return COMPARED[comparison](float(there), float(value))
+    except ValueError:
+        return COMPARED[comparison](there, value)
+
+
+CONDITION = Pattern(r'\s*([\w.:-]+?)\s*(?:(==|!=|>=|<=|=|<|>)\s*([^\s=<>!]+)\s*)?')
+COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
+            '<=': operator.le, '>': operator.gt, '<': operator.lt}
+
+
+def read_where(text: str) -> list[tuple[str, str, str]]:
+    """Conditions on hosts, each a property, a comparison and a value; without these, it is there."""
+    found = [CONDITION.fullmatch(each) for each in re.split(r'\band\b', text)]
+    if not all(found):
+        raise Invalid(f"where: '{text}' is not like gpu_count>=2 and arch==x86_64")
+    return [(each[1], each[2] or '', each[3] or '') for each in found]
+
+
+def properties_of(resource: int) -> dict[int, dict[str, str]]:
+    """What is known of each host: what it has, what its cloud says, what an admin has said."""
+    said = defaultdict(dict)
+    for host, name, value in run('SELECT host, name, value FROM host_property'):
+        said[host][name] = value
+    return {each.id: {'name': each.name, 'vcpus': f'{each.vcpus}', 'ram': f'{each.ram}',
+                      **{name: f'{most}' for name, most in json.loads(each.classes).items()},
+                      **json.loads(each.properties), **said[host_id(each.cloud, each.name)]}
+            for each in rows('SELECT h.*, s.cloud FROM host h JOIN resource s ON '
+                             's.id = h.resource_id WHERE h.resource_id = ?', resource)}
+
+
+def say_of_host(host: int, said: dict) -> None:
+    """Writes properties of a host, by its number; what has no value goes."""
+    for name, value in said.items():
+        run('DELETE FROM host_property WHERE host = ? AND name = ?', host, name)
+        if value:
+            run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)', host, name, value)
+
+
+def able_hosts(resource: int, where: str) -> frozenset[int]:
+    """The hosts that meet some conditions."""
+    return frozenset(host for host, has in properties_of(resource).items() if all(
+        name in has and (not sign or is_compared(sign, has[name], value))
+        for name, sign, value in read_where(where)))
+
+
+def planned_by_host(resource: int | None = None) -> bool:
+    """Whether the hosts of a resource are known; without one, of any."""
+    return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = '
+                     'coalesce(CAST(? AS BIGINT), resource_id)) AS known', resource)[0].known)
 
 
 def read_placed(text: str | None) -> dict[int, int]:
@@ -7062,9 +7125,9 @@ def rooms(need: Need, among: Iterable[int] | None = None,
                   int(need.heals), *enough)
     return heapq.merge(
         ((host, tuple(room)) for host, units, *room in written
-         if host not in changed and suits(units, need)),
+         if host not in changed and suits(host, units, need)),
         ((host, room) for host in changed for units, room in room_of(need, host)
-         if all(map(operator.ge, room, enough)) and suits(units, need)))
+         if all(map(operator.ge, room, enough)) and suits(host, units, need)))
 
 
 def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
@@ -7088,8 +7151,12 @@ def amount_of_host(found) -> Amount:
     return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
-def suits(units: str, need: Need) -> bool:
-    """Whether a host gives out amounts of such a size: at least, at most and in steps, by class."""
+def suits(host: int, units: str, need: Need) -> bool:
+    """Whether a host is such as is wanted, and gives out amounts of such a size: at least, at most
+    and in steps, by class.
+    """
+    if need.able is not None and host not in need.able:
+        return False
     asked = dict(need.each.classes) | {'VCPU': need.each.vcpus, 'MEMORY_MB': need.each.ram}
     return not units or need.host != '' or all(
         least <= asked[name] <= most and asked[name] % step == 0
@@ -7129,12 +7196,12 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
 MOST_STARTS = 200  # so many instants at which something could begin are looked at
 
 
-def free_slots(place, amount: Amount, affinity: str, after: int, before: float,
+def free_slots(place, amount: Amount, of, after: int, before: float,
                length: float) -> Iterator[tuple[float, float]]:
     """The windows of a length at least within [after, before) in which an amount fits, in order; by
     hosts, as all is planned now: from when each VM finds one, and until when at the longest.
     """
-    need, latest = need_of(Hold(place.id, after, int(before), amount), affinity), 0
+    need, latest = need_of(Hold(place.id, after, int(before), amount), of), 0
     free = (each for each in free_windows(place, amount, after, before)
             if each[1] - each[0] >= length)
     if need.host or not need.takes or not planned_by_host(place.id):
@@ -7173,6 +7240,7 @@ HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resou
 SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
+FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
 
 
 class TooMuch(Exception):
@@ -7239,7 +7307,7 @@ class Scene:
         made = [Unit(owner, need, figures, host, share) for _ in range(number)]
         for unit in made:
             unit.first, unit.last = (bisect_left(self.cuts, at) for at in need[1:3])
-            self.may[unit] = {id for id, each in self.hosts.items() if suits(each.units, need)}
+            self.may[unit] = {id for id, each in self.hosts.items() if suits(id, each.units, need)}
             if host:
                 self.on[host][unit] = True
         return made
@@ -7293,7 +7361,6 @@ class Scene:
         self.look()
         free = [row[unit.first:unit.last] for row in self.free[host]]
         pushed = self.siblings(unit, host)
-        must = len(pushed)
         left = [each for each in self.on[host] if each not in pushed
                 and each.first < unit.last and each.last > unit.first]
         for each in pushed:
@@ -7305,12 +7372,6 @@ class Scene:
             left.remove(each)
             pushed.append(each)
             self.give(free, each, 1, unit.first)
-        for each in pushed[must:-1]:  # it may not be needed any more, since larger ones went
-            self.give(free, each, -1, unit.first)
-            if self.lack(free, unit):
-                self.give(free, each, 1, unit.first)
-            else:
-                pushed.remove(each)
         return pushed
 
     def lack(self, free: list[list], unit: Unit) -> set[int]:
@@ -7374,13 +7435,13 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {need.resource} '
                  f'AND o.start > {int(now)} AND o.start < {until} + {LONGEST_LEAD}')
         near = ids_by(overlapping([('place_live', f'TRUE{there}')], begin, there))
-        planned = rows(f"""SELECT o.*, r.affinity FROM occurrence o
+        planned = rows(f"""SELECT o.*, r.affinity, r."where" FROM occurrence o
                              JOIN reservation r ON r.id = o.reservation_id
                             WHERE o.id IN ({near}) AND o.held_from > ? AND o.held_from < ?
                               AND o.held_until > ? AND o.held_until > o.held_from
                               AND o.placed <> '' AND r.id <> ? AND r.host = '' AND r.affinity <> ?
                             ORDER BY o.id""", int(now), until, begin, own, TOGETHER)
-        found = [(each, need_of(hold_of(each), each.affinity)) for each in planned
+        found = [(each, need_of(hold_of(each), each)) for each in planned
                  if not read_placed(each.placed).keys().isdisjoint(hosts)]
         begin = min([begin, *(other.begin for _, other in found)])
         until = max([until, *(other.until for _, other in found)])
@@ -7436,23 +7497,26 @@ def most_on_hosts(need: Need) -> int:
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
                                 "?3 IN ('', name) AND spare = 0",
                                 need.resource, need.until, need.host)
-               for classes in [json.loads(each.classes)] if suits(each.units, need))
+               for classes in [json.loads(each.classes)]
+               if suits(each.id, each.units, need))
 
 
-def on_hosts(found, now: float) -> tuple[Need, dict[int, int]]:
+def on_hosts(found, now: float, of=None) -> tuple[Need, dict[int, int]]:
     """What the row of an occurrence holds on which hosts, from now on."""
-    need = need_of(hold_of(found))
+    need = need_of(hold_of(found), of)
     return need._replace(begin=max(need.begin, int(now))), read_placed(found.placed)
 
 
-def closings(resource: int, now: float, host: str = '') -> Iterator[tuple[Need, int]]:
-    """When single hosts are closed, as if all of each was held, from now on: the need, the host."""
-    for each in rows('SELECT c.start, c."end" AS ended, h.* FROM capacity c JOIN host h ON '
-                     'h.resource_id = c.resource_id AND h.name = c.host WHERE c.resource_id = ? '
-                     'AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
-        if host in ('', each.name):
-            yield Need(resource, max(each.start, int(now)), each.ended, amount_of_host(each),
-                       1), each.id
+def closings(resource: int, now: float) -> Iterator[tuple]:
+    """When single hosts are closed, as if all of each was held, from now on: what closes it, what
+    it holds, and the id of the host.
+    """
+    for each in rows('SELECT c.start, c."end" AS ended, c.id AS closing, h.* FROM capacity c '
+                     'JOIN host h ON h.resource_id = c.resource_id AND h.name = c.host '
+                     'WHERE c.resource_id = ? AND c.removed IS NULL AND c."end" > ?', resource,
+                     int(now)):
+        yield each.closing, Need(resource, max(each.start, int(now)), each.ended,
+                                 amount_of_host(each), 1), each.id
 
 
 def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
@@ -7463,7 +7527,8 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
         need, placed = on_hosts(found, now)
         for host, number in placed.items() if need.begin < need.until else ():
             planned.append((need._replace(each=need.each * number), host))
-    for need, host in itertools.chain(planned, closings(resource, now)):
+    planned += [each[1:] for each in closings(resource, now)]
+    for need, host in planned:
         for track, figures in need.each.tracks:
             right[on_host(host, track)].add(need.begin, need.until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
@@ -7480,18 +7545,10 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
 def forget_past(now: float) -> int:
     """Forgets what was planned on hosts until a day ago; how much. Only the future is checked."""
     hosts = rows('SELECT id, resource_id, classes FROM host')
-    tracks = [(each.resource_id, on_host(each.id, name), int(now) - DAY)
-              for each in hosts for name in ('', *json.loads(each.classes))]
-    return run(DROP_PAST, json.dumps(tracks)).rowcount if tracks else 0
-
-
-DROP_PAST = of_list("""
-  DELETE FROM step WHERE (resource_id, track, at) IN (
-    SELECT s.resource_id, s.track, s.at FROM p CROSS JOIN step s
-        ON s.resource_id = p.resource AND s.track = p.track AND s.at < (
-           SELECT max(at) FROM step e
-            WHERE e.resource_id = p.resource AND e.track = p.track AND e.at <= p.at))""",
-                    'resource', 'track', 'at')
+    return sum(run('DELETE FROM step WHERE resource_id = ?1 AND track = ?2 AND at < (SELECT max(at) '
+                   'FROM step WHERE resource_id = ?1 AND track = ?2 AND at <= ?3)',
+                   each.resource_id, on_host(each.id, name), int(now) - DAY).rowcount
+               for each in hosts for name in ('', *json.loads(each.classes)))
 
 
 def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
@@ -7759,7 +7816,6 @@ class Cloud:
 
     def things(self, kind: str, name: str = '') -> list[Thing]:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
-        raise NotImplementedError
 
     def find(self, kind: str, name: str, sight: Sight = EVERYTHING) -> Thing | None:
         """The one thing in sight of that name or id; None if there is none.
@@ -7785,49 +7841,39 @@ class Cloud:
         Calls the machine's `fence` just before the one request that makes it, and lets through what
         that raises.
         """
-        raise NotImplementedError
 
     def servers(self) -> list[Seen]:
         """All servers that carry this store's marks, in whatever state."""
-        raise NotImplementedError
 
     def delete(self, uid: str) -> None:
         """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
         already is fine.
         """
-        raise NotImplementedError
 
     def server(self, uid: str) -> Seen | None:
         """One server by its id, with our mark or without; None if it is not there."""
-        raise NotImplementedError
 
     def start(self, uid: str) -> None:
         """Begins to make a server active that is at rest, in rescue or resized; one that is active
         is fine.
         """
-        raise NotImplementedError
 
     def stop(self, uid: str) -> None:
         """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
-        raise NotImplementedError
 
     def shelve(self, uid: str) -> None:
         """Begins to shelve a server; it frees its host then. One that is so already is fine."""
-        raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
         """Begins to make an image of a server, unless there is one of that name, and tells the
         image's id.
         """
-        raise NotImplementedError
 
     def saved(self, image: str) -> bool | None:
         """Whether an image is complete; None if it never will be."""
-        raise NotImplementedError
 
     def aggregates(self, host: str = '') -> list[Aggregate]:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
-        raise NotImplementedError
 
     def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
         """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
@@ -7841,7 +7887,6 @@ class Cloud:
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
-        raise NotImplementedError
 
     def subnet(self, network: str, address: str) -> str:
         """The id of the subnet of a network that has an address; '' if it knows none."""
@@ -7851,17 +7896,16 @@ class Cloud:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
         store, so that no other one takes it; '' takes the marks away.
         """
-        raise NotImplementedError
 
     def states(self) -> dict[str, tuple[str, list[str]]]:
         """What Nova says of each host, as a HostTold has it; of those that are down, which servers
         are there.
         """
-        return {}
+        return {host: (told.state, []) for each in self.aggregates()
+                for host, told in each.told.items()}
 
     def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
         """Where each server is; None if it is gone, has failed or takes nothing of any host."""
-        raise NotImplementedError
 
     def time(self) -> float | None:
         """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
@@ -8507,10 +8551,6 @@ class Simulated(Cloud):
         return [each._replace(mark=mark, owner=each.owner or mark and self.store)
                 for each in self.AGGREGATES if not host or host in each.hosts
                 for mark in [marks.get(each.name, '')]]
-
-    def states(self):
-        return {host: (told.state, []) for each in self.AGGREGATES
-                for host, told in each.told.items()}
 
     def mark(self, aggregate, resource):
         with transaction():
@@ -10447,6 +10487,7 @@ class Wish(NamedTuple):
     trusted: list = []           # KIND:NAME that an admin gave it
     invite: list = []            # mail addresses
     affinity: str = ''           # whether its VMs are to be on one host or on several
+    where: str = ''              # what their hosts must be like
 
     @property
     def amount(self) -> Amount:
@@ -10596,20 +10637,21 @@ SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 1
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
-FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host', 'affinity')
+FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host', 'affinity',
+         'where')
 #: What a wish has as it is asked for.
 SAME = frozenset(('label', 'vms', 'flavor', 'image', 'network', 'key', 'user_data', 'description',
                   'repeat', 'on_conflict'))
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
           'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite',
-          'affinity')
+          'affinity', 'where')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
-               'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
+               'affinity', 'where', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
@@ -11386,7 +11428,7 @@ class Wishes:
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
             at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
-            affinity=asked.get('affinity') or '',
+            affinity=asked.get('affinity') or '', where=asked.get('where') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
             **made_of)
         if stretches and 'repeat' not in changes:
@@ -11494,6 +11536,11 @@ class Wishes:
         if has and asked['vms'] != 1:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         refuse_unknown_word('affinity', asked.get('affinity') or '', (APART, TOGETHER), '')
+        if (where := asked.get('where')) and not able_hosts(place.id, where):
+            hidden = {name for name, in run('SELECT name FROM host_property WHERE host = 0')}
+            known = set().union(*properties_of(place.id).values()) - hidden
+            raise Invalid(f"where: no host of '{place.name}' meets {where}. What is known of its "
+                          f"hosts: {', '.join(sorted(known)) or 'nothing'}.")
         ends = ENDS[1:3] if has else ENDS
         refuse_unknown_word('at_end', asked['at_end'], ends, '')
 
@@ -11797,6 +11844,7 @@ class Reasons:
         name, number = wish.resource.name, counted(need.number, 'VM')
         when = self.service.config.told_window(*wish.held, wish.tz)
         takes, most = amount_in_words(need.each._replace(vms=0)), most_on_hosts(need)
+        takes += f' and only where {wish.where}' if wish.where else ''
         if need.host:
             is_so = f'is already reserved from {when}' if most else f"is no longer one of '{name}'"
             return NoCapacity(f"Host '{need.host}' {is_so}. Choose another host or time.",
@@ -11866,7 +11914,7 @@ class Reasons:
         """As many VMs as there is room for in that window."""
         begin, until = self.to_come(wish)
         if not lack and planned_by_host(wish.resource.id) and not wish.whole:
-            need = need_of(Hold(wish.resource.id, begin, until, wish.amount), wish.affinity)
+            need = need_of(Hold(wish.resource.id, begin, until, wish.amount), wish)
             many = min(sum(how_many(room, need) for _, room in rooms(need)), wish.vms - 1)
             if many > (old.vms if old else 0):
                 yield many, with_vms(wish, many)
@@ -12211,7 +12259,7 @@ class Policy:
         change.columns['placed'], wish, now = '', change.after, view.now
         if not change.wants or not planned_by_host(wish.resource.id):
             return
-        need = need_of(change.wants[0], wish.affinity)
+        need = need_of(change.wants[0], wish)
         need = need._replace(begin=max(need.begin, int(now)))
         same = change.had and change.had[0].resource == need.resource
         had = read_placed(change.before.placed) if same else {}
@@ -12253,7 +12301,7 @@ class Policy:
         if not change.wants and not change.after.amount.within(self.most_ever(change.after)):
             raise NoCapacity('')
         wish = change.after
-        need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish.affinity)
+        need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish)
         waits = not change.wants and planned_by_host(need.resource) and need.takes
         if waits and most_on_hosts(need) < need.number:
             raise self.reasons.without_hosts(need, wish)
@@ -13712,7 +13760,7 @@ class Offers:
         """The same later: where there is room, and when something ends that was in the way."""
         begin, need = max(wish.held[0], int(self.service.clock())), wish.held[1] - wish.held[0]
         ends = self.ends_after(wish, begin, others)
-        for first, last in free_slots(wish.resource, wish.amount, wish.affinity, begin,
+        for first, last in free_slots(wish.resource, wish.amount, wish, begin,
                                       LAST.timestamp(), need):
             inside = [at for at in ends if first < at <= last - need]
             for at in [int(first), *inside]:
@@ -13739,7 +13787,7 @@ class Offers:
     def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
         """The same as long as there is room, if that is longer than what it has already."""
         begin, _ = self.reasons.to_come(wish)
-        first, last = next(free_slots(wish.resource, wish.amount, wish.affinity, begin, wish.end,
+        first, last = next(free_slots(wish.resource, wish.amount, wish, begin, wish.end,
                                       1), (None, 0))
         length, before = int(last) - wish.start, old.end - old.start if old else 0
         if first == begin and before < length < wish.end - wish.start:
@@ -14014,7 +14062,7 @@ class Requests(Operations):
             security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
             server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
             lead: Span = None, description: Text = '', personal: bool = False,
-            affinity: Name = '', repeat: Repeat = '', tz: Zone = '', until: Day = None,
+            affinity: Name = '', where: Text = '', repeat: Repeat = '', tz: Zone = '', until: Day = None,
             count: Count = None, skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
@@ -14144,7 +14192,7 @@ class Requests(Operations):
                                'reserved.', refused=refused)
             return {'taken': taken, 'refused': refused}
         only_asks = dry_run or unread and not partial
-        if only_asks or any_hosts():  # a search takes no lock
+        if only_asks or planned_by_host():  # a search takes no lock
             answer = self.carry_out(deed, dry_run=True)
         if only_asks:
             return answer
@@ -14352,7 +14400,7 @@ class Requests(Operations):
                key: Name = None, security_groups: Names = None, user_data: File = None,
                metadata: Pairs = None, at_end: Name = None, notify: Names = None,
                invite: Names = None, lead: Span = None, description: Text = None,
-               personal: bool = None, host: Name = None, affinity: Name = None,
+               personal: bool = None, host: Name = None, affinity: Name = None, where: Text = None,
                repeat: Repeat = None, until: Day = None,
                count: Count = None, skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
@@ -14796,7 +14844,7 @@ class Requests(Operations):
                 continue
             by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
             amount = (self.wishes.each_takes(known, place) + by_hand) * vms
-            slots = free_slots(place, amount, '', begin - ahead, until, need + ahead)
+            slots = free_slots(place, amount, None, begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
                       for (first, last), _ in zip(slots, range(limit))]
         if len(refusals) == len(places):
@@ -14914,8 +14962,8 @@ class Plan(Operations):
             self.policy.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show,
-                                        lock=lock)
+            lengths = {'hold': seconds_of(min_free_time), 'approval': seconds_of(approval),
+                       'no_show': seconds_of(no_show), 'lock': seconds_of(lock)}
             self.refuse_idle(self.read_mode(mode), lengths)
             drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
                                       cloud, default_flavor=default_flavor or None,
@@ -15003,8 +15051,9 @@ class Plan(Operations):
             self.rehold_changes(found, now)
             if spare is not None:
                 self.keep_spare(found, now)
-            homeless = (self.no_longer_fitting(found, now)
-                        if lowered(capacity(before), capacity(found)) else [])
+            gone = (self.must_go(found, int(now), int(LAST.timestamp()))
+                    if lowered(capacity(before), capacity(found)) else [])
+            homeless = [*map(public, self.look.in_order(gone, fields=SLIM)[:1000])]
             self.refuse_homeless(name, [] if force else homeless)
             self.journal(now, 'resource',
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
@@ -15043,10 +15092,6 @@ class Plan(Operations):
         """A resource as answers show it."""
         shown = {name: value for name, value in public(found).items() if name != 'removed'}
         return with_twins(shown, {'hold': 'min_free_time'})
-
-    def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
-        """Lengths as the store has them; none is 0."""
-        return {name: seconds_of(length) for name, length in lengths.items()}
 
     def read_default(self, before: dict, cloud: str, **asked) -> dict:
         """The VMs that an event without words gets, as far as they are to be otherwise."""
@@ -15129,11 +15174,12 @@ class Plan(Operations):
                     f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
                     f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
 
-    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False) -> list:
+    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False,
+                     searches: int = SEARCHES) -> list:
         """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
         end with lines, and without any line there is nothing to do.
         """
-        replans.found, replans.searches = {}, 10 * SEARCHES
+        replans.found, replans.searches = {}, searches
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
                 done = deed(now)
@@ -15152,7 +15198,8 @@ class Plan(Operations):
                 each = each._replace(hosts={name: holds for name, holds in each.hosts.items()
                                             if name in known})
             try:
-                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)])
+                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)],
+                                  searches=FEW_SEARCHES)
             except Conflict as error:
                 log.warning('%s', error)
 
@@ -15169,7 +15216,8 @@ class Plan(Operations):
                         'held_until > ? AND placed LIKE ?', place.id, now, f'%"{each.id}":%')
             if there:
                 self.after_search(lambda now: [(
-                    self.see_whom_it_affects(place, gone, False, False, True, now), True)])
+                    self.see_whom_it_affects(place, gone, [], True, now), True)],
+                    searches=FEW_SEARCHES)
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
@@ -15204,8 +15252,7 @@ class Plan(Operations):
         other, suspects = self.sync_hosts(place, aggregate, now)
         lines += [{'resource': name, 'what': f'host {host}', 'before': before, 'after': after}
                   for host, before, after in other if found]
-        first = any(before is None for _, before, _ in other)  # what was a sum may have no hosts
-        lines += self.see_whom_it_affects(place, suspects, bool(other), first, force, now)
+        lines += self.see_whom_it_affects(place, suspects, other, force, now)
         if found and lines:
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
@@ -15229,17 +15276,18 @@ class Plan(Operations):
             left[name] = holds.beyond(sum(others, NOTHING))
         return aggregate._replace(hosts=left)
 
-    def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: bool, first: bool,
+    def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: list[tuple],
                             force: bool, now: float) -> list[dict]:
         """Plans anew what must be after its resource has changed, and refuses that, or with
         `force` tells whom it affects; a line if these are others than before.
         """
-        key, keep = f'affected {place.id}', int(now)
+        key = f'affected {place.id}'
         before = [*map(int, json.loads(fact(key) or '[]'))]
         if not (changed or suspects or before):
             return []
-        homeless = self.rehouse(place.id, suspects, now, None if first else before)
-        homeless += self.must_go(place, keep, int(LAST.timestamp())) if changed else []
+        added = any(was is None for _, was, _ in changed)  # what was a sum may have no hosts
+        homeless = self.rehouse(place.id, suspects, now, None if added else before)
+        homeless += self.must_go(place, int(now), int(LAST.timestamp())) if changed else []
         new = [id for id in dict.fromkeys(homeless) if id not in before]
         if not force:
             self.refuse_homeless(place.name, list(map(public, self.look.in_order(
@@ -15247,11 +15295,10 @@ class Plan(Operations):
         if sorted({*homeless}) == sorted(before):
             return []
         for each in self.look.in_order(new) if not rehearsal.on else ():
-            self.tell(now, 'affected', f"the hosts of '{place.name}' have changed, and no host has "
-                      f'room for all of its VMs ({quantity("vms", each.vms)} from '
-                      f'{self.config.told_window(each.start, each.end, each.tz)}). If nothing '
-                      'becomes free, not all of them can start: choose another time or fewer VMs',
-                      each, each.id, admins=True)
+            when = self.config.told_window(each.start, each.end, each.tz)
+            self.tell(now, 'affected', f"no host of '{place.name}' has room any more for all of its "
+                      f'{quantity("vms", each.vms)} from {when}. If nothing becomes free, not all '
+                      'can start: choose another time or fewer VMs', each, each.id, admins=True)
         if not rehearsal.on:
             note_fact(key, json.dumps(sorted({*homeless})))
         return [{'resource': place.name, 'what': 'reservations without a host',
@@ -15294,8 +15341,8 @@ class Plan(Operations):
     def change_host(self, found, columns: dict, now: float) -> None:
         """Writes what is otherwise of a host; where it is closed for a while, all of it stays so."""
         for sign, deed in ((-1, lambda: change(Host, found.id, **columns)), (1, lambda: None)):
-            for need, id in closings(found.resource_id, now, found.name):
-                hold_on(need, {id: sign})
+            for _, need, id in closings(found.resource_id, now):
+                hold_on(need, {id: sign if id == found.id else 0})
             deed()
 
     def keep_spare(self, place, now: float) -> None:
@@ -15343,12 +15390,12 @@ class Plan(Operations):
 
     def finds_hosts(self, id: int, now: float) -> bool:
         """Plans those VMs of an occurrence that have no host; whether all have one then."""
-        found = row('SELECT o.*, r.affinity FROM occurrence o JOIN reservation r '
+        found = row('SELECT o.*, r.affinity, r."where" FROM occurrence o JOIN reservation r '
                     'ON r.id = o.reservation_id WHERE o.id = ?', id)
-        need, had = on_hosts(found, now)
+        need, had = on_hosts(found, now, found)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(affinity=found.affinity, heals=True), had,
-                            found.held_from <= now, now, found.reservation_id)
+        placed = find_hosts(need._replace(heals=True), had, found.held_from <= now, now,
+                            found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
@@ -15378,6 +15425,28 @@ class Plan(Operations):
                             'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
                      f"'{new['aggregate']}'")
+
+    @api('PATCH', '/host/<name>', role=ADMIN)
+    def host_set(self, name: Name, properties: Pairs, private: bool = False,
+                 dry_run: bool = False) -> HostAnswer:
+        """Says what a host is like, so that people can choose: add ... --where gpu_count>=2.
+
+        An empty value takes a property away. With --private, nobody is shown these properties.
+
+        Example:
+          python cmres.py host set lab-compute-1 gpu_count=2,arch=x86_64
+        """
+        found = rows('SELECT h.id, h.resource_id, s.cloud FROM host h JOIN resource s ON '
+                     's.id = h.resource_id WHERE h.name = ? AND s.removed IS NULL', name)
+        if not found:
+            raise NotFound(f"No resource has a host '{name}'. `resource sync` takes hosts in.")
+        with self.writing(dry_run) as now:
+            for place in found if not dry_run else ():
+                say_of_host(host_id(place.cloud, name), properties)
+                say_of_host(0, dict.fromkeys(properties, 'private') if private else {})
+            self.journal(now, 'resource', f"said of the host '{name}': {', '.join(properties)}")
+            shown = properties_of(found[0].resource_id)[found[0].id]
+            return {'name': name, 'properties': shown | properties}
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
@@ -15447,7 +15516,7 @@ class Plan(Operations):
                 raise NotFound(f'There is no maintenance {id}.')
             self.bookings.hold_capacity(found.resource_id, found.start, found.end,
                                         NOTHING - amount_of(found, 'held_'))
-            self.hold_closing(found, now, -1)
+            self.hold_closing(id, found.resource_id, now, -1)
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'cancelled {found.reason} {id}')
@@ -15457,7 +15526,7 @@ class Plan(Operations):
                         dry_run: bool, host: str = '') -> dict:
         """Gives a resource another capacity for a while, without `most` none, or closes a host."""
         refuse_unknown_word('affected', then, THEN)
-        replans.found, replans.searches = {}, 10 * SEARCHES
+        replans.found, replans.searches = {}, SEARCHES
         if host and not dry_run:  # a search takes no lock
             self.change_capacity(name, start, end, most, reason, then, True, host)
         with self.writing(dry_run) as now:
@@ -15493,29 +15562,24 @@ class Plan(Operations):
         return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                 'reason': reason, 'hit': hit, 'affected': hit}
 
-    def hold_closing(self, closing, now: float, sign: int) -> int | None:
+    def hold_closing(self, closing: int, resource: int, now: float, sign: int) -> list[int]:
         """Holds all of the host that a change of capacity closes, or gives it back; its id."""
-        found = closing.host and row('SELECT * FROM host WHERE resource_id = ? AND name = ?',
-                                     closing.resource_id, closing.host)
-        if found and closing.end > now:
-            hold_on(Need(found.resource_id, max(closing.start, int(now)), closing.end,
-                         amount_of_host(found), 1), {found.id: sign})
-        return found and found.id
+        found = [each for each in closings(resource, now) if each[0] == closing]
+        for _, need, host in found:
+            hold_on(need, {host: sign})
+        return [host for *_, host in found]
 
     def on_closed_host(self, closing, now: float) -> list[int]:
         """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
         stays there, or has no host.
         """
-        host = self.hold_closing(closing, now, 1)
-        if not host:
-            names = [name for name, in run('SELECT name FROM host WHERE resource_id = ?',
-                                           closing.resource_id)]
-            raise NotFound(f"host: '{closing.host}' is no known host of this resource"
-                           f'{nearest(closing.host, names)}')
-        stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
-                    'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
-                    int(now), closing.start, f'%"{host}":%')
-        return [each.id for each in stay] + self.rehouse(closing.resource_id, {host: False}, now)
+        for host in self.hold_closing(closing.id, closing.resource_id, now, 1):
+            stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                        'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
+                        int(now), closing.start, f'%"{host}":%')
+            return [each.id for each in stay] + self.rehouse(closing.resource_id, {host: False},
+                                                             now)
+        raise NotFound(f"host: '{closing.host}' is no known host of this resource.")
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
@@ -15590,7 +15654,7 @@ class Plan(Operations):
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
             first = next((int(first) for first, _ in free_slots(
-                here, amount_of(found), found.affinity, found.held_from, LAST.timestamp(), need)),
+                here, amount_of(found), found, found.held_from, LAST.timestamp(), need)),
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
@@ -15616,12 +15680,6 @@ class Plan(Operations):
         if found:
             raise Conflict(f"{counted(len(found), 'occurrence')} on '{name}' would no longer fit. "
                            'Nothing was changed.', hint=FORCE, occurrences=found)
-
-    def no_longer_fitting(self, place, now: float) -> list[dict]:
-        """The occurrences for which there is no room any more, as answers show them."""
-        found = self.look.in_order(self.must_go(place, int(now), int(LAST.timestamp())),
-                                   fields=SLIM)
-        return list(map(public, found[:1000]))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
         """The ids of as many of the latest added as must go where more is held than there is. What
@@ -18572,8 +18630,7 @@ class HostWatch:
         if fault and fault != self.silent.get(result.key):
             log.warning('the hosts of %s were not looked at: %s', result.target, fault)
         self.silent[result.key] = fault
-        if not fault:
-            self.told.append(result)
+        self.told += [] if fault else [result]
 
     def follow(self, now: float) -> None:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
@@ -19270,8 +19327,8 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            replans.found, replans.searches = {}, 2  # in a pass: VMs wait to be started
-            if any_hosts():
+            replans.found, replans.searches = {}, FEW_SEARCHES
+            if planned_by_host():
                 with self.service.writing(dry_run=True):  # a search takes no lock
                     self.service.waiting.admit_waiting(now)
             with self.leader.acting():
@@ -20860,8 +20917,6 @@ ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
-COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
-            '<=': operator.le, '>': operator.gt, '<': operator.lt}
 MOST_LEASES = 10_000  # that one list has
 
 
@@ -21366,11 +21421,7 @@ class LeaseView:
     def set_extras(self, id: int, extras: dict) -> None:
         """Writes properties of a host; None takes one away."""
         with self.acting.writing():
-            for name, value in extras.items():
-                run('DELETE FROM host_property WHERE host = ? AND name = ?', id, name)
-                if value is not None:
-                    run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)',
-                        id, name, value)
+            say_of_host(id, extras)
 
     def allocations(self, given: dict) -> list[dict]:
         """Which host is reserved when, from now on; of a certain lease or reservation, ever."""
@@ -21520,11 +21571,6 @@ def derived_uuid(text: str) -> str:
     return f'{uuid.uuid5(uuid.NAMESPACE_OID, f"{store_file.store} {text}")}'
 
 
-def host_id(cloud: str, name: str) -> int:
-    """The number of a host: clients take nothing else for an id."""
-    return int(hashed(f'{cloud}/{name}')[:12], 16)
-
-
 def date_out(at: int) -> str:
     return f'{instant(at):{DATE_OUT}}'
 
@@ -21536,14 +21582,6 @@ def made_at(at: int | None) -> str | None:
 def first_state(held: list) -> str:
     """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
     return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
-
-
-def is_compared(comparison: str, there: str, value: str) -> bool:
-    """Whether a comparison holds: of numbers, else of texts."""
-    try:
-        return COMPARED[comparison](float(there), float(value))
-    except ValueError:
-        return COMPARED[comparison](there, value)
 
 
 def read_properties(text: str) -> list[tuple[str, str, str]]:
@@ -24746,7 +24784,7 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
          'notify': 'Send notices to', 'key': 'SSH key pair', 'server': 'Use an existing server',
          'user_data': 'User data (cloud-init)', 'personal': 'Who can start VMs in it',
-         'host': 'Whole host', 'affinity': 'Hosts of its VMs',
+         'host': 'Whole host', 'affinity': 'Hosts of its VMs', 'where': 'Hosts that are',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
          'accept_within': 'Time to accept what became free', 'classes': 'Other classes',

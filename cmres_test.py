@@ -11449,6 +11449,7 @@ def random_deeds(world, monkeypatch, seed, number):
     for each in (eva.offers, root.offers):  # what would fit instead is tested elsewhere
         each.explaining = lambda *args, **more: contextlib.nullcontext()
     monkeypatch.setattr(cmres.Offers, 'explaining', lambda *args, **more: contextlib.nullcontext())
+    monkeypatch.setattr(cmres, 'SEARCHED', ((8, 300),) * 2)  # the rule is to hold, however long it is looked for
     for step in range(number):
         start = int(world.now - NOON.timestamp()) // 3600 + dice.randrange(0, 12)
         label = dice.choice(eva.list(limit=30) or [{'label': 'none'}])['label']
@@ -11865,6 +11866,42 @@ def test_a_search_ends_after_a_number_of_looks_and_asks_no_clock(racks, monkeypa
         gpus(racks, 'big', 'g8', start=3, end=4)
     text = inspect.getsource(cmres.Scene) + inspect.getsource(cmres.replan)
     assert 'time.' not in text
+
+
+def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
+    rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 4}, told={'h2': {'properties': {'HW_CPU_X86_AVX2': 'yes', 'arch': 'x86_64'}}})
+    world.service.host_set('h3', {'gpu_count': '2', 'arch': 'x86_64'})
+    shown = world.service.host_set('h3', {'owner': 'bio'}, private=True)
+    assert shown['properties']['gpu_count'] == '2' and shown['properties']['CUSTOM_GPU'] == '4'
+    gpus(world, 'a', 'g2', where='gpu_count>=2 and arch==x86_64')
+    gpus(world, 'b', 'g2', where='HW_CPU_X86_AVX2')
+    gpus(world, 'c', 'g2', vms=2, where='arch=x86_64', affinity='apart')
+    assert [planned(each) for each in 'abc'] == [[{'h3': 1}], [{'h2': 1}], [{'h2': 1, 'h3': 1}]]
+    assert world.service.show('a')['where'] == 'gpu_count>=2 and arch==x86_64'
+    with pytest.raises(NoCapacity, match='each take .* 2 CUSTOM_GPU of one host and only where gpu_count>=2|and only where gpu_count>=2') as no:
+        gpus(world, 'd', 'g2', where='gpu_count>=2')
+    assert no.value.details['next_start'] == NOON + hours(2)
+    with pytest.raises(Invalid, match=r"where: no host of 'gpu' meets gpu_count>9. What is known of its hosts: CUSTOM_GPU, DISK_GB, "
+                                      'HW_CPU_X86_AVX2, arch, gpu_count, name, ram, vcpus'):
+        gpus(world, 'd', 'g2', where='gpu_count>9')
+    with pytest.raises(Invalid, match="where: 'gpu_count >> 2' is not like gpu_count>=2 and arch==x86_64"):
+        gpus(world, 'd', 'g2', where='gpu_count >> 2')
+    world.service.host_set('h3', {'gpu_count': ''})
+    with pytest.raises(Invalid, match='no host'):
+        gpus(world, 'd', 'g2', where='gpu_count>=2')
+    with pytest.raises(NotFound, match="No resource has a host 'h9'"):
+        world.service.host_set('h9', {'a': 'b'})
+
+
+def test_what_moves_goes_only_to_hosts_that_are_as_it_asked(racks):
+    racks.service.host_set('h1', {'fast': 'yes'})
+    gpus(racks, 'a', 'g3', where='fast', start=1, end=4)
+    gpus(racks, 'b', 'g8', start=2, end=4)
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'c', 'g8', start=3, end=4)
+    assert planned('a') == [{'h1': 1}] and racks.service.check()['differences'] == 0
+    racks.as_user().update('a', where='')
+    assert planned('a') == [{'h1': 1}]
 
 
 # Service: who may what #######################################################
