@@ -2567,171 +2567,7 @@ OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), of_list', r'\bINS
 
 def test_no_statement_outside_the_store_is_in_the_words_of_one_engine():
     text = MODULE.read_text()
-    text = text[text.index('# Writers on PostgreSQL wait for one another where they decide on the same thing, and nowhere else.
-
-
-@pytest.fixture
-def house(server_run, server):
-    """A service on PostgreSQL with resources a to d, each with room for one."""
-    assert server_run('resource', 'add', 'spare')[0] == 0
-    house = cmres.local_service(load_config())
-    for name in 'abcd':
-        house.resource_add(name, cloud='simulated', vms=1)
-    house.soon = cmres.instant(int(time.time())) + hours(1)
-    house.reserve_there = lambda label, resource, start=0, **more: house.add(
-        label, resource, house.soon + hours(start), house.soon + hours(start + 1), **more)
-    house.waits = lambda: server.tell('SELECT count(*) FROM pg_locks WHERE NOT granted').fetchone()[0]
-    return house
-
-
-def until_so(look):
-    end = time.monotonic() + 30
-    while not (found := look()):
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    return found
-
-
-@pytest.fixture
-def beside(house):
-    """Begins something in a thread of its own; what becomes of it is its answer, or the error."""
-    def one(deed):
-        with contextlib.closing(cmres.db.obj):
-            try:
-                return deed()
-            except (Error, peewee.PeeweeException) as error:
-                return error
-    with ThreadPoolExecutor(4) as threads:
-        yield lambda deed: threads.submit(one, deed)
-
-
-@contextlib.contextmanager
-def writing(beside, *on, deed=lambda: None):
-    """Somebody has begun to write with some locks, and is done at the end."""
-    begun, leave = threading.Event(), threading.Event()
-
-    def write():
-        with cmres.transaction(on=cmres.locks_on(on)):
-            deed()
-            begun.set()
-            leave.wait(30)
-    writer = beside(write)
-    try:
-        assert begun.wait(30)
-        yield
-    finally:
-        leave.set()
-        assert writer.result() is None, writer.result()
-
-
-def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, beside):
-    first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
-    with writing(beside, (cmres.On.RESOURCE, first)):
-        same = beside(lambda: house.reserve_there('lab', 'a'))
-        until_so(house.waits)
-        house.reserve_there('free', 'b')
-        house.extend('free', by=hours(1))
-        house.update('free', resource='c')
-        house.delete('free')
-        change = beside(lambda: house.resource_update('b', vms=2))
-        until_so(lambda: house.waits() == 2)
-    assert same.result()['state'] == 'reserved' and change.result()['vms'] == 2
-    assert house.check()['differences'] == 0
-
-
-#: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
-KINDS = {
-    'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
-    'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
-    'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
-    'SERVER': ('refuse_shared_server', [('x', 'a'), ('y', 'b')], {'server': 'known'})}
-
-
-@pytest.mark.parametrize('removed', [False, True])
-@pytest.mark.parametrize('kind', KINDS)
-def test_each_lock_keeps_two_from_the_same_at_once(house, beside, monkeypatch, kind, removed):
-    name, adds, more = KINDS[kind]
-    rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
-
-    def slow_rule(*args):
-        rule(*args)
-        here.append(1)
-        until_so(lambda: len(here) > 1 or house.waits())
-    if kind == 'COUNTED':
-        house.limit_add(project='default', most_vms=1)
-    if kind == 'SERVER':
-        cmres.insert(cmres.SimulatedServer, account='simulated', uid='known', name='known', mark='', made=1, boots=0,
-                     power='active', fault='')
-    text = cmres.PostgreSQL.locks
-    if removed:
-        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(
-            lambda on: text(on and frozenset(each for each in on if each[0] != number))))
-    monkeypatch.setattr(cmres.Policy, name, slow_rule)
-    done = [each.result() for each in [beside(lambda each=each: house.reserve_there(*each, **more)) for each in adds]]
-    assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
-
-
-def test_locks_are_taken_in_one_order():
-    locks = cmres.locks_on((kind, name) for kind in range(1, 7) for name in (7, 3, 'b', 'a', 'z' * 90))
-    taken = re.findall(r'xact_lock\((\d+), (\d+)\)', cmres.PostgreSQL.locks(locks))
-    assert [(int(kind), int(number)) for kind, number in taken] == sorted(locks) and len(taken) == 30
-    assert all(0 <= number < 2**31 for _, number in locks)
-
-
-@pytest.mark.parametrize('marked', [True, False])
-def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, beside, monkeypatch, marked):
-    if not marked:
-        monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
-    last, seen = house.events(limit=1)[-1]['id'], []
-
-    def follow():
-        nonlocal last
-        for each in house.events(after=last, limit=100):
-            last = each['id']
-            seen.append(each['sentence'])
-        return len(seen)
-    with writing(beside, deed=lambda: house.journal(1.0, 'late', 'drawn first, saved last')):
-        house.reserve_there('lab', 'a')
-        assert follow() == (0 if marked else 1)
-        assert len(seen) == (not marked)
-    assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
-
-
-def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
-    tried = []
-
-    def deed(*names):
-        def done(locks):
-            with cmres.transaction(on=locks):
-                tried.append(locks)
-                for each in names:
-                    cmres.decide_on(each)
-                cmres.run('INSERT INTO mailed (owner, day, number) VALUES (?, 1, 1)', f'{time.monotonic()}')
-        return done
-    first, second = (cmres.On.RESOURCE, 1), (cmres.On.LABEL, 'p/x')
-    cmres.persist(deed(first, second), frozenset)
-    locks = cmres.locks_on([first]), cmres.locks_on([first, second])
-    assert tried == [frozenset(), *locks]
-    tried.clear()
-    cmres.persist(deed(first, second), lambda: [first, second])
-    assert tried == [locks[1]]
-    for deeds in (lambda locks: cmres.note_fact('x', 'y'), lambda locks: cmres.change(cmres.Resource, 1, vms=3)):
-        tried.clear()
-
-        def done(locks):
-            with cmres.transaction(on=locks):
-                tried.append(locks)
-                deeds(locks)
-        cmres.persist(done, frozenset)
-        assert tried == [frozenset(), None]  # only who has the store alone writes there
-    tried.clear()
-    many = [(cmres.On.RESOURCE, n) for n in range(cmres.MOST_LOCKS + 1)]
-    cmres.persist(deed(), lambda: many)
-    cmres.persist(deed(*many[:6]), frozenset)
-    assert tried[0] is None and tried[-1] is None and len(tried) == 6
-
-
-# Capacity ####'):].replace(inspect.getsource(cmres.of_list), '')
+    text = text[text.index('# Capacity ####'):].replace(inspect.getsource(cmres.of_list), '')
     texts = [each.value for each in ast.walk(ast.parse(text)) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
     sql = [each for each in texts if re.search(r'\b(SELECT|WHERE|UPDATE|INSERT INTO|DELETE FROM|IN) ', each)]
     wrong = {(each.strip()[:80], instead) for each in sql for word, instead in OWN_WORDS.items() if re.search(word, each)}
@@ -2932,6 +2768,170 @@ def test_a_dry_run_on_postgresql_waits_for_nobody(server_run, server):
         leave.set()
         writer.join()
     assert service.resource_list()[0]['vms'] == 5 and service.list() == []
+
+
+# Writers on PostgreSQL wait for one another where they decide on the same thing, and nowhere else.
+
+
+@pytest.fixture
+def house(server_run, server):
+    """A service on PostgreSQL with resources a to d, each with room for one."""
+    assert server_run('resource', 'add', 'spare')[0] == 0
+    house = cmres.local_service(load_config())
+    for name in 'abcd':
+        house.resource_add(name, cloud='simulated', vms=1)
+    house.soon = cmres.instant(int(time.time())) + hours(1)
+    house.reserve_there = lambda label, resource, start=0, **more: house.add(
+        label, resource, house.soon + hours(start), house.soon + hours(start + 1), **more)
+    house.waits = lambda: server.tell('SELECT count(*) FROM pg_locks WHERE NOT granted').fetchone()[0]
+    return house
+
+
+def until_so(look):
+    end = time.monotonic() + 30
+    while not (found := look()):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return found
+
+
+@pytest.fixture
+def in_thread(house):
+    """Begins something in a thread of its own; what becomes of it is its answer, or the error."""
+    def one(deed):
+        with contextlib.closing(cmres.db.obj):
+            try:
+                return deed()
+            except (Error, peewee.PeeweeException) as error:
+                return error
+    with ThreadPoolExecutor(4) as threads:
+        yield lambda deed: threads.submit(one, deed)
+
+
+@contextlib.contextmanager
+def writing(in_thread, *on, deed=lambda: None):
+    """Somebody has begun to write with some locks, and is done at the end."""
+    begun, leave = threading.Event(), threading.Event()
+
+    def write():
+        with cmres.transaction(on=cmres.locks_on(on)):
+            deed()
+            begun.set()
+            leave.wait(30)
+    writer = in_thread(write)
+    try:
+        assert begun.wait(30)
+        yield
+    finally:
+        leave.set()
+        assert writer.result() is None, writer.result()
+
+
+def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, in_thread):
+    first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
+    with writing(in_thread, (cmres.On.RESOURCE, first)):
+        same = in_thread(lambda: house.reserve_there('lab', 'a'))
+        until_so(house.waits)
+        house.reserve_there('free', 'b')
+        house.extend('free', by=hours(1))
+        house.update('free', resource='c')
+        house.delete('free')
+        change = in_thread(lambda: house.resource_update('b', vms=2))
+        until_so(lambda: house.waits() == 2)
+    assert same.result()['state'] == 'reserved' and change.result()['vms'] == 2
+    assert house.check()['differences'] == 0
+
+
+#: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
+LOCKED_KINDS = {
+    'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
+    'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
+    'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
+    'SERVER': ('refuse_shared_server', [('x', 'a'), ('y', 'b')], {'server': 'known'})}
+
+
+@pytest.mark.parametrize('removed', [False, True])
+@pytest.mark.parametrize('kind', LOCKED_KINDS)
+def test_each_lock_keeps_two_from_the_same_at_once(house, in_thread, monkeypatch, kind, removed):
+    name, adds, more = LOCKED_KINDS[kind]
+    rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
+
+    def slow_rule(*args):
+        rule(*args)
+        here.append(1)
+        until_so(lambda: len(here) > 1 or house.waits())
+    if kind == 'COUNTED':
+        house.limit_add(project='default', most_vms=1)
+    if kind == 'SERVER':
+        cmres.insert(cmres.SimulatedServer, account='simulated', uid='known', name='known', mark='', made=1, boots=0,
+                     power='active', fault='')
+    text = cmres.PostgreSQL.locks
+    if removed:
+        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(
+            lambda on: text(on and frozenset(each for each in on if each[0] != number))))
+    monkeypatch.setattr(cmres.Policy, name, slow_rule)
+    done = [each.result() for each in [in_thread(lambda each=each: house.reserve_there(*each, **more)) for each in adds]]
+    assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
+
+
+def test_locks_are_taken_in_one_order():
+    locks = cmres.locks_on((kind, name) for kind in range(1, 7) for name in (7, 3, 'b', 'a', 'z' * 90))
+    taken = re.findall(r'xact_lock\((\d+), (\d+)\)', cmres.PostgreSQL.locks(locks))
+    assert [(int(kind), int(number)) for kind, number in taken] == sorted(locks) and len(taken) == 30
+    assert all(0 <= number < 2**31 for _, number in locks)
+
+
+@pytest.mark.parametrize('marked', [True, False])
+def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, in_thread, monkeypatch, marked):
+    if not marked:
+        monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
+    last, seen = house.events(limit=1)[-1]['id'], []
+
+    def follow():
+        nonlocal last
+        for each in house.events(after=last, limit=100):
+            last = each['id']
+            seen.append(each['sentence'])
+        return len(seen)
+    with writing(in_thread, deed=lambda: house.journal(1.0, 'late', 'drawn first, saved last')):
+        house.reserve_there('lab', 'a')
+        assert follow() == (0 if marked else 1)
+        assert len(seen) == (not marked)
+    assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
+
+
+def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
+    tried = []
+
+    def deed(*names):
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                for each in names:
+                    cmres.decide_on(each)
+                cmres.run('INSERT INTO mailed (owner, day, number) VALUES (?, 1, 1)', f'{time.monotonic()}')
+        return done
+    first, second = (cmres.On.RESOURCE, 1), (cmres.On.LABEL, 'p/x')
+    cmres.persist(deed(first, second), frozenset)
+    locks = cmres.locks_on([first]), cmres.locks_on([first, second])
+    assert tried == [frozenset(), *locks]
+    tried.clear()
+    cmres.persist(deed(first, second), lambda: [first, second])
+    assert tried == [locks[1]]
+    for deeds in (lambda locks: cmres.note_fact('x', 'y'), lambda locks: cmres.change(cmres.Resource, 1, vms=3)):
+        tried.clear()
+
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                deeds(locks)
+        cmres.persist(done, frozenset)
+        assert tried == [frozenset(), None]  # only who has the store alone writes there
+    tried.clear()
+    many = [(cmres.On.RESOURCE, n) for n in range(cmres.MOST_LOCKS + 1)]
+    cmres.persist(deed(), lambda: many)
+    cmres.persist(deed(*many[:6]), frozenset)
+    assert tried[0] is None and tried[-1] is None and len(tried) == 6
 
 
 # Capacity ####################################################################
