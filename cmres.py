@@ -644,13 +644,8 @@ def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
                  zone: ZoneInfo) -> tuple[int, int]:
-    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after
-    that.
-
-    Args:
-      end: a length keeps its hours; a time is one on the clocks
-      start, first: the instant and the wall time that it counts from
-    """
+    """The length of a stretch that an end asks for, after a start and its wall time `first`:
+    seconds by the clocks for a time, and exact ones after that for a length."""
     if not isinstance(end, timedelta):
         by_clocks = int((typed_wall(end, zone) - first).total_seconds())
         return (by_clocks, 0) if by_clocks > 0 else (0, int((end - start).total_seconds()))
@@ -664,19 +659,13 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
 
 
 def at_midnight(day: date) -> datetime:
-    """The wall time at which a day begins."""
     return datetime(day.year, day.month, day.day)
 
 
 def read_repeat(text: str, today: date = date.min) -> str:
-    """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
-
-    Args:
-      today: a last date without a year is the first after that
-
-    Raises:
-      ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
-    """
+    """The RRULE that a person typed or meant, its UNTIL left as it is; ValueError if it is none, or
+    one that is not for machines, such as FREQ=SECONDLY. A last date without a year comes after
+    `today`."""
     word = ' '.join(text.split()).removeprefix('RRULE:')
     rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
     return checked_rule(rule) if rule else ''
@@ -938,10 +927,7 @@ MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30
 
 @functools.lru_cache(4000)
 def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
-    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
-
-    Args:
-      weekday: of its first day
+    """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
     """
     starts, length = MONTHS[leap], 365 + leap
     days = set(range(length))
@@ -1151,14 +1137,8 @@ def listed_walls(stretch: Stretch) -> set[datetime]:
 
 def slots(stretch: Stretch, begin: float, until: float,
           zone: tzinfo | None = None) -> Iterator[Slot]:
-    """What a stretch wants of the time between two instants, as far as it is not over at the first.
-
-    Args:
-      zone: the zone of its wall times, where that has no name
-
-    Raises:
-      Invalid: that is more than MOST_OCCURRENCES.
-    """
+    """What a stretch wants of the time between two instants, as far as it is not over at the first;
+    Invalid for more than MOST_OCCURRENCES. Its zone is needed where that has no name."""
     zone, found = zone or read_zone(stretch.zone), 0
     day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
     longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
@@ -1186,11 +1166,8 @@ def slots(stretch: Stretch, begin: float, until: float,
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
-    """The instants of a wall time and of its end; never none between them.
-
-    Args:
-      length: seconds from there to the end by the clocks, and `exact` elapsed ones after that
-    """
+    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
+    later; never none between them."""
     start = from_wall(wall, zone)
     end = from_wall(wall + timedelta(seconds=length), zone) if length else start
     end += timedelta(seconds=exact)
@@ -1206,13 +1183,11 @@ def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
 
 
 def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
-    """Whether a series wants anything that begins after an instant."""
     return any(slot.start >= after for stretch in stretches
                for slot in slots(stretch, after, LAST.timestamp()))
 
 
 def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
-    """What a series is before a slot."""
     return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches
             if (stretch.since or min([stretch.start, *stretch.dates])) < key]
 
@@ -1226,7 +1201,6 @@ def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch
 
 
 def endless(rule: str) -> str:
-    """A rule without its UNTIL or COUNT."""
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
@@ -1321,11 +1295,8 @@ RENAMED = {
 
 
 def with_new_names(where: str, given: dict) -> dict:
-    """Arguments of an operation, or settings, under the names that they have now.
-
-    Raises:
-      Invalid: one has two different values, under its old and its new name.
-    """
+    """Arguments of an operation, or settings, under the names that they have now; Invalid if one
+    has two different values, under its old and its new name."""
     names, found = RENAMED.get(where, {}), {}
     for name, value in given.items():
         new = names.get(name, name)
@@ -1365,6 +1336,7 @@ TEXTS = {
                 'was.\n\n{link}',
     'maintenance': 'Maintenance affects {label}, {start}\n{message}.\n\nYour reservation: {what}, '
                    '{when}\n{link}',
+    'ahead': '{label} could not start\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'unused': 'Nobody uses {label}\n{message}.\n\n{link}',
     'trouble': '{label}: not all VMs are running\n{message}.\n\n{link}',
     'vanished': '{label}: the cloud lost VMs\n{message}.\n\n{link}',
@@ -1383,163 +1355,107 @@ TEXT_FIELDS = frozenset((
     'host state when what then link').split())
 
 
-def setting(default, why: str, least=None, most=10**9):
-    return dataclasses.field(default=default, metadata={'why': why, 'least': least, 'most': most})
+def setting(default, least=None, most=10**9):
+    return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
-    database: str = setting('cmres.db',
-                            'the SQLite file that holds everything, not on a network file system; '
-                            'or PostgreSQL: postgresql://USER@HOST/DATABASE')
-    key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
-                           'database; if empty, the database with .key, of PostgreSQL cmres.key')
-    host: str = setting('127.0.0.1',
-                        'the address that `serve` listens on; put a TLS proxy before any other')
-    port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
-    threads: int = setting(8, 'requests that are answered at the same time', 1)
-    slow_per_user: int = setting(2, 'slow requests of one user (clouds, calendars, long '
-                                    'computations) at the same time', 1)
-    slow_per_target: int = setting(4, 'requests that wait for one cloud entry, or for one host, '
-                                      'at the same time', 1)
-    outside_timeout: float = setting(
-        50.0, 'seconds that one request may wait for clouds and calendars in total', 0.1)
-    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
-                           'database')
-    token: str = setting('', 'the token for that server')
-    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
-                                     'closes the oldest idle one', 10, 100_000)
-    connections_per_address: int = setting(200, 'open connections from one address, also from a '
-                                                'proxy', 1)
-    requests_per_address: int = setting(
-        12000, 'requests from one address within a minute; 0: no limit', 0)
-    requests_per_user: int = setting(
-        3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
-    mib_per_address: int = setting(
-        2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
-                                     'Admins have no such limit', 0)
-    cpu_per_user: float = setting(
-        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
-              'limit. Admins have no such limit', 0.0)
-    wrong_tokens: int = setting(
-        30, 'wrong tokens from one address within a minute; more are answered with 429', 1)
-    trusted_proxies: str = setting(
-        '127.0.0.1, ::1', 'addresses and networks of proxies; their last entry in X-Forwarded-For '
-                          'counts for limits and the log, and for nothing else')
-    keystone: str = setting(
-        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
-        'address such as https://cloud.example.org/identity')
-    keystone_roles: str = setting(
-        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
-        'KEYSTONE:CMRES; of several the highest, without any of them none')
-    oidc: str = setting(
-        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
-        'https://login.example.org; needs the package authlib')
-    oidc_client: str = setting('', 'the client id of cmres at that provider')
-    oidc_secret: str = setting('', 'its secret; without one, the client is public')
-    oidc_claims: str = setting(
-        'preferred_username, project, role', 'the claims that say user, project and role there; '
-        'without the last two, people are users of the project default')
-    identity_proxies: str = setting(
-        '', 'addresses and networks of proxies that say who asks, in the headers of '
-        '`identity_header`; they must take those headers out of what their clients send')
-    identity_header: str = setting(
-        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
-        'X-Remote-Project, X-Remote-Role')
-    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
-                           '(everybody) or off (nobody)')
-    log_format: str = setting('text', 'format of the log: text or json')
-    log_requests: bool = setting(
-        True, 'write a line to the log for each request and each call to a cloud')
-    drain: float = setting(30.0, 'seconds that running requests have to finish after SIGTERM', 0.0)
-    min_disk: int = setting(
-        100, 'MiB that should be free on the disk of the database; with less, /readyz warns', 0)
-    timezone: str = setting('UTC', 'time zone of times without a zone, and of tables; default: '
-                                   'the zone of this computer')
-    workers: int = setting(32, 'calls to one cloud at the same time', 1)
-    call_timeout: float = setting(60.0, 'seconds after which cmres gives up a call to a cloud', 0.1)
-    boot_timeout: float = setting(900.0, 'seconds until a VM that does not become ACTIVE is '
-                                         'replaced', 0.1)
-    lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
-                                            'the VM is created again', 0.0)
-    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
-                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
-    poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
-                                        'stopping', 0.01)
-    poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
-    retry_first: float = setting(5.0, 'seconds before a failed start or deletion is tried again; '
-                                      'doubles each time', 0.01)
-    retry_max: float = setting(300.0, 'maximum of these seconds', 0.01)
-    leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
-                                         'scheduler takes over', 0.1)
-    remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder', 0.0)
-    end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
-                                      'then the VM is deleted', 0.0)
-    webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
-    private_addresses: bool = setting(
-        False, 'allow webhook and calendar addresses in private networks and on this computer')
-    mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
-                                   'mail and refuses mail addresses')
-    mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    notify_admins: str = setting(
-        '', 'mail addresses or URLs that get a message when an admin must approve something')
-    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
-    own_token_days: int = setting(
-        365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
-    feeds_per_user: int = setting(
-        50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
-    subscriptions_per_user: int = setting(
-        50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
-                                1, 3660)
-    invitations_per_day: int = setting(
-        200, 'mails that invite people to what one user has reserved, within a day', 0)
-    calendar_poll: float = setting(300.0, 'seconds between '
-                                          'two readings of a subscribed calendar', 0.1)
-    caldav_refusal: str = setting(
-        'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
-        'stays and says so) or 403 (the program is refused)')
-    caldav_busy: bool = setting(
-        False, 'whether the calendar of a resource shows what others have reserved, as busy')
-    caldav_events: int = setting(
-        20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('', 'address of this server for people, for links, for example '
-                                  'https://cmres.example.org')
-    session_length: float = setting(43200.0, 'seconds after '
-                                        'which people must sign in to the page again', 0.1)
-    undo_time: float = setting(
-        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. '
-        '0: no Undo', 0.0, 600)
-    login_command: str = setting('ssh {address}',
-                         'how people log in to a VM; their calendar shows it')
-    no_overtaking_after: float = setting(
-        86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
-    exempt_longest: float = setting(
-        86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
-    delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
-                                               'themselves in their reservation')
-    retention: int = setting(400, 'days after which finished reservations are forgotten; reports '
-                                  'keep their sums', 1, 36500)
-    project_texts: int = setting(
-        100, 'MiB of user data, descriptions and metadata that a project may have here', 1, 10**6)
-    orphan_grace: float = setting(60.0, 'age in seconds at which cmres removes a server of its '
-                                        'own that no reservation needs', 0.0)
-    verify_every: float = setting(
-        3600.0, 'seconds between two checks of the database file for damage', 0.1)
-    max_pass_age: float = setting(
-        180.0, 'seconds since the last run of the scheduler after which /readyz warns', 0.1)
-    simulated_boot: float = setting(3.0, 'seconds until a '
-                                         'VM is ready on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of VMs that fail to start there, 0 to 1', 0.0,
-                                        1.0)
-    simulated_vms: int = setting(0, 'VMs that fit there; 0: no limit', 0)
-    simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
+    """Everything that can be set; config.example.ini says what each setting is for.
+
+    Once read, only what `read_again` takes is ever changed.
+    """
+    # the store, and how `serve` is reached
+    database: str = setting('cmres.db')
+    key: str = setting('')
+    host: str = setting('127.0.0.1')
+    port: int = setting(8080, 0, 65535)
+    threads: int = setting(8, 1)
+    slow_per_user: int = setting(2, 1)
+    slow_per_target: int = setting(4, 1)
+    outside_timeout: float = setting(50.0, 0.1)
+    url: str = setting('')
+    token: str = setting('')
+    # how much one may ask
+    connections: int = setting(2000, 10, 100_000)
+    connections_per_address: int = setting(200, 1)
+    requests_per_address: int = setting(12000, 0)
+    requests_per_user: int = setting(3000, 0)
+    mib_per_address: int = setting(2000, 0)
+    mib_per_user: int = setting(500, 0)
+    cpu_per_user: float = setting(30.0, 0.0)
+    wrong_tokens: int = setting(30, 1)
+    # who says who asks
+    trusted_proxies: str = setting('127.0.0.1, ::1')
+    keystone: str = setting('')
+    keystone_roles: str = setting('admin:admin, member:user, reader:reader')
+    oidc: str = setting('')
+    oidc_client: str = setting('')
+    oidc_secret: str = setting('')
+    oidc_claims: str = setting('preferred_username, project, role')
+    identity_proxies: str = setting('')
+    identity_header: str = setting('X-Remote')
+    # what the operator sees
+    metrics: str = setting('token')
+    log_format: str = setting('text')
+    log_requests: bool = setting(True)
+    drain: float = setting(30.0, 0.0)
+    min_disk: int = setting(100, 0)
+    timezone: str = setting('UTC')
+    # the life cycle and its clouds; seconds
+    workers: int = setting(32, 1)
+    call_timeout: float = setting(60.0, 0.1)
+    boot_timeout: float = setting(900.0, 0.1)
+    lost_answer_wait: float = setting(15.0, 0.0)
+    common_names: str = setting('')
+    poll_changing: float = setting(1.0, 0.01)
+    poll_running: float = setting(60.0, 0.01)
+    retry_first: float = setting(5.0, 0.01)
+    retry_max: float = setting(300.0, 0.01)
+    leader_timeout: float = setting(6.0, 0.1)
+    check_ahead: float = setting(3600.0, 0.0)
+    remind_before: float = setting(600.0, 0.0)
+    end_grace: float = setting(600.0, 0.0)
+    # who is told
+    webhook: str = setting('')
+    webhook_secret: str = setting('')
+    private_addresses: bool = setting(False)
+    mail_server: str = setting('')
+    mail_from: str = setting('cmres@localhost')
+    notify_admins: str = setting('')
+    mail_domains: str = setting('')
+    notices_per_day: int = setting(200, 0)
+    # what people may keep
+    own_token_days: int = setting(365, 1, 36500)
+    tokens_per_user: int = setting(50, 0)
+    feeds_per_user: int = setting(50, 0)
+    subscriptions_per_user: int = setting(50, 0)
+    horizon: int = setting(366, 1, 3660)
+    invitations_per_day: int = setting(200, 0)
+    # calendars and the page
+    calendar_poll: float = setting(300.0, 0.1)
+    caldav_refusal: str = setting('mark')
+    caldav_busy: bool = setting(False)
+    caldav_events: int = setting(20000, 0)
+    public_url: str = setting('')
+    session_length: float = setting(43200.0, 0.1)
+    undo_time: float = setting(10.0, 0.0, 600)
+    login_command: str = setting('ssh {address}')
+    # rules, and how long what is over is kept
+    no_overtaking_after: float = setting(86400.0, 0.0)
+    exempt_longest: float = setting(86400.0, 0.0)
+    at_end_stop: str = setting('hold')
+    delete_user_started: bool = setting(False)
+    retention: int = setting(400, 1, 36500)
+    project_texts: int = setting(100, 1, 10**6)
+    orphan_grace: float = setting(60.0, 0.0)
+    verify_every: float = setting(3600.0, 0.1)
+    max_pass_age: float = setting(180.0, 0.1)
+    simulated_boot: float = setting(3.0, 0.0)
+    simulated_failures: float = setting(0.0, 0.0, 1.0)
+    simulated_vms: int = setting(0, 0)
+    simulated_latency: float = setting(0.0, 0.0)
+    # what else stands in the file, and where all of it is from
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
@@ -1556,7 +1472,7 @@ class Config:
     @property
     def common(self) -> frozenset[str]:
         """The setting `common_names`, one by one; Invalid if one of them is none."""
-        names = [each.strip() for each in self.common_names.split(',') if each.strip()]
+        names = [*filter(None, map(str.strip, self.common_names.split(',')))]
         for each in names:
             kind, _, name = each.partition(':')
             if kind not in KINDS or not name:
@@ -1569,13 +1485,14 @@ class Config:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
-    def is_proxy(self, peer: str) -> bool:
-        """Whether an address is that of a trusted proxy."""
-        return is_among(peer, read_networks(self.trusted_proxies))
-
-    def tells_who(self, peer: str) -> bool:
-        """Whether an address is that of a proxy that says who asks."""
-        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+    def is_among(self, setting: str, address: str) -> bool:
+        """Whether an address is in one of the networks that a setting names."""
+        import ipaddress
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found in each for each in read_networks(getattr(self, setting), setting))
 
     @property
     def roles(self) -> dict[str, str]:
@@ -1586,13 +1503,6 @@ class Config:
                 raise Invalid(f"Setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
                               f"such as member:user; the roles here are {', '.join(ROLES)}")
         return {name: role for name, _, role in pairs}
-
-    def check_choices(self) -> None:
-        """Invalid if a setting that is one of some words is another."""
-        for name, words in WORDS_OF.items():
-            if (said := getattr(self, name)) not in words:
-                raise Invalid(f"Setting {name}: '{said}' is not one of "
-                              f"{', '.join(words)}{nearest(said, words)}")
 
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
@@ -1617,10 +1527,8 @@ class Config:
             object.__setattr__(self, name, value)
 
     def read_again(self) -> Config:
-        """Itself, with the sections of AGAIN from its file if that has changed since.
-
-        A file that can't be read leaves them as they were; the log says why, once.
-        """
+        """Itself, with the sections of AGAIN from its file if that has changed since; where it
+        can't be read they stay, and the log says why, once."""
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
             self.take(stamp=stamp)
@@ -1635,20 +1543,12 @@ class Config:
 
 #: Settings that are one of some words.
 WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
+            'at_end_stop': ('hold', 'shelve', 'refuse'),
             'caldav_refusal': ('mark', '403')}
 
 
-def is_among(address: str, networks: list) -> bool:
-    """Whether an address is in one of some networks."""
-    import ipaddress
-    with suppress(ValueError):
-        found = ipaddress.ip_address(address)
-        return any(found in each for each in networks)
-    return False
-
-
 @functools.lru_cache
-def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
+def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
     import ipaddress
     found = []
@@ -1661,41 +1561,39 @@ def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     return found
 
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
 #: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
-    """Settings from the environment, a file and the defaults.
-
-    Raises:
-      Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
+    """Settings from the environment, a file and the defaults; Invalid says what is wrong in them.
     """
-    path = path or environ.get('CMRES_CONFIG') or (
-        'config.ini' if os.path.exists('config.ini') else '')
+    usual = 'config.ini' if os.path.exists('config.ini') else ''
+    path = path or environ.get('CMRES_CONFIG') or usual
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     twins = {name[6:].lower(): text for name, text in environ.items()
              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    said = dict.fromkeys(sections['cmres'], path)
+    said |= {name: f'CMRES_{name.upper()}' for name in twins}
     renamed = RENAMED['setting']
-    old = [name for name in (*sections['cmres'], *twins) if name in renamed]
-    sources = {renamed.get(name, name): path for name in sections['cmres']} | {
-        renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
-    for name in sections['texts']:
+    settings = with_new_names('setting', sections['cmres']) | with_new_names('setting', twins)
+    settings.setdefault('timezone', machine_zone(environ))
+    for name, template in sections['texts'].items():
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
                           f"'{name}'{nearest(name, TEXTS)}")
-        check_template(f'{path}: [texts] {name}', sections['texts'][name])
-    texts.setdefault('timezone', machine_zone(environ))
-    config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
+        check_template(f'{path}: [texts] {name}', template)
+    config = Config(**{name: read_setting(name, text) for name, text in settings.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
-                    old_names=tuple(old))
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp,
+                    sources={renamed.get(name, name): where for name, where in said.items()},
+                    old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.roles, config.check_choices()
-    config.is_proxy(''), config.tells_who('')
+    config.zone, config.common, config.roles
+    for name in ('trusted_proxies', 'identity_proxies'):
+        read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
 
@@ -1704,9 +1602,8 @@ def check_template(where: str, template: str) -> None:
     """Refuses words for an event that could not be filled in; Invalid says where and why."""
     from string import Formatter
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        for field in fields:
-            if field not in TEXT_FIELDS:
+        for _, field, _, _ in Formatter().parse(template):
+            if field is not None and field not in TEXT_FIELDS:
                 hint = nearest(field, TEXT_FIELDS)
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
@@ -1716,7 +1613,6 @@ def check_template(where: str, template: str) -> None:
 
 
 def is_web(target: str) -> bool:
-    """Whether somebody is told by a webhook, and not by mail."""
     return target.startswith(('http://', 'https://'))
 
 
@@ -1729,7 +1625,6 @@ def file_stamp(path: str) -> tuple:
 
 
 def read_config_file(path: str) -> dict[str, dict]:
-    """The texts of each section."""
     import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
@@ -1737,8 +1632,7 @@ def read_config_file(path: str) -> dict[str, dict]:
         with open(path, encoding='utf-8') as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        why = str(error).splitlines()[0]
-        raise Invalid(f"Cannot read the configuration '{path}': {why}") from None
+        raise Invalid(f"Cannot read the configuration '{path}': {str(error).splitlines()[0]}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -1754,18 +1648,21 @@ def read_bool(value, here=None) -> bool:
 
 
 def read_setting(name: str, text: str):
+    """The value of a setting; Invalid if the text is none."""
     if name not in SETTINGS:
         raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
-    field = SETTINGS[name]
+    usual, (least, most) = SETTINGS[name].default, SETTINGS[name].metadata.values()
     try:
-        value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
+        value = read_bool(text) if isinstance(usual, bool) else type(usual)(text)
     except ValueError:
-        what = ('not true or false' if isinstance(field.default, bool)
-                else f'not a number such as {field.default}')
-        raise Invalid(f"Setting {name}: '{text}' is {what}.") from None
-    least, most = field.metadata['least'], field.metadata['most']
+        what = 'true or false' if isinstance(usual, bool) else f'a number such as {usual}'
+        raise Invalid(f"Setting {name}: '{text}' is not {what}.") from None
     if least is not None and not least <= value <= most:
         raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
+    words = WORDS_OF.get(name, [value])
+    if value not in words:
+        raise Invalid(f"Setting {name}: '{value}' is not one of "
+                      f"{', '.join(words)}{nearest(value, words)}")
     return value
 
 
@@ -1801,8 +1698,8 @@ MEASURED = {
     'servers': 'VMs that are not deleted, by cloud and state',
     'cloud_left_alone': 'whether cmres waits before it asks a cloud again after errors: 1 or 0',
     'cloud_failures': 'failures of a cloud in a row',
-    'pass_age_seconds': 'seconds since the last run of the scheduler',
-    'leader': 'the host whose scheduler is the leader now',
+    'pass_age_seconds': 'seconds since a scheduler last ran, for the cloud that waits longest',
+    'leader': "the host whose scheduler acts for a cloud now; '': for what belongs to none",
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notifications that have not been delivered yet',
@@ -2089,6 +1986,7 @@ WORDS = {
     'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
+    'store': 'whose resources these are, as their second mark says',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -2138,7 +2036,6 @@ class Operation:
 
     @functools.cached_property
     def answers(self):
-        """The type of its answer."""
         return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
@@ -2149,11 +2046,6 @@ class Operation:
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
-
-    @property
-    def summary(self) -> str:
-        return inspect.getdoc(self.method).splitlines()[0]
-
 
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
@@ -2236,11 +2128,8 @@ class Here(NamedTuple):
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
-    """The arguments of a call, read from text or JSON by the types of the method's signature.
-
-    Raises:
-      Invalid: one is unknown, missing or malformed; the sentence names it.
-    """
+    """The arguments of a call, read from text or JSON by the types of the method's signature;
+    Invalid names the one that is unknown, missing or malformed."""
     parameters, given = operation.parameters, with_new_names(operation.name, given)
     refuse_unknown(operation, given)
     anything = {name for name in FILTERS & given.keys()
@@ -2279,11 +2168,7 @@ def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
 
 
 def read_argument(name: str, value, kind, here: Here):
-    """One argument of a call, by the type that the operation gives it.
-
-    Raises:
-      Invalid: it is malformed; the sentence names the argument.
-    """
+    """One argument of a call, by the type that the operation gives it; Invalid names it."""
     try:
         return READERS[kind](value, here)
     except (ValueError, TypeError) as error:
@@ -2424,12 +2309,17 @@ def read_names(value, here=None) -> list[str]:
     return [name for name in map(read_name, items) if name]
 
 
+def pairs_of(value):
+    """What k=v,k=v or an object says; None behind a name without a value."""
+    if not isinstance(value, str):
+        return value
+    return {pair.partition('=')[0]: pair.partition('=')[2] if '=' in pair else None
+            for pair in value.split(',') if pair}
+
+
 def read_pairs(value, here=None) -> dict[str, str]:
     """Nova's metadata: at most 128 pairs, names and values of up to 255 characters."""
-    pairs = value
-    if isinstance(value, str):
-        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                     for pair in value.split(',') if pair)
+    pairs = pairs_of(value)
     if (not isinstance(pairs, dict) or len(pairs) > 128
         or not all(isinstance(each, str) for each in pairs.values())):
         raise ValueError(f'{shown(value)} is not valid. Write k=v,k=v with at most 128 pairs.')
@@ -2442,10 +2332,7 @@ def read_pairs(value, here=None) -> dict[str, str]:
 
 def read_classes(value, here=None) -> dict[str, int]:
     """Names as Placement has them, each with a figure; `unlimited` is UNLIMITED."""
-    classes = value
-    if isinstance(value, str):
-        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                       for pair in value.split(',') if pair)
+    classes = pairs_of(value)
     if not isinstance(classes, dict) or len(classes) > 50:
         raise ValueError(f'{shown(value)} is not valid. Write for example CUSTOM_GPU=2, with at '
                          'most 50 classes.')
@@ -2546,9 +2433,8 @@ DISK = 'DISK_GB'
 PLAIN = ('VCPU', 'MEMORY_MB', DISK)
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
-PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name,
-               'host': Name,
-               'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
+PART_FIELDS = {'resource': Place, 'vms': Count} | dict.fromkeys(
+    ('flavor', 'image', 'network', 'host', 'cell', 'cloud', 'region', 'aggregate'), Name)
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
@@ -2572,8 +2458,7 @@ READERS = {
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
     'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
-    'latest_end '
-    'next_start planned polled ready revoked start until'.split())
+    'latest_end next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -3617,6 +3502,18 @@ class SQLite(peewee.SqliteDatabase):
         connection = self.connection()
         return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anybody has written, and what empties it; else None: on Linux."""
+        import ctypes
+        system = ctypes.CDLL(None)
+        if not hasattr(system, 'inotify_init1'):
+            yield None, None
+            return
+        with open(system.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), 'rb', 0) as ear:
+            system.inotify_add_watch(ear.fileno(), os.fsencode(f'{store_file.path}-wal'), MODIFIED)
+            yield ear, lambda: ear.read(1 << 16)
+
     def make_trigger(self, text: str) -> None:
         run(text)
 
@@ -3637,6 +3534,8 @@ class SQLite(peewee.SqliteDatabase):
         return (f'INSERT INTO {table} ({quoted(names)}) '
                 f'SELECT {values} FROM json_each(?) ORDER BY key')
 
+
+MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
 IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
@@ -3798,6 +3697,16 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
         return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anything is due that others have written, and what empties it."""
+        try:
+            with psycopg().connect(store_file.path, autocommit=True, **OF_CONNECTIONS) as ear:
+                ear.execute('LISTEN cmres')
+                yield ear, lambda: [*ear.notifies(timeout=0)]
+        except psycopg().Error as error:
+            raise of_peewee(error) from error
 
     def has_stage(self) -> bool:
         """Whether this connection has what rehearsals write to."""
@@ -4631,7 +4540,8 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts()]
+    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
+    lambda: divide_lease()]
 
 
 def long_texts(row: str) -> str:
@@ -4691,6 +4601,15 @@ FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, r
     ('instr(text, text) RETURNS integer', 'AS $$ SELECT strpos($1, $2) $$'),
     ('json_array(VARIADIC bigint[]) RETURNS text',
      'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
+
+
+#: What tells schedulers, when a transaction ends, that something in it is due at once. Not what is
+#: due later: such transactions would end one after the other.
+TELLING = ["""CREATE FUNCTION tell_due() RETURNS trigger LANGUAGE plpgsql AS $$
+  BEGIN PERFORM pg_notify('cmres', ''); RETURN NULL; END $$""", *(f"""
+  CREATE TRIGGER {table}_tells AFTER INSERT OR UPDATE OF due ON {table} FOR EACH ROW
+    WHEN (NEW.due < extract(epoch FROM clock_timestamp()) + 1) EXECUTE FUNCTION tell_due()"""
+                                                        for table in ('occurrence', 'wait'))]
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4847,7 +4766,7 @@ def make_tables() -> None:
 
 def finish_tables() -> None:
     """Makes what tables have beside their rows."""
-    for each in () if db.in_files else FUNCTIONS:
+    for each in () if db.in_files else FUNCTIONS + TELLING:
         run(each)
     for index in INDEXES.split(';'):
         run(f'CREATE INDEX {index}')
@@ -5679,6 +5598,13 @@ def add_hosts() -> None:
         CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
 
 
+def divide_lease() -> None:
+    """Version 22: there is a lease for each cloud, and PostgreSQL tells of what is due at once."""
+    run("UPDATE lease SET name = '' WHERE name = 'scheduler'")
+    for each in () if db.in_files else TELLING:
+        run(each)
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5851,9 +5777,11 @@ def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[No
             turns.release()
 
 
-def some_of(left: deque) -> Iterator:
-    """Takes one by one what is left, until a transaction has lasted for as long as a piece may."""
-    until = time.monotonic() + PIECE
+def some_of(left: deque, whole: bool = False) -> Iterator:
+    """Takes one by one what is left, until a transaction has lasted for as long as a piece may, or
+    all of it.
+    """
+    until = math.inf if whole else time.monotonic() + PIECE
     while left:
         yield left.popleft()
         if time.monotonic() >= until:
@@ -6145,8 +6073,14 @@ def resource_of(id: int, removed: bool = False):
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
-    ROW_TYPES[sql] = namedtuple('Row', [column[0] for column in cursor.description])
+    ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
     return ROW_TYPES[sql]
+
+
+@functools.cache
+def row_of(names: tuple[str, ...]) -> type:
+    """The type of rows with some columns: many queries have the same ones."""
+    return namedtuple('Row', names)
 
 
 def insert(model: type[Table], **values) -> int:
@@ -6317,7 +6251,7 @@ LISTING = '''
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id
-           OR NOT p.alone)
+           OR NOT p.alone) AND p.code <> 'undo'
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
@@ -7657,9 +7591,12 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whose it is
+
+
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a floating IP of a network.
+    server group of a policy, a host in an aggregate, a floating IP of a network.
     """
     lease: str
     part: str
@@ -7670,6 +7607,7 @@ class Lent(NamedTuple):
     like: str = ''
     policy: str = ''
     network: str = ''
+    make: bool = True  # else it is kept, and another account makes it
 
 
 class Seat(NamedTuple):
@@ -7826,6 +7764,12 @@ class Cloud:
     def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
         """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
         return wanted
+
+    def refuse_any_network(self, sight: Sight) -> None:
+        """Refuses what names no network where Nova could not tell which one it is to have."""
+
+    def left(self) -> Amount | None:
+        """How much more the quota of the account's project allows; None where that is not told."""
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
@@ -8058,9 +8002,12 @@ class OpenStack(Cloud):
     # Whose each thing is: the account of an admin is shown what belongs to others as well.
 
     def flavor_thing(self, cloud, found) -> Thing:
-        disk = found.disk + (found.ephemeral or 0) + math.ceil((found.swap or 0) / 1024)
-        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}), disk)
-        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+        return Thing(found.id, found.name, own=True, open=True, flavor=self.takes(found))
+
+    def takes(self, flavor) -> Flavor:
+        """What a VM of a flavor takes, be it that of a server."""
+        disk = flavor.disk + (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+        return Flavor(flavor.vcpus, flavor.ram, classes_of(flavor.extra_specs or {}), disk)
 
     def key_thing(self, cloud, found) -> Thing:
         return Thing(found.id, found.name, own=True)
@@ -8086,7 +8033,8 @@ class OpenStack(Cloud):
         # Until it has a host, Nova may show a server without its tags: it may be anybody's.
         own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
         mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
-        return Thing(found.id, found.name, own, mark=mark)
+        has = found.flavor if found.flavor and found.flavor.vcpus else None
+        return Thing(found.id, found.name, own, mark=mark, flavor=has and self.takes(has))
 
     def boot(self, machine):
         with self.calling('make a server'):
@@ -8195,7 +8143,8 @@ class OpenStack(Cloud):
     def aggregates(self, host=''):
         with self.calling('list aggregates', sure=True) as cloud:
             found = [each for each in cloud.compute.aggregates()
-                     if not host or host in (each.hosts or [])]
+                     if (not host or host in (each.hosts or []))
+                     and LENT_BY not in (each.metadata or {})]
         hosts = {one for each in found for one in each.hosts or [] if host in ('', one)}
         told = {one: self.host_holds(one) for one in sorted(hosts)}
         return [Aggregate(each.name, {one: told[one][0] for one in sorted(each.hosts or [])
@@ -8254,7 +8203,9 @@ class OpenStack(Cloud):
     #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
     LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
                        'id'),
-            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'server_group': ('compute', 'server_groups', {'all_projects': True},
+                             'delete_server_group', 'name', 'name'),
+            'aggregate': ('compute', 'aggregates', {}, 'delete_aggregate', 'metadata', 'name'),
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
@@ -8264,9 +8215,9 @@ class OpenStack(Cloud):
                 verbs = getattr(cloud, self.LENT[kind][0])
                 ours = self.lent(kind, verbs)  # two server groups may have one name
                 for id in [id for name, id in ours if name not in things]:
-                    getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+                    self.take_back(kind, verbs, id)
                 answer[kind] = there = {name: id for name, id in ours if name in things}
-                for name in things.keys() - there.keys():
+                for name in [each for each in things if each not in there and things[each].make]:
                     try:
                         there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
@@ -8281,9 +8232,29 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
         """The names and ids of what is lent of a kind."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        ours = [each for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)]
+        there = [*getattr(verbs, listing)(**which)]
+        if kind == 'aggregate':
+            return [(f'{each.name} {host}', f'{each.id} {host}') for each in there
+                    if (each.metadata or {}).get(LENT_BY) == self.store
+                    for host in each.hosts or ['']]
+        ours = [each for each in there if (getattr(each, mark) or '').startswith(self.store)]
         return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
+
+    def take_back(self, kind: str, verbs, id: str) -> None:
+        """Takes back something that is lent; the last host of an aggregate goes with it."""
+        id, _, host = id.partition(' ')
+        if host:
+            verbs.remove_host_from_aggregate(id, host)
+        if not host or not verbs.get_aggregate(id).hosts:
+            getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+
+    def lend_aggregate(self, compute, name: str, lent: Lent) -> str:
+        name, _, host = name.partition(' ')
+        there = [each for each in compute.aggregates() if each.name == name]
+        found = there[0] if there else compute.create_aggregate(name=name)
+        compute.set_aggregate_metadata(found, {LENT_BY: self.store, 'blazar:owner': lent.project})
+        compute.add_host_to_aggregate(found, host)
+        return f'{found.id} {host}'
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -8297,11 +8268,35 @@ class OpenStack(Cloud):
     def lend_server_group(self, compute, name: str, lent: Lent) -> str:
         return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
 
+    def lend_to_token(self, token: str, name: str, lent: Lent) -> str:
+        """Makes a server group in the project of somebody's token, and tells its id."""
+        wish = {'server_group': {'name': f'{self.store} {name}', 'policy': lent.policy}}
+        with self.calling('lend a server group') as cloud:
+            return cloud.compute.post(
+                '/os-server-groups', json=wish, headers={'X-Auth-Token': token},
+                authenticated=False, microversion='2.64').json()['server_group']['id']
+
     def lend_address(self, network, address: str, lent: Lent) -> str:
         made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
                                  project_id=lent.project, description=self.store)
         network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
         return made.id
+
+    def refuse_any_network(self, sight):
+        with self.calling('list networks', sure=True) as cloud:
+            found = [each for each in cloud.network.networks(is_admin_state_up=True)
+                     if each.is_shared or each.project_id == cloud.current_project_id]
+        if found[1:]:
+            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
+            raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
+                          f'them: {names}.')
+
+    def left(self):
+        with self.calling('tell the quota', sure=True) as cloud:
+            found = cloud.compute.get_limits().absolute
+        return Amount(*(most - used if most >= 0 else 2**40 for most, used in (
+            (found.instances, found.instances_used), (found.total_cores, found.total_cores_used),
+            (found.total_ram, found.total_ram_used))))
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
@@ -8533,10 +8528,13 @@ class Clouds:
         """
         return f"cmres-{fact('store')}"
 
-    def accounts(self) -> set[str]:
-        """All accounts that serve the resources there are."""
-        clouds = {each.cloud
-                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+    def names(self) -> set[str]:
+        """The clouds of the resources there are; '' stands for none."""
+        return {'', *(each.cloud for each in rows('SELECT DISTINCT cloud FROM resource'))}
+
+    def accounts(self, among: Iterable[str] | None = None) -> set[str]:
+        """All accounts that serve the resources there are, or those on some clouds."""
+        clouds = (self.names() if among is None else self.names() & {*among}) - {''}
         known = self.config.read_again().credentials
         own = {f'{each.cloud}{OF_PERSON}{each.id}'
                for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
@@ -8589,11 +8587,11 @@ class Keystone:
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
-    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+    def told(self, token: str, ask: Callable[[Callable, float], Any]) -> Scoped:
         """Who has a token. While Keystone does not answer, those who were known go on.
 
         Args:
-          ask: calls what may take long
+          ask: calls what may take long, for so many seconds
 
         Raises:
           Unauthorized: Keystone does not know it, or it is for no project.
@@ -8609,14 +8607,21 @@ class Keystone:
             raise found.refusal
         return found.scoped
 
-    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+    def is_new(self, token: str) -> bool:
+        """Whether it is nobody's who is known."""
+        return hashlib.sha256(token.encode()).hexdigest() not in self.known
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any]) -> Told:
         """What Keystone says now; what it said before, if it does not answer."""
         before = self.known.get(key)
+        patience = self.SOON if before else self.PATIENT
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
-        except (CloudError, TooMany, Unavailable):
+            found = ask(lambda: self.look(token, patience), patience + 1)
+        except (CloudError, TooMany, Unavailable) as error:
+            if getattr(error, 'sure', False):  # it answers bit by bit, for longer than one waits
+                self.shut = self.clock() + self.SHUT
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
@@ -8736,11 +8741,8 @@ class Undelivered(Error):
 
 
 def deliver(config: Config, notice, about: dict) -> None:
-    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Delivers a notice to its target, `about` its reservation as answers show it; else
+    Undelivered."""
     from http.client import HTTPException
     try:
         if is_web(notice.target):
@@ -8755,11 +8757,8 @@ def deliver(config: Config, notice, about: dict) -> None:
 
 
 def post(config: Config, url: str, body: bytes) -> None:
-    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
-
-    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and
-    the body.
-    """
+    """Posts a webhook, without redirects. Where there is a secret, X-Cmres-Signature is `sha256=`
+    and the hex HMAC of X-Cmres-Timestamp, a full stop and the body."""
     import hmac
     stamp = str(int(time.time())).encode()
     signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
@@ -8773,12 +8772,7 @@ def post(config: Config, url: str, body: bytes) -> None:
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
-    first.
-
-    Raises:
-      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the
-        address.
-    """
+    first; Undelivered, without the address in its sentence, where there is none."""
     from http.client import HTTPException
     try:
         for _ in range(6):
@@ -8799,12 +8793,8 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None,
              headers: dict) -> tuple[int, dict, bytes]:
-    """One request to an address that a person gave: its status, headers in lower case and body.
-
-    Raises:
-      OSError, ValueError, HTTPException: no answer within 10 seconds, more than MOST_FETCHED
-        bytes, or a private address.
-    """
+    """One request to an address that a person gave: status, headers in lower case and body.
+    OSError, ValueError or HTTPException for no whole answer in time, or a private address."""
     from http.client import HTTPConnection, HTTPSConnection
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
@@ -8866,12 +8856,8 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host.
-
-    Raises:
-      ValueError: none is known, or one of them is not public and that is not allowed; in one
-        sentence, so that nobody learns which hosts there are inside.
-    """
+    """The address of a host; ValueError where it has none that is public (or allowed), in one
+    sentence, so that nobody learns which hosts there are inside."""
     import ipaddress
     try:
         found = [ipaddress.ip_address(each[4][0].partition('%')[0])
@@ -8906,11 +8892,8 @@ def is_public(address) -> bool:
 
 
 def embedded(address) -> list:
-    """The IPv4 addresses that an IPv6 address leads to.
-
-    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
-    ISATAP (RFC 5214).
-    """
+    """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
+    (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
     import ipaddress
     if address.version == 4:
         return []
@@ -8922,7 +8905,6 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    """Sends a notice as a mail."""
     subject, _, text = notice_text(config, notice, about).partition('\n')
     sentence = legible(notice.sentence)
     message = mail_to(config, notice, subject)
@@ -8933,14 +8915,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
 
 def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
                     stop: str) -> None:
-    """Sends a mail with an event for a calendar (RFC 6047).
-
-    Args:
-      stop: the address at which its reader says that no more are wanted
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Sends a mail with an event for a calendar (RFC 6047), and the address `stop` at which its
+    reader says that no more are wanted; else Undelivered."""
     message = mail_to(config, notice, subject)
     message['List-Unsubscribe'] = f'<{stop}>'
     message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
@@ -9022,7 +8998,6 @@ def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
-    """A value for people."""
     if isinstance(value, datetime):
         return format_time(value, zone)
     if isinstance(value, dict):
@@ -9183,10 +9158,10 @@ class Shares:
         self.request = threading.local()
 
     @contextmanager
-    def answering(self, user: str) -> Iterator[None]:
+    def answering(self, user: str, patience: float = math.inf) -> Iterator[None]:
         """A request of a user in this thread; what is asked outside of any has no bounds."""
         here = self.request
-        here.user, here.left, here.has = user, self.patience, ()
+        here.user, here.left, here.has = user, min(self.patience, patience), ()
         try:
             with acting_for(user):
                 yield
@@ -9401,13 +9376,13 @@ class Booking(NamedTuple):
     """All components of one UID, as a series that wants machines."""
     uid: str
     summary: str
+    guess: str           # the flavor in words that only look like a wish
+    name: str            # as a sentence calls it
     want: Want
     stretches: list      # of resource 0, until it is known
     cancelled: bool
     digest: str          # of its text, without what changes at each look
-    name: str = ''       # as a sentence calls it
     error: str = ''      # why it can't be understood
-    guess: str = ''      # the flavor in words that only look like a wish
 
     def why(self, error: Error) -> str:
         """The sentence that refuses it, by its title and date."""
@@ -9439,9 +9414,7 @@ class Frame:
 
 
 def table_zone(name: str) -> ZoneInfo | None:
-    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of
-    Windows.
-    """
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or in Windows."""
     words = name.split('/')
     ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
     for each in (name, *ends):
@@ -9452,9 +9425,7 @@ def table_zone(name: str) -> ZoneInfo | None:
 
 
 def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
-    """A zone by its changes, as instants without their zone, in the form of a zone table's file
-    (RFC 8536).
-    """
+    """A zone by its changes, as instants in UTC, in the form of a zone table's file (RFC 8536)."""
     offsets = [before, *(offset for _, offset in changes)]
     kinds = [*dict.fromkeys(offsets)]
 
@@ -9493,7 +9464,6 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
 
 
 def read_offset(text: str) -> timedelta:
-    """A TZOFFSETFROM or TZOFFSETTO."""
     if not OFFSET.fullmatch(text):
         raise ValueError(text)
     hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
@@ -9609,22 +9579,20 @@ class Entry:
     @functools.cached_property
     def length(self) -> timedelta:
         """By wall clocks; without an end a day for a date, nothing for a time (RFC 5545, 3.6.1)."""
-        if 'DTEND' in self.said:
-            end, zone = self.moment('DTEND'), self.start.zone
-            if zone and end.zone and end.zone is not zone:
-                end = Moment(to_wall(end.at(zone), zone))
-            if end.wall < self.start.wall:
-                raise Invalid(f'It ends at {end.wall}, before it starts.')
-            return end.wall - self.start.wall
-        if 'DURATION' in self.said:
-            return read_length(self.one('DURATION')[1])
-        return timedelta(days=self.start.whole)
+        if 'DTEND' not in self.said:
+            there = 'DURATION' in self.said
+            return (read_length(self.one('DURATION')[1]) if there
+                    else timedelta(days=self.start.whole))
+        end, zone = self.moment('DTEND'), self.start.zone
+        if zone and end.zone and end.zone is not zone:
+            end = Moment(to_wall(end.at(zone), zone))
+        if end.wall < self.start.wall:
+            raise Invalid(f'It ends at {end.wall}, before it starts.')
+        return end.wall - self.start.wall
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Its length by the clocks, and the exact one after that: the hours of a DURATION are
-        exact.
-        """
+        """Its length by the clocks, and the exact one after that: hours of a DURATION are exact."""
         nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
         return nominal, int(self.length.total_seconds()) - nominal
 
@@ -9657,12 +9625,11 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
-        title = ' '.join(title.split()) or self.uid
-        title = textwrap.shorten(title, 80) if len(title) > 80 else title
+        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split())
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title or self.uid
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{title}'" + (
-            f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+        on = f" of {'-'.join(day.groups())}" if day else ''
+        return f"the event '{title}'{on} (line {self.line})"
 
 
 def unescaped(text: str) -> str:
@@ -9828,7 +9795,6 @@ class Clock(NamedTuple):
 
 
 def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
-    """The clock of a series and its exceptions."""
     head = entries[0]
     here = head.start.zone or owner
     if here is UTC and (head.repeats or len(entries) > 1):
@@ -9885,8 +9851,11 @@ def timetable(entries: list[Entry], owner: tzinfo,
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
-    refuse_too_many_dates(entries)
-    head, clock = entries[0], clock_of(entries, owner)
+    head = entries[0]
+    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
+    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
+        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
+    clock = clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
@@ -9896,14 +9865,6 @@ def timetable(entries: list[Entry], owner: tzinfo,
     stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
-
-
-def refuse_too_many_dates(entries: list[Entry]) -> None:
-    """Raises Invalid for more than MOST_DATES of them, before any is read."""
-    head = entries[0]
-    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
-    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
-        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
 
 
 def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
@@ -10041,14 +10002,9 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
              defaults: Want, usual: Want | None = None) -> list[Booking]:
-    """What the events of calendars want, those that want nothing left out unread.
-
-    Args:
-      groups: the events by UID
-      owner: the zone of times without one
-      begin, until: the window that a series in a zone of its own making is spelled out for
-      usual: what an event wants that says nothing
-    """
+    """What the events of calendars want, by UID; those that want nothing are left out unread. What
+    says nothing wants what is `usual`; a series in a zone of its own making is spelled out from
+    `begin` to `until`."""
     found, budget = {}, Budget()
     for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
@@ -10076,12 +10032,10 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
-            stretches, cancelled = wanted_stretches(table, group, begin, until)
-        return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
-                       digest_of(group), head.name, guess=guessed(head))
+            said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
-        return Booking(uid, title_of(head), defaults, [], False, '', head.name, str(error),
-                       guessed(head))
+        said = defaults, [], False, '', str(error)
+    return Booking(uid, title_of(head), guessed(head), head.name, *said)
 
 
 def title_of(entry: Entry) -> str:
@@ -10126,7 +10080,6 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
 
 
 def lengths_of(stretch: Stretch) -> list[int]:
-    """All lengths of its occurrences, in seconds."""
     periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
     moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
     return [stretch.length + stretch.exact, *moved, *periods]
@@ -10161,8 +10114,8 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
-    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
+    text = entry.text('DESCRIPTION')
+    texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
     return [*filter(None, map(MARKED.search, texts))]
 
 
@@ -10190,7 +10143,11 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     if said := spoken(entry):
         return spoken_want(said, defaults)
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
-    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
+    if not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
+        return None
+    said = {name.lower(): read_name(entry.text(f'X-VM-{name}')) for name in PROGRAMMED
+            if f'X-VM-{name}' in entry.said}
+    return defaults._replace(vms=read_count(entry.text('X-VM-COUNT') or defaults.vms), **said)
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -10198,16 +10155,6 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
     flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
-
-
-def programmed_want(entry: Entry, defaults: Want) -> Want:
-    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK,
-    X-VM-KEY.
-    """
-    said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
-    vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
-    return defaults._replace(vms=vms,
-                             **{name.lower(): read_name(value) for name, value in said.items()})
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -10246,34 +10193,26 @@ class Shown(NamedTuple):
 
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
-    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the
-    occurrence.
-    """
-    times = shown.start, shown.end, shown.revised
-    start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
+    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC, changed when that was changed."""
+    start, end, changed = map(stamp_of, (shown.start, shown.end, shown.revised))
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
-            'SEQUENCE': str(shown.revision), 'DTSTART': start, 'DTEND': end, 'STATUS': shown.status,
-            'SUMMARY': escaped(shown.summary), 'DESCRIPTION': escaped(shown.description),
-            'LOCATION': escaped(shown.location), 'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM',
-            'END': 'VEVENT'}
+            'SEQUENCE': f'{shown.revision}', 'DTSTART': start, 'DTEND': end,
+            'STATUS': shown.status, 'SUMMARY': escaped(shown.summary),
+            'DESCRIPTION': escaped(shown.description), 'LOCATION': escaped(shown.location),
+            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', 'END': 'VEVENT'}
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
                     others: list[tuple[int, int]]) -> str:
-    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
-
-    Args:
-      host: the mail address of who invites
-      others: the further windows of a series
-    """
+    """A calendar with one event to which a host invites a guest (RFC 5546, 3.2.2 and 3.2.5);
+    `others` are the further windows of a series."""
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
-    people = (f'ORGANIZER:mailto:{host}',
-              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
-    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
-    return whole_calendar(event + more, f'METHOD:{method}')
+    spans = ','.join(f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others)
+    more = (f'ORGANIZER:mailto:{host}',
+            f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}',
+            *([f'RDATE;VALUE=PERIOD:{spans}'] if spans else []), 'END:VEVENT')
+    return whole_calendar(event + ''.join(map(folded, more)), f'METHOD:{method}')
 
 
 def etag_of(text: str) -> str:
@@ -10530,7 +10469,7 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 64, 128
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -10549,6 +10488,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
+UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
@@ -10812,6 +10752,7 @@ class Service:
         # Called with the answer of what was carried out, before it is written.
         self.answered: Callable[[Any], None] = lambda answer: None
         self.reason = ''  # why somebody changes what may be others'
+        self.undo_for = 0.0  # seconds for which what a change gives back stays held for its Undo
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -11308,7 +11249,7 @@ class Wishes:
         wish = Wish(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
-            at_end=asked['at_end'] or ('stop' if made_of['server'] else 'delete'),
+            at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
@@ -11339,6 +11280,23 @@ class Wishes:
         host, whole = ((old.host, amount_of(old)) if same_host
                        else self.whole_host(place, asked, each))
         return each, {'server': server, 'host': host, 'whole': whole, 'trusted': trusted}
+
+    def end_on(self, place, asked: dict, borrowed: bool, changes: set, warnings: list) -> str:
+        """What is done at the end: what was asked for, as far as the operator lets VMs stay."""
+        at_end = asked['at_end'] or ('stop' if borrowed else 'delete')
+        is_new = not changes or {'at_end', 'resource'} & changes
+        if (at_end, borrowed, bool(json.loads(place.hosts)), bool(is_new)) != (
+                'stop', False, True, True):
+            return at_end
+        how = self.service.config.at_end_stop
+        if how == 'refuse':
+            raise Invalid(f"VMs cannot stay stopped on '{place.name}': they would keep its capacity "
+                          'from others. Let them be shelved, saved or deleted at the end.')
+        warnings.append('The VMs will be shelved at the end, not stopped: a stopped VM keeps its '
+                        f"host of '{place.name}' from others." if how == 'shelve' else
+                        f"Stopped VMs keep the capacity of '{place.name}' after the end, until you "
+                        'delete them. Shelved ones do not.')
+        return 'shelve' if how == 'shelve' else at_end
 
     def owner_of(self, asked: dict, old) -> tuple[str, str]:
         """Whose a reservation will be: user and project."""
@@ -11422,6 +11380,9 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            if asked.get('image') and asked.get('network') in ('', 'auto'):
+                self.service.shares.ask(f'the cloud {account}',
+                                        lambda: cloud.refuse_any_network(sight))
             found = self.service.shares.ask(f'the cloud {account}',
                                             lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
@@ -11453,9 +11414,10 @@ class Wishes:
     def each_takes(self, found: dict, place) -> Amount:
         """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
         """
-        if 'flavor' not in found:
+        sized = found.get('flavor') or found.get('server')
+        if not (sized and sized.flavor):
             return Amount(1)
-        *figures, disk = found['flavor'].flavor
+        *figures, disk = sized.flavor
         counts = disk and DISK in capacity(place).names
         return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
 
@@ -12040,10 +12002,11 @@ class View(NamedTuple):
     own: int  # its reservation; 0: a new one
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
+    returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
-UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted', UNDO)
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -12085,8 +12048,9 @@ class Policy:
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
         """Raises what the first rule says that is against a change; else it holds what it wants."""
-        for rule in (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
-                     self.refuse_overtaking, self.refuse_overbooking):
+        asks_anew = (self.refuse_unlimited, self.refuse_never_fitting, self.refuse_overtaking)
+        for rule in (self.refuse_shared_server, *(() if view.returns else asks_anew),
+                     self.refuse_overbooking):
             rule(change, view)
         self.take_hosts(change, view)
         for each in change.growth:
@@ -12303,7 +12267,7 @@ def last_of(deal: Deal) -> int:
 
 
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
-AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
+AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted', UNDO)
 
 
 A_CHANGE_WAITS = 'an admin must approve the change'
@@ -12350,7 +12314,7 @@ class Bookings:
         old = deal.old
         decide_on(also=self.locks_of(deal))
         # Another change settles those that were proposed before.
-        if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
+        if old and SHAPE & set(deal.asked):
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
@@ -12424,7 +12388,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line)
+        view = View(now, own, others, line, deal.code == UNDO)
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12556,9 +12520,11 @@ class Bookings:
         if not old:
             first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
                          revision=0, revised=int(now), told=0,
-                         due=min(begin, one.start - self.service.config.remind_before))
+                         due=min(begin - self.service.config.check_ahead,
+                                 one.start - self.service.config.remind_before))
         else:
-            again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
+            again = 0 if one.start != old.start else (
+                ~(ENDING | AHEAD) if one.end != old.end else ~AHEAD)
             first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
         return first | dict(resource=one.resource.id, start=one.start, end=one.end,
                             **stored(one.amount)) | change.columns
@@ -12634,15 +12600,17 @@ class Bookings:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
                    held_from=each.begin, held_until=each.until, **stored(each.amount))
 
-    def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
-        """Forgets what is proposed of a reservation or one occurrence; how many there were."""
-        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
-                     'occurrence = coalesce(?, occurrence))', reservation, occurrence)
+    def drop_proposals(self, reservation: int, occurrence: int | None = None,
+                       code: str | None = None) -> int:
+        """Forgets what is proposed of a reservation or one occurrence; how many admins read of."""
+        found = rows('SELECT id, code FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
+                     'occurrence = coalesce(?, occurrence)) AND code = coalesce(?, code)',
+                     reservation, occurrence, code)
         for each in found:
             give(map(hold_of, rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)))
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
-        return len(found)
+        return sum(each.code != UNDO for each in found)
 
     @contextmanager
     def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
@@ -12773,22 +12741,38 @@ class Bookings:
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
 
+    def keep_for_undo(self, deal: Deal, had: list[Hold], now: float) -> None:
+        """Holds for a while what a change has given back, so that it can be taken back.
+
+        Args:
+          deal: what takes it back
+          had: what the reservation held before it was changed
+        """
+        until = min(int(now + self.service.undo_for), last_of(deal))
+        gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
+        self.write_proposal(deal, until, gave, now, {})
+
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(growth, now)
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
-                    named=deal.named, user=self.service.actor.user, code=deal.code,
-                    asked=json.dumps(asked), wish=stored_wish(wish), until=until,
-                    shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, growth)
+        self.write_proposal(deal, until, growth, now, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
+
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
+                       shown: dict) -> None:
+        # it fits: the deed had that, and at each instant what was or what will be is held
+        take(holds, now)
+        old = deal.old
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
+                    named=deal.named, user=self.service.actor.user, code=deal.code,
+                    asked=json.dumps(sorted(deal.asked)), wish=stored_wish(deal.wish),
+                    until=until, shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, holds)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -13281,7 +13265,7 @@ class Admission:
         self.bookings.drop_proposals(old.reservation,
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
-        self.bookings.commit(deal._replace(code='granted'), now)
+        self.bookings.commit(deal._replace(code=UNDO if deal.code == UNDO else 'granted'), now)
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
@@ -13395,9 +13379,12 @@ class Waiting:
             why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.look.together(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
+        for each in rows('SELECT DISTINCT reservation_id AS reservation, code FROM proposal '
                          'WHERE until <= ?', int(now)):
-            self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
+            if each.code == UNDO:
+                self.bookings.drop_proposals(each.reservation, code=UNDO)
+            else:
+                self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
         return more
 
     def admit_in_order(self, now: float) -> bool:
@@ -13650,6 +13637,11 @@ class Operations(Service):
 # it is dropped.
 
 
+TOO_LATE = 'It is too late to undo this. It is done already.'
+#: What waits for the word of an admin, beside what is pending itself.
+PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
+
+
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
@@ -13711,6 +13703,26 @@ class Approvals(Operations):
                 self.waiting.leave_as_it_was(each.reservation, now, f'the change was {why}')
             return self.told_parts(label, parts)
 
+    def take_back(self, ids: list[int]) -> list[str]:
+        """Undoes changes for which what they gave back is still held; the labels of what they
+        changed.
+        """
+        def deed(now: float) -> list[str]:
+            labels = []
+            for id in ids:
+                found = row('SELECT * FROM proposal WHERE id = ? AND code = ? AND user = ? '
+                            'AND until > ?', id, UNDO, self.actor.user, now)
+                if not found:
+                    raise Conflict(TOO_LATE)
+                old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                with self.offers.explaining(wish, old):
+                    self.admission.grant(found, now)
+                asked = dict.fromkeys(json.loads(found.asked))
+                self.tell_change(old, wish, asked, [], 'updated', now)
+                labels.append(old.label)
+            return labels
+        return self.carry_out(deed)
+
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
         self.bookings.commit(Deal('granted', self.wishes.carried_on(found), [], found,
@@ -13726,7 +13738,7 @@ class Approvals(Operations):
                  or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
-            'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
+            f'{PROPOSED} AND reservation_id = ? ORDER BY id', each.reservation)]
         if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals
@@ -13734,7 +13746,7 @@ class Approvals(Operations):
     def awaiting_approval(self) -> list[dict]:
         """What is pending, or of which a change is; as answers show it."""
         waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
-                 'UNION SELECT reservation_id FROM proposal')
+                 f"UNION SELECT reservation_id FROM ({PROPOSED}) p")
         return [public(each) for each in self.look.search(
             [*self.look.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None),
              (NEXT_OF_ITS, None)], limit=1000)]
@@ -13752,11 +13764,25 @@ class Approvals(Operations):
 
 #: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
 GOES_ON = 60
+#: Reservations that are read again at once where a long delete goes on.
+AT_ONCE = 20
 #: What was written in pieces of which the last has not come: facts, whose values begin with the
 #: instant at which they are dropped.
 STAGED = "name > 'staged-' AND name < 'staged.'"
 #: What people have asked for on the page and can still take back: facts that begin in that way.
 LATER = "name > 'later-' AND name < 'later.'"
+
+
+def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
+    """Lets the life cycle call operations at an instant, unless the fact that it names is gone.
+
+    Args:
+      about: of each that can be taken back its label, project and occurrence, 0 for all of them
+    """
+    name = f'later-{secrets.token_hex(8)}'
+    note_fact(name, f'{due:.3f} ' + json.dumps({
+        'by': [by.user, by.project, by.role], 'about': about, 'calls': calls}))
+    return name
 
 
 def not_real_yet() -> tuple[Callable, Callable]:
@@ -14396,7 +14422,8 @@ class Requests(Operations):
         def deal(wish: Wish, *otherwise: str) -> Deal:
             return self.admission.edit(old, wish, {*asked, *otherwise}, now, code, named, only)
         wanted = deal(wish)
-        done = wanted.same
+        done, undoes = wanted.same, self.undo_for and not (wish.stretches or rehearsal.on)
+        had = self.bookings.holds(old.reservation) if undoes else []
         if not self.admission.is_as_before(wanted):
             with self.offers.explaining(wish, old, lambda *other: self.bookings.commit(
                     deal(*other), now)):
@@ -14404,6 +14431,12 @@ class Requests(Operations):
             done = made.done if made else []
             if made:
                 self.tell_change(old, wish, asked, done, code, now)
+            if made and undoes:
+                back = self.wishes.carried_on(old)._replace(
+                    resource=resource_of(old.resource_id), on_conflict=old.on_conflict,
+                    stretches=[])
+                self.bookings.keep_for_undo(wanted._replace(
+                    code=UNDO, wish=back, old=self.look.occurrence(old.id)), had, now)
         return self.admission.answer(old.reservation, done, wish, old.id if only else None)
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -14488,7 +14521,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        def deed(now: float) -> Rows:
+        left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
+        noted = ''
+
+        def deed(now: float) -> list[dict]:
+            nonlocal noted
+            left.clear()
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14499,13 +14537,46 @@ class Requests(Operations):
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, asked)
-                for each in found:
-                    self.admission.cancel(self.look.live(each), now, ends=True)
-            after = self.look.in_order([each.id for each in found], fields=SLIM)
-            return [public(line) | self.admission.ends_with(each)
-                    for line, each in zip(after, found)]
+                left.extend(found)
+                self.cancel_some(left, now, whole)
+                noted = left and self.note_rest(left, now)
+            return self.as_cancelled(found)
         with self.shares.resting():  # changes of others don't wait
-            return self.carry_out(deed, dry_run, frozenset if label else None)
+            done = self.carry_out(deed, dry_run, frozenset if label else None)
+        if left:
+            self.cancel_rest(left, noted)
+        return done
+
+    def cancel_some(self, left: deque, now: float, whole: bool = False) -> None:
+        """Cancels reservations: all of them, or as many as one transaction has time for."""
+        for each in some_of(left, whole):
+            self.admission.cancel(self.look.live(each), now, ends=True)
+
+    def note_rest(self, left: deque, now: float) -> str:
+        """Lets the life cycle cancel what is left, if this process does not; the fact of that."""
+        return note_later(self.actor, now + GOES_ON, [('delete', {
+            'label': each.label, 'project': each.project, 'reason': self.reason,
+            'start': f'{instant(each.start)}', 'end': f'{instant(each.end)}'}) for each in left])
+
+    def cancel_rest(self, left: deque, noted: str) -> None:
+        """Cancels the rest some at a time: others write between, as there may be thousands."""
+        while left:
+            self.shares.breathe()
+            with self.writing() as now:
+                some = [left.popleft().id for _ in range(min(len(left), AT_ONCE))]
+                there = self.look.in_order(some, fields=SLIM)
+                rest = deque(each for each in there if each.cancelled is None)
+                self.cancel_some(rest, now)
+            left.extendleft(reversed(rest))
+        with transaction():
+            run('DELETE FROM fact WHERE name = ?', noted)
+
+    def as_cancelled(self, found: list) -> list[dict]:
+        """What was cancelled, as it is now or in a moment, with what becomes of its VMs."""
+        after = self.look.in_order([each.id for each in found], fields=SLIM)
+        return [public(line) | {'state': line.state if line.cancelled is not None else
+                                'ending' if line.existing else 'cancelled'}
+                | self.admission.ends_with(each) for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -15334,13 +15405,18 @@ class Plan(Operations):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
+#: Whether a reservation has a label; or is of a reservation of Blazar's of that id.
+NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hold h '
+            'WHERE h.reservation = r.id AND h.part = ?))')
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
@@ -15350,6 +15426,9 @@ class Claims(Operations):
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
+        if store not in ('', self.clouds.store):
+            raise NotFound(f'these resources are of the cmres {store}; this is '
+                           f'{self.clouds.store}')
         need = Amount(1, vcpus, ram,
                       tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
@@ -15546,9 +15625,8 @@ class Claims(Operations):
                     f'AND o.due IS NOT NULL AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} AND '
                     'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
                     'NULL AND r.pending IS NULL AND r.project IN '
-                    f"({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY "
-                    '+o.start',
-                    place.id, after, until, after, until, *projects, *([label] if label else []))
+                    f"({marks}){NAMED_SO if label else ''} ORDER BY +o.start",
+                    place.id, after, until, after, until, *projects, *2 * [label] * bool(label))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -15600,14 +15678,12 @@ FORGOTTEN = 'calendars forgotten'
 
 
 def addresses_of(occurrence: int) -> list[str]:
-    """The addresses of the VMs that an occurrence has now."""
     found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
                  "AND goal = 'up' ORDER BY n", occurrence)
     return [each for one in found for each in json.loads(one.addresses)]
 
 
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
-    """How to log in to the VMs of an occurrence, as calendars tell it."""
     key = [f'key pair: {found.key}'] if found.key and addresses else []
     return [*config.logins(addresses), *key]
 
@@ -15618,7 +15694,6 @@ def next_revision() -> int:
 
 
 def repeats(booking: Booking) -> bool:
-    """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
 
 
@@ -15788,13 +15863,9 @@ class Calendars(Operations):
 
     def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
               again: bool = True) -> dict:
-        """The same of an event that was understood; inside a transaction.
-
-        Args:
-          known: the row of the reservation that it has made
-          source: the subscription that it is of
-          again: one that was cancelled here is booked again, though it says what it said
-        """
+        """The same of an event that was understood; inside a transaction. It has made the
+        reservation `known`, for the subscription `source`; `again`: also where that was cancelled
+        here."""
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not source  # else what runs goes on
@@ -15816,18 +15887,14 @@ class Calendars(Operations):
 
     def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
                   also: int | None = None):
-        """The newest reservation that the event of a UID has made; None if there is none.
-
-        Args:
-          also: the id of one that counts, whatever calendar it is of
-        """
+        """The newest reservation that the event of a UID has made, be it that with the id `also` of
+        another calendar; None if there is none."""
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
                    '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
                    source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
-        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
-        anew.
+        """What becomes of an event that asks for what it did; nothing, if that is asked for anew.
         """
         if not live:
             cancelled = {'outcome': 'left out', 'why': 'it was cancelled in cmres'}
@@ -15895,13 +15962,11 @@ class Calendars(Operations):
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
                      f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
-        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, "
-                          f"fault, held "
-                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
-        return [public(each) for each in feeds] + [
-            {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname, 'needs_confirmation': each.held}
-            for each in subscribed]
+        subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
+                          'polled, fault, held, held AS needs_confirmation FROM subscription '
+                          f'WHERE due IS NOT NULL {own} ORDER BY id', *who)
+        return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
+                                       for each in subscribed)]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
@@ -16055,12 +16120,10 @@ class Calendars(Operations):
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
-        if not subscription:
-            return {}
         return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r '
                         'ON r.id = o.reservation_id WHERE r.subscription = ? '
                         'AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
-                        subscription.id, int(now)).fetchall())
+                        subscription.id, int(now)).fetchall()) if subscription else {}
 
     def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
@@ -16069,12 +16132,11 @@ class Calendars(Operations):
         uids, done = {each.uid for each in wanted}, []
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.look.search([('r.id = ?', each.id),
-                                                                   (NOT_OVER, None),
-                                                                   ('o.held_from > ?', now)])
+            where = [('r.id = ?', each.id), (NOT_OVER, None), ('o.held_from > ?', now)]
+            coming = [] if each.uid in uids else self.look.search(where)
             if coming:
-                self.admission.cancel(coming, now, 'the '
-                                                   'event was removed from the calendar', ends=True)
+                self.admission.cancel(coming, now, 'the event was removed from the calendar',
+                                      ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
                              'label': each.label})
         return done
@@ -16124,15 +16186,13 @@ class Calendars(Operations):
         shown = [self.feed_event(each, feed, servers[each.id])
                  for each in found[:MOST_SHOWN_BY_FEED]
                  if each.project == feed.project or each.state not in ('cancelled', 'failed')]
-        shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
+        for each in found[MOST_SHOWN_BY_FEED:]:
+            shown.append(Shown(
+                f'more-{each.start}@{self.clouds.store}', each.start, each.end, 0, each.start,
+                'more reservations follow', f'This calendar shows {MOST_SHOWN_BY_FEED} '
+                'occurrences. The page and the list of reservations show the others.', '',
+                'TENTATIVE'))
         return shown, min([now + 60, *turns])
-
-    def not_shown(self, first) -> Shown:
-        """What a feed says in the place of the first occurrence that is too many for it."""
-        uid, words = f'more-{first.start}@{self.clouds.store}', 'more reservations follow'
-        return Shown(uid, first.start, first.end, 0, first.start, words,
-                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. The page and the '
-                     'list of reservations show the others.', '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
@@ -16147,25 +16207,24 @@ class Calendars(Operations):
     def feed_digest(self, feed) -> str:
         """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
-        return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN numbers(?)',
-                              json.dumps(ids)).fetchall()))
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence WHERE id IN '
+                              'numbers(?)', json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
         uid = f'occurrence-{found.id}@{self.clouds.store}'
         passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
-        revision, revised = found.revision + len(passed), max([found.revised, *passed])
+        when = (uid, found.start, found.end, found.revision + len(passed),
+                max([found.revised, *passed]))
         if found.project != feed.project:
-            return Shown(uid, found.start, found.end, revision, revised, 'busy',
-                         f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
+            return Shown(*when, 'busy', f"{counted(found.vms, 'VM')} reserved", found.resource,
+                         'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
-                 found.description]
-        lines += [*log_in_lines(self.config, found, addresses), found.fault]
-        return Shown(uid, found.start, found.end, revision, revised, found.label,
-                     '\n'.join(filter(None, lines)),
-                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
-                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+                 found.description, *log_in_lines(self.config, found, addresses), found.fault]
+        status = dict.fromkeys(('cancelled', 'failed'), 'CANCELLED') | dict.fromkeys(
+            ('waiting', 'pending'), 'TENTATIVE')
+        return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
+                     status.get(found.state, 'CONFIRMED'))
 
 
 # Tokens ######################################################################
@@ -16561,7 +16620,7 @@ class Records(Operations):
         Example:
           python cmres.py punctuality --since 2026-11-01
         """
-        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
+        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
@@ -16574,17 +16633,18 @@ class Records(Operations):
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
+
+        def spreads(servers: list, what: str) -> dict:
+            delays = (getattr(each, what) for each in servers)
+            return spread(what, [each for each in delays if each is not None])
         failed = [each for each in found if each.ready is None and each.fault]
-        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
-                            **spread('begun',
-                                     [each.begun for each in servers if each.begun is not None]),
-                            **spread('ready',
-                                     [each.ready for each in servers if each.ready is not None]),
+        return {'clouds': [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+                            **spreads(servers, 'ready'),
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name,
-                            'tries': each.tries, 'planned': instant(each.planned),
-                            'fault': each.fault} for each in failed[-100:]]}
+                'failed': [{'planned': instant(each.planned)} | {
+                    name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
+                                                           'fault')} for each in failed[-100:]]}
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
@@ -16598,57 +16658,50 @@ class Records(Operations):
         Example:
           python cmres.py report --since 2027-01-01 --by user --format csv
         """
-        by_whom = group_by
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('group_by', by_whom, columns)
-        now = self.clock()
+        refuse_unknown_word('group_by', group_by, columns)
+        now, lines = self.clock(), defaultdict(Counter)
         last = self.resolve(FIRST, until)[1] if until else int(now)
-        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = f'TRUE{all_of(self.look.visible())}'
-        told = ('reserved', 'used', 'unused', 'late_worst')
-        lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
+        first = self.resolve(since, LAST)[0] if since else last - 30 * DAY
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
-        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
-        near = ids_by((way, f'{which} {begun}') for way, which in ways)
-        hours = HOURS.format(by=columns[by_whom], own=own, near=near)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}')
+                      for way, which in ways)
+        hours = HOURS.format(by=columns[group_by], own=f'TRUE{all_of(self.look.visible())}',
+                             near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
-            lines[name] |= zip(told, figures)
-        self.add_forgotten(lines, by_whom, first, last)
+            lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'), figures)))
+        self.add_forgotten(lines, group_by, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
-                   'resource': f"coalesce({name_then}, '')"}[by_whom]
-        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
+                   'resource': f"coalesce({name_then}, '')"}[group_by]
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
                                "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
-                               f'{mine} GROUP BY 1', first, last,
-                               *([self.actor.project] if mine else [])):
+                               f"{'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
             lines[name]['refused'] += count
-        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3),
+        return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late_worst'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
         """Adds forgotten days to the lines of a report; of one that is cut, its share."""
-        own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
               else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
-        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
-            ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
+        units = {'reserved': 3600, 'used': 3600, 'unused': 3600, 'refused': 1}
+        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in units.items())
         for name, *figures, late in run(
-                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t "
-                f'WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1',
-                first, last, *([self.actor.project] if own else [])):
-            for field, more in zip(('reserved', 'used', 'unused', 'refused'), figures):
-                lines[name][field] += more
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t WHERE day > ?1 - {DAY} "
+                f"AND day < ?2 {'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+            lines[name].update(dict(zip(units, figures)))
+            lines[name]['late'] = max(lines[name]['late'], late)
 
     def forget(self, now: float, most: int = 200) -> int:
         """Forgets some of what has been over for longer than `retention`; how much. The newest row
-        of each table stays, so that no id is ever given twice.
-        """
+        of each table stays, so that no id is ever given twice."""
         before = int(now) - self.config.retention * DAY
         old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
                        WHERE due IS NULL AND start < ? AND "end" < ?
@@ -16664,10 +16717,9 @@ class Records(Operations):
                              AND due IS NOT NULL)
                          LIMIT {most}''', before)
         self.forget_events(events)
-        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
-                   f'occurrence IS NULL '
-                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})',
-                   before).rowcount
+        gone = run('DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
+                   'occurrence IS NULL AND due IS NULL AND id < (SELECT max(id) FROM claim) '
+                   f'LIMIT {most})', before).rowcount
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
@@ -16675,7 +16727,7 @@ class Records(Operations):
                                         NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
         run('DELETE FROM once WHERE at < ?', int(now) - DAY)
-        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+        leases = run('DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
         return len(old) + len(events) + gone + len(changes) + leases + objects
@@ -16703,16 +16755,14 @@ class Records(Operations):
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
         run('DELETE FROM claim WHERE occurrence = ?', old.id)
         run('DELETE FROM occurrence WHERE id = ?', old.id)
-        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}',
-                   old.reservation_id):
+        id = old.reservation_id
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', id):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
-                                    'reservation_id FROM event '
-                                    'WHERE reservation_id = ?', old.reservation_id))
-            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
-                old.reservation_id)
-            run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
-            run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
-            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
+                                    'reservation_id FROM event WHERE reservation_id = ?', id))
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+            run('DELETE FROM share WHERE reservation_id = ?', id)
+            run('DELETE FROM reservation WHERE id = ?', id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -16728,8 +16778,8 @@ class Records(Operations):
         ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
                     'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
                *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT '
-                    'EXISTS '
-                    '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
+                    'EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)', old.id,
+                    old.held_until)]
         late = max((each[2] for each in ran), default=0)
         for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
             first, last = max(day, old.held_from), min(day + DAY, old.held_until)
@@ -16740,14 +16790,12 @@ class Records(Operations):
 
     def count(self, whose: tuple, **figures: float) -> None:
         """Adds figures to the sums of a day, project, user and resource; lateness: the worst."""
-        figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
-        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
-            'late) '
+        sums = ('reserved', 'used', 'unused', 'refused')
+        added = ', '.join(f'{name} = tally.{name} + excluded.{name}' for name in sums)
+        run(f'INSERT INTO tally (day, project, user, resource, {", ".join(sums)}, late) '
             'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, project, user, resource) DO '
-            'UPDATE SET reserved = tally.reserved + excluded.reserved, '
-            'used = tally.used + excluded.used, unused = tally.unused + excluded.unused, '
-            'refused = tally.refused + excluded.refused, '
-            'late = max(tally.late, excluded.late)', *whose, *figures.values())
+            f'UPDATE SET {added}, late = max(tally.late, excluded.late)', *whose,
+            *(figures.get(name, 0) for name in (*sums, 'late')))
 
 
 class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
@@ -16799,7 +16847,7 @@ SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data,
                     r.metadata, r.label, r.project, r.trusted, r.notify, o.reservation_id,
-                    o."end", o.resource_id, s.mode
+                    o."end", o.resource_id, s.mode, s.cloud
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
                  JOIN resource s ON s.id = o.resource_id'''
@@ -16864,10 +16912,10 @@ def is_due(what: str, now: float) -> bool:
                     now))
 
 
-def those_due(what: str, query: str, now: float, tail: str = '') -> list:
+def those_due(what: str, query: str, now: float, tail: str = '', *values) -> list:
     """The rows of a query that are due as one kind."""
     _, column, which = DUE[what]
-    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
+    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now, *values)
 
 
 def has_arrived(under_way: str, state: str) -> bool:
@@ -16942,9 +16990,7 @@ DRIFT = 1e-4  # seconds by which two clocks may part in one, without either bein
 
 
 class Trust(NamedTuple):
-    """How the wall clock stood to the uptime when it was believed last, and what is doubted
-    since.
-    """
+    """How the wall clock stood to the uptime when it was last believed, and what is in doubt."""
     boot: str      # since which start of this computer the uptime counts
     offset: float  # seconds of the wall clock less those of the uptime
     uptime: float
@@ -17009,10 +17055,10 @@ class Clocks:
 
     def recall(self) -> None:
         """Recalls what the process that acted before thought of the clocks, and when."""
-        found = row('SELECT value FROM fact WHERE name = ?', 'clocks')
-        if found:
-            self.trust = Trust(*json.loads(found.value))
-            self.latest = max(self.latest, self.trust.offset + self.trust.uptime)
+        if found := row('SELECT value FROM fact WHERE name = ?', 'clocks'):
+            trust = Trust(*json.loads(found.value))
+            self.trust = self.trust or trust
+            self.latest = max(self.latest, trust.offset + trust.uptime)
 
     def judge(self, said: Trust | None = None) -> None:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
@@ -17045,86 +17091,140 @@ class Clocks:
 
 # Leadership ###################################################################
 #
-# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
-# is looked at in every transaction and before every call, and who lost it does nothing more.
+# Of several processes one acts for a cloud, by a lease with a deadline: it is renewed while passes
+# are made, it is looked at in every transaction and before every call, and who lost it does nothing
+# more. There is one for each cloud of a resource, with all accounts there, and one, '', for what
+# belongs to none: notices, calendars, who waits. A scheduler that goes on and on has one on its own
+# name as well, by which the others know with how many they share.
 
 
 class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
+def fair(held: dict[str, int], number: int) -> dict[str, int]:
+    """How many of some leases each holder is to have: who has more keeps more, so that few move."""
+    least, more = divmod(number, len(held))
+    order = sorted(held, key=lambda each: (-held[each], each))
+    return {each: least + (n < more) for n, each in enumerate(order)}
+
+
 class Leadership:
-    """Whether this process may act."""
+    """For which clouds this process may act."""
 
-    def __init__(self, config: Config, clocks: Clocks):
-        self.config, self.clocks = config, clocks
+    def __init__(self, config: Config, clocks: Clocks, clouds: Clouds):
+        self.config, self.clocks, self.clouds = config, clocks, clouds
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.shares = False  # whether others are to have some; a line of cron takes all, and ends
+        self.held: set[str] = set()
+        self.spare = 0  # how many of them another scheduler is to have
+        self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
         self.leased_until = 0.0
+        self.calm_until, self.seen = 0.0, None  # nothing is free so long, in that state of all
 
-    def has_time(self, now: float) -> bool:
-        """Whether the lease is this process' at an instant, as it knows by itself."""
-        return self.leased_until - self.config.leader_timeout <= now < self.leased_until
+    def has_time(self, now: float, cloud: str) -> bool:
+        """Whether a lease is this process' at an instant, as it knows by itself."""
+        begun = self.leased_until - self.config.leader_timeout
+        return cloud in self.held and begun <= now < self.leased_until
 
-    def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
-        """Whether this process may act: it has the lease, renews it, or takes one that ran out.
+    @property
+    def served(self) -> set[str]:
+        """The clouds for which calls may be begun."""
+        return self.held - {self.leaving}
+
+    def lead(self, now: float, inherit: Callable[[set[str]], None]) -> set[str]:
+        """Renews the leases of this process in time, and takes those that it may have.
 
         Args:
-          inherit: what is to be written by who takes over
+          inherit: writes what is to be written by who takes over some clouds
 
         Returns:
-          whether it may act, and whether it has just taken over.
+          the clouds that it has just taken over.
         """
-        if self.has_time(now) and now < self.leased_until - self.config.leader_timeout / 2:
-            return True, False
-        if self.held_by_another(now):
-            self.leased_until = 0.0
-            return False, False
+        lasts = self.config.leader_timeout
+        fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
+        if fresh and now < self.calm_until and self.seen == db.state():
+            return set()
+        self.seen = db.state()
+        if not self.free(now) and (fresh or not (self.held or self.shares)):
+            return set()
         with transaction(first=True):
             now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
-            if self.held_by_another(now):
-                return False, False
-            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
-                'UPDATE SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.leader_timeout)
-            if taken_over or not self.clocks.trust:
+            free, until = self.free(now), now + lasts
+            held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
+                            until, self.name)
+            taken = {each for each in free if returned(TAKE, each, self.name, until, now)}
+            if taken or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
-            if taken_over:
-                inherit()
-        self.leased_until = now + self.config.leader_timeout
-        return True, taken_over
+            if taken:
+                run('DELETE FROM lease WHERE name = holder AND until < ?', now - 60 * lasts)
+                inherit(taken)
+        self.seen, self.leased_until = None, until
+        self.held = (held | taken) - {self.name}
+        return taken - {self.name}
 
-    def held_by_another(self, now: float) -> bool:
-        found = row('SELECT holder, until FROM lease')
+    def free(self, now: float) -> list[str]:
+        """Looks what this process has and how much too much; the free leases that it is to have."""
+        latest = now + 2 * self.config.leader_timeout
         # One that ends further ahead than any lease was made before the clock was set back.
-        return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.leader_timeout)
+        found = [each for each in rows('SELECT * FROM lease')
+                 if each.holder == self.name or now < each.until <= latest]
+        holders, clouds = {each.name: each.holder for each in found}, self.clouds.names()
+        numbers = Counter(holder for name, holder in holders.items() if name in clouds)
+        sharing = {each.name for each in found if each.name == each.holder} | {self.name}
+        most = len(clouds)
+        if self.shares:
+            most = fair({each: numbers[each] for each in sharing}, most)[self.name]
+        self.held = {each for each in clouds if holders.get(each) == self.name}
+        self.spare = max(len(self.held) - most, 0)
+        if not self.spare or self.leaving not in self.held:
+            self.leaving = None
+        others = (each.until for each in found if each.holder != self.name)
+        self.calm_until = min(others, default=math.inf)
+        more = sorted(clouds - holders.keys())[:max(most - len(self.held), 0)]
+        return more + [self.name] * (self.shares and self.name not in holders)
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """A transaction of the process that has the lease; LostLease for any other."""
+        """A transaction of the process that has its leases; LostLease for any other."""
         with transaction(first=True):
             self.refuse()
             yield
 
     def refuse(self) -> None:
-        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-            self.leased_until = 0.0
+        """Raises LostLease if any lease that this process had is another's."""
+        lost = self.held - returned('SELECT name FROM lease WHERE holder = ?', self.name)
+        self.held = self.held - lost
+        if lost or not self.held:
             raise LostLease('another scheduler is the leader now; this one waits')
 
-    def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may
-        appear.
-        """
-        latest = now + self.config.call_timeout
-        with self.acting():
-            run('UPDATE server SET called = ? '
-                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            # A second snapshot would make a second image.
-            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
-                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
-            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
+    def bound_calls(self, now: float, clouds: set[str]) -> None:
+        """Notes when the calls of who acted before will have ended: so long servers may appear."""
+        # A second snapshot would make a second image.
+        run("UPDATE server SET called = CASE WHEN uid IS NULL THEN ?1 ELSE called END, "
+            "due = CASE WHEN goal = 'snapshot' AND state <> ?2 THEN ?1 ELSE due END, "
+            f'intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL AND {ON_CLOUDS}',
+            now + self.config.call_timeout, UNDER_WAY['snapshot'], json.dumps([*clouds]))
+
+
+def leases(clouds: Clouds) -> list:
+    """Who acts for which of the clouds that there are; those first that nobody acts for."""
+    return rows('SELECT * FROM lease WHERE name IN names(?) ORDER BY until, name',
+                json.dumps([*clouds.names()]))
+
+
+TAKE = """INSERT INTO lease (name, holder, until) VALUES (?1, ?2, ?3)
+  ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
+  WHERE lease.until <= ?4 OR lease.until > 2 * excluded.until - ?4 RETURNING name"""
+#: Of the servers, those of reservations on some clouds.
+ON_CLOUDS = """EXISTS (SELECT 1 FROM occurrence o JOIN resource s ON s.id = o.resource_id
+  WHERE o.id = server.occurrence_id AND s.cloud IN names(?3))"""
+
+
+def returned(sql: str, *values) -> set[str]:
+    """The names that a statement gives."""
+    return {name for name, in run(sql, *values).fetchall()}
 
 
 # Workers ######################################################################
@@ -17143,12 +17243,22 @@ class Job:
     verb: str
     account: str
     target: Any
+    cloud: str  # whose lease it takes
     taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
     fenced: bool = False        # its time is over, and it must not make anything any more
     began: float = 0.0
     ended: float = 0.0
     answer: Any = None
     error: Exception | None = None
+
+
+class Ahead(NamedTuple):
+    """What is asked for before VMs start."""
+    occurrence: int
+    asked: dict
+    sight: Sight
+    needs: Amount  # what the quota must leave
+    homeless: int  # VMs without a host
 
 
 class Workers:
@@ -17167,16 +17277,17 @@ class Workers:
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.deeds = {
-            'boot': self.do_boot, 'delete': self.do_delete, 'start': self.do_start,
-            'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
+            'boot': self.do_boot, 'snapshot': self.do_snapshot,
+            **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
+            'ahead': self.do_ahead}
 
-    def submit(self, key: tuple, verb: str, account: str, target) -> None:
+    def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
         if self.busy(key):
             return
-        self.flying[key] = call = Job(key, verb, account, target)
+        self.flying[key] = call = Job(key, verb, account, target, cloud)
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
@@ -17209,7 +17320,7 @@ class Workers:
         """
         with self.fence:
             up, now = self.clocks.uptime(), self.clocks.clock()
-            if not self.leader.has_time(now):
+            if not self.leader.has_time(now, call.cloud):
                 raise LostLease('the time for this call ran out before it began')
             if (call.fenced or call.taken is not None
                 and up >= call.taken + self.config.call_timeout):
@@ -17219,9 +17330,7 @@ class Workers:
             call.taken = up
 
     def work(self, call: Job) -> None:
-        """A worker's whole job: one call, if it is not too late for it; the next pass records
-        it.
-        """
+        """A worker's whole job: one call, if it is not too late; the next pass records it."""
         call.began = self.clocks.now()
         try:
             self.go_on(call)
@@ -17242,17 +17351,8 @@ class Workers:
             self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
             lambda: self.go_on(call)))
 
-    def do_delete(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target.uid)
-
-    def do_start(self, call: Job) -> None:
-        self.clouds.open(call.account).start(call.target.uid)
-
-    def do_stop(self, call: Job) -> None:
-        self.clouds.open(call.account).stop(call.target.uid)
-
-    def do_shelve(self, call: Job) -> None:
-        self.clouds.open(call.account).shelve(call.target.uid)
+    def do_verb(self, call: Job) -> None:
+        getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
 
     def do_snapshot(self, call: Job) -> tuple[str, str]:
         server = call.target
@@ -17284,6 +17384,30 @@ class Workers:
 
     def do_lend(self, call: Job) -> dict[str, str]:
         return self.clouds.open(call.account).lend(call.target)
+
+    def do_ahead(self, call: Job) -> list[str]:
+        """What would fail if something started now, each in a sentence."""
+        cloud, about = self.clouds.open(call.account), call.target
+        asks = [functools.partial(cloud.check, [pair], about.sight) for pair in
+                named_by(about.asked)]
+        if about.asked['image'] and about.asked['network'] in ('', 'auto'):
+            asks.append(functools.partial(cloud.refuse_any_network, about.sight))
+        found = []
+        for ask in asks:
+            try:
+                ask()
+            except Invalid as error:
+                found.append(f'{error}'.rstrip('.'))
+        left = cloud.left() if about.needs != NOTHING else None
+        lacks = [f'{quantity(name, getattr(left, name))} of '
+                 f'{quantity(name, getattr(about.needs, name))}' for name in FIGURES
+                 if left and getattr(left, name) < getattr(about.needs, name)]
+        if lacks:
+            found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
+                         'are needed by then')
+        if about.homeless:
+            found.append(f"No host has room for {counted(about.homeless, 'VM')} of it")
+        return found
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -17363,9 +17487,7 @@ TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 
 class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
-    left alone.
-    """
+    """A cloud in trouble: its failures in a row, the last one, until when it is left alone."""
     failures: int = 0
     last: float = 0
     until: float = 0
@@ -17503,9 +17625,7 @@ class Post:
                     f' and {given_up - 1} others' if given_up > 1 else '', error)
 
     def hurry_to(self, host: str, now: float) -> None:
-        """Lets all notices go out that wait because of a host, or of our mail server, that is well
-        again.
-        """
+        """Lets all notices go out that waited for a host, or for our mail server: it is well."""
         for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
             if host_of(each.target) == host:
                 change(Outbox, each.id, due=now)
@@ -17532,11 +17652,14 @@ class Planner:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
-        if is_due('occurrence', now):
+        clouds = {each.cloud for each in those_due(
+            'occurrence', 'SELECT DISTINCT s.cloud FROM occurrence o CROSS JOIN resource s '
+            'ON s.id = o.resource_id', now)} & self.leader.served
+        if clouds:
             with self.leader.acting():
                 is_aside, _ = not_real_yet()
                 for occurrence in those_due('occurrence', due, now):
-                    if not is_aside(occurrence.reservation_id):
+                    if occurrence.cloud in clouds and not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
@@ -17562,6 +17685,8 @@ class Planner:
         if wanted:
             occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
+        if not wanted and self.is_near(occurrence, over, now):
+            told |= self.look_ahead(occurrence, now)
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
@@ -17597,9 +17722,7 @@ class Planner:
         return occurrence._replace(told=told | FOREIGN)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
-        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
-        `before`.
-        """
+        """Writes down a server that is wanted: a new one, one there was, or a series' `before`."""
         borrowed = bool(occurrence.server)
         number = f'-{occurrence.id}-{n}'
         # One that was there has a name of its own, which the first look tells.
@@ -17620,9 +17743,7 @@ class Planner:
                planned=max(occurrence.start, occurrence.changed), **values)
 
     def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
-        shelved.
-        """
+        """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                         "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
                         "AND NOT v.borrowed "
@@ -17630,9 +17751,7 @@ class Planner:
                         occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
-        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
-        account.
-        """
+        """The VMs that a series has stopped or shelved before, on the same account."""
         account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
         return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
                     "v.occurrence_id = o.id "
@@ -17642,9 +17761,7 @@ class Planner:
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
-        """What becomes of a server that is up no longer; one that never was up is not worth
-        keeping.
-        """
+        """What becomes of a server that was wanted; one that never was up is not worth keeping."""
         if server.borrowed:
             return occurrence.at_end
         asked = (over and occurrence.cancelled is None and server.ready
@@ -17661,9 +17778,7 @@ class Planner:
                                                 f'them: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must not be
-        stopped between.
-        """
+        """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
                         'o.reservation_id '
                         "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
@@ -17672,9 +17787,7 @@ class Planner:
                         now, now))
 
     def force(self, occurrence, now: float) -> None:
-        """Deletes after the grace time what could not be stopped, shelved or saved: others were
-        promised its place.
-        """
+        """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
                     "NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
@@ -17687,9 +17800,7 @@ class Planner:
                                                 f'end and deletes them: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, one without machines on which nobody has booted any; whether
-        it did.
-        """
+        """Warns of, and then releases, one on which nobody has booted anything; whether it did."""
         boots = occurrence.image or occurrence.server or occurrence.idle
         if not occurrence.no_show or not occurrence.mode or boots or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
@@ -17711,9 +17822,7 @@ class Planner:
         return False
 
     def end_foreign(self, occurrence, now: float) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
-        """
+        """Reports, and if that is set deletes, machines that people booted on what is over now."""
         foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
                        'AND c.server NOT IN '
                        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
@@ -17726,7 +17835,8 @@ class Planner:
                     f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
                     f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.delete_user_started else ():
-            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server,
+                                occurrence.cloud)
 
     def tell_up(self, occurrence, now: float):
         """Tells how many servers are up, if that was not told yet; the occurrence with what was.
@@ -17815,6 +17925,53 @@ class Planner:
             return occurrence.told | ENDING
         return occurrence.told
 
+    def is_near(self, occurrence, over: bool, now: float) -> bool:
+        """Whether it is time to ask its cloud for what its VMs will need."""
+        boots = (occurrence.image or occurrence.server) and not over and not occurrence.idle
+        return bool(boots) and not occurrence.told & AHEAD and (
+            now >= occurrence.held_from - self.config.check_ahead)
+
+    def look_ahead(self, occurrence, now: float) -> int:
+        """Lets a cloud be asked whether what starts soon could start; AHEAD."""
+        about = row('SELECT r.*, o.of_user, s.cloud FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
+        account = self.clouds.account(about.cloud, about.project, about.of_user)
+        asked = about._asdict() | {'security_groups': json.loads(about.security_groups)}
+        sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
+        needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
+        self.workers.submit(('ahead', occurrence.id), 'ahead', account,
+                            Ahead(occurrence.id, asked, sight, needs, self.homeless(occurrence)))
+        return AHEAD
+
+    def needed_at(self, at: int, account: str, now: float) -> Amount:
+        """What an account must be allowed more than it has now, for all that is up at an instant."""
+        found = rows(f"""
+            SELECT o.*, r.project, s.cloud,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                       AND v.uid IS NOT NULL AND v.state <> 'deleted') AS up
+              FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id
+              JOIN reservation r ON r.id = o.reservation_id
+             WHERE s.cloud = ? AND o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD}
+               AND o.held_from <= ? AND o.held_until > ? AND r.image <> ''""",
+                     cloud_of(account), at, at, now)
+        total = NOTHING
+        for each in found:
+            if self.clouds.account(each.cloud, each.project, each.of_user) == account:
+                wanted = each.vms if each.held_until > at else 0
+                total += amount_of(each) // each.vms * (wanted - each.up)
+        return total
+
+    def homeless(self, occurrence) -> int:
+        """For how many of its VMs no host is planned, where hosts are planned."""
+        takes = occurrence.vcpus or occurrence.ram or occurrence.classes
+        if not takes or not planned_by_host(occurrence.resource_id):
+            return 0
+        placed = read_placed(occurrence.placed)
+        there = rows('SELECT id FROM host WHERE id IN numbers(?) AND until >= ?',
+                     json.dumps([*placed]), occurrence.held_until)
+        return occurrence.vms - sum(placed[each.id] for each in there)
+
     def notice_times(self, occurrence) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         length = occurrence.end - occurrence.start
@@ -17822,12 +17979,10 @@ class Planner:
         return occurrence.start - before, occurrence.end - min(before, length / 2)
 
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and nothing is left to
-        do.
-        """
+        """When an occurrence must be planned again; None once it is over and nothing is to do."""
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end,
+                     occurrence.end, occurrence.held_from - self.config.check_ahead,
                      *(max(occurrence.start, occurrence.changed) + each
                        for each in (occurrence.no_show // 2, occurrence.no_show)),
                      occurrence.up_check or 0)
@@ -17876,10 +18031,12 @@ class Dispatcher:
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers."""
         self.call_for_servers(now)
+        self.trace_claims(now)
+        if '' not in self.leader.served:
+            return
         for notice in self.post.next_notices(now):
             key = 'notice', notice.target, notice.owner
             self.workers.submit(key, 'notice', ' notices', notice)
-        self.trace_claims(now)
         # one at a time of each host: one that is slow holds no more than a worker
         for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
                               'ORDER BY u.due'):
@@ -17888,20 +18045,22 @@ class Dispatcher:
     def call_for_servers(self, now: float) -> None:
         """Hands on what servers need next, each call after its intent is written."""
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-        due = [server for server in servers if not self.workers.busy(('server', server.id))]
+        due = [server for server in servers if server.cloud in self.leader.served
+               and not self.workers.busy(('server', server.id))]
         needs: list[tuple] = []
         if due:
             waits: dict = {}
             with self.leader.acting():
                 for server in due:
                     needs += self.needs(server, waits, now)
-        looks = {server.account for verb, server in needs if verb == 'look'}
+        looks = {(server.account, server.cloud) for verb, server in needs if verb == 'look'}
         for verb, server in needs:
             if verb != 'look':
-                self.workers.submit(('server', server.id), verb, server.account, server)
-        for account in looks:
+                self.workers.submit(('server', server.id), verb, server.account, server,
+                                    server.cloud)
+        for account, cloud in looks:
             if self.health.breakers[account].until <= now:
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+                self.workers.submit(('look', account), 'look', account, known_on(account), cloud)
 
     def needs(self, server, waits: dict, now: float) -> list[tuple]:
         """The calls that a server needs now, each a verb and the server as it is then."""
@@ -17918,16 +18077,16 @@ class Dispatcher:
     def trace_claims(self, now: float) -> None:
         """Lets clouds be asked whether servers are still there that people have booted."""
         claims: dict = defaultdict(list)
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                              'ON s.id = c.resource_id', now, 'LIMIT 100'):
+        clouds = json.dumps([*self.leader.served])
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c CROSS JOIN resource '
+                              's ON s.id = c.resource_id', now,
+                              'AND s.cloud IN names(?) LIMIT 100', clouds):
             claims[each.cloud].append(each.server)
         for account, uids in claims.items():
-            self.workers.submit(('claims', account), 'trace', account, uids)
+            self.workers.submit(('claims', account), 'trace', account, uids, account)
 
     def left_alone(self, server, now: float) -> bool:
-        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
-        it is over.
-        """
+        """Whether a cloud is in such trouble that calls to it wait; looks tell when it is over."""
         breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
@@ -17989,29 +18148,36 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     lent = Lent(found.lease_id, found.part, project)
     if cloud:
         yield cloud, 'address', found.host, lent._replace(network=network)
-    elif not found.host:
+    elif found.host:
+        yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
+    else:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
         disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
+        if asked.get('affinity') is None:
+            return
         account = clouds.account(place.cloud, found.project, found.user)
+        group = lent._replace(policy='affinity' if asked['affinity'] else 'anti-affinity')
         # Nova shows a server group to nobody but its project.
-        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
-            yield account, 'server_group', found.part, lent._replace(
-                policy='affinity' if asked['affinity'] else 'anti-affinity')
+        own = clouds.sight(account, found.project).all_own
+        if own:
+            yield account, 'server_group', found.part, group
+        if account != place.cloud or not own:  # the operator's account takes it back
+            yield place.cloud, 'server_group', found.part, group._replace(make=False)
 
 
 class Lender:
-    """Has clouds know what the leases have that are active: flavors and server groups where that
-    is wanted, and floating IPs.
+    """Has clouds know what the leases have that are active: flavors, server groups and aggregates
+    where that is wanted, and floating IPs.
     """
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, workers: Workers):
-        self.workers = workers
-        self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.workers, self.leader = workers, workers.leader
+        self.lent: dict[tuple, dict] = {}  # by cloud and account, as it has them
         self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
@@ -18024,25 +18190,31 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+            at = cloud or place.cloud
+            for kind in ('address',) if cloud else ('flavor', 'aggregate', 'server_group'):
+                wanted.setdefault((at, at), {})[kind] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
                     self.workers.clouds, each, places[each.resource_id]):
-                wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
-        for account, things in wanted.items():
-            if things != self.lent.get(account):
-                self.workers.submit(('lend', account), 'lend', account, things)
+                cloud = places[each.resource_id].cloud or account
+                wanted.setdefault((cloud, account), {}).setdefault(kind, {})[name] = lent
+        # who takes a cloud over asks for all
+        self.lent = {each: had for each, had in self.lent.items() if each[0] in self.leader.held}
+        for (cloud, account), things in wanted.items():
+            if cloud in self.leader.served and things != self.lent.get((cloud, account)):
+                self.workers.submit(('lend', account), 'lend', account, things, cloud)
 
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        before, has = self.lent.get(result.account, {}), {}
+        before, has = self.lent.get((result.cloud, result.account), {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
-            has[kind] = {name: lent for name, lent in things.items() if name in ids}
-            for name in has[kind].keys() - before.get(kind, {}).keys():
+            has[kind] = {name: lent for name, lent in things.items()
+                         if name in ids or not lent.make}
+            for name in ids.keys() & has[kind].keys() - before.get(kind, {}).keys():
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
-        self.lent[result.account] = has
+        self.lent[result.cloud, result.account] = has
         if has != result.target:
             self.again = now + self.AGAIN
 
@@ -18070,12 +18242,10 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look, 'lend': lender.record}
+            'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead}
 
     def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass; they wait until that
-        has worked.
-        """
+        """Writes down what calls came to since the last pass; that waits until it has worked."""
         while not self.workers.results.empty():
             result = self.workers.results.get()
             # The clock may have been set back since.
@@ -18086,6 +18256,8 @@ class Reconciler:
         breakers = dict(self.health.breakers)
         with self.leader.acting():
             for result in self.workers.ended:
+                if result.cloud not in self.leader.held:
+                    continue
                 self.health.note(result, now)
                 if result.error and not isinstance(result.error, Error):
                     log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
@@ -18096,9 +18268,7 @@ class Reconciler:
         self.workers.forget_calls()
 
     def record_alone(self, result: Job, now: float) -> None:
-        """Records one result; one that can't be recorded costs the others nothing, and a look finds
-        out later.
-        """
+        """Records one result; if it can't be recorded, the others are, and a look tells later."""
         try:
             with Attempt():
                 self.record_one(result, now)
@@ -18114,7 +18284,8 @@ class Reconciler:
                 self.deeds[result.verb](result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state in FINAL or server.tries != result.target.tries:
+        if (server.state in FINAL or server.tries != result.target.tries
+            or server.cloud not in self.leader.held):
             return
         change(Server, server.id, intended=None)
         if isinstance(result.error, LostLease):
@@ -18185,6 +18356,17 @@ class Reconciler:
         if not result.error:
             note_check(now, result.answer)
 
+    def record_ahead(self, result: Job, now: float) -> None:
+        """Tells the owner what would fail; a cloud that did not answer is asked again."""
+        about = row('SELECT o.*, r.label, r.notify FROM occurrence o JOIN reservation r '
+                    'ON r.id = o.reservation_id WHERE o.id = ?', result.target.occurrence)
+        if result.error:
+            run('UPDATE occurrence SET told = told & ?, due = min(due, ?) '
+                'WHERE id = ? AND due IS NOT NULL', ~AHEAD, now + 300, about.id)
+        elif result.answer and about.due is not None and now < about.held_from:
+            tell_of(self.config, now, 'ahead', 'if its VMs started now, that would fail: '
+                    f"{'; '.join(result.answer)}", about)
+
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count what their servers really take."""
         if result.error:
@@ -18219,12 +18401,13 @@ class Reconciler:
         self.forget_builds(account, seen)
         matched, vanished = self.matched(seen), []
         for server, found in matched:
-            vanished += self.compare(server, found, result, now)
+            if server.cloud in self.leader.held:
+                vanished += self.compare(server, found, result, now)
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.poll_running, account)
-        self.clear_orphans(account, orphans_in(seen, matched), now)
+        self.clear_orphans(result, orphans_in(seen, matched), now)
 
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
         """Forgets since when servers boot that boot no longer."""
@@ -18254,17 +18437,18 @@ class Reconciler:
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
 
-    def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
+    def clear_orphans(self, look: Job, orphans: list[Seen], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
         left, restored = adopted(), fact('restored')
         for each in orphans:
             if each.uid in left or now - each.made < self.config.orphan_grace:
                 continue
             if not restored:
-                self.workers.submit(('clear', each.uid), 'clear', account, each.uid)
+                self.workers.submit(('clear', each.uid), 'clear', look.account, each.uid,
+                                    look.cloud)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
-                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
+                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, look.account))
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
@@ -18389,7 +18573,7 @@ class LifeCycle:
                  uptime: Callable[[], float] | None = None):
         self.config, self.clouds = config, clouds
         self.clocks = Clocks(config, clock, uptime)
-        self.leader = Leadership(config, self.clocks)
+        self.leader = Leadership(config, self.clocks, clouds)
         actor = Actor('cmres', 'default', ADMIN)
         self.service = service = Reservations(config, clouds, actor, self.clocks.now)
         service.fence = self.leader.refuse
@@ -18411,31 +18595,34 @@ class LifeCycle:
         self.tidied = 0.0  # when old things were last looked for
 
     def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded
-        by a later one.
-        """
+        """One pass, if this process may act; a later one records the calls that it begins."""
         if not self.lead(now):
             self.workers.forget()
             return False
         now = self.believed()  # we may have been frozen since
         if now < self.clocks.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
-            self.pull_forward(now)
+            with self.leader.acting():
+                self.pull_forward(now, self.leader.held)
             self.sweep()
         self.clocks.latest = now
         self.reconciler.record(now)
         self.workers.give_up()
-        self.refresh(now)
-        self.dropping = self.line_moves = False
+        acts_for_none = '' in self.leader.served
+        if acts_for_none:
+            self.refresh(now)
+        self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
         if self.has_work(now):
-            self.admit_waiting(now)
-            self.drop_staged(now)
-            self.do_later(now)
+            if acts_for_none:
+                self.admit_waiting(now)
+                self.drop_staged(now)
+                self.do_later(now)
             self.planner.plan(now)
             self.dispatcher.call(now)
             self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None
-        self.tidy(now)
+        if acts_for_none:
+            self.tidy(now)
         return True
 
     def settle(self) -> bool:
@@ -18460,22 +18647,20 @@ class LifeCycle:
         return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is
-        planned.
-        """
+        """When, after an instant, the next pass has something to do; infinity if never."""
         due = row(SOONEST, after).due
         return float('inf') if due is None else due
 
     def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until
-        `stop` is set.
-        """
+        """Passes at every due instant, at every change and each second, until `stop` is set."""
         import schedule
         beat = schedule.Scheduler()
         # other processes may change the store; clocks may be set
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        self.leader.shares = True
+        threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
             wait = self.guarded_pass()
             stop.wait(self.guarded(lambda: self.rest(wait, beat)))
@@ -18497,14 +18682,12 @@ class LifeCycle:
         acts = self.converge(self.clocks.clock())
         self.passed = time.monotonic()
         if not acts:
-            return 1
+            return min(self.leader.calm_until - self.clocks.now(), 1)
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.goes_on else self.soonest - self.clocks.now()
+        return 0 if self.goes_on else min(self.soonest, self.leader.calm_until) - self.clocks.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
-        wait.
-        """
+        """Does what is repeated: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
             return deed()
         except LostLease as error:
@@ -18524,13 +18707,10 @@ class LifeCycle:
         return time.monotonic() - self.passed
 
     def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at
-        once.
-        """
+        """Lets calls end and records them; then another scheduler may act at once."""
         self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
-        with self.workers.fence:  # no worker begins anything after another process has begun to act
-            self.leader.leased_until = 0.0
-        self.guarded(self.hand_over)
+        self.leader.shares = False
+        self.guarded(lambda: self.hand_over(self.leader.held))
         for pool in self.workers.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -18540,65 +18720,106 @@ class LifeCycle:
             self.wake.clear()
             self.reconciler.record(self.clocks.now())
 
-    def hand_over(self) -> None:
-        """Gives the lease back, and what no worker has begun to who acts next."""
+    def hand_over(self, clouds: set[str]) -> None:
+        """Gives some leases back, and what no worker has begun to who acts next."""
+        with self.workers.fence:  # no worker begins anything after another process has begun to act
+            self.leader.held = self.leader.held - clouds
         with transaction(first=True):
             now = self.clocks.now()
-            if run('UPDATE lease SET until = ? WHERE holder = ?', now, self.leader.name).rowcount:
-                for call in self.workers.flying.values():
-                    if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None, due=now)
+            if not self.leader.shares:
+                run('DELETE FROM lease WHERE name = ?', self.leader.name)
+            left = returned("UPDATE lease SET until = ?, holder = '-' WHERE holder = ? "
+                            'AND name IN names(?) RETURNING name',
+                            now, self.leader.name, json.dumps([*clouds]))
+            for call in self.workers.flying.values():
+                if call.verb == 'boot' and call.taken is None and call.cloud in left:
+                    change(Server, call.target.id, state='planned', intended=None, due=now)
 
     def lead(self, now: float) -> bool:
-        """Whether this process may act; who has just taken over looks at everything."""
-        acts, taken_over = self.leader.lead(now, self.inherit)
-        if taken_over:
-            self.sweep()
-        return acts
+        """Whether this process may act; of what it has just taken over, it looks at everything."""
+        if taken := self.leader.lead(now, self.inherit):
+            log.info('this scheduler acts for %s now', ', '.join(map(repr, sorted(taken))))
+            self.ask_clouds(taken, 'look', known_on)
+        if self.leader.spare:
+            self.give_one(now)
+        return bool(self.leader.held)
 
-    def inherit(self) -> None:
+    def give_one(self, now: float) -> None:
+        """Lets another scheduler have a cloud: when its calls have ended, or have had a while."""
+        leader, flying = self.leader, Counter(each.cloud for each in self.workers.flying.values())
+        if leader.leaving is None:
+            leader.leaving = min(sorted(leader.held), key=lambda each: flying[each])
+            leader.since = now
+        patience = self.config.leader_timeout / 2
+        if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
+            self.hand_over({leader.leaving})
+
+    def hear(self, stop: threading.Event) -> None:
+        """Looks at once when another process has changed something; else the next beat does."""
+        while not stop.is_set():
+            stop.wait(self.guarded(lambda: self.listen(stop)))
+
+    def listen(self, stop: threading.Event) -> float:
+        """The same until the connection is lost; how long to wait until there can be another."""
+        import select
+        with db.ear() as (ear, empty):
+            self.wake.set()  # nobody told of what was before
+            while ear and not stop.is_set():
+                if select.select([ear], [], [], 5)[0]:
+                    empty()
+                    self.wake.set()
+                    stop.wait(0.02)  # where much is written, not each of it
+        return 3600
+
+    def inherit(self, clouds: set[str]) -> None:
         """Whoever made the calls that are under way may never tell of them."""
-        self.leader.bound_calls(self.clocks.now())
-        self.pull_forward(self.clocks.now())
+        now = self.clocks.now()
+        self.leader.bound_calls(now, clouds)
+        self.pull_forward(now, clouds)
 
-    def pull_forward(self, now: float) -> None:
+    def pull_forward(self, now: float, clouds: set[str]) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
-        longest = now + self.config.call_timeout
-        with self.leader.acting():
-            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
-                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
-                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
-                pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
-                'id FROM occurrence '
-                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS INT4)))) '
-                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
+        longest, those = now + self.config.call_timeout, json.dumps([*clouds])
+        run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ?1 "
+            "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ?2 ELSE ?4 END), "
+            f'called = min(called, iif(uid IS NULL, ?2, ?4)) WHERE due IS NOT NULL AND {ON_CLOUDS}',
+            pause, longest, those, now)
+        run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+            'o.id FROM occurrence o CROSS JOIN resource s ON s.id = o.resource_id '
+            f'WHERE o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD} AND s.cloud IN names(?))',
+            now, now, latest, latest, those)
+        if '' in clouds:
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS '
+                'INT4)))) WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
-                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
-                             'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0, up_told=None)
-                tell_of(self.config, now, 'clock',
-                        'a wrong clock ended it too early; it continues', each)
+        for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                         'CROSS JOIN reservation r ON r.id = o.reservation_id CROSS JOIN '
+                         'resource s ON s.id = o.resource_id WHERE o.due IS NULL AND o.cancelled '
+                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, those):
+            change(Occurrence, each.id, due=now, told=0, up_told=None)
+            tell_of(self.config, now, 'clock',
+                    'a wrong clock ended it too early; it continues', each)
         self.health.breakers.clear()
         self.clocks.latest = now
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
         if self.clocks.clock() < self.leader.leased_until:
-            for account in self.clouds.accounts():
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+            self.ask_clouds(self.leader.held, 'look', known_on)
+
+    def ask_clouds(self, clouds: set[str], verb: str, what: Callable[[str], Any]) -> None:
+        """Asks for something on every account on some clouds."""
+        for cloud in clouds:
+            for account in self.clouds.accounts({cloud}):
+                self.workers.submit((verb, account), verb, account, what(account), cloud)
 
     def check_file(self) -> None:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
         self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
 
     def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is
-        doubted.
-        """
+        """The instant by which a pass acts; the clouds are asked while the clock is in doubt."""
         trust, now = self.clocks.judged()
         if trust.doubted != (self.clocks.trust and self.clocks.trust.doubted):
             with self.leader.acting():
@@ -18609,14 +18830,11 @@ class LifeCycle:
             return now
         if self.clocks.uptime() >= self.clocks.asked + self.config.lost_answer_wait / 3:
             self.clocks.asked = self.clocks.uptime()
-            for account in self.clouds.accounts():
-                self.workers.submit(('time', account), 'time', account, None)
+            self.ask_clouds(self.leader.held, 'time', lambda account: None)
         return now
 
     def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so
-        that none is long.
-        """
+        """Carries series on, once a day and with a new zone table; some in each pass."""
         if now < self.fresh_until:
             return
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
@@ -18682,15 +18900,17 @@ class LifeCycle:
         """Does what people have asked for and can't take back any more."""
         for each in those_due('later', 'SELECT f.name, f.value FROM fact f', now):
             said = json.loads(each.value.partition(' ')[2])
-            service = self.service.acting(Actor(*said['by']))
-            with self.leader.acting():
-                run('DELETE FROM fact WHERE name = ?', each.name)
-                for name, asked in said['calls']:
-                    try:
-                        with Attempt():
-                            getattr(service, name)(**bind(API[name], asked, service.here))
-                    except Error as error:  # it has ended meanwhile
-                        log.info('%s of %s was not done: %s', name, asked, error)
+            service, left = self.service.acting(Actor(*said['by'])), deque(said['calls'])
+            while left:
+                with self.leader.acting():
+                    for name, asked in some_of(left):
+                        try:
+                            with Attempt():
+                                getattr(service, name)(**bind(API[name], asked, service.here))
+                        except Error as error:  # it has ended meanwhile
+                            log.info('%s of %s was not done: %s', name, asked, error)
+                    note_fact(each.name, f'{now:.3f} ' + json.dumps(said | {'calls': [*left]}))
+            run('DELETE FROM fact WHERE name = ?', each.name)
 
 
 # Document ####################################################################
@@ -18833,10 +19053,11 @@ TAGS = {
     'user': 'people who leave', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
-HEADERS = {
-    'If-Match': ('the ETag of the reservation that was read', '"417"'),
-    'Idempotency-Key': ('a name for this request, so that it is done only once; stored for a day',
-                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+HEADERS = {name: {'description': text, 'example': example, 'schema': {
+    'type': 'string', 'pattern': '^[!-~]{1,255}$'}} for name, text, example in (
+    ('If-Match', 'the ETag of the reservation that was read', '"417"'),
+    ('Idempotency-Key', 'a name for this request, so that it is done only once; stored for a day',
+     '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11'))}
 TOLD = {'ETag': 'the value for If-Match; states of VMs do not change it',
         'Location': 'the address of what was created',
         'Link': 'the next page of the list: rel="next"',
@@ -18863,7 +19084,8 @@ class Document:
                 'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
                 'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
                 'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
-                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'parameters': {name: {'name': name, 'in': 'header', **said}
+                                              for name, said in HEADERS.items()},
                                'schemas': self.schemas}}
 
     def paths(self) -> dict:
@@ -18881,8 +19103,9 @@ class Document:
                   if f'<{name}>' not in path and name not in fixed}
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields),
-                                *map(header_ref, conditions(operation, verb))],
+                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                     {'$ref': f'#/components/parameters/{name}'}
+                     for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
         if verb in WITH_BODY and fields:
             entry['requestBody'] = self.body(operation, fields)
@@ -18941,12 +19164,10 @@ class Document:
         return schema
 
     def ref(self, name: str, schema: dict) -> dict:
-        """A schema by its name."""
         self.schemas[name] = schema
         return {'$ref': f'#/components/schemas/{name}'}
 
     def answer(self, kind) -> dict:
-        """What is answered."""
         choices, inside = choices_of(kind), get_args(kind)
         if len(choices) > 1:
             return {'anyOf': [self.answer(each) for each in choices]}
@@ -18959,17 +19180,16 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        """All fields of an answer."""
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
+        means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) | meaning(name)
+                'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
 
     def responses(self, operation: Operation, verb: str, path: str) -> dict:
-        """What can come of a request."""
         kind = operation.answers
         tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
         told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
@@ -18980,7 +19200,6 @@ class Document:
         return found | self.refused(*statuses_of(operation, verb))
 
     def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
-        """An answer of a type, with some headers."""
         told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
         return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
                 } | ({'headers': told} if told else {})
@@ -19026,7 +19245,6 @@ LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100,
 
 
 def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
-    """An address that only answers."""
     return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
             'security': security, 'responses': responses, 'parameters': [
                 {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
@@ -19034,34 +19252,16 @@ def plain_entry(path: str, name: str, text: str, responses: dict, security: list
                 for each in re.findall(r'<(\w+)>', path)]}
 
 
-def header_argument(name: str) -> dict:
-    """A header of a request."""
-    text, example = HEADERS[name]
-    return {'name': name, 'in': 'header', 'description': text, 'example': example,
-            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
-
-
-def meaning(field: str) -> dict:
-    return {'description': MEANS[field]} if field in MEANS else {}
-
-
-def header_ref(name: str) -> dict:
-    return {'$ref': f'#/components/parameters/{name}'}
-
-
 @functools.cache
 def openapi() -> dict:
-    """OpenAPI 3.1 of all that is answered."""
     return Document().whole()
 
 
 def template(path: str) -> str:
-    """An address as OpenAPI writes it."""
     return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
 
 
 def refusal_name(status: int) -> str:
-    """The kind of error with a status: its first."""
     return next(name for name, kind in ERRORS.items() if kind.status == status)
 
 
@@ -19150,40 +19350,39 @@ UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
 
 
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
-    """The WSGI application that answers for a service.
-
-    Args:
-      told: words what never reaches one of its handlers
-      visitor: tells who is signed in to the page, by the cookie of a request
-    """
+    """The WSGI application that answers for a service; `told` words what never reaches one of its
+    handlers, `visitor` tells who is signed in to the page, by the cookie of a request."""
+    import bottle
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
             app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
-    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+
+    def document():
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
+    app.route('/openapi.json', 'GET', document)
     return app
 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
     import bottle
+
+    def no_metrics():
+        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.route('/healthz', 'GET', health_handler(service))
+    app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
     return app
-
-
-def no_metrics():
-    """What is answered where no gate is before the application."""
-    return refused(NotFound('`serve` counts, and only there are metrics'))
 
 
 def rule(operation: Operation, path: str) -> str:
@@ -19200,31 +19399,20 @@ def handler(service: Reservations, operation: Operation, fixed: dict,
             visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
     import bottle
+    # a calendar in JSON is longer than in a file
+    most = 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
     def handle(**path):
         request = bottle.request
         acting = service.acting(who_asks(service, request, visitor))
         acting.wanted = while_there(request.environ)
-        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-            given = given_once(read_query(request, several(operation)),
-                               read_body(request, most_body(operation)), path, fixed)
+        # of some the body alone takes long to read
+        computing = acting.shares.computing() if operation.name in LONG else nullcontext()
+        with acting.shares.answering(acting.actor.user), computing:
+            given = given_once(read_query(request, several(operation)), read_body(request, most),
+                               path, fixed)
             bound = bind(operation, given, acting.here)
             return respond(acting, operation, bound, request, given)
-    return handle
-
-
-def at_length(acting: Reservations, operation: Operation):
-    """What bounds a request whose body alone takes long to read, before it is read."""
-    return acting.shares.computing() if operation.name in LONG else nullcontext()
-
-
-def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
-    """Answers with the description of all that is here, for who may ask for any of it."""
-    import bottle
-
-    def handle():
-        who_asks(service, bottle.request, visitor)
-        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -19238,7 +19426,8 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
-    tag = tag_for(acting, operation, bound)
+    is_read = not operation.changes and bound.get('label') and tells_of_reservations(operation)
+    tag = tag_of(acting, bound) if is_read else ''
     status = 201 if operation.made and not bound.get('dry_run') else 200
     if once:
         acting.answered = functools.partial(once.write, status)
@@ -19323,13 +19512,6 @@ def cursor_of(line: dict) -> str:
 # What a request depends on.
 
 
-def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
-    """The ETag of a reservation that is read; of anything else none."""
-    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
-        return ''
-    return tag_of(acting, bound)
-
-
 def tag_of(acting: Reservations, bound: dict) -> str:
     """An ETag of what people did to a reservation: it stays while only its VMs change."""
     newest = acting.look.newest_deed(bound['label'], bound.get('project', ''))
@@ -19360,12 +19542,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
-
-
-def has_secret(kind) -> bool:
-    """Whether an answer has a field that is shown once and kept nowhere."""
-    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    has_secret = any(each.kind is Secret for each in fields)
+    return Once(acting, key, hashed(asked), not has_secret)
 
 
 class Once:
@@ -19397,12 +19576,8 @@ class Once:
                    *self.whose, self.now - self.LASTS)
 
     def kept(self):
-        """The status and answer of the same request before; None if there was none.
-
-        Raises:
-          KeyReused: it was another request.
-          Conflict: its answer is not there, or not yet.
-        """
+        """The answer of the same request before, None if there was none; KeyReused if it was
+        another request, Conflict if its answer is not there, or not yet."""
         found = self.row()
         if found and found.digest != self.digest:
             raise KeyReused('Another request had this Idempotency-Key. Use a new key for each '
@@ -19413,11 +19588,7 @@ class Once:
         return found
 
     def claim(self) -> None:
-        """Writes the key in the transaction of what is done.
-
-        Raises:
-          Conflict: another request was faster.
-        """
+        """Writes the key with what is done; Conflict if another request was faster."""
         if rehearsal.on:
             return
         found = self.row()
@@ -19509,9 +19680,6 @@ class WrittenFeeds:
                 self.places.release()
         return found.etag, found.text
 
-    def size(self) -> int:
-        return sum(len(each.text) for each in self.kept.values())
-
     def is_old(self, found: Written) -> bool:
         return found.newest != newest_event() or self.service.clock() >= found.holds
 
@@ -19526,9 +19694,9 @@ class WrittenFeeds:
             text = calendar_text(name, events)
             found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
-        while self.kept and self.size() + len(found.text) > self.MOST:
-            del self.kept[next(iter(self.kept))]
         self.kept[feed.id] = found = found._replace(newest=newest)
+        while len(self.kept) > 1 and sum(len(each.text) for each in self.kept.values()) > self.MOST:
+            del self.kept[next(iter(self.kept))]
         return found
 
 
@@ -19557,20 +19725,16 @@ def mistake(error: Exception, request) -> Error:
                  'log of the server.', id=id)
 
 
-def health_handler(service: Reservations) -> Callable:
+def health(service: Reservations):
     """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-
-    def handle():
-        row('SELECT 1 AS one')
-        age = service.age() if service.age else 0
-        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
-        if age > LATE:
-            status, body = 503, {'last_pass': round(age, 1),
-                                 'error': 'No VM was started or ended for '
-                                          f'{format_duration(age)}. The log of this server says '
-                                          'why.'}
-        return sent(json_text(body), status, UNKEPT)
-    return handle
+    row('SELECT 1 AS one')
+    age = service.age() if service.age else 0
+    status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
+    if age > LATE:
+        late = (f'No VM was started or ended for {format_duration(age)}. The log of this server '
+                'says why.')
+        status, body = 503, {'last_pass': round(age, 1), 'error': late}
+    return sent(json_text(body), status, UNKEPT)
 
 
 class Line:
@@ -19582,10 +19746,13 @@ class Line:
     Args:
       threads: how many there are
       call: wakes one of them; `waitress` calls all of this under a lock of its own
+      is_new: whether Keystone is still to be asked for a token. All such have one share together,
+        so that a flood of made-up ones slows nobody else
     """
 
-    def __init__(self, threads: int, call: Callable[[], None]):
-        self.threads, self.call = threads, call
+    def __init__(self, threads: int, call: Callable[[], None],
+                 is_new: Callable[[str], bool] = lambda said: False):
+        self.threads, self.call, self.is_new = threads, call, is_new
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
@@ -19606,10 +19773,9 @@ class Line:
         return first if first and under_way[first[0]] < share else None
 
     def append(self, channel) -> None:
-        self.waiting.append((whose(channel), channel))
+        self.waiting.append((whose(channel, self.is_new), channel))
 
     def popleft(self):
-        """What this thread answers next."""
         name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
@@ -19618,17 +19784,27 @@ class Line:
         return channel
 
 
-def whose(channel) -> str:
+def whose(channel, is_new: Callable[[str], bool]) -> str:
     """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
-    return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
+    said = headers.get('AUTHORIZATION') or headers.get('X_AUTH_TOKEN') or ''
+    scheme, _, token = said.rpartition(' ')
+    if token and scheme.lower() in ('', 'bearer') and is_new(token):
+        return 'new to Keystone'
+    return said or headers.get('COOKIE') or str(channel.addr)
 
 
-def fair_dispatcher(threads: int):
+def new_to_keystone(service: Reservations, token: str) -> bool:
+    """Whether Keystone is asked for a token, and has not said yet that it is somebody's."""
+    return bool(service.config.keystone) and not token.startswith(OUR_TOKENS) and (
+        service.clouds.keystone.is_new(token))
+
+
+def fair_dispatcher(threads: int, is_new: Callable[[str], bool]):
     """The threads of `waitress`, with a line of ours before them."""
     from waitress.task import ThreadedTaskDispatcher
     made = ThreadedTaskDispatcher()
-    made.queue = Line(threads, made.queue_cv.notify)
+    made.queue = Line(threads, made.queue_cv.notify, is_new)
     made.set_thread_count(threads)
     return made
 
@@ -19658,16 +19834,14 @@ class Readiness:
                 store_file.look()
             if time.monotonic() >= self.until or store_file.troubles != self.troubles:
                 self.troubles = store_file.troubles
-                self.found, self.until = self.look_safely(), time.monotonic() + 1
+                try:
+                    self.found = self.look()
+                except (Unavailable, *STORE_ERRORS) as error:
+                    fault = str(trouble(error) or error)
+                    self.found = {'status': 'not ready', 'store': {'fault': fault}}
+                self.until = time.monotonic() + 1
             found = self.found
         return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
-
-    def look_safely(self) -> dict:
-        """What is so now, also where that can't be read."""
-        try:
-            return self.look()
-        except (Unavailable, *STORE_ERRORS) as error:
-            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
@@ -19682,7 +19856,6 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
-        """How much space the database has left."""
         config = self.service.config
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
@@ -19700,15 +19873,17 @@ class Readiness:
             DAMAGED.format(last['result']) if last and last['result'] != 'ok' else '')}
 
     def scheduler(self) -> dict:
-        """How long ago a scheduler renewed its right to act, which it does in its passes."""
-        found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
+        """How long ago schedulers renewed their right to act, which they do in their passes."""
+        found = leases(self.service.clouds)
         if not found:
             return {'fault': 'No scheduler has run yet. Start `serve` or `scheduler`.'}
-        timeout = self.service.config.leader_timeout
-        age = round(max(self.service.clock() - found.until + timeout, 0), 1)
-        late = (f'The scheduler last ran {format_duration(int(age))} ago. Start `serve` or '
+        now, config = self.service.clock(), self.service.config
+        age = round(max(now - found[0].until + config.leader_timeout, 0), 1)
+        cloud = f" for the cloud '{found[0].name}'" if found[0].name else ''
+        late = (f'The scheduler last ran {format_duration(int(age))} ago{cloud}. Start `serve` or '
                 '`scheduler`, or look at its log.')
-        return {'last_pass': age, 'fault': late if age > most else ''}
+        return {'last_pass': age, 'fault': late if age > config.max_pass_age else '',
+                'schedulers': len({each.holder for each in found if each.until > now})}
 
 
 RETRY = 60  # seconds after which somebody may try again, where nothing better is known
@@ -19728,33 +19903,28 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    for name, value in UNKEPT.items():
+    status, error = failure.status_code, failure.body
+    if status == 405:
+        error = wrong_verb(failure, request, response)
+    elif not isinstance(error, Error):
+        error = (mistake(failure.exception, request) if status == 500 else
+                 NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
+                 if status == 404 else Invalid(str(error)))
+    for name, value in (UNKEPT | (headers_of(error) if error else {})).items():
         response.set_header(name, value)
-    if failure.status_code == 405:
-        return wrong_verb(failure, request, response)
-    error = failure.body
-    if failure.status_code == 500 and not isinstance(error, Error):
-        error = mistake(failure.exception, request)
-    if failure.status_code == 404 and not isinstance(error, Error):
-        error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
-    if not isinstance(error, Error):
-        error = Invalid(str(error))
-    for name, value in headers_of(error).items():
-        response.set_header(name, value)
-    return json_text(error_body(error))
+    return json_text(error_body(error)) if error else ''
 
 
-def wrong_verb(failure, request, response) -> str:
+def wrong_verb(failure, request, response) -> Error | None:
     """What is said of the verbs of an address: to who asks for them, and to who took another."""
     verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
     verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
     response.set_header('Allow', ', '.join(verbs))
     if request.method == 'OPTIONS':
         response.status = 204
-        return ''
+        return None
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return json_text(error_body(Error(f'{request.method} is not possible at this address. Use '
-                                      f'{use}.')))
+    return Error(f'{request.method} is not possible at this address. Use {use}.')
 
 
 def request_name(environ: dict) -> str:
@@ -19775,14 +19945,8 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Who sends a request, by the first way that it goes.
-
-    Args:
-      visitor: tells who has signed in to the page, which is enough to read
-
-    Raises:
-      Unauthorized: it goes none of these ways.
-    """
+    """Who sends a request, by the first way that it goes, else Unauthorized; to read, it is enough
+    to be signed in to the page, which `visitor` knows."""
     for way in WAYS_IN:
         if actor := way(service, request):
             return actor
@@ -19797,11 +19961,8 @@ def by_token(service: Reservations, request) -> Actor | None:
     secret = bearer(request)
     if not secret or secret == keystone_token(service, request):
         return None
-    try:
+    with noting_wrong(service, request.environ):
         found = token_of(secret, service.clock())
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     note_caller(service, request.environ, found)
     return bearer_of(found)
 
@@ -19818,17 +19979,14 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     if not (token := keystone_token(service, request)):
         return None
     ask = functools.partial(ask_keystone, service, token)
-    try:
+    with noting_wrong(service, request.environ):
         found = service.clouds.keystone.told(token, ask)
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
 
 
-def ask_keystone(service: Reservations, whose: str, call: Callable):
+def ask_keystone(service: Reservations, whose: str, call: Callable, patience: float):
     """What Keystone answers; only a few wait for that at the same time."""
-    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+    with service.shares.answering(f'a token {hashed(whose)[:8]}', patience):
         return service.shares.ask('Keystone', call)
 
 
@@ -19846,7 +20004,8 @@ def by_proxy(service: Reservations, request) -> Actor | None:
     """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
     begin = service.config.identity_header
     user = header(request, f'{begin}-User')
-    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+    if not user or not service.config.is_among(
+            'identity_proxies', request.environ.get('REMOTE_ADDR', '')):
         return None
     project = header(request, f'{begin}-Project') or 'default'
     role = header(request, f'{begin}-Role') or USER
@@ -19887,8 +20046,17 @@ def note_caller(service: Reservations, environ: dict, found) -> None:
         service.shares.rates.look('mib_per_user', name)
 
 
+@contextmanager
+def noting_wrong(service: Reservations, environ: dict) -> Iterator[None]:
+    """Notes that a wrong token came from an address; TooMany if many do."""
+    try:
+        yield
+    except Unauthorized:
+        note_wrong(service, environ)
+        raise
+
+
 def note_wrong(service: Reservations, environ: dict) -> None:
-    """Notes a wrong token of an address; TooMany if many come from there."""
     address = environ.get('cmres.address', '')
     METRICS.count('wrong_tokens_total')
     service.shares.wrong[address] += 1
@@ -19928,14 +20096,8 @@ def read_query(request, several: Iterable[str] = ()) -> dict:
 
 
 def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
-    """The fields of a query or of a form.
-
-    Args:
-      several: those that may come more than once
-
-    Raises:
-      Invalid: they are not UTF-8, too many, or given twice with two values.
-    """
+    """The fields of a query or form, those of `several` maybe more than once; Invalid if they are
+    not UTF-8, too many, or given twice with two values."""
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict',
                           max_num_fields=100)
@@ -19951,11 +20113,6 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
     if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
         raise TooLarge(f'The body is larger than {most} bytes. Send it in parts.')
     return body
-
-
-def most_body(operation: Operation) -> int:
-    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -20039,16 +20196,11 @@ class Gate:
         said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
         for name in FORWARDED:
             environ.pop(name, None)
-        trusted = said and self.service.config.is_proxy(peer)
+        trusted = said and self.service.config.is_among('trusted_proxies', peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
     def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
-        """What Prometheus reads.
-
-        Raises:
-          NotFound: the operator wants none.
-          Forbidden: it needs the token of an admin.
-        """
+        """What Prometheus reads: NotFound if the operator wants none, else for an admin's token."""
         allowed = self.service.config.metrics
         if allowed == 'off':
             raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
@@ -20122,7 +20274,6 @@ class Reply:
         return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
 
     def also(self) -> Iterator[tuple[str, str]]:
-        """Headers that this answer needs."""
         for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
             yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
@@ -20136,7 +20287,6 @@ class Reply:
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
     def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        """A whole answer."""
         from http.client import responses
         self.begin(f'{status} {responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
@@ -20226,15 +20376,17 @@ class StoreMetrics:
         for account, state, number in run('SELECT account, state, count(*) FROM server '
                                           "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
             yield 'servers', (('cloud', account), ('state', state)), number
-        if lease := row('SELECT holder, until FROM lease'):
+        found = leases(self.service.clouds)
+        for lease in found[:1]:
             renewed = lease.until - self.service.config.leader_timeout
             yield 'pass_age_seconds', (), max(now - renewed, 0)
+        for lease in found:
             if lease.until > now:
-                yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
+                host = lease.holder.partition(':')[0]
+                yield 'leader', (('cloud', lease.name), ('host', host)), 1
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
 
     def of_resources(self) -> Iterator[tuple]:
-        """What each resource has, and how much of it is reserved now."""
         now = self.service.clock()
         for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
             most, classes = capacity(each), read_json(each.classes)
@@ -20312,7 +20464,10 @@ LEASE_FIELDS = {
     'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
                   'disk_gb', 'required_floatingips'}
-AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
+              | dict.fromkeys(('true', 't', 'yes', 'y', 'on', '1'), True)
+              | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
+ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
@@ -20378,7 +20533,9 @@ class Blazar:
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
-                    answer = handle(LeaseView(acting), given)
+                    view = LeaseView(acting)
+                    view.token = keystone_token(self.service, request)
+                    answer = handle(view, given)
             except Error as error:
                 body = in_blazars_words(error_body(error), error.status)
                 return sent(json_text(body), error.status, UNKEPT | headers_of(error))
@@ -20595,20 +20752,27 @@ class LeaseView:
 
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
+        self.token = ''  # of Keystone, with which the request came
 
     def lend_groups(self, id: str) -> None:
-        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        """Makes the server groups of a lease that begins now: its client reads their ids once.
+
+        Where cmres has no account of its own in their project, by the token that they sent.
+        """
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
         mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
+        things = [each for found in mine for each in lent_things(
+            self.acting.clouds, found, places[found.resource_id]) if each[1] == 'server_group']
+        first = {name: (account, lent) for account, _, name, lent in reversed(things)}
         with suppress(CloudError):  # the life cycle tries it again
-            for found in mine:
-                for account, kind, name, lent in lent_things(
-                        self.acting.clouds, found, places[found.resource_id]):
-                    if kind == 'server_group':
-                        made = self.asks(account, operator.methodcaller(
-                            'lend_one', kind, name, lent))
-                        with self.acting.writing():
-                            note_lent(lent, kind, made)
+            for name, (account, lent) in first.items():
+                call = operator.methodcaller('lend_one', 'server_group', name, lent)
+                if not lent.make:
+                    call = operator.methodcaller('lend_to_token', self.token, name, lent)
+                if lent.make or self.token:
+                    made = self.asks(account, call)
+                    with self.acting.writing():
+                        note_lent(lent, 'server_group', made)
 
     # Leases
 
@@ -20668,8 +20832,9 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        what = one.host if kind == 'address' else '' if one.host or one.image else kind
-        return bool(what) and what not in part
+        if one.host and kind:
+            kind = one.host if kind == 'address' else 'aggregate'
+        return bool(kind) and not one.image and kind not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -20930,7 +21095,8 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
+                                               'affinity': ON_HOSTS_SO[asked.get('affinity')]}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -21138,7 +21304,6 @@ MOST_FILTERS = 100   # elements of a filter
 MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
-CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
               'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
@@ -21150,8 +21315,6 @@ STORED_PROPERTIES = frozenset(
     ('D:displayname', 'A:calendar-color', 'A:calendar-order', 'C:calendar-timezone'))
 DAV_VERBS = 'OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, REPORT'
 REPORTS = ('C:calendar-query', 'C:calendar-multiget', 'C:free-busy-query', 'D:sync-collection')
-READS = ('read', 'read-current-user-privilege-set')
-WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
 TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
@@ -21190,7 +21353,6 @@ class Component:
         return None
 
     def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
         number = self.find(name)
         return '' if number is None else self.lines[number]
 
@@ -21270,7 +21432,6 @@ class Remark(NamedTuple):
     window: tuple[int, int] | None = None  # when it really is
 
     def write(self, event: Component, form: Form) -> None:
-        """Writes it into an event."""
         if self.window:
             event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
@@ -21300,16 +21461,15 @@ def without_blocks(text: str) -> str:
 
 
 class Form:
-    """How times are written in a series: as its first start is."""
+    """How times are written in a series, and what its occurrences have of it: as its first one."""
 
     def __init__(self, head: Component, zone: tzinfo):
-        self.parameters, value = head.read('DTSTART')
+        self.head, (self.parameters, value) = head, head.read('DTSTART')
         self.zone, self.whole = zone, 'T' not in value.upper()
         self.instant = value.strip().upper().endswith('Z') or zone is UTC and (
             'TZID' in self.parameters.upper())
 
     def line(self, name: str, at: int) -> str:
-        """The line of a time."""
         wall = to_wall(instant(at), self.zone)
         if self.whole and wall.time() == datetime.min.time():
             return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
@@ -21317,9 +21477,19 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def exception(self, plain: Component, slot: Slot) -> Component:
-        """An occurrence of a series as an event of its own, with what is carried over."""
-        made = Component([*plain.lines])
+    @functools.cached_property
+    def plain(self) -> Component:
+        """What of a series each of its occurrences has as well: no alarms, and no long texts."""
+        head = self.head
+        kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
+                and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
+        made = Component([head.lines[0], *kept, head.lines[-1]])
+        made.put_line('UID', head.line('UID'))
+        return made
+
+    def exception(self, slot: Slot, like: Component | None = None) -> Component:
+        """An occurrence of a series as an event of its own."""
+        made = Component([*(like or self.plain).lines])
         at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
         times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
         for name, at in times.items():
@@ -21327,45 +21497,9 @@ class Form:
         return made
 
 
-def carried(head: Component) -> Component:
-    """What of a series each of its occurrences has as well: no alarms, and no long texts."""
-    kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
-            and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
-    made = Component([head.lines[0], *kept, head.lines[-1]])
-    made.put_line('UID', head.line('UID'))
-    return made
-
-
-def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
-                 keys: dict[str, str], zone: tzinfo) -> str:
-    """A calendar with what cmres says of it, by slots; '' is all of it.
-
-    Args:
-      keys: the slots that exceptions have there, by what they are written as
-    """
-    parts = components(text)
-    events = events_in(parts)
-    head, behind = events[0], parts.index(events[-1]) + 1
-    form, plain = Form(head, zone), carried(head)
-    there = {keys.get(each.key, ''): each for each in events}
-    there.setdefault('', head)
-    for slot, remark in remarks.items():
-        if slot not in there:
-            there[slot] = form.exception(plain, slots[slot])
-            there[slot].put_line(MADE, f'{MADE}:1\r\n')
-            parts.insert(behind, there[slot])
-            behind += 1
-        remark.write(there[slot], form)
-    return joined(parts)
-
-
 def without_remarks(text: str, shown: str, before: str) -> str:
-    """A calendar without what cmres has said in it.
-
-    Args:
-      shown: what the program was shown
-      before: what a person had written before that
-    """
+    """A calendar without what cmres has said in it, of which the program was shown one text, while
+    a person had written another before that."""
     parts = components(text)
     was, own = ({each.key: each for each in events_in(components(each))}
                 for each in (shown, before))
@@ -21502,12 +21636,8 @@ class Folder:
         return numbers
 
     def write(self, name: str, text: str, shown: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then.
-
-        Args:
-          text: what a person wrote
-          shown: the same with what cmres says of it
-        """
+        """Writes an object, or some columns of it: what a person wrote, and that with what cmres
+        says of it. It is another one for all programs then."""
         there = self.objects('name = ?', name)
         values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
                    'rev': next_revision(), 'changed': int(self.acting.clock())}
@@ -21567,12 +21697,22 @@ class Teller:
         self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
     def text(self) -> str:
-        """The event as it is shown."""
+        """The event with what there is to say, also of occurrences that it does not write out."""
         remarks = self.remarks()
         if not remarks:
             return self.event.text
-        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
-                            self.event.here)
+        parts, keys = components(self.event.text), self.event.keys()
+        events = events_in(parts)
+        form, behind = Form(events[0], self.event.here), parts.index(events[-1]) + 1
+        there = {'': events[0]} | {keys.get(each.key, ''): each for each in events}
+        for slot, remark in remarks.items():
+            if slot not in there:
+                there[slot] = form.exception(self.slots[slot])
+                there[slot].put_line(MADE, f'{MADE}:1\r\n')
+                parts.insert(behind, there[slot])
+                behind += 1
+            remark.write(there[slot], form)
+        return joined(parts)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -21598,7 +21738,6 @@ class Teller:
         return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
-        """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
         said = self.last_said('released', 'rejected', 'maintenance')
@@ -21647,12 +21786,8 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
 
 
 def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
-    """Writes anew what is shown of reservations that have changed since the last time, and what
-    was reserved elsewhere by who acts.
-
-    Args:
-      known: up to which event, and on what, everybody's reservations were looked for
-    """
+    """Writes anew what is shown of reservations that have changed, and what was reserved elsewhere
+    by who acts: `known` is up to which event, and on what, that was looked for."""
     seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
     changed = deque(rows(
         'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
@@ -21693,9 +21828,8 @@ def show_anew(acting: Reservations, id: int) -> None:
 
 
 def elsewhere(acting: Reservations, places: str, since: int) -> list:
-    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
-    those that an event after that tells of.
-    """
+    """The reservations of who acts that no calendar has, on some resources: all (0), or those that
+    an event after some other tells of."""
     told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
     return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
@@ -21738,16 +21872,15 @@ def reservation_text(folder: Folder, id: int) -> str:
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(found, found.vms), 'END:VEVENT']
-    head = Component([folded(each) for each in lines])
-    form, plain, events = Form(head, zone), carried(head), [head]
+    form = Form(Component([folded(each) for each in lines]), zone)
+    plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
     for each in live if stretches else ():
-        slot = plan_of(stretches, there).get(each.slot)
-        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
-            continue
-        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
-        for line in want_lines(found, each.vms):
-            events[-1].put_line(line.partition(':')[0], folded(line))
-    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+        slot = plan.get(each.slot)
+        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
+            events.append(form.exception(Slot(each.slot, *each[1:5])))
+            for line in want_lines(found, each.vms):
+                events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
 
 
@@ -21819,8 +21952,7 @@ class Draft:
 
     def put(self, data: bytes) -> tuple[bool, str]:
         """Makes a reservation of what a program sends, or changes it; whether it is new, and its
-        ETag if it is shown as it was sent.
-        """
+        ETag if it is shown as it was sent."""
         had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
         self.event = self.folder.understand(text)
@@ -22070,12 +22202,7 @@ def href_of(*names: str) -> str:
 
 
 def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
-    """What is said of one address.
-
-    Args:
-      told: properties as XML, and their status
-      status: that of the address itself
-    """
+    """What is said of one address: properties as XML with their status, or its own status."""
     text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
     for properties, each in [one for one in told if one[0]] or told[:1]:
         text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
@@ -22108,13 +22235,11 @@ class Query:
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
-        """Whether an object is what the filter wants."""
         events = events_in(components(item.text))
         groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
         return all(self.has_event(each, events, groups) for each in self.parts)
 
     def has_event(self, part, events: list[Component], groups) -> bool:
-        """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
         span = part.find('C:time-range', NAMESPACES)
@@ -22188,12 +22313,11 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form = Form(events[0], table.zone)
     form.instant = not form.whole
-    for slot in table.slots(begin, until):
-        one = form.exception(own.get(slot.key, plain), slot)
-        one.put_line('DURATION')
-        found.append(one)
+    found = [form.exception(slot, own.get(slot.key)) for slot in table.slots(begin, until)]
+    for each in found:
+        each.put_line('DURATION')
     return whole_calendar(joined(found))
 
 
@@ -22215,8 +22339,10 @@ def read_range(element) -> tuple[int, int]:
 
 
 def privileges(dav: Dav, writable: bool) -> str:
-    names = READS + (WRITES if writable and dav.writes else ())
-    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+    names = 'read read-current-user-privilege-set'
+    if writable and dav.writes:
+        names += ' write write-properties write-content bind unbind'
+    return elements((f'D:{each}' for each in names.split()), '<D:privilege>{}</D:privilege>')
 
 
 def described(folder: Folder) -> str:
@@ -22321,12 +22447,8 @@ class Dav:
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
-        """What is told of an address: of a calendar, of what stands in it, or of what is above.
-
-        Args:
-          wanted: names of properties; None for those that all may want
-          names: only their names are
-        """
+        """What is told of an address (a calendar, what stands in it, or what is above): of the
+        properties that are wanted, or of those that all may want; maybe only their names."""
         table = OF_ITEMS if isinstance(at, Item) else ABOVE
         if isinstance(at, Folder):
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
@@ -22433,7 +22555,6 @@ class Dav:
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
-        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
         if level == 3:
             yield self.item(self.names[2])
@@ -22575,9 +22696,7 @@ DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
 
 
 def busy_lines(place, begin: int, until: int) -> Iterator[str]:
-    """When a resource has no free capacity for what an event usually gets, and when it has less
-    than all.
-    """
+    """When a resource can't take what an event usually gets, and when it has less than all."""
     usual = Amount(place.default_vms)
     free = [(max(begin, int(first)), int(min(last, until)))
             for first, last in free_windows(place, usual, begin, until)]
@@ -22625,9 +22744,12 @@ def wanted_in(root, name: str = '') -> list[str] | None:
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
-    text = ''.join(parts)
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus {DECLARED}>{text}{more}'
-                '</D:multistatus>', 207, DAV_HEADERS)
+    return xml_answer('multistatus', ''.join(parts) + more, 207)
+
+
+def xml_answer(name: str, inner: str, status: int, headers: dict = {}):
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:{name} {DECLARED}>{inner}</D:{name}>',
+                status, DAV_HEADERS | headers)
 
 
 def dav_refusal(error: Error):
@@ -22635,64 +22757,44 @@ def dav_refusal(error: Error):
     name, href = getattr(error, 'element', ''), error.details.get('href')
     inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
-    headers = headers_of(error)
-    if error.status == 401:
-        headers = {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'}
-    if error.status == 405:
-        headers = {'Allow': DAV_VERBS}
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:error {DECLARED}>'
-                f'{xml_text(str(error))}{element}</D:error>', error.status, DAV_HEADERS | headers)
+    headers = {401: {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'},
+               405: {'Allow': DAV_VERBS}}.get(error.status, headers_of(error))
+    return xml_answer('error', f'{xml_text(str(error))}{element}', error.status, headers)
 
 
-class Programs:
-    """Who answers calendar programs, and who they act for."""
-    MOST = 10_000  # tokens that are remembered
+def calendar_programs(service: Reservations) -> Callable:
+    """Answers calendar programs, for who has the token that they send as a password."""
+    import bottle
+    known: dict = {}  # see `refresh`
 
-    def __init__(self, service: Reservations):
-        self.service, self.known, self.seen = service, {}, {}
+    @functools.lru_cache(10_000)
+    def token_id(digest: str, minute: int) -> int:
+        """Of all requests of a minute one looks a hash up."""
+        return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), service.clock()).id
 
-    def answer(self, path: str = ''):
-        import bottle
+    def who(request) -> Actor:
+        secret = bearer(request)
+        if not secret:  # that is no attacker
+            raise Unauthorized('sign in with your name and, as password, a token of cmres')
+        with noting_wrong(service, request.environ):
+            id = token_id(hashed(secret), int(time.monotonic() // 60))
+            found = token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), service.clock())
+        note_caller(service, request.environ, found)
+        return bearer_of(found)
+
+    def handle(path: str = ''):
         request = bottle.request
         if request.method == 'OPTIONS':
             return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
         try:
-            acting = self.service.acting(self.who(request))
+            acting = service.acting(who(request))
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer(self.seen)
+                return Dav(acting, request, path).answer(known)
         except Error as error:
             return dav_refusal(error)
-
-    def elsewhere(self):
-        """Where programs find all of this (RFC 6764)."""
-        return sent('', 301, DAV_HEADERS | {'Location': f'{DAV}/'})
-
-    def who(self, request) -> Actor:
-        """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request)
-        if not secret:
-            raise Unauthorized('sign in with your name and, as password, a token of cmres')
-        try:
-            found = self.token(hashed(secret))
-        except Unauthorized:
-            note_wrong(self.service, request.environ)
-            raise
-        note_caller(self.service, request.environ, found)
-        return bearer_of(found)
-
-    def token(self, digest: str):
-        """The row of a token, by its id where it was found a short while ago."""
-        now = self.service.clock()
-        id, until = self.known.get(digest, (0, 0))
-        if time.monotonic() < until:
-            return token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), now)
-        found = token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), now)
-        if len(self.known) >= self.MOST:
-            self.known.clear()
-        self.known[digest] = found.id, time.monotonic() + CHECKED_FOR
-        return found
+    return handle
 
 
 def may(actor: Actor) -> tuple[str, str]:
@@ -22715,10 +22817,11 @@ HOW_TO_ADD = {
 
 def mount_caldav(app, service: Reservations) -> None:
     """Adds the addresses for calendar programs to an application."""
-    programs = Programs(service)
-    app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
+    home = DAV_HEADERS | {'Location': f'{DAV}/'}  # where programs look for it (RFC 6764)
+    app.route('/.well-known/caldav', 'ANY', lambda: sent('', 301, home))
+    programs = calendar_programs(service)
     for path in (DAV, f'{DAV}/<path:path>'):
-        app.route(path, 'ANY', programs.answer)
+        app.route(path, 'ANY', programs)
     for verb in ('GET', 'POST'):
         app.route('/invitations/<address>/<sign>', verb, uninviting(service))
 
@@ -22770,12 +22873,7 @@ FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines 
 
 
 class QuickLine:
-    """What a person has typed in one line, read into the fields of the form.
-
-    Args:
-      here: where and when it was typed
-      offered: the names that could be meant: of resources, images and flavors
-    """
+    """One line of what somebody wants, read into the fields of the form."""
 
     def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
         self.here, self.offered = here, offered
@@ -22992,7 +23090,8 @@ footer [name=zone] { width: 14rem; min-height: 28px }
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
-.between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
+.between { justify-content: space-between } .between > .chips { flex: 1 1 0 }
+.grow { flex: 1 1 auto; min-width: 0 }
 .cols > * { min-width: 0 }
 .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
   align-items: start }
@@ -23015,7 +23114,7 @@ textarea { min-height: 64px; resize: vertical }
 label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
   margin-bottom: 4px }
 .seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
-  max-width: 100%; background: var(--card) }
+  white-space: nowrap; max-width: 100%; background: var(--card) }
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
@@ -23036,6 +23135,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
   font-weight: 600 }
 .fields { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
+.roomy { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
 .fields > .all { grid-column: 1 / -1 }
 form.deed { display: inline-flex; gap: 4px; vertical-align: middle }
 form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
@@ -23151,11 +23251,11 @@ tbody tr:hover > td { background: var(--sunk) } tr.on > td { background: var(--w
 td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-block;
   padding: 4px 0 } .pick { width: 44px }
 .sel { position: sticky; bottom: 8px; z-index: 4; margin-top: 12px; padding: 8px 16px }
-.sel input[name=reason] { flex: 1; min-width: 10rem; width: auto }
+.sel label { flex: 1 1 16rem } .of { white-space: nowrap } .deeds { gap: 4px 8px }
 .find { max-width: 22rem; flex: 1 }
 .heat { table-layout: fixed; min-width: 840px }
 .heat td, .heat th { padding: 1px; border: 0; height: 30px; text-align: center; font-size: 11px }
-.heat th:first-child { width: 120px; text-align: left; font-size: var(--t2) }
+.heat th:first-child { width: 132px; padding-left: 12px; text-align: left; font-size: var(--t2) }
 .heat td span { display: grid; place-items: center; height: 28px; border-radius: 3px }
 .heat .h4, .heat .h5 { color: var(--card) }
 /* book */
@@ -23166,7 +23266,8 @@ td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-bl
 .said .no { background: var(--amber-wash) }
 fieldset { border: 0; border-top: 1px solid var(--line); padding: 12px 0 16px; min-width: 0;
   margin-top: 16px }
-fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 650; padding: 0 }
+fieldset:first-of-type { border-top: 0; margin-top: 0 }
+legend { font-weight: 650; padding: 0 8px 0 0 }
 .pickers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 8px }
 .opt { display: flex; gap: 10px; padding: 10px 12px; border: 1px solid var(--edge);
   border-radius: 8px; cursor: pointer } .opt > span { margin: 0; color: var(--text) }
@@ -23191,7 +23292,8 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
 .track { width: 100%; height: 84px }
 .track text { font-size: 12px; fill: var(--soft) }
 .track .run { fill: var(--sunk); stroke: var(--edge) } .track .done { fill: var(--green) }
-.log li { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
+.log { margin-top: 8px }
+.log li { display: grid; grid-template-columns: 8.75rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
   font-size: var(--t2) }
 .toast { position: fixed; z-index: 8; left: 50%; bottom: 24px; transform: translateX(-50%);
   display: flex; gap: 16px; align-items: center; width: max-content;
@@ -23244,8 +23346,10 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
   .flat tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 8px 12px;
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
-  .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty, .flat [data-name=change]::before { display: none }
+  .flat td[data-head]::before { content: attr(data-head) ' '; color: var(--soft);
+    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] { flex: 1 }
+  .flat td:is([data-name=label], [data-name=state], [data-name=change])::before { content: none }
+  .seg { flex-wrap: wrap }
   .pick input { width: 24px; height: 24px }
 }
 @media print {
@@ -23656,7 +23760,7 @@ TEMPLATES = {'layout': '''<!doctype html>
 % user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
-<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
+<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="true"', name == part)}}>
 {{!sign(name.lower())}}{{name}}</a>
 % end
 </nav>
@@ -23675,8 +23779,9 @@ class="off">Account</span></summary><div class="menu card"><p class="small soft"
 {{!body}}
 % if note:
 <div class="toast" role="status"><span>{{note['words']}}</span>
-% if note.get('undo'):
-{{!post(*note['undo'])}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
+% if note['undo']:
+{{!post('/undo', {'act': note['undo'], 'next': note['next']})}}<button>Undo
+<span class="left">{{note['left']}}</span></button></form>
 % end
 </div>
 % end
@@ -23732,8 +23837,8 @@ Continue</a></p></html>
 ''', 'refused': '''
 {{!alert(words)}}<p class="gap">{{!again}}</p><p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
-{{f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
+% told = f', the occurrence of {which[:16].replace("T", " ")}' if which else ''
+<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{told}}?</p>
 {{!many('<p><strong>{}</strong></p>', zip(warnings))}}
 {{!post(f'/do/{operation}', fields | {'sure': 'yes'}, 'line')}}
 <button class="bad">Yes, {{words.lower()}}</button>
@@ -23778,9 +23883,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 % end
 </section>
 % end
-<div class="bar-top"><a class="btn sq" href="{{way(at=before)}}" aria-label="Earlier">‹</a>
+% at, view, number = span.at(span.first), span.view, VIEWS.index(span.view)
+<div class="bar-top"><a class="btn sq" aria-label="Earlier"
+href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
-<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a><h1>{{span}}</h1>
+<a class="btn sq" href="{{way(at=span.at(span.after))}}" aria-label="Later">›</a><h1>{{span}}</h1>
 <div class="chips">{{!chip(way(at=at, mine=''), 'Everyone’s', not mine)}}
 {{!chip(way(at=at, mine='1'), 'Only mine', mine)}}</div>
 <div class="seg" role="group" aria-label="Time span">
@@ -23789,9 +23896,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
-% for id, words, drawn, key, to in zooms:
-<a class="btn sq" id="{{id}}" data-key="{{key}}" href="{{way(view=to, at=middle)}}"
-aria-label="{{words}}">{{drawn}}</a>
+% for way_on, key, to in (('out', '−', number - 1), ('in', '+', number + 1)):
+% if 0 <= to < len(VIEWS):
+<a class="btn sq" id="zoom-{{way_on}}" data-key="{{key.replace('−', '-')}}"
+href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</a>
+% end
 % end
 </span></div>
 <nav class="week card" aria-label="Days">
@@ -23806,7 +23915,9 @@ aria-label="{{words}}">{{drawn}}</a>
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
 {{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
 % for day in days:
-<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}"><rect
+<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
+% dx = 4 if view == 'month' else 8
+<rect
 x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
 width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
 y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
@@ -23815,7 +23926,7 @@ y="37">{{day.number}}</text></svg></a>
 % if now is not None and view != 'month':
 <svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
 width="38" height="16" rx="8"/><text class="now-t" y="41"
-text-anchor="middle">{{clock}}</text></svg>
+text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 % end
 </svg></div>
 % for name, those in groups:
@@ -23825,12 +23936,13 @@ text-anchor="middle">{{clock}}</text></svg>
 <p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
 % name = visit.writes and row.name
 {{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
-{{!visit.render('row', row=row, view=view, now=now, data=data)}}</div>
+{{!visit.render('row', row=row, line=span, now=now, snap=snap[view])}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
+% moved = ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end')
 {{!post('/do/update', dict.fromkeys(moved, '') | {'next': way(at=at)}, 'off', 'move')}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
@@ -23850,18 +23962,29 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 <use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
-{{!many('<rect class="h{}" x="{}" y="{}" width="18" height="{}"/>', ramp)}}</svg>full</li></ul>
-<p class="small">{{!many('<a href="{}">{}</a> ', others)}}{{!left_out}}</p>
+% for n in range(5):
+<rect class="h{{n + 1}}" x="{{18 * n}}" y="{{8 - 2 * n}}" width="18" height="{{4 + 2 * n}}"/>
+% end
+</svg>full</li></ul>
+<p class="small">
+{{!when('<a href="{1}">Resources before</a>', page, way(at=at, page=page - 1))}}
+{{!when('<a href="{1}">More resources</a>', more, way(at=at, page=page + 1))}}
+% if most:
+Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has them all.
+% end
+</p>
 ''', 'row': '''
 <svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
-data-resource="{{row.name}}" {{!data}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
+data-resource="{{row.name}}" data-first="{{line.first.isoformat(timespec='minutes')}}"
+data-length="{{line.length}}" data-thin="{{line.thin}}" data-snap="{{snap}}"
+{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
 data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
 {{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
-{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and view != 'month')}}
+{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and line.view != 'month')}}
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
 % for x, width, words in row.closed:
 <rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
-</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if view != 'month' else ''}}</text>
+</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if line.view != 'month' else ''}}</text>
 % end
 % if now is not None:
 <rect class="past" width="{{now}}%" height="{{row.height}}"/>
@@ -23917,9 +24040,9 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-{{!when(PICK, picks, pick)}}
+{{!when(PICK, picks, pick, mark('checked', f'{picks}{pick}' in picked))}}
 % for head, cell in zip(heads, cells):
-<td data-name="{{head[0]}}">{{!cell}}</td>
+<td data-name="{{head[0]}}" data-head="{{head[1].partition(' (')[0]}}">{{!cell}}</td>
 % end
 </tr>
 % end
@@ -24020,8 +24143,9 @@ href="{{href}}">Use<span class="off"> {{words}}</span></a></div>
 <div class="verdict" role="status">{{!verdict}}</div>
 <a href="/book?{{urlencode(times)}}">More options</a></form>
 ''', 'reservation': '''
-<p class="line between gap"><a href="/list">Reservations</a>
-{{!when('<a class="btn" href="{}">Change</a>', change)}}</p>
+<p class="small"><a href="/list">Reservations</a></p>
+<div class="line between"><h1>{{label}}</h1>
+{{!when('<a class="btn" href="{}">Change</a>', change)}}</div>
 <p id="told" class="off" role="status"></p>
 <div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
 {{!share}}
@@ -24077,7 +24201,7 @@ there.</p>
 height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
 {{!many('<text x="{}%" text-anchor="{}" y="{}">{}</text>', track[2])}}</svg>
 % end
-<p class="line gap">{{!acts}}</p>
+<div class="line deeds gap">{{!acts}}</div>
 <div class="cols gap"><div class="stack">
 % if vms:
 <section><div class="line between"><h2>VMs</h2>
@@ -24098,10 +24222,11 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 % end
 </nav>{{!body}}
 ''', 'decide': '''
-<section class="gap"><h2>Waiting for your approval</h2>{{!post('/admin/decide')}}{{!alert(refusal)}}
+<section class="gap"><h2>Waiting for your approval</h2>
+{{!post('/admin/decide', kind='stack')}}{{!alert(refusal)}}
 {{!table}}
 % if some:
-<div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
+<div class="sel card line"><span><b class="count">{{picked}}</b> selected</span><label><span
 class="off">Reason</span><input name="reason" value="{{reason}}"
 placeholder="Reason, sent to the owners (needed to reject)"></label>
 <button class="main" name="do" value="approve">Approve</button>
@@ -24110,7 +24235,10 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 </form></section>
 ''', 'form': '''
 <details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
-{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields">{{!fields}}</div>
+{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields roomy">{{!fields}}</div>
+% if rare:
+<details><summary>More options</summary><div class="fields roomy gap">{{!rare}}</div></details>
+% end
 <p class="line"><button class="main">{{title}}</button>
 {{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
 <p class="small soft">{{note}}</p></form></details>
@@ -24150,21 +24278,17 @@ a token</p>
 '''}
 
 
+#: The part of the page to which addresses belong, by how they begin.
+PARTS = {'/': 'Plan', '/li': 'Reservations', '/r/': 'Reservations', '/bo': 'Book', '/ad': 'Admin'}
 LOOK = hashed(STYLE + SCRIPT)[:12]
 
 
 class Act(NamedTuple):
-    """What a button does.
-
-    Args:
-      words, done: what it says, and what is said of it afterwards
-      field: what is typed beside it: the argument, and what stands there at first
-      bad: it takes something away
-    """
+    """What a button does."""
     words: str
-    done: str
-    field: tuple[str, str] | None = None
-    bad: bool = False
+    done: str  # what is said of it afterwards
+    field: tuple[str, str] | None = None  # typed beside it: the argument, what is there at first
+    bad: bool = False  # it takes something away
 
 
 ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
@@ -24181,15 +24305,21 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'resource_add': Act('Add a resource', 'is added'),
         'resource_update': Act('Change a resource', 'is changed'),
         'maintenance_add': Act('Plan a maintenance', 'is planned'),
+        'resource_sync': Act('Read resources from a cloud', 'is read'),
+        'resource_capacity': Act('Change a capacity for a while', 'is changed'),
+        'user_end': Act('End all access of a person', 'has no access any more', bad=True),
+        'credential_add': Act('Let VMs be yours', 'is kept'),
+        'credential_delete': Act('Delete', 'is deleted', bad=True),
+        'end': Act('End now', 'ends now', bad=True),
         'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
         'calendar_feed': Act('Make an address', 'is made')}
-ASKED_TWICE = ('resource_delete', 'token_revoke')  # and what deletes VMs that run
+ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
 PUT_OFF = ('delete', 'skip', 'reject')  # done only when it can't be taken back any more
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin
 #: says.
 ACTS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
            'reserved': ('extend', 'skip', 'delete'),
-           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
+           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'end', 'delete'))}
 RUNNING = ('starting', 'active', 'degraded')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What becomes of VMs at the end.
@@ -24198,14 +24328,22 @@ ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
               'people': 'People'}
 #: The forms of operators: the page of each, and its fields in the order in which people think.
-FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram classes '
-                          'mode approval'),
-         'resource_update': ('/admin/resources', 'name vms vcpus ram classes mode min_free_time '
-                             'approval no_show default_image default_flavor default_vms'),
-         'maintenance_add': ('/admin/maintenance', 'resource start end reason affected'),
+FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram mode '
+                          'approval | cell classes min_free_time no_show lock default_image '
+                          'default_flavor default_vms'),
+         'resource_update': ('/admin/resources', 'rename vms vcpus ram mode approval force | cell '
+                             'cloud region aggregate classes min_free_time no_show lock '
+                             'default_image default_flavor default_vms'),
+         'resource_sync': ('/admin/resources', 'cloud aggregates mode | min_free_time '
+                           'reservable_hosts flavors force'),
+         'maintenance_add': ('/admin/maintenance', 'resource start end affected reason'),
+         'resource_capacity': ('/admin/maintenance', 'name start end vms vcpus ram affected reason '
+                               '| classes'),
          'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
-                       'min_notice max_vcpu_hours max_waiting exempt_within'),
-         'token_add': ('/admin/people', 'user project role purpose lasts scopes resource')}
+                       'min_notice max_vcpu_hours | max_waiting exempt_within lock'),
+         'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
+         'user_end': ('/admin/people', 'user project'),
+         'credential_add': ('/tokens', 'cloud application secret | trust')}
 #: Where else the button of an act of operators leads back to.
 ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
              'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
@@ -24222,27 +24360,38 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'host': 'Whole host', 'affinity': 'Hosts of its VMs',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
-         'accept_within': 'Time to accept what became free'}
+         'accept_within': 'Time to accept what became free', 'classes': 'Other classes',
+         'part': 'In parts', 'user': 'User', 'following': 'Which occurrences',
+         'force': 'If some no longer fit', 'no_show': 'Cancel if unused for',
+         'lock': 'Locked before start', 'approval': 'Approval within',
+         'default_vms': 'Default VMs', 'late_worst': 'Latest VM (s)', 'lasts': 'Good for'}
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
-         'until': '23 feb', 'skip_dates': '22 dec, 29 dec', 'lead': '10m',
+         'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
-INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules'}
-ATTRIBUTES = {'text': ' autocomplete="off"', 'password': ' type="password" '
+INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
+HINTS_OF = {'span': '2 hours, 3 days'}
+ATTRIBUTES = {**dict.fromkeys(('text', 'span'), ' autocomplete="off"'),
+              'secret': ' type="password" autocomplete="off"', 'password': ' type="password" '
               'autocomplete="current-password" required', 'rules': ' list="rules"',
               'number': ' type="number" min="1" max="1000000"'}
 #: The words of which an argument is one, as people read them.
 CHOICE_WORDS = {
-    'at_end': {'': 'as usual: delete the VMs', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
+    'at_end': {'': 'delete (usual)', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
                'shelve': 'shelve the VMs', 'snapshot': 'save an image of each, then delete'},
     'personal': {'': 'the project', 'true': 'only the owner', 'false': 'the project'},
     'affinity': {'': 'any hosts', APART: 'each on a host of its own', TOGETHER: 'all on one host'},
     'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
     'scopes': dict.fromkeys(('', *SCOPES)),
+    'role': {'': 'user', 'reader': 'reader: only looks', 'admin': 'admin'},
+    'affected': {'': 'stay; their owners are told', 'move': 'are moved', 'cancel': 'are cancelled'},
+    'force': {'': 'refuse', 'true': 'change it anyway'},
+    'following': {'': 'only this one', 'true': 'this one and all later ones'},
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
-       if name not in ('affinity', 'at_end')}}
+       if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
@@ -24252,13 +24401,14 @@ FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'S
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
-FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
+FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host affinity holidays')
+             'personal host affinity holidays classes part')
+FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
-           f'lead notify invite description {BOOK_MORE} wait').split()
+           f'lead notify invite description {BOOK_MORE}{FOR_OTHERS} wait').split()
 
 
 def render_page(template: str, /, **values) -> str:
@@ -24361,19 +24511,21 @@ def head_of(name: str) -> str:
 def offer_of(place) -> str:
     """A resource with how much it has."""
     limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
+    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
                                      for name, n in limits.items())])
 
 
 def sentence(text: str) -> str:
     """A text as a sentence: with a capital letter and a full stop."""
-    text = text[:1].upper() + text[1:]
+    name, colon, rest = text.partition(': ')
+    text = f'{head_of(name)}: {rest}' if colon and name.isidentifier() else (
+        text[:1].upper() + text[1:])
     return text if not text or text[-1] in '.!?' else f'{text}.'
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
 PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
-        'aria-label="Select {1}"></td>')
+        'aria-label="Select {1}"{2}></td>')
 NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
@@ -24550,9 +24702,7 @@ def spans_of(place, line: TimeLine, width: int) -> list[Level]:
 
 
 def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
-    """What is held from some minutes on, as levels; where nothing limits it, against the most
-    that is shown.
-    """
+    """What is held from some minutes on, as levels; without a limit against the most."""
     limits = {name: limit for name, limit in most.items() if limit is not None}
     highest = max((held.vms for _, held in found), default=0)
     levels, last = [], 0
@@ -24585,9 +24735,7 @@ def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level,
 
 
 def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
-    """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
-    width, y, height, level.
-    """
+    """The levels as shapes, as high and dark as it is full: x, width, y, height, level."""
     shapes = []
     for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
@@ -24605,9 +24753,7 @@ def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
 
 
 def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool) -> list[tuple]:
-    """What is free, or used where nothing limits it, wherever there is space to say so: x, words,
-    class, y.
-    """
+    """What is free, or used without a limit, where there is space to say so: x, words, class, y."""
     if line.view == 'month':
         return [(line.x(each.at + 60), in_brief_figures(each.free),
                  f'm m{math.ceil(5 * each.share)}', 26) for each in levels if not each.closed]
@@ -24652,12 +24798,7 @@ class Spot(NamedTuple):
 
 
 def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
-    """Where bars of one lane could have a text, the best first; the last is without one.
-
-    Args:
-      boxes: where each is, and its width
-      texts: what could be said, the longest first
-    """
+    """Where bars of one lane could have one of some texts, the best first; the last has none."""
     (low, width), high = boxes[0], boxes[-1][0] + boxes[-1][1]
     space = width - SIGN - 2 * PAD if len(boxes) == 1 else 0
     inside = next((text for text in texts if text_width(text) <= space), '') or shortened(
@@ -24675,9 +24816,7 @@ def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
 
 
 def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | None]:
-    """Puts groups of boxes with their texts into lanes in which nothing touches anything: the
-    lane and spot of each, None where there is none.
-    """
+    """Puts boxes with texts into lanes where nothing touches: lane and spot of each, or None."""
     taken: list[float] = []
     for boxes, texts in groups:
         found = next(((lane, spot) for spot in spots(boxes, texts)
@@ -24691,9 +24830,7 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
 
 
 class Use(NamedTuple):
-    """What is drawn of a resource: itself, its limits, how full it is and is now, the
-    reservations and changes of its capacity.
-    """
+    """What is drawn of a resource."""
     place: Any
     limits: dict
     levels: list[Level]
@@ -24722,11 +24859,7 @@ class Drawing:
         self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
 
     def row(self, use: Use, hint: int) -> SimpleNamespace:
-        """All that stands in the row of a resource.
-
-        Args:
-          hint: where it says how to begin, in percent, if it does
-        """
+        """All that stands in the row of a resource; `hint`: where it says how to begin."""
         line, limits, month = self.line, use.limits, self.line.view == 'month'
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
         names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
@@ -24740,7 +24873,7 @@ class Drawing:
         most, unit = caps[now.unit] if caps else ('', '')
         return SimpleNamespace(
             name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · needs approval' * bool(use.place.approval),
+            holds=(names or 'no limit') + ' · approval' * bool(use.place.approval),
             now=f'{now.free} of {most}' if caps else now.free,
             unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
             summary=f'at least {least} free at any time' if caps else 'nothing limits it',
@@ -24859,6 +24992,9 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
+CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project FROM proposal p
+  JOIN reservation r ON r.id = p.reservation_id
+  WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -24891,9 +25027,7 @@ def sort_key(value) -> tuple:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for
-    them. Each group of pages is a class of its own.
-    """
+    """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
     service: Reservations
     actor: Actor | None
@@ -24937,11 +25071,7 @@ class Visit:
 
     def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
              check: str = '') -> str:
-        """The begin of a form that is sent to an address: with what proves that it is ours.
-
-        Args:
-          check: where a script asks what would become of it
-        """
+        """The begin of a form, with what proves that it is ours; `check`: where a script asks."""
         more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
             ('class', kind), ('id', id), ('data-check', check)))
         kept = hidden({'form': self.guard} | (fields or {}))
@@ -24980,11 +25110,7 @@ class Visit:
         return self.href(found.label, found.project, start)
 
     def page(self, title: str, body: str, status: int = 200, headed: bool = True):
-        """A whole page; what the last form did is said once.
-
-        Args:
-          headed: its title stands above the body, which has no heading of its own
-        """
+        """A whole page, under its title if it has no heading; says what the last form did."""
         import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
@@ -25001,7 +25127,8 @@ class Visit:
         """The text of a whole page."""
         unread = len(self.told_of(self.seen)) if self.actor else 0
         return self.render('layout', title=title, body=body, note=note, here=here, back=back,
-                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
+                           headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
+                           unread=unread)
 
     def refusal(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
@@ -25010,20 +25137,13 @@ class Visit:
         body = self.render('refused', words=sentence(str(error)), back=back, again=again)
         return self.page('Refused', body, error.status)
 
-    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
-        """Leads on after a form, so that loading again does not send it again.
-
-        Args:
-          words: what was done, for the next page to say
-          undo: the form that takes it back
-        """
+    def onward(self, href: str, words: str = '', undo: tuple[str, float] = ('', 0)):
+        """Leads on after a form; the next page says what was done, and offers to undo it."""
         made = answered('', 303, {'Location': href})
         if words:
-            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
-            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
-                     for each in (undo, None)]
-            note = notes[0] if len(notes[0]) < 3900 else notes[1]
-            self.set_cookie(made, 'note', note, 60)
+            note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
+            self.set_cookie(made, 'note', quote(self.pages.signed('note', json.dumps(note)),
+                                                safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -25058,13 +25178,9 @@ class Visit:
     # Tables
 
     def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '') -> str:
-        """A table that a click on a head sorts.
-
-        Args:
-          given: the arguments of the page; `sort` is a column, with a minus the other way round
-          picks: what comes before the key of a line in the name of the box that selects it
-        """
+              empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
+        """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
+        columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
         if not lines:
             return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
         sort = (given or {}).get('sort', '')
@@ -25076,7 +25192,7 @@ class Visit:
         cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
                  for line in lines]
         return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks)
+                           lines=cells, picks=picks, picked=picked)
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -25098,13 +25214,14 @@ class Visit:
             return f'<div>{state(value)}{cut_short(more)}</div>'
         if key == 'label' and 'project' in line:
             user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
-            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+            of = (f'<br><span class="soft small of"><bdi>{in_html(user)}</bdi> in '
                   f'<bdi>{in_html(project)}</bdi></span>'
                   if self.actor.role == ADMIN and 'user' in line else '')
             href = in_html(self.href(value, line['project'], line.get('which')))
             return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
         if key == 'change' and 'acts' in line:
-            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
+            acts = ''.join(self.act(each, line) for each in line['acts'])
+            return f'<div class="line deeds">{acts}</div>' if acts else ''
         if key == 'log_in':
             return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
                            f'{copy(each, f"Copy {each}")}</span>' for each in value)
@@ -25121,36 +25238,27 @@ class Visit:
 
     def input(self, operation: Operation, name: str, value: Any, words: str = '',
               names: dict | None = None, **more) -> str:
-        """The field of an argument, typed or chosen as its type wants it.
-
-        Args:
-          names: of the kinds of things on a cloud, those that there are
-        """
+        """The field of an argument, typed or chosen; `names`: those on a cloud, by kind."""
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
-        if name == 'resource':
+        if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
             choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
                                                    for each in self.places()]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
             choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
-        if choices and value not in [each for each, _ in choices]:
+        if choices and value and value not in [each for each, _ in choices]:
             choices = [*choices, (value, value)]
-        kind = INPUT_KINDS.get(parameter.annotation, 'text')
-        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
-                     choices=choices, needed=needed, **more)
+        kind = 'secret' if name == 'secret' else INPUT_KINDS.get(parameter.annotation, 'text')
+        hint = HINTS.get(name) or HINTS_OF.get(kind, '')
+        return field(name, words or head_of(name), value, kind, hint, choices=choices,
+                     needed=needed, **more)
 
     # What can be done
 
     def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
-        """The button that does something to what a line is about.
-
-        Args:
-          wide: there is room for a field beside it, and it leads back to the page of the
-            reservation
-          occurrence: of a series, the one that is meant
-        """
+        """The button that does something to what a line is about; `wide`: on its own page."""
         if name == 'edit':
             about = in_html(line['name'])
             query = in_html(urlencode({'edit': line['name']}))
@@ -25158,7 +25266,7 @@ class Visit:
                     f'<span class="off"> {about}</span></a> ')
         if name == 'undo':
             onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
+            return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
                 '<button class="tiny">Undo</button></form>')
         words, _, typed, bad = ACTS[name]
         occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
@@ -25195,43 +25303,56 @@ class Visit:
 
     def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
+        asks = ['undo'] * bool(found.get('undo'))
         if not self.writes or found.get('leaves'):
-            return ['undo'] * bool(found.get('leaves'))
-        asks = []
+            return asks
         if (found['state'] == 'pending' or 'change' in found) and not only:
             held = self.service.look.occurrence(found['id'])
-            asks = (['accept'] if held.confirm else ['approve', 'reject']
-                    if self.actor.role == ADMIN else [])
+            asks += (['accept'] if held.confirm else ['approve', 'reject']
+                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
+        if found.get('at_end') in ('', None, 'delete') or 'servers' not in found:
+            can = [each for each in can if each != 'end']  # then that is to cancel it
         return [*asks, *(each for each in can if not only or each in only)]
 
     # What can be taken back for a while
 
     @functools.cached_property
-    def put_off(self) -> list[tuple[str, str, str, int]]:
-        """What is done soon, unless somebody takes it back: its name, a label, a project, an
-        occurrence or 0.
-        """
-        found = ((each.name, json.loads(each.value.partition(' ')[2]))
-                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
-        return [(name, *about) for name, said in found for about in said['about']]
+    def undoable(self) -> list[tuple]:
+        """What can be taken back: label, project, occurrence or 0; how; whether it cancels."""
+        me, now = [self.actor.user, self.actor.project], self.service.clock()
+        later = [(each.name, json.loads(each.value.partition(' ')[2]))
+                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
+        changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+        return [(*about, name * (said['by'][:2] == me), True)
+                for name, said in later for about in said['about']] + [
+            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]), False)
+            for each in reversed(changed)]
 
-    def leaves(self, label: str, project: str, id: int) -> str:
-        """What cancels an occurrence in a moment; '' if nothing does."""
-        return next((name for name, *about, which in self.put_off
-                     if about == [label, project] and which in (0, id)), '')
+    def way_back(self, answer: dict) -> tuple[str, float]:
+        """What takes back what has just been changed, and for how many seconds."""
+        now, parts = self.service.clock(), answer.get('parts', [answer])
+        labels = {(each['label'], each['project']) for each in parts}
+        made = {each.label: each for each in rows(
+            CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+            if each.user == self.actor.user and (each.label, each.project) in labels}
+        ids = ','.join(f'{each.id}' for each in made.values())
+        return ids, min((each.until for each in made.values()), default=now) - now
+
+    def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
+        """What takes back what was done to an occurrence, and whether that cancels it."""
+        return next(((name, gone) for *about, which, name, gone in self.undoable
+                     if about == [label, project] and which in (0, id)), ('', False))
 
     def as_left(self, line: dict) -> dict:
         """A line of a table as it will be when what is under way is done."""
-        name = self.leaves(line['label'], line['project'], line['id'])
-        return line | {'state': 'cancelled', 'leaves': name} if name else line
+        undo, gone = self.leaves(line['label'], line['project'], line['id'])
+        return line | {'undo': undo, 'leaves': gone} | ({'state': 'cancelled'} if gone else {})
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
-    that is slow.
-    """
+    """Names of flavors and images, looked up aside: nobody waits long for a slow cloud."""
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -25241,9 +25362,7 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some
-        seconds.
-        """
+        """The names in sight, by kind; and why, if the cloud does not answer in time."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -25401,7 +25520,7 @@ class Pages:
         except Invalid:
             zone = config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.wanted = while_there(request.environ)
+        service.wanted, service.undo_for = while_there(request.environ), config.undo_time
         # sentences speak in the person's zone
         service.config = dataclasses.replace(config, timezone=zone.key)
         return kind(self, service, actor, zone, self.sign('form', f'{found.id}' if found else ''))
@@ -25422,7 +25541,8 @@ class Pages:
             request, given = bottle.request, {}
             visit = self.visit(request, kind)
             try:
-                given = read_form(request) if request.method == 'POST' else read_query(request)
+                given = read_query(request) | (
+                    read_form(request) if request.method == 'POST' else {})
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -25434,9 +25554,7 @@ class Pages:
         return handler
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our
-        forms know.
-        """
+        """Refuses what another site sends: by where it comes from, and what only our forms know."""
         origin = header(request, 'Origin')
         ours = (header(request, 'Host'), urlsplit(self.service.config.public_url).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
@@ -25498,8 +25616,9 @@ class SignIn(Visit):
         try:
             if not service.config.keystone or not all(said.values()):
                 raise Unauthorized('Type your user name, your project and its domain.')
-            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
-                password=given.get('password', ''), **said))
+            keystone = service.clouds.keystone
+            found = ask_keystone(service, said['user'], lambda: keystone.sign_in(
+                password=given.get('password', ''), **said), keystone.PATIENT)
             if found.refusal:
                 raise found.refusal
             role = role_of(service, found.scoped)
@@ -25560,9 +25679,7 @@ class SignIn(Visit):
         return Actor(user, project or 'default', role or USER)
 
     def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
-        """Begins a session of somebody whom others know, until they do not any more: of a token
-        that nobody knows.
-        """
+        """Begins a session of somebody whom others know: of a token that nobody knows."""
         now, purpose = self.service.clock(), f'signed in at {where}'
         lasts, hash = min(self.config.session_length, ends - now), secrets.token_hex(32)
         with transaction():
@@ -25628,28 +25745,30 @@ class PlanPage(Visit):
         if not places:
             return self.page('Plan', self.render('nothing'))
         view = given.get('view') if given.get('view') in VIEWS else 'week'
-        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
         number = given.get('page', '')
         page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
         kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
 
-        def href(**other) -> str:
+        def way(**other) -> str:
             chosen = {name: value for name, value in (kept | other).items() if value != ''}
             return f'/?{urlencode(chosen)}'
-        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
-            len(places) > (page + 1) * MOST_PLACES)
-        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
-        return self.page('Plan', body, headed=False)
+        first = page * MOST_PLACES
+        return self.page('Plan', self.drawn(
+            TimeLine(view, read_at(given.get('at')) or self.today, self.zone),
+            places[first:first + MOST_PLACES], way, kept['mine'], page=page,
+            more=len(places) > first + MOST_PLACES), headed=False)
 
-    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
-              others: list) -> str:
+    @property
+    def today(self) -> datetime:
+        """What clocks show now."""
+        return to_wall(self.here.now, self.zone)
+
+    def drawn(self, line: TimeLine, places: list, way: Callable[..., str], mine: str,
+              **values) -> str:
         """The plan of some resources."""
-        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
-        found = self.on_plan(places, line, mine)
-        coming = self.coming()
+        drawing, most, coming = Drawing(self, line, way), MOST_BARS[line.view], self.coming()
+        found, changes = self.on_plan(places, line, mine), self.service.maintenance_list()
         first = not coming and not found and self.writes and not self.service.over('', 1)
-        changes = self.service.maintenance_list()
         uses = [use_of(each, line, drawing.days, found[:most], changes,
                        self.here.now.timestamp()) for each in places]
         groups = defaultdict(list)
@@ -25657,32 +25776,17 @@ class PlanPage(Visit):
             name = each.place.cloud or 'no cloud', each.place.region
             hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
             groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
-        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
-        inside = line.first <= today < line.after
-        middle = today if inside else line.first + (line.after - line.first) / 2
-        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
-                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
-                 if 0 <= each[-1] < len(VIEWS)]
-        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
-                'thin': line.thin, 'snap': SNAPS[line.view],
-                **({'writes': ''} if self.writes else {})}
+        inside = line.first <= self.today < line.after
+        middle = self.today if inside else line.first + (line.after - line.first) / 2
         return self.render(
-            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
-            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
-            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
-            before=line.at(line.first - (line.after - line.first)), view=line.view,
-            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
-            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
-            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
-            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
-            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
-            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
+            'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
+            line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
+            middle=f'{middle:%Y-%m-%dT%H}', days=drawing.with_shares(uses), groups=groups.items(),
+            grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
+            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
             legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
                 'other', 'other people’s') for each in found),
-            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
-            others=[(href(at=line.at(line.first), page=number), words)
-                    for number, words in others],
-            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
+            most=most if len(found) > most else 0, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -25705,34 +25809,27 @@ class PlanPage(Visit):
 
     def not_leaving(self, found: list) -> list:
         """Those that nobody has cancelled a moment ago."""
-        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
+        return [each for each in found if not self.leaves(each.label, each.project, each.id)[1]]
 
     def cards(self, coming: list) -> list[tuple]:
-        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
-        rest, an address.
-        """
-        def starts(each) -> str:
-            at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} on {each.resource}"
-            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
-
-        def ends(each) -> str:
-            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
-            until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
-            return f'ends {until}, in {left}'
-
-        def up(each) -> str:
+        """What runs, is next, needs you: a head, a state, a label, words, the rest, a link."""
+        def told(head: str, each) -> tuple[str, str]:
             vms = counted(each.vms, 'VM')
-            return f'{each.up} of {each.vms} ready' if each.runs else vms
-
-        def when(each) -> str:
-            return self.brief(instant(each.start), instant(each.end))
-        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
-                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
-        firsts = [(*kind, next((each for each in coming if each.state in kind[1] and (
-            each.state != 'pending' or each.confirm)), None)) for kind in kinds]
-        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
-                for head, _, words, more, found in firsts if found]
+            if head == 'Running now':
+                until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
+                left = in_length(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
+                return (f'{each.up} of {each.vms} ready' if each.runs else vms,
+                        f'ends {until}, in {left}')
+            at = self.plain(instant(each.start - each.lead))[-5:]
+            return (self.brief(instant(each.start), instant(each.end)) if head == 'Next'
+                    else each.state,
+                    f'{vms} on {each.resource}' + f', {each.image} starts at {at}' * bool(each.image))
+        kinds = {'Running now': ('active', 'starting'), 'Next': ('reserved',),
+                 'Needs you': ('degraded', 'pending')}
+        firsts = [(head, next((each for each in coming if each.state in states and (
+            each.state != 'pending' or each.confirm)), None)) for head, states in kinds.items()]
+        return [(head, each.state, each.label, *told(head, each), self.href_of(each))
+                for head, each in firsts if each]
 
     def ask_line(self, typed: str = '') -> str:
         """The line in which people say what they want."""
@@ -25753,14 +25850,10 @@ class PlanPage(Visit):
 #: What people can type in one line.
 EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
             '1 vm tomorrow 9:00-11:00')
-MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
-                  'all.')
 
 
 class Lists(Visit):
-    """Reservations: in a list, one by one, as others see them; notices, tokens, and what programs
-    can ask for.
-    """
+    """Reservations in a list, one by one, as others see them; notices, and the REST interface."""
 
     def list(self, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
@@ -25782,9 +25875,7 @@ class Lists(Visit):
             states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
-        """A table of reservations: with their addresses, how late they were ready, and what can
-        be done to them.
-        """
+        """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
                          'occurrence_id IN numbers(?)',
@@ -25796,7 +25887,8 @@ class Lists(Visit):
             late = [max(server.ready - server.planned, 0) for server in own if server.ready]
             lines.append(each | {
                 'addresses': sum((json.loads(server.addresses) for server in own), []),
-                'late': ready_after(max(late)) if late else '', 'acts': self.acts(each)})
+                'late': ready_after(max(late)) if late else '',
+                'acts': [act for act in self.acts(each) if act != 'keep']})
         columns = 'label state resource vms start end addresses'.split()
         return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
 
@@ -25815,8 +25907,9 @@ class Lists(Visit):
         href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
         changes = found['state'] not in (*OVER, 'ending') and self.writes
         return self.page(label, self.render(
-            'reservation', live=live, href=f'{href}/live{query}', share=self.share_form(found),
-            change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
+            'reservation', label=label, live=live, href=f'{href}/live{query}',
+            share=self.share_form(found), tag=hashed(live)[:20],
+            change=f'{href}/change{query}' if changes else ''), headed=False)
 
     def live(self, label: str, given: dict):
         """What is live of a reservation's page, if it is another than the browser has."""
@@ -25858,7 +25951,11 @@ class Lists(Visit):
     def occurrences(self, found: dict) -> str:
         """The next occurrences of a series, each with what can be done to it."""
         coming = found.get('occurrences', ())
-        lines = [self.as_left(found | each) for each in coming[:60]]
+        ids = {instant(each.start): each.id for each in rows(
+            'SELECT o.id, o.start FROM occurrence o JOIN occurrence one '
+            'ON one.reservation_id = o.reservation_id WHERE one.id = ? AND o."end" > ?',
+            found['id'], int(self.service.clock()))} if coming else {}
+        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
         columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
@@ -25966,23 +26063,16 @@ class Lists(Visit):
 
 
 class Verdict(NamedTuple):
-    """What a form says of itself.
-
-    Args:
-      kind: ok, some of it or no; '' before it was checked
-      months: of a series, each with its weeks of days and what becomes of those
-      go, waits: what its buttons do; '' without one
-      focus: it goes to who has just sent the form
-    """
-    kind: str
+    """What a form says of itself."""
+    kind: str  # ok, some of it or no; '' before it was checked
     head: str
     words: Iterable[str] = ()
     facts: Iterable[tuple[str, str]] = ()
-    months: Iterable[tuple] = ()
+    months: Iterable[tuple] = ()  # of a series: weeks of days, and what becomes of those
     offers: Iterable[tuple[str, str]] = ()
-    go: str = 'Book'
+    go: str = 'Book'   # what its buttons do; '' without one
     waits: str = ''
-    focus: bool = False
+    focus: bool = False  # it goes to who has just sent the form
 
 
 UNCHECKED = Verdict('', 'Here you see whether it fits.')
@@ -25999,7 +26089,7 @@ USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every
 CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
                           'notify', 'invite', 'lead', 'description'))
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
-OF_ONE = 'resource', 'start', 'end', 'vms'
+OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
 
 class BookForm(Visit):
@@ -26023,25 +26113,21 @@ class BookForm(Visit):
 
     def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **more):
         """The page with the form of a new one."""
-        return self.page('Book', self.form(said, verdict, BOOK_MORE, action='/book',
+        return self.page('Book', self.form(said, verdict, BOOK_MORE + FOR_OTHERS * (
+            self.actor.role == ADMIN), action='/book',
                          check='/book/check', line=self.render(
                              'line', typed=typed, example=EXAMPLES[0]), **more), status)
 
     def form(self, said: dict, verdict: Verdict, more: str, was: dict | None = None,
              only: Iterable[str] = (), **values) -> str:
-        """All fields of a reservation, to book it or to change it.
-
-        Args:
-          more: the fields that few need
-          was: the fields as they were before it was changed
-          only: the fields that are shown, if not all
-        """
+        """The fields of a reservation, or `only` some; `was`: before it was changed."""
         names, why = self.offered(said['resource'])
         known = API['add' if was is None else 'update'].parameters
 
         def fields(of: str) -> str:
             return ''.join(self.field(each, said, names, was) for each in of.split()
-                           if each in (only or known) and (was is None or each != 'label'))
+                           if (each in only if only else each in known and each != 'following')
+                           and (was is None or each != 'label'))
         groups = {name: fields(those) for name, those in FIELDSETS.items()}
         groups = {name: f'<div class="fields">{inside}</div>' for name, inside in groups.items()
                   if inside}
@@ -26095,9 +26181,7 @@ class BookForm(Visit):
                                              'vms': '1', 'what': 'image'}
 
     def filled(self, given: dict) -> dict:
-        """The fields of the form: as given, times as people write them; what was clicked on, not
-        before now.
-        """
+        """The fields of the form as given; what was clicked on is not before now."""
         said = self.blank() | {name: given[name] for name in BOOKING if given.get(name)}
         place, clicked = self.place(said['resource']), 'label' not in given
         if place and clicked:
@@ -26189,8 +26273,10 @@ class BookForm(Visit):
         given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
         if said.get('what') == 'hold':
             given.pop('image', None)
-        elif said.get('what') and not given.get('image') and not given.get('server'):
+        elif said.get('what') and not any(given.get(each) for each in ('image', 'server', 'part')):
             raise Invalid(CHOOSE)
+        if given.get('part'):
+            given.pop('resource', None)  # the parts name theirs
         if given.get('skip_dates'):
             given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
         return bind(API['add'], given | {'tz': self.zone.key}, self.here)
@@ -26360,8 +26446,7 @@ class BookForm(Visit):
         query = urlencode({name: given[name] for name in ('project', 'occurrence')
                            if given.get(name)})
         href = f'/r/{quote(label)}/change'
-        more = BOOK_MORE.replace('accept_within ', '') + ' user reason' * (
-            self.actor.role == ADMIN)
+        more = BOOK_MORE + ' user reason' * (self.actor.role == ADMIN)
         return self.page(f'Change {label}', self.form(
             was | said, verdict, more, was=was, only=only, line='', action=f'{href}?{query}',
             check=f'{href}/check?{query}'), status)
@@ -26388,7 +26473,7 @@ class BookForm(Visit):
         """Does what a form of changes says."""
         found, _ = self.to_change(label, given)
         before = self.stored_fields(found)
-        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'user', 'reason')
+        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'reason', 'following')
                 if name in given and given[name] != given.get(f'was_{name}', before.get(name))}
         if said.pop('what', '') == 'hold' and found['image']:
             said['image'] = ''
@@ -26436,7 +26521,8 @@ class BookForm(Visit):
         except Error as error:
             return self.changing(label, given, given, cannot_change(error, True), error.status)
         words = f"'{answer['label']}' is changed"
-        return self.onward(self.href(answer['label'], answer['project']), words)
+        return self.onward(self.href(answer['label'], answer['project']), words,
+                           self.way_back(answer))
 
 
 def cannot_change(error: Error, focus: bool) -> Verdict:
@@ -26450,11 +26536,7 @@ class Admin(Visit):
 
     def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
               status: int = 200):
-        """A page of operators.
-
-        Args:
-          typed: the form that was refused, or that shows what it would do, with its `operation`
-        """
+        """A page of operators; `typed`: the form that was refused, or shows what it would do."""
         self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
@@ -26474,9 +26556,12 @@ class Admin(Visit):
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
                    if not each.get('leaves')]
         columns = 'label resource vms start end description change'.split()
-        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ')
+        picked = [each for each in typed if each.startswith('pick ')]
+        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ',
+                           picked)
         waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
         return self.render('decide', table=table, some=pending, refusal=refusal,
+                           picked=len(picked),
                            reason=typed.get('reason', '')) + headed(
             'Waiting for capacity', self.table(
                 'Waiting', 'label resource vms start end change'.split(), waiting, {},
@@ -26499,7 +26584,7 @@ class Admin(Visit):
         words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
-    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple | None]:
+    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple[str, float]]:
         """Does something to each of several: how many, why not others, what takes it back."""
         done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
         for each in asked:
@@ -26510,7 +26595,7 @@ class Admin(Visit):
             except Error as error:
                 refused.append(f"{each['label']}: {error}")
         undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
-                          ) if puts_off and done else None
+                          ) if puts_off and done else ('', 0)
         return len(done), refused, undo
 
     def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
@@ -26527,7 +26612,8 @@ class Admin(Visit):
                                            .split(), affected, {}, 'It affects nobody.'))
         return headed('Maintenance', self.table(
             'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
-                'maintenance_add', typed, refusal) + affects
+                'maintenance_add', typed, refusal) + self.op_form(
+                    'resource_capacity', typed, refusal) + affects
 
     def resources(self, given: dict, typed: dict, refusal: str) -> str:
         """The resources, each with how to change it."""
@@ -26539,8 +26625,9 @@ class Admin(Visit):
         edits = found or typed.get('operation') == 'resource_update'
         return headed('Resources', self.table(
             'Resources', columns, lines, given, 'There is no resource yet.')) + (
-                self.op_form('resource_update', typed, refusal, found) if edits else '') + (
-                    self.op_form('resource_add', typed, refusal))
+                self.op_form('resource_update', typed, refusal, found) if edits else '') + ''.join(
+                    self.op_form(each, typed, refusal) for each in ('resource_add',
+                                                                    'resource_sync'))
 
     def use(self, given: dict, typed: dict, refusal: str) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
@@ -26592,7 +26679,7 @@ class Admin(Visit):
         tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
                   if not each['revoked']]
         limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
-        columns = f"id {FORMS['limit_add'][1]} change".split()
+        columns = f"id {FORMS['limit_add'][1]} change".replace('|', '').split()
         many = typed if typed.get('operation') == 'many' else {}
         fields = field('people', 'One person a line: the name, and a project if it is another',
                        many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
@@ -26603,10 +26690,10 @@ class Admin(Visit):
             self.op_form('token_add', typed, refusal),
             self.render('form', id='many', title='Make tokens for many people', more={},
                         action='/admin/people', refusal=refusal * bool(many), opened=many,
-                        fields=fields, previews=False, note='You get a CSV file with a link to '
-                        'sign in for each. It is made only now, so keep it safe.'),
+                        fields=fields, rare='', previews=False, note='You get a CSV file with a '
+                        'link to sign in for each. It is made only now, so keep it safe.'),
             headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
-            self.op_form('limit_add', typed, refusal)))
+            self.op_form('limit_add', typed, refusal), self.op_form('user_end', typed, refusal)))
 
     def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
@@ -26630,8 +26717,8 @@ class Admin(Visit):
                               error.status)
         return csv_answer(made, 'tokens.csv')
 
-    def tokens(self, given: dict):
-        """One's own tokens: what for, until when; made, renewed and revoked here."""
+    def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
+        """One's own tokens; and the clouds on which VMs are one's own."""
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
         own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
                for each in self.service.token_list()
@@ -26639,40 +26726,46 @@ class Admin(Visit):
         makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
                  'purpose': 'calendar program'}
         address = f'{self.pages.service.config.served}{DAV}/'
-        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + (
-            self.op_form('token_add', {}, '') if can else '') + self.render(
-                'programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD))
+        clouds = [each | {'acts': ['credential_delete'] * can}
+                  for each in self.service.credential_list()]
+        forms = [self.op_form(each, typed or {}, refusal) for each in
+                 ('token_add', *['credential_add'] * self.writes)] if can else []
+        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + ''.join(
+            forms) + self.table('Clouds on which VMs are yours',
+                                'id user cloud application trust added change'.split(), clouds) +
+            self.render('programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD),
+            status)
 
     # Forms that name an operation
 
     def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
         mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
-        was = {each: in_length(found[each]) if API[name].parameters[each].annotation is Span
-               else in_field(found[each]) for each in names.split() if each in (found or {})}
-        fields = ''.join(self.input(API[name], each, mine.get(each, was.get(each, '')),
-                                    was=was[each] if each in was and each != 'name' else None,
-                                    help=argument_help(API[name], each).replace('`', ''))
-                         for each in names.split())
-        back = page if self.actor.role == ADMIN else '/tokens'
+        now, operation = found and found | {'rename': found['name']} or {}, API[name]
+        was = {each: in_length(now[each]) if operation.parameters[each].annotation is Span
+               else in_field(now[each]) for each in names.split() if each in now}
+        fields, rare = (''.join(
+            self.input(operation, each, mine.get(each, was.get(each, '')), was=was.get(each),
+                       help=argument_help(operation, each).replace('`', ''))
+            for each in those.split()) for those in f'{names}|'.split('|')[:2])
+        about = {'name': found['name']} if found else {}
         return self.render(
             'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
-            more={'next': back, 'once': secrets.token_hex(8)}, opened=mine or found,
-            refusal=refusal * bool(mine), previews=name == 'maintenance_add')
+            rare=rare, opened=mine or found, refusal=refusal * bool(mine),
+            more=about | {'next': page if self.actor.role == ADMIN else '/tokens',
+                          'once': secrets.token_hex(8)}, previews='affected' in names)
 
     def do(self, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST
-        are.
-        """
+        """Whatever a form asks for: an operation, whose fields are read as those of REST are."""
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         checks = given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
-        ends = name == 'delete' and not sure and self.running(said)
+        ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
-            return self.are_you_sure(operation, given, said, onward)
+            return self.are_you_sure(operation, given, said, onward, ends or '')
         asked = asked_by(operation, said, self)
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
@@ -26688,7 +26781,8 @@ class Admin(Visit):
         if checks:
             affects = [each | {'resource': answer['resource']} for each in answer['hit']]
             return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
-        words, undo = told_done(name, asked, answer), undo_of(name, said, answer)
+        words = told_done(name, asked, answer)
+        undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
         if puts_off:
             whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
             first = answer if isinstance(answer, dict) else answer[0]
@@ -26700,66 +26794,73 @@ class Admin(Visit):
                                                  secret=answer[secret.pop()]))
         return self.onward(onward, words, undo)
 
-    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, dict]:
-        """Lets the life cycle do something when it can't be taken back any more; the form that
-        takes it back.
-        """
-        name, me = f'later-{secrets.token_hex(8)}', self.actor
+    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
+        """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
+        me = self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
-            note_fact(name, f'{due:.3f} ' + json.dumps({
-                'by': [me.user, me.project, me.role], 'about': about, 'calls': calls}))
+            name = note_later(me, due, calls, about)
             for label, project, _ in about:
                 found = self.service.look.mine(label, project, live=False)
                 until = f'{instant(int(due)).astimezone(self.zone):%H:%M:%S}'
                 what = ', '.join(sorted({ACTS[each].words.lower() for each, _ in calls}))
                 self.service.journal(now, 'updated', f'{me.user}: {what}. Undo is possible until '
                                      f'{until}', found.reservation)
-        return '/undo', {'act': name, 'next': '/list'}
+        return name, self.config.undo_time
 
     def undo(self, given: dict):
         """Takes back what was asked for a moment ago."""
         act = given.get('act', '')
+        labels = (self.service.take_back([*map(int, act.split(','))])
+                  if re.fullmatch('[0-9]{1,18}(,[0-9]{1,18}){0,99}', act) else self.call_off(act))
+        about = ', '.join(f"'{label}'" for label in labels)
+        return self.onward(local(given.get('next')), f'{about} stays as it was')
+
+    def call_off(self, act: str) -> list[str]:
+        """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
-            found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ?', act)
+            found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
+                        'AND CAST(value AS REAL) > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
-                raise Conflict('It is too late to undo this. It is done already.')
+                raise Conflict(TOO_LATE)
             run('DELETE FROM fact WHERE name = ?', act)
             for label, project, _ in said['about']:
                 reservation = self.service.look.mine(label, project, live=False).reservation
                 self.service.journal(now, 'updated', f'{self.actor.user} has undone that',
                                      reservation)
-        about = ', '.join(f"'{label}'" for label, *_ in said['about'])
-        return self.onward(local(given.get('next')), f'{about} stays as it was')
+        return [label for label, *_ in said['about']]
 
-    def running(self, said: dict) -> bool:
-        """Whether VMs run that a form would delete."""
+    def running(self, said: dict) -> str:
+        """The VMs that a form would end, in words; '' if none run."""
+        about = {name: said[name] for name in ('label', 'project', 'occurrence') if said.get(name)}
         try:
-            found = self.service.show(**bind(API['show'], {
-                name: said[name] for name in ('label', 'project', 'occurrence')
-                if said.get(name)}, self.here))
-            return 'servers' not in found or bool(found['servers'])
+            found = self.service.show(**bind(API['show'], about, self.here))
         except Error:  # the operation says why
-            return False
+            return ''
+        names = [each['name'] for part in found.get('parts', [found]) for each in part['servers']]
+        return names and f"{counted(len(names), 'VM')} running now: {', '.join(names[:20])}." or ''
 
-    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str):
-        """The question before what can't be undone, with what that would warn of."""
-        warnings = []
+    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str, ends: str):
+        """The question before what can't be undone, with what that ends and would warn of."""
+        warnings = [ends]
         if operation.name == 'delete':
             bound = bind(operation, asked_by(operation, said, self) | {'dry_run': True}, self.here)
-            warnings = [sentence(each) for line in self.service.delete(**bound)
-                        for each in line.get('warnings', ())]
+            warnings += [sentence(each) for line in self.service.delete(**bound)
+                         for each in line.get('warnings', ())]
+        about = next((said[each] for each in ('label', 'name', 'id', 'user') if said.get(each)), '')
         return self.page('Are you sure?', self.render(
             'sure', operation=operation.name, fields=given, words=ACTS[operation.name].words,
-            warnings=warnings, about=said.get('label') or said.get('name') or said.get('id'),
-            which=said.get('occurrence'), back=back))
+            warnings=filter(None, warnings), about=about, which=said.get('occurrence'), back=back))
 
     def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and self.actor.role == ADMIN and FORMS[name][0] == back:
-            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2],
-                              said | {'operation': name}, sentence(str(error)), error.status)
+        typed, words = said | {'operation': name}, sentence(str(error))
+        if name in FORMS and back == '/tokens':
+            return self.tokens({}, typed, words, error.status)
+        if name in FORMS and FORMS[name][0] == back:
+            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2], typed, words,
+                              error.status)
         words, _, typed, bad = ACTS.get(name, Act(name, ''))
         if not typed or typed[0] not in said:
             raise error
@@ -26798,24 +26899,10 @@ def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
                    and said.get(f'was_{name}') != value}
 
 
-def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
-    """What takes back at once what a form has done, if anything does."""
-    kept = {key: said[key] for key in ('label', 'project', 'occurrence') if said.get(key)}
-    if name == 'skip' and not said.get('undo'):
-        return '/do/skip', kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
-    if name == 'update' and said.get('was_start') and said.get('was_end'):
-        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
-        return '/do/update', kept | moved | {'start': said['was_start'], 'end': said['was_end']}
-    if name == 'extend' and 'parts' not in answer:
-        before = answer['end'] - parse_duration(said['by'])
-        return '/do/update', kept | {'end': to_plain(before)}
-    return None
-
-
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
-    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user') if said.get(key)),
-                 '')
+    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user', 'cloud')
+                  if said.get(key)), '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     warned = [each for line in answer for each in line.get('warnings', ())
@@ -27130,17 +27217,16 @@ def channels_in(connections: Connections, watch: Watch) -> type:
 class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
-    def __init__(self, app: Callable, config: Config):
+    def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
         import waitress
         allow_files(config.connections + 500)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
-            app, host=config.host, port=config.port, asyncore_use_poll=True,
-            _dispatcher=fair_dispatcher(config.threads),
+            app, host=config.host, port=config.port, asyncore_use_poll=True, ident=None,
+            _dispatcher=fair_dispatcher(config.threads, is_new), channel_request_lookahead=1,
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
-            ident=None,
-            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+            clear_untrusted_proxy_headers=False)
         self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
@@ -27196,40 +27282,31 @@ def allow_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-class Alert(NamedTuple):
-    """One rule of Prometheus: when it holds for so long, somebody is told."""
-    name: str
-    holds: str
-    lasts: str
-    severity: str
-    summary: str
-
-
+#: Rules of Prometheus: when one holds for so long, somebody is told.
 ALERTS = (
-    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
-          'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
-    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
-          'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
-    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
-          'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer '
-          'before it asks it again'),
-    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
-          'A reservation ended and none of its VMs was ever ready'),
-    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
-          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
-          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
-    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
-          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
-          'One request in fifty or more ends in an error of the server'),
-    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
-          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
-          'One request in ten takes longer than two seconds'),
-    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
-          'Mails or webhooks are not delivered. See the event log and the mail server'),
-    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m',
-          'page', 'The disk of the database is nearly full, or the database is damaged'),
-    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
-          'Somebody tries tokens. The event log tells from where'))
+    ('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+     'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
+    ('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+     'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
+    ('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+     'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer before it '
+     'asks it again'),
+    ('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+     'A reservation ended and none of its VMs was ever ready'),
+    ('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+     '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+     'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    ('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+     '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+     'One request in fifty or more ends in an error of the server'),
+    ('CmresSlow', 'histogram_quantile(0.9, sum by (le) (rate(cmres_request_seconds_bucket[5m]))) '
+     '> 2', '10m', 'ticket', 'One request in ten takes longer than two seconds'),
+    ('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+     'Mails or webhooks are not delivered. See the event log and the mail server'),
+    ('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+     'The disk of the database is nearly full, or the database is damaged'),
+    ('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+     'Somebody tries tokens. The event log tells from where'))
 
 #: The charts of the dashboard: title, unit, and of each line what it shows and its name.
 CHARTS = (
@@ -27267,9 +27344,9 @@ CHARTS = (
 def alert_rules() -> dict:
     """The alerts as Prometheus reads them."""
     return {'groups': [{'name': 'cmres', 'rules': [
-        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
-         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
-        for each in ALERTS]}]}
+        {'alert': name, 'expr': holds, 'for': lasts, 'labels': {'severity': severity},
+         'annotations': {'summary': summary}}
+        for name, holds, lasts, severity, summary in ALERTS]}]}
 
 
 def grafana_dashboard() -> dict:
@@ -27285,8 +27362,7 @@ def grafana_dashboard() -> dict:
     choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
     return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True,
             'refresh': '30s', 'time': {'from': 'now-6h', 'to': 'now'},
-            'templating': {'list': [choice]},
-            'panels': panels}
+            'templating': {'list': [choice]}, 'panels': panels}
 
 
 CONTAINER = r"""
@@ -27407,14 +27483,8 @@ class Housekeeper(threading.Thread):
 
 
 def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
-    """Reads the settings again for all who share them.
-
-    Returns:
-      what has changed, and what would have but needs a restart.
-
-    Raises:
-      Invalid: they can't be read, so that nothing has changed.
-    """
+    """Reads the settings again for all who share them: what has changed, and what would have but
+    needs a restart. Invalid if they can't be read; then nothing has changed."""
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
         before, after = getattr(config.read or config, name), getattr(new, name)
@@ -27605,8 +27675,10 @@ _nova = sys.modules.get('nova.scheduler.filters')
 def nova_settings():
     """The section [cmres] of nova.conf: url, token, timeout in seconds, when_down."""
     from oslo_config import cfg
-    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='address of cmres'),
-               cfg.StrOpt('token', default='', secret=True, help='token of an admin'),
+    options = [cfg.ListOpt('url', default=['http://127.0.0.1:8080'], help='address of cmres, or of '
+                           'each, if there are several'),
+               cfg.ListOpt('token', default=[''], secret=True, help='token of an admin, or one for '
+                           'each address'),
                cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
                cfg.StrOpt('without_hint', default='outside', choices=['outside', 'reserved'],
                           help='whether servers without the hint `cmres` may use a reservation '
@@ -27624,6 +27696,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """
 
     RUN_ON_REBUILD = False
+    known: dict[str, tuple] = {}  # which address and token are those of a store
 
     def filter_all(self, hosts, spec):
         """Nova's own entry point: the hosts of a request that pass, asked for at once for all of
@@ -27640,47 +27713,74 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         if asks and not label and outside:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside) if asks else {}
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
             if passes and (names or not label):
                 yield host
 
     def hint(self, spec) -> str:
-        """The label of the reservation that a request names, '' if it names none."""
+        """The label of the reservation that a request names, or as Blazar's users do its id; '' if
+        it names none.
+        """
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
-        return (hints.get('cmres') or [''])[0]
+        return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
         return host.host in verdict if isinstance(verdict, list) else verdict
 
-    def marks(self, host) -> set[str]:
-        return {each.metadata['cmres'] for each in host.aggregates if each.metadata.get('cmres')}
+    def marks(self, host) -> set[tuple[str, str]]:
+        """Which cmres has a host, as far as that is said, and as what resource."""
+        said = [each.metadata for each in host.aggregates]
+        return {(each.get('cmres_store', ''), each['cmres']) for each in said if each.get('cmres')}
 
     def is_rebuild(self, spec) -> bool:
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask(self, resources: list[str], spec, label: str,
+    def ask_all(self, resources: list[tuple], spec, label: str,
+                hosts: list[str]) -> dict[tuple, bool | list]:
+        """Whether each resource may be booted on, or on which of its hosts."""
+        verdicts = {}
+        for store in {each[0] for each in resources}:
+            names = [name for owner, name in resources if owner == store]
+            found = self.ask(store, names, spec, label, hosts)
+            verdicts |= {(store, name): found[name] for name in names}
+        return verdicts
+
+    def ask(self, store: str, names: list[str], spec, label: str,
             hosts: list[str]) -> dict[str, bool | list]:
-        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged
-        with its reason.
-        """
-        settings = nova_settings()
+        """What the cmres says that has some resources; a refusal is logged with its reason."""
+        settings, flavor = nova_settings(), spec.flavor
         try:
-            answer = Client(settings.url, settings.token, settings.timeout).claim(
-                spec.instance_uuid, resources, spec.project_id, spec.user_id or '',
-                spec.flavor.vcpus,
-                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label,
-                hosts)
+            answer = self.answer(store, settings, [
+                spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts])
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
-            return dict.fromkeys(resources, settings.when_down == 'open')
+            return dict.fromkeys(names, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
                 log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+
+    def answer(self, store: str, settings, asked: list) -> list[dict]:
+        """What the first cmres answers that has a store; without several, it is the only one."""
+        last = settings.token[-1]  # which may be that of all
+        doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
+        doors.sort(key=lambda door: door != self.known.get(store))
+        error = None
+        for url, token in doors:
+            try:
+                found = Client(url, token, settings.timeout).claim(
+                    *asked, **({'store': store} if doors[1:] else {}))
+            except Error as refusal:
+                error = refusal if not isinstance(refusal, NotFound) else error or refusal
+                continue
+            self.known[store] = url, token
+            return found
+        raise error
 
     def extra_specs(self, flavor) -> dict:
         return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
@@ -27822,10 +27922,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         front.run()
 
 
-def listening(app: Callable, config: Config) -> Front:
+def listening(app: Gate, config: Config) -> Front:
     """The sockets of a server; the setting `port` is the one that it has then."""
     try:
-        front = Front(app, config)
+        front = Front(app, config, functools.partial(new_to_keystone, app.service))
     except (OSError, ValueError) as error:
         raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
                           'another port.', hint='--port N') from None
@@ -27860,8 +27960,8 @@ def scheduler(config: Config, port: int = None) -> None:
 def tick(config: Config) -> None:
     """Runs the scheduler once. For cron: `* * * * *`.
 
-    Starts what is due, waits for the answers of the clouds and stores them. Does nothing while
-    another scheduler is the leader. `scheduler --once` is the same.
+    Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
+    for which another scheduler acts. `scheduler --once` is the same.
 
     Example:
       python cmres.py tick
@@ -27869,7 +27969,9 @@ def tick(config: Config) -> None:
     for line in prepared(config):
         print(line, file=sys.stderr)
     service = local_service(config)
-    LifeCycle(config, service.clouds).settle()
+    cycle = LifeCycle(config, service.clouds)
+    cycle.settle()
+    cycle.finish()
 
 
 def store_backup(config: Config, path: Name) -> dict:
@@ -28021,14 +28123,16 @@ def faults_of(config: Config) -> Iterator[str]:
             yield f"{name}: '{text}' is not an http(s) address"
     if '@' in config.notify_admins and not config.mail_server:
         yield 'notify_admins: no mail_server is set that could send to mail addresses'
-    port = config.mail_server.partition(':')[2]
-    if port and not port.isdecimal():
+    if not re.fullmatch(r'[^:]*(:\d*)?', config.mail_server):
         yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
     if named:
         from openstack.config import OpenStackConfig
         if missing := sorted(named - {*OpenStackConfig().get_cloud_names()}):
             yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
+
+
+EXPORTED = 1000  # events that are read at once
 
 
 def event_export(config: Config, since: When = None) -> None:
@@ -28039,14 +28143,10 @@ def event_export(config: Config, since: When = None) -> None:
     Example:
       python cmres.py event export --since 2027-01-01
     """
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    asked = {'since': since or FIRST}
+    service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
         print(''.join(map(json_text, found)), end='', flush=True)
         asked = {'after': found[-1]['id']}
-
-
-EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -28090,10 +28190,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [MIGRATED.format(**done)] if done else []
+    return [f"Updated the database from version {done['before']} to {done['after']}. "
+            f"'{done['copy']}' is a copy of before."] if done else []
 
 
-MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
           'demo': 'create the resource demo and a token, if there are none',
           'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
@@ -28111,10 +28211,10 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
-    start = (start if isinstance(start, datetime)
-             else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0)))
-    end = (start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime)
-           else end)
+    def moment(given, origin: datetime, default: timedelta) -> datetime:
+        return given if isinstance(given, datetime) else origin + (given or default)
+    start = moment(start, datetime.now(UTC).replace(microsecond=0), timedelta(0))
+    end = moment(end, start, timedelta(days=366))
     if not start < end:
         raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
                       f'({config.told_time(start.timestamp())}).')
@@ -28136,14 +28236,9 @@ def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Calla
     return command
 
 
-def alerts_as_yaml() -> str:
-    import yaml
-    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
-
-
 PRINTING = (
     printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
-             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+             '`cmres`.', '/etc/prometheus/cmres.yml', lambda: as_yaml(alert_rules())),
     printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
              lambda: json_text(grafana_dashboard(), indent=2)),
     printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
@@ -28205,11 +28300,8 @@ def in_utc(config: Config) -> None:
 @contextmanager
 def running(cycle: LifeCycle | None, keeper: Housekeeper,
             leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
-    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
-
-    Args:
-      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
-    """
+    """Runs a life cycle and a housekeeper beside what follows. SIGTERM and Ctrl-C call `leave`, or
+    end what follows at once; all ends in good order."""
     stop = threading.Event()
 
     def end(*_):
@@ -28263,6 +28355,11 @@ def local_service(config: Config, make: bool = False) -> Reservations:
         user = str(os.getuid())
     return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN),
                         progress=progress_bar)
+
+
+def reached(config: Config, make: bool = False) -> Reservations | Client:
+    """The service that a command works with: on a server where one is set, else here."""
+    return Client(config.url, config.token) if config.url else local_service(config, make)
 
 
 def channels(config: Config) -> str:
@@ -28319,10 +28416,8 @@ class Untyped(str):
 
 
 def command(operation: Operation) -> Callable:
-    """What Fire calls for an operation: the same signature, but it only notes the call.
-
-    Nothing is required: what is missing is for `bind` to say.
-    """
+    """What Fire calls for an operation: it only notes the call. Nothing is required by its
+    signature: what is missing is for `bind` to say."""
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
@@ -28387,41 +28482,42 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in COMMON or name == '--file' and rest[:1] == ['add']:
+        is_file = name == '--file' and rest[:1] == ['add']
+        if name in COMMON or is_file:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in COMMON:
+        if is_file:
+            rest = ['load', value, *rest[1:]]
+        elif name in COMMON:
             options[name[2:]] = value
-        elif word in SWITCHES:
+        elif word in SWITCHES or word == '--follow' and rest[:1] == ['events']:
             options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
-        elif name == '--file' and rest[:1] == ['add']:
-            rest = ['load', value, *rest[1:]]
-        elif word == '--follow' and rest[:1] == ['events']:
-            options['follow'] = True
         else:
             rest.append(word)
-    rest[:1] = [ALIASES.get(word, word) for word in rest[:1]]
-    for old, new in PAIRED.items():
-        if rest[:len(old)] == [*old]:
-            rest[:len(old)] = new
-    if rest[:1] == ['scheduler'] and '--once' in rest:
-        rest = ['tick', *(word for word in rest[1:] if word != '--once')]
-    if rest[:1] == ['extend'] and any(word.startswith('--until') for word in rest):
-        rest[0] = 'keep'
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"'{options['format']}' is not one of {', '.join(FORMATS)}.")
-    return rest
+    return with_usual_names(rest)
+
+
+def with_usual_names(words: list[str]) -> list[str]:
+    """A line whose command has its own name, not another one that people give to it."""
+    words = [ALIASES.get(word, word) for word in words[:1]] + words[1:]
+    for old, new in PAIRED.items():
+        if words[:len(old)] == [*old]:
+            words[:len(old)] = new
+    if words[:1] == ['scheduler'] and '--once' in words:
+        return ['tick', *(word for word in words[1:] if word != '--once')]
+    if words[:1] == ['extend'] and any(word.startswith('--until') for word in words):
+        return ['keep', *words[1:]]
+    return words
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
-    """Reads a line and prints what `finish` makes of the call that it is.
-
-    Fire reads it; a call that has nothing for Fire to find out is read without it, as to import it
-    costs as much as to list reservations.
-    """
+    """Reads a line and prints what `finish` makes of the call that it is. Fire reads only what it
+    is needed for: to import it costs as much as to list reservations."""
     # Fire would take -h for a short --holidays.
     argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
@@ -28446,19 +28542,16 @@ def help_of_group(here: Group, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
     text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    names = [name for name in dir(here) if name not in ALIASES]
-    shelves = {'Commands': names} if path else {
-        title: words.split() for title, words in SHELVES.items()}
-    lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
-                                      for name in shelf if name in names)
-             for title, shelf in shelves.items()]
-    also = [] if path else [wrapped('Also: ' + ', '.join(
-        f'{new} (same as {old})' for new, old in ALIASES.items()))]
-    return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
+    shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
+    lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+                                 for name in names.split())])
+             for title, names in shelves.items()]
+    also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
+    return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
+                        f'Example:\n{example}'])
 
 
 def first_of(command: Group | Operation) -> str:
-    """The first sentence of the help of a command or a group."""
     text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
     return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
 
@@ -28466,55 +28559,48 @@ def first_of(command: Group | Operation) -> str:
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
     text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
-    needed = [name for name, each in operation.parameters.items() if each.default is REQUIRED]
-    words = [called(name, each) for name, each in operation.parameters.items() if name in needed]
-    optional = [name for name in operation.parameters if name not in needed]
-    usage = ' '.join(['Usage: python cmres.py', *path, *words] + ['[options]'] * bool(optional))
-    blocks = [usage, wrapped(text)]
-    if needed:
-        blocks.append('\n'.join(two_columns(f'  {word}', argument_help(operation, name), 16)
-                                for name, word in zip(needed, words)))
+    kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
+             for name, each in operation.parameters.items()}
+    needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
+              for name, each in operation.parameters.items() if each.default is REQUIRED}
+    optional = [name for name in kinds if name not in needed]
+    usage = ['Usage: python cmres.py', *path, *needed.values(), '[options]' if optional else '']
+    blocks = [[two_columns(f'  {word}', argument_help(operation, name), 16)
+               for name, word in needed.items()]]
     for title, names in kinds_of(optional).items():
-        blocks.append('\n'.join([title, *(two_columns(
-            f"  --{name.replace('_', '-')} "
-            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
-            said_in_help(operation, name), 27)
-            for name in names)]))
-    return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
-
-
-def called(name: str, parameter: inspect.Parameter) -> str:
-    """What stands for an argument that is needed."""
-    is_file = SHOWN_AS.get(parameter.annotation) == 'FILE'
-    return 'FILE' if is_file else name.upper().replace('_', '-')
+        words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
+        blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
+                                for name, word in words.items())])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text), *map('\n'.join, filter(None, blocks)),
+                        f'Example:\n{example.rstrip()}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
     """Options by kind, where there are many."""
     if len(names) < 9:
         return {'Options': names} if names else {}
-    found = {title: [name for name in words.split() if name in names]
-             for title, words in KINDS_OF_OPTIONS.items()}
-    rest = [name for name in names if not any(name in each for each in found.values())]
-    return {title: each for title, each in (found | {'Other': rest}).items() if each}
+    titles = {name: title for title, words in KINDS_OF_OPTIONS.items() for name in words.split()}
+    found = {title: [name for name in names if titles.get(name, 'Other') == title]
+             for title in (*KINDS_OF_OPTIONS, 'Other')}
+    return {title: each for title, each in found.items() if each}
 
 
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
-    default = operation.parameters[name].default
-    there = default not in (None, '', (), False) and 'default' not in argument_help(operation, name)
-    return argument_help(operation, name) + (f' (default: {default})' if there else '')
+    default, text = operation.parameters[name].default, argument_help(operation, name)
+    said = default not in (None, '', (), False) and 'default' not in text
+    return f'{text} (default: {default})' if said else text
 
 
 def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
     """A line of help; what is too long for it goes on below, in its column."""
-    lines = textwrap.wrap(right, width - place, break_on_hyphens=False)
-    head = [left.ljust(place) + lines[0]] if len(left) < place else [left, ' ' * place + lines[0]]
-    return '\n'.join(head + [' ' * place + line for line in lines[1:]])
+    margin = ' ' * place
+    text = textwrap.fill(right, width, initial_indent=margin, subsequent_indent=margin,
+                         break_on_hyphens=False)
+    return f'{left}\n{text}' if len(left) >= place else left.ljust(place) + text[place:]
 
 
 def wrapped(text: str, width: int = 80) -> str:
-    """Paragraphs for a terminal of 80 columns."""
     return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
@@ -28552,26 +28638,26 @@ KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_en
 
 def completed(words: list[str]) -> list[str]:
     """What the last of some words may become; nothing where that can't be told."""
-    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
-    typed = words.pop()
-    tree = commands(lambda operation: operation)
+    *words, typed = [word for word in words[:-1] if word != '='] + [*words[-1:], ''][:1]
+    typed, found = typed.lstrip('='), []
     with suppress(Error, OSError, *STORE_ERRORS):
-        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
-        if isinstance(here, Group):
-            return sorted(word for word in dir(here) if word.startswith(typed))
+        path, here = command_path(commands(lambda operation: operation),
+                                  [word for word in words if not word.startswith('-')])
         name, equals, begun = typed.partition('=')
-        if equals:
-            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
         last = words[-1] if words else ''
-        if last.startswith('--') and last not in SWITCHES and '=' not in last:
-            return [each for each in values_of(here, last) if each.startswith(typed)]
-        if typed.startswith('-'):
+        if isinstance(here, Group):
+            found = sorted(dir(here))
+        elif equals:
+            found = [f'{name}={each}' for each in values_of(here, name)]
+        elif last.startswith('--') and last not in SWITCHES and '=' not in last:
+            found = values_of(here, last)
+        elif typed.startswith('-'):
             flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
-            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
-        plain = [word for word in words[len(path):] if not word.startswith('--')]
-        place = list(here.parameters)[len(plain):][:1]
-        return [each for each in values_of(here, *place) if each.startswith(typed)]
-    return []
+            found = [*flags, *COMMON, *SWITCHES]
+        else:
+            plain = [word for word in words[len(path):] if not word.startswith('--')]
+            found = values_of(here, *list(here.parameters)[len(plain):][:1])
+    return [each for each in found if each.startswith(typed)]
 
 
 def values_of(operation: Operation, name: str = '') -> list[str]:
@@ -28579,13 +28665,11 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
     name = name.removeprefix('--').replace('-', '_')
     if name in KNOWN_VALUES:
         return list(KNOWN_VALUES[name])
-    config = load_config()
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    if (name in ('resource', 'resources') or name == 'name'
-        and operation.name.startswith('resource_')):
-        return [each['name'] for each in service.resource_list()]
+    of_resource = name == 'name' and operation.name.startswith('resource_')
+    if name in ('resource', 'resources') or of_resource:
+        return [each['name'] for each in reached(load_config()).resource_list()]
     if name == 'label' and operation.name != 'add':
-        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+        return list({each['label']: 0 for each in reached(load_config()).list(limit=1000)})
     return []
 
 
@@ -28631,40 +28715,26 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
-    operation = call._operation
-    given = {name: from_file(value, operation.parameters[name].annotation)
-             for name, value in call._given.items()}
-    # the parts name resources: the rest came early
-    if 'part' in given and 'end' not in given and 'resource' in given:
-        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']}
-                                                                  if 'start' in given else {})
-    if 'tz' in operation.parameters:
-        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
-        given.setdefault('tz', zone)
-    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
-    form = options.get('format', 'table')
+    operation, form = call._operation, options.get('format', 'table')
+    bound = bound_call(call, config, options)
+    look = Look.of(options, '' if operation.name == 'events' else COLUMNS.get(operation.name, ''))
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
     begins = operation.name in BEGINS and not bound.get('dry_run')
     if begins and not config.url and is_missing(config.database):
         print(told_made(config), file=sys.stderr)
-    service = (Client(config.url, config.token) if config.url
-               else local_service(config, make=begins))
+    service = reached(config, begins)
     asked = getattr(service, operation.name)
-    if config.url and 'limit' in operation.parameters:  # a page, as here
-        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
     while options.get('watch') and not operation.changes:
-        shown = render(asked(**bound), form, config.zone, table)
+        shown = render(asked(**bound), form, config.zone, look)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
     answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
               else asked(**bound))
-    text = render(answer, form, config.zone, table)
+    text = render(answer, form, config.zone, look)
     id, _, at = getattr(service, 'token_ends', '').partition(' ')
     if at:
         print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
@@ -28679,6 +28749,25 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         print(text)
         raise refused
     return text
+
+
+def bound_call(call: Call, config: Config, options: dict) -> dict:
+    """The arguments of a call as values: files are read, times are of the zone of the line."""
+    operation = call._operation
+    given = {name: from_file(value, operation.parameters[name].annotation)
+             for name, value in call._given.items()}
+    if 'part' in given and 'end' not in given and 'resource' in given:
+        # the parts name resources: the rest came early
+        early = dict(zip(('start', 'end'), (given[name] for name in ('resource', 'start')
+                                            if name in given)))
+        given |= {'resource': ANY} | early
+    if 'tz' in operation.parameters:
+        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
+        given.setdefault('tz', zone)
+    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
+    return bound
 
 
 def kept_if_stopped(asked: Callable, bound: dict):
@@ -28717,9 +28806,10 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else cursor_of(last)
-    shown = (last['id'] if operation.name == 'events'
-             else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
+    if operation.name == 'events':
+        after = shown = last['id']
+    else:
+        after, shown = cursor_of(last), f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
 
@@ -28817,7 +28907,6 @@ def csv_rows(text: str) -> list[dict]:
 
 
 def progress_bar(items: list) -> Iterable:
-    """The items, with a bar on a terminal while there are many."""
     if len(items) < 20 or not sys.stderr.isatty():
         return items
     from rich.console import Console
@@ -28833,13 +28922,13 @@ class Look(NamedTuple):
     width: int | None = None                # of a terminal; without, as wide as it needs to be
 
     @staticmethod
-    def of(options: dict, usual: str | None = None) -> Look:
+    def of(options: dict, usual: str) -> Look:
         """As the options of a command line say; `usual`: the columns that are shown without any."""
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
-        narrow = sys.stdout.isatty() and not options.get('wide')
-        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        is_wide = options.get('wide')
+        columns = chosen or (not is_wide and usual.split()) or None
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if narrow else None)
+                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28879,7 +28968,6 @@ def refuse_unknown_column(name: str, lines: list[dict]) -> None:
 
 
 def only_columns(lines: list[dict], look: Look) -> list[dict]:
-    """The lines with the columns that somebody chose."""
     if not look.chosen:
         return lines
     for name in look.columns:
@@ -28889,7 +28977,7 @@ def only_columns(lines: list[dict], look: Look) -> list[dict]:
 
 def as_yaml(answer) -> str:
     import yaml
-    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False, width=200)
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
     return text.rstrip()
@@ -28907,9 +28995,8 @@ def csv_cell(value):
     if isinstance(value, str):
         return legible(f"'{value}" if FORMULA.match(value) else value)
     plain = to_plain(value)
-    if not isinstance(plain, (list, dict)):
-        return plain
-    return legible(json.dumps(plain, ensure_ascii=False))
+    is_nested = isinstance(plain, (list, dict))
+    return legible(json.dumps(plain, ensure_ascii=False)) if is_nested else plain
 
 
 def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28963,7 +29050,6 @@ LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
 
 
 def worded(name: str, value):
-    """A field as people read it: a length with its units."""
     return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
@@ -28984,29 +29070,27 @@ def in_table(value, zone: ZoneInfo) -> str:
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
     """The columns for which a terminal has room: first goes what all share, then the least."""
-    widths = [max(map(len, (head, *(line[place] for line in cells))))
-              for place, head in enumerate(heads)]
-    shared = {name for place, name in enumerate(names)
-              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
-    goes = [name for name in LEAST if name in shared] + [name for name in LEAST
-                                                         if name not in shared]
+    columns = [*zip(heads, *cells)]
+    widths = [2 + max(map(len, column)) for column in columns]
+    is_shared = [len(cells) > 1 and len({*column[1:]}) == 1 for column in columns]
+    goes = sorted((place for place, name in enumerate(names) if name in LEAST),
+                  key=lambda place: (not is_shared[place], LEAST.index(names[place])))
     shown = list(range(len(names)))
-    for name in goes:
-        if sum(widths[each] + 2 for each in shown) - 2 <= width:
-            break
-        shown = [each for each in shown if names[each] != name]
+    while goes and sum(widths[each] for each in shown) - 2 > width:
+        shown.remove(goes.pop(0))
     return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
     """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
-    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
-              for place in range(len(table[0]))]
+    columns = [*zip(*table)]
+    widths = [max(wide(part) for cell in column for part in cell.split('\n'))
+              for column in columns]
     on_terminal = sys.stdout.isatty()
     if on_terminal:
-        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
-                 for place in range(len(widths))]
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', cell) for cell in column[bool(names):])
+                 for column in columns]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
     if names and on_terminal and 'NO_COLOR' not in os.environ:
@@ -29023,38 +29107,28 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
-    widths = widths[:]
-    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
-        there = sorted({width for width, fixed in zip(widths, whole) if not fixed
-                        and width > least})
-        if not there:
+    """Widths that fit a terminal: the widest goes down step by step, but none that is `whole`."""
+    widths = [width if fixed else min(width, most) for width, fixed in zip(widths, whole)]
+    while sum(widths) + 2 * len(widths) - 2 > most:
+        width, place = max((0 if whole[place] else width, place)
+                           for place, width in enumerate(widths))
+        if width <= least:
             break
-        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
-        lower = there[-2] if len(there) > 1 else least
-        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+        widths[place] -= 1
     return widths
 
 
 def pieces_of(cell: str, width: int) -> Iterator[str]:
     """The lines of a cell, cut where they are too wide, between words if there are any."""
     for part in cell.split('\n'):
-        while (end := fitting_end(part, width)) < len(part):
+        while wide(part) > width:
+            taken = itertools.accumulate(map(wide, part))
+            end = max(sum(each <= width for each in taken), 1)  # at least one letter
             space = part.rfind(' ', 1, end + 1)
             end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
             part = part[end:].lstrip()
         yield part
-
-
-def fitting_end(text: str, width: int) -> int:
-    """How many letters of a text fit; at least one."""
-    taken = 0
-    for end, letter in enumerate(text):
-        taken += wide(letter)
-        if taken > width:
-            return max(end, 1)
-    return len(text)
 
 
 def wide(text: str) -> int:
@@ -29104,7 +29178,6 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
-    """What a refusal says that would fit."""
     moment = functools.partial(format_moment, zone=zone)
     offers = (('next_start', 'the same from {}', moment),
               ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),
