@@ -2867,7 +2867,7 @@ def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once
 
 
 #: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
-KINDS = {
+LOCKED_KINDS = {
     'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
     'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
     'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
@@ -2875,9 +2875,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize('removed', [False, True])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOCKED_KINDS)
 def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
-    name, adds, more = KINDS[kind]
+    name, adds, more = LOCKED_KINDS[kind]
     rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
 
     def slow_rule(*args):
