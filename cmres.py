@@ -1994,6 +1994,7 @@ WORDS = {
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
     'store': 'whose resources these are, as their second mark says',
+    'moves': 'only a server passes that counts there already',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -15735,12 +15736,14 @@ class Claims(Operations):
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), store: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', moves: bool = False,
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
+        With --moves, only a server passes that counts there already.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
@@ -15755,7 +15758,7 @@ class Claims(Operations):
         def decide() -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, need, label, project, user, hosts, now)
+                    name, server, projects, users, need, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
@@ -15834,7 +15837,8 @@ class Claims(Operations):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, hosts: list[str], now: float) -> dict:
+                 label: str, project: str, user: str, hosts: list[str], moves: bool,
+                 now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
@@ -15842,6 +15846,8 @@ class Claims(Operations):
             return {'passes': bool(place), 'why': why, 'hosts': None}
         there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
                     'AND due IS NOT NULL', place.id, server)
+        if moves and not there:
+            return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         resized = there and there.host and had != need
         if resized:  # until that is confirmed, Nova holds both
@@ -28092,20 +28098,22 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         them.
 
         With the hint `cmres` it goes to hosts of cmres alone; without it, it uses up no reservation
-        where there are other hosts, unless `without_hint` says so.
+        where there are other hosts, unless `without_hint` says so, or it has moved in before.
         """
         marks = [(host, self.marks(host)) for host in hosts]
         inside, label = [host.host for host, names in marks if names], self.hint(spec)
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        if asks and not label and outside:
+        moves = bool(spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts) and not label
+        if asks and not label and outside and not moves:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask_all(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside, moves and outside) if asks else {}
+        stays = label or moves and outside and any(verdicts.values())
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
-            if passes and (names or not label):
+            if passes and (names or not stays):
                 yield host
 
     def hint(self, spec) -> str:
@@ -28127,24 +28135,23 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask_all(self, resources: list[tuple], spec, label: str,
-                hosts: list[str]) -> dict[tuple, bool | list]:
+    def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts."""
         verdicts = {}
         for store in {each[0] for each in resources}:
             names = [name for owner, name in resources if owner == store]
-            found = self.ask(store, names, spec, label, hosts)
+            found = self.ask(store, names, spec, *about)
             verdicts |= {(store, name): found[name] for name in names}
         return verdicts
 
-    def ask(self, store: str, names: list[str], spec, label: str,
-            hosts: list[str]) -> dict[str, bool | list]:
+    def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
+            moves: bool) -> dict[str, bool | list]:
         """What the cmres says that has some resources; a refusal is logged with its reason."""
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
                 spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
-                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts])
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts], moves)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(names, settings.when_down == 'open')
@@ -28154,7 +28161,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
 
-    def answer(self, store: str, settings, asked: list) -> list[dict]:
+    def answer(self, store: str, settings, asked: list, moves: bool) -> list[dict]:
         """What the first cmres answers that has a store; without several, it is the only one."""
         last = settings.token[-1]  # which may be that of all
         doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
@@ -28163,7 +28170,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         for url, token in doors:
             try:
                 found = Client(url, token, settings.timeout).claim(
-                    *asked, **({'store': store} if doors[1:] else {}))
+                    *asked, store=store if doors[1:] else '', moves=moves)
             except Error as refusal:
                 error = refusal if not isinstance(refusal, NotFound) else error or refusal
                 continue
