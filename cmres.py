@@ -2038,9 +2038,19 @@ class Operation:
         return self.routes[0][0] != 'GET'
 
     @property
+    def help(self) -> tuple[str, str]:
+        """What it does, and examples of its command."""
+        return split_help(inspect.getdoc(self.method))
+
+    @property
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
+
+def split_help(text: str) -> tuple[str, str]:
+    about, *examples = re.split(r'\n\nExample:\s+', text.strip())
+    return about, '\n'.join(f'  {each.strip()}' for each in ''.join(examples).splitlines())
+
 
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
@@ -13291,8 +13301,7 @@ class Approvals(Operations):
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Approves a pending reservation, or a pending change of a reservation.
 
-        Example:
-          python cmres.py approve lab --project biology --reason 'as agreed'
+        Example: python cmres.py approve lab --project biology --reason 'as agreed'
         """
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
@@ -13311,8 +13320,7 @@ class Approvals(Operations):
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Accepts the capacity that the waiting list offers you.
 
-        Example:
-          python cmres.py accept lab
+        Example: python cmres.py accept lab
         """
         with self.writing(dry_run) as now:
             _, pending, _ = self.pending_of(label, project)
@@ -13331,8 +13339,7 @@ class Approvals(Operations):
 
         A change of an approved reservation is rejected alone: the reservation stays as it was.
 
-        Example:
-          python cmres.py reject lab --reason 'not before the exam'
+        Example: python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
@@ -13601,8 +13608,7 @@ class Requests(Operations):
         names the fields, as in `add`; the output of `list --format csv` is such a file. At most
         100000 lines.
 
-        Example:
-          python cmres.py load class.csv --partial
+        Example: python cmres.py load class.csv --partial
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
@@ -13678,8 +13684,7 @@ class Requests(Operations):
 
         Those that do not fit are left out.
 
-        Example:
-          python cmres.py generate demo --count 20
+        Example: python cmres.py generate demo --count 20
         """
         chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
@@ -13703,8 +13708,7 @@ class Requests(Operations):
         them. A page has at most --limit lines; cmres says if there are more. `show` has long
         descriptions and user data.
 
-        Example:
-          python cmres.py list --resource demo --state starting,active
+        Example: python cmres.py list --resource demo --state starting,active
         """
         self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
@@ -13770,8 +13774,7 @@ class Requests(Operations):
 
         Its fields, its state, its VMs, and the future occurrences of a series.
 
-        Example:
-          python cmres.py show lab
+        Example: python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = self.with_changes([found])[0] | {
@@ -13812,8 +13815,7 @@ class Requests(Operations):
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Shows how long a reservation is.
 
-        Example:
-          python cmres.py duration lab
+        Example: python cmres.py duration lab
         """
         found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
@@ -13880,8 +13882,7 @@ class Requests(Operations):
 
         Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
 
-        Example:
-          python cmres.py end lab
+        Example: python cmres.py end lab
         """
         def now_on(old) -> datetime:
             if self.clock() < old.start:
@@ -13898,8 +13899,7 @@ class Requests(Operations):
 
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
 
-        Example:
-          python cmres.py keep lab +2h
+        Example: python cmres.py keep lab +2h
         """
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
@@ -14112,8 +14112,7 @@ class Requests(Operations):
         --occurrence cancels only that one, and --following also those after it. With --kept, it
         deletes the VMs that stayed after their end.
 
-        Example:
-          python cmres.py delete --resource demo --user eva --dry-run
+        Example: python cmres.py delete --resource demo --user eva --dry-run
         """
         self.refuse_unknown_states(state)
         if not any([state, *(asked[name] for name in FILTERS)]):
@@ -14272,8 +14271,7 @@ class Requests(Operations):
 
         Default: the next 7 days.
 
-        Example:
-          python cmres.py usage demo --end +1d
+        Example: python cmres.py usage demo --end +1d
         """
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
@@ -15311,8 +15309,7 @@ class Calendars(Operations):
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
 
-        Example:
-          python cmres.py import class.ics --resource demo --image cirros --dry-run
+        Example: python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -15550,8 +15547,7 @@ class Calendars(Operations):
     def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendar feeds and subscriptions, without their secrets.
 
-        Example:
-          python cmres.py calendar list
+        Example: python cmres.py calendar list
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
@@ -15573,8 +15569,7 @@ class Calendars(Operations):
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
         all reservations of that resource; those of other projects only as busy.
 
-        Example:
-          python cmres.py calendar feed --resource demo
+        Example: python cmres.py calendar feed --resource demo
         """
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
@@ -15592,8 +15587,7 @@ class Calendars(Operations):
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Disables the address of a feed at once.
 
-        Example:
-          python cmres.py calendar revoke 1
+        Example: python cmres.py calendar revoke 1
         """
         with self.writing(dry_run) as now:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
@@ -15649,8 +15643,7 @@ class Calendars(Operations):
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops reading a calendar; its reservations stay.
 
-        Example:
-          python cmres.py calendar unsubscribe 1
+        Example: python cmres.py calendar unsubscribe 1
         """
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
@@ -15658,8 +15651,7 @@ class Calendars(Operations):
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Confirms that a calendar may cancel most of its reservations.
 
-        Example:
-          python cmres.py calendar confirm 1
+        Example: python cmres.py calendar confirm 1
         """
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
@@ -15928,8 +15920,7 @@ class Tokens(Operations):
 
         cmres stores only hashes, so it cannot show the tokens again.
 
-        Example:
-          python cmres.py token list
+        Example: python cmres.py token list
         """
         own, values = self.own_tokens()
         return [self.token_public(each) for each in rows(
@@ -15960,8 +15951,7 @@ class Tokens(Operations):
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
         """Makes a token valid for longer: 90 days from now, or as --for says.
 
-        Example:
-          python cmres.py token renew 3 --for 90d
+        Example: python cmres.py token renew 3 --for 90d
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -15981,8 +15971,7 @@ class Tokens(Operations):
         With the last token of a user in a project, the user's feeds, subscriptions and shared pages
         end, too. Their reservations stay.
 
-        Example:
-          python cmres.py token revoke 3
+        Example: python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -16003,8 +15992,7 @@ class Tokens(Operations):
 
         In all projects, or in one. Their reservations stay.
 
-        Example:
-          python cmres.py user end eva --project biology
+        Example: python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
             found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
@@ -16067,8 +16055,7 @@ class Tokens(Operations):
     def credential_list(self) -> list[CredentialAnswer]:
         """Lists your credentials, as an admin all.
 
-        Example:
-          python cmres.py credential list
+        Example: python cmres.py credential list
         """
         own, values = self.own_tokens()
         return [public(each) for each in rows(
@@ -16080,8 +16067,7 @@ class Tokens(Operations):
     def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
         """Takes a credential away: what starts from now on is made as it is for your project.
 
-        Example:
-          python cmres.py credential delete 1
+        Example: python cmres.py credential delete 1
         """
         with self.writing(dry_run) as now:
             found = [each for each in self.credential_list() if each['id'] == id]
@@ -16181,8 +16167,7 @@ class Records(Operations):
 
         On the command line, --follow shows each new event at once, until Ctrl-C.
 
-        Example:
-          python cmres.py events lab --follow
+        Example: python cmres.py events lab --follow
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
@@ -16214,8 +16199,7 @@ class Records(Operations):
 
         In seconds: median, 95th percentile, worst. `delays` is the same.
 
-        Example:
-          python cmres.py punctuality --since 2026-11-01
+        Example: python cmres.py punctuality --since 2026-11-01
         """
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
@@ -16252,8 +16236,7 @@ class Records(Operations):
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
 
-        Example:
-          python cmres.py report --since 2027-01-01 --by user --format csv
+        Example: python cmres.py report --since 2027-01-01 --by user --format csv
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
         refuse_unknown_word('group_by', group_by, columns)
@@ -18693,16 +18676,15 @@ def refusal_name(status: int) -> str:
 
 def said_of(operation: Operation) -> dict:
     """What its help says of an operation, for who types nothing."""
-    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
-                              flags=re.S).partition('\n\n')
+    summary, _, more = operation.help[0].partition('\n\n')
     return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
 
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
     import shlex
-    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
-    words = shlex.split(found[1])[len(operation.words.split()):]
+    first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
+    words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
     example = dict(zip(operation.parameters, plain))
     options = [*words[len(plain):], '--']
@@ -27154,7 +27136,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # that was typed until `bind` reads them.
 
 #: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample:\n  python cmres.py {name} {example}\n'
+GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
           for name, about, example in (
     ('resource', 'Things that people can reserve, and their capacities.',
      'add india --cloud simulated --vms 40'),
@@ -27257,8 +27239,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
     The token is shown once.
 
-    Example:
-      python cmres.py serve --port 8080
+    Example: python cmres.py serve --port 8080
     """
     in_utc(config)
     sys.setswitchinterval(NIMBLE)
@@ -27298,8 +27279,7 @@ def scheduler(config: Config, port: int = None) -> None:
 
     With --once it runs once, like `tick`.
 
-    Example:
-      python cmres.py scheduler
+    Example: python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -27323,8 +27303,7 @@ def tick(config: Config) -> None:
     Starts what is due, waits for the answers of the clouds and stores them. Does nothing while
     another scheduler is the leader. `scheduler --once` is the same.
 
-    Example:
-      python cmres.py tick
+    Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
@@ -27338,8 +27317,7 @@ def store_backup(config: Config, path: Name) -> dict:
     The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
     then people sign in to the page again.
 
-    Example:
-      python cmres.py store backup cmres-monday.db
+    Example: python cmres.py store backup cmres-monday.db
     """
     refuse_missing(config.database)
     copy_store(config.database, path)
@@ -27352,8 +27330,7 @@ def store_copy(config: Config, target: Name) -> dict:
     Stop all processes of cmres first, and start them on the target afterwards (setting database).
     The copy is checked. It has the same key, so everybody stays signed in.
 
-    Example:
-      python cmres.py store copy postgresql://cmres@db.example.org/cmres
+    Example: python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
@@ -27370,8 +27347,7 @@ def store_verify(config: Config, path: Name = '') -> dict:
 
     Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
 
-    Example:
-      python cmres.py store verify cmres-monday.db
+    Example: python cmres.py store verify cmres-monday.db
     """
     return verify_store(path or config.database)
 
@@ -27382,8 +27358,7 @@ def store_restore(config: Config, path: Name) -> dict:
     The old database is kept beside it. VMs that started after the copy was written stay until an
     admin chooses `store orphans --delete` or `--adopt`.
 
-    Example:
-      python cmres.py store restore cmres-monday.db
+    Example: python cmres.py store restore cmres-monday.db
     """
     return restore_store(config.database, path, config.key)
 
@@ -27394,8 +27369,7 @@ def store_migrate(config: Config) -> dict:
     cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
     start.
 
-    Example:
-      python cmres.py store migrate
+    Example: python cmres.py store migrate
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
@@ -27411,8 +27385,7 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
     that of the setting `address`.
 
-    Example:
-      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    Example: python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
     address = address or config.public_url
     if not is_web(address):
@@ -27429,8 +27402,7 @@ def key_rotate(config: Config) -> dict:
     Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
     `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
-    Example:
-      python cmres.py key rotate
+    Example: python cmres.py key rotate
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
@@ -27447,8 +27419,7 @@ def config_show(config: Config) -> Rows:
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
 
-    Example:
-      python cmres.py config show
+    Example: python cmres.py config show
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
@@ -27458,8 +27429,7 @@ def config_show(config: Config) -> Rows:
 def config_check(config: Config) -> dict:
     """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
 
-    Example:
-      python cmres.py config check --config /etc/cmres.ini
+    Example: python cmres.py config check --config /etc/cmres.ini
     """
     if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
@@ -27498,8 +27468,7 @@ def event_export(config: Config, since: When = None) -> None:
 
     `events export` and `journal export` are the same.
 
-    Example:
-      python cmres.py event export --since 2027-01-01
+    Example: python cmres.py event export --since 2027-01-01
     """
     service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
@@ -27515,8 +27484,7 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
     They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
     never touches them again. `add --server ID` reserves one of them.
 
-    Example:
-      python cmres.py store orphans --adopt
+    Example: python cmres.py store orphans --adopt
     """
     if delete and adopt:
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
@@ -27590,7 +27558,7 @@ def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Calla
     def command(config: Config) -> None:
         print(text().strip('\n'))
     command.__name__ = name
-    command.__doc__ = f'{about}\n\nExample:\n  python cmres.py {name} > {file}'
+    command.__doc__ = f'{about}\n\nExample: python cmres.py {name} > {file}'
     return command
 
 
@@ -27606,8 +27574,7 @@ PRINTING = (
 def completion(config: Config, shell: Name) -> None:
     """Prints a script that completes commands, options, labels and resources in a shell.
 
-    Example:
-      python cmres.py completion bash >> ~/.bashrc
+    Example: python cmres.py completion bash >> ~/.bashrc
     """
     if shell not in COMPLETIONS:
         raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
@@ -27898,7 +27865,7 @@ def run_command(argv: list[str], finish: Callable) -> None:
 
 def help_of_group(here: Group, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
+    text, example = split_help(here.__doc__ or '')
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
     shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
     lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
@@ -27916,7 +27883,7 @@ def first_of(command: Group | Operation) -> str:
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
-    text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
+    text, example = operation.help
     kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
              for name, each in operation.parameters.items()}
     needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
@@ -27930,7 +27897,7 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
     return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text), *map('\n'.join, filter(None, blocks)),
-                        f'Example:\n{example.rstrip()}'])
+                        f'Example:\n{example}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
