@@ -65,6 +65,7 @@ import gc
 import getpass
 import hashlib
 import heapq
+import importlib
 import inspect
 import io
 import itertools
@@ -102,8 +103,24 @@ gc.disable()  # what is made while this is read stays: to look through it is a t
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
-# What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
-# schedule, waitress and yaml together cost thirty times as much as `list` itself.
+
+class Module:
+    """A module that is imported when it is first used: `list` needs few of them, and bottle, fire,
+    openstack, rich, schedule, waitress and yaml cost thirty times as much as `list` itself."""
+
+    def __init__(self, name: str):
+        self.__name__ = name
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+base64, bottle, configparser, fire, gzip, hmac, ipaddress, select, shlex, shutil, smtplib, string, \
+    traceback, unicodedata, uuid, waitress, yaml = map(Module, (
+        'base64 bottle configparser fire gzip hmac ipaddress select shlex shutil smtplib string '
+        'traceback unicodedata uuid waitress yaml'.split()))
+email_message, email_utils, http_client, ElementTree = map(Module, (
+    'email.message', 'email.utils', 'http.client', 'xml.etree.ElementTree'))
 
 __version__ = '0.1'
 
@@ -1484,7 +1501,6 @@ class Config:
 
     def is_among(self, setting: str, address: str) -> bool:
         """Whether an address is in one of the networks that a setting names."""
-        import ipaddress
         try:
             found = ipaddress.ip_address(address)
         except ValueError:
@@ -1546,7 +1562,6 @@ WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
 @functools.lru_cache
 def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
-    import ipaddress
     found = []
     for each in filter(None, map(str.strip, text.split(','))):
         try:
@@ -1596,9 +1611,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
 
 def check_template(where: str, template: str) -> None:
     """Refuses words for an event that could not be filled in; Invalid says where and why."""
-    from string import Formatter
     try:
-        for _, field, _, _ in Formatter().parse(template):
+        for _, field, _, _ in string.Formatter().parse(template):
             if field is not None and field not in TEXT_FIELDS:
                 hint = nearest(field, TEXT_FIELDS)
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
@@ -1621,14 +1635,14 @@ def file_stamp(path: str) -> tuple:
 
 
 def read_config_file(path: str) -> dict[str, dict]:
-    import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
     try:
         with open(path, encoding='utf-8') as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise Invalid(f"Cannot read the configuration '{path}': {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise Invalid(f"Cannot read the configuration '{path}': {why}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -2193,7 +2207,6 @@ def read_str(value, here=None, most: int = 255) -> str:
 
 def unseen(text: str) -> str:
     """The name of a text's first character that nobody sees or that is none yet; '' without one."""
-    import unicodedata
     found = UNSEEN.search(text)
     if not found and text.isascii():
         return ''
@@ -8489,7 +8502,6 @@ class Undelivered(Error):
 def deliver(config: Config, notice, about: dict) -> None:
     """Delivers a notice to its target, `about` its reservation as answers show it; else
     Undelivered."""
-    from http.client import HTTPException
     try:
         if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
@@ -8498,14 +8510,13 @@ def deliver(config: Config, notice, about: dict) -> None:
             post(config, notice.target, json_text(body).encode())
         else:
             send_mail(config, notice, about)
-    except (OSError, ValueError, HTTPException) as error:  # smtplib's are OSErrors
+    except (OSError, ValueError, http_client.HTTPException) as error:  # smtplib's are OSErrors
         raise Undelivered(f'{type(error).__name__}: {error}') from None
 
 
 def post(config: Config, url: str, body: bytes) -> None:
     """Posts a webhook, without redirects. Where there is a secret, X-Cmres-Signature is `sha256=`
     and the hex HMAC of X-Cmres-Timestamp, a full stop and the body."""
-    import hmac
     stamp = str(int(time.time())).encode()
     signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
     status, _, _ = exchange(config, 'POST', url, body, {
@@ -8519,7 +8530,6 @@ def post(config: Config, url: str, body: bytes) -> None:
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
     first; Undelivered, without the address in its sentence, where there is none."""
-    from http.client import HTTPException
     try:
         for _ in range(6):
             status, found, body = exchange(config, 'GET', url, None, headers)
@@ -8532,7 +8542,7 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
                                  'https.')
             url = target
         raise ValueError('It redirects more than five times.')
-    except (OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError, http_client.HTTPException) as error:
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
         raise Undelivered(f'{kind}{first_line(error)}') from None
 
@@ -8541,11 +8551,10 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None,
              headers: dict) -> tuple[int, dict, bytes]:
     """One request to an address that a person gave: status, headers in lower case and body.
     OSError, ValueError or HTTPException for no whole answer in time, or a private address."""
-    from http.client import HTTPConnection, HTTPSConnection
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
     address = allowed_address(config, parts.hostname or '', port)
-    kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
+    kind = http_client.HTTPSConnection if parts.scheme == 'https' else http_client.HTTPConnection
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
     with cut_off(MOST_WAIT) as connect:
         try:
@@ -8604,7 +8613,6 @@ def hang_up(line: socket.socket) -> None:
 def allowed_address(config: Config, host: str, port: int) -> str:
     """The address of a host; ValueError where it has none that is public (or allowed), in one
     sentence, so that nobody learns which hosts there are inside."""
-    import ipaddress
     try:
         found = [ipaddress.ip_address(each[4][0].partition('%')[0])
                  for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -8640,7 +8648,6 @@ def is_public(address) -> bool:
 def embedded(address) -> list:
     """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
     (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
-    import ipaddress
     if address.version == 4:
         return []
     number = int(address)
@@ -8675,12 +8682,10 @@ def send_invitation(config: Config, notice, subject: str, text: str, method: str
 
 def mail_to(config: Config, notice, subject: str):
     """A mail for the target of a notice, without a text."""
-    from email.message import EmailMessage
-    from email.utils import formatdate
-    message = EmailMessage()
+    message = email_message.EmailMessage()
     message['From'], message['To'] = config.mail_from, notice.target
     message['Subject'] = f'[cmres] {subject}'
-    message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
+    message['Date'] = email_utils.formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
     return message
@@ -8690,7 +8695,6 @@ def post_mail(config: Config, message) -> None:
     """Hands a mail to the server of the configuration."""
     if not config.mail_server:
         raise ValueError('The setting mail_server is empty.')
-    import smtplib
     host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
@@ -9917,7 +9921,6 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
 
 def calendar_name(text: str, number: int = 0) -> str:
     """A label out of a title: its letters and digits."""
-    import unicodedata
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
     name = f'{name}-event' if name in NO_LABELS else name
@@ -16180,8 +16183,8 @@ class Records(Operations):
                       if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
-                     *given(where))
+                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
+                     f'LIMIT {limit}', *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
     def event_before(self, at: float) -> int:
@@ -18682,7 +18685,6 @@ def said_of(operation: Operation) -> dict:
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
-    import shlex
     first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
     words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
@@ -18760,7 +18762,6 @@ UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
     """The WSGI application that answers for a service; `told` words what never reaches one of its
     handlers, `visitor` tells who is signed in to the page, by the cookie of a request."""
-    import bottle
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
@@ -18777,8 +18778,6 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
-    import bottle
-
     def no_metrics():
         return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
@@ -18806,7 +18805,6 @@ def rule(operation: Operation, path: str) -> str:
 def handler(service: Reservations, operation: Operation, fixed: dict,
             visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
-    import bottle
     # a calendar in JSON is longer than in a file
     most = 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
@@ -18862,8 +18860,6 @@ def in_turn(*looks: Callable | None) -> Callable:
 
 def sent(text: str | bytes, status: int, headers: dict):
     """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
-    import bottle
-    import gzip
     data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
     takes = header(bottle.request, 'Accept-Encoding')
     if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
@@ -19020,7 +19016,6 @@ class Once:
 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
-    import bottle
     written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
@@ -19090,8 +19085,6 @@ class WrittenFeeds:
 
 def answering(handle: Callable) -> Callable:
     """A handler that is not asked while the store is lost, and whose failures are told."""
-    import bottle
-
     def answer(*args, **path):
         try:
             store_file.check()
@@ -19177,8 +19170,7 @@ def whose(channel) -> str:
 
 def fair_dispatcher(threads: int):
     """The threads of `waitress`, with a line of ours before them."""
-    from waitress.task import ThreadedTaskDispatcher
-    made = ThreadedTaskDispatcher()
+    made = waitress.task.ThreadedTaskDispatcher()
     made.queue = Line(threads, made.queue_cv.notify)
     made.set_thread_count(threads)
     return made
@@ -19186,7 +19178,6 @@ def fair_dispatcher(threads: int):
 
 def disk_free(path: str) -> int:
     """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
-    import shutil
     try:
         return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     except OSError:
@@ -19302,14 +19293,12 @@ def wrong_verb(failure, request, response) -> Error | None:
 
 def request_name(environ: dict) -> str:
     """The name that a request came with, or a new one."""
-    import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
 
 
 def plain_path(environ: dict) -> None:
     """The address without its last slash; refuses one that is not UTF-8."""
-    import bottle
     try:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
@@ -19456,9 +19445,8 @@ def bearer(request) -> str:
 
 def basic_password(said: str) -> str:
     """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
-    from base64 import b64decode
     try:
-        return b64decode(said, validate=True).decode().partition(':')[2]
+        return base64.b64decode(said, validate=True).decode().partition(':')[2]
     except ValueError:
         return ''
 
@@ -19584,7 +19572,6 @@ class Gate:
 
     def refuse_reader(self, environ: dict) -> None:
         """Refuses who may not read metrics; who could before, may while the store can't be read."""
-        import bottle
         request = bottle.LocalRequest(environ)
         secret = hashed(bearer(request))
         try:
@@ -19660,8 +19647,7 @@ class Reply:
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
     def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        from http.client import responses
-        self.begin(f'{status} {responses[status]}', [
+        self.begin(f'{status} {http_client.responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
         return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
@@ -19688,7 +19674,6 @@ class Counting:
 
 def network_of(text: str) -> str:
     """What limits count an address under: itself, or of IPv6 the network; '' if it is none."""
-    import ipaddress
     try:
         found = ipaddress.ip_address(text.partition('%')[0])
     except ValueError:
@@ -21510,7 +21495,6 @@ def item_of(found) -> Item:
 
 def read_xml(data: bytes):
     """The root of a body; None of an empty one, Invalid for more than is read here."""
-    from xml.etree import ElementTree
     if not data.strip():
         return None
     try:
@@ -22120,7 +22104,6 @@ def dav_refusal(error: Error):
 
 def calendar_programs(service: Reservations) -> Callable:
     """Answers calendar programs, for who has the token that they send as a password."""
-    import bottle
     known: dict = {}  # see `refresh`
 
     @functools.lru_cache(10_000)
@@ -22184,8 +22167,6 @@ def mount_caldav(app, service: Reservations) -> None:
 
 def uninviting(service: Reservations) -> Callable:
     """Answers who wants no more invitations: with a button, and when it is pressed."""
-    import bottle
-
     def handle(address: str, sign: str):
         here = stop_link(service.config, address)
         if not secrets.compare_digest(here.rpartition('/')[2].encode(), sign.encode()):
@@ -26515,7 +26496,6 @@ class Watch:
     """
 
     def __init__(self, sockets: dict):
-        import select
         self.sockets, self.epoll = sockets, select.epoll()
         self.flags: dict[int, int] = {}  # what each is waited for
         self.awake = set(sockets)        # those that are asked at the next turn
@@ -26527,17 +26507,15 @@ class Watch:
 
     def turn(self, timeout: float) -> None:
         """Reads and writes what can be."""
-        from waitress.wasyncore import readwrite
         for fd in [*self.awake]:
             self.ask(fd)
         for fd, events in self.epoll.poll(timeout):
             if each := self.sockets.get(fd):
                 self.awake.add(fd)
-                readwrite(each, events)
+                waitress.wasyncore.readwrite(each, events)
 
     def ask(self, fd: int) -> None:
         """Waits for what a socket needs next; one at rest is not asked again before that comes."""
-        import select
         each = self.sockets.get(fd)
         if each is None or self.is_at_rest(each):
             self.awake.discard(fd)
@@ -26557,10 +26535,9 @@ class Watch:
 
 def answer_malformed(channel, request):
     """waitress' task for what it can't read: the application answers, counts and logs that too."""
-    from waitress.task import ErrorTask, WSGITask
     if request.error.code == 500:  # the application has failed
-        return ErrorTask(channel, request)
-    task, request.command = WSGITask(channel, request), ''
+        return waitress.task.ErrorTask(channel, request)
+    task, request.command = waitress.task.WSGITask(channel, request), ''
     task.environ = {'REMOTE_ADDR': channel.addr[0], 'REQUEST_METHOD': '', 'PATH_INFO': '',
                     'cmres.malformed': request.error}
     task.set_close_on_finish()
@@ -26569,9 +26546,8 @@ def answer_malformed(channel, request):
 
 def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
-    from waitress.channel import HTTPChannel
 
-    class Channel(HTTPChannel):
+    class Channel(waitress.channel.HTTPChannel):
         peer, error_task_class = '', staticmethod(answer_malformed)
 
         def __init__(self, server, sock, addr, adj, map=None):
@@ -26590,7 +26566,6 @@ class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
     def __init__(self, app: Callable, config: Config):
-        import waitress
         allow_files(config.connections + 500)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
@@ -27399,8 +27374,8 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
-    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft,
+    use `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
     Example: python cmres.py key rotate
     """
@@ -27652,7 +27627,6 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
     """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
-    import traceback
     thread, told = None, False
     while not stop.is_set():
         if not thread or not thread.is_alive():
@@ -27896,8 +27870,8 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
         words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
-    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text), *map('\n'.join, filter(None, blocks)),
-                        f'Example:\n{example}'])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text),
+                        *map('\n'.join, filter(None, blocks)), f'Example:\n{example}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
@@ -27931,7 +27905,6 @@ def wrapped(text: str, width: int = 80) -> str:
 
 def by_fire(words: list[str], finish: Callable) -> None:
     """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
-    import fire
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
     tree = commands(command)
     # a lone `-` is a word of ours
@@ -28202,7 +28175,6 @@ def file_rows(text: str, name: str) -> list[dict]:
         if name.endswith('.json'):
             return json.loads(text)
         if name.endswith(('.yaml', '.yml')):
-            import yaml
             return yaml.load(text, yaml.BaseLoader)  # every value stays text: bind reads them
         return csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
@@ -28301,7 +28273,6 @@ def only_columns(lines: list[dict], look: Look) -> list[dict]:
 
 
 def as_yaml(answer) -> str:
-    import yaml
     text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False, width=200)
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
@@ -28460,12 +28431,11 @@ def wide(text: str) -> int:
     """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
-    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
+    return sum(1 + (unicodedata.east_asian_width(each) in 'WF') for each in text
+               if not unicodedata.combining(each))
 
 
 def terminal_width() -> int:
-    import shutil
     return shutil.get_terminal_size().columns
 
 
