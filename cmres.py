@@ -1353,6 +1353,7 @@ TEXTS = {
                 'was.\n\n{link}',
     'maintenance': 'Maintenance affects {label}, {start}\n{message}.\n\nYour reservation: {what}, '
                    '{when}\n{link}',
+    'ahead': '{label} could not start\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'unused': 'Nobody uses {label}\n{message}.\n\n{link}',
     'trouble': '{label}: not all VMs are running\n{message}.\n\n{link}',
     'vanished': '{label}: the cloud lost VMs\n{message}.\n\n{link}',
@@ -1429,6 +1430,7 @@ class Config:
     retry_first: float = setting(5.0, 0.01)
     retry_max: float = setting(300.0, 0.01)
     leader_timeout: float = setting(6.0, 0.1)
+    check_ahead: float = setting(3600.0, 0.0)
     remind_before: float = setting(600.0, 0.0)
     end_grace: float = setting(600.0, 0.0)
     # who is told
@@ -1459,6 +1461,7 @@ class Config:
     # rules, and how long what is over is kept
     no_overtaking_after: float = setting(86400.0, 0.0)
     exempt_longest: float = setting(86400.0, 0.0)
+    at_end_stop: str = setting('hold')
     delete_user_started: bool = setting(False)
     retention: int = setting(400, 1, 36500)
     project_texts: int = setting(100, 1, 10**6)
@@ -1556,6 +1559,7 @@ class Config:
 
 #: Settings that are one of some words.
 WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
+            'at_end_stop': ('hold', 'shelve', 'refuse'),
             'caldav_refusal': ('mark', '403')}
 
 
@@ -1708,8 +1712,8 @@ MEASURED = {
     'servers': 'VMs that are not deleted, by cloud and state',
     'cloud_left_alone': 'whether cmres waits before it asks a cloud again after errors: 1 or 0',
     'cloud_failures': 'failures of a cloud in a row',
-    'pass_age_seconds': 'seconds since the last run of the scheduler',
-    'leader': 'the host whose scheduler is the leader now',
+    'pass_age_seconds': 'seconds since a scheduler last ran, for the cloud that waits longest',
+    'leader': "the host whose scheduler acts for a cloud now; '': for what belongs to none",
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notifications that have not been delivered yet',
@@ -1996,6 +2000,7 @@ WORDS = {
     'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
+    'store': 'whose resources these are, as their second mark says',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -3472,6 +3477,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    settled_event = 2**62  # all before this one are there, or never come
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3519,6 +3525,18 @@ class SQLite(peewee.SqliteDatabase):
         connection = self.connection()
         return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anybody has written, and what empties it; else None: on Linux."""
+        import ctypes
+        system = ctypes.CDLL(None)
+        if not hasattr(system, 'inotify_init1'):
+            yield None, None
+            return
+        with open(system.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), 'rb', 0) as ear:
+            system.inotify_add_watch(ear.fileno(), os.fsencode(f'{store_file.path}-wal'), MODIFIED)
+            yield ear, lambda: ear.read(1 << 16)
+
     def make_trigger(self, text: str) -> None:
         run(text)
 
@@ -3539,6 +3557,8 @@ class SQLite(peewee.SqliteDatabase):
         return (f'INSERT INTO {table} ({quoted(names)}) '
                 f'SELECT {values} FROM json_each(?) ORDER BY key')
 
+
+MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
 IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
@@ -3563,6 +3583,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    until: float | None = 0.0  # when it is away for too long; None: it is there
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3573,11 +3594,27 @@ class PostgreSQL(PooledPostgresqlDatabase):
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
     def connect(self, reuse_if_open: bool = False) -> bool:
-        """Takes a connection for this thread, and waits for one while all are in use."""
-        try:
-            return super().connect(reuse_if_open)
-        except MaxConnectionsExceeded:
-            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+        """Takes a connection for this thread, and waits for one while all are in use, or while
+        the server is started again.
+        """
+        while True:
+            try:
+                found = super().connect(reuse_if_open)
+            except MaxConnectionsExceeded:
+                raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+            except peewee.OperationalError as error:
+                self.until = time.monotonic() + RESTARTS if self.until is None else self.until
+                if time.monotonic() >= self.until or not is_lost(error):
+                    raise
+            else:
+                self.until = None
+                return found
+            time.sleep(0.1)
+
+    def leave_lost(self) -> None:
+        """Forgets a connection that is lost, and those at rest, which were lost with it."""
+        self.manual_close()
+        self.close_idle()
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3591,7 +3628,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             if not connection.closed or self.in_transaction():
                 raise of_peewee(error) from error
-            self.manual_close()
+            self.leave_lost()
             if not sql.lstrip().startswith('SELECT'):
                 raise of_peewee(error) from error
         with peewee.__exception_wrapper__:
@@ -3607,25 +3644,55 @@ class PostgreSQL(PooledPostgresqlDatabase):
         note_fact('version', f'{latest_version()}')
 
     def begin(self, isolation_level: str = '') -> None:
-        """Begins a snapshot, or what writes: then nobody else writes until it ends."""
-        kind = f' ISOLATION LEVEL {isolation_level}' if isolation_level else ''
-        lock = '' if isolation_level else f'; SELECT pg_advisory_xact_lock({OURS})'
+        """Begins a snapshot, or what writes, with its locks."""
+        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}' + (
+            '' if isolation_level else self.locks(locked.on))
         with peewee.__exception_wrapper__:
             try:
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.connection().execute(text)
             except psycopg().OperationalError:
                 if not self.connection().closed:
                     self.connection().rollback()
                     raise
-                self.manual_close()  # nothing was begun
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.leave_lost()  # nothing was begun
+                self.connection().execute(text)
+
+    @staticmethod
+    def locks(on: Iterable[tuple[int, int]] | None) -> str:
+        """What takes some locks, in their order, and marks how far the ids of events are."""
+        if on is None:
+            return f'; SELECT pg_advisory_xact_lock({OURS})'
+        each = [f'pg_advisory_xact_lock({kind}, {number})' for kind, number in sorted(on)]
+        mark = f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) FROM event_id_seq'
+        return '; SELECT '.join(['', f'pg_advisory_xact_lock_shared({OURS})', *each, mark])
+
+    @property
+    def settled_event(self) -> int:
+        """Events up to this id are there, or never come: who still writes has marked a later one,
+        and marked it before. So what is drawn last must be asked first.
+        """
+        last, = run('SELECT last_value FROM event_id_seq').fetchone()
+        mark, = run("SELECT min(CAST(CAST(objid AS text) AS int)) FROM pg_locks "
+                    f"WHERE locktype = 'advisory' AND classid = {On.EVENTS} AND objsubid = 2 AND "
+                    'database = (SELECT oid FROM pg_database WHERE datname = current_database())'
+                    ).fetchone()
+        return last if mark is None else min(last, mark)
+
+    def commit(self) -> None:
+        """Ends a transaction; Unavailable where nobody knows whether it did."""
+        try:
+            super().commit()
+        except (peewee.OperationalError, peewee.InterfaceError) as error:
+            if not is_lost(error):
+                raise
+            raise Unavailable(UNSURE.format(first_line(error))) from error
 
     def rollback(self) -> None:
         """Undoes a transaction; the server did so where the connection is lost."""
         try:
             super().rollback()
         except (peewee.OperationalError, peewee.InterfaceError):
-            self.manual_close()
+            self.leave_lost()
 
     def execute_sql(self, sql: str, params: tuple = ()):
         """Runs a statement that peewee has made: of the schema."""
@@ -3653,6 +3720,16 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
         return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anything is due that others have written, and what empties it."""
+        try:
+            with psycopg().connect(store_file.path, autocommit=True, **OF_CONNECTIONS) as ear:
+                ear.execute('LISTEN cmres')
+                yield ear, lambda: [*ear.notifies(timeout=0)]
+        except psycopg().Error as error:
+            raise of_peewee(error) from error
 
     def has_stage(self) -> bool:
         """Whether this connection has what rehearsals write to."""
@@ -3682,6 +3759,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
 
 MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
+RESTARTS = 5  # seconds that it may be away while it is started again
+UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
+          'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
 OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
                   'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
 
@@ -3741,6 +3821,75 @@ HOW = {'lock_type': 'IMMEDIATE', 'pragmas': {
 SQLITE = SQLite(None, **HOW)
 db = peewee.DatabaseProxy()  # leads to the engine of the store that is open
 db.initialize(SQLITE)
+
+
+# Locks. On SQLite one writes at a time. On PostgreSQL those who have nothing in common do not wait
+# for one another: a transaction locks what it decides on, before it reads any of it, in this order,
+# those of a kind by number:
+#
+#   the store < resources < whom limits count < servers that were there < the mails of an owner <
+#   labels < the waiting list
+#
+# The store is shared by those who name their locks. Who names none has it alone: maintenance,
+# hosts, limits, passes of the life cycle. A reservation is changed under the locks of all resources
+# that it is on. Nobody waits in a circle: all locks are taken at the beginning, in one order, and a
+# row that two may write is written under one of them, but for two that each writes one of: first a
+# key of `once`, later the texts of its project. Whoever comes to something that is not locked
+# begins anew with that as well: `persist`. Ids of events are drawn before others see them, so who
+# writes marks how far they were: `settled_event`.
+
+class On:
+    """What a lock is on; the last is only marked."""
+    RESOURCE, COUNTED, SERVER, MAILS, LABEL, LINE, EVENTS = range(1, 8)
+
+
+#: What may be written under such locks.
+SHARED_TABLES = frozenset(('reservation', 'occurrence', 'extra_hold', 'proposal', 'wait', 'step',
+                           'event', 'outbox', 'mailed', 'once'))
+MOST_LOCKS = 50  # more are the whole store
+
+
+class Locked(threading.local):
+    """What this thread's transaction has locked; None: the whole store."""
+    on: frozenset | None = None
+
+
+locked = Locked()
+
+
+class Lacking(Exception):
+    """A transaction decides on what it has not locked: on this; None: on the whole store."""
+
+    def __init__(self, on: frozenset | None):
+        self.on = on
+
+
+def locks_on(names: Iterable[tuple[int, int | str]]) -> frozenset[tuple[int, int]]:
+    """The locks of things, by kinds and ids or names; two that share one only wait in vain."""
+    return frozenset((kind, zlib.crc32(f'{name}'.encode()) % 2**31) for kind, name in names)
+
+
+def decide_on(*names: tuple[int, int | str], also: Iterable[tuple[int, int | str]] = ()) -> None:
+    """Says on what this transaction decides, by kinds and names; Lacking if it is not locked."""
+    if locked.on is not None and (lacks := locks_on((*names, *also)) - locked.on):
+        raise Lacking(lacks)
+
+
+def persist(deed: Callable[[frozenset | None], Any], on: Callable[[], Iterable] | None) -> Any:
+    """Does something in one transaction with some locks; again where it lacked some, or where
+    the connection was lost before anything was saved.
+    """
+    if db.in_files or db.in_transaction():
+        return deed(None)
+    locks = on and locks_on(on())
+    for left in reversed(range(5)):
+        try:
+            return deed(locks if locks is not None and len(locks) <= MOST_LOCKS else None)
+        except Lacking as lack:
+            locks = locks | lack.on if lack.on is not None and left > 1 else None
+        except STORE_ERRORS as error:
+            if not left or not is_lost(error):
+                raise
 
 
 def is_server(path: str) -> bool:
@@ -4414,7 +4563,8 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts()]
+    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
+    lambda: divide_lease()]
 
 
 def long_texts(row: str) -> str:
@@ -4474,6 +4624,15 @@ FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, r
     ('instr(text, text) RETURNS integer', 'AS $$ SELECT strpos($1, $2) $$'),
     ('json_array(VARIADIC bigint[]) RETURNS text',
      'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
+
+
+#: What tells schedulers, when a transaction ends, that something in it is due at once. Not what is
+#: due later: such transactions would end one after the other.
+TELLING = ["""CREATE FUNCTION tell_due() RETURNS trigger LANGUAGE plpgsql AS $$
+  BEGIN PERFORM pg_notify('cmres', ''); RETURN NULL; END $$""", *(f"""
+  CREATE TRIGGER {table}_tells AFTER INSERT OR UPDATE OF due ON {table} FOR EACH ROW
+    WHEN (NEW.due < extract(epoch FROM clock_timestamp()) + 1) EXECUTE FUNCTION tell_due()"""
+                                                        for table in ('occurrence', 'wait'))]
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4630,7 +4789,7 @@ def make_tables() -> None:
 
 def finish_tables() -> None:
     """Makes what tables have beside their rows."""
-    for each in () if db.in_files else FUNCTIONS:
+    for each in () if db.in_files else FUNCTIONS + TELLING:
         run(each)
     for index in INDEXES.split(';'):
         run(f'CREATE INDEX {index}')
@@ -5462,6 +5621,13 @@ def add_hosts() -> None:
         CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
 
 
+def divide_lease() -> None:
+    """Version 22: there is a lease for each cloud, and PostgreSQL tells of what is due at once."""
+    run("UPDATE lease SET name = '' WHERE name = 'scheduler'")
+    for each in () if db.in_files else TELLING:
+        run(each)
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5514,6 +5680,11 @@ def engine_error(error: BaseException) -> BaseException | None:
     while error and not hasattr(error, 'sqlite_errorcode') and not hasattr(error, 'sqlstate'):
         error = error.__cause__ or error.__context__
     return error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
+    return str(code_of(engine_error(error))).startswith((LOST, '57P'))
 
 
 def code_of(cause: BaseException | None) -> int | str | None:
@@ -5571,8 +5742,8 @@ def probe(path: str) -> str:
         if db.in_files:
             write_probe(path)
         else:
-            with transaction():
-                run(COUNT_WRITE)
+            with transaction(on=frozenset()):
+                db.run(COUNT_WRITE, ())
     except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
@@ -5597,11 +5768,12 @@ MEMORIES: list = []
 
 
 @contextmanager
-def transaction(first: bool = False) -> Iterator[None]:
+def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; a part of the transaction or rehearsal around it.
 
     Args:
       first: before all others of this process that wait
+      on: the locks of all that it decides on; None: nobody else writes
     """
     if db.in_transaction():
         with Attempt():
@@ -5612,6 +5784,7 @@ def transaction(first: bool = False) -> Iterator[None]:
     if db.in_files and not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
+        locked.on = None if db.in_files else on
         METRICS.observe('lock_wait_seconds', time.monotonic() - began)
         with watched():
             try:
@@ -5622,6 +5795,7 @@ def transaction(first: bool = False) -> Iterator[None]:
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
+        locked.on = None
         if db.in_files:
             turns.release()
 
@@ -5842,6 +6016,8 @@ def run_new(sql: str, *values) -> int:
 
 def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
+    if locked.on is not None and (to := WRITTEN.match(sql)) and to[1] not in SHARED_TABLES:
+        raise Lacking(None)
     return db.run(sql, values)
 
 
@@ -5920,8 +6096,14 @@ def resource_of(id: int, removed: bool = False):
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
-    ROW_TYPES[sql] = namedtuple('Row', [column[0] for column in cursor.description])
+    ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
     return ROW_TYPES[sql]
+
+
+@functools.cache
+def row_of(names: tuple[str, ...]) -> type:
+    """The type of rows with some columns: many queries have the same ones."""
+    return namedtuple('Row', names)
 
 
 def insert(model: type[Table], **values) -> int:
@@ -6008,6 +6190,12 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     tell_owners(config, event, targets, about, actor, at)
 
 
+def newest_event() -> int:
+    """The last event before which no other one comes any more."""
+    found = row('SELECT id FROM event WHERE id <= ? ORDER BY id DESC LIMIT 1', db.settled_event)
+    return found.id if found else 0
+
+
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
     return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
@@ -6044,6 +6232,7 @@ def owner_of(reservation: int | None) -> str:
 
 def mails_left(config: Config, owner: str, number: int, at: float) -> int:
     """How many of some mails may be sent for somebody today; -1: none, which was told already."""
+    decide_on((On.MAILS, owner))
     total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
                  'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
                  'number = excluded.number + iif(mailed.day = excluded.day, mailed.number, 0) '
@@ -6085,7 +6274,7 @@ LISTING = '''
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id
-           OR NOT p.alone)
+           OR NOT p.alone) AND p.code <> 'undo'
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
@@ -6579,6 +6768,7 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
+    decide_on((On.RESOURCE, resource))
     tracks = [*amount.tracks] if begin < until else []
     for track, figures in tracks:
         ledger.add(resource, track, begin, until, figures)
@@ -6593,9 +6783,12 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room there, or that lacked something else."""
     if standing().waits:
-        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
-            resource, begin, until)
-        run('UPDATE wait SET due = 0 WHERE limited')
+        decide_on((On.RESOURCE, resource))
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ? '
+            'AND NOT limited', resource, begin, until)
+        if row('SELECT 1 AS one FROM wait WHERE limited LIMIT 1'):
+            decide_on((On.LINE, 0))
+            run('UPDATE wait SET due = 0 WHERE limited')
         remembered.change()
 
 
@@ -7421,9 +7614,12 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whose it is
+
+
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a floating IP of a network.
+    server group of a policy, a host in an aggregate, a floating IP of a network.
     """
     lease: str
     part: str
@@ -7434,6 +7630,7 @@ class Lent(NamedTuple):
     like: str = ''
     policy: str = ''
     network: str = ''
+    make: bool = True  # else it is kept, and another account makes it
 
 
 class Seat(NamedTuple):
@@ -7590,6 +7787,12 @@ class Cloud:
     def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
         """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
         return wanted
+
+    def refuse_any_network(self, sight: Sight) -> None:
+        """Refuses what names no network where Nova could not tell which one it is to have."""
+
+    def left(self) -> Amount | None:
+        """How much more the quota of the account's project allows; None where that is not told."""
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
@@ -7822,9 +8025,12 @@ class OpenStack(Cloud):
     # Whose each thing is: the account of an admin is shown what belongs to others as well.
 
     def flavor_thing(self, cloud, found) -> Thing:
-        disk = found.disk + (found.ephemeral or 0) + math.ceil((found.swap or 0) / 1024)
-        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}), disk)
-        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+        return Thing(found.id, found.name, own=True, open=True, flavor=self.takes(found))
+
+    def takes(self, flavor) -> Flavor:
+        """What a VM of a flavor takes, be it that of a server."""
+        disk = flavor.disk + (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+        return Flavor(flavor.vcpus, flavor.ram, classes_of(flavor.extra_specs or {}), disk)
 
     def key_thing(self, cloud, found) -> Thing:
         return Thing(found.id, found.name, own=True)
@@ -7850,7 +8056,8 @@ class OpenStack(Cloud):
         # Until it has a host, Nova may show a server without its tags: it may be anybody's.
         own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
         mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
-        return Thing(found.id, found.name, own, mark=mark)
+        has = found.flavor if found.flavor and found.flavor.vcpus else None
+        return Thing(found.id, found.name, own, mark=mark, flavor=has and self.takes(has))
 
     def boot(self, machine):
         with self.calling('make a server'):
@@ -7959,7 +8166,8 @@ class OpenStack(Cloud):
     def aggregates(self, host=''):
         with self.calling('list aggregates', sure=True) as cloud:
             found = [each for each in cloud.compute.aggregates()
-                     if not host or host in (each.hosts or [])]
+                     if (not host or host in (each.hosts or []))
+                     and LENT_BY not in (each.metadata or {})]
         hosts = {one for each in found for one in each.hosts or [] if host in ('', one)}
         told = {one: self.host_holds(one) for one in sorted(hosts)}
         return [Aggregate(each.name, {one: told[one][0] for one in sorted(each.hosts or [])
@@ -8018,7 +8226,9 @@ class OpenStack(Cloud):
     #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
     LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
                        'id'),
-            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'server_group': ('compute', 'server_groups', {'all_projects': True},
+                             'delete_server_group', 'name', 'name'),
+            'aggregate': ('compute', 'aggregates', {}, 'delete_aggregate', 'metadata', 'name'),
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
@@ -8028,9 +8238,9 @@ class OpenStack(Cloud):
                 verbs = getattr(cloud, self.LENT[kind][0])
                 ours = self.lent(kind, verbs)  # two server groups may have one name
                 for id in [id for name, id in ours if name not in things]:
-                    getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+                    self.take_back(kind, verbs, id)
                 answer[kind] = there = {name: id for name, id in ours if name in things}
-                for name in things.keys() - there.keys():
+                for name in [each for each in things if each not in there and things[each].make]:
                     try:
                         there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
@@ -8045,9 +8255,29 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
         """The names and ids of what is lent of a kind."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        ours = [each for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)]
+        there = [*getattr(verbs, listing)(**which)]
+        if kind == 'aggregate':
+            return [(f'{each.name} {host}', f'{each.id} {host}') for each in there
+                    if (each.metadata or {}).get(LENT_BY) == self.store
+                    for host in each.hosts or ['']]
+        ours = [each for each in there if (getattr(each, mark) or '').startswith(self.store)]
         return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
+
+    def take_back(self, kind: str, verbs, id: str) -> None:
+        """Takes back something that is lent; the last host of an aggregate goes with it."""
+        id, _, host = id.partition(' ')
+        if host:
+            verbs.remove_host_from_aggregate(id, host)
+        if not host or not verbs.get_aggregate(id).hosts:
+            getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+
+    def lend_aggregate(self, compute, name: str, lent: Lent) -> str:
+        name, _, host = name.partition(' ')
+        there = [each for each in compute.aggregates() if each.name == name]
+        found = there[0] if there else compute.create_aggregate(name=name)
+        compute.set_aggregate_metadata(found, {LENT_BY: self.store, 'blazar:owner': lent.project})
+        compute.add_host_to_aggregate(found, host)
+        return f'{found.id} {host}'
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -8061,11 +8291,35 @@ class OpenStack(Cloud):
     def lend_server_group(self, compute, name: str, lent: Lent) -> str:
         return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
 
+    def lend_to_token(self, token: str, name: str, lent: Lent) -> str:
+        """Makes a server group in the project of somebody's token, and tells its id."""
+        wish = {'server_group': {'name': f'{self.store} {name}', 'policy': lent.policy}}
+        with self.calling('lend a server group') as cloud:
+            return cloud.compute.post(
+                '/os-server-groups', json=wish, headers={'X-Auth-Token': token},
+                authenticated=False, microversion='2.64').json()['server_group']['id']
+
     def lend_address(self, network, address: str, lent: Lent) -> str:
         made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
                                  project_id=lent.project, description=self.store)
         network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
         return made.id
+
+    def refuse_any_network(self, sight):
+        with self.calling('list networks', sure=True) as cloud:
+            found = [each for each in cloud.network.networks(is_admin_state_up=True)
+                     if each.is_shared or each.project_id == cloud.current_project_id]
+        if found[1:]:
+            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
+            raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
+                          f'them: {names}.')
+
+    def left(self):
+        with self.calling('tell the quota', sure=True) as cloud:
+            found = cloud.compute.get_limits().absolute
+        return Amount(*(most - used if most >= 0 else 2**40 for most, used in (
+            (found.instances, found.instances_used), (found.total_cores, found.total_cores_used),
+            (found.total_ram, found.total_ram_used))))
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
@@ -8297,10 +8551,13 @@ class Clouds:
         """
         return f"cmres-{fact('store')}"
 
-    def accounts(self) -> set[str]:
-        """All accounts that serve the resources there are."""
-        clouds = {each.cloud
-                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+    def names(self) -> set[str]:
+        """The clouds of the resources there are; '' stands for none."""
+        return {'', *(each.cloud for each in rows('SELECT DISTINCT cloud FROM resource'))}
+
+    def accounts(self, among: Iterable[str] | None = None) -> set[str]:
+        """All accounts that serve the resources there are, or those on some clouds."""
+        clouds = (self.names() if among is None else self.names() & {*among}) - {''}
         known = self.config.read_again().credentials
         own = {f'{each.cloud}{OF_PERSON}{each.id}'
                for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
@@ -8353,11 +8610,11 @@ class Keystone:
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
-    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+    def told(self, token: str, ask: Callable[[Callable, float], Any]) -> Scoped:
         """Who has a token. While Keystone does not answer, those who were known go on.
 
         Args:
-          ask: calls what may take long
+          ask: calls what may take long, for so many seconds
 
         Raises:
           Unauthorized: Keystone does not know it, or it is for no project.
@@ -8373,14 +8630,21 @@ class Keystone:
             raise found.refusal
         return found.scoped
 
-    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+    def is_new(self, token: str) -> bool:
+        """Whether it is nobody's who is known."""
+        return hashlib.sha256(token.encode()).hexdigest() not in self.known
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any]) -> Told:
         """What Keystone says now; what it said before, if it does not answer."""
         before = self.known.get(key)
+        patience = self.SOON if before else self.PATIENT
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
-        except (CloudError, TooMany, Unavailable):
+            found = ask(lambda: self.look(token, patience), patience + 1)
+        except (CloudError, TooMany, Unavailable) as error:
+            if getattr(error, 'sure', False):  # it answers bit by bit, for longer than one waits
+                self.shut = self.clock() + self.SHUT
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
@@ -8908,10 +9172,10 @@ class Shares:
         self.request = threading.local()
 
     @contextmanager
-    def answering(self, user: str) -> Iterator[None]:
+    def answering(self, user: str, patience: float = math.inf) -> Iterator[None]:
         """A request of a user in this thread; what is asked outside of any has no bounds."""
         here = self.request
-        here.user, here.left, here.has = user, self.patience, ()
+        here.user, here.left, here.has = user, min(self.patience, patience), ()
         try:
             with acting_for(user):
                 yield
@@ -10218,7 +10482,7 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 64, 128
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -10237,6 +10501,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
+UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
@@ -10497,7 +10762,10 @@ class Service:
         self.fence: Callable[[], None] = lambda: None
         # Called before a change and before it is written; raises if nobody wants it any more.
         self.wanted: Callable[[], None] = lambda: None
+        # Called with the answer of what was carried out, before it is written.
+        self.answered: Callable[[Any], None] = lambda answer: None
         self.reason = ''  # why somebody changes what may be others'
+        self.undo_for = 0.0  # seconds for which what a change gives back stays held for its Undo
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -10514,9 +10782,9 @@ class Service:
         return Here(self.config.zone, instant(int(self.clock())))
 
     @contextmanager
-    def writing(self, dry_run: bool = False) -> Iterator[float]:
+    def writing(self, dry_run: bool = False, on: frozenset | None = None) -> Iterator[float]:
         """A transaction that yields its instant, and wakes the life cycle after it."""
-        with rehearsing() if dry_run else transaction():
+        with rehearsing() if dry_run else transaction(on=on):
             self.fence()
             self.wanted()
             yield self.clock()
@@ -10524,19 +10792,27 @@ class Service:
         if not dry_run and not rehearsal.on:
             self.wake()
 
-    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False,
+                  on: Callable[[], Iterable] | None = None) -> Any:
         """Does something at an instant, all of it or nothing.
 
         What has no room is refused at once, and explained in a rehearsal: nobody waits for it.
+
+        Args:
+          on: gives the locks that it needs, as far as that is known; None: the whole store
         """
+        def done(locks: frozenset | None) -> Any:
+            with self.writing(on=locks) as now:
+                answer = deed(now)
+                self.answered(answer)
+                return answer
         replans.found, replans.searches = {}, SEARCHES
         if dry_run:
             with self.writing(dry_run) as now:
                 return deed(now)
         for _ in range(3):
             try:
-                with self.writing() as now:
-                    return deed(now)
+                return persist(done, on)
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
@@ -10986,7 +11262,7 @@ class Wishes:
         wish = Wish(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
-            at_end=asked['at_end'] or ('stop' if made_of['server'] else 'delete'),
+            at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
@@ -11017,6 +11293,23 @@ class Wishes:
         host, whole = ((old.host, amount_of(old)) if same_host
                        else self.whole_host(place, asked, each))
         return each, {'server': server, 'host': host, 'whole': whole, 'trusted': trusted}
+
+    def end_on(self, place, asked: dict, borrowed: bool, changes: set, warnings: list) -> str:
+        """What is done at the end: what was asked for, as far as the operator lets VMs stay."""
+        at_end = asked['at_end'] or ('stop' if borrowed else 'delete')
+        is_new = not changes or {'at_end', 'resource'} & changes
+        if (at_end, borrowed, bool(json.loads(place.hosts)), bool(is_new)) != (
+                'stop', False, True, True):
+            return at_end
+        how = self.service.config.at_end_stop
+        if how == 'refuse':
+            raise Invalid(f"VMs cannot stay stopped on '{place.name}': they would keep its capacity "
+                          'from others. Let them be shelved, saved or deleted at the end.')
+        warnings.append('The VMs will be shelved at the end, not stopped: a stopped VM keeps its '
+                        f"host of '{place.name}' from others." if how == 'shelve' else
+                        f"Stopped VMs keep the capacity of '{place.name}' after the end, until you "
+                        'delete them. Shelved ones do not.')
+        return 'shelve' if how == 'shelve' else at_end
 
     def owner_of(self, asked: dict, old) -> tuple[str, str]:
         """Whose a reservation will be: user and project."""
@@ -11100,6 +11393,9 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            if asked.get('image') and asked.get('network') in ('', 'auto'):
+                self.service.shares.ask(f'the cloud {account}',
+                                        lambda: cloud.refuse_any_network(sight))
             found = self.service.shares.ask(f'the cloud {account}',
                                             lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
@@ -11131,9 +11427,10 @@ class Wishes:
     def each_takes(self, found: dict, place) -> Amount:
         """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
         """
-        if 'flavor' not in found:
+        sized = found.get('flavor') or found.get('server')
+        if not (sized and sized.flavor):
             return Amount(1)
-        *figures, disk = found['flavor'].flavor
+        *figures, disk = sized.flavor
         counts = disk and DISK in capacity(place).names
         return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
 
@@ -11530,6 +11827,12 @@ class Limits:
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
+    def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
+        """The locks of whom the limits of a wish count."""
+        for limit in self.limits_for(wish):
+            project = limit.project or not limit.user and wish.project or ''
+            yield On.COUNTED, f'{project}/{limit.user and wish.user}'
+
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
@@ -11539,6 +11842,7 @@ class Limits:
           others: the other occurrences of its series as they will be
           own: its reservation
         """
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= self.service.config.exempt_longest)
@@ -11627,6 +11931,7 @@ class Limits:
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             if limit.waiting is None:
                 continue
@@ -11710,10 +12015,11 @@ class View(NamedTuple):
     own: int  # its reservation; 0: a new one
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
+    returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
-UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted', UNDO)
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -11755,8 +12061,9 @@ class Policy:
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
         """Raises what the first rule says that is against a change; else it holds what it wants."""
-        for rule in (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
-                     self.refuse_overtaking, self.refuse_overbooking):
+        asks_anew = (self.refuse_unlimited, self.refuse_never_fitting, self.refuse_overtaking)
+        for rule in (self.refuse_shared_server, *(() if view.returns else asks_anew),
+                     self.refuse_overbooking):
             rule(change, view)
         self.take_hosts(change, view)
         for each in change.growth:
@@ -11802,6 +12109,7 @@ class Policy:
         wish = change.after
         if not wish.server or not change.wants:
             return
+        decide_on((On.SERVER, wish.server))
         other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
                     'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                     "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
@@ -11877,6 +12185,7 @@ class Policy:
 
     def refuse_taken(self, project: str, label: str, now: float) -> None:
         read_argument('label', label, Label, self.service.here)  # Python may call without `bind`
+        decide_on((On.LABEL, f'{project}/{label}'))
         if taken_label(project, label, now):
             raise Conflict(f"Project '{project}' already has a reservation '{label}'. Choose "
                            'another label.')
@@ -11971,7 +12280,7 @@ def last_of(deal: Deal) -> int:
 
 
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
-AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
+AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted', UNDO)
 
 
 A_CHANGE_WAITS = 'an admin must approve the change'
@@ -11995,6 +12304,15 @@ WITH_STOPPED = """
    ORDER BY o.start"""
 
 
+def wish_locks(wish: Wish) -> Iterator[tuple[int, int | str]]:
+    """On what a wish decides, beside its resource."""
+    yield On.LABEL, f'{wish.project}/{wish.label}'
+    if wish.server:
+        yield On.SERVER, wish.server
+    if not all(map(is_web, wish.notify)):
+        yield On.MAILS, f'{wish.project}/{wish.user}'
+
+
 class Bookings:
     """Makes promises; inside a transaction."""
 
@@ -12007,8 +12325,9 @@ class Bookings:
     def commit(self, deal: Deal, now: float) -> Made | None:
         """Makes a deal true, or none of it; None: it is proposed, since it needs an approval."""
         old = deal.old
+        decide_on(also=self.locks_of(deal))
         # Another change settles those that were proposed before.
-        if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
+        if old and SHAPE & set(deal.asked):
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
@@ -12030,6 +12349,17 @@ class Bookings:
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
         self.propose(deal, until, growth, now)
         return None
+
+    def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
+        """On what a deal decides, beside what its rules name."""
+        wish, old = deal.wish, deal.old
+        yield from wish_locks(wish)
+        yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
+        if old and old.project != wish.project:  # it writes the texts of both
+            raise Lacking(None)
+        for place, in old and run('SELECT DISTINCT resource_id FROM occurrence WHERE '
+                                  'reservation_id = ?', old.reservation) or ():
+            yield On.RESOURCE, place
 
     def may_need_approval(self, deal: Deal) -> bool:
         """Whether somebody asks for it who is no admin, where an admin must approve."""
@@ -12071,7 +12401,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line)
+        view = View(now, own, others, line, deal.code == UNDO)
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12203,9 +12533,11 @@ class Bookings:
         if not old:
             first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
                          revision=0, revised=int(now), told=0,
-                         due=min(begin, one.start - self.service.config.remind_before))
+                         due=min(begin - self.service.config.check_ahead,
+                                 one.start - self.service.config.remind_before))
         else:
-            again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
+            again = 0 if one.start != old.start else (
+                ~(ENDING | AHEAD) if one.end != old.end else ~AHEAD)
             first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
         return first | dict(resource=one.resource.id, start=one.start, end=one.end,
                             **stored(one.amount)) | change.columns
@@ -12281,15 +12613,17 @@ class Bookings:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
                    held_from=each.begin, held_until=each.until, **stored(each.amount))
 
-    def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
-        """Forgets what is proposed of a reservation or one occurrence; how many there were."""
-        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
-                     'occurrence = coalesce(?, occurrence))', reservation, occurrence)
+    def drop_proposals(self, reservation: int, occurrence: int | None = None,
+                       code: str | None = None) -> int:
+        """Forgets what is proposed of a reservation or one occurrence; how many admins read of."""
+        found = rows('SELECT id, code FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
+                     'occurrence = coalesce(?, occurrence)) AND code = coalesce(?, code)',
+                     reservation, occurrence, code)
         for each in found:
             give(map(hold_of, rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)))
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
-        return len(found)
+        return sum(each.code != UNDO for each in found)
 
     @contextmanager
     def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
@@ -12409,6 +12743,7 @@ class Bookings:
                     'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
         for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
                                       or [[found.resource_id]]) if found else ():
+            decide_on((On.RESOURCE, resource))
             insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
                    until=found.end, since=found.waiting, limited=False, due=0)
 
@@ -12419,22 +12754,38 @@ class Bookings:
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
 
+    def keep_for_undo(self, deal: Deal, had: list[Hold], now: float) -> None:
+        """Holds for a while what a change has given back, so that it can be taken back.
+
+        Args:
+          deal: what takes it back
+          had: what the reservation held before it was changed
+        """
+        until = min(int(now + self.service.undo_for), last_of(deal))
+        gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
+        self.write_proposal(deal, until, gave, now, {})
+
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(growth, now)
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
-                    named=deal.named, user=self.service.actor.user, code=deal.code,
-                    asked=json.dumps(asked), wish=stored_wish(wish), until=until,
-                    shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, growth)
+        self.write_proposal(deal, until, growth, now, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
+
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
+                       shown: dict) -> None:
+        # it fits: the deed had that, and at each instant what was or what will be is held
+        take(holds, now)
+        old = deal.old
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
+                    named=deal.named, user=self.service.actor.user, code=deal.code,
+                    asked=json.dumps(sorted(deal.asked)), wish=stored_wish(deal.wish),
+                    until=until, shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, holds)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -12927,7 +13278,7 @@ class Admission:
         self.bookings.drop_proposals(old.reservation,
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
-        self.bookings.commit(deal._replace(code='granted'), now)
+        self.bookings.commit(deal._replace(code=UNDO if deal.code == UNDO else 'granted'), now)
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
@@ -13041,9 +13392,12 @@ class Waiting:
             why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.look.together(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
+        for each in rows('SELECT DISTINCT reservation_id AS reservation, code FROM proposal '
                          'WHERE until <= ?', int(now)):
-            self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
+            if each.code == UNDO:
+                self.bookings.drop_proposals(each.reservation, code=UNDO)
+            else:
+                self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
         return more
 
     def admit_in_order(self, now: float) -> bool:
@@ -13166,7 +13520,7 @@ class Offers:
             yield
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
-                with transaction():
+                with transaction(on=frozenset()):
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.service.config, self.service.clock(), wish.user, 'refused',
                             sentence, None, project=wish.project, resource=wish.resource.id)
@@ -13296,6 +13650,11 @@ class Operations(Service):
 # it is dropped.
 
 
+TOO_LATE = 'It is too late to undo this. It is done already.'
+#: What waits for the word of an admin, beside what is pending itself.
+PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
+
+
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
@@ -13354,6 +13713,26 @@ class Approvals(Operations):
                 self.waiting.leave_as_it_was(each.reservation, now, f'the change was {why}')
             return self.told_parts(label, parts)
 
+    def take_back(self, ids: list[int]) -> list[str]:
+        """Undoes changes for which what they gave back is still held; the labels of what they
+        changed.
+        """
+        def deed(now: float) -> list[str]:
+            labels = []
+            for id in ids:
+                found = row('SELECT * FROM proposal WHERE id = ? AND code = ? AND user = ? '
+                            'AND until > ?', id, UNDO, self.actor.user, now)
+                if not found:
+                    raise Conflict(TOO_LATE)
+                old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                with self.offers.explaining(wish, old):
+                    self.admission.grant(found, now)
+                asked = dict.fromkeys(json.loads(found.asked))
+                self.tell_change(old, wish, asked, [], 'updated', now)
+                labels.append(old.label)
+            return labels
+        return self.carry_out(deed)
+
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
         self.bookings.commit(Deal('granted', self.wishes.carried_on(found), [], found,
@@ -13369,7 +13748,7 @@ class Approvals(Operations):
                  or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
-            'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
+            f'{PROPOSED} AND reservation_id = ? ORDER BY id', each.reservation)]
         if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals
@@ -13377,7 +13756,7 @@ class Approvals(Operations):
     def awaiting_approval(self) -> list[dict]:
         """What is pending, or of which a change is; as answers show it."""
         waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
-                 'UNION SELECT reservation_id FROM proposal')
+                 f"UNION SELECT reservation_id FROM ({PROPOSED}) p")
         return [public(each) for each in self.look.search(
             [*self.look.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None),
              (NEXT_OF_ITS, None)], limit=1000)]
@@ -13556,8 +13935,15 @@ class Requests(Operations):
                 answer = self.take_first(requests, now)
             also(answer)
             return answer
+        def locks() -> Iterator[tuple[int, int | str]]:
+            for request in requests:
+                yield On.LABEL, f'{request.last.project}/{request.label}'
+                for wish in itertools.chain(*request.parts):
+                    yield On.RESOURCE, wish.resource.id
+                    yield from wish_locks(wish)
+                    yield from self.limits.counted_for(wish)
         with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
-            return self.carry_out(deed, dry_run)
+            return self.carry_out(deed, dry_run, locks)
 
     def take_first(self, requests: list[Request], now: float) -> dict:
         """Takes the first of some requests that fits; inside a transaction."""
@@ -13926,7 +14312,7 @@ class Requests(Operations):
                                          place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
-        return self.carry_out(deed, dry_run)
+        return self.carry_out(deed, dry_run, frozenset)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -13943,7 +14329,7 @@ class Requests(Operations):
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.look.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
                 coming = [('r.id = ?', found.reservation), (NOT_OVER, None),
@@ -13955,6 +14341,7 @@ class Requests(Operations):
                                hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
+        return self.carry_out(deed, dry_run, frozenset)
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
@@ -14022,7 +14409,7 @@ class Requests(Operations):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
             with self.shares.paced():
-                answer = self.carry_out(deed, dry_run)
+                answer = self.carry_out(deed, dry_run, frozenset)
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
@@ -14038,7 +14425,8 @@ class Requests(Operations):
         def deal(wish: Wish, *otherwise: str) -> Deal:
             return self.admission.edit(old, wish, {*asked, *otherwise}, now, code, named, only)
         wanted = deal(wish)
-        done = wanted.same
+        done, undoes = wanted.same, self.undo_for and not (wish.stretches or rehearsal.on)
+        had = self.bookings.holds(old.reservation) if undoes else []
         if not self.admission.is_as_before(wanted):
             with self.offers.explaining(wish, old, lambda *other: self.bookings.commit(
                     deal(*other), now)):
@@ -14046,6 +14434,12 @@ class Requests(Operations):
             done = made.done if made else []
             if made:
                 self.tell_change(old, wish, asked, done, code, now)
+            if made and undoes:
+                back = self.wishes.carried_on(old)._replace(
+                    resource=resource_of(old.resource_id), on_conflict=old.on_conflict,
+                    stretches=[])
+                self.bookings.keep_for_undo(wanted._replace(
+                    code=UNDO, wish=back, old=self.look.occurrence(old.id)), had, now)
         return self.admission.answer(old.reservation, done, wish, old.id if only else None)
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -14129,8 +14523,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        left, whole = (), dry_run or rehearsal.on or db.in_transaction()
-        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
+        left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
+        noted = ''
+
+        def deed(now: float) -> list[dict]:
+            nonlocal noted
+            left.clear()
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14141,13 +14539,14 @@ class Requests(Operations):
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, asked)
-                left = deque(found)
+                left.extend(found)
                 self.cancel_some(left, now, whole)
                 noted = left and self.note_rest(left, now)
-            done = [] if left else self.as_cancelled(found)
+            return self.as_cancelled(found)
+        with self.shares.resting():  # changes of others don't wait
+            done = self.carry_out(deed, dry_run, frozenset if label else None)
         if left:
             self.cancel_rest(left, noted)
-            done = self.as_cancelled(found)
         return done
 
     def cancel_some(self, left: deque, now: float, whole: bool = False) -> None:
@@ -14175,10 +14574,11 @@ class Requests(Operations):
             run('DELETE FROM fact WHERE name = ?', noted)
 
     def as_cancelled(self, found: list) -> list[dict]:
-        """What was cancelled, as it is now, with what becomes of its VMs."""
+        """What was cancelled, as it is now or in a moment, with what becomes of its VMs."""
         after = self.look.in_order([each.id for each in found], fields=SLIM)
-        return [public(line) | self.admission.ends_with(each)
-                for line, each in zip(after, found)]
+        return [public(line) | {'state': line.state if line.cancelled is not None else
+                                'ending' if line.existing else 'cancelled'}
+                | self.admission.ends_with(each) for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -15006,13 +15406,18 @@ class Plan(Operations):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
+#: Whether a reservation has a label; or is of a reservation of Blazar's of that id.
+NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hold h '
+            'WHERE h.reservation = r.id AND h.part = ?))')
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
@@ -15022,6 +15427,9 @@ class Claims(Operations):
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
+        if store not in ('', self.clouds.store):
+            raise NotFound(f'these resources are of the cmres {store}; this is '
+                           f'{self.clouds.store}')
         need = Amount(1, vcpus, ram,
                       tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
@@ -15218,9 +15626,8 @@ class Claims(Operations):
                     f'AND o.due IS NOT NULL AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} AND '
                     'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
                     'NULL AND r.pending IS NULL AND r.project IN '
-                    f"({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY "
-                    '+o.start',
-                    place.id, after, until, after, until, *projects, *([label] if label else []))
+                    f"({marks}){NAMED_SO if label else ''} ORDER BY +o.start",
+                    place.id, after, until, after, until, *projects, *2 * [label] * bool(label))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -15280,10 +15687,6 @@ def addresses_of(occurrence: int) -> list[str]:
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
     key = [f'key pair: {found.key}'] if found.key and addresses else []
     return [*config.logins(addresses), *key]
-
-
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 def next_revision() -> int:
@@ -16174,7 +16577,7 @@ class Records(Operations):
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
-        where = [('e.id > ?', after)]
+        where = [('e.id > ?', after), ('e.id <= ?', db.settled_event)]
         if label:
             where.append(self.look.among('e.reservation_id', self.look.labelled(label, project)))
         else:
@@ -16309,6 +16712,7 @@ class Records(Operations):
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                         NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
+        run('DELETE FROM once WHERE at < ?', int(now) - DAY)
         leases = run('DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
@@ -16429,7 +16833,7 @@ SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data,
                     r.metadata, r.label, r.project, r.trusted, r.notify, o.reservation_id,
-                    o."end", o.resource_id, s.mode
+                    o."end", o.resource_id, s.mode, s.cloud
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
                  JOIN resource s ON s.id = o.resource_id'''
@@ -16494,10 +16898,10 @@ def is_due(what: str, now: float) -> bool:
                     now))
 
 
-def those_due(what: str, query: str, now: float, tail: str = '') -> list:
+def those_due(what: str, query: str, now: float, tail: str = '', *values) -> list:
     """The rows of a query that are due as one kind."""
     _, column, which = DUE[what]
-    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
+    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now, *values)
 
 
 def has_arrived(under_way: str, state: str) -> bool:
@@ -16572,9 +16976,7 @@ DRIFT = 1e-4  # seconds by which two clocks may part in one, without either bein
 
 
 class Trust(NamedTuple):
-    """How the wall clock stood to the uptime when it was believed last, and what is doubted
-    since.
-    """
+    """How the wall clock stood to the uptime when it was last believed, and what is in doubt."""
     boot: str      # since which start of this computer the uptime counts
     offset: float  # seconds of the wall clock less those of the uptime
     uptime: float
@@ -16639,10 +17041,10 @@ class Clocks:
 
     def recall(self) -> None:
         """Recalls what the process that acted before thought of the clocks, and when."""
-        found = row('SELECT value FROM fact WHERE name = ?', 'clocks')
-        if found:
-            self.trust = Trust(*json.loads(found.value))
-            self.latest = max(self.latest, self.trust.offset + self.trust.uptime)
+        if found := row('SELECT value FROM fact WHERE name = ?', 'clocks'):
+            trust = Trust(*json.loads(found.value))
+            self.trust = self.trust or trust
+            self.latest = max(self.latest, trust.offset + trust.uptime)
 
     def judge(self, said: Trust | None = None) -> None:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
@@ -16675,86 +17077,140 @@ class Clocks:
 
 # Leadership ###################################################################
 #
-# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
-# is looked at in every transaction and before every call, and who lost it does nothing more.
+# Of several processes one acts for a cloud, by a lease with a deadline: it is renewed while passes
+# are made, it is looked at in every transaction and before every call, and who lost it does nothing
+# more. There is one for each cloud of a resource, with all accounts there, and one, '', for what
+# belongs to none: notices, calendars, who waits. A scheduler that goes on and on has one on its own
+# name as well, by which the others know with how many they share.
 
 
 class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
+def fair(held: dict[str, int], number: int) -> dict[str, int]:
+    """How many of some leases each holder is to have: who has more keeps more, so that few move."""
+    least, more = divmod(number, len(held))
+    order = sorted(held, key=lambda each: (-held[each], each))
+    return {each: least + (n < more) for n, each in enumerate(order)}
+
+
 class Leadership:
-    """Whether this process may act."""
+    """For which clouds this process may act."""
 
-    def __init__(self, config: Config, clocks: Clocks):
-        self.config, self.clocks = config, clocks
+    def __init__(self, config: Config, clocks: Clocks, clouds: Clouds):
+        self.config, self.clocks, self.clouds = config, clocks, clouds
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.shares = False  # whether others are to have some; a line of cron takes all, and ends
+        self.held: set[str] = set()
+        self.spare = 0  # how many of them another scheduler is to have
+        self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
         self.leased_until = 0.0
+        self.calm_until, self.seen = 0.0, None  # nothing is free so long, in that state of all
 
-    def has_time(self, now: float) -> bool:
-        """Whether the lease is this process' at an instant, as it knows by itself."""
-        return self.leased_until - self.config.leader_timeout <= now < self.leased_until
+    def has_time(self, now: float, cloud: str) -> bool:
+        """Whether a lease is this process' at an instant, as it knows by itself."""
+        begun = self.leased_until - self.config.leader_timeout
+        return cloud in self.held and begun <= now < self.leased_until
 
-    def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
-        """Whether this process may act: it has the lease, renews it, or takes one that ran out.
+    @property
+    def served(self) -> set[str]:
+        """The clouds for which calls may be begun."""
+        return self.held - {self.leaving}
+
+    def lead(self, now: float, inherit: Callable[[set[str]], None]) -> set[str]:
+        """Renews the leases of this process in time, and takes those that it may have.
 
         Args:
-          inherit: what is to be written by who takes over
+          inherit: writes what is to be written by who takes over some clouds
 
         Returns:
-          whether it may act, and whether it has just taken over.
+          the clouds that it has just taken over.
         """
-        if self.has_time(now) and now < self.leased_until - self.config.leader_timeout / 2:
-            return True, False
-        if self.held_by_another(now):
-            self.leased_until = 0.0
-            return False, False
+        lasts = self.config.leader_timeout
+        fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
+        if fresh and now < self.calm_until and self.seen == db.state():
+            return set()
+        self.seen = db.state()
+        if not self.free(now) and (fresh or not (self.held or self.shares)):
+            return set()
         with transaction(first=True):
             now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
-            if self.held_by_another(now):
-                return False, False
-            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
-                'UPDATE SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.leader_timeout)
-            if taken_over or not self.clocks.trust:
+            free, until = self.free(now), now + lasts
+            held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
+                            until, self.name)
+            taken = {each for each in free if returned(TAKE, each, self.name, until, now)}
+            if taken or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
-            if taken_over:
-                inherit()
-        self.leased_until = now + self.config.leader_timeout
-        return True, taken_over
+            if taken:
+                run('DELETE FROM lease WHERE name = holder AND until < ?', now - 60 * lasts)
+                inherit(taken)
+        self.seen, self.leased_until = None, until
+        self.held = (held | taken) - {self.name}
+        return taken - {self.name}
 
-    def held_by_another(self, now: float) -> bool:
-        found = row('SELECT holder, until FROM lease')
+    def free(self, now: float) -> list[str]:
+        """Looks what this process has and how much too much; the free leases that it is to have."""
+        latest = now + 2 * self.config.leader_timeout
         # One that ends further ahead than any lease was made before the clock was set back.
-        return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.leader_timeout)
+        found = [each for each in rows('SELECT * FROM lease')
+                 if each.holder == self.name or now < each.until <= latest]
+        holders, clouds = {each.name: each.holder for each in found}, self.clouds.names()
+        numbers = Counter(holder for name, holder in holders.items() if name in clouds)
+        sharing = {each.name for each in found if each.name == each.holder} | {self.name}
+        most = len(clouds)
+        if self.shares:
+            most = fair({each: numbers[each] for each in sharing}, most)[self.name]
+        self.held = {each for each in clouds if holders.get(each) == self.name}
+        self.spare = max(len(self.held) - most, 0)
+        if not self.spare or self.leaving not in self.held:
+            self.leaving = None
+        others = (each.until for each in found if each.holder != self.name)
+        self.calm_until = min(others, default=math.inf)
+        more = sorted(clouds - holders.keys())[:max(most - len(self.held), 0)]
+        return more + [self.name] * (self.shares and self.name not in holders)
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """A transaction of the process that has the lease; LostLease for any other."""
+        """A transaction of the process that has its leases; LostLease for any other."""
         with transaction(first=True):
             self.refuse()
             yield
 
     def refuse(self) -> None:
-        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-            self.leased_until = 0.0
+        """Raises LostLease if any lease that this process had is another's."""
+        lost = self.held - returned('SELECT name FROM lease WHERE holder = ?', self.name)
+        self.held = self.held - lost
+        if lost or not self.held:
             raise LostLease('another scheduler is the leader now; this one waits')
 
-    def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may
-        appear.
-        """
-        latest = now + self.config.call_timeout
-        with self.acting():
-            run('UPDATE server SET called = ? '
-                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            # A second snapshot would make a second image.
-            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
-                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
-            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
+    def bound_calls(self, now: float, clouds: set[str]) -> None:
+        """Notes when the calls of who acted before will have ended: so long servers may appear."""
+        # A second snapshot would make a second image.
+        run("UPDATE server SET called = CASE WHEN uid IS NULL THEN ?1 ELSE called END, "
+            "due = CASE WHEN goal = 'snapshot' AND state <> ?2 THEN ?1 ELSE due END, "
+            f'intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL AND {ON_CLOUDS}',
+            now + self.config.call_timeout, UNDER_WAY['snapshot'], json.dumps([*clouds]))
+
+
+def leases(clouds: Clouds) -> list:
+    """Who acts for which of the clouds that there are; those first that nobody acts for."""
+    return rows('SELECT * FROM lease WHERE name IN names(?) ORDER BY until, name',
+                json.dumps([*clouds.names()]))
+
+
+TAKE = """INSERT INTO lease (name, holder, until) VALUES (?1, ?2, ?3)
+  ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
+  WHERE lease.until <= ?4 OR lease.until > 2 * excluded.until - ?4 RETURNING name"""
+#: Of the servers, those of reservations on some clouds.
+ON_CLOUDS = """EXISTS (SELECT 1 FROM occurrence o JOIN resource s ON s.id = o.resource_id
+  WHERE o.id = server.occurrence_id AND s.cloud IN names(?3))"""
+
+
+def returned(sql: str, *values) -> set[str]:
+    """The names that a statement gives."""
+    return {name for name, in run(sql, *values).fetchall()}
 
 
 # Workers ######################################################################
@@ -16773,12 +17229,22 @@ class Job:
     verb: str
     account: str
     target: Any
+    cloud: str  # whose lease it takes
     taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
     fenced: bool = False        # its time is over, and it must not make anything any more
     began: float = 0.0
     ended: float = 0.0
     answer: Any = None
     error: Exception | None = None
+
+
+class Ahead(NamedTuple):
+    """What is asked for before VMs start."""
+    occurrence: int
+    asked: dict
+    sight: Sight
+    needs: Amount  # what the quota must leave
+    homeless: int  # VMs without a host
 
 
 class Workers:
@@ -16797,16 +17263,17 @@ class Workers:
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.deeds = {
-            'boot': self.do_boot, 'delete': self.do_delete, 'start': self.do_start,
-            'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
+            'boot': self.do_boot, 'snapshot': self.do_snapshot,
+            **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
+            'ahead': self.do_ahead}
 
-    def submit(self, key: tuple, verb: str, account: str, target) -> None:
+    def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
         if self.busy(key):
             return
-        self.flying[key] = call = Job(key, verb, account, target)
+        self.flying[key] = call = Job(key, verb, account, target, cloud)
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
@@ -16839,7 +17306,7 @@ class Workers:
         """
         with self.fence:
             up, now = self.clocks.uptime(), self.clocks.clock()
-            if not self.leader.has_time(now):
+            if not self.leader.has_time(now, call.cloud):
                 raise LostLease('the time for this call ran out before it began')
             if (call.fenced or call.taken is not None
                 and up >= call.taken + self.config.call_timeout):
@@ -16849,9 +17316,7 @@ class Workers:
             call.taken = up
 
     def work(self, call: Job) -> None:
-        """A worker's whole job: one call, if it is not too late for it; the next pass records
-        it.
-        """
+        """A worker's whole job: one call, if it is not too late; the next pass records it."""
         call.began = self.clocks.now()
         try:
             self.go_on(call)
@@ -16872,17 +17337,8 @@ class Workers:
             self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
             lambda: self.go_on(call)))
 
-    def do_delete(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target.uid)
-
-    def do_start(self, call: Job) -> None:
-        self.clouds.open(call.account).start(call.target.uid)
-
-    def do_stop(self, call: Job) -> None:
-        self.clouds.open(call.account).stop(call.target.uid)
-
-    def do_shelve(self, call: Job) -> None:
-        self.clouds.open(call.account).shelve(call.target.uid)
+    def do_verb(self, call: Job) -> None:
+        getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
 
     def do_snapshot(self, call: Job) -> tuple[str, str]:
         server = call.target
@@ -16914,6 +17370,30 @@ class Workers:
 
     def do_lend(self, call: Job) -> dict[str, str]:
         return self.clouds.open(call.account).lend(call.target)
+
+    def do_ahead(self, call: Job) -> list[str]:
+        """What would fail if something started now, each in a sentence."""
+        cloud, about = self.clouds.open(call.account), call.target
+        asks = [functools.partial(cloud.check, [pair], about.sight) for pair in
+                named_by(about.asked)]
+        if about.asked['image'] and about.asked['network'] in ('', 'auto'):
+            asks.append(functools.partial(cloud.refuse_any_network, about.sight))
+        found = []
+        for ask in asks:
+            try:
+                ask()
+            except Invalid as error:
+                found.append(f'{error}'.rstrip('.'))
+        left = cloud.left() if about.needs != NOTHING else None
+        lacks = [f'{quantity(name, getattr(left, name))} of '
+                 f'{quantity(name, getattr(about.needs, name))}' for name in FIGURES
+                 if left and getattr(left, name) < getattr(about.needs, name)]
+        if lacks:
+            found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
+                         'are needed by then')
+        if about.homeless:
+            found.append(f"No host has room for {counted(about.homeless, 'VM')} of it")
+        return found
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -16993,9 +17473,7 @@ TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 
 class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
-    left alone.
-    """
+    """A cloud in trouble: its failures in a row, the last one, until when it is left alone."""
     failures: int = 0
     last: float = 0
     until: float = 0
@@ -17133,9 +17611,7 @@ class Post:
                     f' and {given_up - 1} others' if given_up > 1 else '', error)
 
     def hurry_to(self, host: str, now: float) -> None:
-        """Lets all notices go out that wait because of a host, or of our mail server, that is well
-        again.
-        """
+        """Lets all notices go out that waited for a host, or for our mail server: it is well."""
         for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
             if host_of(each.target) == host:
                 change(Outbox, each.id, due=now)
@@ -17162,11 +17638,14 @@ class Planner:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
-        if is_due('occurrence', now):
+        clouds = {each.cloud for each in those_due(
+            'occurrence', 'SELECT DISTINCT s.cloud FROM occurrence o CROSS JOIN resource s '
+            'ON s.id = o.resource_id', now)} & self.leader.served
+        if clouds:
             with self.leader.acting():
                 is_aside, _ = not_real_yet()
                 for occurrence in those_due('occurrence', due, now):
-                    if not is_aside(occurrence.reservation_id):
+                    if occurrence.cloud in clouds and not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
@@ -17192,6 +17671,8 @@ class Planner:
         if wanted:
             occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
+        if not wanted and self.is_near(occurrence, over, now):
+            told |= self.look_ahead(occurrence, now)
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
@@ -17227,9 +17708,7 @@ class Planner:
         return occurrence._replace(told=told | FOREIGN)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
-        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
-        `before`.
-        """
+        """Writes down a server that is wanted: a new one, one there was, or a series' `before`."""
         borrowed = bool(occurrence.server)
         number = f'-{occurrence.id}-{n}'
         # One that was there has a name of its own, which the first look tells.
@@ -17250,9 +17729,7 @@ class Planner:
                planned=max(occurrence.start, occurrence.changed), **values)
 
     def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
-        shelved.
-        """
+        """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                         "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
                         "AND NOT v.borrowed "
@@ -17260,9 +17737,7 @@ class Planner:
                         occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
-        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
-        account.
-        """
+        """The VMs that a series has stopped or shelved before, on the same account."""
         account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
         return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
                     "v.occurrence_id = o.id "
@@ -17272,9 +17747,7 @@ class Planner:
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
-        """What becomes of a server that is up no longer; one that never was up is not worth
-        keeping.
-        """
+        """What becomes of a server that was wanted; one that never was up is not worth keeping."""
         if server.borrowed:
             return occurrence.at_end
         asked = (over and occurrence.cancelled is None and server.ready
@@ -17291,9 +17764,7 @@ class Planner:
                                                 f'them: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must not be
-        stopped between.
-        """
+        """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
                         'o.reservation_id '
                         "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
@@ -17302,9 +17773,7 @@ class Planner:
                         now, now))
 
     def force(self, occurrence, now: float) -> None:
-        """Deletes after the grace time what could not be stopped, shelved or saved: others were
-        promised its place.
-        """
+        """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
                     "NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
@@ -17317,9 +17786,7 @@ class Planner:
                                                 f'end and deletes them: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, one without machines on which nobody has booted any; whether
-        it did.
-        """
+        """Warns of, and then releases, one on which nobody has booted anything; whether it did."""
         boots = occurrence.image or occurrence.server or occurrence.idle
         if not occurrence.no_show or not occurrence.mode or boots or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
@@ -17341,9 +17808,7 @@ class Planner:
         return False
 
     def end_foreign(self, occurrence, now: float) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
-        """
+        """Reports, and if that is set deletes, machines that people booted on what is over now."""
         foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
                        'AND c.server NOT IN '
                        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
@@ -17356,7 +17821,8 @@ class Planner:
                     f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
                     f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.delete_user_started else ():
-            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server,
+                                occurrence.cloud)
 
     def tell_up(self, occurrence, now: float):
         """Tells how many servers are up, if that was not told yet; the occurrence with what was.
@@ -17445,6 +17911,53 @@ class Planner:
             return occurrence.told | ENDING
         return occurrence.told
 
+    def is_near(self, occurrence, over: bool, now: float) -> bool:
+        """Whether it is time to ask its cloud for what its VMs will need."""
+        boots = (occurrence.image or occurrence.server) and not over and not occurrence.idle
+        return bool(boots) and not occurrence.told & AHEAD and (
+            now >= occurrence.held_from - self.config.check_ahead)
+
+    def look_ahead(self, occurrence, now: float) -> int:
+        """Lets a cloud be asked whether what starts soon could start; AHEAD."""
+        about = row('SELECT r.*, o.of_user, s.cloud FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
+        account = self.clouds.account(about.cloud, about.project, about.of_user)
+        asked = about._asdict() | {'security_groups': json.loads(about.security_groups)}
+        sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
+        needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
+        self.workers.submit(('ahead', occurrence.id), 'ahead', account,
+                            Ahead(occurrence.id, asked, sight, needs, self.homeless(occurrence)))
+        return AHEAD
+
+    def needed_at(self, at: int, account: str, now: float) -> Amount:
+        """What an account must be allowed more than it has now, for all that is up at an instant."""
+        found = rows(f"""
+            SELECT o.*, r.project, s.cloud,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                       AND v.uid IS NOT NULL AND v.state <> 'deleted') AS up
+              FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id
+              JOIN reservation r ON r.id = o.reservation_id
+             WHERE s.cloud = ? AND o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD}
+               AND o.held_from <= ? AND o.held_until > ? AND r.image <> ''""",
+                     cloud_of(account), at, at, now)
+        total = NOTHING
+        for each in found:
+            if self.clouds.account(each.cloud, each.project, each.of_user) == account:
+                wanted = each.vms if each.held_until > at else 0
+                total += amount_of(each) // each.vms * (wanted - each.up)
+        return total
+
+    def homeless(self, occurrence) -> int:
+        """For how many of its VMs no host is planned, where hosts are planned."""
+        takes = occurrence.vcpus or occurrence.ram or occurrence.classes
+        if not takes or not planned_by_host(occurrence.resource_id):
+            return 0
+        placed = read_placed(occurrence.placed)
+        there = rows('SELECT id FROM host WHERE id IN numbers(?) AND until >= ?',
+                     json.dumps([*placed]), occurrence.held_until)
+        return occurrence.vms - sum(placed[each.id] for each in there)
+
     def notice_times(self, occurrence) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         length = occurrence.end - occurrence.start
@@ -17452,12 +17965,10 @@ class Planner:
         return occurrence.start - before, occurrence.end - min(before, length / 2)
 
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and nothing is left to
-        do.
-        """
+        """When an occurrence must be planned again; None once it is over and nothing is to do."""
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end,
+                     occurrence.end, occurrence.held_from - self.config.check_ahead,
                      *(max(occurrence.start, occurrence.changed) + each
                        for each in (occurrence.no_show // 2, occurrence.no_show)),
                      occurrence.up_check or 0)
@@ -17506,10 +18017,12 @@ class Dispatcher:
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers."""
         self.call_for_servers(now)
+        self.trace_claims(now)
+        if '' not in self.leader.served:
+            return
         for notice in self.post.next_notices(now):
             key = 'notice', notice.target, notice.owner
             self.workers.submit(key, 'notice', ' notices', notice)
-        self.trace_claims(now)
         # one at a time of each host: one that is slow holds no more than a worker
         for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
                               'ORDER BY u.due'):
@@ -17518,20 +18031,22 @@ class Dispatcher:
     def call_for_servers(self, now: float) -> None:
         """Hands on what servers need next, each call after its intent is written."""
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-        due = [server for server in servers if not self.workers.busy(('server', server.id))]
+        due = [server for server in servers if server.cloud in self.leader.served
+               and not self.workers.busy(('server', server.id))]
         needs: list[tuple] = []
         if due:
             waits: dict = {}
             with self.leader.acting():
                 for server in due:
                     needs += self.needs(server, waits, now)
-        looks = {server.account for verb, server in needs if verb == 'look'}
+        looks = {(server.account, server.cloud) for verb, server in needs if verb == 'look'}
         for verb, server in needs:
             if verb != 'look':
-                self.workers.submit(('server', server.id), verb, server.account, server)
-        for account in looks:
+                self.workers.submit(('server', server.id), verb, server.account, server,
+                                    server.cloud)
+        for account, cloud in looks:
             if self.health.breakers[account].until <= now:
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+                self.workers.submit(('look', account), 'look', account, known_on(account), cloud)
 
     def needs(self, server, waits: dict, now: float) -> list[tuple]:
         """The calls that a server needs now, each a verb and the server as it is then."""
@@ -17548,16 +18063,16 @@ class Dispatcher:
     def trace_claims(self, now: float) -> None:
         """Lets clouds be asked whether servers are still there that people have booted."""
         claims: dict = defaultdict(list)
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                              'ON s.id = c.resource_id', now, 'LIMIT 100'):
+        clouds = json.dumps([*self.leader.served])
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c CROSS JOIN resource '
+                              's ON s.id = c.resource_id', now,
+                              'AND s.cloud IN names(?) LIMIT 100', clouds):
             claims[each.cloud].append(each.server)
         for account, uids in claims.items():
-            self.workers.submit(('claims', account), 'trace', account, uids)
+            self.workers.submit(('claims', account), 'trace', account, uids, account)
 
     def left_alone(self, server, now: float) -> bool:
-        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
-        it is over.
-        """
+        """Whether a cloud is in such trouble that calls to it wait; looks tell when it is over."""
         breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
@@ -17619,29 +18134,36 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     lent = Lent(found.lease_id, found.part, project)
     if cloud:
         yield cloud, 'address', found.host, lent._replace(network=network)
-    elif not found.host:
+    elif found.host:
+        yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
+    else:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
         disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
+        if asked.get('affinity') is None:
+            return
         account = clouds.account(place.cloud, found.project, found.user)
+        group = lent._replace(policy='affinity' if asked['affinity'] else 'anti-affinity')
         # Nova shows a server group to nobody but its project.
-        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
-            yield account, 'server_group', found.part, lent._replace(
-                policy='affinity' if asked['affinity'] else 'anti-affinity')
+        own = clouds.sight(account, found.project).all_own
+        if own:
+            yield account, 'server_group', found.part, group
+        if account != place.cloud or not own:  # the operator's account takes it back
+            yield place.cloud, 'server_group', found.part, group._replace(make=False)
 
 
 class Lender:
-    """Has clouds know what the leases have that are active: flavors and server groups where that
-    is wanted, and floating IPs.
+    """Has clouds know what the leases have that are active: flavors, server groups and aggregates
+    where that is wanted, and floating IPs.
     """
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, workers: Workers):
-        self.workers = workers
-        self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.workers, self.leader = workers, workers.leader
+        self.lent: dict[tuple, dict] = {}  # by cloud and account, as it has them
         self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
@@ -17654,25 +18176,31 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+            at = cloud or place.cloud
+            for kind in ('address',) if cloud else ('flavor', 'aggregate', 'server_group'):
+                wanted.setdefault((at, at), {})[kind] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
                     self.workers.clouds, each, places[each.resource_id]):
-                wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
-        for account, things in wanted.items():
-            if things != self.lent.get(account):
-                self.workers.submit(('lend', account), 'lend', account, things)
+                cloud = places[each.resource_id].cloud or account
+                wanted.setdefault((cloud, account), {}).setdefault(kind, {})[name] = lent
+        # who takes a cloud over asks for all
+        self.lent = {each: had for each, had in self.lent.items() if each[0] in self.leader.held}
+        for (cloud, account), things in wanted.items():
+            if cloud in self.leader.served and things != self.lent.get((cloud, account)):
+                self.workers.submit(('lend', account), 'lend', account, things, cloud)
 
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        before, has = self.lent.get(result.account, {}), {}
+        before, has = self.lent.get((result.cloud, result.account), {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
-            has[kind] = {name: lent for name, lent in things.items() if name in ids}
-            for name in has[kind].keys() - before.get(kind, {}).keys():
+            has[kind] = {name: lent for name, lent in things.items()
+                         if name in ids or not lent.make}
+            for name in ids.keys() & has[kind].keys() - before.get(kind, {}).keys():
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
-        self.lent[result.account] = has
+        self.lent[result.cloud, result.account] = has
         if has != result.target:
             self.again = now + self.AGAIN
 
@@ -17700,12 +18228,10 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look, 'lend': lender.record}
+            'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead}
 
     def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass; they wait until that
-        has worked.
-        """
+        """Writes down what calls came to since the last pass; that waits until it has worked."""
         while not self.workers.results.empty():
             result = self.workers.results.get()
             # The clock may have been set back since.
@@ -17716,6 +18242,8 @@ class Reconciler:
         breakers = dict(self.health.breakers)
         with self.leader.acting():
             for result in self.workers.ended:
+                if result.cloud not in self.leader.held:
+                    continue
                 self.health.note(result, now)
                 if result.error and not isinstance(result.error, Error):
                     log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
@@ -17726,9 +18254,7 @@ class Reconciler:
         self.workers.forget_calls()
 
     def record_alone(self, result: Job, now: float) -> None:
-        """Records one result; one that can't be recorded costs the others nothing, and a look finds
-        out later.
-        """
+        """Records one result; if it can't be recorded, the others are, and a look tells later."""
         try:
             with Attempt():
                 self.record_one(result, now)
@@ -17744,7 +18270,8 @@ class Reconciler:
                 self.deeds[result.verb](result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state in FINAL or server.tries != result.target.tries:
+        if (server.state in FINAL or server.tries != result.target.tries
+            or server.cloud not in self.leader.held):
             return
         change(Server, server.id, intended=None)
         if isinstance(result.error, LostLease):
@@ -17815,6 +18342,17 @@ class Reconciler:
         if not result.error:
             note_check(now, result.answer)
 
+    def record_ahead(self, result: Job, now: float) -> None:
+        """Tells the owner what would fail; a cloud that did not answer is asked again."""
+        about = row('SELECT o.*, r.label, r.notify FROM occurrence o JOIN reservation r '
+                    'ON r.id = o.reservation_id WHERE o.id = ?', result.target.occurrence)
+        if result.error:
+            run('UPDATE occurrence SET told = told & ?, due = min(due, ?) '
+                'WHERE id = ? AND due IS NOT NULL', ~AHEAD, now + 300, about.id)
+        elif result.answer and about.due is not None and now < about.held_from:
+            tell_of(self.config, now, 'ahead', 'if its VMs started now, that would fail: '
+                    f"{'; '.join(result.answer)}", about)
+
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count what their servers really take."""
         if result.error:
@@ -17849,12 +18387,13 @@ class Reconciler:
         self.forget_builds(account, seen)
         matched, vanished = self.matched(seen), []
         for server, found in matched:
-            vanished += self.compare(server, found, result, now)
+            if server.cloud in self.leader.held:
+                vanished += self.compare(server, found, result, now)
         self.tell_vanished(vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.poll_running, account)
-        self.clear_orphans(account, orphans_in(seen, matched), now)
+        self.clear_orphans(result, orphans_in(seen, matched), now)
 
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
         """Forgets since when servers boot that boot no longer."""
@@ -17884,17 +18423,18 @@ class Reconciler:
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
 
-    def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
+    def clear_orphans(self, look: Job, orphans: list[Seen], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
         left, restored = adopted(), fact('restored')
         for each in orphans:
             if each.uid in left or now - each.made < self.config.orphan_grace:
                 continue
             if not restored:
-                self.workers.submit(('clear', each.uid), 'clear', account, each.uid)
+                self.workers.submit(('clear', each.uid), 'clear', look.account, each.uid,
+                                    look.cloud)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
-                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
+                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, look.account))
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
@@ -18019,7 +18559,7 @@ class LifeCycle:
                  uptime: Callable[[], float] | None = None):
         self.config, self.clouds = config, clouds
         self.clocks = Clocks(config, clock, uptime)
-        self.leader = Leadership(config, self.clocks)
+        self.leader = Leadership(config, self.clocks, clouds)
         actor = Actor('cmres', 'default', ADMIN)
         self.service = service = Reservations(config, clouds, actor, self.clocks.now)
         service.fence = self.leader.refuse
@@ -18041,31 +18581,34 @@ class LifeCycle:
         self.tidied = 0.0  # when old things were last looked for
 
     def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded
-        by a later one.
-        """
+        """One pass, if this process may act; a later one records the calls that it begins."""
         if not self.lead(now):
             self.workers.forget()
             return False
         now = self.believed()  # we may have been frozen since
         if now < self.clocks.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
-            self.pull_forward(now)
+            with self.leader.acting():
+                self.pull_forward(now, self.leader.held)
             self.sweep()
         self.clocks.latest = now
         self.reconciler.record(now)
         self.workers.give_up()
-        self.refresh(now)
-        self.dropping = self.line_moves = False
+        acts_for_none = '' in self.leader.served
+        if acts_for_none:
+            self.refresh(now)
+        self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
         if self.has_work(now):
-            self.admit_waiting(now)
-            self.drop_staged(now)
-            self.do_later(now)
+            if acts_for_none:
+                self.admit_waiting(now)
+                self.drop_staged(now)
+                self.do_later(now)
             self.planner.plan(now)
             self.dispatcher.call(now)
             self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None
-        self.tidy(now)
+        if acts_for_none:
+            self.tidy(now)
         return True
 
     def settle(self) -> bool:
@@ -18090,22 +18633,20 @@ class LifeCycle:
         return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is
-        planned.
-        """
+        """When, after an instant, the next pass has something to do; infinity if never."""
         due = row(SOONEST, after).due
         return float('inf') if due is None else due
 
     def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until
-        `stop` is set.
-        """
+        """Passes at every due instant, at every change and each second, until `stop` is set."""
         import schedule
         beat = schedule.Scheduler()
         # other processes may change the store; clocks may be set
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        self.leader.shares = True
+        threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
             wait = self.guarded_pass()
             stop.wait(self.guarded(lambda: self.rest(wait, beat)))
@@ -18127,14 +18668,12 @@ class LifeCycle:
         acts = self.converge(self.clocks.clock())
         self.passed = time.monotonic()
         if not acts:
-            return 1
+            return min(self.leader.calm_until - self.clocks.now(), 1)
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.goes_on else self.soonest - self.clocks.now()
+        return 0 if self.goes_on else min(self.soonest, self.leader.calm_until) - self.clocks.now()
 
     def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
-        wait.
-        """
+        """Does what is repeated: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
             return deed()
         except LostLease as error:
@@ -18154,13 +18693,10 @@ class LifeCycle:
         return time.monotonic() - self.passed
 
     def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at
-        once.
-        """
+        """Lets calls end and records them; then another scheduler may act at once."""
         self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
-        with self.workers.fence:  # no worker begins anything after another process has begun to act
-            self.leader.leased_until = 0.0
-        self.guarded(self.hand_over)
+        self.leader.shares = False
+        self.guarded(lambda: self.hand_over(self.leader.held))
         for pool in self.workers.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -18170,65 +18706,106 @@ class LifeCycle:
             self.wake.clear()
             self.reconciler.record(self.clocks.now())
 
-    def hand_over(self) -> None:
-        """Gives the lease back, and what no worker has begun to who acts next."""
+    def hand_over(self, clouds: set[str]) -> None:
+        """Gives some leases back, and what no worker has begun to who acts next."""
+        with self.workers.fence:  # no worker begins anything after another process has begun to act
+            self.leader.held = self.leader.held - clouds
         with transaction(first=True):
             now = self.clocks.now()
-            if run('UPDATE lease SET until = ? WHERE holder = ?', now, self.leader.name).rowcount:
-                for call in self.workers.flying.values():
-                    if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None, due=now)
+            if not self.leader.shares:
+                run('DELETE FROM lease WHERE name = ?', self.leader.name)
+            left = returned("UPDATE lease SET until = ?, holder = '-' WHERE holder = ? "
+                            'AND name IN names(?) RETURNING name',
+                            now, self.leader.name, json.dumps([*clouds]))
+            for call in self.workers.flying.values():
+                if call.verb == 'boot' and call.taken is None and call.cloud in left:
+                    change(Server, call.target.id, state='planned', intended=None, due=now)
 
     def lead(self, now: float) -> bool:
-        """Whether this process may act; who has just taken over looks at everything."""
-        acts, taken_over = self.leader.lead(now, self.inherit)
-        if taken_over:
-            self.sweep()
-        return acts
+        """Whether this process may act; of what it has just taken over, it looks at everything."""
+        if taken := self.leader.lead(now, self.inherit):
+            log.info('this scheduler acts for %s now', ', '.join(map(repr, sorted(taken))))
+            self.ask_clouds(taken, 'look', known_on)
+        if self.leader.spare:
+            self.give_one(now)
+        return bool(self.leader.held)
 
-    def inherit(self) -> None:
+    def give_one(self, now: float) -> None:
+        """Lets another scheduler have a cloud: when its calls have ended, or have had a while."""
+        leader, flying = self.leader, Counter(each.cloud for each in self.workers.flying.values())
+        if leader.leaving is None:
+            leader.leaving = min(sorted(leader.held), key=lambda each: flying[each])
+            leader.since = now
+        patience = self.config.leader_timeout / 2
+        if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
+            self.hand_over({leader.leaving})
+
+    def hear(self, stop: threading.Event) -> None:
+        """Looks at once when another process has changed something; else the next beat does."""
+        while not stop.is_set():
+            stop.wait(self.guarded(lambda: self.listen(stop)))
+
+    def listen(self, stop: threading.Event) -> float:
+        """The same until the connection is lost; how long to wait until there can be another."""
+        import select
+        with db.ear() as (ear, empty):
+            self.wake.set()  # nobody told of what was before
+            while ear and not stop.is_set():
+                if select.select([ear], [], [], 5)[0]:
+                    empty()
+                    self.wake.set()
+                    stop.wait(0.02)  # where much is written, not each of it
+        return 3600
+
+    def inherit(self, clouds: set[str]) -> None:
         """Whoever made the calls that are under way may never tell of them."""
-        self.leader.bound_calls(self.clocks.now())
-        self.pull_forward(self.clocks.now())
+        now = self.clocks.now()
+        self.leader.bound_calls(now, clouds)
+        self.pull_forward(now, clouds)
 
-    def pull_forward(self, now: float) -> None:
+    def pull_forward(self, now: float, clouds: set[str]) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
-        longest = now + self.config.call_timeout
-        with self.leader.acting():
-            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
-                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
-                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
-                pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
-                'id FROM occurrence '
-                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS INT4)))) '
-                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
+        longest, those = now + self.config.call_timeout, json.dumps([*clouds])
+        run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ?1 "
+            "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ?2 ELSE ?4 END), "
+            f'called = min(called, iif(uid IS NULL, ?2, ?4)) WHERE due IS NOT NULL AND {ON_CLOUDS}',
+            pause, longest, those, now)
+        run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+            'o.id FROM occurrence o CROSS JOIN resource s ON s.id = o.resource_id '
+            f'WHERE o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD} AND s.cloud IN names(?))',
+            now, now, latest, latest, those)
+        if '' in clouds:
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS '
+                'INT4)))) WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
-                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
-                             'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0, up_told=None)
-                tell_of(self.config, now, 'clock',
-                        'a wrong clock ended it too early; it continues', each)
+        for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                         'CROSS JOIN reservation r ON r.id = o.reservation_id CROSS JOIN '
+                         'resource s ON s.id = o.resource_id WHERE o.due IS NULL AND o.cancelled '
+                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, those):
+            change(Occurrence, each.id, due=now, told=0, up_told=None)
+            tell_of(self.config, now, 'clock',
+                    'a wrong clock ended it too early; it continues', each)
         self.health.breakers.clear()
         self.clocks.latest = now
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
         if self.clocks.clock() < self.leader.leased_until:
-            for account in self.clouds.accounts():
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+            self.ask_clouds(self.leader.held, 'look', known_on)
+
+    def ask_clouds(self, clouds: set[str], verb: str, what: Callable[[str], Any]) -> None:
+        """Asks for something on every account on some clouds."""
+        for cloud in clouds:
+            for account in self.clouds.accounts({cloud}):
+                self.workers.submit((verb, account), verb, account, what(account), cloud)
 
     def check_file(self) -> None:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
         self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
 
     def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is
-        doubted.
-        """
+        """The instant by which a pass acts; the clouds are asked while the clock is in doubt."""
         trust, now = self.clocks.judged()
         if trust.doubted != (self.clocks.trust and self.clocks.trust.doubted):
             with self.leader.acting():
@@ -18239,14 +18816,11 @@ class LifeCycle:
             return now
         if self.clocks.uptime() >= self.clocks.asked + self.config.lost_answer_wait / 3:
             self.clocks.asked = self.clocks.uptime()
-            for account in self.clouds.accounts():
-                self.workers.submit(('time', account), 'time', account, None)
+            self.ask_clouds(self.leader.held, 'time', lambda account: None)
         return now
 
     def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so
-        that none is long.
-        """
+        """Carries series on, once a day and with a new zone table; some in each pass."""
         if now < self.fresh_until:
             return
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
@@ -18834,9 +19408,11 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     # The tag is of before what it tells of is read: it may be too old, never too new.
     is_read = not operation.changes and bound.get('label') and tells_of_reservations(operation)
     tag = tag_of(acting, bound) if is_read else ''
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    if once:
+        acting.answered = functools.partial(once.write, status)
     with once or nullcontext():
         answer = getattr(acting, operation.name)(**bound)
-    status = 201 if operation.made and not bound.get('dry_run') else 200
     text = json_text(answer)
     if once:
         once.keep(status, text)
@@ -18963,6 +19539,7 @@ class Once:
         self.now = int(acting.clock())
         self.whose = (acting.actor.user, acting.actor.project, key)
         self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+        self.text = ''  # of the answer that is written
 
     def __enter__(self) -> Once:
         return self
@@ -18993,25 +19570,42 @@ class Once:
         if rehearsal.on:
             return
         found = self.row()
-        if found and found.mark != self.mark:
+        if found and found.mark == self.mark:
+            return
+        new = not found and run(
+            'INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+            "VALUES (?, ?, ?, ?, ?, ?, 0, '') ON CONFLICT (user, project, key) DO UPDATE "
+            "SET digest = excluded.digest, mark = excluded.mark, at = excluded.at, status = 0, "
+            "answer = '' WHERE once.at <= ? RETURNING mark",
+            *self.whose, self.digest, self.mark, self.now, self.now - self.LASTS).fetchone()
+        if not new:
             self.kept()
             raise Conflict('The first request with this Idempotency-Key was just done. Send it '
                            'again.')
-        if not found:
-            run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
-            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
-                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, self.now)
+
+    def write(self, status: int, answer) -> None:
+        """Keeps an answer with what it tells of, unless more is made of it: of a group, say."""
+        self.text = json_text(answer) if isinstance(answer, dict) else ''
+        self.change('UPDATE once SET status = ?, answer = ?', status, self.kept_of(self.text))
 
     def keep(self, status: int, text: str) -> None:
-        """Keeps an answer for who asks again."""
-        if self.keeps and len(text) <= self.MOST:
+        """Keeps an answer for who asks again, if it is not kept already."""
+        if text != self.text and self.kept_of(text):
             self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def kept_of(self, text: str) -> str:
+        """As much as may be kept of an answer."""
+        return text if self.keeps and len(text) <= self.MOST else ''
 
     def run(self, deed: str, *values) -> None:
         """Does something to the row that this request has written."""
-        with transaction():
-            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?',
-                *values, *self.whose, self.mark)
+        with transaction(on=frozenset()):
+            self.change(deed, *values)
+
+    def change(self, deed: str, *values) -> None:
+        """The same in the present transaction."""
+        run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values,
+            *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
@@ -19127,10 +19721,13 @@ class Line:
     Args:
       threads: how many there are
       call: wakes one of them; `waitress` calls all of this under a lock of its own
+      is_new: whether Keystone is still to be asked for a token. All such have one share together,
+        so that a flood of made-up ones slows nobody else
     """
 
-    def __init__(self, threads: int, call: Callable[[], None]):
-        self.threads, self.call = threads, call
+    def __init__(self, threads: int, call: Callable[[], None],
+                 is_new: Callable[[str], bool] = lambda said: False):
+        self.threads, self.call, self.is_new = threads, call, is_new
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
@@ -19151,7 +19748,7 @@ class Line:
         return first if first and under_way[first[0]] < share else None
 
     def append(self, channel) -> None:
-        self.waiting.append((whose(channel), channel))
+        self.waiting.append((whose(channel, self.is_new), channel))
 
     def popleft(self):
         name, channel = next_ = self.next()
@@ -19162,16 +19759,26 @@ class Line:
         return channel
 
 
-def whose(channel) -> str:
+def whose(channel, is_new: Callable[[str], bool]) -> str:
     """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
-    return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
+    said = headers.get('AUTHORIZATION') or headers.get('X_AUTH_TOKEN') or ''
+    scheme, _, token = said.rpartition(' ')
+    if token and scheme.lower() in ('', 'bearer') and is_new(token):
+        return 'new to Keystone'
+    return said or headers.get('COOKIE') or str(channel.addr)
 
 
-def fair_dispatcher(threads: int):
+def new_to_keystone(service: Reservations, token: str) -> bool:
+    """Whether Keystone is asked for a token, and has not said yet that it is somebody's."""
+    return bool(service.config.keystone) and not token.startswith(OUR_TOKENS) and (
+        service.clouds.keystone.is_new(token))
+
+
+def fair_dispatcher(threads: int, is_new: Callable[[str], bool]):
     """The threads of `waitress`, with a line of ours before them."""
     made = waitress.task.ThreadedTaskDispatcher()
-    made.queue = Line(threads, made.queue_cv.notify)
+    made.queue = Line(threads, made.queue_cv.notify, is_new)
     made.set_thread_count(threads)
     return made
 
@@ -19239,15 +19846,17 @@ class Readiness:
             DAMAGED.format(last['result']) if last and last['result'] != 'ok' else '')}
 
     def scheduler(self) -> dict:
-        """How long ago a scheduler renewed its right to act, which it does in its passes."""
-        found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
+        """How long ago schedulers renewed their right to act, which they do in their passes."""
+        found = leases(self.service.clouds)
         if not found:
             return {'fault': 'No scheduler has run yet. Start `serve` or `scheduler`.'}
-        timeout = self.service.config.leader_timeout
-        age = round(max(self.service.clock() - found.until + timeout, 0), 1)
-        late = (f'The scheduler last ran {format_duration(int(age))} ago. Start `serve` or '
+        now, config = self.service.clock(), self.service.config
+        age = round(max(now - found[0].until + config.leader_timeout, 0), 1)
+        cloud = f" for the cloud '{found[0].name}'" if found[0].name else ''
+        late = (f'The scheduler last ran {format_duration(int(age))} ago{cloud}. Start `serve` or '
                 '`scheduler`, or look at its log.')
-        return {'last_pass': age, 'fault': late if age > most else ''}
+        return {'last_pass': age, 'fault': late if age > config.max_pass_age else '',
+                'schedulers': len({each.holder for each in found if each.until > now})}
 
 
 RETRY = 60  # seconds after which somebody may try again, where nothing better is known
@@ -19346,9 +19955,9 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
 
 
-def ask_keystone(service: Reservations, whose: str, call: Callable):
+def ask_keystone(service: Reservations, whose: str, call: Callable, patience: float):
     """What Keystone answers; only a few wait for that at the same time."""
-    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+    with service.shares.answering(f'a token {hashed(whose)[:8]}', patience):
         return service.shares.ask('Keystone', call)
 
 
@@ -19713,7 +20322,7 @@ class StoreMetrics:
 
     def count_events(self) -> None:
         """Counts the events that came since the last time, be they of another process."""
-        newest = row('SELECT max(id) AS id FROM event').id or 0
+        newest = newest_event()
         if self.seen is not None:
             for code, number in run('SELECT code, count(*) FROM event WHERE id > ? AND id <= ? '
                                     'GROUP BY code', self.seen, newest).fetchall():
@@ -19734,11 +20343,14 @@ class StoreMetrics:
         for account, state, number in run('SELECT account, state, count(*) FROM server '
                                           "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
             yield 'servers', (('cloud', account), ('state', state)), number
-        if lease := row('SELECT holder, until FROM lease'):
+        found = leases(self.service.clouds)
+        for lease in found[:1]:
             renewed = lease.until - self.service.config.leader_timeout
             yield 'pass_age_seconds', (), max(now - renewed, 0)
+        for lease in found:
             if lease.until > now:
-                yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
+                host = lease.holder.partition(':')[0]
+                yield 'leader', (('cloud', lease.name), ('host', host)), 1
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
 
     def of_resources(self) -> Iterator[tuple]:
@@ -19819,7 +20431,10 @@ LEASE_FIELDS = {
     'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
                   'disk_gb', 'required_floatingips'}
-AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
+              | dict.fromkeys(('true', 't', 'yes', 'y', 'on', '1'), True)
+              | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
+ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
@@ -19885,7 +20500,9 @@ class Blazar:
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
-                    answer = handle(LeaseView(acting), given)
+                    view = LeaseView(acting)
+                    view.token = keystone_token(self.service, request)
+                    answer = handle(view, given)
             except Error as error:
                 body = in_blazars_words(error_body(error), error.status)
                 return sent(json_text(body), error.status, UNKEPT | headers_of(error))
@@ -20102,20 +20719,27 @@ class LeaseView:
 
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
+        self.token = ''  # of Keystone, with which the request came
 
     def lend_groups(self, id: str) -> None:
-        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        """Makes the server groups of a lease that begins now: its client reads their ids once.
+
+        Where cmres has no account of its own in their project, by the token that they sent.
+        """
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
         mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
+        things = [each for found in mine for each in lent_things(
+            self.acting.clouds, found, places[found.resource_id]) if each[1] == 'server_group']
+        first = {name: (account, lent) for account, _, name, lent in reversed(things)}
         with suppress(CloudError):  # the life cycle tries it again
-            for found in mine:
-                for account, kind, name, lent in lent_things(
-                        self.acting.clouds, found, places[found.resource_id]):
-                    if kind == 'server_group':
-                        made = self.asks(account, operator.methodcaller(
-                            'lend_one', kind, name, lent))
-                        with self.acting.writing():
-                            note_lent(lent, kind, made)
+            for name, (account, lent) in first.items():
+                call = operator.methodcaller('lend_one', 'server_group', name, lent)
+                if not lent.make:
+                    call = operator.methodcaller('lend_to_token', self.token, name, lent)
+                if lent.make or self.token:
+                    made = self.asks(account, call)
+                    with self.acting.writing():
+                        note_lent(lent, 'server_group', made)
 
     # Leases
 
@@ -20175,8 +20799,9 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        what = one.host if kind == 'address' else '' if one.host or one.image else kind
-        return bool(what) and what not in part
+        if one.host and kind:
+            kind = one.host if kind == 'address' else 'aggregate'
+        return bool(kind) and not one.image and kind not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -20437,7 +21062,8 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
+                                               'affinity': ON_HOSTS_SO[asked.get('affinity')]}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -22210,12 +22836,7 @@ FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines 
 
 
 class QuickLine:
-    """What a person has typed in one line, read into the fields of the form.
-
-    Args:
-      here: where and when it was typed
-      offered: the names that could be meant: of resources, images and flavors
-    """
+    """One line of what somebody wants, read into the fields of the form."""
 
     def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
         self.here, self.offered = here, offered
@@ -22432,7 +23053,8 @@ footer [name=zone] { width: 14rem; min-height: 28px }
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
-.between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
+.between { justify-content: space-between } .between > .chips { flex: 1 1 0 }
+.grow { flex: 1 1 auto; min-width: 0 }
 .cols > * { min-width: 0 }
 .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
   align-items: start }
@@ -22455,7 +23077,7 @@ textarea { min-height: 64px; resize: vertical }
 label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
   margin-bottom: 4px }
 .seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
-  max-width: 100%; background: var(--card) }
+  white-space: nowrap; max-width: 100%; background: var(--card) }
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
@@ -22476,6 +23098,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
   font-weight: 600 }
 .fields { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
+.roomy { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
 .fields > .all { grid-column: 1 / -1 }
 form.deed { display: inline-flex; gap: 4px; vertical-align: middle }
 form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
@@ -22591,11 +23214,11 @@ tbody tr:hover > td { background: var(--sunk) } tr.on > td { background: var(--w
 td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-block;
   padding: 4px 0 } .pick { width: 44px }
 .sel { position: sticky; bottom: 8px; z-index: 4; margin-top: 12px; padding: 8px 16px }
-.sel input[name=reason] { flex: 1; min-width: 10rem; width: auto }
+.sel label { flex: 1 1 16rem } .of { white-space: nowrap } .deeds { gap: 4px 8px }
 .find { max-width: 22rem; flex: 1 }
 .heat { table-layout: fixed; min-width: 840px }
 .heat td, .heat th { padding: 1px; border: 0; height: 30px; text-align: center; font-size: 11px }
-.heat th:first-child { width: 120px; text-align: left; font-size: var(--t2) }
+.heat th:first-child { width: 132px; padding-left: 12px; text-align: left; font-size: var(--t2) }
 .heat td span { display: grid; place-items: center; height: 28px; border-radius: 3px }
 .heat .h4, .heat .h5 { color: var(--card) }
 /* book */
@@ -22606,7 +23229,8 @@ td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-bl
 .said .no { background: var(--amber-wash) }
 fieldset { border: 0; border-top: 1px solid var(--line); padding: 12px 0 16px; min-width: 0;
   margin-top: 16px }
-fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 650; padding: 0 }
+fieldset:first-of-type { border-top: 0; margin-top: 0 }
+legend { font-weight: 650; padding: 0 8px 0 0 }
 .pickers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 8px }
 .opt { display: flex; gap: 10px; padding: 10px 12px; border: 1px solid var(--edge);
   border-radius: 8px; cursor: pointer } .opt > span { margin: 0; color: var(--text) }
@@ -22631,7 +23255,8 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
 .track { width: 100%; height: 84px }
 .track text { font-size: 12px; fill: var(--soft) }
 .track .run { fill: var(--sunk); stroke: var(--edge) } .track .done { fill: var(--green) }
-.log li { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
+.log { margin-top: 8px }
+.log li { display: grid; grid-template-columns: 8.75rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
   font-size: var(--t2) }
 .toast { position: fixed; z-index: 8; left: 50%; bottom: 24px; transform: translateX(-50%);
   display: flex; gap: 16px; align-items: center; width: max-content;
@@ -22684,8 +23309,10 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
   .flat tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 8px 12px;
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
-  .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty, .flat [data-name=change]::before { display: none }
+  .flat td[data-head]::before { content: attr(data-head) ' '; color: var(--soft);
+    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] { flex: 1 }
+  .flat td:is([data-name=label], [data-name=state], [data-name=change])::before { content: none }
+  .seg { flex-wrap: wrap }
   .pick input { width: 24px; height: 24px }
 }
 @media print {
@@ -23096,7 +23723,7 @@ TEMPLATES = {'layout': '''<!doctype html>
 % user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
-<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
+<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="true"', name == part)}}>
 {{!sign(name.lower())}}{{name}}</a>
 % end
 </nav>
@@ -23115,8 +23742,9 @@ class="off">Account</span></summary><div class="menu card"><p class="small soft"
 {{!body}}
 % if note:
 <div class="toast" role="status"><span>{{note['words']}}</span>
-% if note.get('undo'):
-{{!post(*note['undo'])}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
+% if note['undo']:
+{{!post('/undo', {'act': note['undo'], 'next': note['next']})}}<button>Undo
+<span class="left">{{note['left']}}</span></button></form>
 % end
 </div>
 % end
@@ -23172,8 +23800,8 @@ Continue</a></p></html>
 ''', 'refused': '''
 {{!alert(words)}}<p class="gap">{{!again}}</p><p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
-{{f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
+% told = f', the occurrence of {which[:16].replace("T", " ")}' if which else ''
+<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{told}}?</p>
 {{!many('<p><strong>{}</strong></p>', zip(warnings))}}
 {{!post(f'/do/{operation}', fields | {'sure': 'yes'}, 'line')}}
 <button class="bad">Yes, {{words.lower()}}</button>
@@ -23218,9 +23846,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 % end
 </section>
 % end
-<div class="bar-top"><a class="btn sq" href="{{way(at=before)}}" aria-label="Earlier">‹</a>
+% at, view, number = span.at(span.first), span.view, VIEWS.index(span.view)
+<div class="bar-top"><a class="btn sq" aria-label="Earlier"
+href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
-<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a><h1>{{span}}</h1>
+<a class="btn sq" href="{{way(at=span.at(span.after))}}" aria-label="Later">›</a><h1>{{span}}</h1>
 <div class="chips">{{!chip(way(at=at, mine=''), 'Everyone’s', not mine)}}
 {{!chip(way(at=at, mine='1'), 'Only mine', mine)}}</div>
 <div class="seg" role="group" aria-label="Time span">
@@ -23229,9 +23859,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
-% for id, words, drawn, key, to in zooms:
-<a class="btn sq" id="{{id}}" data-key="{{key}}" href="{{way(view=to, at=middle)}}"
-aria-label="{{words}}">{{drawn}}</a>
+% for way_on, key, to in (('out', '−', number - 1), ('in', '+', number + 1)):
+% if 0 <= to < len(VIEWS):
+<a class="btn sq" id="zoom-{{way_on}}" data-key="{{key.replace('−', '-')}}"
+href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</a>
+% end
 % end
 </span></div>
 <nav class="week card" aria-label="Days">
@@ -23246,7 +23878,9 @@ aria-label="{{words}}">{{drawn}}</a>
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
 {{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
 % for day in days:
-<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}"><rect
+<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
+% dx = 4 if view == 'month' else 8
+<rect
 x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
 width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
 y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
@@ -23255,7 +23889,7 @@ y="37">{{day.number}}</text></svg></a>
 % if now is not None and view != 'month':
 <svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
 width="38" height="16" rx="8"/><text class="now-t" y="41"
-text-anchor="middle">{{clock}}</text></svg>
+text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 % end
 </svg></div>
 % for name, those in groups:
@@ -23265,12 +23899,13 @@ text-anchor="middle">{{clock}}</text></svg>
 <p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
 % name = visit.writes and row.name
 {{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
-{{!visit.render('row', row=row, view=view, now=now, data=data)}}</div>
+{{!visit.render('row', row=row, line=span, now=now, snap=snap[view])}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
+% moved = ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end')
 {{!post('/do/update', dict.fromkeys(moved, '') | {'next': way(at=at)}, 'off', 'move')}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
@@ -23290,18 +23925,29 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 <use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
-{{!many('<rect class="h{}" x="{}" y="{}" width="18" height="{}"/>', ramp)}}</svg>full</li></ul>
-<p class="small">{{!many('<a href="{}">{}</a> ', others)}}{{!left_out}}</p>
+% for n in range(5):
+<rect class="h{{n + 1}}" x="{{18 * n}}" y="{{8 - 2 * n}}" width="18" height="{{4 + 2 * n}}"/>
+% end
+</svg>full</li></ul>
+<p class="small">
+{{!when('<a href="{1}">Resources before</a>', page, way(at=at, page=page - 1))}}
+{{!when('<a href="{1}">More resources</a>', more, way(at=at, page=page + 1))}}
+% if most:
+Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has them all.
+% end
+</p>
 ''', 'row': '''
 <svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
-data-resource="{{row.name}}" {{!data}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
+data-resource="{{row.name}}" data-first="{{line.first.isoformat(timespec='minutes')}}"
+data-length="{{line.length}}" data-thin="{{line.thin}}" data-snap="{{snap}}"
+{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
 data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
 {{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
-{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and view != 'month')}}
+{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and line.view != 'month')}}
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
 % for x, width, words in row.closed:
 <rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
-</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if view != 'month' else ''}}</text>
+</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if line.view != 'month' else ''}}</text>
 % end
 % if now is not None:
 <rect class="past" width="{{now}}%" height="{{row.height}}"/>
@@ -23357,9 +24003,9 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-{{!when(PICK, picks, pick)}}
+{{!when(PICK, picks, pick, mark('checked', f'{picks}{pick}' in picked))}}
 % for head, cell in zip(heads, cells):
-<td data-name="{{head[0]}}">{{!cell}}</td>
+<td data-name="{{head[0]}}" data-head="{{head[1].partition(' (')[0]}}">{{!cell}}</td>
 % end
 </tr>
 % end
@@ -23460,8 +24106,9 @@ href="{{href}}">Use<span class="off"> {{words}}</span></a></div>
 <div class="verdict" role="status">{{!verdict}}</div>
 <a href="/book?{{urlencode(times)}}">More options</a></form>
 ''', 'reservation': '''
-<p class="line between gap"><a href="/list">Reservations</a>
-{{!when('<a class="btn" href="{}">Change</a>', change)}}</p>
+<p class="small"><a href="/list">Reservations</a></p>
+<div class="line between"><h1>{{label}}</h1>
+{{!when('<a class="btn" href="{}">Change</a>', change)}}</div>
 <p id="told" class="off" role="status"></p>
 <div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
 {{!share}}
@@ -23517,7 +24164,7 @@ there.</p>
 height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
 {{!many('<text x="{}%" text-anchor="{}" y="{}">{}</text>', track[2])}}</svg>
 % end
-<p class="line gap">{{!acts}}</p>
+<div class="line deeds gap">{{!acts}}</div>
 <div class="cols gap"><div class="stack">
 % if vms:
 <section><div class="line between"><h2>VMs</h2>
@@ -23538,10 +24185,11 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 % end
 </nav>{{!body}}
 ''', 'decide': '''
-<section class="gap"><h2>Waiting for your approval</h2>{{!post('/admin/decide')}}{{!alert(refusal)}}
+<section class="gap"><h2>Waiting for your approval</h2>
+{{!post('/admin/decide', kind='stack')}}{{!alert(refusal)}}
 {{!table}}
 % if some:
-<div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
+<div class="sel card line"><span><b class="count">{{picked}}</b> selected</span><label><span
 class="off">Reason</span><input name="reason" value="{{reason}}"
 placeholder="Reason, sent to the owners (needed to reject)"></label>
 <button class="main" name="do" value="approve">Approve</button>
@@ -23550,7 +24198,10 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 </form></section>
 ''', 'form': '''
 <details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
-{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields">{{!fields}}</div>
+{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields roomy">{{!fields}}</div>
+% if rare:
+<details><summary>More options</summary><div class="fields roomy gap">{{!rare}}</div></details>
+% end
 <p class="line"><button class="main">{{title}}</button>
 {{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
 <p class="small soft">{{note}}</p></form></details>
@@ -23590,21 +24241,17 @@ a token</p>
 '''}
 
 
+#: The part of the page to which addresses belong, by how they begin.
+PARTS = {'/': 'Plan', '/li': 'Reservations', '/r/': 'Reservations', '/bo': 'Book', '/ad': 'Admin'}
 LOOK = hashed(STYLE + SCRIPT)[:12]
 
 
 class Act(NamedTuple):
-    """What a button does.
-
-    Args:
-      words, done: what it says, and what is said of it afterwards
-      field: what is typed beside it: the argument, and what stands there at first
-      bad: it takes something away
-    """
+    """What a button does."""
     words: str
-    done: str
-    field: tuple[str, str] | None = None
-    bad: bool = False
+    done: str  # what is said of it afterwards
+    field: tuple[str, str] | None = None  # typed beside it: the argument, what is there at first
+    bad: bool = False  # it takes something away
 
 
 ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
@@ -23621,15 +24268,21 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'resource_add': Act('Add a resource', 'is added'),
         'resource_update': Act('Change a resource', 'is changed'),
         'maintenance_add': Act('Plan a maintenance', 'is planned'),
+        'resource_sync': Act('Read resources from a cloud', 'is read'),
+        'resource_capacity': Act('Change a capacity for a while', 'is changed'),
+        'user_end': Act('End all access of a person', 'has no access any more', bad=True),
+        'credential_add': Act('Let VMs be yours', 'is kept'),
+        'credential_delete': Act('Delete', 'is deleted', bad=True),
+        'end': Act('End now', 'ends now', bad=True),
         'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
         'calendar_feed': Act('Make an address', 'is made')}
-ASKED_TWICE = ('resource_delete', 'token_revoke')  # and what deletes VMs that run
+ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
 PUT_OFF = ('delete', 'skip', 'reject')  # done only when it can't be taken back any more
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin
 #: says.
 ACTS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
            'reserved': ('extend', 'skip', 'delete'),
-           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
+           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'end', 'delete'))}
 RUNNING = ('starting', 'active', 'degraded')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What becomes of VMs at the end.
@@ -23638,14 +24291,22 @@ ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
               'people': 'People'}
 #: The forms of operators: the page of each, and its fields in the order in which people think.
-FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram classes '
-                          'mode approval'),
-         'resource_update': ('/admin/resources', 'name vms vcpus ram classes mode min_free_time '
-                             'approval no_show default_image default_flavor default_vms'),
-         'maintenance_add': ('/admin/maintenance', 'resource start end reason affected'),
+FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram mode '
+                          'approval | cell classes min_free_time no_show lock default_image '
+                          'default_flavor default_vms'),
+         'resource_update': ('/admin/resources', 'rename vms vcpus ram mode approval force | cell '
+                             'cloud region aggregate classes min_free_time no_show lock '
+                             'default_image default_flavor default_vms'),
+         'resource_sync': ('/admin/resources', 'cloud aggregates mode | min_free_time '
+                           'reservable_hosts flavors force'),
+         'maintenance_add': ('/admin/maintenance', 'resource start end affected reason'),
+         'resource_capacity': ('/admin/maintenance', 'name start end vms vcpus ram affected reason '
+                               '| classes'),
          'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
-                       'min_notice max_vcpu_hours max_waiting exempt_within'),
-         'token_add': ('/admin/people', 'user project role purpose lasts scopes resource')}
+                       'min_notice max_vcpu_hours | max_waiting exempt_within lock'),
+         'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
+         'user_end': ('/admin/people', 'user project'),
+         'credential_add': ('/tokens', 'cloud application secret | trust')}
 #: Where else the button of an act of operators leads back to.
 ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
              'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
@@ -23662,27 +24323,38 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'host': 'Whole host', 'affinity': 'Hosts of its VMs',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
-         'accept_within': 'Time to accept what became free'}
+         'accept_within': 'Time to accept what became free', 'classes': 'Other classes',
+         'part': 'In parts', 'user': 'User', 'following': 'Which occurrences',
+         'force': 'If some no longer fit', 'no_show': 'Cancel if unused for',
+         'lock': 'Locked before start', 'approval': 'Approval within',
+         'default_vms': 'Default VMs', 'late_worst': 'Latest VM (s)', 'lasts': 'Good for'}
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
-         'until': '23 feb', 'skip_dates': '22 dec, 29 dec', 'lead': '10m',
+         'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
-INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules'}
-ATTRIBUTES = {'text': ' autocomplete="off"', 'password': ' type="password" '
+INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
+HINTS_OF = {'span': '2 hours, 3 days'}
+ATTRIBUTES = {**dict.fromkeys(('text', 'span'), ' autocomplete="off"'),
+              'secret': ' type="password" autocomplete="off"', 'password': ' type="password" '
               'autocomplete="current-password" required', 'rules': ' list="rules"',
               'number': ' type="number" min="1" max="1000000"'}
 #: The words of which an argument is one, as people read them.
 CHOICE_WORDS = {
-    'at_end': {'': 'as usual: delete the VMs', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
+    'at_end': {'': 'delete (usual)', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
                'shelve': 'shelve the VMs', 'snapshot': 'save an image of each, then delete'},
     'personal': {'': 'the project', 'true': 'only the owner', 'false': 'the project'},
     'affinity': {'': 'any hosts', APART: 'each on a host of its own', TOGETHER: 'all on one host'},
     'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
     'scopes': dict.fromkeys(('', *SCOPES)),
+    'role': {'': 'user', 'reader': 'reader: only looks', 'admin': 'admin'},
+    'affected': {'': 'stay; their owners are told', 'move': 'are moved', 'cancel': 'are cancelled'},
+    'force': {'': 'refuse', 'true': 'change it anyway'},
+    'following': {'': 'only this one', 'true': 'this one and all later ones'},
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
-       if name not in ('affinity', 'at_end')}}
+       if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
@@ -23692,13 +24364,14 @@ FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'S
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
-FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
+FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host affinity holidays')
+             'personal host affinity holidays classes part')
+FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
-           f'lead notify invite description {BOOK_MORE} wait').split()
+           f'lead notify invite description {BOOK_MORE}{FOR_OTHERS} wait').split()
 
 
 def render_page(template: str, /, **values) -> str:
@@ -23801,19 +24474,21 @@ def head_of(name: str) -> str:
 def offer_of(place) -> str:
     """A resource with how much it has."""
     limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
+    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
                                      for name, n in limits.items())])
 
 
 def sentence(text: str) -> str:
     """A text as a sentence: with a capital letter and a full stop."""
-    text = text[:1].upper() + text[1:]
+    name, colon, rest = text.partition(': ')
+    text = f'{head_of(name)}: {rest}' if colon and name.isidentifier() else (
+        text[:1].upper() + text[1:])
     return text if not text or text[-1] in '.!?' else f'{text}.'
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
 PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
-        'aria-label="Select {1}"></td>')
+        'aria-label="Select {1}"{2}></td>')
 NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
@@ -23990,9 +24665,7 @@ def spans_of(place, line: TimeLine, width: int) -> list[Level]:
 
 
 def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
-    """What is held from some minutes on, as levels; where nothing limits it, against the most
-    that is shown.
-    """
+    """What is held from some minutes on, as levels; without a limit against the most."""
     limits = {name: limit for name, limit in most.items() if limit is not None}
     highest = max((held.vms for _, held in found), default=0)
     levels, last = [], 0
@@ -24025,9 +24698,7 @@ def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level,
 
 
 def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
-    """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
-    width, y, height, level.
-    """
+    """The levels as shapes, as high and dark as it is full: x, width, y, height, level."""
     shapes = []
     for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
@@ -24045,9 +24716,7 @@ def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
 
 
 def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool) -> list[tuple]:
-    """What is free, or used where nothing limits it, wherever there is space to say so: x, words,
-    class, y.
-    """
+    """What is free, or used without a limit, where there is space to say so: x, words, class, y."""
     if line.view == 'month':
         return [(line.x(each.at + 60), in_brief_figures(each.free),
                  f'm m{math.ceil(5 * each.share)}', 26) for each in levels if not each.closed]
@@ -24092,12 +24761,7 @@ class Spot(NamedTuple):
 
 
 def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
-    """Where bars of one lane could have a text, the best first; the last is without one.
-
-    Args:
-      boxes: where each is, and its width
-      texts: what could be said, the longest first
-    """
+    """Where bars of one lane could have one of some texts, the best first; the last has none."""
     (low, width), high = boxes[0], boxes[-1][0] + boxes[-1][1]
     space = width - SIGN - 2 * PAD if len(boxes) == 1 else 0
     inside = next((text for text in texts if text_width(text) <= space), '') or shortened(
@@ -24115,9 +24779,7 @@ def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
 
 
 def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | None]:
-    """Puts groups of boxes with their texts into lanes in which nothing touches anything: the
-    lane and spot of each, None where there is none.
-    """
+    """Puts boxes with texts into lanes where nothing touches: lane and spot of each, or None."""
     taken: list[float] = []
     for boxes, texts in groups:
         found = next(((lane, spot) for spot in spots(boxes, texts)
@@ -24131,9 +24793,7 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
 
 
 class Use(NamedTuple):
-    """What is drawn of a resource: itself, its limits, how full it is and is now, the
-    reservations and changes of its capacity.
-    """
+    """What is drawn of a resource."""
     place: Any
     limits: dict
     levels: list[Level]
@@ -24162,11 +24822,7 @@ class Drawing:
         self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
 
     def row(self, use: Use, hint: int) -> SimpleNamespace:
-        """All that stands in the row of a resource.
-
-        Args:
-          hint: where it says how to begin, in percent, if it does
-        """
+        """All that stands in the row of a resource; `hint`: where it says how to begin."""
         line, limits, month = self.line, use.limits, self.line.view == 'month'
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
         names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
@@ -24180,7 +24836,7 @@ class Drawing:
         most, unit = caps[now.unit] if caps else ('', '')
         return SimpleNamespace(
             name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · needs approval' * bool(use.place.approval),
+            holds=(names or 'no limit') + ' · approval' * bool(use.place.approval),
             now=f'{now.free} of {most}' if caps else now.free,
             unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
             summary=f'at least {least} free at any time' if caps else 'nothing limits it',
@@ -24299,6 +24955,9 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
+CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project FROM proposal p
+  JOIN reservation r ON r.id = p.reservation_id
+  WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -24331,9 +24990,7 @@ def sort_key(value) -> tuple:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for
-    them. Each group of pages is a class of its own.
-    """
+    """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
     service: Reservations
     actor: Actor | None
@@ -24377,11 +25034,7 @@ class Visit:
 
     def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
              check: str = '') -> str:
-        """The begin of a form that is sent to an address: with what proves that it is ours.
-
-        Args:
-          check: where a script asks what would become of it
-        """
+        """The begin of a form, with what proves that it is ours; `check`: where a script asks."""
         more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
             ('class', kind), ('id', id), ('data-check', check)))
         kept = hidden({'form': self.guard} | (fields or {}))
@@ -24420,11 +25073,7 @@ class Visit:
         return self.href(found.label, found.project, start)
 
     def page(self, title: str, body: str, status: int = 200, headed: bool = True):
-        """A whole page; what the last form did is said once.
-
-        Args:
-          headed: its title stands above the body, which has no heading of its own
-        """
+        """A whole page, under its title if it has no heading; says what the last form did."""
         import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
@@ -24441,7 +25090,8 @@ class Visit:
         """The text of a whole page."""
         unread = len(self.told_of(self.seen)) if self.actor else 0
         return self.render('layout', title=title, body=body, note=note, here=here, back=back,
-                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
+                           headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
+                           unread=unread)
 
     def refusal(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
@@ -24450,20 +25100,13 @@ class Visit:
         body = self.render('refused', words=sentence(str(error)), back=back, again=again)
         return self.page('Refused', body, error.status)
 
-    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
-        """Leads on after a form, so that loading again does not send it again.
-
-        Args:
-          words: what was done, for the next page to say
-          undo: the form that takes it back
-        """
+    def onward(self, href: str, words: str = '', undo: tuple[str, float] = ('', 0)):
+        """Leads on after a form; the next page says what was done, and offers to undo it."""
         made = answered('', 303, {'Location': href})
         if words:
-            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
-            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
-                     for each in (undo, None)]
-            note = notes[0] if len(notes[0]) < 3900 else notes[1]
-            self.set_cookie(made, 'note', note, 60)
+            note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
+            self.set_cookie(made, 'note', quote(self.pages.signed('note', json.dumps(note)),
+                                                safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -24498,13 +25141,9 @@ class Visit:
     # Tables
 
     def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '') -> str:
-        """A table that a click on a head sorts.
-
-        Args:
-          given: the arguments of the page; `sort` is a column, with a minus the other way round
-          picks: what comes before the key of a line in the name of the box that selects it
-        """
+              empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
+        """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
+        columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
         if not lines:
             return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
         sort = (given or {}).get('sort', '')
@@ -24516,7 +25155,7 @@ class Visit:
         cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
                  for line in lines]
         return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks)
+                           lines=cells, picks=picks, picked=picked)
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -24538,13 +25177,14 @@ class Visit:
             return f'<div>{state(value)}{cut_short(more)}</div>'
         if key == 'label' and 'project' in line:
             user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
-            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+            of = (f'<br><span class="soft small of"><bdi>{in_html(user)}</bdi> in '
                   f'<bdi>{in_html(project)}</bdi></span>'
                   if self.actor.role == ADMIN and 'user' in line else '')
             href = in_html(self.href(value, line['project'], line.get('which')))
             return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
         if key == 'change' and 'acts' in line:
-            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
+            acts = ''.join(self.act(each, line) for each in line['acts'])
+            return f'<div class="line deeds">{acts}</div>' if acts else ''
         if key == 'log_in':
             return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
                            f'{copy(each, f"Copy {each}")}</span>' for each in value)
@@ -24561,36 +25201,27 @@ class Visit:
 
     def input(self, operation: Operation, name: str, value: Any, words: str = '',
               names: dict | None = None, **more) -> str:
-        """The field of an argument, typed or chosen as its type wants it.
-
-        Args:
-          names: of the kinds of things on a cloud, those that there are
-        """
+        """The field of an argument, typed or chosen; `names`: those on a cloud, by kind."""
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
-        if name == 'resource':
+        if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
             choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
                                                    for each in self.places()]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
             choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
-        if choices and value not in [each for each, _ in choices]:
+        if choices and value and value not in [each for each, _ in choices]:
             choices = [*choices, (value, value)]
-        kind = INPUT_KINDS.get(parameter.annotation, 'text')
-        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
-                     choices=choices, needed=needed, **more)
+        kind = 'secret' if name == 'secret' else INPUT_KINDS.get(parameter.annotation, 'text')
+        hint = HINTS.get(name) or HINTS_OF.get(kind, '')
+        return field(name, words or head_of(name), value, kind, hint, choices=choices,
+                     needed=needed, **more)
 
     # What can be done
 
     def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
-        """The button that does something to what a line is about.
-
-        Args:
-          wide: there is room for a field beside it, and it leads back to the page of the
-            reservation
-          occurrence: of a series, the one that is meant
-        """
+        """The button that does something to what a line is about; `wide`: on its own page."""
         if name == 'edit':
             about = in_html(line['name'])
             query = in_html(urlencode({'edit': line['name']}))
@@ -24598,7 +25229,7 @@ class Visit:
                     f'<span class="off"> {about}</span></a> ')
         if name == 'undo':
             onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
+            return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
                 '<button class="tiny">Undo</button></form>')
         words, _, typed, bad = ACTS[name]
         occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
@@ -24635,43 +25266,56 @@ class Visit:
 
     def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
+        asks = ['undo'] * bool(found.get('undo'))
         if not self.writes or found.get('leaves'):
-            return ['undo'] * bool(found.get('leaves'))
-        asks = []
+            return asks
         if (found['state'] == 'pending' or 'change' in found) and not only:
             held = self.service.look.occurrence(found['id'])
-            asks = (['accept'] if held.confirm else ['approve', 'reject']
-                    if self.actor.role == ADMIN else [])
+            asks += (['accept'] if held.confirm else ['approve', 'reject']
+                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
+        if found.get('at_end') in ('', None, 'delete') or 'servers' not in found:
+            can = [each for each in can if each != 'end']  # then that is to cancel it
         return [*asks, *(each for each in can if not only or each in only)]
 
     # What can be taken back for a while
 
     @functools.cached_property
-    def put_off(self) -> list[tuple[str, str, str, int]]:
-        """What is done soon, unless somebody takes it back: its name, a label, a project, an
-        occurrence or 0.
-        """
-        found = ((each.name, json.loads(each.value.partition(' ')[2]))
-                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
-        return [(name, *about) for name, said in found for about in said['about']]
+    def undoable(self) -> list[tuple]:
+        """What can be taken back: label, project, occurrence or 0; how; whether it cancels."""
+        me, now = [self.actor.user, self.actor.project], self.service.clock()
+        later = [(each.name, json.loads(each.value.partition(' ')[2]))
+                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
+        changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+        return [(*about, name * (said['by'][:2] == me), True)
+                for name, said in later for about in said['about']] + [
+            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]), False)
+            for each in reversed(changed)]
 
-    def leaves(self, label: str, project: str, id: int) -> str:
-        """What cancels an occurrence in a moment; '' if nothing does."""
-        return next((name for name, *about, which in self.put_off
-                     if about == [label, project] and which in (0, id)), '')
+    def way_back(self, answer: dict) -> tuple[str, float]:
+        """What takes back what has just been changed, and for how many seconds."""
+        now, parts = self.service.clock(), answer.get('parts', [answer])
+        labels = {(each['label'], each['project']) for each in parts}
+        made = {each.label: each for each in rows(
+            CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+            if each.user == self.actor.user and (each.label, each.project) in labels}
+        ids = ','.join(f'{each.id}' for each in made.values())
+        return ids, min((each.until for each in made.values()), default=now) - now
+
+    def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
+        """What takes back what was done to an occurrence, and whether that cancels it."""
+        return next(((name, gone) for *about, which, name, gone in self.undoable
+                     if about == [label, project] and which in (0, id)), ('', False))
 
     def as_left(self, line: dict) -> dict:
         """A line of a table as it will be when what is under way is done."""
-        name = self.leaves(line['label'], line['project'], line['id'])
-        return line | {'state': 'cancelled', 'leaves': name} if name else line
+        undo, gone = self.leaves(line['label'], line['project'], line['id'])
+        return line | {'undo': undo, 'leaves': gone} | ({'state': 'cancelled'} if gone else {})
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
-    that is slow.
-    """
+    """Names of flavors and images, looked up aside: nobody waits long for a slow cloud."""
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -24681,9 +25325,7 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some
-        seconds.
-        """
+        """The names in sight, by kind; and why, if the cloud does not answer in time."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -24841,7 +25483,7 @@ class Pages:
         except Invalid:
             zone = config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.wanted = while_there(request.environ)
+        service.wanted, service.undo_for = while_there(request.environ), config.undo_time
         # sentences speak in the person's zone
         service.config = dataclasses.replace(config, timezone=zone.key)
         return kind(self, service, actor, zone, self.sign('form', f'{found.id}' if found else ''))
@@ -24862,7 +25504,8 @@ class Pages:
             request, given = bottle.request, {}
             visit = self.visit(request, kind)
             try:
-                given = read_form(request) if request.method == 'POST' else read_query(request)
+                given = read_query(request) | (
+                    read_form(request) if request.method == 'POST' else {})
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -24874,9 +25517,7 @@ class Pages:
         return handler
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our
-        forms know.
-        """
+        """Refuses what another site sends: by where it comes from, and what only our forms know."""
         origin = header(request, 'Origin')
         ours = (header(request, 'Host'), urlsplit(self.service.config.public_url).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
@@ -24938,8 +25579,9 @@ class SignIn(Visit):
         try:
             if not service.config.keystone or not all(said.values()):
                 raise Unauthorized('Type your user name, your project and its domain.')
-            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
-                password=given.get('password', ''), **said))
+            keystone = service.clouds.keystone
+            found = ask_keystone(service, said['user'], lambda: keystone.sign_in(
+                password=given.get('password', ''), **said), keystone.PATIENT)
             if found.refusal:
                 raise found.refusal
             role = role_of(service, found.scoped)
@@ -25000,9 +25642,7 @@ class SignIn(Visit):
         return Actor(user, project or 'default', role or USER)
 
     def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
-        """Begins a session of somebody whom others know, until they do not any more: of a token
-        that nobody knows.
-        """
+        """Begins a session of somebody whom others know: of a token that nobody knows."""
         now, purpose = self.service.clock(), f'signed in at {where}'
         lasts, hash = min(self.config.session_length, ends - now), secrets.token_hex(32)
         with transaction():
@@ -25068,28 +25708,30 @@ class PlanPage(Visit):
         if not places:
             return self.page('Plan', self.render('nothing'))
         view = given.get('view') if given.get('view') in VIEWS else 'week'
-        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
         number = given.get('page', '')
         page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
         kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
 
-        def href(**other) -> str:
+        def way(**other) -> str:
             chosen = {name: value for name, value in (kept | other).items() if value != ''}
             return f'/?{urlencode(chosen)}'
-        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
-            len(places) > (page + 1) * MOST_PLACES)
-        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
-        return self.page('Plan', body, headed=False)
+        first = page * MOST_PLACES
+        return self.page('Plan', self.drawn(
+            TimeLine(view, read_at(given.get('at')) or self.today, self.zone),
+            places[first:first + MOST_PLACES], way, kept['mine'], page=page,
+            more=len(places) > first + MOST_PLACES), headed=False)
 
-    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
-              others: list) -> str:
+    @property
+    def today(self) -> datetime:
+        """What clocks show now."""
+        return to_wall(self.here.now, self.zone)
+
+    def drawn(self, line: TimeLine, places: list, way: Callable[..., str], mine: str,
+              **values) -> str:
         """The plan of some resources."""
-        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
-        found = self.on_plan(places, line, mine)
-        coming = self.coming()
+        drawing, most, coming = Drawing(self, line, way), MOST_BARS[line.view], self.coming()
+        found, changes = self.on_plan(places, line, mine), self.service.maintenance_list()
         first = not coming and not found and self.writes and not self.service.over('', 1)
-        changes = self.service.maintenance_list()
         uses = [use_of(each, line, drawing.days, found[:most], changes,
                        self.here.now.timestamp()) for each in places]
         groups = defaultdict(list)
@@ -25097,32 +25739,17 @@ class PlanPage(Visit):
             name = each.place.cloud or 'no cloud', each.place.region
             hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
             groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
-        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
-        inside = line.first <= today < line.after
-        middle = today if inside else line.first + (line.after - line.first) / 2
-        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
-                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
-                 if 0 <= each[-1] < len(VIEWS)]
-        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
-                'thin': line.thin, 'snap': SNAPS[line.view],
-                **({'writes': ''} if self.writes else {})}
+        inside = line.first <= self.today < line.after
+        middle = self.today if inside else line.first + (line.after - line.first) / 2
         return self.render(
-            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
-            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
-            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
-            before=line.at(line.first - (line.after - line.first)), view=line.view,
-            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
-            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
-            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
-            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
-            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
-            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
+            'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
+            line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
+            middle=f'{middle:%Y-%m-%dT%H}', days=drawing.with_shares(uses), groups=groups.items(),
+            grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
+            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
             legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
                 'other', 'other people’s') for each in found),
-            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
-            others=[(href(at=line.at(line.first), page=number), words)
-                    for number, words in others],
-            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
+            most=most if len(found) > most else 0, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -25145,34 +25772,27 @@ class PlanPage(Visit):
 
     def not_leaving(self, found: list) -> list:
         """Those that nobody has cancelled a moment ago."""
-        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
+        return [each for each in found if not self.leaves(each.label, each.project, each.id)[1]]
 
     def cards(self, coming: list) -> list[tuple]:
-        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
-        rest, an address.
-        """
-        def starts(each) -> str:
-            at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} on {each.resource}"
-            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
-
-        def ends(each) -> str:
-            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
-            until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
-            return f'ends {until}, in {left}'
-
-        def up(each) -> str:
+        """What runs, is next, needs you: a head, a state, a label, words, the rest, a link."""
+        def told(head: str, each) -> tuple[str, str]:
             vms = counted(each.vms, 'VM')
-            return f'{each.up} of {each.vms} ready' if each.runs else vms
-
-        def when(each) -> str:
-            return self.brief(instant(each.start), instant(each.end))
-        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
-                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
-        firsts = [(*kind, next((each for each in coming if each.state in kind[1] and (
-            each.state != 'pending' or each.confirm)), None)) for kind in kinds]
-        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
-                for head, _, words, more, found in firsts if found]
+            if head == 'Running now':
+                until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
+                left = in_length(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
+                return (f'{each.up} of {each.vms} ready' if each.runs else vms,
+                        f'ends {until}, in {left}')
+            at = self.plain(instant(each.start - each.lead))[-5:]
+            return (self.brief(instant(each.start), instant(each.end)) if head == 'Next'
+                    else each.state,
+                    f'{vms} on {each.resource}' + f', {each.image} starts at {at}' * bool(each.image))
+        kinds = {'Running now': ('active', 'starting'), 'Next': ('reserved',),
+                 'Needs you': ('degraded', 'pending')}
+        firsts = [(head, next((each for each in coming if each.state in states and (
+            each.state != 'pending' or each.confirm)), None)) for head, states in kinds.items()]
+        return [(head, each.state, each.label, *told(head, each), self.href_of(each))
+                for head, each in firsts if each]
 
     def ask_line(self, typed: str = '') -> str:
         """The line in which people say what they want."""
@@ -25193,14 +25813,10 @@ class PlanPage(Visit):
 #: What people can type in one line.
 EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
             '1 vm tomorrow 9:00-11:00')
-MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
-                  'all.')
 
 
 class Lists(Visit):
-    """Reservations: in a list, one by one, as others see them; notices, tokens, and what programs
-    can ask for.
-    """
+    """Reservations in a list, one by one, as others see them; notices, and the REST interface."""
 
     def list(self, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
@@ -25222,9 +25838,7 @@ class Lists(Visit):
             states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
-        """A table of reservations: with their addresses, how late they were ready, and what can
-        be done to them.
-        """
+        """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
                          'occurrence_id IN numbers(?)',
@@ -25236,7 +25850,8 @@ class Lists(Visit):
             late = [max(server.ready - server.planned, 0) for server in own if server.ready]
             lines.append(each | {
                 'addresses': sum((json.loads(server.addresses) for server in own), []),
-                'late': ready_after(max(late)) if late else '', 'acts': self.acts(each)})
+                'late': ready_after(max(late)) if late else '',
+                'acts': [act for act in self.acts(each) if act != 'keep']})
         columns = 'label state resource vms start end addresses'.split()
         return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
 
@@ -25255,8 +25870,9 @@ class Lists(Visit):
         href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
         changes = found['state'] not in (*OVER, 'ending') and self.writes
         return self.page(label, self.render(
-            'reservation', live=live, href=f'{href}/live{query}', share=self.share_form(found),
-            change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
+            'reservation', label=label, live=live, href=f'{href}/live{query}',
+            share=self.share_form(found), tag=hashed(live)[:20],
+            change=f'{href}/change{query}' if changes else ''), headed=False)
 
     def live(self, label: str, given: dict):
         """What is live of a reservation's page, if it is another than the browser has."""
@@ -25298,7 +25914,11 @@ class Lists(Visit):
     def occurrences(self, found: dict) -> str:
         """The next occurrences of a series, each with what can be done to it."""
         coming = found.get('occurrences', ())
-        lines = [self.as_left(found | each) for each in coming[:60]]
+        ids = {instant(each.start): each.id for each in rows(
+            'SELECT o.id, o.start FROM occurrence o JOIN occurrence one '
+            'ON one.reservation_id = o.reservation_id WHERE one.id = ? AND o."end" > ?',
+            found['id'], int(self.service.clock()))} if coming else {}
+        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
         columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
@@ -25406,23 +26026,16 @@ class Lists(Visit):
 
 
 class Verdict(NamedTuple):
-    """What a form says of itself.
-
-    Args:
-      kind: ok, some of it or no; '' before it was checked
-      months: of a series, each with its weeks of days and what becomes of those
-      go, waits: what its buttons do; '' without one
-      focus: it goes to who has just sent the form
-    """
-    kind: str
+    """What a form says of itself."""
+    kind: str  # ok, some of it or no; '' before it was checked
     head: str
     words: Iterable[str] = ()
     facts: Iterable[tuple[str, str]] = ()
-    months: Iterable[tuple] = ()
+    months: Iterable[tuple] = ()  # of a series: weeks of days, and what becomes of those
     offers: Iterable[tuple[str, str]] = ()
-    go: str = 'Book'
+    go: str = 'Book'   # what its buttons do; '' without one
     waits: str = ''
-    focus: bool = False
+    focus: bool = False  # it goes to who has just sent the form
 
 
 UNCHECKED = Verdict('', 'Here you see whether it fits.')
@@ -25439,7 +26052,7 @@ USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every
 CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
                           'notify', 'invite', 'lead', 'description'))
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
-OF_ONE = 'resource', 'start', 'end', 'vms'
+OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
 
 class BookForm(Visit):
@@ -25463,25 +26076,21 @@ class BookForm(Visit):
 
     def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **more):
         """The page with the form of a new one."""
-        return self.page('Book', self.form(said, verdict, BOOK_MORE, action='/book',
+        return self.page('Book', self.form(said, verdict, BOOK_MORE + FOR_OTHERS * (
+            self.actor.role == ADMIN), action='/book',
                          check='/book/check', line=self.render(
                              'line', typed=typed, example=EXAMPLES[0]), **more), status)
 
     def form(self, said: dict, verdict: Verdict, more: str, was: dict | None = None,
              only: Iterable[str] = (), **values) -> str:
-        """All fields of a reservation, to book it or to change it.
-
-        Args:
-          more: the fields that few need
-          was: the fields as they were before it was changed
-          only: the fields that are shown, if not all
-        """
+        """The fields of a reservation, or `only` some; `was`: before it was changed."""
         names, why = self.offered(said['resource'])
         known = API['add' if was is None else 'update'].parameters
 
         def fields(of: str) -> str:
             return ''.join(self.field(each, said, names, was) for each in of.split()
-                           if each in (only or known) and (was is None or each != 'label'))
+                           if (each in only if only else each in known and each != 'following')
+                           and (was is None or each != 'label'))
         groups = {name: fields(those) for name, those in FIELDSETS.items()}
         groups = {name: f'<div class="fields">{inside}</div>' for name, inside in groups.items()
                   if inside}
@@ -25535,9 +26144,7 @@ class BookForm(Visit):
                                              'vms': '1', 'what': 'image'}
 
     def filled(self, given: dict) -> dict:
-        """The fields of the form: as given, times as people write them; what was clicked on, not
-        before now.
-        """
+        """The fields of the form as given; what was clicked on is not before now."""
         said = self.blank() | {name: given[name] for name in BOOKING if given.get(name)}
         place, clicked = self.place(said['resource']), 'label' not in given
         if place and clicked:
@@ -25629,8 +26236,10 @@ class BookForm(Visit):
         given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
         if said.get('what') == 'hold':
             given.pop('image', None)
-        elif said.get('what') and not given.get('image') and not given.get('server'):
+        elif said.get('what') and not any(given.get(each) for each in ('image', 'server', 'part')):
             raise Invalid(CHOOSE)
+        if given.get('part'):
+            given.pop('resource', None)  # the parts name theirs
         if given.get('skip_dates'):
             given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
         return bind(API['add'], given | {'tz': self.zone.key}, self.here)
@@ -25800,8 +26409,7 @@ class BookForm(Visit):
         query = urlencode({name: given[name] for name in ('project', 'occurrence')
                            if given.get(name)})
         href = f'/r/{quote(label)}/change'
-        more = BOOK_MORE.replace('accept_within ', '') + ' user reason' * (
-            self.actor.role == ADMIN)
+        more = BOOK_MORE + ' user reason' * (self.actor.role == ADMIN)
         return self.page(f'Change {label}', self.form(
             was | said, verdict, more, was=was, only=only, line='', action=f'{href}?{query}',
             check=f'{href}/check?{query}'), status)
@@ -25828,7 +26436,7 @@ class BookForm(Visit):
         """Does what a form of changes says."""
         found, _ = self.to_change(label, given)
         before = self.stored_fields(found)
-        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'user', 'reason')
+        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'reason', 'following')
                 if name in given and given[name] != given.get(f'was_{name}', before.get(name))}
         if said.pop('what', '') == 'hold' and found['image']:
             said['image'] = ''
@@ -25876,7 +26484,8 @@ class BookForm(Visit):
         except Error as error:
             return self.changing(label, given, given, cannot_change(error, True), error.status)
         words = f"'{answer['label']}' is changed"
-        return self.onward(self.href(answer['label'], answer['project']), words)
+        return self.onward(self.href(answer['label'], answer['project']), words,
+                           self.way_back(answer))
 
 
 def cannot_change(error: Error, focus: bool) -> Verdict:
@@ -25890,11 +26499,7 @@ class Admin(Visit):
 
     def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
               status: int = 200):
-        """A page of operators.
-
-        Args:
-          typed: the form that was refused, or that shows what it would do, with its `operation`
-        """
+        """A page of operators; `typed`: the form that was refused, or shows what it would do."""
         self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
@@ -25914,9 +26519,12 @@ class Admin(Visit):
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
                    if not each.get('leaves')]
         columns = 'label resource vms start end description change'.split()
-        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ')
+        picked = [each for each in typed if each.startswith('pick ')]
+        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ',
+                           picked)
         waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
         return self.render('decide', table=table, some=pending, refusal=refusal,
+                           picked=len(picked),
                            reason=typed.get('reason', '')) + headed(
             'Waiting for capacity', self.table(
                 'Waiting', 'label resource vms start end change'.split(), waiting, {},
@@ -25939,7 +26547,7 @@ class Admin(Visit):
         words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
-    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple | None]:
+    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple[str, float]]:
         """Does something to each of several: how many, why not others, what takes it back."""
         done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
         for each in asked:
@@ -25950,7 +26558,7 @@ class Admin(Visit):
             except Error as error:
                 refused.append(f"{each['label']}: {error}")
         undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
-                          ) if puts_off and done else None
+                          ) if puts_off and done else ('', 0)
         return len(done), refused, undo
 
     def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
@@ -25967,7 +26575,8 @@ class Admin(Visit):
                                            .split(), affected, {}, 'It affects nobody.'))
         return headed('Maintenance', self.table(
             'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
-                'maintenance_add', typed, refusal) + affects
+                'maintenance_add', typed, refusal) + self.op_form(
+                    'resource_capacity', typed, refusal) + affects
 
     def resources(self, given: dict, typed: dict, refusal: str) -> str:
         """The resources, each with how to change it."""
@@ -25979,8 +26588,9 @@ class Admin(Visit):
         edits = found or typed.get('operation') == 'resource_update'
         return headed('Resources', self.table(
             'Resources', columns, lines, given, 'There is no resource yet.')) + (
-                self.op_form('resource_update', typed, refusal, found) if edits else '') + (
-                    self.op_form('resource_add', typed, refusal))
+                self.op_form('resource_update', typed, refusal, found) if edits else '') + ''.join(
+                    self.op_form(each, typed, refusal) for each in ('resource_add',
+                                                                    'resource_sync'))
 
     def use(self, given: dict, typed: dict, refusal: str) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
@@ -26032,7 +26642,7 @@ class Admin(Visit):
         tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
                   if not each['revoked']]
         limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
-        columns = f"id {FORMS['limit_add'][1]} change".split()
+        columns = f"id {FORMS['limit_add'][1]} change".replace('|', '').split()
         many = typed if typed.get('operation') == 'many' else {}
         fields = field('people', 'One person a line: the name, and a project if it is another',
                        many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
@@ -26043,10 +26653,10 @@ class Admin(Visit):
             self.op_form('token_add', typed, refusal),
             self.render('form', id='many', title='Make tokens for many people', more={},
                         action='/admin/people', refusal=refusal * bool(many), opened=many,
-                        fields=fields, previews=False, note='You get a CSV file with a link to '
-                        'sign in for each. It is made only now, so keep it safe.'),
+                        fields=fields, rare='', previews=False, note='You get a CSV file with a '
+                        'link to sign in for each. It is made only now, so keep it safe.'),
             headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
-            self.op_form('limit_add', typed, refusal)))
+            self.op_form('limit_add', typed, refusal), self.op_form('user_end', typed, refusal)))
 
     def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
@@ -26070,8 +26680,8 @@ class Admin(Visit):
                               error.status)
         return csv_answer(made, 'tokens.csv')
 
-    def tokens(self, given: dict):
-        """One's own tokens: what for, until when; made, renewed and revoked here."""
+    def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
+        """One's own tokens; and the clouds on which VMs are one's own."""
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
         own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
                for each in self.service.token_list()
@@ -26079,40 +26689,46 @@ class Admin(Visit):
         makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
                  'purpose': 'calendar program'}
         address = f'{self.pages.service.config.served}{DAV}/'
-        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + (
-            self.op_form('token_add', {}, '') if can else '') + self.render(
-                'programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD))
+        clouds = [each | {'acts': ['credential_delete'] * can}
+                  for each in self.service.credential_list()]
+        forms = [self.op_form(each, typed or {}, refusal) for each in
+                 ('token_add', *['credential_add'] * self.writes)] if can else []
+        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + ''.join(
+            forms) + self.table('Clouds on which VMs are yours',
+                                'id user cloud application trust added change'.split(), clouds) +
+            self.render('programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD),
+            status)
 
     # Forms that name an operation
 
     def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
         mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
-        was = {each: in_length(found[each]) if API[name].parameters[each].annotation is Span
-               else in_field(found[each]) for each in names.split() if each in (found or {})}
-        fields = ''.join(self.input(API[name], each, mine.get(each, was.get(each, '')),
-                                    was=was[each] if each in was and each != 'name' else None,
-                                    help=argument_help(API[name], each).replace('`', ''))
-                         for each in names.split())
-        back = page if self.actor.role == ADMIN else '/tokens'
+        now, operation = found and found | {'rename': found['name']} or {}, API[name]
+        was = {each: in_length(now[each]) if operation.parameters[each].annotation is Span
+               else in_field(now[each]) for each in names.split() if each in now}
+        fields, rare = (''.join(
+            self.input(operation, each, mine.get(each, was.get(each, '')), was=was.get(each),
+                       help=argument_help(operation, each).replace('`', ''))
+            for each in those.split()) for those in f'{names}|'.split('|')[:2])
+        about = {'name': found['name']} if found else {}
         return self.render(
             'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
-            more={'next': back, 'once': secrets.token_hex(8)}, opened=mine or found,
-            refusal=refusal * bool(mine), previews=name == 'maintenance_add')
+            rare=rare, opened=mine or found, refusal=refusal * bool(mine),
+            more=about | {'next': page if self.actor.role == ADMIN else '/tokens',
+                          'once': secrets.token_hex(8)}, previews='affected' in names)
 
     def do(self, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST
-        are.
-        """
+        """Whatever a form asks for: an operation, whose fields are read as those of REST are."""
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         checks = given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
-        ends = name == 'delete' and not sure and self.running(said)
+        ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
-            return self.are_you_sure(operation, given, said, onward)
+            return self.are_you_sure(operation, given, said, onward, ends or '')
         asked = asked_by(operation, said, self)
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
@@ -26128,7 +26744,8 @@ class Admin(Visit):
         if checks:
             affects = [each | {'resource': answer['resource']} for each in answer['hit']]
             return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
-        words, undo = told_done(name, asked, answer), undo_of(name, said, answer)
+        words = told_done(name, asked, answer)
+        undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
         if puts_off:
             whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
             first = answer if isinstance(answer, dict) else answer[0]
@@ -26140,10 +26757,8 @@ class Admin(Visit):
                                                  secret=answer[secret.pop()]))
         return self.onward(onward, words, undo)
 
-    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, dict]:
-        """Lets the life cycle do something when it can't be taken back any more; the form that
-        takes it back.
-        """
+    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
+        """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
         me = self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
@@ -26154,52 +26769,61 @@ class Admin(Visit):
                 what = ', '.join(sorted({ACTS[each].words.lower() for each, _ in calls}))
                 self.service.journal(now, 'updated', f'{me.user}: {what}. Undo is possible until '
                                      f'{until}', found.reservation)
-        return '/undo', {'act': name, 'next': '/list'}
+        return name, self.config.undo_time
 
     def undo(self, given: dict):
         """Takes back what was asked for a moment ago."""
         act = given.get('act', '')
+        labels = (self.service.take_back([*map(int, act.split(','))])
+                  if re.fullmatch('[0-9]{1,18}(,[0-9]{1,18}){0,99}', act) else self.call_off(act))
+        about = ', '.join(f"'{label}'" for label in labels)
+        return self.onward(local(given.get('next')), f'{about} stays as it was')
+
+    def call_off(self, act: str) -> list[str]:
+        """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
                         'AND CAST(value AS REAL) > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
-                raise Conflict('It is too late to undo this. It is done already.')
+                raise Conflict(TOO_LATE)
             run('DELETE FROM fact WHERE name = ?', act)
             for label, project, _ in said['about']:
                 reservation = self.service.look.mine(label, project, live=False).reservation
                 self.service.journal(now, 'updated', f'{self.actor.user} has undone that',
                                      reservation)
-        about = ', '.join(f"'{label}'" for label, *_ in said['about'])
-        return self.onward(local(given.get('next')), f'{about} stays as it was')
+        return [label for label, *_ in said['about']]
 
-    def running(self, said: dict) -> bool:
-        """Whether VMs run that a form would delete."""
+    def running(self, said: dict) -> str:
+        """The VMs that a form would end, in words; '' if none run."""
+        about = {name: said[name] for name in ('label', 'project', 'occurrence') if said.get(name)}
         try:
-            found = self.service.show(**bind(API['show'], {
-                name: said[name] for name in ('label', 'project', 'occurrence')
-                if said.get(name)}, self.here))
-            return 'servers' not in found or bool(found['servers'])
+            found = self.service.show(**bind(API['show'], about, self.here))
         except Error:  # the operation says why
-            return False
+            return ''
+        names = [each['name'] for part in found.get('parts', [found]) for each in part['servers']]
+        return names and f"{counted(len(names), 'VM')} running now: {', '.join(names[:20])}." or ''
 
-    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str):
-        """The question before what can't be undone, with what that would warn of."""
-        warnings = []
+    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str, ends: str):
+        """The question before what can't be undone, with what that ends and would warn of."""
+        warnings = [ends]
         if operation.name == 'delete':
             bound = bind(operation, asked_by(operation, said, self) | {'dry_run': True}, self.here)
-            warnings = [sentence(each) for line in self.service.delete(**bound)
-                        for each in line.get('warnings', ())]
+            warnings += [sentence(each) for line in self.service.delete(**bound)
+                         for each in line.get('warnings', ())]
+        about = next((said[each] for each in ('label', 'name', 'id', 'user') if said.get(each)), '')
         return self.page('Are you sure?', self.render(
             'sure', operation=operation.name, fields=given, words=ACTS[operation.name].words,
-            warnings=warnings, about=said.get('label') or said.get('name') or said.get('id'),
-            which=said.get('occurrence'), back=back))
+            warnings=filter(None, warnings), about=about, which=said.get('occurrence'), back=back))
 
     def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and self.actor.role == ADMIN and FORMS[name][0] == back:
-            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2],
-                              said | {'operation': name}, sentence(str(error)), error.status)
+        typed, words = said | {'operation': name}, sentence(str(error))
+        if name in FORMS and back == '/tokens':
+            return self.tokens({}, typed, words, error.status)
+        if name in FORMS and FORMS[name][0] == back:
+            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2], typed, words,
+                              error.status)
         words, _, typed, bad = ACTS.get(name, Act(name, ''))
         if not typed or typed[0] not in said:
             raise error
@@ -26238,24 +26862,10 @@ def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
                    and said.get(f'was_{name}') != value}
 
 
-def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
-    """What takes back at once what a form has done, if anything does."""
-    kept = {key: said[key] for key in ('label', 'project', 'occurrence') if said.get(key)}
-    if name == 'skip' and not said.get('undo'):
-        return '/do/skip', kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
-    if name == 'update' and said.get('was_start') and said.get('was_end'):
-        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
-        return '/do/update', kept | moved | {'start': said['was_start'], 'end': said['was_end']}
-    if name == 'extend' and 'parts' not in answer:
-        before = answer['end'] - parse_duration(said['by'])
-        return '/do/update', kept | {'end': to_plain(before)}
-    return None
-
-
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
-    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user') if said.get(key)),
-                 '')
+    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user', 'cloud')
+                  if said.get(key)), '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     warned = [each for line in answer for each in line.get('warnings', ())
@@ -26565,13 +27175,13 @@ def channels_in(connections: Connections, watch: Watch) -> type:
 class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
-    def __init__(self, app: Callable, config: Config):
+    def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
         allow_files(config.connections + 500)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
             app, host=config.host, port=config.port, asyncore_use_poll=True, ident=None,
-            _dispatcher=fair_dispatcher(config.threads), channel_request_lookahead=1,
+            _dispatcher=fair_dispatcher(config.threads, is_new), channel_request_lookahead=1,
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
             clear_untrusted_proxy_headers=False)
         self.port = int(getattr(self.server, 'effective_port', config.port))
@@ -27022,8 +27632,10 @@ _nova = sys.modules.get('nova.scheduler.filters')
 def nova_settings():
     """The section [cmres] of nova.conf: url, token, timeout in seconds, when_down."""
     from oslo_config import cfg
-    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='address of cmres'),
-               cfg.StrOpt('token', default='', secret=True, help='token of an admin'),
+    options = [cfg.ListOpt('url', default=['http://127.0.0.1:8080'], help='address of cmres, or of '
+                           'each, if there are several'),
+               cfg.ListOpt('token', default=[''], secret=True, help='token of an admin, or one for '
+                           'each address'),
                cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
                cfg.StrOpt('without_hint', default='outside', choices=['outside', 'reserved'],
                           help='whether servers without the hint `cmres` may use a reservation '
@@ -27041,6 +27653,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """
 
     RUN_ON_REBUILD = False
+    known: dict[str, tuple] = {}  # which address and token are those of a store
 
     def filter_all(self, hosts, spec):
         """Nova's own entry point: the hosts of a request that pass, asked for at once for all of
@@ -27057,47 +27670,74 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         if asks and not label and outside:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside) if asks else {}
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
             if passes and (names or not label):
                 yield host
 
     def hint(self, spec) -> str:
-        """The label of the reservation that a request names, '' if it names none."""
+        """The label of the reservation that a request names, or as Blazar's users do its id; '' if
+        it names none.
+        """
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
-        return (hints.get('cmres') or [''])[0]
+        return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
         return host.host in verdict if isinstance(verdict, list) else verdict
 
-    def marks(self, host) -> set[str]:
-        return {each.metadata['cmres'] for each in host.aggregates if each.metadata.get('cmres')}
+    def marks(self, host) -> set[tuple[str, str]]:
+        """Which cmres has a host, as far as that is said, and as what resource."""
+        said = [each.metadata for each in host.aggregates]
+        return {(each.get('cmres_store', ''), each['cmres']) for each in said if each.get('cmres')}
 
     def is_rebuild(self, spec) -> bool:
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask(self, resources: list[str], spec, label: str,
+    def ask_all(self, resources: list[tuple], spec, label: str,
+                hosts: list[str]) -> dict[tuple, bool | list]:
+        """Whether each resource may be booted on, or on which of its hosts."""
+        verdicts = {}
+        for store in {each[0] for each in resources}:
+            names = [name for owner, name in resources if owner == store]
+            found = self.ask(store, names, spec, label, hosts)
+            verdicts |= {(store, name): found[name] for name in names}
+        return verdicts
+
+    def ask(self, store: str, names: list[str], spec, label: str,
             hosts: list[str]) -> dict[str, bool | list]:
-        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged
-        with its reason.
-        """
-        settings = nova_settings()
+        """What the cmres says that has some resources; a refusal is logged with its reason."""
+        settings, flavor = nova_settings(), spec.flavor
         try:
-            answer = Client(settings.url, settings.token, settings.timeout).claim(
-                spec.instance_uuid, resources, spec.project_id, spec.user_id or '',
-                spec.flavor.vcpus,
-                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label,
-                hosts)
+            answer = self.answer(store, settings, [
+                spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts])
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
-            return dict.fromkeys(resources, settings.when_down == 'open')
+            return dict.fromkeys(names, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
                 log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+
+    def answer(self, store: str, settings, asked: list) -> list[dict]:
+        """What the first cmres answers that has a store; without several, it is the only one."""
+        last = settings.token[-1]  # which may be that of all
+        doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
+        doors.sort(key=lambda door: door != self.known.get(store))
+        error = None
+        for url, token in doors:
+            try:
+                found = Client(url, token, settings.timeout).claim(
+                    *asked, **({'store': store} if doors[1:] else {}))
+            except Error as refusal:
+                error = refusal if not isinstance(refusal, NotFound) else error or refusal
+                continue
+            self.known[store] = url, token
+            return found
+        raise error
 
     def extra_specs(self, flavor) -> dict:
         return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
@@ -27238,10 +27878,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         front.run()
 
 
-def listening(app: Callable, config: Config) -> Front:
+def listening(app: Gate, config: Config) -> Front:
     """The sockets of a server; the setting `port` is the one that it has then."""
     try:
-        front = Front(app, config)
+        front = Front(app, config, functools.partial(new_to_keystone, app.service))
     except (OSError, ValueError) as error:
         raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
                           'another port.', hint='--port N') from None
@@ -27275,15 +27915,17 @@ def scheduler(config: Config, port: int = None) -> None:
 def tick(config: Config) -> None:
     """Runs the scheduler once. For cron: `* * * * *`.
 
-    Starts what is due, waits for the answers of the clouds and stores them. Does nothing while
-    another scheduler is the leader. `scheduler --once` is the same.
+    Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
+    for which another scheduler acts. `scheduler --once` is the same.
 
     Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
     service = local_service(config)
-    LifeCycle(config, service.clouds).settle()
+    cycle = LifeCycle(config, service.clouds)
+    cycle.settle()
+    cycle.finish()
 
 
 def store_backup(config: Config, path: Name) -> dict:

@@ -51,6 +51,7 @@ import py_compile
 import queue
 import random
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -92,6 +93,10 @@ CACHE = str(Path(__file__).parent / '.pytest_cache' / 'bytecode')
 os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix = os.environ.get('PYTHONPYCACHEPREFIX', CACHE)
 os.environ.pop('PYTHONDONTWRITEBYTECODE', '')
 sys.dont_write_bytecode = False
+#: Each test's REST compiles its routes: the patterns are the same, and more than `re` keeps by itself.
+re._MAXCACHE = 10**5
+#: Whether what is left to chance is tried at length.
+STRESS = 'CMRES_STRESS' in os.environ
 
 import cmres
 from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
@@ -109,8 +114,18 @@ def hours(number: float) -> timedelta:
     return timedelta(hours=number)
 
 
+@functools.cache
+def plain_types(kind) -> set:
+    """The types whose values need no closer look where an answer declares a type."""
+    found = {getattr(each, '__supertype__', each) for each in cmres.choices_of(kind)
+             if not get_args(each) and not cmres.is_answer(each)}
+    return found | ({int} if float in found else set())
+
+
 def misfit(value, kind, where='answer') -> str:
     """Where a value is not of the type that an answer declares; '' where all of it is."""
+    if type(value) in plain_types(kind) and not isinstance(value, dict):
+        return ''
     kinds = cmres.choices_of(kind)
     if isinstance(value, dict) and any(map(cmres.is_answer, kinds)):
         faults = [misfit_of_fields(value, each, where) for each in kinds if cmres.is_answer(each)]
@@ -1666,7 +1681,7 @@ def test_readiness_needs_somebody_who_makes_passes(world):
     assert 'No scheduler has run yet' in web.get('/readyz', status=503).json['scheduler']['fault']
     world.at(0)
     web = webtest.TestApp(cmres.rest(world.service))
-    assert web.get('/readyz').json['scheduler'] == {'last_pass': 0}
+    assert web.get('/readyz').json['scheduler'] == {'last_pass': 0, 'schedulers': 1}
     world.now += 200
     web = webtest.TestApp(cmres.rest(world.service))
     assert 'The scheduler last ran 3m20s ago' in web.get('/readyz', status=503).json['scheduler']['fault']
@@ -2777,6 +2792,170 @@ def test_a_dry_run_on_postgresql_waits_for_nobody(server_run, server):
         leave.set()
         writer.join()
     assert service.resource_list()[0]['vms'] == 5 and service.list() == []
+
+
+# Writers on PostgreSQL wait for one another where they decide on the same thing, and nowhere else.
+
+
+@pytest.fixture
+def house(server_run, server):
+    """A service on PostgreSQL with resources a to d, each with room for one."""
+    assert server_run('resource', 'add', 'spare')[0] == 0
+    house = cmres.local_service(load_config())
+    for name in 'abcd':
+        house.resource_add(name, cloud='simulated', vms=1)
+    house.soon = cmres.instant(int(time.time())) + hours(1)
+    house.reserve_there = lambda label, resource, start=0, **more: house.add(
+        label, resource, house.soon + hours(start), house.soon + hours(start + 1), **more)
+    house.waits = lambda: server.tell('SELECT count(*) FROM pg_locks WHERE NOT granted').fetchone()[0]
+    return house
+
+
+def until_so(look):
+    end = time.monotonic() + 30
+    while not (found := look()):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return found
+
+
+@pytest.fixture
+def at_once(house):
+    """Begins something in a thread of its own; what becomes of it is its answer, or the error."""
+    def one(deed):
+        with contextlib.closing(cmres.db.obj):
+            try:
+                return deed()
+            except (Error, peewee.PeeweeException) as error:
+                return error
+    with ThreadPoolExecutor(4) as threads:
+        yield lambda deed: threads.submit(one, deed)
+
+
+@contextlib.contextmanager
+def writing(at_once, *on, deed=lambda: None):
+    """Somebody has begun to write with some locks, and is done at the end."""
+    begun, leave = threading.Event(), threading.Event()
+
+    def write():
+        with cmres.transaction(on=cmres.locks_on(on)):
+            deed()
+            begun.set()
+            leave.wait(30)
+    writer = at_once(write)
+    try:
+        assert begun.wait(30)
+        yield
+    finally:
+        leave.set()
+        assert writer.result() is None, writer.result()
+
+
+def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once):
+    first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
+    with writing(at_once, (cmres.On.RESOURCE, first)):
+        same = at_once(lambda: house.reserve_there('lab', 'a'))
+        until_so(house.waits)
+        house.reserve_there('free', 'b')
+        house.extend('free', by=hours(1))
+        house.update('free', resource='c')
+        house.delete('free')
+        change = at_once(lambda: house.resource_update('b', vms=2))
+        until_so(lambda: house.waits() == 2)
+    assert same.result()['state'] == 'reserved' and change.result()['vms'] == 2
+    assert house.check()['differences'] == 0
+
+
+#: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
+KINDS = {
+    'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
+    'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
+    'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
+    'SERVER': ('refuse_shared_server', [('x', 'a'), ('y', 'b')], {'server': 'known'})}
+
+
+@pytest.mark.parametrize('removed', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
+    name, adds, more = KINDS[kind]
+    rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
+
+    def slow_rule(*args):
+        rule(*args)
+        here.append(1)
+        until_so(lambda: len(here) > 1 or house.waits())
+    if kind == 'COUNTED':
+        house.limit_add(project='default', most_vms=1)
+    if kind == 'SERVER':
+        cmres.insert(cmres.SimulatedServer, account='simulated', uid='known', name='known', mark='', made=1, boots=0,
+                     power='active', fault='')
+    text = cmres.PostgreSQL.locks
+    if removed:
+        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(
+            lambda on: text(on and frozenset(each for each in on if each[0] != number))))
+    monkeypatch.setattr(cmres.Policy, name, slow_rule)
+    done = [each.result() for each in [at_once(lambda each=each: house.reserve_there(*each, **more)) for each in adds]]
+    assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
+
+
+def test_locks_are_taken_in_one_order():
+    locks = cmres.locks_on((kind, name) for kind in range(1, 7) for name in (7, 3, 'b', 'a', 'z' * 90))
+    taken = re.findall(r'xact_lock\((\d+), (\d+)\)', cmres.PostgreSQL.locks(locks))
+    assert [(int(kind), int(number)) for kind, number in taken] == sorted(locks) and len(taken) == 30
+    assert all(0 <= number < 2**31 for _, number in locks)
+
+
+@pytest.mark.parametrize('marked', [True, False])
+def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_once, monkeypatch, marked):
+    if not marked:
+        monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
+    last, seen = house.events(limit=1)[-1]['id'], []
+
+    def follow():
+        nonlocal last
+        for each in house.events(after=last, limit=100):
+            last = each['id']
+            seen.append(each['sentence'])
+        return len(seen)
+    with writing(at_once, deed=lambda: house.journal(1.0, 'late', 'drawn first, saved last')):
+        house.reserve_there('lab', 'a')
+        assert follow() == (0 if marked else 1)
+        assert len(seen) == (not marked)
+    assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
+
+
+def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
+    tried = []
+
+    def deed(*names):
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                for each in names:
+                    cmres.decide_on(each)
+                cmres.run('INSERT INTO mailed (owner, day, number) VALUES (?, 1, 1)', f'{time.monotonic()}')
+        return done
+    first, second = (cmres.On.RESOURCE, 1), (cmres.On.LABEL, 'p/x')
+    cmres.persist(deed(first, second), frozenset)
+    locks = cmres.locks_on([first]), cmres.locks_on([first, second])
+    assert tried == [frozenset(), *locks]
+    tried.clear()
+    cmres.persist(deed(first, second), lambda: [first, second])
+    assert tried == [locks[1]]
+    for deeds in (lambda locks: cmres.note_fact('x', 'y'), lambda locks: cmres.change(cmres.Resource, 1, vms=3)):
+        tried.clear()
+
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                deeds(locks)
+        cmres.persist(done, frozenset)
+        assert tried == [frozenset(), None]  # only who has the store alone writes there
+    tried.clear()
+    many = [(cmres.On.RESOURCE, n) for n in range(cmres.MOST_LOCKS + 1)]
+    cmres.persist(deed(), lambda: many)
+    cmres.persist(deed(*many[:6]), frozenset)
+    assert tried[0] is None and tried[-1] is None and len(tried) == 6
 
 
 # Capacity ####################################################################
@@ -4971,7 +5150,7 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 SMALL = {'resource': 'dozens', 'host': 'the machines of an operator', 'proposal': 'who waits for a word',
          'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'credential': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself',
-         'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one row',
+         'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one a cloud and scheduler',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
          'sqlite_master': 'the schema'}
 #: Indexes of rows that are few at any time: they leave as soon as they are dealt with.
@@ -5652,6 +5831,30 @@ def test_nobody_has_more_threads_than_a_share_that_leaves_one_for_who_comes():
     them.line.append(channel_of('good'))
     assert them.line and them.line.next()[0] == 'good'
     them.gone.set()
+
+
+def test_tokens_that_keystone_is_still_to_be_asked_for_have_one_share_together(known):
+    """However many they are, and from wherever they come."""
+    token, ours = known.nova.issue(), known.world.service.token_add('eva', 'biology')['token']
+    known.get(token)
+    is_new = functools.partial(cmres.new_to_keystone, known.world.service)
+    headers = [{'X_AUTH_TOKEN': 'made-up-1'}, {'X_AUTH_TOKEN': 'made-up-2'}, {'AUTHORIZATION': 'Bearer made-up-3'},
+               {'X_AUTH_TOKEN': token}, {'X_AUTH_TOKEN': ours}, {'AUTHORIZATION': f'Bearer {token}'}, {'AUTHORIZATION': 'Basic xyz'},
+               {'COOKIE': 'x'}]
+    names = [cmres.whose(types.SimpleNamespace(requests=[types.SimpleNamespace(headers=each)], addr=('::1', n)), is_new)
+             for n, each in enumerate(headers)]
+    assert len({*names[:3]}) == 1 and len({*names}) == 6
+    known.world.config.take(keystone='')
+    assert not is_new('made-up-1')
+
+
+def test_a_keystone_that_answers_bit_by_bit_is_not_waited_for_again(known):
+    known.world.service.shares.patience = 0.05  # less than each bit may take
+    known.nova.faults['GET /auth/tokens'] = ['hang before'] * 9
+    for _ in range(2):
+        known.get(known.nova.issue(), status=503)
+    assert known.asked() == 1
+    known.nova.released.set()
 
 
 def test_a_thread_that_is_done_frees_its_share_and_wakes_others_for_what_may_follow():
@@ -12868,10 +13071,10 @@ class Chaos:
         cmres.open_store(self.config.database)
         self.service = cmres.Reservations(self.config, cmres.Clouds(self.config), Actor('root', 'default', 'admin'))
         self.service.resource_add('demo', cloud='simulated', vms=10**6)
-        cmres.db.execute_sql('CREATE TABLE lease_log (at, holder, until)')
+        cmres.db.execute_sql('CREATE TABLE lease_log (at, name, holder, until)')
         for verb in ('INSERT', 'UPDATE'):
-            cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease BEGIN '
-                                 f'INSERT INTO lease_log VALUES ({SECONDS}, new.holder, new.until); END')
+            cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease WHEN new.name <> new.holder BEGIN '
+                                 f'INSERT INTO lease_log VALUES ({SECONDS}, new.name, new.holder, new.until); END')
         self.pids, self.kills, self.felt, self.freezes, self.labels = [], 0, 0, 0, []
 
     def begin(self, flaky=True) -> None:
@@ -12902,9 +13105,8 @@ class Chaos:
             os._exit(0)
 
     def kill(self, pid: int, number=signal.SIGKILL) -> None:
-        holder = cmres.row('SELECT holder FROM lease')
         self.kills += 1
-        self.felt += bool(holder) and f':{pid}:' in holder.holder
+        self.felt += bool(cmres.rows('SELECT holder FROM lease WHERE name <> holder AND holder LIKE ?', f'%:{pid}:%'))
         os.kill(pid, number)
         os.waitpid(pid, 0)
         self.pids.remove(pid)
@@ -13016,11 +13218,14 @@ class Chaos:
 
     def trespasses(self, figures: dict) -> list[str]:
         """Calls by who had no lease, leases of two at once; the longest time that nobody acted goes to the figures."""
-        log, wrong = cmres.rows('SELECT * FROM lease_log ORDER BY rowid'), []
-        for one, next_one in zip(log, log[1:]):
-            if next_one.holder != one.holder and next_one.at < one.until - 0.02:
-                wrong.append(f'leases overlap: {one} {next_one}')
-        figures['longest without a lease'] = round(max(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])), 2)
+        wrong, longest = [], 0
+        for name in ('', 'simulated'):
+            log = cmres.rows('SELECT * FROM lease_log WHERE name = ? ORDER BY rowid', name)
+            for one, next_one in zip(log, log[1:]):
+                if next_one.holder not in (one.holder, '-') and next_one.at < one.until - 0.02:  # '-': it was given back
+                    wrong.append(f'leases overlap: {one} {next_one}')
+            longest = max(longest, *(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])))
+        figures['longest without a lease'] = round(longest, 2)
         for began, holder, verb, what in self.calls():
             if not any(each.holder == holder and each.at - 0.1 <= began <= each.until + 0.02 for each in log):
                 wrong.append(f'{holder} had no lease at {began}: {verb} {what}')
@@ -13052,20 +13257,20 @@ def in_chaos(tmp_path, *stores) -> list[dict]:
 
 @pytest.fixture(scope='module')
 def chaos(tmp_path_factory):
-    """Five stores whose scheduler is killed at random instants, and two with schedulers that are frozen as well."""
-    return in_chaos(tmp_path_factory.mktemp('chaos'), (1, True, 15, False), *[(1, False, 15, False)] * 4,
-                    *[(2, False, 14, True)] * 2)
+    """Stores whose scheduler is killed at random instants, and some with schedulers that are frozen as well."""
+    return in_chaos(tmp_path_factory.mktemp('chaos'), (1, True, 15, False), *[(1, False, 15, False)] * (4 if STRESS else 1),
+                    *[(2, False, 14, True)] * (2 if STRESS else 1))
 
 
 def test_schedulers_killed_at_random_instants_make_each_server_once_and_leave_none(chaos):
-    found = chaos[:5]
-    assert [each['wrong'] for each in found] == [[]] * 5
+    found = chaos[:5 if STRESS else 2]
+    assert not any(each['wrong'] for each in found), found
     assert all(each['kills'] for each in found)
 
 
 def test_of_two_schedulers_that_are_killed_and_frozen_only_one_acts(chaos):
-    found = chaos[5:]
-    assert [each['wrong'] for each in found] == [[], []]
+    found = chaos[5 if STRESS else 2:]
+    assert not any(each['wrong'] for each in found), found
     assert all(each['kills'] + each['freezes'] for each in found)
 
 
@@ -14185,6 +14390,209 @@ def test_what_was_under_way_when_the_lease_was_lost_is_adopted_by_the_next(two):
     assert world.state('lab') == 'active' and {each['tries'] for each in world.service.servers('lab')} == {1}
 
 
+# Several schedulers share the clouds
+
+
+class Schedulers:
+    """Some schedulers on one store with some clouds, under the clock of the test; each has clouds of its own in its view."""
+
+    def __init__(self, world, clouds: int, number: int):
+        self.world = hurry(world)
+        self.moves, self.owner = collections.Counter(), {}
+        self.there = [self.begin() for _ in range(number)]
+        for n in range(2, clouds + 1):
+            world.service.resource_add(f'place-{n}', cloud=f'simulated-{n}', vms=16)
+
+    def begin(self):
+        cycle = cmres.LifeCycle(self.world.config, self.world.clouds, lambda: self.world.now)
+        cycle.leader.shares = True
+        return cycle
+
+    def passes(self, number=1, seconds=1.0):
+        """Some rounds in which each makes a pass; no cloud is ever two's, and who got which is counted."""
+        for _ in range(number):
+            for cycle in self.there:
+                cycle.settle()
+                holders = self.holders()
+                held = [name for each in self.there for name in each.leader.held
+                        if each.leader.has_time(self.world.now, name)]
+                assert len(held) == len(holders), 'a cloud is of two'
+                self.moves += collections.Counter(name for name in holders if self.owner.get(name) != holders[name])
+                self.owner |= holders
+            self.world.now += seconds
+
+    def holders(self) -> dict:
+        """The clouds that somebody acts for, and who."""
+        return {name: cycle.leader.name for cycle in self.there for name in cycle.leader.held
+                if cycle.leader.has_time(self.world.now, name)}
+
+    def numbers(self) -> list[int]:
+        return sorted(len(each.leader.held) for each in self.there)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 30))
+def test_a_fair_division_differs_by_one_and_stays_as_it_is(held, number):
+    held = {f's{n}': each for n, each in enumerate(held)}
+    shares = cmres.fair(held, number)
+    assert sum(shares.values()) == number and max(shares.values()) - min(shares.values()) <= 1
+    assert cmres.fair(shares, number) == shares
+    assert all(shares[a] >= shares[b] for a in held for b in held if held[a] > held[b])
+
+
+@pytest.mark.parametrize('clouds, number, shares', [(1, 2, [1, 1]), (5, 3, [2, 2, 2]), (3, 3, [1, 1, 2]), (1, 3, [0, 1, 1])])
+def test_schedulers_that_come_one_by_one_divide_the_clouds_fairly(world, clouds, number, shares):
+    schedulers = Schedulers(world, clouds, 1)
+    schedulers.passes(2)
+    assert schedulers.numbers() == [clouds + 1]
+    for n in range(2, number + 1):
+        schedulers.there.append(schedulers.begin())
+        schedulers.passes(2 * clouds + 6)
+    assert schedulers.numbers() == shares and set(schedulers.holders()) == world.clouds.names()
+    settled = schedulers.moves.copy()
+    schedulers.passes(20)
+    assert schedulers.moves == settled, 'nothing moves any more'
+    assert max(settled.values()) <= number, 'each moves at most once for each that came'
+
+
+def test_one_that_dies_is_replaced_for_its_clouds_alone_and_within_the_lease(world):
+    schedulers = Schedulers(world, 5, 3)
+    schedulers.passes(20)
+    dead = schedulers.there.pop(1)
+    kept, lost, before = schedulers.holders(), dead.leader.held, schedulers.moves.copy()
+    last = dead.leader.leased_until
+    while world.now < last:
+        schedulers.passes(1, 0.5)
+        assert lost.isdisjoint(schedulers.holders()) or world.now > last
+    schedulers.passes(1)
+    assert kept.items() <= schedulers.holders().items() and set(schedulers.holders()) == world.clouds.names()
+    assert set(schedulers.moves - before) == lost and schedulers.numbers() == [3, 3]
+    world.now += 60 * world.config.leader_timeout + 1
+    schedulers.passes(1)
+    assert not cmres.rows('SELECT * FROM lease WHERE holder = ?', dead.leader.name), 'what it was is forgotten'
+
+
+def test_one_that_ends_in_good_order_gives_all_to_the_others_at_once(world):
+    schedulers = Schedulers(world, 3, 2)
+    schedulers.passes(12)
+    schedulers.there.pop().finish()
+    schedulers.passes(1, 0)
+    assert set(schedulers.holders()) == world.clouds.names() and schedulers.numbers() == [4]
+    assert len(cmres.rows('SELECT * FROM lease')) == 5
+
+
+def test_a_line_of_cron_takes_what_is_free_and_no_share(world):
+    schedulers = Schedulers(world, 3, 1)
+    schedulers.passes(2)
+    cron = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    assert not cron.settle()
+    cron.finish()
+    schedulers.passes(10)
+    assert schedulers.numbers() == [4]
+    schedulers.there.pop().finish()
+    assert cron.settle() and cron.leader.held == world.clouds.names()
+
+
+def test_a_cloud_that_is_new_has_its_scheduler_at_the_next_pass(world):
+    schedulers = Schedulers(world, 1, 1)
+    schedulers.passes(1, 0)
+    world.service.resource_add('other', cloud='simulated-9', vms=4)
+    schedulers.passes(1, 0)
+    assert schedulers.holders()['simulated-9']
+
+
+def test_each_starts_ends_and_looks_at_what_is_on_its_clouds_alone(world):
+    schedulers = Schedulers(world, 4, 2)
+    schedulers.passes(12)
+    for n, place in enumerate(['demo', 'place-2', 'place-3', 'place-4']):
+        world.service.add(f'r{n}', place, cmres.instant(world.now), hours(1), vms=2, flavor='m1.small', image='cirros')
+    calls = []
+    for cycle in schedulers.there:
+        work = cycle.workers.work
+        cycle.workers.work = lambda call, cycle=cycle, work=work: (calls.append((cycle, call)), work(call))[-1]
+    schedulers.passes(40)
+    assert made_twice() == [] and len(cmres.rows('SELECT * FROM simulated_server')) == 8
+    assert {each['state'] for each in world.service.list()} == {'active'}
+    owner = schedulers.holders()
+    assert {(cycle.leader.name, call.cloud) for cycle, call in calls if call.verb == 'boot'} == {
+        (owner[cloud], cloud) for cloud in owner if cloud}
+    world.now += 3600
+    schedulers.passes(30)
+    assert [world.state(f'r{n}') for n in range(4)] == ['ended'] * 4 and made_twice() == []
+    assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL')
+
+
+def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_elsewhere(world):
+    schedulers = Schedulers(world, 2, 1)
+    schedulers.passes(1)
+    cycle, = schedulers.there
+    for n, place in enumerate(['demo', 'place-2']):
+        world.service.add(f'r{n}', place, cmres.instant(world.now), hours(1), flavor='m1.small', image='cirros')
+    cmres.run("UPDATE lease SET holder = 'another', until = ? WHERE name = 'simulated-2'", world.now + 6)
+    with pytest.raises(cmres.LostLease), cycle.leader.acting():
+        pass
+    clouds = [Sick(world), Sick(world, 'simulated-2')]
+    schedulers.passes(3)
+    assert [cloud.instants('boot') != [] for cloud in clouds] == [True, False]
+    assert [each.account for each in cmres.rows('SELECT account FROM server')] == ['simulated']
+    world.now += world.config.leader_timeout
+    schedulers.passes(2)
+    assert len(clouds[1].instants('boot')) == 1
+
+
+@pytest.mark.parametrize('busy', [False, True])
+def test_a_cloud_is_given_when_its_calls_have_ended_or_after_a_while(world, busy):
+    """First that for which none is under way; where all have some, none is begun any more for the one that goes."""
+    schedulers = Schedulers(world, 1, 1)
+    schedulers.passes(1, 0)
+    hang, first, second = threading.Event(), schedulers.there[0], schedulers.begin()
+    cloud = Sick(world, look=hang)
+    for key, name in [(1, ''), (2, ''), (3, 'simulated')][:2 + busy]:
+        first.workers.submit(('look', key), 'look', 'simulated', [], name)
+    boot(world, start=0, vms=1)
+    second.converge(world.now), first.converge(world.now), second.converge(world.now)
+    if busy:
+        assert (first.leader.held, second.leader.held) == ({'', 'simulated'}, set()) and not first.workers.busy(('server', 1))
+        world.now += world.config.leader_timeout / 2
+        first.converge(world.now), second.converge(world.now)
+    assert (first.leader.held, second.leader.held) == ({''}, {'simulated'})
+    hang.set()
+    wait_for(lambda: first.workers.results.qsize() == 2 + busy)
+    schedulers.there.append(second)
+    schedulers.passes(3)
+    assert len(cloud.instants('boot')) == 1 and schedulers.numbers() == [1, 1]
+
+
+def test_what_is_asked_for_elsewhere_wakes_a_scheduler(world):
+    cycle, stop = world.cycle, threading.Event()
+    thread = threading.Thread(target=cycle.hear, args=(stop,))
+    thread.start()
+    try:
+        assert cycle.wake.wait(30)
+        time.sleep(0.1)
+        cycle.wake.clear()
+        with contextlib.closing(sqlite3.connect(world.config.database)) as other:
+            other.execute("INSERT INTO fact VALUES ('some', 'thing')")
+            other.commit()
+        assert cycle.wake.wait(30)
+    finally:
+        stop.set()
+
+
+def test_where_nothing_tells_of_changes_the_beat_finds_them(world, monkeypatch):
+    monkeypatch.setattr('ctypes.CDLL', lambda name: object())
+    cycle, stop = world.cycle, threading.Event()
+    waits = []
+    monkeypatch.setattr(stop, 'wait', lambda seconds: (waits.append(seconds), stop.set()))
+    cycle.hear(stop)
+    assert waits == [3600]
+
+
+def test_a_store_of_one_lease_gets_one_for_each_cloud(world):
+    cmres.run("INSERT INTO lease VALUES ('scheduler', 'old', ?)", world.now + 5)
+    cmres.divide_lease()
+    assert not world.cycle.leader.free(world.now).count('') and 'simulated' in world.cycle.leader.free(world.now)
+
+
 # What is repeated
 
 
@@ -14864,6 +15272,7 @@ def test_a_request_with_a_key_is_done_once(app):
     app.world.now += 86401
     later = FINE | {'label': 'later', 'start': '+1h', 'end': '+1h'}
     assert eva.call('POST', '/reservation/', later, 201, **key).json['label'] == 'later'
+    app.world.service.forget(app.world.now)
     assert cmres.row('SELECT count(*) AS n FROM once').n == 1
 
 
@@ -15909,6 +16318,24 @@ def metric(text: str, name: str, **labels) -> float | None:
     return float(found[1]) if found else None
 
 
+def test_readiness_and_metrics_tell_who_acts_for_which_cloud(world, gated):
+    schedulers = Schedulers(world, 2, 2)
+    schedulers.passes(10)
+    web = webtest.TestApp(cmres.rest(world.service))
+    ready = web.get('/readyz').json['scheduler']
+    assert ready['schedulers'] == 2 and ready['last_pass'] <= world.config.leader_timeout
+    for n, cycle in enumerate(schedulers.there):
+        cmres.run('UPDATE lease SET holder = ? WHERE holder = ?', f'host-{n}:1:x', cycle.leader.name)
+    text = gated('admin', metrics='open').ask('/metrics').text
+    for n, cycle in enumerate(schedulers.there):
+        assert all(metric(text, 'leader', cloud=cloud, host=f'host-{n}') == 1 for cloud in cycle.leader.held)
+    assert text.count('cmres_leader{') == 3
+    cmres.run("UPDATE lease SET until = until - 1000 WHERE name = 'simulated-2'")
+    assert 1000 <= metric(gated('admin', metrics='open').ask('/metrics').text, 'pass_age_seconds') <= 1006
+    web = webtest.TestApp(cmres.rest(world.service))
+    assert "for the cloud 'simulated-2'" in web.get('/readyz', status=503).json['scheduler']['fault']
+
+
 def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
     admin = gated('admin', cycle=world.cycle, metrics='open')
     before = admin.ask('/metrics').text
@@ -15937,8 +16364,8 @@ def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
     assert metric(text, 'cloud_call_seconds_count', cloud='simulated', verb='boot',
                   result='ok') >= 3
     assert metric(text, 'start_delay_seconds_count', cloud='simulated') >= 3
-    assert metric(text, 'pass_age_seconds') <= 36 and metric(text, 'leader',
-            host=socket.gethostname()) == 1
+    assert metric(text, 'pass_age_seconds') <= 36 and metric(
+        text, 'leader', cloud='simulated', host=socket.gethostname()) == 1
     assert metric(text, 'store_bytes') > 10**5 and metric(text, 'resident_bytes') > 10**6
     assert metric(text, 'lock_wait_seconds_count') > 0 and metric(text, 'cloud_left_alone',
             cloud='simulated') in (0, None)
@@ -16287,10 +16714,12 @@ def test_two_leases_may_have_one_name_and_any_name_becomes_a_label(leases):
 
 
 @pytest.mark.parametrize('said, read', [
-    (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False)])
+    (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False),
+    ('yes', True), ('ON', True), (1, True), ('t', True), ('no', False), ('off', False), (0, False), ('N', False)])
 def test_affinity_has_many_spellings(leases, said, read):
-    part, = leases.make(instances(affinity=said))['reservations']
-    assert part['affinity'] is read
+    lease = leases.make(instances(affinity=said))
+    assert lease['reservations'][0]['affinity'] is read
+    assert cmres.row('SELECT affinity FROM reservation').affinity == {None: '', True: 'together', False: 'apart'}[read]
 
 
 @pytest.mark.parametrize('change, sentence', [
@@ -17831,7 +18260,7 @@ def test_admins_look_after_everything_on_one_page(world):
         return form.submit(status='*')
     assert fill('resource_add', name='gpu', vms='4', approval='2d').status_int == 303
     refused = fill('resource_update', name='gpu', vms='many')
-    assert 'Vms: "many" is not a whole number' in refused.html.text
+    assert 'VMs: "many" is not a whole number' in refused.html.text
     assert form_of(refused, '/do/resource_update')['vms'].value == 'many'
     assert fill('maintenance_add', resource='gpu', start='2026-12-24T08:00', end='+2h', reason='disks').status_int == 303
     assert fill('limit_add', project='biology', max_vms='3').status_int == 303
@@ -17921,8 +18350,10 @@ def test_on_the_page_each_role_can_do_exactly_what_it_can_by_rest(world):
             continue
         if name == 'add':
             fields = {**fields, 'label': 'new'}
-        if name in ('token_add', 'resource_add', 'resource_update', 'maintenance_add', 'limit_add', 'update'):
-            fields = {**fields, **{'update': {'label': 'lab', 'project': 'biology', 'vms': '2'}, 'token_add': {'user': 'ada'}, 'resource_add': {'name': 'new'}, 'resource_update': {
+        if name in ('token_add', 'resource_add', 'resource_update', 'maintenance_add', 'limit_add', 'update', 'resource_capacity',
+                    'user_end'):
+            fields = {**fields, **{'resource_capacity': {'name': 'demo', 'start': '+1d', 'end': '+1h', 'vms': '20'}, 'user_end': {
+                'user': 'ann'}, 'update': {'label': 'lab', 'project': 'biology', 'vms': '2'}, 'token_add': {'user': 'ada'}, 'resource_add': {'name': 'new'}, 'resource_update': {
                 'name': 'gpu', 'vms': '9'}, 'maintenance_add': {'resource': 'demo', 'start': '+1d', 'end': '+1h'},
                 'limit_add': {'project': 'x', 'max_vms': '3'}}[name]}
         given = {field: value for field, value in fields.items() if value and field != 'once'} | {'dry_run': 'true'}
@@ -18553,29 +18984,99 @@ def test_a_drag_is_tried_without_writing(world):
     assert dump() == before
 
 
-def test_undo_gives_back_what_was_moved_extended_or_skipped(world):
-    visitor = as_visitor(world)
-    book(world.as_user(), start=4, end=5)
-    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+def dropped(visitor, label, start, end, **more):
+    """What the script sends when a bar was dragged, as minutes of the plan show it; hours after noon."""
+    said = {'label': label, 'project': 'biology', 'next': '/', 'form': form_of(visitor.get('/'), '/sign-out')['form'].value}
+    said |= {name: f'{NOON + hours(at):%Y-%m-%dT%H:%M}' for name, at in (('start', start), ('end', end))}
+    return visitor.post('/do/update', said | more, status=303)
 
-    def undone(page):
-        return undo_form(page).submit(status=303)
-    form = form_of(visitor.get('/list'), '/do/extend')
-    page = form.submit(status=303).follow()
-    assert world.service.show('lab')['end'] == NOON + hours(6)
-    undone(page)
-    assert world.service.show('lab')['end'] == NOON + hours(5)
-    guard = form_of(visitor.get('/'), '/sign-out')['form'].value
-    moved = {'label': 'lab', 'project': 'biology', 'start': '2026-12-01T18:00', 'end': '2026-12-01T19:00', 'next': '/',
-             'was_start': '2026-12-01T16:00', 'was_end': '2026-12-01T17:00', 'form': guard}
-    page = visitor.post('/do/update', moved, status=303).follow()
-    assert world.service.show('lab')['start'] == NOON + hours(6)
-    undone(page)
-    assert world.service.show('lab')['start'] == NOON + hours(4)
-    page = [each for each in visitor.get('/r/class').forms.values() if each.action == '/do/skip'][1].submit(status=303).follow()
-    undone(page)
+
+CHANGES = {
+    'moved': lambda visitor: dropped(visitor, 'lab', 8, 10, was_start='2026-12-01T16:00', was_end='2026-12-01T18:00'),
+    'made longer': lambda visitor: dropped(visitor, 'lab', 4, 9, was_start='2026-12-01T16:00', was_end='2026-12-01T18:00'),
+    'made shorter': lambda visitor: dropped(visitor, 'lab', 4, 4.25, was_start='2026-12-01T16:00', was_end='2026-12-01T18:00'),
+    'extended': lambda visitor: form_of(visitor.get('/r/lab'), '/do/extend').submit(status=303),
+    'by form': lambda visitor: changed_by_form(visitor),
+    'one of a series': lambda visitor: dropped(visitor, 'lab', 8, 10, occurrence='2026-12-01T16:00:00Z')}
+
+
+def changed_by_form(visitor):
+    form = form_of(visitor.get('/r/lab/change'), '/r/lab/change?')
+    form['start'], form['end'], form['vms'], form['description'] = 'Thu 3 Dec 2026, 16:00', '18:00', '2', 'x'
+    return form.submit(status=303)
+
+
+@pytest.mark.parametrize('how', CHANGES)
+def test_a_change_on_the_page_can_be_taken_back_for_ten_seconds_whatever_others_do(world, how):
+    """What it gave back stays held: nobody gets it, not by REST and not from the waiting list; no limit, lock or approval that
+    it would meet if it were asked for anew is in the way."""
+    world.service.limit_add(project='biology', max_vms=16)
+    book(world.as_user(), start=4, end=6, vms=16, **({'repeat': 'daily', 'count': 2} if how == 'one of a series' else {}))
+    tom, visitor = world.as_user('tom', 'physics'), as_visitor(world)
+    book(tom, 'waits', start=4.5, end=5.5, vms=1, wait=True)
+    before = world.service.list('lab')
+
+    def do():
+        page = CHANGES[how](visitor).follow()
+        assert world.service.list('lab') != before and 'change' not in world.service.list('lab')[0]
+        return page
+    page = do()
+    assert page.html.select('.toast .left')[0].text == '10' 
+    world.service.limit_add(project='biology', min_notice=timedelta(days=90))
+    world.service.resource_update('demo', approval=timedelta(days=1), lock=timedelta(days=30))
+    world.now += 9
+    world.cycle.settle()
+    assert world.state('waits') == 'waiting' and world.service.awaiting_approval() == []
+    if how not in ('made longer', 'extended'):
+        with pytest.raises(NoCapacity):
+            book(tom, 'other', start=4.5, end=5.5)
+    told = undo_form(page).submit(status=303).follow()
+    assert told.html.select('.toast')[0].text.strip() == "'lab' stays as it was"
+    assert [{**each, 'changed': before[0]['changed']} for each in world.service.list('lab')] == before
+    assert world.service.check()['differences'] == 0
+    assert 'too late' in undo_form(page).submit(status=409)
+    for each in world.service.limit_list():
+        world.service.limit_delete(each['id'])
+    world.service.resource_update('demo', approval=timedelta(0), lock=timedelta(0))
+    page = do()
+    do() if how == 'moved' else None
+    let_undo_pass(world), world.cycle.settle()
+    assert world.service.check()['differences'] == 0 and 'too late' in undo_form(page).submit(status=409)
+    assert world.state('waits') == ('waiting' if how in ('made longer', 'extended') else 'reserved')
+    assert [cmres.row(f'SELECT count(*) AS n FROM {table}').n for table in ('proposal', 'extra_hold')] == [0, 0]
+
+
+def test_undo_is_of_all_parts_of_a_request_and_of_the_occurrence_that_was_skipped(world):
+    visitor = as_visitor(world)
+    world.as_user().add('exam', '-', NOON + hours(4), NOON + hours(5), part=['demo:2', 'demo:1'])
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    forms = visitor.get('/r/exam?project=biology').forms.values()
+    page = [each for each in forms if each.action == '/do/extend'][-1].submit(status=303).follow()
+    assert {each['end'] for each in world.service.show('exam')['parts']} == {NOON + hours(6)}
+    undo_form(page).submit(status=303)
+    assert {each['end'] for each in world.service.show('exam')['parts']} == {NOON + hours(5)}
+    skips = [each for each in visitor.get('/r/class').forms.values() if each.action == '/do/skip']
+    page = skips[1].submit(status=303).follow()
+    assert len(visitor.get('/r/class').html.select('td .state.cancelled')) == 1
+    undo_form(page).submit(status=303)
     let_undo_pass(world)
     assert [each['state'] for each in world.service.list('class')] == ['reserved'] * 4
+
+
+def test_the_form_of_one_occurrence_changes_that_one_or_also_those_after_it(world):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    visitor = as_visitor(world)
+    starts = lambda: [int((each['start'] - NOON).total_seconds() / 3600) for each in world.service.list('class')]  # noqa: E731
+    href = occurrence_page(visitor, 'class', 1).html.find('a', string='Change')['href']
+    form = form_of(visitor.get(href), href)
+    form['start'], form['end'] = 'Thu 3 Dec 2026, 1:00', '2:00'
+    form.submit(status=303)
+    assert starts() == [10, 37, 58, 82]
+    href = occurrence_page(visitor, 'class', 2).html.find('a', string='Change')['href']
+    form = form_of(visitor.get(href), href)
+    form['vms'], form['following'] = '2', 'true'
+    form.submit(status=303)
+    assert [each['vms'] for each in world.service.list('class')] == [1, 1, 2, 2]
 
 
 def test_what_looks_the_same_is_drawn_once():
@@ -18938,7 +19439,7 @@ def test_in_a_browser_a_check_that_fails_leaves_no_old_verdict(world, browse):
     page = browse()
     signs_in(world, page, path='/book?resource=demo&what=hold&start=2027-01-05T09:00')
     page.get_by_label('From').fill('3026-12-05T09:00')
-    expect(page.locator('#verdict')).to_contain_text("Start: '3026-12-05T09:00' is not between the years 1970 and 2199")
+    expect(page.locator('#verdict')).to_contain_text("From: '3026-12-05T09:00' is not between the years 1970 and 2199")
 
 
 def test_in_a_browser_live_pages_leave_the_focus_where_it_is(world, browse):
@@ -19059,7 +19560,7 @@ def test_in_a_browser_ones_own_bar_is_dragged_tried_and_taken_back(world, browse
     expect(page.get_by_role('status').filter(has_text='is changed')).to_be_visible()
     assert world.service.show('lab')['start'] == NOON + hours(26)
     page.get_by_role('button', name='Undo').click()
-    expect(page.get_by_role('status').filter(has_text='is changed')).to_be_visible()
+    expect(page.get_by_role('status').filter(has_text='stays as it was')).to_be_visible()
     assert world.service.show('lab')['start'] == NOON + hours(22)
     bar = page.locator('a.b[data-a] rect').first.bounding_box()
     page.mouse.move(bar['x'] + bar['width'] - 2, bar['y'] + 10)
@@ -23821,8 +24322,9 @@ class StandIn(Proxy):
                        self.image('bio-private', 'bio', 'private'), self.image('anybody', 'chem', 'community'),
                        self.image('offered', 'chem', 'shared')]
         self.members = {self.id_of('offered'): [('bio', 'accepted'), ('lab', 'pending')]}
-        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab'),
-                         self.network('bio-net', 'bio'), self.network('wan', 'admin', external=True)]
+        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab', up=False),
+                         self.network('bio-net', 'bio', up=False), self.network('wan', 'admin', external=True)]
+        self.quota = {'Instances': (-1, 0), 'Cores': (-1, 0), 'RAM': (-1, 0)}  # most and used
         self.groups = [self.network(name, project) for project in ('lab', 'bio', 'admin') for name in ('default', 'web')]
         self.keys = {'lab': ['lab-key', 'course'], 'bio': ['bio-key']}
         self.aggregates = [{'id': 1, 'name': 'gpu', 'hosts': ['gpu-1'], 'metadata': {}}]
@@ -23832,9 +24334,9 @@ class StandIn(Proxy):
     def image(self, name, owner, visibility='private', status='active'):
         return {'id': str(uuid.uuid4()), 'name': name, 'owner': owner, 'visibility': visibility, 'status': status}
 
-    def network(self, name, owner, shared=False, external=False):
+    def network(self, name, owner, shared=False, external=False, up=True):
         return {'id': str(uuid.uuid4()), 'name': name, 'project_id': owner, 'tenant_id': owner, 'shared': shared,
-                'router:external': external}
+                'router:external': external, 'admin_state_up': up}
 
     def id_of(self, name):
         return next(each['id'] for each in [*self.images, *getattr(self, 'networks', ())] if each['name'] == name)
@@ -24028,7 +24530,8 @@ class StandIn(Proxy):
         (word, thing), = said.items()
         if word == 'floatingip' and thing['floating_ip_address'] in [each['floating_ip_address'] for each in self.floating.values()]:
             return 409, self.refusal(409, 'The address is in use.')
-        made = {'id': str(uuid.uuid4()), 'project_id': user, 'tags': []} | thing
+        project = self.tokens[user]['project']['id'] if user in self.tokens else user
+        made = {'id': str(uuid.uuid4()), 'project_id': project, 'tags': []} | thing
         (self.floating if word == 'floatingip' else self.server_groups)[made['id']] = made
         return 200, {word: made}
 
@@ -24047,6 +24550,11 @@ class StandIn(Proxy):
     def show_trust(self, user, query, said, id):
         return (200, {'trust': self.trusts[id]}) if id in self.trusts else (404, self.refusal(404, 'Not found.'))
 
+    def limits(self, user, query, said):
+        return 200, {'limits': {'rate': [], 'absolute': {
+            f'{word}{name}{used}': value for name, (most, now) in self.quota.items() for word, used, value in (
+                ('maxTotal', 'Size' if name == 'RAM' else '', most), ('total', 'Used', now))}}}
+
     def list_keys(self, user, query, said):
         return 200, {'keypairs': [{'keypair': {'name': each}} for each in self.keys.get(user, ())]}
 
@@ -24054,9 +24562,30 @@ class StandIn(Proxy):
         return (200, {'aggregates': self.aggregates}) if user == self.ADMIN else (
             403, self.refusal(403, "Policy doesn't allow os_compute_api:os-aggregates:index to be performed."))
 
-    def mark_aggregate(self, user, query, said, id):
-        self.aggregates[int(id) - 1]['metadata'] |= said['set_metadata']['metadata']
-        return 200, {'aggregate': self.aggregates[int(id) - 1]}
+    def change_aggregate(self, user, query, said, id):
+        found = next((each for each in self.aggregates if each['id'] == int(id)), None)
+        if not found:
+            return 404, self.refusal(404, f'Aggregate {id} could not be found.')
+        for action, words in said.items():
+            if action == 'set_metadata':
+                found['metadata'] |= words['metadata']
+            elif (words['host'] in found['hosts']) == (action == 'add_host'):
+                return 409, self.refusal(409, f"Cannot {action} {words['host']}")
+            else:
+                (found['hosts'].append if action == 'add_host' else found['hosts'].remove)(words['host'])
+        return 200, {'aggregate': found}
+
+    def make_aggregate(self, user, query, said):
+        made = said['aggregate'] | {'id': max(each['id'] for each in self.aggregates) + 1, 'hosts': [], 'metadata': {}}
+        self.aggregates.append(made)
+        return 200, {'aggregate': made}
+
+    def drop_aggregate(self, user, query, said, id):
+        found = next(each for each in self.aggregates if each['id'] == int(id))
+        if found['hosts']:
+            return 409, self.refusal(409, 'Cannot remove an aggregate that has hosts')
+        self.aggregates.remove(found)
+        return 200, None
 
     # Glance, Neutron, Placement
 
@@ -24081,7 +24610,7 @@ class StandIn(Proxy):
         there = self.networks if kind == 'networks' else self.groups
         found = [each for each in there if user in (self.ADMIN, each['project_id']) or each['shared']
                  or each['router:external']]
-        found = [each for each in found if all(query[name] == each[name] for name in ('name', 'project_id')
+        found = [each for each in found if all(query[name] == f'{each[name]}' for name in ('name', 'project_id', 'admin_state_up')
                                                if name in query) and id in ('', each['id'])]
         if id:
             return (200, {kind[:-1].replace('-', '_'): found[0]}) if found else (404, self.refusal(404, 'Not found.'))
@@ -24107,8 +24636,11 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
     ('POST /v2.1/flavors', 'make_flavor'), ('DELETE /v2.1/flavors/([^/]+)', 'delete_flavor'),
     ('POST /v2.1/flavors/([^/]+)/(action|os-extra_specs)', 'change_flavor'),
+    ('GET /v2.1/limits', 'limits'),
     ('GET /v2.1/flavors/([^/]+)/os-extra_specs', 'show_specs'), ('GET /v2.1/os-keypairs', 'list_keys'),
-    ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'mark_aggregate'),
+    ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'change_aggregate'),
+    ('POST /v2.1/os-aggregates', 'make_aggregate'), ('DELETE /v2.1/os-aggregates/([^/]+)', 'drop_aggregate'),
+    ('GET /v2.1/os-aggregates/([^/]+)', 'change_aggregate'),
     ('GET /v2/images', 'list_images'), ('GET /v2/images/([^/]+)', 'show_image'),
     ('GET /v2/images/([^/]+)/members', 'list_members'),
     ('GET /v2.1/(os-server-groups)', 'list_kept'), ('GET /v2.0/(floatingips)', 'list_kept'),
@@ -24226,6 +24758,114 @@ def test_what_is_out_of_sight_is_refused_by_the_same_calls_as_what_is_not_there(
             said = refused_by(mallory, kind, each).replace(each, '?')
             seen.append((said, [re.sub('/[0-9a-f-]{36}', '/ID', line[0]) for line in nova.seen]))
         assert seen[0] == seen[1] == seen[2]
+
+
+def told_ahead(world, label='lab'):
+    return [each['sentence'] for each in world.service.events(label) if each['code'] == 'ahead']
+
+
+def test_what_would_fail_is_told_an_hour_before_the_start(far, nova):
+    """Image, key and quota; once, again after a change, and not where all is there."""
+    nova.images.append(nova.image('old', 'lab'))
+    for label, start in (('lab', 3), ('well', 4)):
+        book(far.service, label, start, 5, resource='lab', flavor='m1.tiny', image='old' if label == 'lab' else 'tiny', key='course', vms=3)
+    nova.images.pop(), nova.keys['lab'].remove('course')
+    nova.quota['Instances'] = 10, 8
+    far.at(1.9)
+    assert told_ahead(far) == []
+    far.at(2)
+    far.at(2.1)
+    assert told_ahead(far) == [
+        "if its VMs started now, that would fail: The cloud lab has no image 'old'; The cloud lab has no key "
+        "'course'; The quota of the cloud lab leaves 2 VMs of 3 VMs that are needed by then"]
+    nova.keys['lab'].append('course')
+    nova.quota['Instances'] = 10, 4
+    far.service.update('lab', image='tiny')
+    far.at(2.2)
+    assert len(told_ahead(far)) == 1
+    nova.quota['Instances'] = 10, 8  # the three of `lab` are counted that start before
+    far.at(3)
+    far.at(3.1)
+    assert told_ahead(far, 'well') == [
+        'if its VMs started now, that would fail: The quota of the cloud lab leaves 2 VMs of 6 VMs that are needed by then']
+    assert 'ahead' in cmres.TEXTS
+
+
+def test_a_cloud_that_does_not_answer_is_asked_again_before_the_start(far, nova):
+    book(far.service, 'lab', 3, 5, resource='lab', flavor='m1.tiny', image='tiny')
+    nova.images.clear()
+    far.clouds.open('lab').found.clear()
+    nova.faults['GET /images'] = ['500 before'] * 4
+    far.at(2)
+    assert told_ahead(far) == []
+    nova.faults.clear()
+    far.at(2.2)
+    assert len(told_ahead(far)) == 1
+
+
+def test_nothing_is_asked_ahead_where_that_is_not_wanted_or_nothing_starts(far, nova):
+    far.config.take(check_ahead=0.0)
+    book(far.service, 'off', 3, 5, resource='lab', flavor='m1.tiny', image='tiny')
+    far.config.take(check_ahead=3600.0)
+    book(far.service, 'empty', 3, 5, resource='lab', vms=2)
+    nova.images.clear()
+    far.config.take(check_ahead=0.0)
+    far.at(2.5)
+    assert told_ahead(far, 'off') == told_ahead(far, 'empty') == []
+
+
+def test_vms_without_a_host_are_told_ahead(racks):
+    gpus(racks, 'lab', 'g5', 2, image='cirros')
+    cmres.run("UPDATE host SET until = 1 WHERE name = 'h2'")
+    racks.at(0.5)
+    assert told_ahead(racks) == ['if its VMs started now, that would fail: No host has room for 1 VM of it']
+
+
+def test_of_several_networks_one_is_chosen_when_it_is_added(far, nova):
+    nova.networks.append(nova.network('second', 'admin', shared=True))
+    nova.networks.append(nova.network('own', 'lab'))
+    said = {'resource': 'lab', 'flavor': 'm1.tiny', 'image': 'tiny'}
+    with pytest.raises(Invalid, match='^The cloud lab has 3 networks, so choose one of them: lab-net, second[.]$'):
+        book(far.as_user(*STRANGER), 'x', **said)
+    with pytest.raises(Invalid, match='lab-net, second, own[.]$'):
+        book(far.service, 'x', network='auto', **said)
+    for network in ('second', 'none'):
+        book(far.service, f'x-{network}', network=network, **said)
+    book(far.service, 'capacity', resource='lab', flavor='m1.tiny')
+    nova.networks.append(nova.network('lab-net', 'admin', shared=True))
+    with pytest.raises(Invalid, match="has 2 of the name 'lab-net'"):
+        book(far.service, 'y', network='lab-net', **said)
+
+
+@pytest.mark.parametrize('how, at_end', [('hold', 'stop'), ('shelve', 'shelve'), ('refuse', None)])
+def test_the_operator_says_whether_vms_stay_stopped_on_hosts_that_others_want(racks, how, at_end):
+    """Where hosts are known, since a stopped VM keeps its own; who has said nothing is told nothing."""
+    racks.config.take(at_end_stop=how)
+    eva = racks.as_user()
+    stops = functools.partial(book, eva, resource='gpu', flavor='g1', image='cirros', at_end='stop')
+    assert book(eva, 'plain', resource='gpu', flavor='g1', image='cirros').get('warnings', []) == []
+    assert book(eva, 'sum', at_end='stop', flavor='m1.tiny', image='cirros')['at_end'] == 'stop'
+    if not at_end:
+        with pytest.raises(Invalid, match="VMs cannot stay stopped on 'gpu'"):
+            stops('lab')
+        with pytest.raises(Invalid, match='Let them be shelved, saved or deleted'):
+            eva.update('plain', at_end='stop')
+        return
+    made = stops('lab')
+    assert made['at_end'] == at_end and len(made['warnings']) == 1 and 'stopped' in made['warnings'][0].lower()
+    assert 'stopped' not in str(eva.update('lab', description='x').get('warnings')).lower()
+
+
+def test_a_reservation_of_a_server_counts_its_flavor(far, nova):
+    far.service.resource_update('lab', vcpus=10, ram=8192)
+    nova.server('ws', flavor={'original_name': 'm1', 'vcpus': 4, 'ram': 2048, 'disk': 1, 'ephemeral': 0, 'swap': 0,
+                              'extra_specs': {'resources:CUSTOM_GPU': '1'}})
+    nova.server('old')  # of a Nova that tells no sizes with a server
+    found = book(far.service, 'lab', server='ws', resource='lab')
+    assert (found['vms'], found['vcpus'], found['ram'], found['classes']) == (1, 4, 2048, {'CUSTOM_GPU': 1})
+    with pytest.raises(NoCapacity, match='vCPU'):
+        book(far.service, 'more', resource='lab', flavor='m1.tiny', vms=7)
+    assert book(far.service, 'small', server='old', resource='lab')['vcpus'] == 0
 
 
 def test_what_an_operator_calls_common_may_be_named_by_all(far, nova):
@@ -24728,7 +25368,7 @@ def scheduler(world, monkeypatch):
     class BaseHostFilter:
         RUN_ON_REBUILD = False
     conf, filters, cfg = {}, types.ModuleType('filters'), types.ModuleType('cfg')
-    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt = BaseHostFilter, Conf(), Option, Option
+    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt, cfg.ListOpt = BaseHostFilter, Conf(), Option, Option, Option
     oslo = types.ModuleType('oslo_config')
     oslo.cfg = cfg
     monkeypatch.setitem(sys.modules, 'nova.scheduler.filters', filters)
@@ -24745,7 +25385,7 @@ def scheduler(world, monkeypatch):
             server.run()
     threading.Thread(target=serve, daemon=True).start()
     token = world.service.token_add('nova', 'default', 'admin')['token']
-    conf.update(url=f'http://127.0.0.1:{server.effective_port}', token=token)
+    conf.update(url=[f'http://127.0.0.1:{server.effective_port}'], token=[token])
     found = module.ReservationFilter()
     found.conf = conf
     yield found
@@ -24770,7 +25410,7 @@ def test_only_hosts_of_a_marked_aggregate_are_asked_about(scheduler, world, capl
         assert passing(scheduler, HOSTS, spec_of('s2')) == ['plain', 'bare']
     assert "s2 may not start on gpu: 'lab' has 1 VM, 0 vCPUs, 0 MiB of RAM, and all of that is in use" in caplog.text
     assert passing(scheduler, HOSTS, spec_of('s3', project='chem')) == ['plain', 'bare']
-    scheduler.conf['url'] = 'http://127.0.0.1:9'
+    scheduler.conf['url'] = ['http://127.0.0.1:9']
     assert passing(scheduler, HOSTS[2:], spec_of('s4')) == ['plain', 'bare']
 
 
@@ -24803,11 +25443,56 @@ def test_a_flavor_with_other_classes_and_a_host_by_name(scheduler, world):
     assert passing(scheduler, HOSTS[:2], spec_of('s3', specs={}, user=None)) == ['gpu-2']
 
 
+def marked(name, mark, store):
+    return Handed(host=name, aggregates=[Handed(metadata={'cmres': mark, 'cmres_store': store})])
+
+
+class OtherCmres(http.server.BaseHTTPRequestHandler):
+    """One that has another store, and tells so."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
+        text = b'{"error": "these resources are of another cmres", "kind": "NotFound"}'
+        self.send_response(404)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+def test_of_several_cmres_that_one_is_asked_whose_mark_a_host_has(scheduler, world):
+    """The second mark tells whose it is; hosts of nobody who can be asked are closed."""
+    guarded(world, 'gpu', vms=3)
+    world.now += 1
+    other = http.server.ThreadingHTTPServer(('127.0.0.1', 0), OtherCmres)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    other.asked, mine = [], world.clouds.store
+    scheduler.conf['url'] = [f'http://127.0.0.1:{other.server_port}', *scheduler.conf['url']]
+    scheduler.conf['token'] = ['theirs', *scheduler.conf['token']]
+    hosts = [marked('mine', 'gpu', mine), marked('theirs', 'gpu', 'cmres-other'), host_of('plain')]
+    try:
+        for _ in range(2):
+            assert passing(scheduler, hosts[:2], spec_of()) == ['mine']
+        assert [each['store'] for each in other.asked].count(mine) == 1, 'it is remembered who has a store'
+        assert passing(scheduler, [host_of('old', 'gpu')], spec_of()) == ['old']
+        scheduler.conf['when_down'] = 'open'
+        assert passing(scheduler, hosts, spec_of('s2', 'chem')) == ['plain']  # others are not used up
+        assert passing(scheduler, hosts[:2], spec_of('s2', 'chem')) == ['theirs']
+        with pytest.raises(NotFound, match='are of the cmres cmres-other; this is cmres-'):
+            world.service.claim('s3', ['gpu'], 'biology', store='cmres-other')
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
 @pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
 def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
-    scheduler.conf.update(when_down=when_down, token='wrong', without_hint='reserved')
+    scheduler.conf.update(when_down=when_down, token=['wrong'], without_hint='reserved')
     assert passing(scheduler, HOSTS, spec_of()) == passes
-    scheduler.conf.update(url='http://127.0.0.1:9')
+    scheduler.conf.update(url=['http://127.0.0.1:9'])
     assert passing(scheduler, HOSTS, spec_of()) == passes
     assert caplog.text.count(f'cmres does not answer, so its hosts are {when_down}') == 2
 
@@ -24925,7 +25610,7 @@ def test_a_question_of_nova_costs_as_much_at_a_hundred_hosts_as_at_ten(world, mo
 class Guarded:
     """Two hosts of the lab under cmres, and a nova-scheduler that runs the filter from this cmres.py."""
 
-    hosts = ('lab-compute-1', 'lab-compute-2')
+    hosts, called = ('lab-compute-1', 'lab-compute-2'), ''
 
     def __init__(self, folder: Path):
         self.folder, self.users = folder, {'bio': 'lab-user', 'chem': 'lab-user2'}
@@ -24936,7 +25621,7 @@ class Guarded:
         self.world.service.wake = self.world.cycle.wake.set
         self.service, self.stop = self.world.service, threading.Event()
         admin = sdk('lab-admin').compute
-        self.aggregate = admin.create_aggregate(name=unique('guarded-'))
+        self.aggregate = admin.create_aggregate(name=self.called or unique('guarded-'))
         for host in self.hosts:
             admin.add_host_to_aggregate(self.aggregate, host)
         self.thread = threading.Thread(target=self.world.cycle.run, args=(self.stop,))
@@ -25259,7 +25944,7 @@ def all_commands_work(host, flavor, **environ):
         'hide': 'reservation host property set gpu --private', 'few': 'reservation host property list',
         'whole': f"""{reserve} --reservation 'resource_type=physical:host,min=1,max=1,hypervisor_properties=,resource_properties=["==", "$gpu", "h100"]' whole""",
         'full': f'{reserve} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=99,affinity=False small',
-        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=False small',
+        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=True small',
         'flavor': f'{reserve.replace("01-01", "01-03")} --reservation resource_type=flavor:instance,flavor_id={flavor},amount=1 cards',
         'leases': 'reservation lease list', 'lease': 'reservation lease show small',
         'allocations': 'reservation allocation list host',
@@ -25679,6 +26364,46 @@ def test_a_lease_with_affinity_has_a_server_group_of_its_owners_project(hosts, n
     assert [ann.get(later)['reservations'][0]['server_group_id']] == [*nova.server_groups]
 
 
+def test_a_lease_of_hosts_has_an_aggregate_of_them_while_it_is_active(hosts, nova):
+    """Blazar's habit: its name is the id of the reservation. What is left of it after a crash goes too."""
+    world = hosts.world
+    world.service.resource_sync('admin', ['gpu'], flavors=True, reservable_hosts=True, mode='exclusive')
+    object.__setattr__(world.config, 'identities', {'chem': 'p-chem'})
+    ann = hosts.as_user('ann', 'chem', 'user')
+    lease = ann.make(whole_hosts(1, 2), start='now', end='2026-12-01 13:00')
+    part = lease['reservations'][0]['id']
+    assert lease['status'] == 'STARTING'
+    live(world, 5)
+    _, lent = nova.aggregates
+    assert (lent['name'], sorted(lent['hosts'])) == (part, ['gpu-1', 'gpu-2']) and ann.get(lease)['status'] == 'ACTIVE'
+    assert lent['metadata'] == {'cmres_lent': world.clouds.store, 'blazar:owner': 'p-chem'}
+    synced = world.service.resource_sync('admin', flavors=True, reservable_hosts=True, mode='exclusive', dry_run=True)
+    assert part not in json.dumps(synced)
+    boots = functools.partial(world.service.claim, resources=['gpu'], project='p-chem', vcpus=1, ram=512)
+    assert [boots('a', label=part)[0]['passes'], boots('b', label=lease['id'])[0]['passes']] == [True, False]
+    nova.aggregates.append({'id': 9, 'name': 'left', 'hosts': [], 'metadata': {'cmres_lent': world.clouds.store}})
+    nova.aggregates.append({'id': 10, 'name': 'other', 'hosts': ['gpu-1'], 'metadata': {'cmres_lent': 'cmres-other'}})
+    world.at(1.1)
+    assert [each['name'] for each in nova.aggregates] == ['gpu', 'other']
+
+
+def test_a_server_group_is_made_with_the_token_of_who_reserves(hosts, nova):
+    """Where cmres has no account in their project; the operator's account takes it back at the end."""
+    world = hosts.world
+    nova.now = lambda: world.now
+    world.service.resource_sync('admin', ['gpu'], flavors=True)
+    token = {'X-Auth-Token': nova.issue('u-ann', 'p-chem')}
+    said = {'name': 'lab', 'start_date': 'now', 'end_date': '2026-12-01 13:00', 'reservations': [instances(1, affinity=False)]}
+    lease = hosts.web.post_json('/reservation/v1/leases', said, headers=token, status=201).json['lease']
+    id = lease['reservations'][0]['server_group_id']
+    assert (nova.server_groups[id]['project_id'], nova.server_groups[id]['policy']) == ('p-chem', 'anti-affinity')
+    live(world, 5)
+    shown = hosts.web.get(f"/reservation/v1/leases/{lease['id']}", headers=token).json['lease']
+    assert shown['status'] == 'ACTIVE' and shown['reservations'][0]['server_group_id'] == id and [*nova.server_groups] == [id]
+    world.at(1.1)
+    assert nova.server_groups == {} == nova.lent
+
+
 def test_who_has_reserved_vcpus_without_a_flavor_boots_on_them_when_all_is_reserved(hosts):
     hosts.world.service.resource_sync('admin', ['gpu'], mode='exclusive')
     hosts.world.service.resource_update('gpu', vcpus=8)
@@ -25976,6 +26701,8 @@ TEMPEST_RUN = 'import sys, tempest.scenario.manager, testtools.run as run; run.m
 class FirstHost(Guarded):
     """That host under cmres which tempest takes: the first that Nova lists; with Blazar's API, and in the catalog."""
 
+    called = 'freepool'
+
     def __init__(self, folder):
         self.hosts = (next(sdk('lab-admin').compute.services(binary='nova-compute')).host,)
         super().__init__(folder)
@@ -25997,6 +26724,15 @@ class FirstHost(Guarded):
         super().end()
 
 
+SCENARIO = 'blazar_tempest_plugin.tests.scenario.test_'
+#: Those that wait for an end to come by itself take six minutes: `make test-openstack TEMPEST=all`.
+SCENARIOS = ['reservation_concurrency', 'flavor_reservation', 'host_reservation', 'instance_reservation'] if (
+    os.environ.get('TEMPEST') == 'all') else [
+        'reservation_concurrency', 'flavor_reservation',
+        'host_reservation.TestHostReservationScenario.test_host_reservation',
+        'instance_reservation.TestInstanceReservationScenario.test_instance_reservation']
+
+
 @openstack
 @real
 @inlab
@@ -26010,11 +26746,11 @@ def test_tempests_scenarios_of_blazar_pass(tmp_path):
         (tmp_path / 'tempest.conf').write_text(TEMPEST_CONF.format(
             folder=tmp_path, image=admin.image.find_image('tiny').id, flavor=admin.compute.find_flavor('m1.small').id,
             **admin.config.config['auth']))
-        for suite in ('reservation_concurrency', 'flavor_reservation'):
-            done = subprocess.run(
-                [TEMPEST, '-c', TEMPEST_RUN, f'blazar_tempest_plugin.tests.scenario.test_{suite}'], cwd=tmp_path,
-                env=os.environ | {'TEMPEST_CONFIG_DIR': str(tmp_path)}, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0 and 'Ran 1 test' in done.stdout, done.stdout + done.stderr
+        done = subprocess.run(
+            [TEMPEST, '-c', TEMPEST_RUN, *(SCENARIO + each for each in SCENARIOS)], cwd=tmp_path,
+            env=os.environ | {'TEMPEST_CONFIG_DIR': str(tmp_path)}, capture_output=True, text=True, timeout=1200)
+        print(done.stdout, done.stderr)
+        assert done.returncode == 0 and f"Ran {8 if os.environ.get('TEMPEST') == 'all' else 4} tests" in done.stdout
     finally:
         first.end()
 
@@ -26461,13 +27197,129 @@ def bench_caldav(folder: Path) -> None:
 
 
 def bench_start(folder: Path) -> None:
-    environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
-    cmres.open_store(environment['CMRES_DATABASE'])
+    """The program and the command that `make` puts beside Python, against Python itself; processor time of each."""
+    variables = environment() | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+    cmres.open_store(variables['CMRES_DATABASE'])
     cmres.close_store()
 
-    def run(*words):
-        return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
-    show('start-up of `cmres.py list`', *by_turns(15, run(str(MODULE), 'list'), run('-c', 'pass')))
+    def seconds(*command) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, env=variables, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    command = Path(sys.executable).with_name('cmres')
+    ways = {'`python cmres.py list`': (sys.executable, str(MODULE), 'list'), '`cmres list`': (sys.executable, str(command), 'list')}
+    for name, words in ways.items():
+        if Path(words[1]).exists():
+            turns = [(seconds(*words), seconds(sys.executable, '-c', 'pass')) for _ in range(21)]
+            show(f'start-up of {name}', *(sorted(each)[10] for each in zip(*turns)))
+
+
+#: A page of a list, as plain as SQL can say it.
+RAW_PAGE = """SELECT * FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
+              JOIN resource s ON s.id = o.resource_id WHERE o.due IS NOT NULL {} ORDER BY o.start, o.id LIMIT 100"""
+
+
+def bench_pages(folder: Path) -> None:
+    """A page of `list` of 1e6 reservations, with each filter, against the same page in raw sqlite3; no statistics."""
+    world = World(folder)
+    fill(world, 10**6, 100, statistics=False)
+    raw = sqlite3.connect(world.config.database)
+    place = cmres.row("SELECT id FROM resource WHERE name = 'place-7'").id
+    asked = {'': {}, f'AND o.resource_id = {place}': {'resource': 'place-7'}, "AND r.user = 'u'": {'user': 'u'},
+             "AND r.project = 'p'": {'project': 'p'}, f'AND o.start >= {int(world.now) + 86400}': {'start': NOON + hours(24)}}
+    for where, filters in asked.items():
+        show(f"list, 100 of 1e6{', by ' + ' '.join(filters) if filters else ''}", *by_turns(
+            31, lambda turn, filters=filters: list(world.service.list(limit=100, **filters)),
+            lambda turn, where=where: raw.execute(RAW_PAGE.format(where)).fetchall()))
+    raw.close()
+    cmres.close_store()
+
+
+def bench_rehearsals(folder: Path) -> None:
+    """Dry runs against the deeds themselves, and a refusal with its offers against an `add`, at 5e4 steps of a resource."""
+    world = World(folder)
+    fill(world, 25_000, 1)
+    cmres.run('UPDATE resource SET vms = 60 WHERE name = ?', 'place-0')
+    cmres.remembered.change()
+    start = NOON + timedelta(days=200)
+    series = {'repeat': 'weekdays', 'count': 200}
+
+    def add(turn, **more):
+        world.service.add(f"x{turn}-{len(more)}", 'place-0', start + hours(turn), hours(1), **more)
+
+    def refused(turn):
+        with pytest.raises(NoCapacity):
+            world.service.add(f'no-{turn}', 'place-0', NOON + hours(turn), hours(100), vms=60)
+    show('a dry run of `add`', *by_turns(100, lambda turn: add(turn, dry_run=True), add))
+    show('a dry run of a series of 200', *by_turns(11, lambda turn: add(turn, dry_run=True, **series), lambda turn: add(turn, **series)))
+    show('a refusal with its offers, against an `add`', *by_turns(31, refused, lambda turn: add(1000 + turn)))
+    cmres.close_store()
+
+
+def bench_waiting(folder: Path) -> None:
+    """What 1e4 requests on the waiting list of one resource cost those who reserve another, and a pass."""
+    worlds = {}
+    for waits in (0, 10**4):
+        (folder / str(waits)).mkdir()
+        worlds[waits] = world = World(folder / str(waits))
+        fill(world, 10**4, 10)
+        world.service.resource_add('full', vms=1)
+        world.service.add('all', 'full', NOON + hours(1), timedelta(days=300))
+        if waits:
+            world.service.load([{'label': f'w{n}', 'resource': 'full', 'start': cmres.to_plain(NOON + hours(2 + n % 5000)), 'end': '+1h',
+                                 'wait': True} for n in range(waits)])
+            world.cycle.settle()
+    seen = collections.defaultdict(list)
+    for turn, waits in itertools.product(range(60), worlds):
+        world = worlds[waits]
+        cmres.open_store(world.config.database)
+        for name, deed in (('add elsewhere', lambda: world.service.add(f'n{turn}', 'place-3', NOON + hours(turn), hours(1))),
+                           ('a pass', lambda: world.cycle.converge(world.now))):
+            began = time.process_time()
+            deed()
+            seen[name, waits].append(time.process_time() - began)
+    for name in ('add elsewhere', 'a pass'):
+        show(f'{name}, while 1e4 wait', *(sorted(seen[name, waits])[30] for waits in (10**4, 0)))
+    cmres.close_store()
+
+
+def bench_load(folder: Path) -> None:
+    """How long an `add` of others takes while 1e5 lines are loaded: the 99th percentile, against the median alone."""
+    world = World(folder)
+    fill(world, 10**4, 100)
+    other, alone = world.as_user('bob', 'chemistry'), []
+    for turn in range(200):
+        began = time.perf_counter()
+        other.add(f'alone-{turn}', 'place-1', NOON + hours(turn), hours(1))
+        alone.append(time.perf_counter() - began)
+    lines = [{'label': f'l{n}', 'resource': f'place-{n % 100}', 'start': f'+{n % 3000 + 1}h', 'end': '+1h'} for n in range(10**5)]
+    loading = threading.Thread(target=lambda: world.as_user().load(lines))
+    loading.start()
+    beside = []
+    while loading.is_alive():
+        began = time.perf_counter()
+        other.add(f'beside-{len(beside)}', 'place-1', NOON + hours(len(beside) % 3000), hours(1))
+        beside.append(time.perf_counter() - began)
+        time.sleep(0.05)
+    loading.join()
+    show('`add` while 1e5 lines are loaded, 99 %', sorted(beside)[int(0.99 * len(beside))], sorted(alone)[100], f'of {len(beside)}')
+    cmres.close_store()
+
+
+def bench_memory(folder: Path) -> None:
+    """The resident memory of `serve` at 1e6 reservations, after some pages of lists."""
+    world = World(folder)
+    fill(world, 10**6, 100)
+    token = world.service.token_add('u', 'p', 'admin')['token']
+    cmres.close_store()
+    serving = Serving(folder, database=world.config.database)
+    serving.token = token
+    for _ in range(20):
+        assert serving.ask('GET', '/reservation?limit=100')[0] == 200
+    status = Path(f'/proc/{serving.process.pid}/status').read_text()
+    print(f"{'memory of `serve` at 1e6 reservations':58} {int(re.search('VmRSS: *([0-9]+)', status)[1]) / 1024:9.0f} MiB")
+    serving.stop()
 
 
 class InMemory(cmres.Simulated):
@@ -26721,9 +27573,10 @@ def bench_hosts(folder: Path) -> None:
 
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
-    import tempfile
-    all_of_them = ('start rest keystone page lists calendar caldav add series claim filter hosts starts '
-                   'idle anger').split()
+    for operation in API.values():  # without what tests ask of each answer
+        setattr(cmres.Reservations, operation.name, getattr(cmres.Reservations, operation.name).__wrapped__)
+    all_of_them = ('start rest keystone page pages lists rehearsals waiting load memory calendar caldav add series claim '
+                   'filter hosts starts idle anger').split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
