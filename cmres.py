@@ -65,6 +65,7 @@ import gc
 import getpass
 import hashlib
 import heapq
+import importlib
 import inspect
 import io
 import itertools
@@ -102,8 +103,24 @@ gc.disable()  # what is made while this is read stays: to look through it is a t
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
-# What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
-# schedule, waitress and yaml together cost thirty times as much as `list` itself.
+
+class Module:
+    """A module that is imported when it is first used: `list` needs few of them, and bottle, fire,
+    openstack, rich, schedule, waitress and yaml cost thirty times as much as `list` itself."""
+
+    def __init__(self, name: str):
+        self.__name__ = name
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+base64, bottle, configparser, fire, gzip, hmac, ipaddress, select, shlex, shutil, smtplib, string, \
+    traceback, unicodedata, uuid, waitress, yaml = map(Module, (
+        'base64 bottle configparser fire gzip hmac ipaddress select shlex shutil smtplib string '
+        'traceback unicodedata uuid waitress yaml'.split()))
+email_message, email_utils, http_client, ElementTree = map(Module, (
+    'email.message', 'email.utils', 'http.client', 'xml.etree.ElementTree'))
 
 __version__ = '0.1'
 
@@ -1492,7 +1509,6 @@ class Config:
 
     def is_among(self, setting: str, address: str) -> bool:
         """Whether an address is in one of the networks that a setting names."""
-        import ipaddress
         try:
             found = ipaddress.ip_address(address)
         except ValueError:
@@ -1555,7 +1571,6 @@ WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
 @functools.lru_cache
 def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
-    import ipaddress
     found = []
     for each in filter(None, map(str.strip, text.split(','))):
         try:
@@ -1605,9 +1620,8 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
 
 def check_template(where: str, template: str) -> None:
     """Refuses words for an event that could not be filled in; Invalid says where and why."""
-    from string import Formatter
     try:
-        for _, field, _, _ in Formatter().parse(template):
+        for _, field, _, _ in string.Formatter().parse(template):
             if field is not None and field not in TEXT_FIELDS:
                 hint = nearest(field, TEXT_FIELDS)
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
@@ -1630,14 +1644,14 @@ def file_stamp(path: str) -> tuple:
 
 
 def read_config_file(path: str) -> dict[str, dict]:
-    import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
     try:
         with open(path, encoding='utf-8') as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise Invalid(f"Cannot read the configuration '{path}': {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise Invalid(f"Cannot read the configuration '{path}': {why}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -1995,6 +2009,7 @@ WORDS = {
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
     'store': 'whose resources these are, as their second mark says',
+    'moves': 'only a server passes that counts there already',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -2051,9 +2066,19 @@ class Operation:
         return self.routes[0][0] != 'GET'
 
     @property
+    def help(self) -> tuple[str, str]:
+        """What it does, and examples of its command."""
+        return split_help(inspect.getdoc(self.method))
+
+    @property
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
+
+def split_help(text: str) -> tuple[str, str]:
+    about, *examples = re.split(r'\n\nExample:\s+', text.strip())
+    return about, '\n'.join(f'  {each.strip()}' for each in ''.join(examples).splitlines())
+
 
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
@@ -2196,7 +2221,6 @@ def read_str(value, here=None, most: int = 255) -> str:
 
 def unseen(text: str) -> str:
     """The name of a text's first character that nobody sees or that is none yet; '' without one."""
-    import unicodedata
     found = UNSEEN.search(text)
     if not found and text.isascii():
         return ''
@@ -8906,7 +8930,6 @@ class Undelivered(Error):
 def deliver(config: Config, notice, about: dict) -> None:
     """Delivers a notice to its target, `about` its reservation as answers show it; else
     Undelivered."""
-    from http.client import HTTPException
     try:
         if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
@@ -8915,14 +8938,13 @@ def deliver(config: Config, notice, about: dict) -> None:
             post(config, notice.target, json_text(body).encode())
         else:
             send_mail(config, notice, about)
-    except (OSError, ValueError, HTTPException) as error:  # smtplib's are OSErrors
+    except (OSError, ValueError, http_client.HTTPException) as error:  # smtplib's are OSErrors
         raise Undelivered(f'{type(error).__name__}: {error}') from None
 
 
 def post(config: Config, url: str, body: bytes) -> None:
     """Posts a webhook, without redirects. Where there is a secret, X-Cmres-Signature is `sha256=`
     and the hex HMAC of X-Cmres-Timestamp, a full stop and the body."""
-    import hmac
     stamp = str(int(time.time())).encode()
     signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
     status, _, _ = exchange(config, 'POST', url, body, {
@@ -8936,7 +8958,6 @@ def post(config: Config, url: str, body: bytes) -> None:
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
     first; Undelivered, without the address in its sentence, where there is none."""
-    from http.client import HTTPException
     try:
         for _ in range(6):
             status, found, body = exchange(config, 'GET', url, None, headers)
@@ -8949,7 +8970,7 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
                                  'https.')
             url = target
         raise ValueError('It redirects more than five times.')
-    except (OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError, http_client.HTTPException) as error:
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
         raise Undelivered(f'{kind}{first_line(error)}') from None
 
@@ -8958,11 +8979,10 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None,
              headers: dict) -> tuple[int, dict, bytes]:
     """One request to an address that a person gave: status, headers in lower case and body.
     OSError, ValueError or HTTPException for no whole answer in time, or a private address."""
-    from http.client import HTTPConnection, HTTPSConnection
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
     address = allowed_address(config, parts.hostname or '', port)
-    kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
+    kind = http_client.HTTPSConnection if parts.scheme == 'https' else http_client.HTTPConnection
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
     with cut_off(MOST_WAIT) as connect:
         try:
@@ -9021,7 +9041,6 @@ def hang_up(line: socket.socket) -> None:
 def allowed_address(config: Config, host: str, port: int) -> str:
     """The address of a host; ValueError where it has none that is public (or allowed), in one
     sentence, so that nobody learns which hosts there are inside."""
-    import ipaddress
     try:
         found = [ipaddress.ip_address(each[4][0].partition('%')[0])
                  for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -9057,7 +9076,6 @@ def is_public(address) -> bool:
 def embedded(address) -> list:
     """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
     (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
-    import ipaddress
     if address.version == 4:
         return []
     number = int(address)
@@ -9092,12 +9110,10 @@ def send_invitation(config: Config, notice, subject: str, text: str, method: str
 
 def mail_to(config: Config, notice, subject: str):
     """A mail for the target of a notice, without a text."""
-    from email.message import EmailMessage
-    from email.utils import formatdate
-    message = EmailMessage()
+    message = email_message.EmailMessage()
     message['From'], message['To'] = config.mail_from, notice.target
     message['Subject'] = f'[cmres] {subject}'
-    message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
+    message['Date'] = email_utils.formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
     return message
@@ -9107,7 +9123,6 @@ def post_mail(config: Config, message) -> None:
     """Hands a mail to the server of the configuration."""
     if not config.mail_server:
         raise ValueError('The setting mail_server is empty.')
-    import smtplib
     host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
@@ -10334,7 +10349,6 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
 
 def calendar_name(text: str, number: int = 0) -> str:
     """A label out of a title: its letters and digits."""
-    import unicodedata
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
     name = f'{name}-event' if name in NO_LABELS else name
@@ -13835,8 +13849,7 @@ class Approvals(Operations):
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Approves a pending reservation, or a pending change of a reservation.
 
-        Example:
-          python cmres.py approve lab --project biology --reason 'as agreed'
+        Example: python cmres.py approve lab --project biology --reason 'as agreed'
         """
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
@@ -13855,8 +13868,7 @@ class Approvals(Operations):
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Accepts the capacity that the waiting list offers you.
 
-        Example:
-          python cmres.py accept lab
+        Example: python cmres.py accept lab
         """
         with self.writing(dry_run) as now:
             _, pending, _ = self.pending_of(label, project)
@@ -13875,8 +13887,7 @@ class Approvals(Operations):
 
         A change of an approved reservation is rejected alone: the reservation stays as it was.
 
-        Example:
-          python cmres.py reject lab --reason 'not before the exam'
+        Example: python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
@@ -14172,8 +14183,7 @@ class Requests(Operations):
         names the fields, as in `add`; the output of `list --format csv` is such a file. At most
         100000 lines.
 
-        Example:
-          python cmres.py load class.csv --partial
+        Example: python cmres.py load class.csv --partial
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
@@ -14252,8 +14262,7 @@ class Requests(Operations):
 
         Those that do not fit are left out.
 
-        Example:
-          python cmres.py generate demo --count 20
+        Example: python cmres.py generate demo --count 20
         """
         chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
@@ -14277,8 +14286,7 @@ class Requests(Operations):
         them. A page has at most --limit lines; cmres says if there are more. `show` has long
         descriptions and user data.
 
-        Example:
-          python cmres.py list --resource demo --state starting,active
+        Example: python cmres.py list --resource demo --state starting,active
         """
         self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
@@ -14344,8 +14352,7 @@ class Requests(Operations):
 
         Its fields, its state, its VMs, and the future occurrences of a series.
 
-        Example:
-          python cmres.py show lab
+        Example: python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = self.with_changes([found])[0] | {
@@ -14386,8 +14393,7 @@ class Requests(Operations):
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Shows how long a reservation is.
 
-        Example:
-          python cmres.py duration lab
+        Example: python cmres.py duration lab
         """
         found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
@@ -14454,8 +14460,7 @@ class Requests(Operations):
 
         Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
 
-        Example:
-          python cmres.py end lab
+        Example: python cmres.py end lab
         """
         def now_on(old) -> datetime:
             if self.clock() < old.start:
@@ -14472,8 +14477,7 @@ class Requests(Operations):
 
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
 
-        Example:
-          python cmres.py keep lab +2h
+        Example: python cmres.py keep lab +2h
         """
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
@@ -14694,8 +14698,7 @@ class Requests(Operations):
         --occurrence cancels only that one, and --following also those after it. With --kept, it
         deletes the VMs that stayed after their end.
 
-        Example:
-          python cmres.py delete --resource demo --user eva --dry-run
+        Example: python cmres.py delete --resource demo --user eva --dry-run
         """
         self.refuse_unknown_states(state)
         if not any([state, *(asked[name] for name in FILTERS)]):
@@ -14859,8 +14862,7 @@ class Requests(Operations):
 
         Default: the next 7 days.
 
-        Example:
-          python cmres.py usage demo --end +1d
+        Example: python cmres.py usage demo --end +1d
         """
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
@@ -15793,12 +15795,14 @@ class Claims(Operations):
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), store: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', moves: bool = False,
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
+        With --moves, only a server passes that counts there already.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
@@ -15813,7 +15817,7 @@ class Claims(Operations):
         def decide() -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, need, label, project, user, hosts, now)
+                    name, server, projects, users, need, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
@@ -15892,7 +15896,8 @@ class Claims(Operations):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, hosts: list[str], now: float) -> dict:
+                 label: str, project: str, user: str, hosts: list[str], moves: bool,
+                 now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
@@ -15900,6 +15905,8 @@ class Claims(Operations):
             return {'passes': bool(place), 'why': why, 'hosts': None}
         there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
                     'AND due IS NOT NULL', place.id, server)
+        if moves and not there:
+            return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         resized = there and there.host and had != need
         if resized:  # until that is confirmed, Nova holds both
@@ -16091,8 +16098,7 @@ class Calendars(Operations):
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
 
-        Example:
-          python cmres.py import class.ics --resource demo --image cirros --dry-run
+        Example: python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -16330,8 +16336,7 @@ class Calendars(Operations):
     def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendar feeds and subscriptions, without their secrets.
 
-        Example:
-          python cmres.py calendar list
+        Example: python cmres.py calendar list
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
@@ -16353,8 +16358,7 @@ class Calendars(Operations):
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
         all reservations of that resource; those of other projects only as busy.
 
-        Example:
-          python cmres.py calendar feed --resource demo
+        Example: python cmres.py calendar feed --resource demo
         """
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
@@ -16372,8 +16376,7 @@ class Calendars(Operations):
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Disables the address of a feed at once.
 
-        Example:
-          python cmres.py calendar revoke 1
+        Example: python cmres.py calendar revoke 1
         """
         with self.writing(dry_run) as now:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
@@ -16429,8 +16432,7 @@ class Calendars(Operations):
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops reading a calendar; its reservations stay.
 
-        Example:
-          python cmres.py calendar unsubscribe 1
+        Example: python cmres.py calendar unsubscribe 1
         """
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
@@ -16438,8 +16440,7 @@ class Calendars(Operations):
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Confirms that a calendar may cancel most of its reservations.
 
-        Example:
-          python cmres.py calendar confirm 1
+        Example: python cmres.py calendar confirm 1
         """
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
@@ -16708,8 +16709,7 @@ class Tokens(Operations):
 
         cmres stores only hashes, so it cannot show the tokens again.
 
-        Example:
-          python cmres.py token list
+        Example: python cmres.py token list
         """
         own, values = self.own_tokens()
         return [self.token_public(each) for each in rows(
@@ -16740,8 +16740,7 @@ class Tokens(Operations):
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
         """Makes a token valid for longer: 90 days from now, or as --for says.
 
-        Example:
-          python cmres.py token renew 3 --for 90d
+        Example: python cmres.py token renew 3 --for 90d
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -16761,8 +16760,7 @@ class Tokens(Operations):
         With the last token of a user in a project, the user's feeds, subscriptions and shared pages
         end, too. Their reservations stay.
 
-        Example:
-          python cmres.py token revoke 3
+        Example: python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -16783,8 +16781,7 @@ class Tokens(Operations):
 
         In all projects, or in one. Their reservations stay.
 
-        Example:
-          python cmres.py user end eva --project biology
+        Example: python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
             found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
@@ -16847,8 +16844,7 @@ class Tokens(Operations):
     def credential_list(self) -> list[CredentialAnswer]:
         """Lists your credentials, as an admin all.
 
-        Example:
-          python cmres.py credential list
+        Example: python cmres.py credential list
         """
         own, values = self.own_tokens()
         return [public(each) for each in rows(
@@ -16860,8 +16856,7 @@ class Tokens(Operations):
     def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
         """Takes a credential away: what starts from now on is made as it is for your project.
 
-        Example:
-          python cmres.py credential delete 1
+        Example: python cmres.py credential delete 1
         """
         with self.writing(dry_run) as now:
             found = [each for each in self.credential_list() if each['id'] == id]
@@ -16961,8 +16956,7 @@ class Records(Operations):
 
         On the command line, --follow shows each new event at once, until Ctrl-C.
 
-        Example:
-          python cmres.py events lab --follow
+        Example: python cmres.py events lab --follow
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
@@ -16975,8 +16969,8 @@ class Records(Operations):
                       if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
-                     *given(where))
+                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
+                     f'LIMIT {limit}', *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
     def event_before(self, at: float) -> int:
@@ -16994,8 +16988,7 @@ class Records(Operations):
 
         In seconds: median, 95th percentile, worst. `delays` is the same.
 
-        Example:
-          python cmres.py punctuality --since 2026-11-01
+        Example: python cmres.py punctuality --since 2026-11-01
         """
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
@@ -17032,8 +17025,7 @@ class Records(Operations):
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
 
-        Example:
-          python cmres.py report --since 2027-01-01 --by user --format csv
+        Example: python cmres.py report --since 2027-01-01 --by user --format csv
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
         refuse_unknown_word('group_by', group_by, columns)
@@ -19713,16 +19705,14 @@ def refusal_name(status: int) -> str:
 
 def said_of(operation: Operation) -> dict:
     """What its help says of an operation, for who types nothing."""
-    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
-                              flags=re.S).partition('\n\n')
+    summary, _, more = operation.help[0].partition('\n\n')
     return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
 
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
-    import shlex
-    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
-    words = shlex.split(found[1])[len(operation.words.split()):]
+    first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
+    words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
     example = dict(zip(operation.parameters, plain))
     options = [*words[len(plain):], '--']
@@ -19798,7 +19788,6 @@ UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
     """The WSGI application that answers for a service; `told` words what never reaches one of its
     handlers, `visitor` tells who is signed in to the page, by the cookie of a request."""
-    import bottle
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
@@ -19815,8 +19804,6 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
-    import bottle
-
     def no_metrics():
         return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
@@ -19844,7 +19831,6 @@ def rule(operation: Operation, path: str) -> str:
 def handler(service: Reservations, operation: Operation, fixed: dict,
             visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
-    import bottle
     # a calendar in JSON is longer than in a file
     most = 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
@@ -19902,8 +19888,6 @@ def in_turn(*looks: Callable | None) -> Callable:
 
 def sent(text: str | bytes, status: int, headers: dict):
     """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
-    import bottle
-    import gzip
     data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
     takes = header(bottle.request, 'Accept-Encoding')
     if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
@@ -20078,7 +20062,6 @@ class Once:
 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
-    import bottle
     written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
@@ -20148,8 +20131,6 @@ class WrittenFeeds:
 
 def answering(handle: Callable) -> Callable:
     """A handler that is not asked while the store is lost, and whose failures are told."""
-    import bottle
-
     def answer(*args, **path):
         try:
             store_file.check()
@@ -20248,8 +20229,7 @@ def new_to_keystone(service: Reservations, token: str) -> bool:
 
 def fair_dispatcher(threads: int, is_new: Callable[[str], bool]):
     """The threads of `waitress`, with a line of ours before them."""
-    from waitress.task import ThreadedTaskDispatcher
-    made = ThreadedTaskDispatcher()
+    made = waitress.task.ThreadedTaskDispatcher()
     made.queue = Line(threads, made.queue_cv.notify, is_new)
     made.set_thread_count(threads)
     return made
@@ -20257,7 +20237,6 @@ def fair_dispatcher(threads: int, is_new: Callable[[str], bool]):
 
 def disk_free(path: str) -> int:
     """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
-    import shutil
     try:
         return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     except OSError:
@@ -20375,14 +20354,12 @@ def wrong_verb(failure, request, response) -> Error | None:
 
 def request_name(environ: dict) -> str:
     """The name that a request came with, or a new one."""
-    import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
 
 
 def plain_path(environ: dict) -> None:
     """The address without its last slash; refuses one that is not UTF-8."""
-    import bottle
     try:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
@@ -20529,9 +20506,8 @@ def bearer(request) -> str:
 
 def basic_password(said: str) -> str:
     """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
-    from base64 import b64decode
     try:
-        return b64decode(said, validate=True).decode().partition(':')[2]
+        return base64.b64decode(said, validate=True).decode().partition(':')[2]
     except ValueError:
         return ''
 
@@ -20657,7 +20633,6 @@ class Gate:
 
     def refuse_reader(self, environ: dict) -> None:
         """Refuses who may not read metrics; who could before, may while the store can't be read."""
-        import bottle
         request = bottle.LocalRequest(environ)
         secret = hashed(bearer(request))
         try:
@@ -20733,8 +20708,7 @@ class Reply:
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
     def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        from http.client import responses
-        self.begin(f'{status} {responses[status]}', [
+        self.begin(f'{status} {http_client.responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
         return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
@@ -20761,7 +20735,6 @@ class Counting:
 
 def network_of(text: str) -> str:
     """What limits count an address under: itself, or of IPv6 the network; '' if it is none."""
-    import ipaddress
     try:
         found = ipaddress.ip_address(text.partition('%')[0])
     except ValueError:
@@ -22581,7 +22554,6 @@ def item_of(found) -> Item:
 
 def read_xml(data: bytes):
     """The root of a body; None of an empty one, Invalid for more than is read here."""
-    from xml.etree import ElementTree
     if not data.strip():
         return None
     try:
@@ -23191,7 +23163,6 @@ def dav_refusal(error: Error):
 
 def calendar_programs(service: Reservations) -> Callable:
     """Answers calendar programs, for who has the token that they send as a password."""
-    import bottle
     known: dict = {}  # see `refresh`
 
     @functools.lru_cache(10_000)
@@ -23255,8 +23226,6 @@ def mount_caldav(app, service: Reservations) -> None:
 
 def uninviting(service: Reservations) -> Callable:
     """Answers who wants no more invitations: with a button, and when it is pressed."""
-    import bottle
-
     def handle(address: str, sign: str):
         here = stop_link(service.config, address)
         if not secrets.compare_digest(here.rpartition('/')[2].encode(), sign.encode()):
@@ -27570,7 +27539,6 @@ class Watch:
     """
 
     def __init__(self, sockets: dict):
-        import select
         self.sockets, self.epoll = sockets, select.epoll()
         self.flags: dict[int, int] = {}  # what each is waited for
         self.awake = set(sockets)        # those that are asked at the next turn
@@ -27582,17 +27550,15 @@ class Watch:
 
     def turn(self, timeout: float) -> None:
         """Reads and writes what can be."""
-        from waitress.wasyncore import readwrite
         for fd in [*self.awake]:
             self.ask(fd)
         for fd, events in self.epoll.poll(timeout):
             if each := self.sockets.get(fd):
                 self.awake.add(fd)
-                readwrite(each, events)
+                waitress.wasyncore.readwrite(each, events)
 
     def ask(self, fd: int) -> None:
         """Waits for what a socket needs next; one at rest is not asked again before that comes."""
-        import select
         each = self.sockets.get(fd)
         if each is None or self.is_at_rest(each):
             self.awake.discard(fd)
@@ -27612,10 +27578,9 @@ class Watch:
 
 def answer_malformed(channel, request):
     """waitress' task for what it can't read: the application answers, counts and logs that too."""
-    from waitress.task import ErrorTask, WSGITask
     if request.error.code == 500:  # the application has failed
-        return ErrorTask(channel, request)
-    task, request.command = WSGITask(channel, request), ''
+        return waitress.task.ErrorTask(channel, request)
+    task, request.command = waitress.task.WSGITask(channel, request), ''
     task.environ = {'REMOTE_ADDR': channel.addr[0], 'REQUEST_METHOD': '', 'PATH_INFO': '',
                     'cmres.malformed': request.error}
     task.set_close_on_finish()
@@ -27624,9 +27589,8 @@ def answer_malformed(channel, request):
 
 def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
-    from waitress.channel import HTTPChannel
 
-    class Channel(HTTPChannel):
+    class Channel(waitress.channel.HTTPChannel):
         peer, error_task_class = '', staticmethod(answer_malformed)
 
         def __init__(self, server, sock, addr, adj, map=None):
@@ -27645,7 +27609,6 @@ class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
     def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
-        import waitress
         allow_files(config.connections + 500)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
@@ -28130,20 +28093,22 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         them.
 
         With the hint `cmres` it goes to hosts of cmres alone; without it, it uses up no reservation
-        where there are other hosts, unless `without_hint` says so.
+        where there are other hosts, unless `without_hint` says so, or it has moved in before.
         """
         marks = [(host, self.marks(host)) for host in hosts]
         inside, label = [host.host for host, names in marks if names], self.hint(spec)
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        if asks and not label and outside:
+        moves = bool(spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts) and not label
+        if asks and not label and outside and not moves:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask_all(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside, moves and outside) if asks else {}
+        stays = label or moves and outside and any(verdicts.values())
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
-            if passes and (names or not label):
+            if passes and (names or not stays):
                 yield host
 
     def hint(self, spec) -> str:
@@ -28165,24 +28130,23 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask_all(self, resources: list[tuple], spec, label: str,
-                hosts: list[str]) -> dict[tuple, bool | list]:
+    def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts."""
         verdicts = {}
         for store in {each[0] for each in resources}:
             names = [name for owner, name in resources if owner == store]
-            found = self.ask(store, names, spec, label, hosts)
+            found = self.ask(store, names, spec, *about)
             verdicts |= {(store, name): found[name] for name in names}
         return verdicts
 
-    def ask(self, store: str, names: list[str], spec, label: str,
-            hosts: list[str]) -> dict[str, bool | list]:
+    def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
+            moves: bool) -> dict[str, bool | list]:
         """What the cmres says that has some resources; a refusal is logged with its reason."""
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
                 spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
-                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts])
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts], moves)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(names, settings.when_down == 'open')
@@ -28192,7 +28156,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
 
-    def answer(self, store: str, settings, asked: list) -> list[dict]:
+    def answer(self, store: str, settings, asked: list, moves: bool) -> list[dict]:
         """What the first cmres answers that has a store; without several, it is the only one."""
         last = settings.token[-1]  # which may be that of all
         doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
@@ -28201,7 +28165,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         for url, token in doors:
             try:
                 found = Client(url, token, settings.timeout).claim(
-                    *asked, **({'store': store} if doors[1:] else {}))
+                    *asked, store=store if doors[1:] else '', moves=moves)
             except Error as refusal:
                 error = refusal if not isinstance(refusal, NotFound) else error or refusal
                 continue
@@ -28221,7 +28185,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # that was typed until `bind` reads them.
 
 #: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample:\n  python cmres.py {name} {example}\n'
+GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
           for name, about, example in (
     ('resource', 'Things that people can reserve, and their capacities.',
      'add india --cloud simulated --vms 40'),
@@ -28324,8 +28288,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
     The token is shown once.
 
-    Example:
-      python cmres.py serve --port 8080
+    Example: python cmres.py serve --port 8080
     """
     in_utc(config)
     sys.setswitchinterval(NIMBLE)
@@ -28365,8 +28328,7 @@ def scheduler(config: Config, port: int = None) -> None:
 
     With --once it runs once, like `tick`.
 
-    Example:
-      python cmres.py scheduler
+    Example: python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -28390,8 +28352,7 @@ def tick(config: Config) -> None:
     Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
     for which another scheduler acts. `scheduler --once` is the same.
 
-    Example:
-      python cmres.py tick
+    Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
@@ -28407,8 +28368,7 @@ def store_backup(config: Config, path: Name) -> dict:
     The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
     then people sign in to the page again.
 
-    Example:
-      python cmres.py store backup cmres-monday.db
+    Example: python cmres.py store backup cmres-monday.db
     """
     refuse_missing(config.database)
     copy_store(config.database, path)
@@ -28421,8 +28381,7 @@ def store_copy(config: Config, target: Name) -> dict:
     Stop all processes of cmres first, and start them on the target afterwards (setting database).
     The copy is checked. It has the same key, so everybody stays signed in.
 
-    Example:
-      python cmres.py store copy postgresql://cmres@db.example.org/cmres
+    Example: python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
@@ -28439,8 +28398,7 @@ def store_verify(config: Config, path: Name = '') -> dict:
 
     Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
 
-    Example:
-      python cmres.py store verify cmres-monday.db
+    Example: python cmres.py store verify cmres-monday.db
     """
     return verify_store(path or config.database)
 
@@ -28451,8 +28409,7 @@ def store_restore(config: Config, path: Name) -> dict:
     The old database is kept beside it. VMs that started after the copy was written stay until an
     admin chooses `store orphans --delete` or `--adopt`.
 
-    Example:
-      python cmres.py store restore cmres-monday.db
+    Example: python cmres.py store restore cmres-monday.db
     """
     return restore_store(config.database, path, config.key)
 
@@ -28463,8 +28420,7 @@ def store_migrate(config: Config) -> dict:
     cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
     start.
 
-    Example:
-      python cmres.py store migrate
+    Example: python cmres.py store migrate
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
@@ -28480,8 +28436,7 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
     that of the setting `address`.
 
-    Example:
-      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    Example: python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
     address = address or config.public_url
     if not is_web(address):
@@ -28495,11 +28450,10 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
-    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft,
+    use `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
-    Example:
-      python cmres.py key rotate
+    Example: python cmres.py key rotate
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
@@ -28516,8 +28470,7 @@ def config_show(config: Config) -> Rows:
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
 
-    Example:
-      python cmres.py config show
+    Example: python cmres.py config show
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
@@ -28527,8 +28480,7 @@ def config_show(config: Config) -> Rows:
 def config_check(config: Config) -> dict:
     """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
 
-    Example:
-      python cmres.py config check --config /etc/cmres.ini
+    Example: python cmres.py config check --config /etc/cmres.ini
     """
     if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
@@ -28567,8 +28519,7 @@ def event_export(config: Config, since: When = None) -> None:
 
     `events export` and `journal export` are the same.
 
-    Example:
-      python cmres.py event export --since 2027-01-01
+    Example: python cmres.py event export --since 2027-01-01
     """
     service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
@@ -28584,8 +28535,7 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
     They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
     never touches them again. `add --server ID` reserves one of them.
 
-    Example:
-      python cmres.py store orphans --adopt
+    Example: python cmres.py store orphans --adopt
     """
     if delete and adopt:
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
@@ -28659,7 +28609,7 @@ def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Calla
     def command(config: Config) -> None:
         print(text().strip('\n'))
     command.__name__ = name
-    command.__doc__ = f'{about}\n\nExample:\n  python cmres.py {name} > {file}'
+    command.__doc__ = f'{about}\n\nExample: python cmres.py {name} > {file}'
     return command
 
 
@@ -28675,8 +28625,7 @@ PRINTING = (
 def completion(config: Config, shell: Name) -> None:
     """Prints a script that completes commands, options, labels and resources in a shell.
 
-    Example:
-      python cmres.py completion bash >> ~/.bashrc
+    Example: python cmres.py completion bash >> ~/.bashrc
     """
     if shell not in COMPLETIONS:
         raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
@@ -28754,7 +28703,6 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
     """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
-    import traceback
     thread, told = None, False
     while not stop.is_set():
         if not thread or not thread.is_alive():
@@ -28967,7 +28915,7 @@ def run_command(argv: list[str], finish: Callable) -> None:
 
 def help_of_group(here: Group, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
+    text, example = split_help(here.__doc__ or '')
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
     shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
     lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
@@ -28985,7 +28933,7 @@ def first_of(command: Group | Operation) -> str:
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
-    text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
+    text, example = operation.help
     kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
              for name, each in operation.parameters.items()}
     needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
@@ -28998,8 +28946,8 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
         words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
-    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text), *map('\n'.join, filter(None, blocks)),
-                        f'Example:\n{example.rstrip()}'])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text),
+                        *map('\n'.join, filter(None, blocks)), f'Example:\n{example}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
@@ -29033,7 +28981,6 @@ def wrapped(text: str, width: int = 80) -> str:
 
 def by_fire(words: list[str], finish: Callable) -> None:
     """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
-    import fire
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
     tree = commands(command)
     # a lone `-` is a word of ours
@@ -29304,7 +29251,6 @@ def file_rows(text: str, name: str) -> list[dict]:
         if name.endswith('.json'):
             return json.loads(text)
         if name.endswith(('.yaml', '.yml')):
-            import yaml
             return yaml.load(text, yaml.BaseLoader)  # every value stays text: bind reads them
         return csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
@@ -29403,7 +29349,6 @@ def only_columns(lines: list[dict], look: Look) -> list[dict]:
 
 
 def as_yaml(answer) -> str:
-    import yaml
     text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False, width=200)
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
@@ -29562,12 +29507,11 @@ def wide(text: str) -> int:
     """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
-    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
+    return sum(1 + (unicodedata.east_asian_width(each) in 'WF') for each in text
+               if not unicodedata.combining(each))
 
 
 def terminal_width() -> int:
-    import shutil
     return shutil.get_terminal_size().columns
 
 

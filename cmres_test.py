@@ -2867,7 +2867,7 @@ def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once
 
 
 #: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
-KINDS = {
+LOCKED_KINDS = {
     'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
     'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
     'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
@@ -2875,9 +2875,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize('removed', [False, True])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOCKED_KINDS)
 def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
-    name, adds, more = KINDS[kind]
+    name, adds, more = LOCKED_KINDS[kind]
     rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
 
     def slow_rule(*args):
@@ -25799,6 +25799,19 @@ def test_of_several_cmres_that_one_is_asked_whose_mark_a_host_has(scheduler, wor
         other.server_close()
 
 
+def test_what_is_inside_stays_inside_when_it_moves_and_what_is_outside_stays_outside(scheduler, world):
+    """Migrated, resized and evacuated: Nova says from which host, which is none of those that it may take."""
+    guarded(world, 'gpu', vms=2)
+    world.now += 1
+    moved = functools.partial(spec_of, hints={})
+    assert passing(scheduler, HOSTS[:2], moved()) == ['gpu-1', 'gpu-2']  # all else was full
+    for name in ('s1', 's2'):
+        spec = moved(name)
+        spec.ignore_hosts = ['gpu-9']
+        assert passing(scheduler, HOSTS, spec) == (['gpu-1', 'gpu-2'] if name == 's1' else ['plain', 'bare'])
+    assert [each.server for each in cmres.rows('SELECT server FROM claim')] == ['s1']
+
+
 @pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
 def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
     scheduler.conf.update(when_down=when_down, token=['wrong'], without_hint='reserved')
@@ -25986,11 +25999,12 @@ class Guarded:
         return sorted('refused' if each.status == 'ERROR' else 'guarded' if each.compute_host in self.hosts else 'elsewhere'
                       for each in self.booted(user, number, label, multi, flavor))
 
-    def booted(self, user='lab-user', number=1, label='', multi=1, flavor='m1.tiny') -> list:
+    def booted(self, user='lab-user', number=1, label='', multi=1, flavor='m1.tiny', group='') -> list:
         compute, flavor = sdk(user).compute, sdk(user).compute.find_flavor(flavor, ignore_missing=False).id
         image, name = sdk(user).image.find_image('tiny', ignore_missing=False).id, unique('by-hand-')
         wish = {'name': name, 'flavor_id': flavor, 'image_id': image, 'networks': 'none', 'min_count': multi,
-                'max_count': multi} | ({'scheduler_hints': {'cmres': label}} if label else {})
+                'max_count': multi} | ({'scheduler_hints': {'cmres': label}} if label else {'scheduler_hints': {'group': group}}
+                                       if group else {})
         with ThreadPoolExecutor(number) as pool:
             list(pool.map(lambda _: compute.create_server(**wish), range(number)))
         admin = sdk('lab-admin').compute
@@ -26169,6 +26183,174 @@ class TestNovaAsks:
         assert only.boots() == [boots]
         only.serve()
         only.schedule()
+
+
+@openstack
+@real
+@inlab
+class TestWaysRound:
+    """What somebody may try who has a reservation, or none: in all cases each who has reserved finds a host."""
+
+    #: Two hosts of four such VMs each.
+    QUARTER = {'vcpus': 1, 'ram': 32000, 'disk': 1}
+
+    @pytest.fixture(scope='class')
+    def guarded(self, tmp_path_factory):
+        guarded, admin = Guarded(tmp_path_factory.mktemp('ways')), sdk('lab-admin').compute
+        guarded.flavor = admin.create_flavor(name=unique('quarter-'), **self.QUARTER)
+        try:
+            guarded.sync = functools.partial(guarded.service.resource_sync, 'lab-admin', [guarded.name])
+            guarded.sync(mode='exclusive')
+            guarded.schedule()
+            yield guarded
+        finally:
+            guarded.end()
+            admin.delete_flavor(guarded.flavor)
+
+    @pytest.fixture
+    def only(self, guarded):
+        guarded.others_enabled(False)
+        yield guarded
+        guarded.others_enabled(True)
+        for each in guarded.service.list(resource=guarded.name):
+            guarded.service.delete(each['label'], project=each['project'])
+        guarded.clear()
+
+    def boots(self, only, number=1, user='lab-user', **more):
+        return only.booted(user, number, flavor=only.flavor.name, **more)
+
+    def where(self, only, number=1, **more):
+        """Where VMs came up, '' for those that did not."""
+        return sorted('' if each.status == 'ERROR' else each.compute_host for each in self.boots(only, number, **more))
+
+    def server(self, only, status='ACTIVE'):
+        """The one VM of bio that is there, once it is in a state again."""
+        admin = sdk('lab-admin').compute
+        one, = [each for each in sdk('lab-user').compute.servers() if each.status != 'ERROR']
+
+        def settled():
+            found = admin.get_server(one.id)
+            return found.status == status and not found.task_state and found
+        return until(settled)
+
+    def keeps(self, only, number, seen=True):
+        """That who has reserved still finds a host for each: the rest boots, and no more."""
+        until(lambda: not cmres.rows("SELECT id FROM claim WHERE due IS NOT NULL AND host = ''"))
+        assert ('' in self.where(only, number)) != seen
+        assert self.where(only) == [''], 'there is more than was reserved'
+
+    def test_other_projects_and_admins_find_no_host(self, only):
+        only.reserve(vms=8, flavor=only.flavor.name)
+        assert only.boots('lab-user2', flavor=only.flavor.name) == ['refused']
+        assert self.where(only, multi=8) == ['lab-compute-1'] * 4 + ['lab-compute-2'] * 4
+        assert self.where(only) == ['']
+
+    def test_a_resize_beyond_what_is_reserved_is_refused_and_changes_nothing(self, only):
+        only.reserve(vms=1)
+        self_server, = only.booted()
+        sdk('lab-user').compute.resize_server(self_server, only.flavor.id)
+        after = self.server(only)
+        assert after.flavor.original_name == 'm1.tiny' and after.compute_host == self_server.compute_host
+        assert only.boots() == ['refused']
+
+    def test_a_resize_down_and_back_counts_both_until_it_is_settled(self, only):
+        """Four times: nothing is left over, and nothing is counted twice afterwards."""
+        only.reserve(vms=3, flavor=only.flavor.name)
+        self.boots(only)
+        tiny, compute = sdk('lab-user').compute.find_flavor('m1.tiny').id, sdk('lab-user').compute
+        for _ in range(4):
+            compute.resize_server(self.server(only), tiny)
+            server = self.server(only, 'VERIFY_RESIZE')
+            compute.revert_server_resize(server)
+            assert self.server(only).flavor.original_name == only.flavor.name
+        self.keeps(only, 2)
+
+    def test_a_resize_that_is_not_confirmed_leaves_the_others_what_is_theirs(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=6, flavor=only.flavor.name, project='chem')
+        self.boots(only)
+        sdk('lab-user').compute.resize_server(self.server(only), sdk('lab-user').compute.find_flavor('m1.tiny').id)
+        self.server(only, 'VERIFY_RESIZE')
+        assert '' not in self.where(only, 6, user='lab-user2')
+
+    def test_a_rebuild_stays_where_it_is_and_takes_no_more(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        before, = self.boots(only)
+        sdk('lab-user').compute.rebuild_server(before, sdk('lab-user').image.find_image('tiny').id)
+        assert self.server(only).compute_host == before.compute_host
+        self.keeps(only, 1)
+
+    def test_what_is_shelved_gives_its_host_back_and_unshelves_only_into_what_is_left(self, only):
+        only.reserve(vms=1, flavor=only.flavor.name)
+        before, = self.boots(only)
+        admin, user = sdk('lab-admin').compute, sdk('lab-user').compute
+        admin.shelve_offload_server(before) if before.status == 'SHELVED' else user.shelve_server(before)
+        until(lambda: admin.get_server(before.id).status == 'SHELVED_OFFLOADED')
+        other, = self.boots(only)
+        assert other.status == 'ACTIVE'
+        user.unshelve_server(before)
+        until(lambda: not admin.get_server(before.id).task_state)
+        assert admin.get_server(before.id).status == 'SHELVED_OFFLOADED'
+        user.delete_server(other)
+        until(lambda: not cmres.rows('SELECT id FROM claim WHERE due IS NOT NULL AND server = ?', other.id))
+        user.unshelve_server(before)
+        assert until(lambda: admin.get_server(before.id).status == 'ACTIVE')
+
+    @pytest.mark.parametrize('how', ['cold', 'live'])
+    def test_a_migration_stays_inside_and_others_keep_theirs(self, only, how):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=5, flavor=only.flavor.name, project='chem')
+        before, = self.boots(only)
+        only.others_enabled(True)
+        admin = sdk('lab-admin').compute
+        if how == 'cold':
+            admin.migrate_server(before)
+            self.server(only, 'VERIFY_RESIZE')
+            admin.confirm_server_resize(before)
+        else:
+            admin.live_migrate_server(before, block_migration='auto')
+            until(lambda: admin.get_server(before.id).compute_host != before.compute_host)
+        after = self.server(only)
+        assert {before.compute_host, after.compute_host} == {*only.hosts}
+        only.others_enabled(False)
+        assert '' not in self.where(only, 5, user='lab-user2')
+        self.keeps(only, 1)
+
+    def test_from_a_host_that_fails_a_vm_is_evacuated_into_its_reservation(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        before, = self.boots(only)
+        admin, svc = sdk('lab-admin').compute, [SVC, 'kill', f'nova-compute-{before.compute_host[-1]}']
+        service = next(each for each in admin.services(host=before.compute_host))
+        subprocess.run(svc, check=True, capture_output=True)
+        try:
+            admin.update_service_forced_down(service, before.compute_host, 'nova-compute', True)
+            admin.evacuate_server(before)
+            until(lambda: admin.get_server(before.id).compute_host != before.compute_host)
+            assert self.server(only).compute_host in only.hosts
+        finally:
+            admin.update_service_forced_down(service, before.compute_host, 'nova-compute', False)
+            subprocess.run([SVC, 'start', svc[2]], check=True, capture_output=True)
+            until(lambda: all(each.state == 'up' for each in admin.services(binary='nova-compute')))
+
+    def test_server_groups_and_reservations_are_apart_alike(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name, affinity='apart')
+        compute = sdk('lab-user').compute
+        group = compute.create_server_group(name=unique('apart-'), policy='anti-affinity')
+        try:
+            assert self.where(only, 2, group=group.id) == [*only.hosts]
+            assert self.where(only, group=group.id) == ['']
+        finally:
+            compute.delete_server_group(group)
+
+    def test_a_host_that_is_disabled_gets_none_and_the_rest_goes_on_the_other(self, only):
+        only.reserve(vms=4, flavor=only.flavor.name)
+        admin = sdk('lab-admin').compute
+        service = next(each for each in admin.services(host='lab-compute-1'))
+        admin.disable_service(service, 'lab-compute-1', 'nova-compute')
+        try:
+            assert self.where(only, 4) == ['lab-compute-2'] * 4
+        finally:
+            admin.enable_service(service, 'lab-compute-1', 'nova-compute')
 
 
 # OpenStack: its own tools ####################################################
