@@ -7052,11 +7052,17 @@ def read_where(text: str) -> list[tuple[str, str, str]]:
     return [(each[1], each[2] or '', each[3] or '') for each in found]
 
 
-def properties_of(resource: int) -> dict[int, dict[str, str]]:
-    """What is known of each host: what it has, what its cloud says, what an admin has said."""
+def said_of_hosts() -> dict[int, dict[str, str]]:
+    """What admins say of hosts, by their numbers; of 0, which of that nobody is shown."""
     said = defaultdict(dict)
     for host, name, value in run('SELECT host, name, value FROM host_property'):
         said[host][name] = value
+    return said
+
+
+def properties_of(resource: int) -> dict[int, dict[str, str]]:
+    """What is known of each host: what it has, what its cloud says, what an admin has said."""
+    said = said_of_hosts()
     return {each.id: {'name': each.name, 'vcpus': f'{each.vcpus}', 'ram': f'{each.ram}',
                       **{name: f'{most}' for name, most in json.loads(each.classes).items()},
                       **json.loads(each.properties), **said[host_id(each.cloud, each.name)]}
@@ -7245,7 +7251,6 @@ def free_slots(place, amount: Amount, of, after: int, before: float,
                 yield at, latest
 
 
-#: When what is planned on any host of a resource changes within a window.
 HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resource_id = h.resource_id
                 AND step.track = '@' || h.id || ':' AND step.at > ?2 AND step.at < ?3
                WHERE h.resource_id = ?1 ORDER BY step.at LIMIT ?4"""
@@ -7254,9 +7259,8 @@ HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resou
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
 # not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is, on
-# few hosts, the last one on more: as often as a VM is without a host, it pushes out those that
-# failed least so far to find one; whoever fails is in the way the less, and has to be placed the
-# more.
+# few hosts, the last on more: as often as a VM is without a host, it pushes out those that failed
+# least so far to find one; whoever fails is in the way the less, and has to be placed the more.
 #
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
@@ -7265,10 +7269,6 @@ SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
-
-
-class TooMuch(Exception):
-    """A search has taken what it may."""
 
 
 class Unit:
@@ -7354,16 +7354,10 @@ class Scene:
                 row[begin:end] = [each + sign * figure for each in row[begin:end]]
 
     def fits(self, unit: Unit, host: int) -> bool:
-        self.look()
+        self.looks -= 1
         return host in self.may[unit] and not self.siblings(unit, host) and all(
             min(row[unit.first:unit.last]) >= figure
             for row, figure in zip(self.free[host], unit.figures) if figure)
-
-    def look(self) -> None:
-        """Counts a look at a VM on a host."""
-        self.looks -= 1
-        if self.looks < 0:
-            raise TooMuch
 
     def siblings(self, unit: Unit, host: int) -> list[Unit]:
         """The others on a host from which a VM is to be apart."""
@@ -7382,7 +7376,7 @@ class Scene:
 
     def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
         """A few VMs without which another would fit on a host; None if they are not enough."""
-        self.look()
+        self.looks -= 1
         free = [row[unit.first:unit.last] for row in self.free[host]]
         pushed = self.siblings(unit, host)
         left = [each for each in self.on[host] if each not in pushed
@@ -7420,6 +7414,8 @@ class Scene:
         out, left = [*self.new], {}
         self.looks = looks
         for _ in range(PUSHES):
+            if self.looks < 0:
+                return False
             out.sort(key=lambda each: (each.failures, each.share))
             unit, pushed = out.pop(), []
             host = self.best(unit)
@@ -7491,9 +7487,8 @@ def replan(need: Need, had: dict[int, int], now: float,
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
-        with suppress(TooMuch):
-            if scene.solve(looks, turn):
-                return dict(Counter(unit.host for unit in scene.new)), scene.moves()
+        if scene.solve(looks, turn):
+            return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
 
 
@@ -7532,15 +7527,17 @@ def on_hosts(found, now: float, of=None) -> tuple[Need, dict[int, int]]:
 
 
 def closings(resource: int, now: float) -> Iterator[tuple]:
-    """When single hosts are closed, as if all of each was held, from now on: what closes it, what
-    it holds, and the id of the host.
+    """When single hosts are closed, from now on: what closes one, that it holds more of it than any
+    host has, and its id.
     """
-    for each in rows('SELECT c.start, c."end" AS ended, c.id AS closing, h.* FROM capacity c '
-                     'JOIN host h ON h.resource_id = c.resource_id AND h.name = c.host '
-                     'WHERE c.resource_id = ? AND c.removed IS NULL AND c."end" > ?', resource,
-                     int(now)):
-        yield each.closing, Need(resource, max(each.start, int(now)), each.ended,
-                                 amount_of_host(each), 1), each.id
+    for each in rows('SELECT c.start, c."end", c.id AS closing, h.id FROM capacity c '
+                     'JOIN host h ON h.resource_id = c.resource_id AND h.name = c.host WHERE '
+                     'c.resource_id = ? AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
+        begin = max(each.start, int(now))
+        yield each.closing, Need(resource, begin, each.end, ALL_OF_IT, 1), each.id
+
+
+ALL_OF_IT = Amount(0, 5 * 10**8, 5 * 10**8)  # four times that is a number in any store
 
 
 def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
@@ -11551,8 +11548,7 @@ class Wishes:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         refuse_unknown_word('affinity', asked.get('affinity') or '', (APART, TOGETHER), '')
         if (where := asked.get('where')) and not able_hosts(place.id, where):
-            hidden = {name for name, in run('SELECT name FROM host_property WHERE host = 0')}
-            known = set().union(*properties_of(place.id).values()) - hidden
+            known = set().union(*properties_of(place.id).values()) - said_of_hosts()[0].keys()
             raise Invalid(f"where: no host of '{place.name}' meets {where}. What is known of its "
                           f"hosts: {', '.join(sorted(known)) or 'nothing'}.")
         ends = ENDS[1:3] if has else ENDS
@@ -11871,11 +11867,9 @@ class Reasons:
                 f"The hosts of '{name}' hold {most} of {number} at most, when they are empty: each "
                 f'takes {takes} of one host. The largest host has {largest}. Reserve fewer or '
                 'smaller VMs.', cause='too_large')
-        refusal = NoCapacity(
+        return NoCapacity(
             f"'{name}' has enough free in all from {when}, but not on single hosts: no plan was "
             f'found for {number} that each take {takes} of one host.', cause='host')
-        refusal.others = {need.resource}
-        return refusal
 
     def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
@@ -15161,8 +15155,7 @@ class Plan(Operations):
         lines = [line for _, found in synced for line in found]
         for each, (name, _) in zip(chosen, synced):
             if (each.mark, each.owner) != (name, self.clouds.store):
-                lines.append({'resource': name, 'what': 'mark', 'before': each.mark or None,
-                              'after': name})
+                lines += [dict(resource=name, what='mark', before=each.mark or None, after=name)]
                 if not dry_run:  # outside the transaction: it is a call to the cloud
                     self.shares.ask(target, functools.partial(opened.mark, each, name))
         return lines
@@ -15196,9 +15189,9 @@ class Plan(Operations):
             if not found or each.owner not in ('', self.clouds.store):
                 continue
             if found.named:  # what can be reserved by its name, an admin decides
-                known = json.loads(found.hosts)
-                each = each._replace(hosts={name: holds for name, holds in each.hosts.items()
-                                            if name in known})
+                there = each.hosts.items()
+                each = each._replace(hosts={name: holds for name, holds in there
+                                            if name in json.loads(found.hosts)})
             try:
                 self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)],
                                   searches=FEW_SEARCHES)
@@ -15261,11 +15254,7 @@ class Plan(Operations):
         return name, lines
 
     def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
-        """An aggregate with what its hosts have besides what servers take that are not ours.
-
-        Raises:
-          Conflict: Placement knows nothing of a host.
-        """
+        """An aggregate with what its hosts have besides what servers take that are not ours."""
         left, ours = {}, known_servers(now)
         for name, holds in aggregate.hosts.items():
             told = aggregate.told.get(name, HostTold())
@@ -15296,13 +15285,13 @@ class Plan(Operations):
                 new[:1000], fields=SLIM))))
         if sorted({*homeless}) == sorted(before):
             return []
-        for each in self.look.in_order(new) if not rehearsal.on else ():
-            when = self.config.told_window(each.start, each.end, each.tz)
-            self.tell(now, 'affected', f"no host of '{place.name}' has room any more for all of its "
-                      f'{quantity("vms", each.vms)} from {when}. If nothing becomes free, not all '
-                      'can start: choose another time or fewer VMs', each, each.id, admins=True)
         if not rehearsal.on:
             note_fact(key, json.dumps(sorted({*homeless})))
+        for each in self.look.in_order([] if rehearsal.on else new):
+            when = self.config.told_window(each.start, each.end, each.tz)
+            self.tell(now, 'affected', f"the hosts of '{place.name}' no longer have room for all of "
+                      f'its VMs ({quantity("vms", each.vms)} from {when}). Choose another time or '
+                      'fewer VMs', each, each.id, admins=True)
         return [{'resource': place.name, 'what': 'reservations without a host',
                  'before': len(before), 'after': len({*homeless})}]
 
@@ -15324,7 +15313,7 @@ class Plan(Operations):
             if name not in known:
                 insert(Host, resource=place.id, name=name, **columns)
             elif was != columns:
-                self.change_host(known[name], columns, now)
+                change(Host, known[name].id, **columns)
                 suspects[known[name].id] = columns['state'] == GONE_AWAY
             if was != columns:
                 other.append((name, was if name in known else None, columns))
@@ -15340,13 +15329,6 @@ class Plan(Operations):
                 'units': json.dumps(told.units) if told.units else '', 'until': until,
                 'state': told.state, 'properties': json.dumps(told.properties, sort_keys=True)}
 
-    def change_host(self, found, columns: dict, now: float) -> None:
-        """Writes what is otherwise of a host; where it is closed for a while, all of it stays so."""
-        for sign, deed in ((-1, lambda: change(Host, found.id, **columns)), (1, lambda: None)):
-            for _, need, id in closings(found.resource_id, now):
-                hold_on(need, {id: sign if id == found.id else 0})
-            deed()
-
     def keep_spare(self, place, now: float) -> None:
         """Keeps some hosts, the last in their order and never all, for when others fail: what has
         not begun there is planned elsewhere, if it can be.
@@ -15361,9 +15343,9 @@ class Plan(Operations):
 
     def rehouse(self, resource: int, suspects: dict[int, bool], now: float,
                 those: Iterable[int] | None = ()) -> list[int]:
-        """Plans anew what is on one of `suspects` that is gone (True), has too little (False), or
-        is kept (None), and those of some ids, or without any list all that have no host; the ids of
-        what finds none. What has begun comes first, then the priority, then the start.
+        """Plans anew what is on a suspect that is gone (True), has too little (False), or is kept
+        (None), and those of some ids, None: all; the ids of what finds no host. What has begun
+        comes first, then the priority, then the start.
         """
         on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
         live = rows(f"""
@@ -15537,8 +15519,8 @@ class Plan(Operations):
             if until <= now:
                 raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
             classes = (CLOSED, *capacity(place).names)
-            always = Amount(*[None] * 3)
-            most = always if host else most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
+            closed = Amount(0, 0, 0, tuple((each, 0) for each in classes))
+            most = Amount(None, None, None) if host else most or closed
             held = self.difference(place, most)
             if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
@@ -18606,7 +18588,6 @@ class HostWatch:
     def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
         self.service, self.leader, self.workers = service, leader, workers
         self.told: list[Job] = []  # what clouds have told and nobody has looked at
-        self.silent: dict[tuple, str] = {}  # why one tells nothing
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
@@ -18618,11 +18599,10 @@ class HostWatch:
             self.workers.submit((verb, cloud), verb, f' hosts of {cloud}', cloud, cloud)
 
     def record(self, result: Job, now: float) -> None:
-        fault = result.error and fault_of(result.error)
-        if fault and fault != self.silent.get(result.key):
-            log.warning('the hosts of %s were not looked at: %s', result.target, fault)
-        self.silent[result.key] = fault
-        self.told += [] if fault else [result]
+        if not result.error:
+            self.told.append(result)
+        elif result.verb == 'hosts':  # asked seldom
+            log.warning('cmres could not read the hosts of %s: %s', result.target, result.error)
 
     def follow(self, now: float) -> None:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
@@ -19483,6 +19463,7 @@ TAGS = {
     'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
     'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
     'maintenance': 'capacity changes and maintenance', 'limit': 'how much anybody may reserve',
+    'host': 'what hosts are like',
     'calendar': 'calendar feeds, imports and subscriptions',
     'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
     'punctuality': 'how late VMs were', 'report': 'start delays of VMs',
@@ -21088,7 +21069,7 @@ class Blazar:
 
     def list_properties(self, view: LeaseView, given: dict) -> dict:
         """What can be asked of hosts; with `detail` also which values there are."""
-        hidden, values = view.hidden(), defaultdict(set)
+        hidden, values = said_of_hosts()[0], defaultdict(set)
         for host in view.hosts():
             for name, value in host.extras.items():
                 values[name].add(value)
@@ -21336,10 +21317,7 @@ class LeaseView:
         """All hosts that can be reserved by their names; of resources without such, themselves; or
         all floating IPs.
         """
-        extras = defaultdict(dict)
-        for each in rows('SELECT * FROM host_property WHERE host > 0'):
-            extras[each.host][each.name] = each.value
-        found = []
+        extras, found = said_of_hosts(), []
         for place in self.acting.look.places():
             named, network = json.loads(place.named or '{}'), network_behind(place)[2]
             if bool(network) != addresses:
@@ -21386,10 +21364,6 @@ class LeaseView:
             if found := self.asks(cloud, call):
                 return cloud, found
         raise NotFound(f"none of the clouds {', '.join(sorted(clouds))} {what}")
-
-    def hidden(self) -> set[str]:
-        """The properties that lists leave out."""
-        return {each.name for each in rows('SELECT name FROM host_property WHERE host = 0')}
 
     def set_extras(self, id: int, extras: dict) -> None:
         """Writes properties of a host; None takes one away."""
@@ -28196,6 +28170,7 @@ GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
     ('catalog', "Where OpenStack's own tools find cmres.", 'add chameleon --dry-run'),
     ('user', 'People who leave.', 'end eva'),
     ('limit', 'What projects and users may reserve at most.', 'add --project biology --max-vms 20'),
+    ('host', 'What hosts are like.', 'set lab-compute-1 gpu_count=2,arch=x86_64'),
     ('maintenance', 'Maintenances and other capacity changes.',
      "add demo 2027-03-01T08:00 +4h --reason 'new disks'"),
     ('calendar', 'Calendars that show reservations, and calendars that reserve.', 'feed'),

@@ -11671,7 +11671,7 @@ def test_what_is_planned_on_a_host_that_nova_lets_nothing_start_on_moves_and_wha
     survey(racks)
     assert planned('runs') == [{'h1': 1}] and planned('comes') == [{}] or planned('later') == [{}]
     short = 'comes' if planned('comes') == [{}] else 'later'
-    assert len(affected(racks, short)) == 1 and 'no host has room for all of its VMs (1 VM from' in affected(racks, short)[0]
+    assert len(affected(racks, short)) == 1 and 'no longer have room for all of its VMs (1 VM from' in affected(racks, short)[0]
     survey(racks)
     assert len(affected(racks, short)) == 1 and racks.service.check()['differences'] == 0
     with pytest.raises(NoCapacity):
