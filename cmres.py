@@ -1949,6 +1949,8 @@ WORDS = {
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
     'maintenance_add.host': 'close only this host',
+    'host_set.name': 'name of the host',
+    'properties': 'what it is like: k=v,k=v; k= takes one away', 'private': 'nobody is shown them',
     'find.lead': 'lead time before the start, which must be free too',
     'find.resource': 'name of the resource, or - for all of them',
     'spare': 'so many hosts are kept for VMs whose own host fails (not the last one)',
@@ -7028,7 +7030,7 @@ def need_of(held: Hold, of=None) -> Need:
 
 def host_id(cloud: str, name: str) -> int:
     """The number of a host: clients take nothing else for an id."""
-    return int(hashed(f'{cloud}/{name}')[:12], 16)
+    return int(hashlib.sha256(f'{cloud}/{name}'.encode()).hexdigest()[:12], 16)
 
 
 def is_compared(comparison: str, there: str, value: str) -> bool:
@@ -8338,7 +8340,8 @@ class OpenStack(Cloud):
                 at = f'/resource_providers/{provider.id}'
                 for uid, takes in self.placed(f'{at}/allocations').get('allocations', {}).items():
                     used[uid].update(takes['resources'])
-                traits |= dict.fromkeys(self.placed(f'{at}/traits').get('traits', ()), 'yes')
+                traits |= {each: 'yes' for each in self.placed(f'{at}/traits').get('traits', ())
+                           if not each.startswith('COMPUTE_')}  # what Nova can do
         others = {}
         if used.keys() - ours:
             there = [each for each in self.servers_on(host) if self.store not in (each.tags or ())]

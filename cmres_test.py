@@ -4489,6 +4489,7 @@ WRITES = {
         'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
     'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/bob.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
+    'host_set': {'name': 'gpu-1', 'properties': 'fast=yes'},
     'resource_sync': {'cloud': 'simulated', 'aggregates': ['gpu'], 'mode': 'exclusive'},
     'limit_add': {'project': 'bio', 'most_vms': 3}, 'limit_delete': {'id': 1}, 'approve': {'label': 'asked'},
     'reject': {'label': 'asked', 'reason': 'no'}, 'accept': {'label': 'offered'},
@@ -11970,7 +11971,7 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 
 ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity', 'maintenance_add',
-          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update',
+          'maintenance_delete', 'claim', 'host_set', 'resource_sync', 'resource_add', 'resource_update',
           'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
            'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list',
