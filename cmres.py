@@ -7718,13 +7718,14 @@ def host_state(nodes: list) -> str:
     return DISABLED if all(each.status == 'disabled' for each in nodes) else ''
 
 
-def known_servers(now: float) -> set[str]:
-    """The ids of servers that take what is held for them: ours, and those of reservations."""
-    return {uid for uid, in run(
-        "SELECT uid FROM server WHERE uid IS NOT NULL AND state <> 'deleted' AND due IS NOT NULL "
-        "UNION SELECT uid FROM server WHERE uid IS NOT NULL AND state = 'kept' "
+def not_ours(uids: Iterable[str], now: float) -> set[str]:
+    """The servers, by ids, for which nothing is held: not ours, and not of a reservation."""
+    names = json.dumps([*uids])
+    return {*uids} - {uid for uid, in run(
+        "SELECT uid FROM server WHERE uid IN names(?1) AND state <> 'deleted' "
         'UNION SELECT c.server FROM claim c LEFT JOIN occurrence o ON o.id = c.occurrence '
-        'WHERE c.due IS NOT NULL AND coalesce(o.held_until, ?) >= ?', now, now)}
+        'WHERE c.resource_id IN (SELECT id FROM resource) AND c.server IN names(?1) '
+        'AND c.due IS NOT NULL AND coalesce(o.held_until, ?2) >= ?2', names, now)}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -8286,9 +8287,9 @@ class OpenStack(Cloud):
             found = [each for each in cloud.compute.aggregates()
                      if (not host or host in (each.hosts or []))
                      and LENT_BY not in (each.metadata or {})]
-        nodes, ours = self.nodes(), known_servers(time.time())
+        nodes = self.nodes()
         names = {one for each in found for one in each.hosts or [] if host in ('', one)}
-        read = {one: self.host_holds(one, nodes[one], ours) for one in sorted(names)}
+        read = {one: self.host_holds(one, nodes[one]) for one in sorted(names)}
         return [self.aggregate_of(each, read) for each in found]
 
     def aggregate_of(self, found, read: dict[str, tuple[Amount, HostTold]]) -> Aggregate:
@@ -8318,9 +8319,9 @@ class OpenStack(Cloud):
     def servers_on(self, host: str) -> list:
         """All servers on a host, whose they may be."""
         with self.calling('list the servers of a host', sure=True) as cloud:
-            return [*cloud.compute.servers(all_projects=True, host=host)]
+            return [*cloud.compute.servers(all_projects=True, compute_host=host)]
 
-    def host_holds(self, host: str, nodes: list, ours: set[str]) -> tuple[Amount, HostTold]:
+    def host_holds(self, host: str, nodes: list) -> tuple[Amount, HostTold]:
         """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
         which class only some amounts, what is in use there, and its traits.
         """
@@ -8343,7 +8344,7 @@ class OpenStack(Cloud):
                 traits |= {each: 'yes' for each in self.placed(f'{at}/traits').get('traits', ())
                            if not each.startswith('COMPUTE_')}  # what Nova can do
         others = {}
-        if used.keys() - ours:
+        if not_ours(used, time.time()):
             there = [each for each in self.servers_on(host) if self.store not in (each.tags or ())]
             others = {each.id: in_classes(used[each.id]) for each in there if each.id in used}
         return in_classes(found), HostTold(units, host_state(nodes) if inside else UNKNOWN_HOST,
@@ -15258,7 +15259,7 @@ class Plan(Operations):
 
     def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
         """An aggregate with what its hosts have besides what servers take that are not ours."""
-        left, ours = {}, known_servers(now)
+        left = {}
         for name, holds in aggregate.hosts.items():
             told = aggregate.told.get(name, HostTold())
             if told.state == UNKNOWN_HOST:
@@ -15266,7 +15267,7 @@ class Plan(Operations):
                     f"Placement has no resource provider for the host '{name}' of the aggregate "
                     f"'{aggregate.name}', so what it holds is not known. Look whether its "
                     'nova-compute runs, or take it out of the aggregate. Nothing was changed.')
-            others = [takes for uid, takes in told.others.items() if uid not in ours]
+            others = map(told.others.get, not_ours(told.others, now))
             left[name] = holds.beyond(sum(others, NOTHING))
         return aggregate._replace(hosts=left)
 

@@ -25425,6 +25425,31 @@ def test_a_snapshot_is_the_projects_own_and_is_made_once(nova):
     assert cloud.saved(str(uuid.uuid4())) is None
 
 
+def test_hosts_are_read_through_their_hypervisors_with_all_that_is_said_of_them(far, nova):
+    theirs, ours = nova.server('theirs', 'admin'), nova.server('ours', 'admin', [far.clouds.store])
+    for uid in (theirs, ours, 'a-migration'):
+        nova.used['gpu-1'][uid], nova.used['gpu-1-cards'][uid] = {'VCPU': 4, 'MEMORY_MB': 1024}, {'CUSTOM_GPU': 1}
+    nova.traits['gpu-1'], nova.states['gpu-1'] = ['HW_CPU_X86_AVX2', 'COMPUTE_NODE'], ('up', 'disabled')
+    nova.aggregates[0]['metadata']['rack'] = '7'
+    aggregate, = far.clouds.open('admin').aggregates()
+    told = aggregate.told['gpu-1']
+    assert (aggregate.id, told.state, told.properties) == ('1', 'disabled', {'rack': '7', 'HW_CPU_X86_AVX2': 'yes'})
+    assert told.others == {theirs: cmres.Amount(0, 4, 1024, (('CUSTOM_GPU', 1),))}
+    far.service.resource_sync('admin', ['gpu'], mode='exclusive')
+    assert far.service.resource_show('gpu')['classes'] == {'CUSTOM_GPU': 3}
+    nova.states['gpu-1'] = 'down', 'enabled'
+    assert far.clouds.open('admin').states() == {'gpu-1': ('down', [theirs, ours])}
+    nova.aggregates[0]['hosts'].append('gpu-9')
+    with pytest.raises(Conflict, match="Placement has no resource provider for the host 'gpu-9' of the aggregate 'gpu'"):
+        far.service.resource_sync('admin')
+    nova.aggregates[0] |= {'name': 'renamed', 'hosts': ['gpu-1']}
+    assert 'aggregate' in [each['what'] for each in far.service.resource_sync('admin')]
+    assert far.service.resource_show('gpu')['aggregate'] == 'renamed'
+    nova.aggregates[0]['metadata']['cmres_store'] = 'cmres-another'
+    with pytest.raises(Conflict, match='belongs to another cmres'):
+        far.service.resource_sync('admin', ['renamed'])
+
+
 def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
     far.service.resource_sync('admin', ['gpu'], mode='exclusive')
     found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
