@@ -6742,8 +6742,10 @@ RAISE_STEPS = of_list(f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
    WHERE {OF_ITS} AND at > p.begun AND at < p.until""",
                       'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
-DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN '
-                     '(SELECT resource, track, at FROM p)', 'resource', 'track', 'at')
+DROP_STEPS = of_list('''
+  DELETE FROM step WHERE resource_id IN (SELECT resource FROM p) AND track IN (SELECT track FROM p)
+     AND at IN (SELECT at FROM p) AND (resource_id, track, at) IN (SELECT resource, track, at FROM p)
+''', 'resource', 'track', 'at')  # by itself, the last condition does not choose rows
 
 
 def step_of(text: str | None) -> tuple | None:
