@@ -26386,6 +26386,64 @@ CLIENTS = os.environ.get('CLIENTS', '')
 installed = pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
 
 
+@openstack
+@real
+@inlab
+class TestHostsFollowNova:
+    """What becomes of plans and VMs when Nova lets nothing start on a host, or calls it down."""
+
+    @pytest.fixture
+    def guarded(self, tmp_path):
+        guarded = Guarded(tmp_path)
+        try:
+            guarded.service.resource_sync('lab-admin', [guarded.name], mode='exclusive')
+            guarded.schedule()
+            guarded.world.config.take(heal_after=1.0)
+            yield guarded
+        finally:
+            guarded.end()
+
+    def test_a_disabled_host_is_planned_around(self, guarded):
+        admin = sdk('lab-admin').compute
+        label = guarded.reserve(start=guarded.service.here.now + hours(2))
+        assert planned(label) == [{'lab-compute-1': 3}]
+        service = next(each for each in admin.services(binary='nova-compute') if each.host == 'lab-compute-1')
+        admin.disable_service(service)
+        try:
+            guarded.world.cycle.look_at_hosts('states')
+            until(lambda: planned(label) == [{'lab-compute-2': 3}])
+        finally:
+            admin.enable_service(service)
+
+    def test_what_others_take_is_not_promised(self, guarded):
+        before = guarded.service.resource_show(guarded.name)['vcpus']
+        compute = sdk('lab-admin').compute
+        server = compute.create_server(name=unique('others-'), flavor_id=compute.find_flavor('m1.large').id, networks='none',
+                                       image_id=sdk('lab-admin').image.find_image('tiny').id, availability_zone='nova:lab-compute-1')
+        try:
+            until(lambda: compute.get_server(server.id).status == 'ACTIVE')
+            guarded.world.cycle.look_at_hosts('hosts')
+            until(lambda: guarded.service.resource_show(guarded.name)['vcpus'] == before - 4)
+        finally:
+            compute.delete_server(server)
+
+    def test_vms_of_a_host_that_is_down_are_made_anew_on_another(self, guarded):
+        label = guarded.reserve(vms=2, image='tiny', network='none')
+        until(lambda: guarded.world.state(label) == 'active')
+        there = lambda: {each.id: each.compute_host for each in sdk('lab-user').compute.servers() if each.status == 'ACTIVE'}  # noqa: E731
+        hosts = lambda: {each.id: each.compute_host for each in sdk('lab-admin').compute.servers(all_projects=True) if each.id in there()}  # noqa: E731
+        before = hosts()
+        assert set(before.values()) == {'lab-compute-1'} and planned(label) == [{'lab-compute-1': 2}]
+        subprocess.run([SVC, 'kill', 'nova-compute-1'], check=True)
+        try:
+            after = until(lambda: len(now := hosts()) == 2 and not now.keys() & before.keys() and now, 200)
+            assert set(after.values()) == {'lab-compute-2'} and planned(label) == [{'lab-compute-2': 2}]
+            assert any('the host lab-compute-1 is down' in each['sentence'] for each in guarded.service.events(label))
+            until(lambda: guarded.world.state(label) == 'active')
+        finally:
+            subprocess.run([SVC, 'start', 'nova-compute-1'], check=True)
+
+
 class Hypervisors(Relay):
     """What stands before `serve` for suites that ask Nova at the same address."""
 
