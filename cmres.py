@@ -6744,8 +6744,8 @@ RAISE_STEPS = of_list(f"""
                       'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
 DROP_STEPS = of_list('''
   DELETE FROM step WHERE resource_id IN (SELECT resource FROM p) AND track IN (SELECT track FROM p)
-     AND at IN (SELECT at FROM p) AND (resource_id, track, at) IN (SELECT resource, track, at FROM p)
-''', 'resource', 'track', 'at')  # by itself, the last condition does not choose rows
+     AND at IN (SELECT at FROM p) AND (resource_id, track, at) IN (SELECT resource, track, at
+    FROM p)''', 'resource', 'track', 'at')  # by itself, the last condition does not choose rows
 
 
 def step_of(text: str | None) -> tuple | None:
@@ -6918,10 +6918,9 @@ def free_windows(resource, amount: Amount, after: float,
                  before: float) -> Iterator[tuple[float, float]]:
     """The longest [begin, until) within [after, before) in which an amount fits, in order."""
     most = capacity(resource)
-    rooms = {'': [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])],
-             CLOSED: [0]}
-    rooms |= {name: [2**62 if most.most(name) is None else most.most(name) - need]
-              for name, need in amount.classes}
+    limits = [(CLOSED, 0, 0), *((name, most.most(name), need) for name, need in amount.classes)]
+    rooms = {name: [2**62 if limit is None else limit - need] for name, limit, need in limits}
+    rooms[''] = [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])]
     begin, ahead = None, 5
     while after < before:  # read in pieces, as the first window may be all that is wanted
         later = run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at > ? "
@@ -7049,7 +7048,7 @@ COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operat
 
 
 def read_where(text: str) -> list[tuple[str, str, str]]:
-    """Conditions on hosts, each a property, a comparison and a value; without these, it is there."""
+    """Conditions on hosts: each a property, and a comparison and a value, or that it is there."""
     found = [CONDITION.fullmatch(each) for each in re.split(r'\band\b', text)]
     if not all(found):
         raise Invalid(f"where: '{text}' is not like gpu_count>=2 and arch==x86_64")
@@ -7255,16 +7254,16 @@ def free_slots(place, amount: Amount, of, after: int, before: float,
                 yield at, latest
 
 
-HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resource_id = h.resource_id
-                AND step.track = '@' || h.id || ':' AND step.at > ?2 AND step.at < ?3
-               WHERE h.resource_id = ?1 ORDER BY step.at LIMIT ?4"""
+HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_id = h.resource_id
+                AND s.track = '@' || h.id || ':' AND s.at > ?2 AND s.at < ?3
+               WHERE h.resource_id = ?1 ORDER BY s.at LIMIT ?4"""
 
 
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
-# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is, on
-# few hosts, the last on more: as often as a VM is without a host, it pushes out those that failed
-# least so far to find one; whoever fails is in the way the less, and has to be placed the more.
+# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is,
+# on few hosts, the last on more: as often as a VM is without a host, it pushes out those that have
+# failed least to find one; whoever fails is in the way the less, and has to be placed the more.
 #
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
@@ -7531,17 +7530,13 @@ def on_hosts(found, now: float, of=None) -> tuple[Need, dict[int, int]]:
 
 
 def closings(resource: int, now: float) -> Iterator[tuple]:
-    """When single hosts are closed, from now on: what closes one, that it holds more of it than any
-    host has, and its id.
-    """
+    """When hosts are closed, from now on: what closes one, all that it may have, and its id."""
     for each in rows('SELECT c.start, c."end", c.id AS closing, h.id FROM capacity c '
                      'JOIN host h ON h.resource_id = c.resource_id AND h.name = c.host WHERE '
                      'c.resource_id = ? AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
         begin = max(each.start, int(now))
-        yield each.closing, Need(resource, begin, each.end, ALL_OF_IT, 1), each.id
-
-
-ALL_OF_IT = Amount(0, 5 * 10**8, 5 * 10**8)  # four times that is a number in any store
+        much = Amount(0, 5 * 10**8, 5 * 10**8)  # four times that is a number in any store
+        yield each.closing, Need(resource, begin, each.end, much, 1), each.id
 
 
 def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
@@ -7570,8 +7565,8 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
 def forget_past(now: float) -> int:
     """Forgets what was planned on hosts until a day ago; how much. Only the future is checked."""
     hosts = rows('SELECT id, resource_id, classes FROM host')
-    return sum(run('DELETE FROM step WHERE resource_id = ?1 AND track = ?2 AND at < (SELECT max(at) '
-                   'FROM step WHERE resource_id = ?1 AND track = ?2 AND at <= ?3)',
+    return sum(run('DELETE FROM step WHERE resource_id = ?1 AND track = ?2 AND at < (SELECT '
+                   'max(at) FROM step WHERE resource_id = ?1 AND track = ?2 AND at <= ?3)',
                    each.resource_id, on_host(each.id, name), int(now) - DAY).rowcount
                for each in hosts for name in ('', *json.loads(each.classes)))
 
@@ -7688,8 +7683,8 @@ class HostTold(NamedTuple):
     properties: dict[str, str] = {}
 
 
-DISABLED, FAILING, GONE_AWAY = 'disabled', 'down', 'gone'  # why nothing is planned on a host
-UNKNOWN_HOST = 'unknown'  # Placement has no such host
+# Why nothing is planned on a host; of one that is unknown, Placement tells nothing.
+DISABLED, FAILING, GONE_AWAY, UNKNOWN_HOST = 'disabled', 'down', 'gone', 'unknown'
 
 
 class Aggregate(NamedTuple):
@@ -7924,9 +7919,7 @@ class Cloud:
         """
 
     def states(self) -> dict[str, tuple[str, list[str]]]:
-        """What Nova says of each host, as a HostTold has it; of those that are down, which servers
-        are there.
-        """
+        """What Nova says of each host, as HostTold has it; of one that is down, its servers."""
         return {host: (told.state, []) for each in self.aggregates()
                 for host, told in each.told.items()}
 
@@ -10840,7 +10833,6 @@ def lowered(before: Amount, after: Amount) -> bool:
     return any(most is not None and (was is None or most < was) for was, most in pairs)
 
 
-#: The hosts on which VMs of a cloud are planned.
 PLANNED_HOSTS = f"""SELECT h.* FROM host h JOIN resource s ON s.id = h.resource_id
                      WHERE s.cloud = ? AND s.removed IS NULL AND h.state <> '{GONE_AWAY}'
                      ORDER BY h.id"""
@@ -14073,8 +14065,8 @@ class Requests(Operations):
             security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
             server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
             lead: Span = None, description: Text = '', personal: bool = False,
-            affinity: Name = '', where: Text = '', repeat: Repeat = '', tz: Zone = '', until: Day = None,
-            count: Count = None, skip_dates: Names = (), holidays: Source = '',
+            affinity: Name = '', where: Text = '', repeat: Repeat = '', tz: Zone = '',
+            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
             host: Hosts = (), classes: Classes = None, wait: bool = False, priority: int = 0,
@@ -15205,9 +15197,8 @@ class Plan(Operations):
                 log.warning('%s', error)
 
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
-        """Plans on other hosts what has begun on those that have been down for long enough: first on
-        those with room, in their order, where spare ones come last; then where what has not begun
-        makes way. Tells their names.
+        """Plans elsewhere what has begun on hosts that are down for long enough: on those with room,
+        in their order, spare ones last; then where what has not begun makes way. Their names.
         """
         lost = [each for each in rows(PLANNED_HOSTS, cloud)
                 if each.state == FAILING and each.until <= now - self.config.heal_after]
@@ -15295,9 +15286,9 @@ class Plan(Operations):
             note_fact(key, json.dumps(sorted({*homeless})))
         for each in self.look.in_order([] if rehearsal.on else new):
             when = self.config.told_window(each.start, each.end, each.tz)
-            self.tell(now, 'affected', f"the hosts of '{place.name}' no longer have room for all of "
-                      f'its VMs ({quantity("vms", each.vms)} from {when}). Choose another time or '
-                      'fewer VMs', each, each.id, admins=True)
+            self.tell(now, 'affected', f"the hosts of '{place.name}' no longer have room for all "
+                      f'of its VMs ({quantity("vms", each.vms)} from {when}). Choose another time '
+                      'or fewer VMs', each, each.id, admins=True)
         return [{'resource': place.name, 'what': 'reservations without a host',
                  'before': len(before), 'after': len({*homeless})}]
 
@@ -15484,9 +15475,9 @@ class Plan(Operations):
           python cmres.py maintenance list
         """
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
-                     'c.classes, c.host, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
-                     'WHERE c.removed IS NULL AND c.end > ? '
-                     f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
+                     'c.classes, c.host, c.reason FROM capacity c '
+                     'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ?'
+                     f"{' AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
         lines = [public(each) for each in found]
         for line in lines:
