@@ -4529,6 +4529,9 @@ def furnished(world) -> World:
     service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
     book(service, 'on', start=0, end=1)
+    with cmres.transaction():
+        cmres.insert(cmres.Host, resource=service.resource_show('india')['id'], name='gpu-1', vcpus=8, ram=1024, classes='{}',
+                     units='', until=cmres.FOREVER)
     return world
 
 
