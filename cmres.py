@@ -65,6 +65,7 @@ import gc
 import getpass
 import hashlib
 import heapq
+import importlib
 import inspect
 import io
 import itertools
@@ -102,8 +103,24 @@ gc.disable()  # what is made while this is read stays: to look through it is a t
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
-# What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
-# schedule, waitress and yaml together cost thirty times as much as `list` itself.
+
+class Module:
+    """A module that is imported when it is first used: `list` needs few of them, and bottle, fire,
+    openstack, rich, schedule, waitress and yaml cost thirty times as much as `list` itself."""
+
+    def __init__(self, name: str):
+        self.__name__ = name
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+base64, bottle, configparser, fire, gzip, hmac, ipaddress, select, shlex, shutil, smtplib, string, \
+    traceback, unicodedata, uuid, waitress, yaml = map(Module, (
+        'base64 bottle configparser fire gzip hmac ipaddress select shlex shutil smtplib string '
+        'traceback unicodedata uuid waitress yaml'.split()))
+email_message, email_utils, http_client, ElementTree = map(Module, (
+    'email.message', 'email.utils', 'http.client', 'xml.etree.ElementTree'))
 
 __version__ = '0.1'
 
@@ -644,13 +661,8 @@ def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
                  zone: ZoneInfo) -> tuple[int, int]:
-    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after
-    that.
-
-    Args:
-      end: a length keeps its hours; a time is one on the clocks
-      start, first: the instant and the wall time that it counts from
-    """
+    """The length of a stretch that an end asks for, after a start and its wall time `first`:
+    seconds by the clocks for a time, and exact ones after that for a length."""
     if not isinstance(end, timedelta):
         by_clocks = int((typed_wall(end, zone) - first).total_seconds())
         return (by_clocks, 0) if by_clocks > 0 else (0, int((end - start).total_seconds()))
@@ -664,19 +676,13 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
 
 
 def at_midnight(day: date) -> datetime:
-    """The wall time at which a day begins."""
     return datetime(day.year, day.month, day.day)
 
 
 def read_repeat(text: str, today: date = date.min) -> str:
-    """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
-
-    Args:
-      today: a last date without a year is the first after that
-
-    Raises:
-      ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
-    """
+    """The RRULE that a person typed or meant, its UNTIL left as it is; ValueError if it is none, or
+    one that is not for machines, such as FREQ=SECONDLY. A last date without a year comes after
+    `today`."""
     word = ' '.join(text.split()).removeprefix('RRULE:')
     rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
     return checked_rule(rule) if rule else ''
@@ -938,10 +944,7 @@ MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30
 
 @functools.lru_cache(4000)
 def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
-    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
-
-    Args:
-      weekday: of its first day
+    """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
     """
     starts, length = MONTHS[leap], 365 + leap
     days = set(range(length))
@@ -1151,14 +1154,8 @@ def listed_walls(stretch: Stretch) -> set[datetime]:
 
 def slots(stretch: Stretch, begin: float, until: float,
           zone: tzinfo | None = None) -> Iterator[Slot]:
-    """What a stretch wants of the time between two instants, as far as it is not over at the first.
-
-    Args:
-      zone: the zone of its wall times, where that has no name
-
-    Raises:
-      Invalid: that is more than MOST_OCCURRENCES.
-    """
+    """What a stretch wants of the time between two instants, as far as it is not over at the first;
+    Invalid for more than MOST_OCCURRENCES. Its zone is needed where that has no name."""
     zone, found = zone or read_zone(stretch.zone), 0
     day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
     longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
@@ -1186,11 +1183,8 @@ def slots(stretch: Stretch, begin: float, until: float,
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
-    """The instants of a wall time and of its end; never none between them.
-
-    Args:
-      length: seconds from there to the end by the clocks, and `exact` elapsed ones after that
-    """
+    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
+    later; never none between them."""
     start = from_wall(wall, zone)
     end = from_wall(wall + timedelta(seconds=length), zone) if length else start
     end += timedelta(seconds=exact)
@@ -1206,13 +1200,11 @@ def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
 
 
 def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
-    """Whether a series wants anything that begins after an instant."""
     return any(slot.start >= after for stretch in stretches
                for slot in slots(stretch, after, LAST.timestamp()))
 
 
 def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
-    """What a series is before a slot."""
     return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches
             if (stretch.since or min([stretch.start, *stretch.dates])) < key]
 
@@ -1226,7 +1218,6 @@ def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch
 
 
 def endless(rule: str) -> str:
-    """A rule without its UNTIL or COUNT."""
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
@@ -1321,11 +1312,8 @@ RENAMED = {
 
 
 def with_new_names(where: str, given: dict) -> dict:
-    """Arguments of an operation, or settings, under the names that they have now.
-
-    Raises:
-      Invalid: one has two different values, under its old and its new name.
-    """
+    """Arguments of an operation, or settings, under the names that they have now; Invalid if one
+    has two different values, under its old and its new name."""
     names, found = RENAMED.get(where, {}), {}
     for name, value in given.items():
         new = names.get(name, name)
@@ -1365,6 +1353,9 @@ TEXTS = {
                 'was.\n\n{link}',
     'maintenance': 'Maintenance affects {label}, {start}\n{message}.\n\nYour reservation: {what}, '
                    '{when}\n{link}',
+    'affected': 'No host for {label}, {start}\n{message}.\n\nYour reservation: {what}, {when}\n'
+                '{link}',
+    'ahead': '{label} could not start\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'unused': 'Nobody uses {label}\n{message}.\n\n{link}',
     'trouble': '{label}: not all VMs are running\n{message}.\n\n{link}',
     'vanished': '{label}: the cloud lost VMs\n{message}.\n\n{link}',
@@ -1383,163 +1374,110 @@ TEXT_FIELDS = frozenset((
     'host state when what then link').split())
 
 
-def setting(default, why: str, least=None, most=10**9):
-    return dataclasses.field(default=default, metadata={'why': why, 'least': least, 'most': most})
+def setting(default, least=None, most=10**9):
+    return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
-    database: str = setting('cmres.db',
-                            'the SQLite file that holds everything, not on a network file system; '
-                            'or PostgreSQL: postgresql://USER@HOST/DATABASE')
-    key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
-                           'database; if empty, the database with .key, of PostgreSQL cmres.key')
-    host: str = setting('127.0.0.1',
-                        'the address that `serve` listens on; put a TLS proxy before any other')
-    port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
-    threads: int = setting(8, 'requests that are answered at the same time', 1)
-    slow_per_user: int = setting(2, 'slow requests of one user (clouds, calendars, long '
-                                    'computations) at the same time', 1)
-    slow_per_target: int = setting(4, 'requests that wait for one cloud entry, or for one host, '
-                                      'at the same time', 1)
-    outside_timeout: float = setting(
-        50.0, 'seconds that one request may wait for clouds and calendars in total', 0.1)
-    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
-                           'database')
-    token: str = setting('', 'the token for that server')
-    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
-                                     'closes the oldest idle one', 10, 100_000)
-    connections_per_address: int = setting(200, 'open connections from one address, also from a '
-                                                'proxy', 1)
-    requests_per_address: int = setting(
-        12000, 'requests from one address within a minute; 0: no limit', 0)
-    requests_per_user: int = setting(
-        3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
-    mib_per_address: int = setting(
-        2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
-                                     'Admins have no such limit', 0)
-    cpu_per_user: float = setting(
-        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
-              'limit. Admins have no such limit', 0.0)
-    wrong_tokens: int = setting(
-        30, 'wrong tokens from one address within a minute; more are answered with 429', 1)
-    trusted_proxies: str = setting(
-        '127.0.0.1, ::1', 'addresses and networks of proxies; their last entry in X-Forwarded-For '
-                          'counts for limits and the log, and for nothing else')
-    keystone: str = setting(
-        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
-        'address such as https://cloud.example.org/identity')
-    keystone_roles: str = setting(
-        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
-        'KEYSTONE:CMRES; of several the highest, without any of them none')
-    oidc: str = setting(
-        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
-        'https://login.example.org; needs the package authlib')
-    oidc_client: str = setting('', 'the client id of cmres at that provider')
-    oidc_secret: str = setting('', 'its secret; without one, the client is public')
-    oidc_claims: str = setting(
-        'preferred_username, project, role', 'the claims that say user, project and role there; '
-        'without the last two, people are users of the project default')
-    identity_proxies: str = setting(
-        '', 'addresses and networks of proxies that say who asks, in the headers of '
-        '`identity_header`; they must take those headers out of what their clients send')
-    identity_header: str = setting(
-        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
-        'X-Remote-Project, X-Remote-Role')
-    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
-                           '(everybody) or off (nobody)')
-    log_format: str = setting('text', 'format of the log: text or json')
-    log_requests: bool = setting(
-        True, 'write a line to the log for each request and each call to a cloud')
-    drain: float = setting(30.0, 'seconds that running requests have to finish after SIGTERM', 0.0)
-    min_disk: int = setting(
-        100, 'MiB that should be free on the disk of the database; with less, /readyz warns', 0)
-    timezone: str = setting('UTC', 'time zone of times without a zone, and of tables; default: '
-                                   'the zone of this computer')
-    workers: int = setting(32, 'calls to one cloud at the same time', 1)
-    call_timeout: float = setting(60.0, 'seconds after which cmres gives up a call to a cloud', 0.1)
-    boot_timeout: float = setting(900.0, 'seconds until a VM that does not become ACTIVE is '
-                                         'replaced', 0.1)
-    lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
-                                            'the VM is created again', 0.0)
-    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
-                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
-    poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
-                                        'stopping', 0.01)
-    poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
-    retry_first: float = setting(5.0, 'seconds before a failed start or deletion is tried again; '
-                                      'doubles each time', 0.01)
-    retry_max: float = setting(300.0, 'maximum of these seconds', 0.01)
-    leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
-                                         'scheduler takes over', 0.1)
-    remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder', 0.0)
-    end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
-                                      'then the VM is deleted', 0.0)
-    webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
-    private_addresses: bool = setting(
-        False, 'allow webhook and calendar addresses in private networks and on this computer')
-    mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
-                                   'mail and refuses mail addresses')
-    mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    notify_admins: str = setting(
-        '', 'mail addresses or URLs that get a message when an admin must approve something')
-    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
-    own_token_days: int = setting(
-        365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
-    feeds_per_user: int = setting(
-        50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
-    subscriptions_per_user: int = setting(
-        50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
-                                1, 3660)
-    invitations_per_day: int = setting(
-        200, 'mails that invite people to what one user has reserved, within a day', 0)
-    calendar_poll: float = setting(300.0, 'seconds between '
-                                          'two readings of a subscribed calendar', 0.1)
-    caldav_refusal: str = setting(
-        'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
-        'stays and says so) or 403 (the program is refused)')
-    caldav_busy: bool = setting(
-        False, 'whether the calendar of a resource shows what others have reserved, as busy')
-    caldav_events: int = setting(
-        20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('', 'address of this server for people, for links, for example '
-                                  'https://cmres.example.org')
-    session_length: float = setting(43200.0, 'seconds after '
-                                        'which people must sign in to the page again', 0.1)
-    undo_time: float = setting(
-        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. '
-        '0: no Undo', 0.0, 600)
-    login_command: str = setting('ssh {address}',
-                         'how people log in to a VM; their calendar shows it')
-    no_overtaking_after: float = setting(
-        86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
-    exempt_longest: float = setting(
-        86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
-    delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
-                                               'themselves in their reservation')
-    retention: int = setting(400, 'days after which finished reservations are forgotten; reports '
-                                  'keep their sums', 1, 36500)
-    project_texts: int = setting(
-        100, 'MiB of user data, descriptions and metadata that a project may have here', 1, 10**6)
-    orphan_grace: float = setting(60.0, 'age in seconds at which cmres removes a server of its '
-                                        'own that no reservation needs', 0.0)
-    verify_every: float = setting(
-        3600.0, 'seconds between two checks of the database file for damage', 0.1)
-    max_pass_age: float = setting(
-        180.0, 'seconds since the last run of the scheduler after which /readyz warns', 0.1)
-    simulated_boot: float = setting(3.0, 'seconds until a '
-                                         'VM is ready on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of VMs that fail to start there, 0 to 1', 0.0,
-                                        1.0)
-    simulated_vms: int = setting(0, 'VMs that fit there; 0: no limit', 0)
-    simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
+    """Everything that can be set; config.example.ini says what each setting is for.
+
+    Once read, only what `read_again` takes is ever changed.
+    """
+    # the store, and how `serve` is reached
+    database: str = setting('cmres.db')
+    key: str = setting('')
+    host: str = setting('127.0.0.1')
+    port: int = setting(8080, 0, 65535)
+    threads: int = setting(8, 1)
+    slow_per_user: int = setting(2, 1)
+    slow_per_target: int = setting(4, 1)
+    outside_timeout: float = setting(50.0, 0.1)
+    url: str = setting('')
+    token: str = setting('')
+    # how much one may ask
+    connections: int = setting(2000, 10, 100_000)
+    connections_per_address: int = setting(200, 1)
+    requests_per_address: int = setting(12000, 0)
+    requests_per_user: int = setting(3000, 0)
+    mib_per_address: int = setting(2000, 0)
+    mib_per_user: int = setting(500, 0)
+    cpu_per_user: float = setting(30.0, 0.0)
+    wrong_tokens: int = setting(30, 1)
+    # who says who asks
+    trusted_proxies: str = setting('127.0.0.1, ::1')
+    keystone: str = setting('')
+    keystone_roles: str = setting('admin:admin, member:user, reader:reader')
+    oidc: str = setting('')
+    oidc_client: str = setting('')
+    oidc_secret: str = setting('')
+    oidc_claims: str = setting('preferred_username, project, role')
+    identity_proxies: str = setting('')
+    identity_header: str = setting('X-Remote')
+    # what the operator sees
+    metrics: str = setting('token')
+    log_format: str = setting('text')
+    log_requests: bool = setting(True)
+    drain: float = setting(30.0, 0.0)
+    min_disk: int = setting(100, 0)
+    timezone: str = setting('UTC')
+    # the life cycle and its clouds; seconds
+    workers: int = setting(32, 1)
+    call_timeout: float = setting(60.0, 0.1)
+    boot_timeout: float = setting(900.0, 0.1)
+    lost_answer_wait: float = setting(15.0, 0.0)
+    common_names: str = setting('')
+    poll_changing: float = setting(1.0, 0.01)
+    poll_running: float = setting(60.0, 0.01)
+    sync_every: float = setting(300.0, 1)
+    hosts_every: float = setting(10.0, 0.1)
+    heal_after: float = setting(20.0, 0.0)
+    retry_first: float = setting(5.0, 0.01)
+    retry_max: float = setting(300.0, 0.01)
+    leader_timeout: float = setting(6.0, 0.1)
+    check_ahead: float = setting(3600.0, 0.0)
+    remind_before: float = setting(600.0, 0.0)
+    end_grace: float = setting(600.0, 0.0)
+    # who is told
+    webhook: str = setting('')
+    webhook_secret: str = setting('')
+    private_addresses: bool = setting(False)
+    mail_server: str = setting('')
+    mail_from: str = setting('cmres@localhost')
+    notify_admins: str = setting('')
+    mail_domains: str = setting('')
+    notices_per_day: int = setting(200, 0)
+    # what people may keep
+    own_token_days: int = setting(365, 1, 36500)
+    tokens_per_user: int = setting(50, 0)
+    feeds_per_user: int = setting(50, 0)
+    subscriptions_per_user: int = setting(50, 0)
+    horizon: int = setting(366, 1, 3660)
+    invitations_per_day: int = setting(200, 0)
+    # calendars and the page
+    calendar_poll: float = setting(300.0, 0.1)
+    caldav_refusal: str = setting('mark')
+    caldav_busy: bool = setting(False)
+    caldav_events: int = setting(20000, 0)
+    public_url: str = setting('')
+    session_length: float = setting(43200.0, 0.1)
+    undo_time: float = setting(10.0, 0.0, 600)
+    login_command: str = setting('ssh {address}')
+    # rules, and how long what is over is kept
+    no_overtaking_after: float = setting(86400.0, 0.0)
+    exempt_longest: float = setting(86400.0, 0.0)
+    at_end_stop: str = setting('hold')
+    delete_user_started: bool = setting(False)
+    retention: int = setting(400, 1, 36500)
+    project_texts: int = setting(100, 1, 10**6)
+    orphan_grace: float = setting(60.0, 0.0)
+    verify_every: float = setting(3600.0, 0.1)
+    max_pass_age: float = setting(180.0, 0.1)
+    simulated_boot: float = setting(3.0, 0.0)
+    simulated_failures: float = setting(0.0, 0.0, 1.0)
+    simulated_vms: int = setting(0, 0)
+    simulated_latency: float = setting(0.0, 0.0)
+    # what else stands in the file, and where all of it is from
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
@@ -1556,7 +1494,7 @@ class Config:
     @property
     def common(self) -> frozenset[str]:
         """The setting `common_names`, one by one; Invalid if one of them is none."""
-        names = [each.strip() for each in self.common_names.split(',') if each.strip()]
+        names = [*filter(None, map(str.strip, self.common_names.split(',')))]
         for each in names:
             kind, _, name = each.partition(':')
             if kind not in KINDS or not name:
@@ -1569,13 +1507,13 @@ class Config:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
-    def is_proxy(self, peer: str) -> bool:
-        """Whether an address is that of a trusted proxy."""
-        return is_among(peer, read_networks(self.trusted_proxies))
-
-    def tells_who(self, peer: str) -> bool:
-        """Whether an address is that of a proxy that says who asks."""
-        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+    def is_among(self, setting: str, address: str) -> bool:
+        """Whether an address is in one of the networks that a setting names."""
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found in each for each in read_networks(getattr(self, setting), setting))
 
     @property
     def roles(self) -> dict[str, str]:
@@ -1586,13 +1524,6 @@ class Config:
                 raise Invalid(f"Setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
                               f"such as member:user; the roles here are {', '.join(ROLES)}")
         return {name: role for name, _, role in pairs}
-
-    def check_choices(self) -> None:
-        """Invalid if a setting that is one of some words is another."""
-        for name, words in WORDS_OF.items():
-            if (said := getattr(self, name)) not in words:
-                raise Invalid(f"Setting {name}: '{said}' is not one of "
-                              f"{', '.join(words)}{nearest(said, words)}")
 
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
@@ -1617,10 +1548,8 @@ class Config:
             object.__setattr__(self, name, value)
 
     def read_again(self) -> Config:
-        """Itself, with the sections of AGAIN from its file if that has changed since.
-
-        A file that can't be read leaves them as they were; the log says why, once.
-        """
+        """Itself, with the sections of AGAIN from its file if that has changed since; where it
+        can't be read they stay, and the log says why, once."""
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
             self.take(stamp=stamp)
@@ -1635,22 +1564,13 @@ class Config:
 
 #: Settings that are one of some words.
 WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
+            'at_end_stop': ('hold', 'shelve', 'refuse'),
             'caldav_refusal': ('mark', '403')}
 
 
-def is_among(address: str, networks: list) -> bool:
-    """Whether an address is in one of some networks."""
-    import ipaddress
-    with suppress(ValueError):
-        found = ipaddress.ip_address(address)
-        return any(found in each for each in networks)
-    return False
-
-
 @functools.lru_cache
-def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
+def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
-    import ipaddress
     found = []
     for each in filter(None, map(str.strip, text.split(','))):
         try:
@@ -1661,52 +1581,48 @@ def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     return found
 
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
 #: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
-    """Settings from the environment, a file and the defaults.
-
-    Raises:
-      Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
+    """Settings from the environment, a file and the defaults; Invalid says what is wrong in them.
     """
-    path = path or environ.get('CMRES_CONFIG') or (
-        'config.ini' if os.path.exists('config.ini') else '')
+    usual = 'config.ini' if os.path.exists('config.ini') else ''
+    path = path or environ.get('CMRES_CONFIG') or usual
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     twins = {name[6:].lower(): text for name, text in environ.items()
              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    said = dict.fromkeys(sections['cmres'], path)
+    said |= {name: f'CMRES_{name.upper()}' for name in twins}
     renamed = RENAMED['setting']
-    old = [name for name in (*sections['cmres'], *twins) if name in renamed]
-    sources = {renamed.get(name, name): path for name in sections['cmres']} | {
-        renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
-    for name in sections['texts']:
+    settings = with_new_names('setting', sections['cmres']) | with_new_names('setting', twins)
+    settings.setdefault('timezone', machine_zone(environ))
+    for name, template in sections['texts'].items():
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
                           f"'{name}'{nearest(name, TEXTS)}")
-        check_template(f'{path}: [texts] {name}', sections['texts'][name])
-    texts.setdefault('timezone', machine_zone(environ))
-    config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
+        check_template(f'{path}: [texts] {name}', template)
+    config = Config(**{name: read_setting(name, text) for name, text in settings.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
-                    old_names=tuple(old))
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp,
+                    sources={renamed.get(name, name): where for name, where in said.items()},
+                    old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.roles, config.check_choices()
-    config.is_proxy(''), config.tells_who('')
+    config.zone, config.common, config.roles
+    for name in ('trusted_proxies', 'identity_proxies'):
+        read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
 
 
 def check_template(where: str, template: str) -> None:
     """Refuses words for an event that could not be filled in; Invalid says where and why."""
-    from string import Formatter
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        for field in fields:
-            if field not in TEXT_FIELDS:
+        for _, field, _, _ in string.Formatter().parse(template):
+            if field is not None and field not in TEXT_FIELDS:
                 hint = nearest(field, TEXT_FIELDS)
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
@@ -1716,7 +1632,6 @@ def check_template(where: str, template: str) -> None:
 
 
 def is_web(target: str) -> bool:
-    """Whether somebody is told by a webhook, and not by mail."""
     return target.startswith(('http://', 'https://'))
 
 
@@ -1729,8 +1644,6 @@ def file_stamp(path: str) -> tuple:
 
 
 def read_config_file(path: str) -> dict[str, dict]:
-    """The texts of each section."""
-    import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
     try:
@@ -1754,18 +1667,21 @@ def read_bool(value, here=None) -> bool:
 
 
 def read_setting(name: str, text: str):
+    """The value of a setting; Invalid if the text is none."""
     if name not in SETTINGS:
         raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
-    field = SETTINGS[name]
+    usual, (least, most) = SETTINGS[name].default, SETTINGS[name].metadata.values()
     try:
-        value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
+        value = read_bool(text) if isinstance(usual, bool) else type(usual)(text)
     except ValueError:
-        what = ('not true or false' if isinstance(field.default, bool)
-                else f'not a number such as {field.default}')
-        raise Invalid(f"Setting {name}: '{text}' is {what}.") from None
-    least, most = field.metadata['least'], field.metadata['most']
+        what = 'true or false' if isinstance(usual, bool) else f'a number such as {usual}'
+        raise Invalid(f"Setting {name}: '{text}' is not {what}.") from None
     if least is not None and not least <= value <= most:
         raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
+    words = WORDS_OF.get(name, [value])
+    if value not in words:
+        raise Invalid(f"Setting {name}: '{value}' is not one of "
+                      f"{', '.join(words)}{nearest(value, words)}")
     return value
 
 
@@ -2032,8 +1948,10 @@ WORDS = {
     'lasts': 'how long the token is valid, for example 90d',
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
+    'maintenance_add.host': 'close only this host',
     'find.lead': 'lead time before the start, which must be free too',
     'find.resource': 'name of the resource, or - for all of them',
+    'spare': 'so many hosts are kept for VMs whose own host fails (not the last one)',
     'limit': 'maximum number of lines',
     'lock': 'this long before its start, only an admin can change or cancel it; 0s: never',
     'metadata': 'metadata of the VMs: k=v,k=v',
@@ -2089,6 +2007,8 @@ WORDS = {
     'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
+    'store': 'whose resources these are, as their second mark says',
+    'moves': 'only a server passes that counts there already',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -2138,7 +2058,6 @@ class Operation:
 
     @functools.cached_property
     def answers(self):
-        """The type of its answer."""
         return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
@@ -2146,13 +2065,18 @@ class Operation:
         return self.routes[0][0] != 'GET'
 
     @property
+    def help(self) -> tuple[str, str]:
+        """What it does, and examples of its command."""
+        return split_help(inspect.getdoc(self.method))
+
+    @property
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
 
-    @property
-    def summary(self) -> str:
-        return inspect.getdoc(self.method).splitlines()[0]
+def split_help(text: str) -> tuple[str, str]:
+    about, *examples = re.split(r'\n\nExample:\s+', text.strip())
+    return about, '\n'.join(f'  {each.strip()}' for each in ''.join(examples).splitlines())
 
 
 def argument_help(operation: Operation, name: str) -> str:
@@ -2236,11 +2160,8 @@ class Here(NamedTuple):
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
-    """The arguments of a call, read from text or JSON by the types of the method's signature.
-
-    Raises:
-      Invalid: one is unknown, missing or malformed; the sentence names it.
-    """
+    """The arguments of a call, read from text or JSON by the types of the method's signature;
+    Invalid names the one that is unknown, missing or malformed."""
     parameters, given = operation.parameters, with_new_names(operation.name, given)
     refuse_unknown(operation, given)
     anything = {name for name in FILTERS & given.keys()
@@ -2279,11 +2200,7 @@ def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
 
 
 def read_argument(name: str, value, kind, here: Here):
-    """One argument of a call, by the type that the operation gives it.
-
-    Raises:
-      Invalid: it is malformed; the sentence names the argument.
-    """
+    """One argument of a call, by the type that the operation gives it; Invalid names it."""
     try:
         return READERS[kind](value, here)
     except (ValueError, TypeError) as error:
@@ -2303,7 +2220,6 @@ def read_str(value, here=None, most: int = 255) -> str:
 
 def unseen(text: str) -> str:
     """The name of a text's first character that nobody sees or that is none yet; '' without one."""
-    import unicodedata
     found = UNSEEN.search(text)
     if not found and text.isascii():
         return ''
@@ -2424,12 +2340,17 @@ def read_names(value, here=None) -> list[str]:
     return [name for name in map(read_name, items) if name]
 
 
+def pairs_of(value):
+    """What k=v,k=v or an object says; None behind a name without a value."""
+    if not isinstance(value, str):
+        return value
+    return {pair.partition('=')[0]: pair.partition('=')[2] if '=' in pair else None
+            for pair in value.split(',') if pair}
+
+
 def read_pairs(value, here=None) -> dict[str, str]:
     """Nova's metadata: at most 128 pairs, names and values of up to 255 characters."""
-    pairs = value
-    if isinstance(value, str):
-        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                     for pair in value.split(',') if pair)
+    pairs = pairs_of(value)
     if (not isinstance(pairs, dict) or len(pairs) > 128
         or not all(isinstance(each, str) for each in pairs.values())):
         raise ValueError(f'{shown(value)} is not valid. Write k=v,k=v with at most 128 pairs.')
@@ -2442,10 +2363,7 @@ def read_pairs(value, here=None) -> dict[str, str]:
 
 def read_classes(value, here=None) -> dict[str, int]:
     """Names as Placement has them, each with a figure; `unlimited` is UNLIMITED."""
-    classes = value
-    if isinstance(value, str):
-        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                       for pair in value.split(',') if pair)
+    classes = pairs_of(value)
     if not isinstance(classes, dict) or len(classes) > 50:
         raise ValueError(f'{shown(value)} is not valid. Write for example CUSTOM_GPU=2, with at '
                          'most 50 classes.')
@@ -2546,9 +2464,8 @@ DISK = 'DISK_GB'
 PLAIN = ('VCPU', 'MEMORY_MB', DISK)
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
-PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name,
-               'host': Name,
-               'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
+PART_FIELDS = {'resource': Place, 'vms': Count} | dict.fromkeys(
+    ('flavor', 'image', 'network', 'host', 'cell', 'cloud', 'region', 'aggregate'), Name)
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
@@ -2572,8 +2489,7 @@ READERS = {
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
     'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
-    'latest_end '
-    'next_start planned polled ready revoked start until'.split())
+    'latest_end next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -2849,6 +2765,7 @@ class ResourceAnswer(Answer):
     default_image: str
     default_vms: int
     hosts: list[str]
+    spare: int
     added: datetime
     min_free_time: int
 
@@ -2907,6 +2824,7 @@ class MaintenanceAnswer(Answer):
     vcpus: int | None
     ram: int | None
     classes: dict[str, int]
+    host: str
     reason: str
 
 
@@ -3569,6 +3487,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    settled_event = 2**62  # all before this one are there, or never come
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3674,6 +3593,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    until: float | None = 0.0  # when it is away for too long; None: it is there
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3684,11 +3604,27 @@ class PostgreSQL(PooledPostgresqlDatabase):
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
     def connect(self, reuse_if_open: bool = False) -> bool:
-        """Takes a connection for this thread, and waits for one while all are in use."""
-        try:
-            return super().connect(reuse_if_open)
-        except MaxConnectionsExceeded:
-            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+        """Takes a connection for this thread, and waits for one while all are in use, or while
+        the server is started again.
+        """
+        while True:
+            try:
+                found = super().connect(reuse_if_open)
+            except MaxConnectionsExceeded:
+                raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+            except peewee.OperationalError as error:
+                self.until = time.monotonic() + RESTARTS if self.until is None else self.until
+                if time.monotonic() >= self.until or not is_lost(error):
+                    raise
+            else:
+                self.until = None
+                return found
+            time.sleep(0.1)
+
+    def leave_lost(self) -> None:
+        """Forgets a connection that is lost, and those at rest, which were lost with it."""
+        self.manual_close()
+        self.close_idle()
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3702,7 +3638,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             if not connection.closed or self.in_transaction():
                 raise of_peewee(error) from error
-            self.manual_close()
+            self.leave_lost()
             if not sql.lstrip().startswith('SELECT'):
                 raise of_peewee(error) from error
         with peewee.__exception_wrapper__:
@@ -3718,25 +3654,55 @@ class PostgreSQL(PooledPostgresqlDatabase):
         note_fact('version', f'{latest_version()}')
 
     def begin(self, isolation_level: str = '') -> None:
-        """Begins a snapshot, or what writes: then nobody else writes until it ends."""
-        kind = f' ISOLATION LEVEL {isolation_level}' if isolation_level else ''
-        lock = '' if isolation_level else f'; SELECT pg_advisory_xact_lock({OURS})'
+        """Begins a snapshot, or what writes, with its locks."""
+        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}' + (
+            '' if isolation_level else self.locks(locked.on))
         with peewee.__exception_wrapper__:
             try:
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.connection().execute(text)
             except psycopg().OperationalError:
                 if not self.connection().closed:
                     self.connection().rollback()
                     raise
-                self.manual_close()  # nothing was begun
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.leave_lost()  # nothing was begun
+                self.connection().execute(text)
+
+    @staticmethod
+    def locks(on: Iterable[tuple[int, int]] | None) -> str:
+        """What takes some locks, in their order, and marks how far the ids of events are."""
+        if on is None:
+            return f'; SELECT pg_advisory_xact_lock({OURS})'
+        each = [f'pg_advisory_xact_lock({kind}, {number})' for kind, number in sorted(on)]
+        mark = f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) FROM event_id_seq'
+        return '; SELECT '.join(['', f'pg_advisory_xact_lock_shared({OURS})', *each, mark])
+
+    @property
+    def settled_event(self) -> int:
+        """Events up to this id are there, or never come: who still writes has marked a later one,
+        and marked it before. So what is drawn last must be asked first.
+        """
+        last, = run('SELECT last_value FROM event_id_seq').fetchone()
+        mark, = run("SELECT min(CAST(CAST(objid AS text) AS int)) FROM pg_locks "
+                    f"WHERE locktype = 'advisory' AND classid = {On.EVENTS} AND objsubid = 2 AND "
+                    'database = (SELECT oid FROM pg_database WHERE datname = current_database())'
+                    ).fetchone()
+        return last if mark is None else min(last, mark)
+
+    def commit(self) -> None:
+        """Ends a transaction; Unavailable where nobody knows whether it did."""
+        try:
+            super().commit()
+        except (peewee.OperationalError, peewee.InterfaceError) as error:
+            if not is_lost(error):
+                raise
+            raise Unavailable(UNSURE.format(first_line(error))) from error
 
     def rollback(self) -> None:
         """Undoes a transaction; the server did so where the connection is lost."""
         try:
             super().rollback()
         except (peewee.OperationalError, peewee.InterfaceError):
-            self.manual_close()
+            self.leave_lost()
 
     def execute_sql(self, sql: str, params: tuple = ()):
         """Runs a statement that peewee has made: of the schema."""
@@ -3803,6 +3769,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
 
 MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
+RESTARTS = 5  # seconds that it may be away while it is started again
+UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
+          'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
 OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
                   'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
 
@@ -3862,6 +3831,75 @@ HOW = {'lock_type': 'IMMEDIATE', 'pragmas': {
 SQLITE = SQLite(None, **HOW)
 db = peewee.DatabaseProxy()  # leads to the engine of the store that is open
 db.initialize(SQLITE)
+
+
+# Locks. On SQLite one writes at a time. On PostgreSQL those who have nothing in common do not wait
+# for one another: a transaction locks what it decides on, before it reads any of it, in this order,
+# those of a kind by number:
+#
+#   the store < resources < whom limits count < servers that were there < the mails of an owner <
+#   labels < the waiting list
+#
+# The store is shared by those who name their locks. Who names none has it alone: maintenance,
+# hosts, limits, passes of the life cycle. A reservation is changed under the locks of all resources
+# that it is on. Nobody waits in a circle: all locks are taken at the beginning, in one order, and a
+# row that two may write is written under one of them, but for two that each writes one of: first a
+# key of `once`, later the texts of its project. Whoever comes to something that is not locked
+# begins anew with that as well: `persist`. Ids of events are drawn before others see them, so who
+# writes marks how far they were: `settled_event`.
+
+class On:
+    """What a lock is on; the last is only marked."""
+    RESOURCE, COUNTED, SERVER, MAILS, LABEL, LINE, EVENTS = range(1, 8)
+
+
+#: What may be written under such locks.
+SHARED_TABLES = frozenset(('reservation', 'occurrence', 'extra_hold', 'proposal', 'wait', 'step',
+                           'event', 'outbox', 'mailed', 'once'))
+MOST_LOCKS = 50  # more are the whole store
+
+
+class Locked(threading.local):
+    """What this thread's transaction has locked; None: the whole store."""
+    on: frozenset | None = None
+
+
+locked = Locked()
+
+
+class Lacking(Exception):
+    """A transaction decides on what it has not locked: on this; None: on the whole store."""
+
+    def __init__(self, on: frozenset | None):
+        self.on = on
+
+
+def locks_on(names: Iterable[tuple[int, int | str]]) -> frozenset[tuple[int, int]]:
+    """The locks of things, by kinds and ids or names; two that share one only wait in vain."""
+    return frozenset((kind, zlib.crc32(f'{name}'.encode()) % 2**31) for kind, name in names)
+
+
+def decide_on(*names: tuple[int, int | str], also: Iterable[tuple[int, int | str]] = ()) -> None:
+    """Says on what this transaction decides, by kinds and names; Lacking if it is not locked."""
+    if locked.on is not None and (lacks := locks_on((*names, *also)) - locked.on):
+        raise Lacking(lacks)
+
+
+def persist(deed: Callable[[frozenset | None], Any], on: Callable[[], Iterable] | None) -> Any:
+    """Does something in one transaction with some locks; again where it lacked some, or where
+    the connection was lost before anything was saved.
+    """
+    if db.in_files or db.in_transaction():
+        return deed(None)
+    locks = on and locks_on(on())
+    for left in reversed(range(5)):
+        try:
+            return deed(locks if locks is not None and len(locks) <= MOST_LOCKS else None)
+        except Lacking as lack:
+            locks = locks | lack.on if lack.on is not None and left > 1 else None
+        except STORE_ERRORS as error:
+            if not left or not is_lost(error):
+                raise
 
 
 def is_server(path: str) -> bool:
@@ -3991,6 +4029,10 @@ class Resource(Table):
     classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
+    # Nova's id of its aggregate, which may get another name; '' where no cloud has told it
+    aggregate_id = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # so many hosts are kept for when others fail
+    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     # whether Nova has a flavor for each lease that is active there
     flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     # what an event of a calendar program gets that says nothing; without any, no calendar
@@ -4032,6 +4074,8 @@ class Reservation(Table):
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
     affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # what their hosts must be like, as it was typed
+    demands = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
@@ -4106,7 +4150,13 @@ class Host(Table):
     ram = peewee.IntegerField()   # MiB
     classes = peewee.TextField()  # JSON
     units = peewee.TextField()    # JSON: least, most and step of one amount, by class; '': any
-    until = peewee.IntegerField()  # FOREVER, or since when it is not there
+    until = peewee.IntegerField()  # FOREVER, or since when nothing is planned there any more
+    # why: DISABLED or FAILING, as Nova says, or GONE_AWAY from the aggregate
+    state = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # 1: it is one of those that are kept for when others fail
+    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    # JSON: what its cloud says of it, by name
+    properties = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])
 
 
 class Capacity(Table):
@@ -4122,6 +4172,8 @@ class Capacity(Table):
     held_ram = peewee.IntegerField()
     classes = peewee.TextField(default='')
     held_classes = peewee.TextField(default='')
+    # of one host only, which is closed then; it holds nothing of the sum
+    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
@@ -4536,7 +4588,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease()]
+    lambda: divide_lease(), lambda: add_host_states()]
 
 
 def long_texts(row: str) -> str:
@@ -5600,6 +5652,16 @@ def divide_lease() -> None:
         run(each)
 
 
+def add_host_states() -> None:
+    """Version 23: what Nova says of hosts, what they are like, and when one alone is closed."""
+    name, number = "VARCHAR(255) NOT NULL DEFAULT ''", 'INTEGER NOT NULL DEFAULT 0'
+    add_columns('resource', {'aggregate_id': name, 'spare': number})
+    add_columns('host', {'state': name, 'spare': number,
+                         'properties': "TEXT NOT NULL DEFAULT '{}'"})
+    add_columns('capacity', {'host': name})
+    add_columns('reservation', {'demands': "TEXT NOT NULL DEFAULT ''"})
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5652,6 +5714,11 @@ def engine_error(error: BaseException) -> BaseException | None:
     while error and not hasattr(error, 'sqlite_errorcode') and not hasattr(error, 'sqlstate'):
         error = error.__cause__ or error.__context__
     return error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
+    return str(code_of(engine_error(error))).startswith((LOST, '57P'))
 
 
 def code_of(cause: BaseException | None) -> int | str | None:
@@ -5709,8 +5776,8 @@ def probe(path: str) -> str:
         if db.in_files:
             write_probe(path)
         else:
-            with transaction():
-                run(COUNT_WRITE)
+            with transaction(on=frozenset()):
+                db.run(COUNT_WRITE, ())
     except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
@@ -5735,11 +5802,12 @@ MEMORIES: list = []
 
 
 @contextmanager
-def transaction(first: bool = False) -> Iterator[None]:
+def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; a part of the transaction or rehearsal around it.
 
     Args:
       first: before all others of this process that wait
+      on: the locks of all that it decides on; None: nobody else writes
     """
     if db.in_transaction():
         with Attempt():
@@ -5750,6 +5818,7 @@ def transaction(first: bool = False) -> Iterator[None]:
     if db.in_files and not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
+        locked.on = None if db.in_files else on
         METRICS.observe('lock_wait_seconds', time.monotonic() - began)
         with watched():
             try:
@@ -5760,6 +5829,7 @@ def transaction(first: bool = False) -> Iterator[None]:
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
+        locked.on = None
         if db.in_files:
             turns.release()
 
@@ -5980,6 +6050,8 @@ def run_new(sql: str, *values) -> int:
 
 def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
+    if locked.on is not None and (to := WRITTEN.match(sql)) and to[1] not in SHARED_TABLES:
+        raise Lacking(None)
     return db.run(sql, values)
 
 
@@ -6058,8 +6130,14 @@ def resource_of(id: int, removed: bool = False):
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
-    ROW_TYPES[sql] = namedtuple('Row', [column[0] for column in cursor.description])
+    ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
     return ROW_TYPES[sql]
+
+
+@functools.cache
+def row_of(names: tuple[str, ...]) -> type:
+    """The type of rows with some columns: many queries have the same ones."""
+    return namedtuple('Row', names)
 
 
 def insert(model: type[Table], **values) -> int:
@@ -6146,6 +6224,12 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     tell_owners(config, event, targets, about, actor, at)
 
 
+def newest_event() -> int:
+    """The last event before which no other one comes any more."""
+    found = row('SELECT id FROM event WHERE id <= ? ORDER BY id DESC LIMIT 1', db.settled_event)
+    return found.id if found else 0
+
+
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
     return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
@@ -6182,6 +6266,7 @@ def owner_of(reservation: int | None) -> str:
 
 def mails_left(config: Config, owner: str, number: int, at: float) -> int:
     """How many of some mails may be sent for somebody today; -1: none, which was told already."""
+    decide_on((On.MAILS, owner))
     total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
                  'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
                  'number = excluded.number + iif(mailed.day = excluded.day, mailed.number, 0) '
@@ -6223,7 +6308,7 @@ LISTING = '''
          r.series <> '' AS repeats, iif(r.repeat <> '', r.series, '') AS series, r.request, r.host,
          r.choices, r.trusted,
          (SELECT p.shown FROM proposal p WHERE p.reservation_id = r.id AND (p.occurrence = o.id
-           OR NOT p.alone)
+           OR NOT p.alone) AND p.code <> 'undo'
            ORDER BY p.id DESC LIMIT 1) AS change
     FROM occurrence o
     JOIN reservation r ON r.id = o.reservation_id JOIN resource s ON s.id = o.resource_id'''
@@ -6717,6 +6802,7 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
+    decide_on((On.RESOURCE, resource))
     tracks = [*amount.tracks] if begin < until else []
     for track, figures in tracks:
         ledger.add(resource, track, begin, until, figures)
@@ -6731,9 +6817,12 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room there, or that lacked something else."""
     if standing().waits:
-        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
-            resource, begin, until)
-        run('UPDATE wait SET due = 0 WHERE limited')
+        decide_on((On.RESOURCE, resource))
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ? '
+            'AND NOT limited', resource, begin, until)
+        if row('SELECT 1 AS one FROM wait WHERE limited LIMIT 1'):
+            decide_on((On.LINE, 0))
+            run('UPDATE wait SET due = 0 WHERE limited')
         remembered.change()
 
 
@@ -6817,67 +6906,26 @@ def free_windows(resource, amount: Amount, after: float,
                  before: float) -> Iterator[tuple[float, float]]:
     """The longest [begin, until) within [after, before) in which an amount fits, in order."""
     most = capacity(resource)
-    found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
-                     free_of(resource.id, CLOSED, (0,), (0,), after, before))
-    for name, need in amount.classes:
-        found = overlaps(found,
-                         free_of(resource.id, name, (need,), (most.most(name),), after, before))
-    return found
-
-
-def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
-            before: float) -> Iterator[tuple[float, float]]:
-    """The free windows of one step function."""
-    rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    free = None  # it may go on
-    for begin, until, more in ledger.within(resource, track, after, before):
-        left = [room - each for room, each in zip(rooms, more)]
-        for first, last in free_within(resource, track, left, begin, until):
-            if free and free[1] < first:
-                yield free
-                free = None
-            free = (free[0] if free else first, last)
-            if last < until:
-                yield free
-                free = None
-    if free:
-        yield free
-
-
-def free_within(resource: int, track: str, rooms: list, after: float,
-                before: float) -> Iterator[tuple[float, float]]:
-    """The windows in which no more than some figures is written as held."""
-    held = written_level(resource, track, after)
-    begin = after if all(each <= room for each, room in zip(held, rooms)) else None
-    at = after
-    while at < before:
-        at = next_step(resource, track, rooms, at, before, free=begin is None)
-        if begin is not None:
-            yield begin, at
-        begin = at if begin is None else None
-
-
-def next_step(resource: int, track: str, rooms: list, after: float, before: float,
-              free: bool) -> float:
-    """The first step in (after, before) within some figures, or beyond them; else `before`."""
-    within = ' AND '.join(f'{figure} <= ?' for figure, _ in zip(FIGURES, rooms))
-    found = run('SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? AND '
-                f"{'' if free else 'NOT'} ({within}) ORDER BY at LIMIT 1",
-                resource, track, after, before, *rooms).fetchone()
-    return found[0] if found else before
-
-
-def overlaps(ones: Iterator, others: Iterator) -> Iterator[tuple[float, float]]:
-    """What windows of two kinds have in common, each in order and apart from one another."""
-    one, other = next(ones, None), next(others, None)
-    while one and other:
-        begin, until = max(one[0], other[0]), min(one[1], other[1])
-        if begin < until:
-            yield begin, until
-        if one[1] <= other[1]:
-            one = next(ones, None)
-        else:
-            other = next(others, None)
+    rooms = {'': [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])],
+             CLOSED: [0]}
+    rooms |= {name: [2**62 if most.most(name) is None else most.most(name) - need]
+              for name, need in amount.classes}
+    begin = None
+    while after < before:  # read in pieces, as the first window may be all that is wanted
+        later = run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at > ? "
+                    'AND at < ? ORDER BY at LIMIT 1 OFFSET 20', resource.id, after, before)
+        until = (later.fetchone() or (before,))[0]
+        for at, levels in steps_of(resource.id, [*rooms], after, until):
+            fits = all(each <= room for track, left in rooms.items()
+                       for each, room in zip(levels[track], left))
+            if fits and begin is None:
+                begin = at
+            elif begin is not None and not fits:
+                yield begin, at
+                begin = None
+        after = until
+    if begin is not None:
+        yield begin, before
 
 
 def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
@@ -6940,6 +6988,7 @@ class Need(NamedTuple):
     number: int
     affinity: str = ''  # or APART, or TOGETHER
     host: str = ''      # on this one alone, by its name
+    heals: bool = False  # also on hosts that are kept for when others fail
 
     @property
     def figures(self) -> tuple:
@@ -6966,6 +7015,11 @@ def planned_by_host(resource: int) -> bool:
     """Whether the hosts of a resource are known."""
     return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = ?) AS known',
                      resource)[0].known)
+
+
+def any_hosts() -> bool:
+    """Whether the hosts of any resource are known."""
+    return bool(once('SELECT EXISTS (SELECT 1 FROM host) AS known')[0].known)
 
 
 def read_placed(text: str | None) -> dict[int, int]:
@@ -6997,7 +7051,8 @@ ON_HOSTS = "track LIKE '@%'"
 def rooms_query(classes: tuple[str, ...]) -> str:
     """What each host has free in all of a window, of classes, vCPUs and RAM, in order of hosts.
 
-    Its parameters: resource, begin, until, a list of hosts or NULL for all, and what must be free.
+    Its parameters: resource, begin, until, a list of hosts or NULL for all, whether spare ones too,
+    and what must be free.
     """
     figures = [(f"coalesce(json_extract(h.classes, '$.{name}'), 0)", name, 'vms')
                for name in classes] + [('h.vcpus', '', 'vcpus'), ('h.ram', '', 'ram')]
@@ -7007,11 +7062,12 @@ def rooms_query(classes: tuple[str, ...]) -> str:
         free.append(f"""{most} - coalesce((SELECT max({column}) FROM {of_it} AND at < ?3 AND at >=
           coalesce((SELECT at FROM {of_it} AND at <= ?2 ORDER BY at DESC LIMIT 1), ?2)), 0) AS f{n}
           """)
-        enough.append(f'f{n} >= ?{n + 5}')
+        enough.append(f'f{n} >= ?{n + 6}')
     return f"""
       SELECT * FROM (SELECT h.id, h.units, {', '.join(free)} FROM host h
        WHERE h.resource_id = ?1 AND h.until >= ?3
-         AND (CAST(?4 AS TEXT) IS NULL OR h.id IN numbers(?4))) h
+         AND (CAST(?4 AS TEXT) IS NULL OR h.id IN numbers(?4))
+         AND h.spare <= CAST(?5 AS INTEGER)) h
        WHERE {' AND '.join(enough)} ORDER BY id"""
 
 
@@ -7021,12 +7077,13 @@ def rooms(need: Need, among: Iterable[int] | None = None,
     free; with `least`, so much of everything is enough.
     """
     names, enough = tuple(name for name, _ in need.each.classes), need.figures
+    need = need._replace(heals=need.heals or None not in (among, least))
     if least is not None:
         enough = (least,) * len(enough)
     changed = sorted(each for each in ledger.hosts(need.resource)
                      if among is None or each in among)
     written = run(rooms_query(names), *need[:3], None if among is None else json.dumps([*among]),
-                  *enough)
+                  int(need.heals), *enough)
     return heapq.merge(
         ((host, tuple(room)) for host, units, *room in written
          if host not in changed and suits(units, need)),
@@ -7037,7 +7094,7 @@ def rooms(need: Need, among: Iterable[int] | None = None,
 def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     """What a host has free where this transaction holds or gives back something, if it is there."""
     found = once('SELECT * FROM host WHERE id = ?', host)[0]
-    if found.until < need.until:
+    if found.until < need.until or found.spare and not need.heals:
         return
     most = amount_of_host(found)
     names = [name for name, _ in need.each.classes]
@@ -7080,7 +7137,8 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
     placed: Counter = Counter()
     for among in (had, None) if had else (None,):
         left = need.number - placed.total()
-        for host, room in rooms(need, among) if left else ():
+        looked = need._replace(heals=need.heals or among is not None)  # it may be there already
+        for host, room in rooms(looked, among) if left else ():
             many = how_many(room, need) - placed[host]
             taken = min(left, many, had[host] if among else left)
             placed[host] += max(taken, 0)
@@ -7092,23 +7150,53 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
     return {host: many for host, many in placed.items() if many} if not left else None
 
 
+MOST_STARTS = 200  # so many instants at which something could begin are looked at
+
+
+def free_slots(place, amount: Amount, affinity: str, after: int, before: float,
+               length: float) -> Iterator[tuple[float, float]]:
+    """The windows of a length at least within [after, before) in which an amount fits, in order; by
+    hosts, as all is planned now: from when each VM finds one, and until when at the longest.
+    """
+    need, latest = need_of(Hold(place.id, after, int(before), amount), affinity), 0
+    free = (each for each in free_windows(place, amount, after, before)
+            if each[1] - each[0] >= length)
+    if need.host or not need.takes or not planned_by_host(place.id):
+        yield from free
+        return
+    left = MOST_STARTS
+    for begin, until in free:
+        cuts = [at for at, in run(HOST_CUTS, place.id, begin, until, left)]
+        for at in [begin, *(at for at in cuts if at + length <= until)][:left]:
+            left -= 1
+            ends = [end for end in (*cuts, until) if end > at + length]
+            first = need._replace(begin=int(at), until=int(at + length))
+            if ends and ends[-1] > latest and first_fit(first) is not None:
+                fit = bisect_left(ends, True, key=lambda end: first_fit(
+                    first._replace(until=int(end))) is None)
+                latest = ends[fit - 1] if fit else at + length
+                yield at, latest
+
+
+#: When what is planned on any host of a resource changes within a window.
+HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resource_id = h.resource_id
+                AND step.track = '@' || h.id || ':' AND step.at > ?2 AND step.at < ?3
+               WHERE h.resource_id = ?1 ORDER BY step.at LIMIT ?4"""
+
+
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
-# not begun; that, in its turn, what is in its own way. Two searches do so, each from the plan as it
-# is, first on few hosts, then on more:
+# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is, on
+# few hosts, the last one on more: as often as a VM is without a host, it pushes out those that
+# failed least so far to find one; whoever fails is in the way the less, and has to be placed the
+# more.
 #
-#   chains  depth first: each VM pushes out the least that it can, at most so many pushes deep.
-#           Most of what can be found is found so, in a few milliseconds.
-#   guided  as often as one is without a host, it pushes out those that failed least so far to find
-#           one; whoever fails is in the way the less, and has to be placed the more.
-#
-# Ties go by order, and by dice that the request seeds, so that nothing is left to chance. All is
-# bounded by the looks at a VM on a host that it takes.
+# Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
+# host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = (8, 2_500), (32, 12_000)  # so many hosts, and looks at them in each search
-DEPTH, PUSHES = 2, 200
-MOST_SEARCHED = 0.5  # seconds of CPU, where a machine is too slow for so many looks
-SEARCHES = 20        # of one request, which may be a series
+SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
+PUSHES = 200
+SEARCHES = 20  # of one request, which may be a series
 
 
 class TooMuch(Exception):
@@ -7206,7 +7294,7 @@ class Scene:
     def look(self) -> None:
         """Counts a look at a VM on a host."""
         self.looks -= 1
-        if self.looks < 0 or self.looks % 50 == 0 and time.thread_time() > self.deadline:
+        if self.looks < 0:
             raise TooMuch
 
     def siblings(self, unit: Unit, host: int) -> list[Unit]:
@@ -7265,33 +7353,11 @@ class Scene:
             self.put(each, None)
         self.put(unit, host)
 
-    def chain(self, units: list[Unit], depth: int) -> bool:
-        """Whether each of some VMs finds a host, and so do those that it pushes out."""
-        return all(self.settle(unit, depth) for unit in sorted(units, key=lambda each: -each.size))
-
-    def settle(self, unit: Unit, depth: int) -> bool:
-        if host := self.best(unit):
-            self.put(unit, host)
-            return True
-        options = self.options(unit) if depth else []
-        for host, pushed in sorted(options, key=lambda option: (
-                sum(each.size for each in option[1]), option[0])):
-            before = {each: each.host for each in self.units + self.new}
-            self.push(unit, host, pushed)
-            if self.chain(pushed, depth - 1):
-                return True
-            self.back(before)
-        return False
-
-    def back(self, before: dict[Unit, int | None]) -> None:
-        """Puts VMs where they were."""
-        for unit, host in before.items():
-            if unit.host != host:
-                self.put(unit, host)
-
-    def guided(self, units: list[Unit], depth: int) -> bool:
-        """Whether each of some VMs finds a host, after many pushes."""
-        dice, out, left = random.Random(f'{units[0].figures} {self.cuts}'), [*units], {}
+    def solve(self, looks: int, turn: int) -> bool:
+        """Whether the new VMs find hosts, after so many looks at most."""
+        dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
+        out, left = [*self.new], {}
+        self.looks = looks
         for _ in range(PUSHES):
             out.sort(key=lambda each: (each.failures, each.share))
             unit, pushed = out.pop(), []
@@ -7309,17 +7375,6 @@ class Scene:
             self.push(unit, host, pushed)
             if not out:
                 return True
-        return False
-
-    def solve(self, looks: int, deadline: float) -> bool:
-        """Whether a search finds a host for each VM."""
-        self.deadline = deadline
-        for search in self.chain, self.guided:
-            self.looks = looks
-            with suppress(TooMuch):
-                if search(self.new, DEPTH):
-                    return True
-            self.back({unit: unit.was for unit in self.units + self.new})
         return False
 
     def moves(self) -> list[tuple]:
@@ -7368,18 +7423,16 @@ replans = Replans()
 def replan(need: Need, had: dict[int, int], now: float,
            own: int) -> tuple[dict[int, int], list[tuple]] | None:
     """The hosts of some VMs and the moves that make room for them, or None; changes nothing."""
-    deadline = time.thread_time() + MOST_SEARCHED
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for width, looks in SEARCHED:
+    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
-        if chosen and scene.solve(looks, deadline):
-            return dict(Counter(unit.host for unit in scene.new)), scene.moves()
-        if len(chosen) == len(nearest):
-            return None
+        with suppress(TooMuch):
+            if scene.solve(looks, turn):
+                return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
 
 
@@ -7405,7 +7458,8 @@ def most_on_hosts(need: Need) -> int:
     names = [name for name, _ in need.each.classes]
     return sum(how_many((*(classes.get(name, 0) for name in names), each.vcpus, each.ram), need)
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
-                                "?3 IN ('', name)", need.resource, need.until, need.host)
+                                "?3 IN ('', name) AND spare = 0",
+                                need.resource, need.until, need.host)
                for classes in [json.loads(each.classes)] if suits(each.units, need))
 
 
@@ -7415,15 +7469,27 @@ def on_hosts(found, now: float) -> tuple[Need, dict[int, int]]:
     return need._replace(begin=max(need.begin, int(now))), read_placed(found.placed)
 
 
+def closings(resource: int, now: float, host: str = '') -> Iterator[tuple[Need, int]]:
+    """When single hosts are closed, as if all of each was held, from now on: the need, the host."""
+    for each in rows('SELECT c.start, c."end" AS ended, h.* FROM capacity c JOIN host h ON '
+                     'h.resource_id = c.resource_id AND h.name = c.host WHERE c.resource_id = ? '
+                     'AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
+        if host in ('', each.name):
+            yield Need(resource, max(each.start, int(now)), each.ended, amount_of_host(each),
+                       1), each.id
+
+
 def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
     """Where (H3) does not hold, from now on: (track, instant), what is kept and what is right."""
-    right, kept = defaultdict(Profile), defaultdict(Profile)
+    right, kept, planned = defaultdict(Profile), defaultdict(Profile), []
     for found in rows("SELECT * FROM occurrence WHERE resource_id = ? AND due IS NOT NULL "
                       "AND held_until > ? AND placed <> ''", resource, now):
         need, placed = on_hosts(found, now)
         for host, number in placed.items() if need.begin < need.until else ():
-            for track, figures in (need.each * number).tracks:
-                right[on_host(host, track)].add(need.begin, need.until, figures)
+            planned.append((need._replace(each=need.each * number), host))
+    for need, host in itertools.chain(planned, closings(resource, now)):
+        for track, figures in need.each.tracks:
+            right[on_host(host, track)].add(need.begin, need.until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
                                    f'= ? AND {ON_HOSTS} ORDER BY track, at', resource):
         kept[track].ats.append(at)
@@ -7433,6 +7499,23 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
             held = kept[track].at(at), right[track].at(at)
             if at >= now and held[0] != held[1]:
                 yield (track, at), *held
+
+
+def forget_past(now: float) -> int:
+    """Forgets what was planned on hosts until a day ago; how much. Only the future is checked."""
+    hosts = rows('SELECT id, resource_id, classes FROM host')
+    tracks = [(each.resource_id, on_host(each.id, name), int(now) - DAY)
+              for each in hosts for name in ('', *json.loads(each.classes))]
+    return run(DROP_PAST, json.dumps(tracks)).rowcount if tracks else 0
+
+
+DROP_PAST = of_list("""
+  DELETE FROM step WHERE (resource_id, track, at) IN (
+    SELECT s.resource_id, s.track, s.at FROM p CROSS JOIN step s
+        ON s.resource_id = p.resource AND s.track = p.track AND s.at < (
+           SELECT max(at) FROM step e
+            WHERE e.resource_id = p.resource AND e.track = p.track AND e.at <= p.at))""",
+                    'resource', 'track', 'at')
 
 
 def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
@@ -7538,13 +7621,54 @@ class Machine(NamedTuple):
     fence: Callable[[], None] = lambda: None
 
 
+class HostTold(NamedTuple):
+    """What a cloud says of a host besides what it holds."""
+    #: Of classes of which not any amount is given out: least, most and step of one.
+    units: dict[str, tuple] = {}
+    state: str = ''  # DISABLED, FAILING, UNKNOWN_HOST, or that it takes VMs
+    others: dict[str, Amount] = {}  # what servers take there that are not ours, by id
+    properties: dict[str, str] = {}
+
+
+DISABLED, FAILING, GONE_AWAY = 'disabled', 'down', 'gone'  # why nothing is planned on a host
+UNKNOWN_HOST = 'unknown'  # Placement has no such host
+
+
 class Aggregate(NamedTuple):
     """A host aggregate as the operator of a cloud sees it."""
     name: str
     hosts: dict[str, Amount]  # what each holds, by Placement
     mark: str  # the resource that it is marked with, or ''
-    #: Of hosts that don't give out any amount: least, most and step of one, by class.
-    units: dict[str, dict[str, tuple]] = {}
+    told: dict[str, HostTold] = {}
+    id: str = ''     # Nova's
+    owner: str = ''  # the store of which it has a mark, or ''
+
+
+#: In the metadata of an aggregate: its resource, which Nova's scheduler asks for, and whose.
+MARKS = 'cmres', 'cmres_store'
+
+
+def in_classes(figures: dict[str, int]) -> Amount:
+    """What Placement tells by classes."""
+    classes = sorted((name, each) for name, each in figures.items()
+                     if name not in ('VCPU', 'MEMORY_MB') and each)
+    return Amount(0, figures.get('VCPU', 0), figures.get('MEMORY_MB', 0), tuple(classes))
+
+
+def host_state(nodes: list) -> str:
+    """What Nova says of a host, by its hypervisors."""
+    if all(each.state == 'down' for each in nodes):
+        return FAILING
+    return DISABLED if all(each.status == 'disabled' for each in nodes) else ''
+
+
+def known_servers(now: float) -> set[str]:
+    """The ids of servers that take what is held for them: ours, and those of reservations."""
+    return {uid for uid, in run(
+        "SELECT uid FROM server WHERE uid IS NOT NULL AND state <> 'deleted' AND due IS NOT NULL "
+        "UNION SELECT uid FROM server WHERE uid IS NOT NULL AND state = 'kept' "
+        'UNION SELECT c.server FROM claim c LEFT JOIN occurrence o ON o.id = c.occurrence '
+        'WHERE c.due IS NOT NULL AND coalesce(o.held_until, ?) >= ?', now, now)}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -7559,9 +7683,12 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whose it is
+
+
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a floating IP of a network.
+    server group of a policy, a host in an aggregate, a floating IP of a network.
     """
     lease: str
     part: str
@@ -7572,6 +7699,7 @@ class Lent(NamedTuple):
     like: str = ''
     policy: str = ''
     network: str = ''
+    make: bool = True  # else it is kept, and another account makes it
 
 
 class Seat(NamedTuple):
@@ -7606,7 +7734,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts lend trust subnet'.split())
+                     'aggregates states mark hosts lend trust subnet'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -7729,6 +7857,12 @@ class Cloud:
         """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
         return wanted
 
+    def refuse_any_network(self, sight: Sight) -> None:
+        """Refuses what names no network where Nova could not tell which one it is to have."""
+
+    def left(self) -> Amount | None:
+        """How much more the quota of the account's project allows; None where that is not told."""
+
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
         raise NotImplementedError
@@ -7737,11 +7871,17 @@ class Cloud:
         """The id of the subnet of a network that has an address; '' if it knows none."""
         return ''
 
-    def mark(self, aggregate: str, resource: str) -> None:
-        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
-        mark away.
+    def mark(self, aggregate: Aggregate, resource: str) -> None:
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
+        store, so that no other one takes it; '' takes the marks away.
         """
         raise NotImplementedError
+
+    def states(self) -> dict[str, tuple[str, list[str]]]:
+        """What Nova says of each host, as a HostTold has it; of those that are down, which servers
+        are there.
+        """
+        return {}
 
     def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
         """Where each server is; None if it is gone, has failed or takes nothing of any host."""
@@ -7960,9 +8100,12 @@ class OpenStack(Cloud):
     # Whose each thing is: the account of an admin is shown what belongs to others as well.
 
     def flavor_thing(self, cloud, found) -> Thing:
-        disk = found.disk + (found.ephemeral or 0) + math.ceil((found.swap or 0) / 1024)
-        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}), disk)
-        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+        return Thing(found.id, found.name, own=True, open=True, flavor=self.takes(found))
+
+    def takes(self, flavor) -> Flavor:
+        """What a VM of a flavor takes, be it that of a server."""
+        disk = flavor.disk + (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+        return Flavor(flavor.vcpus, flavor.ram, classes_of(flavor.extra_specs or {}), disk)
 
     def key_thing(self, cloud, found) -> Thing:
         return Thing(found.id, found.name, own=True)
@@ -7988,7 +8131,8 @@ class OpenStack(Cloud):
         # Until it has a host, Nova may show a server without its tags: it may be anybody's.
         own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
         mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
-        return Thing(found.id, found.name, own, mark=mark)
+        has = found.flavor if found.flavor and found.flavor.vcpus else None
+        return Thing(found.id, found.name, own, mark=mark, flavor=has and self.takes(has))
 
     def boot(self, machine):
         with self.calling('make a server'):
@@ -8097,38 +8241,83 @@ class OpenStack(Cloud):
     def aggregates(self, host=''):
         with self.calling('list aggregates', sure=True) as cloud:
             found = [each for each in cloud.compute.aggregates()
-                     if not host or host in (each.hosts or [])]
-        hosts = {one for each in found for one in each.hosts or [] if host in ('', one)}
-        told = {one: self.host_holds(one) for one in sorted(hosts)}
-        return [Aggregate(each.name, {one: told[one][0] for one in sorted(each.hosts or [])
-                                      if one in told}, (each.metadata or {}).get('cmres', ''),
-                          {one: told[one][1] for one in each.hosts or [] if one in told})
-                for each in found]
+                     if (not host or host in (each.hosts or []))
+                     and LENT_BY not in (each.metadata or {})]
+        nodes, ours = self.nodes(), known_servers(time.time())
+        names = {one for each in found for one in each.hosts or [] if host in ('', one)}
+        read = {one: self.host_holds(one, nodes[one], ours) for one in sorted(names)}
+        return [self.aggregate_of(each, read) for each in found]
 
-    def host_holds(self, host: str) -> tuple[Amount, dict[str, tuple]]:
-        """What Placement gives out of a host and of what is in it (total, reserved, ratio), and of
-        which class only some amounts.
+    def aggregate_of(self, found, read: dict[str, tuple[Amount, HostTold]]) -> Aggregate:
+        """An aggregate of those of its hosts that were read."""
+        metadata, names = found.metadata or {}, [one for one in found.hosts or [] if one in read]
+        said = {key: value for key, value in metadata.items() if key not in MARKS}
+        told = {one: read[one][1]._replace(properties=said | read[one][1].properties)
+                for one in sorted(names)}
+        return Aggregate(found.name, {one: read[one][0] for one in told},
+                         metadata.get(MARKS[0], ''), told, f'{found.id}',
+                         metadata.get(MARKS[1], ''))
+
+    def nodes(self) -> dict[str, list]:
+        """The hypervisors of each host, the names of which may be others than its own."""
+        found = defaultdict(list)
+        with self.calling('list hypervisors', sure=True) as cloud:
+            for each in cloud.compute.hypervisors(details=True):
+                found[(each.service_details or {}).get('host') or each.name].append(each)
+        return found
+
+    def states(self):
+        told = {host: (host_state(nodes), []) for host, nodes in self.nodes().items()}
+        for host in [host for host, (state, _) in told.items() if state == FAILING]:
+            told[host] = FAILING, [each.id for each in self.servers_on(host)]
+        return told
+
+    def servers_on(self, host: str) -> list:
+        """All servers on a host, whose they may be."""
+        with self.calling('list the servers of a host', sure=True) as cloud:
+            return [*cloud.compute.servers(all_projects=True, host=host)]
+
+    def host_holds(self, host: str, nodes: list, ours: set[str]) -> tuple[Amount, HostTold]:
+        """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
+        which class only some amounts, what is in use there, and its traits.
         """
-        found, units = defaultdict(int), {}
+        found, units, used, traits = Counter(), {}, defaultdict(Counter), {}
         with self.calling('tell what a host holds', sure=True) as cloud:
             placement = cloud.placement
-            for root in placement.resource_providers(name=host):
-                for provider in placement.resource_providers(in_tree=root.id):
-                    for each in placement.resource_provider_inventories(provider):
-                        name = each.resource_class or each.id
-                        most = int((each.total - each.reserved) * each.allocation_ratio)
-                        found[name] += most
-                        unit = each.min_unit or 1, each.max_unit or most, each.step_size or 1
-                        if unit[0] > 1 or unit[1] < most or unit[2] > 1:
-                            units[name] = unit
-        return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
-            (name, each) for name, each in found.items()
-            if name not in ('VCPU', 'MEMORY_MB') and each))), units
+            inside = [provider for node in nodes
+                      for provider in placement.resource_providers(in_tree=node.id)]
+            for provider in inside:
+                for each in placement.resource_provider_inventories(provider):
+                    name = each.resource_class or each.id
+                    most = int((each.total - each.reserved) * each.allocation_ratio)
+                    found[name] += most
+                    unit = each.min_unit or 1, each.max_unit or most, each.step_size or 1
+                    if unit[0] > 1 or unit[1] < most or unit[2] > 1:
+                        units[name] = unit
+                at = f'/resource_providers/{provider.id}'
+                for uid, takes in self.placed(f'{at}/allocations').get('allocations', {}).items():
+                    used[uid].update(takes['resources'])
+                traits |= dict.fromkeys(self.placed(f'{at}/traits').get('traits', ()), 'yes')
+        others = {}
+        if used.keys() - ours:
+            there = [each for each in self.servers_on(host) if self.store not in (each.tags or ())]
+            others = {each.id: in_classes(used[each.id]) for each in there if each.id in used}
+        return in_classes(found), HostTold(units, host_state(nodes) if inside else UNKNOWN_HOST,
+                                           others, traits)
+
+    def placed(self, path: str) -> dict:
+        """What Placement answers."""
+        answer = self.connection.placement.get(path, microversion='1.6')
+        answer.raise_for_status()
+        return answer.json()
 
     def mark(self, aggregate, resource):
         with self.calling('mark an aggregate', sure=True) as cloud:
-            found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
-            cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
+            found = next(each for each in cloud.compute.aggregates()
+                         if aggregate.id in ('', f'{each.id}') and (
+                             aggregate.id or each.name == aggregate.name))
+            marks = (resource, self.store) if resource else (None, None)
+            cloud.compute.set_aggregate_metadata(found, dict(zip(MARKS, marks)))
 
     def register(self, address: str, dry_run: bool) -> list[dict]:
         """Writes into the catalog where Blazar's clients find cmres; a line for each difference."""
@@ -8156,7 +8345,9 @@ class OpenStack(Cloud):
     #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
     LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
                        'id'),
-            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'server_group': ('compute', 'server_groups', {'all_projects': True},
+                             'delete_server_group', 'name', 'name'),
+            'aggregate': ('compute', 'aggregates', {}, 'delete_aggregate', 'metadata', 'name'),
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
@@ -8166,9 +8357,9 @@ class OpenStack(Cloud):
                 verbs = getattr(cloud, self.LENT[kind][0])
                 ours = self.lent(kind, verbs)  # two server groups may have one name
                 for id in [id for name, id in ours if name not in things]:
-                    getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+                    self.take_back(kind, verbs, id)
                 answer[kind] = there = {name: id for name, id in ours if name in things}
-                for name in things.keys() - there.keys():
+                for name in [each for each in things if each not in there and things[each].make]:
                     try:
                         there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
@@ -8183,9 +8374,29 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
         """The names and ids of what is lent of a kind."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        ours = [each for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)]
+        there = [*getattr(verbs, listing)(**which)]
+        if kind == 'aggregate':
+            return [(f'{each.name} {host}', f'{each.id} {host}') for each in there
+                    if (each.metadata or {}).get(LENT_BY) == self.store
+                    for host in each.hosts or ['']]
+        ours = [each for each in there if (getattr(each, mark) or '').startswith(self.store)]
         return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
+
+    def take_back(self, kind: str, verbs, id: str) -> None:
+        """Takes back something that is lent; the last host of an aggregate goes with it."""
+        id, _, host = id.partition(' ')
+        if host:
+            verbs.remove_host_from_aggregate(id, host)
+        if not host or not verbs.get_aggregate(id).hosts:
+            getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+
+    def lend_aggregate(self, compute, name: str, lent: Lent) -> str:
+        name, _, host = name.partition(' ')
+        there = [each for each in compute.aggregates() if each.name == name]
+        found = there[0] if there else compute.create_aggregate(name=name)
+        compute.set_aggregate_metadata(found, {LENT_BY: self.store, 'blazar:owner': lent.project})
+        compute.add_host_to_aggregate(found, host)
+        return f'{found.id} {host}'
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -8199,11 +8410,35 @@ class OpenStack(Cloud):
     def lend_server_group(self, compute, name: str, lent: Lent) -> str:
         return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
 
+    def lend_to_token(self, token: str, name: str, lent: Lent) -> str:
+        """Makes a server group in the project of somebody's token, and tells its id."""
+        wish = {'server_group': {'name': f'{self.store} {name}', 'policy': lent.policy}}
+        with self.calling('lend a server group') as cloud:
+            return cloud.compute.post(
+                '/os-server-groups', json=wish, headers={'X-Auth-Token': token},
+                authenticated=False, microversion='2.64').json()['server_group']['id']
+
     def lend_address(self, network, address: str, lent: Lent) -> str:
         made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
                                  project_id=lent.project, description=self.store)
         network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
         return made.id
+
+    def refuse_any_network(self, sight):
+        with self.calling('list networks', sure=True) as cloud:
+            found = [each for each in cloud.network.networks(is_admin_state_up=True)
+                     if each.is_shared or each.project_id == cloud.current_project_id]
+        if found[1:]:
+            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
+            raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
+                          f'them: {names}.')
+
+    def left(self):
+        with self.calling('tell the quota', sure=True) as cloud:
+            found = cloud.compute.get_limits().absolute
+        return Amount(*(most - used if most >= 0 else 2**40 for most, used in (
+            (found.instances, found.instances_used), (found.total_cores, found.total_cores_used),
+            (found.total_ram, found.total_ram_used))))
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
@@ -8293,12 +8528,17 @@ class Simulated(Cloud):
     def aggregates(self, host=''):
         marks = dict(run('SELECT substr(name, 6), value FROM fact '
                          "WHERE name LIKE 'mark-%'").fetchall())
-        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES
-                if not host or host in each.hosts]
+        return [each._replace(mark=mark, owner=each.owner or mark and self.store)
+                for each in self.AGGREGATES if not host or host in each.hosts
+                for mark in [marks.get(each.name, '')]]
+
+    def states(self):
+        return {host: (told.state, []) for each in self.AGGREGATES
+                for host, told in each.told.items()}
 
     def mark(self, aggregate, resource):
         with transaction():
-            note_fact(f'mark-{aggregate}', resource)
+            note_fact(f'mark-{aggregate.name}', resource)
 
     def hosts(self, uids):
         there = {each.uid for each in self.present()}
@@ -8494,11 +8734,11 @@ class Keystone:
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
-    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+    def told(self, token: str, ask: Callable[[Callable, float], Any]) -> Scoped:
         """Who has a token. While Keystone does not answer, those who were known go on.
 
         Args:
-          ask: calls what may take long
+          ask: calls what may take long, for so many seconds
 
         Raises:
           Unauthorized: Keystone does not know it, or it is for no project.
@@ -8514,14 +8754,21 @@ class Keystone:
             raise found.refusal
         return found.scoped
 
-    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+    def is_new(self, token: str) -> bool:
+        """Whether it is nobody's who is known."""
+        return hashlib.sha256(token.encode()).hexdigest() not in self.known
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any]) -> Told:
         """What Keystone says now; what it said before, if it does not answer."""
         before = self.known.get(key)
+        patience = self.SOON if before else self.PATIENT
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
-        except (CloudError, TooMany, Unavailable):
+            found = ask(lambda: self.look(token, patience), patience + 1)
+        except (CloudError, TooMany, Unavailable) as error:
+            if getattr(error, 'sure', False):  # it answers bit by bit, for longer than one waits
+                self.shut = self.clock() + self.SHUT
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
@@ -8641,12 +8888,8 @@ class Undelivered(Error):
 
 
 def deliver(config: Config, notice, about: dict) -> None:
-    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
-    from http.client import HTTPException
+    """Delivers a notice to its target, `about` its reservation as answers show it; else
+    Undelivered."""
     try:
         if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
@@ -8655,17 +8898,13 @@ def deliver(config: Config, notice, about: dict) -> None:
             post(config, notice.target, json_text(body).encode())
         else:
             send_mail(config, notice, about)
-    except (OSError, ValueError, HTTPException) as error:  # smtplib's are OSErrors
+    except (OSError, ValueError, http_client.HTTPException) as error:  # smtplib's are OSErrors
         raise Undelivered(f'{type(error).__name__}: {error}') from None
 
 
 def post(config: Config, url: str, body: bytes) -> None:
-    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
-
-    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and
-    the body.
-    """
-    import hmac
+    """Posts a webhook, without redirects. Where there is a secret, X-Cmres-Signature is `sha256=`
+    and the hex HMAC of X-Cmres-Timestamp, a full stop and the body."""
     stamp = str(int(time.time())).encode()
     signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
     status, _, _ = exchange(config, 'POST', url, body, {
@@ -8678,13 +8917,7 @@ def post(config: Config, url: str, body: bytes) -> None:
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
-    first.
-
-    Raises:
-      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the
-        address.
-    """
-    from http.client import HTTPException
+    first; Undelivered, without the address in its sentence, where there is none."""
     try:
         for _ in range(6):
             status, found, body = exchange(config, 'GET', url, None, headers)
@@ -8697,24 +8930,19 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
                                  'https.')
             url = target
         raise ValueError('It redirects more than five times.')
-    except (OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError, http_client.HTTPException) as error:
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
         raise Undelivered(f'{kind}{first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None,
              headers: dict) -> tuple[int, dict, bytes]:
-    """One request to an address that a person gave: its status, headers in lower case and body.
-
-    Raises:
-      OSError, ValueError, HTTPException: no answer within 10 seconds, more than MOST_FETCHED
-        bytes, or a private address.
-    """
-    from http.client import HTTPConnection, HTTPSConnection
+    """One request to an address that a person gave: status, headers in lower case and body.
+    OSError, ValueError or HTTPException for no whole answer in time, or a private address."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
     address = allowed_address(config, parts.hostname or '', port)
-    kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
+    kind = http_client.HTTPSConnection if parts.scheme == 'https' else http_client.HTTPConnection
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
     with cut_off(MOST_WAIT) as connect:
         try:
@@ -8771,13 +8999,8 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host.
-
-    Raises:
-      ValueError: none is known, or one of them is not public and that is not allowed; in one
-        sentence, so that nobody learns which hosts there are inside.
-    """
-    import ipaddress
+    """The address of a host; ValueError where it has none that is public (or allowed), in one
+    sentence, so that nobody learns which hosts there are inside."""
     try:
         found = [ipaddress.ip_address(each[4][0].partition('%')[0])
                  for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -8811,12 +9034,8 @@ def is_public(address) -> bool:
 
 
 def embedded(address) -> list:
-    """The IPv4 addresses that an IPv6 address leads to.
-
-    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
-    ISATAP (RFC 5214).
-    """
-    import ipaddress
+    """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
+    (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
     if address.version == 4:
         return []
     number = int(address)
@@ -8827,7 +9046,6 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    """Sends a notice as a mail."""
     subject, _, text = notice_text(config, notice, about).partition('\n')
     sentence = legible(notice.sentence)
     message = mail_to(config, notice, subject)
@@ -8838,14 +9056,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
 
 def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
                     stop: str) -> None:
-    """Sends a mail with an event for a calendar (RFC 6047).
-
-    Args:
-      stop: the address at which its reader says that no more are wanted
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Sends a mail with an event for a calendar (RFC 6047), and the address `stop` at which its
+    reader says that no more are wanted; else Undelivered."""
     message = mail_to(config, notice, subject)
     message['List-Unsubscribe'] = f'<{stop}>'
     message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
@@ -8858,12 +9070,10 @@ def send_invitation(config: Config, notice, subject: str, text: str, method: str
 
 def mail_to(config: Config, notice, subject: str):
     """A mail for the target of a notice, without a text."""
-    from email.message import EmailMessage
-    from email.utils import formatdate
-    message = EmailMessage()
+    message = email_message.EmailMessage()
     message['From'], message['To'] = config.mail_from, notice.target
     message['Subject'] = f'[cmres] {subject}'
-    message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
+    message['Date'] = email_utils.formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
     return message
@@ -8873,7 +9083,6 @@ def post_mail(config: Config, message) -> None:
     """Hands a mail to the server of the configuration."""
     if not config.mail_server:
         raise ValueError('The setting mail_server is empty.')
-    import smtplib
     host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
@@ -8927,7 +9136,6 @@ def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
-    """A value for people."""
     if isinstance(value, datetime):
         return format_time(value, zone)
     if isinstance(value, dict):
@@ -9088,10 +9296,10 @@ class Shares:
         self.request = threading.local()
 
     @contextmanager
-    def answering(self, user: str) -> Iterator[None]:
+    def answering(self, user: str, patience: float = math.inf) -> Iterator[None]:
         """A request of a user in this thread; what is asked outside of any has no bounds."""
         here = self.request
-        here.user, here.left, here.has = user, self.patience, ()
+        here.user, here.left, here.has = user, min(self.patience, patience), ()
         try:
             with acting_for(user):
                 yield
@@ -9306,13 +9514,13 @@ class Booking(NamedTuple):
     """All components of one UID, as a series that wants machines."""
     uid: str
     summary: str
+    guess: str           # the flavor in words that only look like a wish
+    name: str            # as a sentence calls it
     want: Want
     stretches: list      # of resource 0, until it is known
     cancelled: bool
     digest: str          # of its text, without what changes at each look
-    name: str = ''       # as a sentence calls it
     error: str = ''      # why it can't be understood
-    guess: str = ''      # the flavor in words that only look like a wish
 
     def why(self, error: Error) -> str:
         """The sentence that refuses it, by its title and date."""
@@ -9344,9 +9552,7 @@ class Frame:
 
 
 def table_zone(name: str) -> ZoneInfo | None:
-    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of
-    Windows.
-    """
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or in Windows."""
     words = name.split('/')
     ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
     for each in (name, *ends):
@@ -9357,9 +9563,7 @@ def table_zone(name: str) -> ZoneInfo | None:
 
 
 def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
-    """A zone by its changes, as instants without their zone, in the form of a zone table's file
-    (RFC 8536).
-    """
+    """A zone by its changes, as instants in UTC, in the form of a zone table's file (RFC 8536)."""
     offsets = [before, *(offset for _, offset in changes)]
     kinds = [*dict.fromkeys(offsets)]
 
@@ -9398,7 +9602,6 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
 
 
 def read_offset(text: str) -> timedelta:
-    """A TZOFFSETFROM or TZOFFSETTO."""
     if not OFFSET.fullmatch(text):
         raise ValueError(text)
     hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
@@ -9514,22 +9717,20 @@ class Entry:
     @functools.cached_property
     def length(self) -> timedelta:
         """By wall clocks; without an end a day for a date, nothing for a time (RFC 5545, 3.6.1)."""
-        if 'DTEND' in self.said:
-            end, zone = self.moment('DTEND'), self.start.zone
-            if zone and end.zone and end.zone is not zone:
-                end = Moment(to_wall(end.at(zone), zone))
-            if end.wall < self.start.wall:
-                raise Invalid(f'It ends at {end.wall}, before it starts.')
-            return end.wall - self.start.wall
-        if 'DURATION' in self.said:
-            return read_length(self.one('DURATION')[1])
-        return timedelta(days=self.start.whole)
+        if 'DTEND' not in self.said:
+            there = 'DURATION' in self.said
+            return (read_length(self.one('DURATION')[1]) if there
+                    else timedelta(days=self.start.whole))
+        end, zone = self.moment('DTEND'), self.start.zone
+        if zone and end.zone and end.zone is not zone:
+            end = Moment(to_wall(end.at(zone), zone))
+        if end.wall < self.start.wall:
+            raise Invalid(f'It ends at {end.wall}, before it starts.')
+        return end.wall - self.start.wall
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Its length by the clocks, and the exact one after that: the hours of a DURATION are
-        exact.
-        """
+        """Its length by the clocks, and the exact one after that: hours of a DURATION are exact."""
         nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
         return nominal, int(self.length.total_seconds()) - nominal
 
@@ -9562,12 +9763,11 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
-        title = ' '.join(title.split()) or self.uid
-        title = textwrap.shorten(title, 80) if len(title) > 80 else title
+        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split())
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title or self.uid
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{title}'" + (
-            f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+        on = f" of {'-'.join(day.groups())}" if day else ''
+        return f"the event '{title}'{on} (line {self.line})"
 
 
 def unescaped(text: str) -> str:
@@ -9733,7 +9933,6 @@ class Clock(NamedTuple):
 
 
 def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
-    """The clock of a series and its exceptions."""
     head = entries[0]
     here = head.start.zone or owner
     if here is UTC and (head.repeats or len(entries) > 1):
@@ -9790,8 +9989,11 @@ def timetable(entries: list[Entry], owner: tzinfo,
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
-    refuse_too_many_dates(entries)
-    head, clock = entries[0], clock_of(entries, owner)
+    head = entries[0]
+    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
+    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
+        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
+    clock = clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
@@ -9801,14 +10003,6 @@ def timetable(entries: list[Entry], owner: tzinfo,
     stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
-
-
-def refuse_too_many_dates(entries: list[Entry]) -> None:
-    """Raises Invalid for more than MOST_DATES of them, before any is read."""
-    head = entries[0]
-    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
-    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
-        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
 
 
 def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
@@ -9946,14 +10140,9 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
              defaults: Want, usual: Want | None = None) -> list[Booking]:
-    """What the events of calendars want, those that want nothing left out unread.
-
-    Args:
-      groups: the events by UID
-      owner: the zone of times without one
-      begin, until: the window that a series in a zone of its own making is spelled out for
-      usual: what an event wants that says nothing
-    """
+    """What the events of calendars want, by UID; those that want nothing are left out unread. What
+    says nothing wants what is `usual`; a series in a zone of its own making is spelled out from
+    `begin` to `until`."""
     found, budget = {}, Budget()
     for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
@@ -9981,12 +10170,10 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
-            stretches, cancelled = wanted_stretches(table, group, begin, until)
-        return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
-                       digest_of(group), head.name, guess=guessed(head))
+            said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
-        return Booking(uid, title_of(head), defaults, [], False, '', head.name, str(error),
-                       guessed(head))
+        said = defaults, [], False, '', str(error)
+    return Booking(uid, title_of(head), guessed(head), head.name, *said)
 
 
 def title_of(entry: Entry) -> str:
@@ -10031,7 +10218,6 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
 
 
 def lengths_of(stretch: Stretch) -> list[int]:
-    """All lengths of its occurrences, in seconds."""
     periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
     moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
     return [stretch.length + stretch.exact, *moved, *periods]
@@ -10066,8 +10252,8 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
-    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
+    text = entry.text('DESCRIPTION')
+    texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
     return [*filter(None, map(MARKED.search, texts))]
 
 
@@ -10095,7 +10281,11 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     if said := spoken(entry):
         return spoken_want(said, defaults)
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
-    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
+    if not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
+        return None
+    said = {name.lower(): read_name(entry.text(f'X-VM-{name}')) for name in PROGRAMMED
+            if f'X-VM-{name}' in entry.said}
+    return defaults._replace(vms=read_count(entry.text('X-VM-COUNT') or defaults.vms), **said)
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -10103,16 +10293,6 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
     flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
-
-
-def programmed_want(entry: Entry, defaults: Want) -> Want:
-    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK,
-    X-VM-KEY.
-    """
-    said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
-    vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
-    return defaults._replace(vms=vms,
-                             **{name.lower(): read_name(value) for name, value in said.items()})
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -10129,7 +10309,6 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
 
 def calendar_name(text: str, number: int = 0) -> str:
     """A label out of a title: its letters and digits."""
-    import unicodedata
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
     name = f'{name}-event' if name in NO_LABELS else name
@@ -10151,34 +10330,26 @@ class Shown(NamedTuple):
 
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
-    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the
-    occurrence.
-    """
-    times = shown.start, shown.end, shown.revised
-    start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
+    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC, changed when that was changed."""
+    start, end, changed = map(stamp_of, (shown.start, shown.end, shown.revised))
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
-            'SEQUENCE': str(shown.revision), 'DTSTART': start, 'DTEND': end, 'STATUS': shown.status,
-            'SUMMARY': escaped(shown.summary), 'DESCRIPTION': escaped(shown.description),
-            'LOCATION': escaped(shown.location), 'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM',
-            'END': 'VEVENT'}
+            'SEQUENCE': f'{shown.revision}', 'DTSTART': start, 'DTEND': end,
+            'STATUS': shown.status, 'SUMMARY': escaped(shown.summary),
+            'DESCRIPTION': escaped(shown.description), 'LOCATION': escaped(shown.location),
+            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', 'END': 'VEVENT'}
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
                     others: list[tuple[int, int]]) -> str:
-    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
-
-    Args:
-      host: the mail address of who invites
-      others: the further windows of a series
-    """
+    """A calendar with one event to which a host invites a guest (RFC 5546, 3.2.2 and 3.2.5);
+    `others` are the further windows of a series."""
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
-    people = (f'ORGANIZER:mailto:{host}',
-              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
-    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
-    return whole_calendar(event + more, f'METHOD:{method}')
+    spans = ','.join(f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others)
+    more = (f'ORGANIZER:mailto:{host}',
+            f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}',
+            *([f'RDATE;VALUE=PERIOD:{spans}'] if spans else []), 'END:VEVENT')
+    return whole_calendar(event + ''.join(map(folded, more)), f'METHOD:{method}')
 
 
 def etag_of(text: str) -> str:
@@ -10435,7 +10606,7 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 64, 128
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -10454,6 +10625,7 @@ OWN = frozenset(('resource', 'start', 'end', 'vms'))
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
+UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
 JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
@@ -10465,7 +10637,7 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset("""
   now resource_id held_from held_until placed over due reservation user_data existing ever runs told
   slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
-  pending priority choices named trusted flavors""".split())
+  pending priority choices named trusted flavors aggregate_id""".split())
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -10623,6 +10795,12 @@ def lowered(before: Amount, after: Amount) -> bool:
     return any(most is not None and (was is None or most < was) for was, most in pairs)
 
 
+#: The hosts on which VMs of a cloud are planned.
+PLANNED_HOSTS = f"""SELECT h.* FROM host h JOIN resource s ON s.id = h.resource_id
+                     WHERE s.cloud = ? AND s.removed IS NULL AND h.state <> '{GONE_AWAY}'
+                     ORDER BY h.id"""
+
+
 def spread(name: str, lateness: list[float]) -> dict:
     """The median, the 95th of a hundred and the worst of some seconds."""
     ordered = sorted(max(each, 0) for each in lateness)
@@ -10714,7 +10892,10 @@ class Service:
         self.fence: Callable[[], None] = lambda: None
         # Called before a change and before it is written; raises if nobody wants it any more.
         self.wanted: Callable[[], None] = lambda: None
+        # Called with the answer of what was carried out, before it is written.
+        self.answered: Callable[[Any], None] = lambda answer: None
         self.reason = ''  # why somebody changes what may be others'
+        self.undo_for = 0.0  # seconds for which what a change gives back stays held for its Undo
         # The seconds since the life cycle of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
@@ -10731,9 +10912,9 @@ class Service:
         return Here(self.config.zone, instant(int(self.clock())))
 
     @contextmanager
-    def writing(self, dry_run: bool = False) -> Iterator[float]:
+    def writing(self, dry_run: bool = False, on: frozenset | None = None) -> Iterator[float]:
         """A transaction that yields its instant, and wakes the life cycle after it."""
-        with rehearsing() if dry_run else transaction():
+        with rehearsing() if dry_run else transaction(on=on):
             self.fence()
             self.wanted()
             yield self.clock()
@@ -10741,19 +10922,27 @@ class Service:
         if not dry_run and not rehearsal.on:
             self.wake()
 
-    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False,
+                  on: Callable[[], Iterable] | None = None) -> Any:
         """Does something at an instant, all of it or nothing.
 
         What has no room is refused at once, and explained in a rehearsal: nobody waits for it.
+
+        Args:
+          on: gives the locks that it needs, as far as that is known; None: the whole store
         """
+        def done(locks: frozenset | None) -> Any:
+            with self.writing(on=locks) as now:
+                answer = deed(now)
+                self.answered(answer)
+                return answer
         replans.found, replans.searches = {}, SEARCHES
         if dry_run:
             with self.writing(dry_run) as now:
                 return deed(now)
         for _ in range(3):
             try:
-                with self.writing() as now:
-                    return deed(now)
+                return persist(done, on)
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
@@ -10774,13 +10963,19 @@ class Service:
     def ask_admins(self, now: float, sentence: str, reservation: int,
                    notify: Iterable[str]) -> None:
         """Appends that an admin must answer, which admins hear of as well."""
-        admins = filter(None, map(str.strip, self.config.notify_admins.split(',')))
-        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *admins]))
+        self.journal(now, 'pending', sentence, reservation,
+                     dict.fromkeys([*notify, *self.admins]))
 
     def tell(self, now: float, code: str, sentence: str, found,
-             occurrence: int | None = None) -> None:
+             occurrence: int | None = None, admins: bool = False) -> None:
         """Appends an event about a row that tells its reservation and whom to notify."""
-        self.journal(now, code, sentence, found.reservation, json.loads(found.notify), occurrence)
+        self.journal(now, code, sentence, found.reservation, dict.fromkeys(
+            [*json.loads(found.notify), *(self.admins if admins else ())]), occurrence)
+
+    @property
+    def admins(self) -> list[str]:
+        """Where admins hear of what they must know."""
+        return [*filter(None, map(str.strip, self.config.notify_admins.split(',')))]
 
     def resolve(self, start, end) -> tuple[int, int]:
         """The seconds of a window: a length as start counts from now, as end from the start."""
@@ -11203,7 +11398,7 @@ class Wishes:
         wish = Wish(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
-            at_end=asked['at_end'] or ('stop' if made_of['server'] else 'delete'),
+            at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
@@ -11234,6 +11429,23 @@ class Wishes:
         host, whole = ((old.host, amount_of(old)) if same_host
                        else self.whole_host(place, asked, each))
         return each, {'server': server, 'host': host, 'whole': whole, 'trusted': trusted}
+
+    def end_on(self, place, asked: dict, borrowed: bool, changes: set, warnings: list) -> str:
+        """What is done at the end: what was asked for, as far as the operator lets VMs stay."""
+        at_end = asked['at_end'] or ('stop' if borrowed else 'delete')
+        is_new = not changes or {'at_end', 'resource'} & changes
+        if (at_end, borrowed, bool(json.loads(place.hosts)), bool(is_new)) != (
+                'stop', False, True, True):
+            return at_end
+        how = self.service.config.at_end_stop
+        if how == 'refuse':
+            raise Invalid(f"VMs cannot stay stopped on '{place.name}': they would keep its capacity "
+                          'from others. Let them be shelved, saved or deleted at the end.')
+        warnings.append('The VMs will be shelved at the end, not stopped: a stopped VM keeps its '
+                        f"host of '{place.name}' from others." if how == 'shelve' else
+                        f"Stopped VMs keep the capacity of '{place.name}' after the end, until you "
+                        'delete them. Shelved ones do not.')
+        return 'shelve' if how == 'shelve' else at_end
 
     def owner_of(self, asked: dict, old) -> tuple[str, str]:
         """Whose a reservation will be: user and project."""
@@ -11317,6 +11529,9 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            if asked.get('image') and asked.get('network') in ('', 'auto'):
+                self.service.shares.ask(f'the cloud {account}',
+                                        lambda: cloud.refuse_any_network(sight))
             found = self.service.shares.ask(f'the cloud {account}',
                                             lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
@@ -11348,9 +11563,10 @@ class Wishes:
     def each_takes(self, found: dict, place) -> Amount:
         """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
         """
-        if 'flavor' not in found:
+        sized = found.get('flavor') or found.get('server')
+        if not (sized and sized.flavor):
             return Amount(1)
-        *figures, disk = found['flavor'].flavor
+        *figures, disk = sized.flavor
         counts = disk and DISK in capacity(place).names
         return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
 
@@ -11747,6 +11963,12 @@ class Limits:
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
+    def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
+        """The locks of whom the limits of a wish count."""
+        for limit in self.limits_for(wish):
+            project = limit.project or not limit.user and wish.project or ''
+            yield On.COUNTED, f'{project}/{limit.user and wish.user}'
+
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
@@ -11756,6 +11978,7 @@ class Limits:
           others: the other occurrences of its series as they will be
           own: its reservation
         """
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= self.service.config.exempt_longest)
@@ -11844,6 +12067,7 @@ class Limits:
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             if limit.waiting is None:
                 continue
@@ -11927,10 +12151,11 @@ class View(NamedTuple):
     own: int  # its reservation; 0: a new one
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
+    returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
-UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted')
+UNLOCKED = ('carried on', 'admitted', 'maintenance', 'granted', UNDO)
 A_SERIES_WAITS = 'A series cannot join the waiting list.'
 RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 
@@ -11972,8 +12197,9 @@ class Policy:
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
         """Raises what the first rule says that is against a change; else it holds what it wants."""
-        for rule in (self.refuse_shared_server, self.refuse_unlimited, self.refuse_never_fitting,
-                     self.refuse_overtaking, self.refuse_overbooking):
+        asks_anew = (self.refuse_unlimited, self.refuse_never_fitting, self.refuse_overtaking)
+        for rule in (self.refuse_shared_server, *(() if view.returns else asks_anew),
+                     self.refuse_overbooking):
             rule(change, view)
         self.take_hosts(change, view)
         for each in change.growth:
@@ -12019,6 +12245,7 @@ class Policy:
         wish = change.after
         if not wish.server or not change.wants:
             return
+        decide_on((On.SERVER, wish.server))
         other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
                     'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                     "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
@@ -12094,6 +12321,7 @@ class Policy:
 
     def refuse_taken(self, project: str, label: str, now: float) -> None:
         read_argument('label', label, Label, self.service.here)  # Python may call without `bind`
+        decide_on((On.LABEL, f'{project}/{label}'))
         if taken_label(project, label, now):
             raise Conflict(f"Project '{project}' already has a reservation '{label}'. Choose "
                            'another label.')
@@ -12188,7 +12416,7 @@ def last_of(deal: Deal) -> int:
 
 
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
-AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted')
+AGREED = ('released', 'carried on', 'left out', 'admitted', 'maintenance', 'granted', UNDO)
 
 
 A_CHANGE_WAITS = 'an admin must approve the change'
@@ -12212,6 +12440,15 @@ WITH_STOPPED = """
    ORDER BY o.start"""
 
 
+def wish_locks(wish: Wish) -> Iterator[tuple[int, int | str]]:
+    """On what a wish decides, beside its resource."""
+    yield On.LABEL, f'{wish.project}/{wish.label}'
+    if wish.server:
+        yield On.SERVER, wish.server
+    if not all(map(is_web, wish.notify)):
+        yield On.MAILS, f'{wish.project}/{wish.user}'
+
+
 class Bookings:
     """Makes promises; inside a transaction."""
 
@@ -12224,8 +12461,9 @@ class Bookings:
     def commit(self, deal: Deal, now: float) -> Made | None:
         """Makes a deal true, or none of it; None: it is proposed, since it needs an approval."""
         old = deal.old
+        decide_on(also=self.locks_of(deal))
         # Another change settles those that were proposed before.
-        if SHAPE & set(deal.asked) and (old.change is not None or old.repeats and not deal.alone):
+        if old and SHAPE & set(deal.asked):
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
@@ -12247,6 +12485,17 @@ class Bookings:
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
         self.propose(deal, until, growth, now)
         return None
+
+    def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
+        """On what a deal decides, beside what its rules name."""
+        wish, old = deal.wish, deal.old
+        yield from wish_locks(wish)
+        yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
+        if old and old.project != wish.project:  # it writes the texts of both
+            raise Lacking(None)
+        for place, in old and run('SELECT DISTINCT resource_id FROM occurrence WHERE '
+                                  'reservation_id = ?', old.reservation) or ():
+            yield On.RESOURCE, place
 
     def may_need_approval(self, deal: Deal) -> bool:
         """Whether somebody asks for it who is no admin, where an admin must approve."""
@@ -12288,7 +12537,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line)
+        view = View(now, own, others, line, deal.code == UNDO)
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12420,9 +12669,11 @@ class Bookings:
         if not old:
             first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
                          revision=0, revised=int(now), told=0,
-                         due=min(begin, one.start - self.service.config.remind_before))
+                         due=min(begin - self.service.config.check_ahead,
+                                 one.start - self.service.config.remind_before))
         else:
-            again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
+            again = 0 if one.start != old.start else (
+                ~(ENDING | AHEAD) if one.end != old.end else ~AHEAD)
             first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
         return first | dict(resource=one.resource.id, start=one.start, end=one.end,
                             **stored(one.amount)) | change.columns
@@ -12498,15 +12749,17 @@ class Bookings:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
                    held_from=each.begin, held_until=each.until, **stored(each.amount))
 
-    def drop_proposals(self, reservation: int, occurrence: int | None = None) -> int:
-        """Forgets what is proposed of a reservation or one occurrence; how many there were."""
-        found = rows('SELECT id FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
-                     'occurrence = coalesce(?, occurrence))', reservation, occurrence)
+    def drop_proposals(self, reservation: int, occurrence: int | None = None,
+                       code: str | None = None) -> int:
+        """Forgets what is proposed of a reservation or one occurrence; how many admins read of."""
+        found = rows('SELECT id, code FROM proposal WHERE reservation_id = ? AND (NOT alone OR '
+                     'occurrence = coalesce(?, occurrence)) AND code = coalesce(?, code)',
+                     reservation, occurrence, code)
         for each in found:
             give(map(hold_of, rows('SELECT * FROM extra_hold WHERE proposal_id = ?', each.id)))
             run('DELETE FROM extra_hold WHERE proposal_id = ?', each.id)
             run('DELETE FROM proposal WHERE id = ?', each.id)
-        return len(found)
+        return sum(each.code != UNDO for each in found)
 
     @contextmanager
     def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
@@ -12626,6 +12879,7 @@ class Bookings:
                     'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
         for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
                                       or [[found.resource_id]]) if found else ():
+            decide_on((On.RESOURCE, resource))
             insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
                    until=found.end, since=found.waiting, limited=False, due=0)
 
@@ -12636,22 +12890,38 @@ class Bookings:
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
 
+    def keep_for_undo(self, deal: Deal, had: list[Hold], now: float) -> None:
+        """Holds for a while what a change has given back, so that it can be taken back.
+
+        Args:
+          deal: what takes it back
+          had: what the reservation held before it was changed
+        """
+        until = min(int(now + self.service.undo_for), last_of(deal))
+        gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
+        self.write_proposal(deal, until, gave, now, {})
+
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(growth, now)
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
-                    named=deal.named, user=self.service.actor.user, code=deal.code,
-                    asked=json.dumps(asked), wish=stored_wish(wish), until=until,
-                    shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, growth)
+        self.write_proposal(deal, until, growth, now, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
+
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
+                       shown: dict) -> None:
+        # it fits: the deed had that, and at each instant what was or what will be is held
+        take(holds, now)
+        old = deal.old
+        id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
+                    named=deal.named, user=self.service.actor.user, code=deal.code,
+                    asked=json.dumps(sorted(deal.asked)), wish=stored_wish(deal.wish),
+                    until=until, shown=json.dumps(to_plain(shown)))
+        self.hold_beside(old.reservation, id, holds)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -13144,7 +13414,7 @@ class Admission:
         self.bookings.drop_proposals(old.reservation,
                                      proposal.occurrence if proposal.alone else None)
         deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
-        self.bookings.commit(deal._replace(code='granted'), now)
+        self.bookings.commit(deal._replace(code=UNDO if deal.code == UNDO else 'granted'), now)
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
@@ -13258,9 +13528,12 @@ class Waiting:
             why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
             for part in self.look.together(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
-        for each in rows('SELECT DISTINCT reservation_id AS reservation FROM proposal '
+        for each in rows('SELECT DISTINCT reservation_id AS reservation, code FROM proposal '
                          'WHERE until <= ?', int(now)):
-            self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
+            if each.code == UNDO:
+                self.bookings.drop_proposals(each.reservation, code=UNDO)
+            else:
+                self.leave_as_it_was(each.reservation, now, 'nobody approved the change in time')
         return more
 
     def admit_in_order(self, now: float) -> bool:
@@ -13383,7 +13656,7 @@ class Offers:
             yield
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
-                with transaction():
+                with transaction(on=frozenset()):
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.service.config, self.service.clock(), wish.user, 'refused',
                             sentence, None, project=wish.project, resource=wish.resource.id)
@@ -13453,9 +13726,10 @@ class Offers:
         """The same later: where there is room, and when something ends that was in the way."""
         begin, need = max(wish.held[0], int(self.service.clock())), wish.held[1] - wish.held[0]
         ends = self.ends_after(wish, begin, others)
-        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
+        for first, last in free_slots(wish.resource, wish.amount, wish.affinity, begin,
+                                      LAST.timestamp(), need):
             inside = [at for at in ends if first < at <= last - need]
-            for at in [int(first), *inside] if last - first >= need else ():
+            for at in [int(first), *inside]:
                 start = at + wish.lead
                 yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
 
@@ -13479,7 +13753,8 @@ class Offers:
     def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
         """The same as long as there is room, if that is longer than what it has already."""
         begin, _ = self.reasons.to_come(wish)
-        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
+        first, last = next(free_slots(wish.resource, wish.amount, wish.affinity, begin, wish.end,
+                                      1), (None, 0))
         length, before = int(last) - wish.start, old.end - old.start if old else 0
         if first == begin and before < length < wish.end - wish.start:
             text = format_duration(length)
@@ -13513,6 +13788,11 @@ class Operations(Service):
 # it is dropped.
 
 
+TOO_LATE = 'It is too late to undo this. It is done already.'
+#: What waits for the word of an admin, beside what is pending itself.
+PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
+
+
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
@@ -13521,8 +13801,7 @@ class Approvals(Operations):
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Approves a pending reservation, or a pending change of a reservation.
 
-        Example:
-          python cmres.py approve lab --project biology --reason 'as agreed'
+        Example: python cmres.py approve lab --project biology --reason 'as agreed'
         """
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
@@ -13541,8 +13820,7 @@ class Approvals(Operations):
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Accepts the capacity that the waiting list offers you.
 
-        Example:
-          python cmres.py accept lab
+        Example: python cmres.py accept lab
         """
         with self.writing(dry_run) as now:
             _, pending, _ = self.pending_of(label, project)
@@ -13561,8 +13839,7 @@ class Approvals(Operations):
 
         A change of an approved reservation is rejected alone: the reservation stays as it was.
 
-        Example:
-          python cmres.py reject lab --reason 'not before the exam'
+        Example: python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
@@ -13573,6 +13850,26 @@ class Approvals(Operations):
             for _, each in proposals if not pending else ():
                 self.waiting.leave_as_it_was(each.reservation, now, f'the change was {why}')
             return self.told_parts(label, parts)
+
+    def take_back(self, ids: list[int]) -> list[str]:
+        """Undoes changes for which what they gave back is still held; the labels of what they
+        changed.
+        """
+        def deed(now: float) -> list[str]:
+            labels = []
+            for id in ids:
+                found = row('SELECT * FROM proposal WHERE id = ? AND code = ? AND user = ? '
+                            'AND until > ?', id, UNDO, self.actor.user, now)
+                if not found:
+                    raise Conflict(TOO_LATE)
+                old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                with self.offers.explaining(wish, old):
+                    self.admission.grant(found, now)
+                asked = dict.fromkeys(json.loads(found.asked))
+                self.tell_change(old, wish, asked, [], 'updated', now)
+                labels.append(old.label)
+            return labels
+        return self.carry_out(deed)
 
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
@@ -13589,7 +13886,7 @@ class Approvals(Operations):
                  or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
-            'SELECT * FROM proposal WHERE reservation_id = ? ORDER BY id', each.reservation)]
+            f'{PROPOSED} AND reservation_id = ? ORDER BY id', each.reservation)]
         if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals
@@ -13597,7 +13894,7 @@ class Approvals(Operations):
     def awaiting_approval(self) -> list[dict]:
         """What is pending, or of which a change is; as answers show it."""
         waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
-                 'UNION SELECT reservation_id FROM proposal')
+                 f"UNION SELECT reservation_id FROM ({PROPOSED}) p")
         return [public(each) for each in self.look.search(
             [*self.look.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None),
              (NEXT_OF_ITS, None)], limit=1000)]
@@ -13776,8 +14073,15 @@ class Requests(Operations):
                 answer = self.take_first(requests, now)
             also(answer)
             return answer
+        def locks() -> Iterator[tuple[int, int | str]]:
+            for request in requests:
+                yield On.LABEL, f'{request.last.project}/{request.label}'
+                for wish in itertools.chain(*request.parts):
+                    yield On.RESOURCE, wish.resource.id
+                    yield from wish_locks(wish)
+                    yield from self.limits.counted_for(wish)
         with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
-            return self.carry_out(deed, dry_run)
+            return self.carry_out(deed, dry_run, locks)
 
     def take_first(self, requests: list[Request], now: float) -> dict:
         """Takes the first of some requests that fits; inside a transaction."""
@@ -13831,8 +14135,7 @@ class Requests(Operations):
         names the fields, as in `add`; the output of `list --format csv` is such a file. At most
         100000 lines.
 
-        Example:
-          python cmres.py load class.csv --partial
+        Example: python cmres.py load class.csv --partial
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
@@ -13850,8 +14153,11 @@ class Requests(Operations):
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused. Nothing was '
                                'reserved.', refused=refused)
             return {'taken': taken, 'refused': refused}
-        if dry_run or unread and not partial:
-            return self.carry_out(deed, dry_run=True)
+        only_asks = dry_run or unread and not partial
+        if only_asks or any_hosts():  # a search takes no lock
+            answer = self.carry_out(deed, dry_run=True)
+        if only_asks:
+            return answer
         try:
             taken, refused = self.take_in_turns(requests, partial)
         except NoCapacity:
@@ -13908,8 +14214,7 @@ class Requests(Operations):
 
         Those that do not fit are left out.
 
-        Example:
-          python cmres.py generate demo --count 20
+        Example: python cmres.py generate demo --count 20
         """
         chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
@@ -13933,8 +14238,7 @@ class Requests(Operations):
         them. A page has at most --limit lines; cmres says if there are more. `show` has long
         descriptions and user data.
 
-        Example:
-          python cmres.py list --resource demo --state starting,active
+        Example: python cmres.py list --resource demo --state starting,active
         """
         self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
@@ -14000,8 +14304,7 @@ class Requests(Operations):
 
         Its fields, its state, its VMs, and the future occurrences of a series.
 
-        Example:
-          python cmres.py show lab
+        Example: python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = self.with_changes([found])[0] | {
@@ -14042,8 +14345,7 @@ class Requests(Operations):
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Shows how long a reservation is.
 
-        Example:
-          python cmres.py duration lab
+        Example: python cmres.py duration lab
         """
         found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
@@ -14110,8 +14412,7 @@ class Requests(Operations):
 
         Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
 
-        Example:
-          python cmres.py end lab
+        Example: python cmres.py end lab
         """
         def now_on(old) -> datetime:
             if self.clock() < old.start:
@@ -14128,8 +14429,7 @@ class Requests(Operations):
 
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
 
-        Example:
-          python cmres.py keep lab +2h
+        Example: python cmres.py keep lab +2h
         """
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
@@ -14153,7 +14453,7 @@ class Requests(Operations):
                                          place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
-        return self.carry_out(deed, dry_run)
+        return self.carry_out(deed, dry_run, frozenset)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -14170,7 +14470,7 @@ class Requests(Operations):
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.look.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
                 coming = [('r.id = ?', found.reservation), (NOT_OVER, None),
@@ -14182,6 +14482,7 @@ class Requests(Operations):
                                hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
+        return self.carry_out(deed, dry_run, frozenset)
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
@@ -14249,7 +14550,7 @@ class Requests(Operations):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
             with self.shares.paced():
-                answer = self.carry_out(deed, dry_run)
+                answer = self.carry_out(deed, dry_run, frozenset)
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
@@ -14265,7 +14566,8 @@ class Requests(Operations):
         def deal(wish: Wish, *otherwise: str) -> Deal:
             return self.admission.edit(old, wish, {*asked, *otherwise}, now, code, named, only)
         wanted = deal(wish)
-        done = wanted.same
+        done, undoes = wanted.same, self.undo_for and not (wish.stretches or rehearsal.on)
+        had = self.bookings.holds(old.reservation) if undoes else []
         if not self.admission.is_as_before(wanted):
             with self.offers.explaining(wish, old, lambda *other: self.bookings.commit(
                     deal(*other), now)):
@@ -14273,6 +14575,12 @@ class Requests(Operations):
             done = made.done if made else []
             if made:
                 self.tell_change(old, wish, asked, done, code, now)
+            if made and undoes:
+                back = self.wishes.carried_on(old)._replace(
+                    resource=resource_of(old.resource_id), on_conflict=old.on_conflict,
+                    stretches=[])
+                self.bookings.keep_for_undo(wanted._replace(
+                    code=UNDO, wish=back, old=self.look.occurrence(old.id)), had, now)
         return self.admission.answer(old.reservation, done, wish, old.id if only else None)
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
@@ -14342,8 +14650,7 @@ class Requests(Operations):
         --occurrence cancels only that one, and --following also those after it. With --kept, it
         deletes the VMs that stayed after their end.
 
-        Example:
-          python cmres.py delete --resource demo --user eva --dry-run
+        Example: python cmres.py delete --resource demo --user eva --dry-run
         """
         self.refuse_unknown_states(state)
         if not any([state, *(asked[name] for name in FILTERS)]):
@@ -14357,8 +14664,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        left, whole = (), dry_run or rehearsal.on or db.in_transaction()
-        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
+        left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
+        noted = ''
+
+        def deed(now: float) -> list[dict]:
+            nonlocal noted
+            left.clear()
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14369,13 +14680,14 @@ class Requests(Operations):
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, asked)
-                left = deque(found)
+                left.extend(found)
                 self.cancel_some(left, now, whole)
                 noted = left and self.note_rest(left, now)
-            done = [] if left else self.as_cancelled(found)
+            return self.as_cancelled(found)
+        with self.shares.resting():  # changes of others don't wait
+            done = self.carry_out(deed, dry_run, frozenset if label else None)
         if left:
             self.cancel_rest(left, noted)
-            done = self.as_cancelled(found)
         return done
 
     def cancel_some(self, left: deque, now: float, whole: bool = False) -> None:
@@ -14403,10 +14715,11 @@ class Requests(Operations):
             run('DELETE FROM fact WHERE name = ?', noted)
 
     def as_cancelled(self, found: list) -> list[dict]:
-        """What was cancelled, as it is now, with what becomes of its VMs."""
+        """What was cancelled, as it is now or in a moment, with what becomes of its VMs."""
         after = self.look.in_order([each.id for each in found], fields=SLIM)
-        return [public(line) | self.admission.ends_with(each)
-                for line, each in zip(after, found)]
+        return [public(line) | {'state': line.state if line.cancelled is not None else
+                                'ending' if line.existing else 'cancelled'}
+                | self.admission.ends_with(each) for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -14486,8 +14799,7 @@ class Requests(Operations):
                 continue
             by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
             amount = (self.wishes.each_takes(known, place) + by_hand) * vms
-            windows = free_windows(place, amount, begin - ahead, until)
-            slots = (each for each in windows if each[1] - each[0] >= need + ahead)
+            slots = free_slots(place, amount, '', begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
                       for (first, last), _ in zip(slots, range(limit))]
         if len(refusals) == len(places):
@@ -14502,8 +14814,7 @@ class Requests(Operations):
 
         Default: the next 7 days.
 
-        Example:
-          python cmres.py usage demo --end +1d
+        Example: python cmres.py usage demo --end +1d
         """
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
@@ -14659,11 +14970,12 @@ class Plan(Operations):
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, lock: Span = None,
                         default_flavor: Name = None, default_image: Name = None,
-                        default_vms: Figure = None, force: bool = False,
+                        default_vms: Figure = None, spare: Figure = None, force: bool = False,
                         dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
-        If existing reservations no longer fit, the change needs --force. It cancels nothing; the
+        With --spare, nobody can reserve so many of its hosts: VMs go there whose own host fails. If
+        existing reservations no longer fit, the change needs --force. It cancels nothing; the
         answer lists the affected occurrences, the newest first.
 
         Example:
@@ -14673,6 +14985,7 @@ class Plan(Operations):
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
                 for field in (*PLACE, *FIGURES) if asked[field] is not None}
         new |= {} if mode is None else {'mode': self.read_mode(mode)}
+        new |= {} if spare is None else {'spare': spare}
         lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
         new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
@@ -14690,6 +15003,8 @@ class Plan(Operations):
                 change(Resource, found.id, **new)
             before, found = found, self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
+            if spare is not None:
+                self.keep_spare(found, now)
             homeless = (self.no_longer_fitting(found, now)
                         if lowered(capacity(before), capacity(found)) else [])
             self.refuse_homeless(name, [] if force else homeless)
@@ -14783,93 +15098,234 @@ class Plan(Operations):
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
-        there = {each.name: each for each in self.shares.ask(target, opened.aggregates)}
+        there = self.shares.ask(target, opened.aggregates)
+        names = [each.name for each in there]
         for name in aggregates:
-            if name not in there:
-                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
-        chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
+            if name not in names:
+                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, names)}")
+        ours = ('', self.clouds.store)
+        chosen = [each for each in there if each.name in aggregates
+                  or not aggregates and each.mark and each.owner in ours]
+        self.refuse_of_others(cloud, chosen)
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
         wanted |= {'flavors': flavors} if flavors is not None else {}
-        replans.found, replans.searches = {}, 10 * SEARCHES
-        for rehearsed in dict.fromkeys((True, dry_run)):  # first, since a search takes no lock
-            with self.writing(rehearsed) as now:
-                synced = [self.sync_one(cloud, each, wanted, reservable_hosts, force, now)
-                          for each in chosen]
-        # outside the transaction: it is a call to the cloud
+        how = wanted, reservable_hosts, force
+        synced = self.after_search(
+            lambda now: [self.sync_one(cloud, each, *how, now) for each in chosen], dry_run)
+        lines = [line for _, found in synced for line in found]
         for each, (name, _) in zip(chosen, synced):
-            if each.mark != name and not dry_run:
-                self.shares.ask(target, functools.partial(opened.mark, each.name, name))
-        return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
-            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
-            if each.mark != name else [])]
+            if (each.mark, each.owner) != (name, self.clouds.store):
+                lines.append({'resource': name, 'what': 'mark', 'before': each.mark or None,
+                              'after': name})
+                if not dry_run:  # outside the transaction: it is a call to the cloud
+                    self.shares.ask(target, functools.partial(opened.mark, each, name))
+        return lines
+
+    def refuse_of_others(self, cloud: str, chosen: list[Aggregate]) -> None:
+        """Refuses aggregates that another cmres has marked: both would promise the same hosts."""
+        for each in chosen:
+            if each.owner not in ('', self.clouds.store):
+                raise Conflict(
+                    f"The aggregate '{each.name}' of {cloud} belongs to another cmres, so its "
+                    f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
+                    f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
+
+    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False) -> list:
+        """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
+        end with lines, and without any line there is nothing to do.
+        """
+        replans.found, replans.searches = {}, 10 * SEARCHES
+        for rehearsed in dict.fromkeys((True, dry_run)):
+            with self.writing(rehearsed) as now:
+                done = deed(now)
+            if not any(each[-1] for each in done):
+                break
+        return done
+
+    def follow(self, cloud: str, told: list[Aggregate]) -> None:
+        """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
+        for each in told:
+            found = self.synced_before(cloud, each)
+            if not found or each.owner not in ('', self.clouds.store):
+                continue
+            if found.named:  # what can be reserved by its name, an admin decides
+                known = json.loads(found.hosts)
+                each = each._replace(hosts={name: holds for name, holds in each.hosts.items()
+                                            if name in known})
+            try:
+                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)])
+            except Conflict as error:
+                log.warning('%s', error)
+
+    def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
+        """Plans on other hosts what has begun on those that have been down for long enough: first on
+        those with room, in their order, where spare ones come last; then where what has not begun
+        makes way. Tells their names.
+        """
+        lost = [each for each in rows(PLANNED_HOSTS, cloud)
+                if each.state == FAILING and each.until <= now - self.config.heal_after]
+        for each in lost:
+            place, gone = resource_of(each.resource_id), {each.id: True}
+            there = row('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                        'held_until > ? AND placed LIKE ?', place.id, now, f'%"{each.id}":%')
+            if there:
+                self.after_search(lambda now: [(
+                    self.see_whom_it_affects(place, gone, False, False, True, now), True)])
+        return [each.name for each in lost]
+
+    def synced_before(self, cloud: str, aggregate: Aggregate):
+        """The resource of an aggregate: by Nova's id, as names change; where none is known, by the
+        name.
+        """
+        return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
+                        ?2 <> '' AND aggregate_id = ?2
+                        OR (?2 = '' OR aggregate_id = '') AND aggregate = ?3)
+                       ORDER BY aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
         """Makes or updates the resource of an aggregate; its name, a line a difference."""
-        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
-                    cloud, aggregate.name)
+        found = self.synced_before(cloud, aggregate)
         before = found._asdict() if found else {'mode': '', 'named': ''}
         if wanted:
             self.refuse_idle((before | wanted)['mode'], before | wanted)
+        aggregate = self.left_by_others(aggregate, now)
         new = self.synced(aggregate, before, named) | wanted
         name = found.name if found else calendar_name(aggregate.name)
         lines = [{'resource': name, 'what': field, 'before': in_brief(field, was),
                   'after': in_brief(field, value)} for field, value in new.items()
-                 for was in [getattr(found, field, None)] if was != value]
+                 for was in [getattr(found, field, None)]
+                 if was != value and (found or not field.startswith('aggregate'))]
         if not found:
-            self.add_synced(cloud, aggregate.name, name, new, now)
+            self.add_synced(cloud, name, new, now)
         elif lines:
             change(Resource, found.id, **new)
             self.rehold_changes(self.look.resource_row(name), now)
         place = self.look.resource_row(name)
-        other, suspects = self.sync_hosts(place.id, aggregate, now)
+        other, suspects = self.sync_hosts(place, aggregate, now)
         lines += [{'resource': name, 'what': f'host {host}', 'before': before, 'after': after}
                   for host, before, after in other if found]
-        homeless = self.rehouse(place.id, suspects, now) if other else []
+        first = any(before is None for _, before, _ in other)  # what was a sum may have no hosts
+        lines += self.see_whom_it_affects(place, suspects, bool(other), first, force, now)
         if found and lines:
-            homeless += self.must_go(place, int(now), int(LAST.timestamp()))
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
-        if not force:
-            found = self.look.in_order(homeless[:1000], fields=SLIM)
-            self.refuse_homeless(name, list(map(public, found)))
         return name, lines
 
-    def sync_hosts(self, resource: int, aggregate: Aggregate,
+    def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
+        """An aggregate with what its hosts have besides what servers take that are not ours.
+
+        Raises:
+          Conflict: Placement knows nothing of a host.
+        """
+        left, ours = {}, known_servers(now)
+        for name, holds in aggregate.hosts.items():
+            told = aggregate.told.get(name, HostTold())
+            if told.state == UNKNOWN_HOST:
+                raise Conflict(
+                    f"Placement has no resource provider for the host '{name}' of the aggregate "
+                    f"'{aggregate.name}', so what it holds is not known. Look whether its "
+                    'nova-compute runs, or take it out of the aggregate. Nothing was changed.')
+            others = [takes for uid, takes in told.others.items() if uid not in ours]
+            left[name] = holds.beyond(sum(others, NOTHING))
+        return aggregate._replace(hosts=left)
+
+    def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: bool, first: bool,
+                            force: bool, now: float) -> list[dict]:
+        """Plans anew what must be after its resource has changed, and refuses that, or with
+        `force` tells whom it affects; a line if these are others than before.
+        """
+        key, keep = f'affected {place.id}', int(now)
+        before = [*map(int, json.loads(fact(key) or '[]'))]
+        if not (changed or suspects or before):
+            return []
+        homeless = self.rehouse(place.id, suspects, now, None if first else before)
+        homeless += self.must_go(place, keep, int(LAST.timestamp())) if changed else []
+        new = [id for id in dict.fromkeys(homeless) if id not in before]
+        if not force:
+            self.refuse_homeless(place.name, list(map(public, self.look.in_order(
+                new[:1000], fields=SLIM))))
+        if sorted({*homeless}) == sorted(before):
+            return []
+        for each in self.look.in_order(new) if not rehearsal.on else ():
+            self.tell(now, 'affected', f"the hosts of '{place.name}' have changed, and no host has "
+                      f'room for all of its VMs ({quantity("vms", each.vms)} from '
+                      f'{self.config.told_window(each.start, each.end, each.tz)}). If nothing '
+                      'becomes free, not all of them can start: choose another time or fewer VMs',
+                      each, each.id, admins=True)
+        if not rehearsal.on:
+            note_fact(key, json.dumps(sorted({*homeless})))
+        return [{'resource': place.name, 'what': 'reservations without a host',
+                 'before': len(before), 'after': len({*homeless})}]
+
+    def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
         """Notes the hosts of a resource as its cloud tells them; of those that are otherwise, what
         they were and what they are, and of those that were there, whether they are gone.
         """
         known = {each.name: each for each in rows('SELECT * FROM host WHERE resource_id = ?',
-                                                  resource)}
-        told = {name: {'vcpus': each.vcpus, 'ram': each.ram, 'until': FOREVER,
-                       'classes': json.dumps(dict(each.classes)),
-                       'units': json.dumps(units) if (units := aggregate.units.get(name)) else ''}
-                for name, each in aggregate.hosts.items()}
-        told |= {name: {'until': int(now)} for name, each in known.items()
-                 if name not in told and each.until > now}
+                                                  place.id)}
+        told = {name: self.host_columns(holds, aggregate.told.get(name, HostTold()),
+                                        known.get(name), now)
+                for name, holds in aggregate.hosts.items()}
+        told |= {name: {'until': int(now), 'state': GONE_AWAY} for name, each in known.items()
+                 if name not in told and each.state != GONE_AWAY}
         other, suspects = [], {}
         for name, columns in told.items():
             was = {field: getattr(known.get(name), field, None) for field in columns}
             if name not in known:
-                insert(Host, resource=resource, name=name, **columns)
+                insert(Host, resource=place.id, name=name, **columns)
             elif was != columns:
-                change(Host, known[name].id, **columns)
-                suspects[known[name].id] = columns['until'] <= now
+                self.change_host(known[name], columns, now)
+                suspects[known[name].id] = columns['state'] == GONE_AWAY
             if was != columns:
                 other.append((name, was if name in known else None, columns))
+        if other:
+            self.keep_spare(place, now)
         return other, suspects
 
-    def rehouse(self, resource: int, suspects: dict[int, bool], now: float) -> list[int]:
-        """Plans anew what has no host, or one of `suspects` that is gone (True) or too full; the
-        ids of what finds none. What has begun comes first, then the priority, then the start.
+    def host_columns(self, holds: Amount, told: HostTold, before, now: float) -> dict:
+        """A host that its cloud tells, as its row; since when nothing is planned there stays."""
+        lasts = told.state and before and before.state == told.state
+        until = before.until if lasts else int(now) if told.state else FOREVER
+        return {'vcpus': holds.vcpus, 'ram': holds.ram, 'classes': json.dumps(dict(holds.classes)),
+                'units': json.dumps(told.units) if told.units else '', 'until': until,
+                'state': told.state, 'properties': json.dumps(told.properties, sort_keys=True)}
+
+    def change_host(self, found, columns: dict, now: float) -> None:
+        """Writes what is otherwise of a host; where it is closed for a while, all of it stays so."""
+        for sign, deed in ((-1, lambda: change(Host, found.id, **columns)), (1, lambda: None)):
+            for need, id in closings(found.resource_id, now, found.name):
+                hold_on(need, {id: sign})
+            deed()
+
+    def keep_spare(self, place, now: float) -> None:
+        """Keeps some hosts, the last in their order and never all, for when others fail: what has
+        not begun there is planned elsewhere, if it can be.
         """
-        live = rows("""
+        there = rows('SELECT id FROM host WHERE resource_id = ? AND until = ? ORDER BY id DESC',
+                     place.id, FOREVER)
+        last = [each.id for each in there[:-1][:place.spare]]
+        run('UPDATE host SET spare = iif(id IN numbers(?), 1, 0) WHERE resource_id = ?',
+            json.dumps(last), place.id)
+        remembered.change()
+        self.rehouse(place.id, dict.fromkeys(last), now)
+
+    def rehouse(self, resource: int, suspects: dict[int, bool], now: float,
+                those: Iterable[int] | None = ()) -> list[int]:
+        """Plans anew what is on one of `suspects` that is gone (True), has too little (False), or
+        is kept (None), and those of some ids, or without any list all that have no host; the ids of
+        what finds none. What has begun comes first, then the priority, then the start.
+        """
+        on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
+        live = rows(f"""
             SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
              WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.held_until > ?
                AND o.held_until > o.held_from
-             ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""", resource, int(now), now)
+               AND (CAST(? AS TEXT) IS NULL OR o.id IN numbers(?) {on})
+             ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""",
+                    resource, int(now), *[None if those is None else json.dumps([*those])] * 2, now)
         short = [each.id for each in live[::-1] if self.lacks_hosts(each, suspects, now)]
         return [id for id in short[::-1] if not self.finds_hosts(id, now)]
 
@@ -14880,7 +15336,7 @@ class Plan(Operations):
         need, placed = on_hosts(found, now)
         off = {host: number for host, number in placed.items() if suspects.get(host)
                or host in suspects and found.held_from > now
-               and not any(rooms(need, [host], least=0))}
+               and (suspects[host] is None or not any(rooms(need, [host], least=0)))}
         if off:
             hold_on(need, off, -1)
             placed = Counter(placed) - Counter(off)
@@ -14893,8 +15349,8 @@ class Plan(Operations):
                     'ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(affinity=found.affinity), had, found.held_from <= now,
-                            now, found.reservation_id)
+        placed = find_hosts(need._replace(affinity=found.affinity, heals=True), had,
+                            found.held_from <= now, now, found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
@@ -14908,21 +15364,22 @@ class Plan(Operations):
         """The columns of a resource that its aggregate tells."""
         total = stored(sum(aggregate.hosts.values(), NOTHING))
         new = {figure: each for figure, each in total.items() if figure != 'vms'}
-        new |= {'hosts': json.dumps([*aggregate.hosts])}
+        new |= {'hosts': json.dumps([*aggregate.hosts]), 'aggregate': aggregate.name}
+        new |= {'aggregate_id': aggregate.id} if aggregate.id else {}
         if named or named is None and before['named']:
             new['named'] = json.dumps({
                 host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
                 for host, each in aggregate.hosts.items()})
         return new | ({'named': ''} if named is False else {})
 
-    def add_synced(self, cloud: str, aggregate: str, name: str, new: dict, now: float) -> None:
+    def add_synced(self, cloud: str, name: str, new: dict, now: float) -> None:
         """Makes the resource of an aggregate."""
         self.policy.refuse_taken_resource(name)
         insert(Resource, **{'name': name, 'cell': '', 'cloud': cloud, 'region': '',
-                            'aggregate': aggregate, 'vms': None, 'mode': '', 'named': '',
+                            'vms': None, 'mode': '', 'named': '',
                             'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
-                     f"'{aggregate}'")
+                     f"'{new['aggregate']}'")
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
@@ -14947,8 +15404,12 @@ class Plan(Operations):
 
     @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
-                        affected: Name = 'notify', dry_run: bool = False) -> CapacityChangeAnswer:
-        """Closes a resource from START to END. Nothing new can be reserved or started in this time.
+                        affected: Name = 'notify', host: Name = '',
+                        dry_run: bool = False) -> CapacityChangeAnswer:
+        """Closes a resource from START to END, or one HOST of it. Nothing new can be reserved or
+        started in this time.
+
+        What is planned on a closed host is planned on others first, if it has not begun.
 
         --affected says what happens to affected reservations. With --dry-run you see them first.
 
@@ -14956,7 +15417,7 @@ class Plan(Operations):
           python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run
         """
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', affected,
-                                    dry_run)
+                                    dry_run, host)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
@@ -14966,7 +15427,7 @@ class Plan(Operations):
           python cmres.py maintenance list
         """
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
-                     'c.classes, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
+                     'c.classes, c.host, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
                      'WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
@@ -14988,42 +15449,75 @@ class Plan(Operations):
                 raise NotFound(f'There is no maintenance {id}.')
             self.bookings.hold_capacity(found.resource_id, found.start, found.end,
                                         NOTHING - amount_of(found, 'held_'))
+            self.hold_closing(found, now, -1)
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'cancelled {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
-                        dry_run: bool) -> dict:
-        """Gives a resource another capacity for a while; without `most`, none."""
+                        dry_run: bool, host: str = '') -> dict:
+        """Gives a resource another capacity for a while, without `most` none, or closes a host."""
         refuse_unknown_word('affected', then, THEN)
+        replans.found, replans.searches = {}, 10 * SEARCHES
+        if host and not dry_run:  # a search takes no lock
+            self.change_capacity(name, start, end, most, reason, then, True, host)
         with self.writing(dry_run) as now:
             place = self.look.resource_row(name)
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
             classes = (CLOSED, *capacity(place).names)
-            most = most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
+            always = Amount(*[None] * 3)
+            most = always if host else most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
             held = self.difference(place, most)
-            if held == NOTHING:
+            if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
                                'Set one first.',
                                hint=f'resource update {name} --vms N')
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
-                        **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
+                        **stored(held, 'held_'), host=host, reason=reason, added=int(now),
+                        removed=None)
             when = self.config.told_window(begin, until)
-            closes = dict(most.classes).get(CLOSED) == 0
+            closes = host or dict(most.classes).get(CLOSED) == 0
             what = 'is closed' if closes else 'has another capacity'
-            why = f"'{name}' {what} from {when}: {reason}"
+            whose = f"The host {host} of '{name}'" if host else f"'{name}'"
+            why = f"{whose} {what} from {when}: {reason}"
             self.journal(now, 'resource', why)
-            homeless = self.homeless(place, max(begin, int(now)), until)
+            homeless = self.look.in_order(
+                self.on_closed_host(row('SELECT * FROM capacity WHERE id = ?', id), now) if host
+                else self.must_go(place, max(begin, int(now)), until), fields=SLIM)
             hit = self.in_pieces(homeless, why, then) if dry_run else []
         if not dry_run:
             hit = self.in_pieces(homeless, why, then)
             self.wake()
         return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                 'reason': reason, 'hit': hit, 'affected': hit}
+
+    def hold_closing(self, closing, now: float, sign: int) -> int | None:
+        """Holds all of the host that a change of capacity closes, or gives it back; its id."""
+        found = closing.host and row('SELECT * FROM host WHERE resource_id = ? AND name = ?',
+                                     closing.resource_id, closing.host)
+        if found and closing.end > now:
+            hold_on(Need(found.resource_id, max(closing.start, int(now)), closing.end,
+                         amount_of_host(found), 1), {found.id: sign})
+        return found and found.id
+
+    def on_closed_host(self, closing, now: float) -> list[int]:
+        """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
+        stays there, or has no host.
+        """
+        host = self.hold_closing(closing, now, 1)
+        if not host:
+            names = [name for name, in run('SELECT name FROM host WHERE resource_id = ?',
+                                           closing.resource_id)]
+            raise NotFound(f"host: '{closing.host}' is no known host of this resource"
+                           f'{nearest(closing.host, names)}')
+        stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                    'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
+                    int(now), closing.start, f'%"{host}":%')
+        return [each.id for each in stay] + self.rehouse(closing.resource_id, {host: False}, now)
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
@@ -15097,8 +15591,8 @@ class Plan(Operations):
                 return place.name, found.start
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
-            first = next((int(first) for first, last in free_windows(
-                here, amount_of(found), found.held_from, LAST.timestamp()) if last - first >= need),
+            first = next((int(first) for first, _ in free_slots(
+                here, amount_of(found), found.affinity, found.held_from, LAST.timestamp(), need)),
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
@@ -15127,16 +15621,13 @@ class Plan(Operations):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        found = self.homeless(place, int(now), int(LAST.timestamp()))
+        found = self.look.in_order(self.must_go(place, int(now), int(LAST.timestamp())),
+                                   fields=SLIM)
         return list(map(public, found[:1000]))
 
-    def homeless(self, place, begin: int, until: int) -> list:
-        """Where more is held than there is, as many of the latest added as must go."""
-        return self.look.in_order(self.must_go(place, begin, until), fields=SLIM)
-
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those. What is not approved yet goes first; what fits after all, since an
-        earlier one had to go, stays.
+        """The ids of as many of the latest added as must go where more is held than there is. What
+        is not approved yet goes first; what fits after all, since an earlier one had to go, stays.
         """
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
@@ -15235,22 +15726,32 @@ class Plan(Operations):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
+#: Whether a reservation has a label; or is of a reservation of Blazar's of that id.
+NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hold h '
+            'WHERE h.reservation = r.id AND h.part = ?))')
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', moves: bool = False,
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
+        With --moves, only a server passes that counts there already.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
+        if store not in ('', self.clouds.store):
+            raise NotFound(f'these resources are of the cmres {store}; this is '
+                           f'{self.clouds.store}')
         need = Amount(1, vcpus, ram,
                       tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
@@ -15258,7 +15759,7 @@ class Claims(Operations):
         def decide() -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, need, label, project, user, hosts, now)
+                    name, server, projects, users, need, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
@@ -15337,7 +15838,8 @@ class Claims(Operations):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, hosts: list[str], now: float) -> dict:
+                 label: str, project: str, user: str, hosts: list[str], moves: bool,
+                 now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
@@ -15345,6 +15847,8 @@ class Claims(Operations):
             return {'passes': bool(place), 'why': why, 'hosts': None}
         there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
                     'AND due IS NOT NULL', place.id, server)
+        if moves and not there:
+            return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         resized = there and there.host and had != need
         if resized:  # until that is confirmed, Nova holds both
@@ -15447,9 +15951,8 @@ class Claims(Operations):
                     f'AND o.due IS NOT NULL AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} AND '
                     'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
                     'NULL AND r.pending IS NULL AND r.project IN '
-                    f"({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY "
-                    '+o.start',
-                    place.id, after, until, after, until, *projects, *([label] if label else []))
+                    f"({marks}){NAMED_SO if label else ''} ORDER BY +o.start",
+                    place.id, after, until, after, until, *projects, *2 * [label] * bool(label))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -15501,20 +16004,14 @@ FORGOTTEN = 'calendars forgotten'
 
 
 def addresses_of(occurrence: int) -> list[str]:
-    """The addresses of the VMs that an occurrence has now."""
     found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
                  "AND goal = 'up' ORDER BY n", occurrence)
     return [each for one in found for each in json.loads(one.addresses)]
 
 
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
-    """How to log in to the VMs of an occurrence, as calendars tell it."""
     key = [f'key pair: {found.key}'] if found.key and addresses else []
     return [*config.logins(addresses), *key]
-
-
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 def next_revision() -> int:
@@ -15523,7 +16020,6 @@ def next_revision() -> int:
 
 
 def repeats(booking: Booking) -> bool:
-    """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
 
 
@@ -15544,8 +16040,7 @@ class Calendars(Operations):
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
 
-        Example:
-          python cmres.py import class.ics --resource demo --image cirros --dry-run
+        Example: python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -15693,13 +16188,9 @@ class Calendars(Operations):
 
     def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
               again: bool = True) -> dict:
-        """The same of an event that was understood; inside a transaction.
-
-        Args:
-          known: the row of the reservation that it has made
-          source: the subscription that it is of
-          again: one that was cancelled here is booked again, though it says what it said
-        """
+        """The same of an event that was understood; inside a transaction. It has made the
+        reservation `known`, for the subscription `source`; `again`: also where that was cancelled
+        here."""
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not source  # else what runs goes on
@@ -15721,18 +16212,14 @@ class Calendars(Operations):
 
     def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
                   also: int | None = None):
-        """The newest reservation that the event of a UID has made; None if there is none.
-
-        Args:
-          also: the id of one that counts, whatever calendar it is of
-        """
+        """The newest reservation that the event of a UID has made, be it that with the id `also` of
+        another calendar; None if there is none."""
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
                    '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
                    source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
-        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
-        anew.
+        """What becomes of an event that asks for what it did; nothing, if that is asked for anew.
         """
         if not live:
             cancelled = {'outcome': 'left out', 'why': 'it was cancelled in cmres'}
@@ -15791,8 +16278,7 @@ class Calendars(Operations):
     def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendar feeds and subscriptions, without their secrets.
 
-        Example:
-          python cmres.py calendar list
+        Example: python cmres.py calendar list
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
@@ -15800,13 +16286,11 @@ class Calendars(Operations):
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
                      f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
-        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, "
-                          f"fault, held "
-                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
-        return [public(each) for each in feeds] + [
-            {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname, 'needs_confirmation': each.held}
-            for each in subscribed]
+        subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
+                          'polled, fault, held, held AS needs_confirmation FROM subscription '
+                          f'WHERE due IS NOT NULL {own} ORDER BY id', *who)
+        return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
+                                       for each in subscribed)]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
@@ -15816,8 +16300,7 @@ class Calendars(Operations):
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
         all reservations of that resource; those of other projects only as busy.
 
-        Example:
-          python cmres.py calendar feed --resource demo
+        Example: python cmres.py calendar feed --resource demo
         """
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
@@ -15835,8 +16318,7 @@ class Calendars(Operations):
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Disables the address of a feed at once.
 
-        Example:
-          python cmres.py calendar revoke 1
+        Example: python cmres.py calendar revoke 1
         """
         with self.writing(dry_run) as now:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
@@ -15892,8 +16374,7 @@ class Calendars(Operations):
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops reading a calendar; its reservations stay.
 
-        Example:
-          python cmres.py calendar unsubscribe 1
+        Example: python cmres.py calendar unsubscribe 1
         """
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
@@ -15901,8 +16382,7 @@ class Calendars(Operations):
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Confirms that a calendar may cancel most of its reservations.
 
-        Example:
-          python cmres.py calendar confirm 1
+        Example: python cmres.py calendar confirm 1
         """
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
@@ -15960,12 +16440,10 @@ class Calendars(Operations):
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
-        if not subscription:
-            return {}
         return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r '
                         'ON r.id = o.reservation_id WHERE r.subscription = ? '
                         'AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
-                        subscription.id, int(now)).fetchall())
+                        subscription.id, int(now)).fetchall()) if subscription else {}
 
     def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
@@ -15974,12 +16452,11 @@ class Calendars(Operations):
         uids, done = {each.uid for each in wanted}, []
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.look.search([('r.id = ?', each.id),
-                                                                   (NOT_OVER, None),
-                                                                   ('o.held_from > ?', now)])
+            where = [('r.id = ?', each.id), (NOT_OVER, None), ('o.held_from > ?', now)]
+            coming = [] if each.uid in uids else self.look.search(where)
             if coming:
-                self.admission.cancel(coming, now, 'the '
-                                                   'event was removed from the calendar', ends=True)
+                self.admission.cancel(coming, now, 'the event was removed from the calendar',
+                                      ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
                              'label': each.label})
         return done
@@ -16029,15 +16506,13 @@ class Calendars(Operations):
         shown = [self.feed_event(each, feed, servers[each.id])
                  for each in found[:MOST_SHOWN_BY_FEED]
                  if each.project == feed.project or each.state not in ('cancelled', 'failed')]
-        shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
+        for each in found[MOST_SHOWN_BY_FEED:]:
+            shown.append(Shown(
+                f'more-{each.start}@{self.clouds.store}', each.start, each.end, 0, each.start,
+                'more reservations follow', f'This calendar shows {MOST_SHOWN_BY_FEED} '
+                'occurrences. The page and the list of reservations show the others.', '',
+                'TENTATIVE'))
         return shown, min([now + 60, *turns])
-
-    def not_shown(self, first) -> Shown:
-        """What a feed says in the place of the first occurrence that is too many for it."""
-        uid, words = f'more-{first.start}@{self.clouds.store}', 'more reservations follow'
-        return Shown(uid, first.start, first.end, 0, first.start, words,
-                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. The page and the '
-                     'list of reservations show the others.', '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
@@ -16052,25 +16527,24 @@ class Calendars(Operations):
     def feed_digest(self, feed) -> str:
         """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
-        return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN numbers(?)',
-                              json.dumps(ids)).fetchall()))
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence WHERE id IN '
+                              'numbers(?)', json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
         uid = f'occurrence-{found.id}@{self.clouds.store}'
         passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
-        revision, revised = found.revision + len(passed), max([found.revised, *passed])
+        when = (uid, found.start, found.end, found.revision + len(passed),
+                max([found.revised, *passed]))
         if found.project != feed.project:
-            return Shown(uid, found.start, found.end, revision, revised, 'busy',
-                         f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
+            return Shown(*when, 'busy', f"{counted(found.vms, 'VM')} reserved", found.resource,
+                         'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
-                 found.description]
-        lines += [*log_in_lines(self.config, found, addresses), found.fault]
-        return Shown(uid, found.start, found.end, revision, revised, found.label,
-                     '\n'.join(filter(None, lines)),
-                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
-                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+                 found.description, *log_in_lines(self.config, found, addresses), found.fault]
+        status = dict.fromkeys(('cancelled', 'failed'), 'CANCELLED') | dict.fromkeys(
+            ('waiting', 'pending'), 'TENTATIVE')
+        return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
+                     status.get(found.state, 'CONFIRMED'))
 
 
 # Tokens ######################################################################
@@ -16177,8 +16651,7 @@ class Tokens(Operations):
 
         cmres stores only hashes, so it cannot show the tokens again.
 
-        Example:
-          python cmres.py token list
+        Example: python cmres.py token list
         """
         own, values = self.own_tokens()
         return [self.token_public(each) for each in rows(
@@ -16209,8 +16682,7 @@ class Tokens(Operations):
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
         """Makes a token valid for longer: 90 days from now, or as --for says.
 
-        Example:
-          python cmres.py token renew 3 --for 90d
+        Example: python cmres.py token renew 3 --for 90d
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -16230,8 +16702,7 @@ class Tokens(Operations):
         With the last token of a user in a project, the user's feeds, subscriptions and shared pages
         end, too. Their reservations stay.
 
-        Example:
-          python cmres.py token revoke 3
+        Example: python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -16252,8 +16723,7 @@ class Tokens(Operations):
 
         In all projects, or in one. Their reservations stay.
 
-        Example:
-          python cmres.py user end eva --project biology
+        Example: python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
             found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
@@ -16316,8 +16786,7 @@ class Tokens(Operations):
     def credential_list(self) -> list[CredentialAnswer]:
         """Lists your credentials, as an admin all.
 
-        Example:
-          python cmres.py credential list
+        Example: python cmres.py credential list
         """
         own, values = self.own_tokens()
         return [public(each) for each in rows(
@@ -16329,8 +16798,7 @@ class Tokens(Operations):
     def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
         """Takes a credential away: what starts from now on is made as it is for your project.
 
-        Example:
-          python cmres.py credential delete 1
+        Example: python cmres.py credential delete 1
         """
         with self.writing(dry_run) as now:
             found = [each for each in self.credential_list() if each['id'] == id]
@@ -16430,12 +16898,11 @@ class Records(Operations):
 
         On the command line, --follow shows each new event at once, until Ctrl-C.
 
-        Example:
-          python cmres.py events lab --follow
+        Example: python cmres.py events lab --follow
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
-        where = [('e.id > ?', after)]
+        where = [('e.id > ?', after), ('e.id <= ?', db.settled_event)]
         if label:
             where.append(self.look.among('e.reservation_id', self.look.labelled(label, project)))
         else:
@@ -16444,8 +16911,8 @@ class Records(Operations):
                       if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
-                     *given(where))
+                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
+                     f'LIMIT {limit}', *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
     def event_before(self, at: float) -> int:
@@ -16463,10 +16930,9 @@ class Records(Operations):
 
         In seconds: median, 95th percentile, worst. `delays` is the same.
 
-        Example:
-          python cmres.py punctuality --since 2026-11-01
+        Example: python cmres.py punctuality --since 2026-11-01
         """
-        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
+        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
@@ -16479,17 +16945,18 @@ class Records(Operations):
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
+
+        def spreads(servers: list, what: str) -> dict:
+            delays = (getattr(each, what) for each in servers)
+            return spread(what, [each for each in delays if each is not None])
         failed = [each for each in found if each.ready is None and each.fault]
-        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
-                            **spread('begun',
-                                     [each.begun for each in servers if each.begun is not None]),
-                            **spread('ready',
-                                     [each.ready for each in servers if each.ready is not None]),
+        return {'clouds': [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+                            **spreads(servers, 'ready'),
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name,
-                            'tries': each.tries, 'planned': instant(each.planned),
-                            'fault': each.fault} for each in failed[-100:]]}
+                'failed': [{'planned': instant(each.planned)} | {
+                    name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
+                                                           'fault')} for each in failed[-100:]]}
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
@@ -16500,60 +16967,52 @@ class Records(Operations):
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
 
-        Example:
-          python cmres.py report --since 2027-01-01 --by user --format csv
+        Example: python cmres.py report --since 2027-01-01 --by user --format csv
         """
-        by_whom = group_by
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('group_by', by_whom, columns)
-        now = self.clock()
+        refuse_unknown_word('group_by', group_by, columns)
+        now, lines = self.clock(), defaultdict(Counter)
         last = self.resolve(FIRST, until)[1] if until else int(now)
-        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = f'TRUE{all_of(self.look.visible())}'
-        told = ('reserved', 'used', 'unused', 'late_worst')
-        lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
+        first = self.resolve(since, LAST)[0] if since else last - 30 * DAY
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
-        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
-        near = ids_by((way, f'{which} {begun}') for way, which in ways)
-        hours = HOURS.format(by=columns[by_whom], own=own, near=near)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}')
+                      for way, which in ways)
+        hours = HOURS.format(by=columns[group_by], own=f'TRUE{all_of(self.look.visible())}',
+                             near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
-            lines[name] |= zip(told, figures)
-        self.add_forgotten(lines, by_whom, first, last)
+            lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'), figures)))
+        self.add_forgotten(lines, group_by, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
-                   'resource': f"coalesce({name_then}, '')"}[by_whom]
-        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
+                   'resource': f"coalesce({name_then}, '')"}[group_by]
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
                                "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
-                               f'{mine} GROUP BY 1', first, last,
-                               *([self.actor.project] if mine else [])):
+                               f"{'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
             lines[name]['refused'] += count
-        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3),
+        return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late_worst'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
         """Adds forgotten days to the lines of a report; of one that is cut, its share."""
-        own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
               else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
-        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
-            ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
+        units = {'reserved': 3600, 'used': 3600, 'unused': 3600, 'refused': 1}
+        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in units.items())
         for name, *figures, late in run(
-                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t "
-                f'WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1',
-                first, last, *([self.actor.project] if own else [])):
-            for field, more in zip(('reserved', 'used', 'unused', 'refused'), figures):
-                lines[name][field] += more
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t WHERE day > ?1 - {DAY} "
+                f"AND day < ?2 {'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+            lines[name].update(dict(zip(units, figures)))
+            lines[name]['late'] = max(lines[name]['late'], late)
 
     def forget(self, now: float, most: int = 200) -> int:
         """Forgets some of what has been over for longer than `retention`; how much. The newest row
-        of each table stays, so that no id is ever given twice.
-        """
+        of each table stays, so that no id is ever given twice."""
         before = int(now) - self.config.retention * DAY
         old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
                        WHERE due IS NULL AND start < ? AND "end" < ?
@@ -16569,20 +17028,20 @@ class Records(Operations):
                              AND due IS NOT NULL)
                          LIMIT {most}''', before)
         self.forget_events(events)
-        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
-                   f'occurrence IS NULL '
-                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})',
-                   before).rowcount
+        gone = run('DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
+                   'occurrence IS NULL AND due IS NULL AND id < (SELECT max(id) FROM claim) '
+                   f'LIMIT {most})', before).rowcount
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                         NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
-        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+        run('DELETE FROM once WHERE at < ?', int(now) - DAY)
+        leases = run('DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
-        return len(old) + len(events) + gone + len(changes) + leases + objects
+        return len(old) + len(events) + gone + len(changes) + leases + objects + forget_past(now)
 
     def forget_objects(self, now: float, before: int, most: int) -> int:
         """Forgets what calendar programs wrote that is long over, later that it was there."""
@@ -16607,16 +17066,14 @@ class Records(Operations):
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
         run('DELETE FROM claim WHERE occurrence = ?', old.id)
         run('DELETE FROM occurrence WHERE id = ?', old.id)
-        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}',
-                   old.reservation_id):
+        id = old.reservation_id
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', id):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
-                                    'reservation_id FROM event '
-                                    'WHERE reservation_id = ?', old.reservation_id))
-            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
-                old.reservation_id)
-            run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
-            run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
-            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
+                                    'reservation_id FROM event WHERE reservation_id = ?', id))
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+            run('DELETE FROM share WHERE reservation_id = ?', id)
+            run('DELETE FROM reservation WHERE id = ?', id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -16632,8 +17089,8 @@ class Records(Operations):
         ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
                     'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
                *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT '
-                    'EXISTS '
-                    '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
+                    'EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)', old.id,
+                    old.held_until)]
         late = max((each[2] for each in ran), default=0)
         for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
             first, last = max(day, old.held_from), min(day + DAY, old.held_until)
@@ -16644,14 +17101,12 @@ class Records(Operations):
 
     def count(self, whose: tuple, **figures: float) -> None:
         """Adds figures to the sums of a day, project, user and resource; lateness: the worst."""
-        figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
-        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
-            'late) '
+        sums = ('reserved', 'used', 'unused', 'refused')
+        added = ', '.join(f'{name} = tally.{name} + excluded.{name}' for name in sums)
+        run(f'INSERT INTO tally (day, project, user, resource, {", ".join(sums)}, late) '
             'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, project, user, resource) DO '
-            'UPDATE SET reserved = tally.reserved + excluded.reserved, '
-            'used = tally.used + excluded.used, unused = tally.unused + excluded.unused, '
-            'refused = tally.refused + excluded.refused, '
-            'late = max(tally.late, excluded.late)', *whose, *figures.values())
+            f'UPDATE SET {added}, late = max(tally.late, excluded.late)', *whose,
+            *(figures.get(name, 0) for name in (*sums, 'late')))
 
 
 class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
@@ -16958,7 +17413,7 @@ class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
-def fair(held: Mapping[str, int], number: int) -> dict[str, int]:
+def fair(held: dict[str, int], number: int) -> dict[str, int]:
     """How many of some leases each holder is to have: who has more keeps more, so that few move."""
     least, more = divmod(number, len(held))
     order = sorted(held, key=lambda each: (-held[each], each))
@@ -17108,6 +17563,15 @@ class Job:
     error: Exception | None = None
 
 
+class Ahead(NamedTuple):
+    """What is asked for before VMs start."""
+    occurrence: int
+    asked: dict
+    sight: Sight
+    needs: Amount  # what the quota must leave
+    homeless: int  # VMs without a host
+
+
 class Workers:
     """The calls that are under way, in threads of their own."""
 
@@ -17128,7 +17592,10 @@ class Workers:
             **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
+            'ahead': self.do_ahead,
+            'hosts': lambda call: self.clouds.open(call.target).aggregates(),
+            'states': lambda call: self.clouds.open(call.target).states()}
 
     def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
         if self.busy(key):
@@ -17230,6 +17697,30 @@ class Workers:
 
     def do_lend(self, call: Job) -> dict[str, str]:
         return self.clouds.open(call.account).lend(call.target)
+
+    def do_ahead(self, call: Job) -> list[str]:
+        """What would fail if something started now, each in a sentence."""
+        cloud, about = self.clouds.open(call.account), call.target
+        asks = [functools.partial(cloud.check, [pair], about.sight) for pair in
+                named_by(about.asked)]
+        if about.asked['image'] and about.asked['network'] in ('', 'auto'):
+            asks.append(functools.partial(cloud.refuse_any_network, about.sight))
+        found = []
+        for ask in asks:
+            try:
+                ask()
+            except Invalid as error:
+                found.append(f'{error}'.rstrip('.'))
+        left = cloud.left() if about.needs != NOTHING else None
+        lacks = [f'{quantity(name, getattr(left, name))} of '
+                 f'{quantity(name, getattr(about.needs, name))}' for name in FIGURES
+                 if left and getattr(left, name) < getattr(about.needs, name)]
+        if lacks:
+            found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
+                         'are needed by then')
+        if about.homeless:
+            found.append(f"No host has room for {counted(about.homeless, 'VM')} of it")
+        return found
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -17507,6 +17998,8 @@ class Planner:
         if wanted:
             occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
+        if not wanted and self.is_near(occurrence, over, now):
+            told |= self.look_ahead(occurrence, now)
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
@@ -17745,6 +18238,53 @@ class Planner:
             return occurrence.told | ENDING
         return occurrence.told
 
+    def is_near(self, occurrence, over: bool, now: float) -> bool:
+        """Whether it is time to ask its cloud for what its VMs will need."""
+        boots = (occurrence.image or occurrence.server) and not over and not occurrence.idle
+        return bool(boots) and not occurrence.told & AHEAD and (
+            now >= occurrence.held_from - self.config.check_ahead)
+
+    def look_ahead(self, occurrence, now: float) -> int:
+        """Lets a cloud be asked whether what starts soon could start; AHEAD."""
+        about = row('SELECT r.*, o.of_user, s.cloud FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
+        account = self.clouds.account(about.cloud, about.project, about.of_user)
+        asked = about._asdict() | {'security_groups': json.loads(about.security_groups)}
+        sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
+        needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
+        self.workers.submit(('ahead', occurrence.id), 'ahead', account,
+                            Ahead(occurrence.id, asked, sight, needs, self.homeless(occurrence)))
+        return AHEAD
+
+    def needed_at(self, at: int, account: str, now: float) -> Amount:
+        """What an account must be allowed more than it has now, for all that is up at an instant."""
+        found = rows(f"""
+            SELECT o.*, r.project, s.cloud,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                       AND v.uid IS NOT NULL AND v.state <> 'deleted') AS up
+              FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id
+              JOIN reservation r ON r.id = o.reservation_id
+             WHERE s.cloud = ? AND o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD}
+               AND o.held_from <= ? AND o.held_until > ? AND r.image <> ''""",
+                     cloud_of(account), at, at, now)
+        total = NOTHING
+        for each in found:
+            if self.clouds.account(each.cloud, each.project, each.of_user) == account:
+                wanted = each.vms if each.held_until > at else 0
+                total += amount_of(each) // each.vms * (wanted - each.up)
+        return total
+
+    def homeless(self, occurrence) -> int:
+        """For how many of its VMs no host is planned, where hosts are planned."""
+        takes = occurrence.vcpus or occurrence.ram or occurrence.classes
+        if not takes or not planned_by_host(occurrence.resource_id):
+            return 0
+        placed = read_placed(occurrence.placed)
+        there = rows('SELECT id FROM host WHERE id IN numbers(?) AND until >= ?',
+                     json.dumps([*placed]), occurrence.held_until)
+        return occurrence.vms - sum(placed[each.id] for each in there)
+
     def notice_times(self, occurrence) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         length = occurrence.end - occurrence.start
@@ -17755,7 +18295,7 @@ class Planner:
         """When an occurrence must be planned again; None once it is over and nothing is to do."""
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end,
+                     occurrence.end, occurrence.held_from - self.config.check_ahead,
                      *(max(occurrence.start, occurrence.changed) + each
                        for each in (occurrence.no_show // 2, occurrence.no_show)),
                      occurrence.up_check or 0)
@@ -17921,23 +18461,30 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     lent = Lent(found.lease_id, found.part, project)
     if cloud:
         yield cloud, 'address', found.host, lent._replace(network=network)
-    elif not found.host:
+    elif found.host:
+        yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
+    else:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
         disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
+        if asked.get('affinity') is None:
+            return
         account = clouds.account(place.cloud, found.project, found.user)
+        group = lent._replace(policy='affinity' if asked['affinity'] else 'anti-affinity')
         # Nova shows a server group to nobody but its project.
-        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
-            yield account, 'server_group', found.part, lent._replace(
-                policy='affinity' if asked['affinity'] else 'anti-affinity')
+        own = clouds.sight(account, found.project).all_own
+        if own:
+            yield account, 'server_group', found.part, group
+        if account != place.cloud or not own:  # the operator's account takes it back
+            yield place.cloud, 'server_group', found.part, group._replace(make=False)
 
 
 class Lender:
-    """Has clouds know what the leases have that are active: flavors and server groups where that
-    is wanted, and floating IPs.
+    """Has clouds know what the leases have that are active: flavors, server groups and aggregates
+    where that is wanted, and floating IPs.
     """
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
@@ -17955,10 +18502,10 @@ class Lender:
         # What an account had and is over is taken back.
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
-            of_addresses = network_behind(place)[0]
-            cloud = of_addresses or place.cloud
-            kind = 'address' if of_addresses else 'flavor'
-            wanted.setdefault((cloud, cloud), {})[kind] = {}
+            cloud = network_behind(place)[0]
+            at = cloud or place.cloud
+            for kind in ('address',) if cloud else ('flavor', 'aggregate', 'server_group'):
+                wanted.setdefault((at, at), {})[kind] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
                     self.workers.clouds, each, places[each.resource_id]):
@@ -17976,8 +18523,9 @@ class Lender:
         before, has = self.lent.get((result.cloud, result.account), {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
-            has[kind] = {name: lent for name, lent in things.items() if name in ids}
-            for name in has[kind].keys() - before.get(kind, {}).keys():
+            has[kind] = {name: lent for name, lent in things.items()
+                         if name in ids or not lent.make}
+            for name in ids.keys() & has[kind].keys() - before.get(kind, {}).keys():
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
         self.lent[result.cloud, result.account] = has
         if has != result.target:
@@ -17994,11 +18542,77 @@ def note_lent(lent: Lent, what: str, id) -> None:
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
+class HostWatch:
+    """Has resources follow the hosts of their clouds, and VMs leave hosts that are down."""
+
+    def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
+        self.service, self.leader, self.workers = service, leader, workers
+        self.told: list[Job] = []  # what clouds have told and nobody has looked at
+        self.silent: dict[tuple, str] = {}  # why one tells nothing
+
+    def ask(self, verb: str) -> None:
+        """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
+        them, 'states' whether they take VMs.
+        """
+        planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
+                                           'id IN (SELECT resource_id FROM host)')}
+        for cloud in sorted(planned & self.leader.served):  # on an account of its own
+            self.workers.submit((verb, cloud), verb, f' hosts of {cloud}', cloud, cloud)
+
+    def record(self, result: Job, now: float) -> None:
+        fault = result.error and fault_of(result.error)
+        if fault and fault != self.silent.get(result.key):
+            log.warning('the hosts of %s were not looked at: %s', result.target, fault)
+        self.silent[result.key] = fault
+        if not fault:
+            self.told.append(result)
+
+    def follow(self, now: float) -> None:
+        """Follows what was told since the last pass; outside of a transaction, as it may search."""
+        told, self.told = self.told, []
+        for each in told:
+            if each.verb == 'hosts' and each.target in self.leader.held:
+                self.service.follow(each.target, each.answer)
+            if each.verb == 'hosts' or each.target not in self.leader.held:
+                continue
+            if any(each.answer.get(host.name, (host.state,))[0] != host.state
+                   for host in rows(PLANNED_HOSTS, each.target)):
+                self.ask('hosts')
+            for host in self.service.leave_lost_hosts(each.target, now):
+                self.leave(host, each.answer.get(host, ('', []))[1], now)
+
+    def leave(self, host: str, there: list[str], now: float) -> None:
+        """Lets VMs on a host that is down be deleted and made again: Nova takes them for up."""
+        left = rows(f"{SERVERS} WHERE v.uid IN names(?) AND v.goal = 'up' AND NOT v.borrowed "
+                    "AND v.state NOT IN ('planned', 'error', 'deleting', 'deleted', 'kept') "
+                    'ORDER BY v.id',
+                    json.dumps(there))
+        if left:
+            with self.leader.acting():
+                for each in left:
+                    change(Server, each.id, state='error', fault=f'its host {host} is down',
+                           due=now)
+                tell_vanished(self.service.config, left, now, f'the host {host} is down, so these '
+                              'VMs and everything on them are lost')
+
+
+def tell_vanished(config: Config, servers: list, now: float,
+                  why: str = 'the cloud lost these VMs and everything on them') -> None:
+    """Tells of the servers of each occurrence that vanished; once, while they come and go."""
+    for those in grouped(servers, 'occurrence_id'):
+        id = those[0].occurrence_id
+        again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
+        note_of(config, now, 'vanished', f'{why}; cmres creates them again: {named(those)}',
+                those[0], None if again else json.loads(those[0].notify))
+        change(Occurrence, id, up_told=None)  # so that it is told when they are up
+        look_again(id, now)
+
+
 class Reconciler:
     """Records what calls came to."""
 
     def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
-                 health: Health, post: Post, lender: Lender):
+                 health: Health, post: Post, lender: Lender, watch: HostWatch):
         self.config, self.clouds, self.service = service.config, service.clouds, service
         self.leader, self.workers, self.health = leader, workers, health
         # Since when servers were seen to boot, by account.
@@ -18007,7 +18621,8 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look, 'lend': lender.record}
+            'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
+            'hosts': watch.record, 'states': watch.record}
 
     def record(self, now: float) -> None:
         """Writes down what calls came to since the last pass; that waits until it has worked."""
@@ -18121,6 +18736,17 @@ class Reconciler:
         if not result.error:
             note_check(now, result.answer)
 
+    def record_ahead(self, result: Job, now: float) -> None:
+        """Tells the owner what would fail; a cloud that did not answer is asked again."""
+        about = row('SELECT o.*, r.label, r.notify FROM occurrence o JOIN reservation r '
+                    'ON r.id = o.reservation_id WHERE o.id = ?', result.target.occurrence)
+        if result.error:
+            run('UPDATE occurrence SET told = told & ?, due = min(due, ?) '
+                'WHERE id = ? AND due IS NOT NULL', ~AHEAD, now + 300, about.id)
+        elif result.answer and about.due is not None and now < about.held_from:
+            tell_of(self.config, now, 'ahead', 'if its VMs started now, that would fail: '
+                    f"{'; '.join(result.answer)}", about)
+
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count what their servers really take."""
         if result.error:
@@ -18157,7 +18783,7 @@ class Reconciler:
         for server, found in matched:
             if server.cloud in self.leader.held:
                 vanished += self.compare(server, found, result, now)
-        self.tell_vanished(vanished, now)
+        tell_vanished(self.config, vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.poll_running, account)
@@ -18295,18 +18921,6 @@ class Reconciler:
                 next_server(), now, server.id)
             change(Server, server.id, begun=None, ready=None)
 
-    def tell_vanished(self, servers: list, now: float) -> None:
-        """Tells of the servers of each occurrence that vanished; once, while they come and go."""
-        for those in grouped(servers, 'occurrence_id'):
-            id = those[0].occurrence_id
-            again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            note_of(self.config, now, 'vanished', 'the cloud lost these VMs and everything on '
-                                                  'them; cmres '
-                                                  f'creates them again: {named(those)}', those[0],
-                    None if again else json.loads(those[0].notify))
-            change(Occurrence, id, up_told=None)  # so that it is told when they are up
-            look_again(id, now)
-
 
 # Life cycle ###################################################################
 #
@@ -18337,8 +18951,9 @@ class LifeCycle:
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
         self.lender = Lender(self.workers)
+        self.watch = HostWatch(service, self.leader, self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
-                                     self.post, self.lender)
+                                     self.post, self.lender, self.watch)
         self.passed = time.monotonic()  # when a pass has worked last
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
@@ -18361,6 +18976,7 @@ class LifeCycle:
             self.sweep()
         self.clocks.latest = now
         self.reconciler.record(now)
+        self.watch.follow(now)
         self.workers.give_up()
         acts_for_none = '' in self.leader.served
         if acts_for_none:
@@ -18413,6 +19029,8 @@ class LifeCycle:
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
+            beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
         self.leader.shares = True
         threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
@@ -18440,10 +19058,10 @@ class LifeCycle:
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
         return 0 if self.goes_on else min(self.soonest, self.leader.calm_until) - self.clocks.now()
 
-    def guarded(self, deed: Callable[[], float]) -> float:
+    def guarded(self, deed: Callable[..., float], *what) -> float:
         """Does what is repeated: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
-            return deed()
+            return deed(*what)
         except LostLease as error:
             log.warning('%s', error)
         except (Unavailable, *STORE_ERRORS) as error:
@@ -18568,6 +19186,11 @@ class LifeCycle:
             for account in self.clouds.accounts({cloud}):
                 self.workers.submit((verb, account), verb, account, what(account), cloud)
 
+    def look_at_hosts(self, verb: str) -> None:
+        """Asks clouds for their hosts."""
+        if self.clocks.clock() < self.leader.leased_until:
+            self.watch.ask(verb)
+
     def check_file(self) -> None:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
         self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
@@ -18639,6 +19262,10 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            replans.found, replans.searches = {}, 2  # in a pass: VMs wait to be started
+            if any_hosts():
+                with self.service.writing(dry_run=True):  # a search takes no lock
+                    self.service.waiting.admit_waiting(now)
             with self.leader.acting():
                 self.line_moves = self.service.waiting.admit_waiting(now)
 
@@ -18807,10 +19434,11 @@ TAGS = {
     'user': 'people who leave', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
-HEADERS = {
-    'If-Match': ('the ETag of the reservation that was read', '"417"'),
-    'Idempotency-Key': ('a name for this request, so that it is done only once; stored for a day',
-                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+HEADERS = {name: {'description': text, 'example': example, 'schema': {
+    'type': 'string', 'pattern': '^[!-~]{1,255}$'}} for name, text, example in (
+    ('If-Match', 'the ETag of the reservation that was read', '"417"'),
+    ('Idempotency-Key', 'a name for this request, so that it is done only once; stored for a day',
+     '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11'))}
 TOLD = {'ETag': 'the value for If-Match; states of VMs do not change it',
         'Location': 'the address of what was created',
         'Link': 'the next page of the list: rel="next"',
@@ -18837,7 +19465,8 @@ class Document:
                 'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
                 'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
                 'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
-                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'parameters': {name: {'name': name, 'in': 'header', **said}
+                                              for name, said in HEADERS.items()},
                                'schemas': self.schemas}}
 
     def paths(self) -> dict:
@@ -18855,8 +19484,9 @@ class Document:
                   if f'<{name}>' not in path and name not in fixed}
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields),
-                                *map(header_ref, conditions(operation, verb))],
+                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                     {'$ref': f'#/components/parameters/{name}'}
+                     for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
         if verb in WITH_BODY and fields:
             entry['requestBody'] = self.body(operation, fields)
@@ -18915,12 +19545,10 @@ class Document:
         return schema
 
     def ref(self, name: str, schema: dict) -> dict:
-        """A schema by its name."""
         self.schemas[name] = schema
         return {'$ref': f'#/components/schemas/{name}'}
 
     def answer(self, kind) -> dict:
-        """What is answered."""
         choices, inside = choices_of(kind), get_args(kind)
         if len(choices) > 1:
             return {'anyOf': [self.answer(each) for each in choices]}
@@ -18933,17 +19561,16 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        """All fields of an answer."""
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
+        means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) | meaning(name)
+                'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
 
     def responses(self, operation: Operation, verb: str, path: str) -> dict:
-        """What can come of a request."""
         kind = operation.answers
         tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
         told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
@@ -18954,7 +19581,6 @@ class Document:
         return found | self.refused(*statuses_of(operation, verb))
 
     def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
-        """An answer of a type, with some headers."""
         told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
         return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
                 } | ({'headers': told} if told else {})
@@ -19000,7 +19626,6 @@ LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100,
 
 
 def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
-    """An address that only answers."""
     return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
             'security': security, 'responses': responses, 'parameters': [
                 {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
@@ -19008,49 +19633,29 @@ def plain_entry(path: str, name: str, text: str, responses: dict, security: list
                 for each in re.findall(r'<(\w+)>', path)]}
 
 
-def header_argument(name: str) -> dict:
-    """A header of a request."""
-    text, example = HEADERS[name]
-    return {'name': name, 'in': 'header', 'description': text, 'example': example,
-            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
-
-
-def meaning(field: str) -> dict:
-    return {'description': MEANS[field]} if field in MEANS else {}
-
-
-def header_ref(name: str) -> dict:
-    return {'$ref': f'#/components/parameters/{name}'}
-
-
 @functools.cache
 def openapi() -> dict:
-    """OpenAPI 3.1 of all that is answered."""
     return Document().whole()
 
 
 def template(path: str) -> str:
-    """An address as OpenAPI writes it."""
     return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
 
 
 def refusal_name(status: int) -> str:
-    """The kind of error with a status: its first."""
     return next(name for name, kind in ERRORS.items() if kind.status == status)
 
 
 def said_of(operation: Operation) -> dict:
     """What its help says of an operation, for who types nothing."""
-    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
-                              flags=re.S).partition('\n\n')
+    summary, _, more = operation.help[0].partition('\n\n')
     return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
 
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
-    import shlex
-    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
-    words = shlex.split(found[1])[len(operation.words.split()):]
+    first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
+    words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
     example = dict(zip(operation.parameters, plain))
     options = [*words[len(plain):], '--']
@@ -19124,40 +19729,36 @@ UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
 
 
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
-    """The WSGI application that answers for a service.
-
-    Args:
-      told: words what never reaches one of its handlers
-      visitor: tells who is signed in to the page, by the cookie of a request
-    """
+    """The WSGI application that answers for a service; `told` words what never reaches one of its
+    handlers, `visitor` tells who is signed in to the page, by the cookie of a request."""
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
             app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
-    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+
+    def document():
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
+    app.route('/openapi.json', 'GET', document)
     return app
 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
-    import bottle
+    def no_metrics():
+        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.route('/healthz', 'GET', health_handler(service))
+    app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
     return app
-
-
-def no_metrics():
-    """What is answered where no gate is before the application."""
-    return refused(NotFound('`serve` counts, and only there are metrics'))
 
 
 def rule(operation: Operation, path: str) -> str:
@@ -19173,32 +19774,20 @@ def rule(operation: Operation, path: str) -> str:
 def handler(service: Reservations, operation: Operation, fixed: dict,
             visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
-    import bottle
+    # a calendar in JSON is longer than in a file
+    most = 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
     def handle(**path):
         request = bottle.request
         acting = service.acting(who_asks(service, request, visitor))
         acting.wanted = while_there(request.environ)
-        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-            given = given_once(read_query(request, several(operation)),
-                               read_body(request, most_body(operation)), path, fixed)
+        # of some the body alone takes long to read
+        computing = acting.shares.computing() if operation.name in LONG else nullcontext()
+        with acting.shares.answering(acting.actor.user), computing:
+            given = given_once(read_query(request, several(operation)), read_body(request, most),
+                               path, fixed)
             bound = bind(operation, given, acting.here)
             return respond(acting, operation, bound, request, given)
-    return handle
-
-
-def at_length(acting: Reservations, operation: Operation):
-    """What bounds a request whose body alone takes long to read, before it is read."""
-    return acting.shares.computing() if operation.name in LONG else nullcontext()
-
-
-def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
-    """Answers with the description of all that is here, for who may ask for any of it."""
-    import bottle
-
-    def handle():
-        who_asks(service, bottle.request, visitor)
-        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -19212,10 +19801,13 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
-    tag = tag_for(acting, operation, bound)
+    is_read = not operation.changes and bound.get('label') and tells_of_reservations(operation)
+    tag = tag_of(acting, bound) if is_read else ''
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    if once:
+        acting.answered = functools.partial(once.write, status)
     with once or nullcontext():
         answer = getattr(acting, operation.name)(**bound)
-    status = 201 if operation.made and not bound.get('dry_run') else 200
     text = json_text(answer)
     if once:
         once.keep(status, text)
@@ -19239,8 +19831,6 @@ def in_turn(*looks: Callable | None) -> Callable:
 
 def sent(text: str | bytes, status: int, headers: dict):
     """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
-    import bottle
-    import gzip
     data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
     takes = header(bottle.request, 'Accept-Encoding')
     if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
@@ -19295,13 +19885,6 @@ def cursor_of(line: dict) -> str:
 # What a request depends on.
 
 
-def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
-    """The ETag of a reservation that is read; of anything else none."""
-    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
-        return ''
-    return tag_of(acting, bound)
-
-
 def tag_of(acting: Reservations, bound: dict) -> str:
     """An ETag of what people did to a reservation: it stays while only its VMs change."""
     newest = acting.look.newest_deed(bound['label'], bound.get('project', ''))
@@ -19332,12 +19915,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
-
-
-def has_secret(kind) -> bool:
-    """Whether an answer has a field that is shown once and kept nowhere."""
-    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    has_secret = any(each.kind is Secret for each in fields)
+    return Once(acting, key, hashed(asked), not has_secret)
 
 
 class Once:
@@ -19354,6 +19934,7 @@ class Once:
         self.now = int(acting.clock())
         self.whose = (acting.actor.user, acting.actor.project, key)
         self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+        self.text = ''  # of the answer that is written
 
     def __enter__(self) -> Once:
         return self
@@ -19368,12 +19949,8 @@ class Once:
                    *self.whose, self.now - self.LASTS)
 
     def kept(self):
-        """The status and answer of the same request before; None if there was none.
-
-        Raises:
-          KeyReused: it was another request.
-          Conflict: its answer is not there, or not yet.
-        """
+        """The answer of the same request before, None if there was none; KeyReused if it was
+        another request, Conflict if its answer is not there, or not yet."""
         found = self.row()
         if found and found.digest != self.digest:
             raise KeyReused('Another request had this Idempotency-Key. Use a new key for each '
@@ -19384,38 +19961,50 @@ class Once:
         return found
 
     def claim(self) -> None:
-        """Writes the key in the transaction of what is done.
-
-        Raises:
-          Conflict: another request was faster.
-        """
+        """Writes the key with what is done; Conflict if another request was faster."""
         if rehearsal.on:
             return
         found = self.row()
-        if found and found.mark != self.mark:
+        if found and found.mark == self.mark:
+            return
+        new = not found and run(
+            'INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+            "VALUES (?, ?, ?, ?, ?, ?, 0, '') ON CONFLICT (user, project, key) DO UPDATE "
+            "SET digest = excluded.digest, mark = excluded.mark, at = excluded.at, status = 0, "
+            "answer = '' WHERE once.at <= ? RETURNING mark",
+            *self.whose, self.digest, self.mark, self.now, self.now - self.LASTS).fetchone()
+        if not new:
             self.kept()
             raise Conflict('The first request with this Idempotency-Key was just done. Send it '
                            'again.')
-        if not found:
-            run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
-            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
-                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, self.now)
+
+    def write(self, status: int, answer) -> None:
+        """Keeps an answer with what it tells of, unless more is made of it: of a group, say."""
+        self.text = json_text(answer) if isinstance(answer, dict) else ''
+        self.change('UPDATE once SET status = ?, answer = ?', status, self.kept_of(self.text))
 
     def keep(self, status: int, text: str) -> None:
-        """Keeps an answer for who asks again."""
-        if self.keeps and len(text) <= self.MOST:
+        """Keeps an answer for who asks again, if it is not kept already."""
+        if text != self.text and self.kept_of(text):
             self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def kept_of(self, text: str) -> str:
+        """As much as may be kept of an answer."""
+        return text if self.keeps and len(text) <= self.MOST else ''
 
     def run(self, deed: str, *values) -> None:
         """Does something to the row that this request has written."""
-        with transaction():
-            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?',
-                *values, *self.whose, self.mark)
+        with transaction(on=frozenset()):
+            self.change(deed, *values)
+
+    def change(self, deed: str, *values) -> None:
+        """The same in the present transaction."""
+        run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values,
+            *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
-    import bottle
     written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
@@ -19463,9 +20052,6 @@ class WrittenFeeds:
                 self.places.release()
         return found.etag, found.text
 
-    def size(self) -> int:
-        return sum(len(each.text) for each in self.kept.values())
-
     def is_old(self, found: Written) -> bool:
         return found.newest != newest_event() or self.service.clock() >= found.holds
 
@@ -19480,16 +20066,14 @@ class WrittenFeeds:
             text = calendar_text(name, events)
             found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
-        while self.kept and self.size() + len(found.text) > self.MOST:
-            del self.kept[next(iter(self.kept))]
         self.kept[feed.id] = found = found._replace(newest=newest)
+        while len(self.kept) > 1 and sum(len(each.text) for each in self.kept.values()) > self.MOST:
+            del self.kept[next(iter(self.kept))]
         return found
 
 
 def answering(handle: Callable) -> Callable:
     """A handler that is not asked while the store is lost, and whose failures are told."""
-    import bottle
-
     def answer(*args, **path):
         try:
             store_file.check()
@@ -19511,20 +20095,16 @@ def mistake(error: Exception, request) -> Error:
                  'log of the server.', id=id)
 
 
-def health_handler(service: Reservations) -> Callable:
+def health(service: Reservations):
     """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-
-    def handle():
-        row('SELECT 1 AS one')
-        age = service.age() if service.age else 0
-        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
-        if age > LATE:
-            status, body = 503, {'last_pass': round(age, 1),
-                                 'error': 'No VM was started or ended for '
-                                          f'{format_duration(age)}. The log of this server says '
-                                          'why.'}
-        return sent(json_text(body), status, UNKEPT)
-    return handle
+    row('SELECT 1 AS one')
+    age = service.age() if service.age else 0
+    status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
+    if age > LATE:
+        late = (f'No VM was started or ended for {format_duration(age)}. The log of this server '
+                'says why.')
+        status, body = 503, {'last_pass': round(age, 1), 'error': late}
+    return sent(json_text(body), status, UNKEPT)
 
 
 class Line:
@@ -19536,10 +20116,13 @@ class Line:
     Args:
       threads: how many there are
       call: wakes one of them; `waitress` calls all of this under a lock of its own
+      is_new: whether Keystone is still to be asked for a token. All such have one share together,
+        so that a flood of made-up ones slows nobody else
     """
 
-    def __init__(self, threads: int, call: Callable[[], None]):
-        self.threads, self.call = threads, call
+    def __init__(self, threads: int, call: Callable[[], None],
+                 is_new: Callable[[str], bool] = lambda said: False):
+        self.threads, self.call, self.is_new = threads, call, is_new
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
@@ -19560,10 +20143,9 @@ class Line:
         return first if first and under_way[first[0]] < share else None
 
     def append(self, channel) -> None:
-        self.waiting.append((whose(channel), channel))
+        self.waiting.append((whose(channel, self.is_new), channel))
 
     def popleft(self):
-        """What this thread answers next."""
         name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
@@ -19572,24 +20154,32 @@ class Line:
         return channel
 
 
-def whose(channel) -> str:
+def whose(channel, is_new: Callable[[str], bool]) -> str:
     """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
-    return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
+    said = headers.get('AUTHORIZATION') or headers.get('X_AUTH_TOKEN') or ''
+    scheme, _, token = said.rpartition(' ')
+    if token and scheme.lower() in ('', 'bearer') and is_new(token):
+        return 'new to Keystone'
+    return said or headers.get('COOKIE') or str(channel.addr)
 
 
-def fair_dispatcher(threads: int):
+def new_to_keystone(service: Reservations, token: str) -> bool:
+    """Whether Keystone is asked for a token, and has not said yet that it is somebody's."""
+    return bool(service.config.keystone) and not token.startswith(OUR_TOKENS) and (
+        service.clouds.keystone.is_new(token))
+
+
+def fair_dispatcher(threads: int, is_new: Callable[[str], bool]):
     """The threads of `waitress`, with a line of ours before them."""
-    from waitress.task import ThreadedTaskDispatcher
-    made = ThreadedTaskDispatcher()
-    made.queue = Line(threads, made.queue_cv.notify)
+    made = waitress.task.ThreadedTaskDispatcher()
+    made.queue = Line(threads, made.queue_cv.notify, is_new)
     made.set_thread_count(threads)
     return made
 
 
 def disk_free(path: str) -> int:
     """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
-    import shutil
     try:
         return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     except OSError:
@@ -19612,16 +20202,14 @@ class Readiness:
                 store_file.look()
             if time.monotonic() >= self.until or store_file.troubles != self.troubles:
                 self.troubles = store_file.troubles
-                self.found, self.until = self.look_safely(), time.monotonic() + 1
+                try:
+                    self.found = self.look()
+                except (Unavailable, *STORE_ERRORS) as error:
+                    fault = str(trouble(error) or error)
+                    self.found = {'status': 'not ready', 'store': {'fault': fault}}
+                self.until = time.monotonic() + 1
             found = self.found
         return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
-
-    def look_safely(self) -> dict:
-        """What is so now, also where that can't be read."""
-        try:
-            return self.look()
-        except (Unavailable, *STORE_ERRORS) as error:
-            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
@@ -19636,7 +20224,6 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
-        """How much space the database has left."""
         config = self.service.config
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
@@ -19684,45 +20271,38 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    for name, value in UNKEPT.items():
+    status, error = failure.status_code, failure.body
+    if status == 405:
+        error = wrong_verb(failure, request, response)
+    elif not isinstance(error, Error):
+        error = (mistake(failure.exception, request) if status == 500 else
+                 NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
+                 if status == 404 else Invalid(str(error)))
+    for name, value in (UNKEPT | (headers_of(error) if error else {})).items():
         response.set_header(name, value)
-    if failure.status_code == 405:
-        return wrong_verb(failure, request, response)
-    error = failure.body
-    if failure.status_code == 500 and not isinstance(error, Error):
-        error = mistake(failure.exception, request)
-    if failure.status_code == 404 and not isinstance(error, Error):
-        error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
-    if not isinstance(error, Error):
-        error = Invalid(str(error))
-    for name, value in headers_of(error).items():
-        response.set_header(name, value)
-    return json_text(error_body(error))
+    return json_text(error_body(error)) if error else ''
 
 
-def wrong_verb(failure, request, response) -> str:
+def wrong_verb(failure, request, response) -> Error | None:
     """What is said of the verbs of an address: to who asks for them, and to who took another."""
     verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
     verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
     response.set_header('Allow', ', '.join(verbs))
     if request.method == 'OPTIONS':
         response.status = 204
-        return ''
+        return None
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return json_text(error_body(Error(f'{request.method} is not possible at this address. Use '
-                                      f'{use}.')))
+    return Error(f'{request.method} is not possible at this address. Use {use}.')
 
 
 def request_name(environ: dict) -> str:
     """The name that a request came with, or a new one."""
-    import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
 
 
 def plain_path(environ: dict) -> None:
     """The address without its last slash; refuses one that is not UTF-8."""
-    import bottle
     try:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
@@ -19731,14 +20311,8 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Who sends a request, by the first way that it goes.
-
-    Args:
-      visitor: tells who has signed in to the page, which is enough to read
-
-    Raises:
-      Unauthorized: it goes none of these ways.
-    """
+    """Who sends a request, by the first way that it goes, else Unauthorized; to read, it is enough
+    to be signed in to the page, which `visitor` knows."""
     for way in WAYS_IN:
         if actor := way(service, request):
             return actor
@@ -19753,11 +20327,8 @@ def by_token(service: Reservations, request) -> Actor | None:
     secret = bearer(request)
     if not secret or secret == keystone_token(service, request):
         return None
-    try:
+    with noting_wrong(service, request.environ):
         found = token_of(secret, service.clock())
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     note_caller(service, request.environ, found)
     return bearer_of(found)
 
@@ -19774,17 +20345,14 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     if not (token := keystone_token(service, request)):
         return None
     ask = functools.partial(ask_keystone, service, token)
-    try:
+    with noting_wrong(service, request.environ):
         found = service.clouds.keystone.told(token, ask)
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
 
 
-def ask_keystone(service: Reservations, whose: str, call: Callable):
+def ask_keystone(service: Reservations, whose: str, call: Callable, patience: float):
     """What Keystone answers; only a few wait for that at the same time."""
-    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+    with service.shares.answering(f'a token {hashed(whose)[:8]}', patience):
         return service.shares.ask('Keystone', call)
 
 
@@ -19802,7 +20370,8 @@ def by_proxy(service: Reservations, request) -> Actor | None:
     """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
     begin = service.config.identity_header
     user = header(request, f'{begin}-User')
-    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+    if not user or not service.config.is_among(
+            'identity_proxies', request.environ.get('REMOTE_ADDR', '')):
         return None
     project = header(request, f'{begin}-Project') or 'default'
     role = header(request, f'{begin}-Role') or USER
@@ -19843,8 +20412,17 @@ def note_caller(service: Reservations, environ: dict, found) -> None:
         service.shares.rates.look('mib_per_user', name)
 
 
+@contextmanager
+def noting_wrong(service: Reservations, environ: dict) -> Iterator[None]:
+    """Notes that a wrong token came from an address; TooMany if many do."""
+    try:
+        yield
+    except Unauthorized:
+        note_wrong(service, environ)
+        raise
+
+
 def note_wrong(service: Reservations, environ: dict) -> None:
-    """Notes a wrong token of an address; TooMany if many come from there."""
     address = environ.get('cmres.address', '')
     METRICS.count('wrong_tokens_total')
     service.shares.wrong[address] += 1
@@ -19871,9 +20449,8 @@ def bearer(request) -> str:
 
 def basic_password(said: str) -> str:
     """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
-    from base64 import b64decode
     try:
-        return b64decode(said, validate=True).decode().partition(':')[2]
+        return base64.b64decode(said, validate=True).decode().partition(':')[2]
     except ValueError:
         return ''
 
@@ -19884,14 +20461,8 @@ def read_query(request, several: Iterable[str] = ()) -> dict:
 
 
 def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
-    """The fields of a query or of a form.
-
-    Args:
-      several: those that may come more than once
-
-    Raises:
-      Invalid: they are not UTF-8, too many, or given twice with two values.
-    """
+    """The fields of a query or form, those of `several` maybe more than once; Invalid if they are
+    not UTF-8, too many, or given twice with two values."""
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict',
                           max_num_fields=100)
@@ -19907,11 +20478,6 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
     if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
         raise TooLarge(f'The body is larger than {most} bytes. Send it in parts.')
     return body
-
-
-def most_body(operation: Operation) -> int:
-    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -19995,16 +20561,11 @@ class Gate:
         said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
         for name in FORWARDED:
             environ.pop(name, None)
-        trusted = said and self.service.config.is_proxy(peer)
+        trusted = said and self.service.config.is_among('trusted_proxies', peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
     def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
-        """What Prometheus reads.
-
-        Raises:
-          NotFound: the operator wants none.
-          Forbidden: it needs the token of an admin.
-        """
+        """What Prometheus reads: NotFound if the operator wants none, else for an admin's token."""
         allowed = self.service.config.metrics
         if allowed == 'off':
             raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
@@ -20015,7 +20576,6 @@ class Gate:
 
     def refuse_reader(self, environ: dict) -> None:
         """Refuses who may not read metrics; who could before, may while the store can't be read."""
-        import bottle
         request = bottle.LocalRequest(environ)
         secret = hashed(bearer(request))
         try:
@@ -20078,7 +20638,6 @@ class Reply:
         return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
 
     def also(self) -> Iterator[tuple[str, str]]:
-        """Headers that this answer needs."""
         for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
             yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
@@ -20092,9 +20651,7 @@ class Reply:
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
     def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        """A whole answer."""
-        from http.client import responses
-        self.begin(f'{status} {responses[status]}', [
+        self.begin(f'{status} {http_client.responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
         return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
@@ -20121,7 +20678,6 @@ class Counting:
 
 def network_of(text: str) -> str:
     """What limits count an address under: itself, or of IPv6 the network; '' if it is none."""
-    import ipaddress
     try:
         found = ipaddress.ip_address(text.partition('%')[0])
     except ValueError:
@@ -20161,7 +20717,7 @@ class StoreMetrics:
 
     def count_events(self) -> None:
         """Counts the events that came since the last time, be they of another process."""
-        newest = row('SELECT max(id) AS id FROM event').id or 0
+        newest = newest_event()
         if self.seen is not None:
             for code, number in run('SELECT code, count(*) FROM event WHERE id > ? AND id <= ? '
                                     'GROUP BY code', self.seen, newest).fetchall():
@@ -20193,7 +20749,6 @@ class StoreMetrics:
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
 
     def of_resources(self) -> Iterator[tuple]:
-        """What each resource has, and how much of it is reserved now."""
         now = self.service.clock()
         for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
             most, classes = capacity(each), read_json(each.classes)
@@ -20271,7 +20826,10 @@ LEASE_FIELDS = {
     'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
                   'disk_gb', 'required_floatingips'}
-AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
+              | dict.fromkeys(('true', 't', 'yes', 'y', 'on', '1'), True)
+              | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
+ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
@@ -20337,7 +20895,9 @@ class Blazar:
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
-                    answer = handle(LeaseView(acting), given)
+                    view = LeaseView(acting)
+                    view.token = keystone_token(self.service, request)
+                    answer = handle(view, given)
             except Error as error:
                 body = in_blazars_words(error_body(error), error.status)
                 return sent(json_text(body), error.status, UNKEPT | headers_of(error))
@@ -20441,7 +21001,7 @@ class Blazar:
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
-            view.asks(cloud, lambda opened: opened.mark(aggregate.name, place))
+            view.asks(cloud, lambda opened: opened.mark(aggregate, place))
         view.set_extras(host_id(cloud, name), extras)
         return {'host': view.host(host_id(cloud, name)).shown}
 
@@ -20554,20 +21114,27 @@ class LeaseView:
 
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
+        self.token = ''  # of Keystone, with which the request came
 
     def lend_groups(self, id: str) -> None:
-        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        """Makes the server groups of a lease that begins now: its client reads their ids once.
+
+        Where cmres has no account of its own in their project, by the token that they sent.
+        """
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
         mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
+        things = [each for found in mine for each in lent_things(
+            self.acting.clouds, found, places[found.resource_id]) if each[1] == 'server_group']
+        first = {name: (account, lent) for account, _, name, lent in reversed(things)}
         with suppress(CloudError):  # the life cycle tries it again
-            for found in mine:
-                for account, kind, name, lent in lent_things(
-                        self.acting.clouds, found, places[found.resource_id]):
-                    if kind == 'server_group':
-                        made = self.asks(account, operator.methodcaller(
-                            'lend_one', kind, name, lent))
-                        with self.acting.writing():
-                            note_lent(lent, kind, made)
+            for name, (account, lent) in first.items():
+                call = operator.methodcaller('lend_one', 'server_group', name, lent)
+                if not lent.make:
+                    call = operator.methodcaller('lend_to_token', self.token, name, lent)
+                if lent.make or self.token:
+                    made = self.asks(account, call)
+                    with self.acting.writing():
+                        note_lent(lent, 'server_group', made)
 
     # Leases
 
@@ -20627,8 +21194,9 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        what = one.host if kind == 'address' else '' if one.host or one.image else kind
-        return bool(what) and what not in part
+        if one.host and kind:
+            kind = one.host if kind == 'address' else 'aggregate'
+        return bool(kind) and not one.image and kind not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -20889,7 +21457,8 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
+                                               'affinity': ON_HOSTS_SO[asked.get('affinity')]}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -21097,7 +21666,6 @@ MOST_FILTERS = 100   # elements of a filter
 MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
-CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
               'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
@@ -21109,8 +21677,6 @@ STORED_PROPERTIES = frozenset(
     ('D:displayname', 'A:calendar-color', 'A:calendar-order', 'C:calendar-timezone'))
 DAV_VERBS = 'OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, REPORT'
 REPORTS = ('C:calendar-query', 'C:calendar-multiget', 'C:free-busy-query', 'D:sync-collection')
-READS = ('read', 'read-current-user-privilege-set')
-WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
 TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
@@ -21149,7 +21715,6 @@ class Component:
         return None
 
     def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
         number = self.find(name)
         return '' if number is None else self.lines[number]
 
@@ -21229,7 +21794,6 @@ class Remark(NamedTuple):
     window: tuple[int, int] | None = None  # when it really is
 
     def write(self, event: Component, form: Form) -> None:
-        """Writes it into an event."""
         if self.window:
             event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
@@ -21259,16 +21823,15 @@ def without_blocks(text: str) -> str:
 
 
 class Form:
-    """How times are written in a series: as its first start is."""
+    """How times are written in a series, and what its occurrences have of it: as its first one."""
 
     def __init__(self, head: Component, zone: tzinfo):
-        self.parameters, value = head.read('DTSTART')
+        self.head, (self.parameters, value) = head, head.read('DTSTART')
         self.zone, self.whole = zone, 'T' not in value.upper()
         self.instant = value.strip().upper().endswith('Z') or zone is UTC and (
             'TZID' in self.parameters.upper())
 
     def line(self, name: str, at: int) -> str:
-        """The line of a time."""
         wall = to_wall(instant(at), self.zone)
         if self.whole and wall.time() == datetime.min.time():
             return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
@@ -21276,9 +21839,19 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def exception(self, plain: Component, slot: Slot) -> Component:
-        """An occurrence of a series as an event of its own, with what is carried over."""
-        made = Component([*plain.lines])
+    @functools.cached_property
+    def plain(self) -> Component:
+        """What of a series each of its occurrences has as well: no alarms, and no long texts."""
+        head = self.head
+        kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
+                and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
+        made = Component([head.lines[0], *kept, head.lines[-1]])
+        made.put_line('UID', head.line('UID'))
+        return made
+
+    def exception(self, slot: Slot, like: Component | None = None) -> Component:
+        """An occurrence of a series as an event of its own."""
+        made = Component([*(like or self.plain).lines])
         at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
         times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
         for name, at in times.items():
@@ -21286,45 +21859,9 @@ class Form:
         return made
 
 
-def carried(head: Component) -> Component:
-    """What of a series each of its occurrences has as well: no alarms, and no long texts."""
-    kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
-            and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
-    made = Component([head.lines[0], *kept, head.lines[-1]])
-    made.put_line('UID', head.line('UID'))
-    return made
-
-
-def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
-                 keys: dict[str, str], zone: tzinfo) -> str:
-    """A calendar with what cmres says of it, by slots; '' is all of it.
-
-    Args:
-      keys: the slots that exceptions have there, by what they are written as
-    """
-    parts = components(text)
-    events = events_in(parts)
-    head, behind = events[0], parts.index(events[-1]) + 1
-    form, plain = Form(head, zone), carried(head)
-    there = {keys.get(each.key, ''): each for each in events}
-    there.setdefault('', head)
-    for slot, remark in remarks.items():
-        if slot not in there:
-            there[slot] = form.exception(plain, slots[slot])
-            there[slot].put_line(MADE, f'{MADE}:1\r\n')
-            parts.insert(behind, there[slot])
-            behind += 1
-        remark.write(there[slot], form)
-    return joined(parts)
-
-
 def without_remarks(text: str, shown: str, before: str) -> str:
-    """A calendar without what cmres has said in it.
-
-    Args:
-      shown: what the program was shown
-      before: what a person had written before that
-    """
+    """A calendar without what cmres has said in it, of which the program was shown one text, while
+    a person had written another before that."""
     parts = components(text)
     was, own = ({each.key: each for each in events_in(components(each))}
                 for each in (shown, before))
@@ -21461,12 +21998,8 @@ class Folder:
         return numbers
 
     def write(self, name: str, text: str, shown: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then.
-
-        Args:
-          text: what a person wrote
-          shown: the same with what cmres says of it
-        """
+        """Writes an object, or some columns of it: what a person wrote, and that with what cmres
+        says of it. It is another one for all programs then."""
         there = self.objects('name = ?', name)
         values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
                    'rev': next_revision(), 'changed': int(self.acting.clock())}
@@ -21526,12 +22059,22 @@ class Teller:
         self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
     def text(self) -> str:
-        """The event as it is shown."""
+        """The event with what there is to say, also of occurrences that it does not write out."""
         remarks = self.remarks()
         if not remarks:
             return self.event.text
-        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
-                            self.event.here)
+        parts, keys = components(self.event.text), self.event.keys()
+        events = events_in(parts)
+        form, behind = Form(events[0], self.event.here), parts.index(events[-1]) + 1
+        there = {'': events[0]} | {keys.get(each.key, ''): each for each in events}
+        for slot, remark in remarks.items():
+            if slot not in there:
+                there[slot] = form.exception(self.slots[slot])
+                there[slot].put_line(MADE, f'{MADE}:1\r\n')
+                parts.insert(behind, there[slot])
+                behind += 1
+            remark.write(there[slot], form)
+        return joined(parts)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -21557,7 +22100,6 @@ class Teller:
         return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
-        """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
         said = self.last_said('released', 'rejected', 'maintenance')
@@ -21606,12 +22148,8 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
 
 
 def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
-    """Writes anew what is shown of reservations that have changed since the last time, and what
-    was reserved elsewhere by who acts.
-
-    Args:
-      known: up to which event, and on what, everybody's reservations were looked for
-    """
+    """Writes anew what is shown of reservations that have changed, and what was reserved elsewhere
+    by who acts: `known` is up to which event, and on what, that was looked for."""
     seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
     changed = deque(rows(
         'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
@@ -21652,9 +22190,8 @@ def show_anew(acting: Reservations, id: int) -> None:
 
 
 def elsewhere(acting: Reservations, places: str, since: int) -> list:
-    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
-    those that an event after that tells of.
-    """
+    """The reservations of who acts that no calendar has, on some resources: all (0), or those that
+    an event after some other tells of."""
     told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
     return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
@@ -21697,16 +22234,15 @@ def reservation_text(folder: Folder, id: int) -> str:
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(found, found.vms), 'END:VEVENT']
-    head = Component([folded(each) for each in lines])
-    form, plain, events = Form(head, zone), carried(head), [head]
+    form = Form(Component([folded(each) for each in lines]), zone)
+    plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
     for each in live if stretches else ():
-        slot = plan_of(stretches, there).get(each.slot)
-        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
-            continue
-        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
-        for line in want_lines(found, each.vms):
-            events[-1].put_line(line.partition(':')[0], folded(line))
-    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+        slot = plan.get(each.slot)
+        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
+            events.append(form.exception(Slot(each.slot, *each[1:5])))
+            for line in want_lines(found, each.vms):
+                events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
 
 
@@ -21778,8 +22314,7 @@ class Draft:
 
     def put(self, data: bytes) -> tuple[bool, str]:
         """Makes a reservation of what a program sends, or changes it; whether it is new, and its
-        ETag if it is shown as it was sent.
-        """
+        ETag if it is shown as it was sent."""
         had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
         self.event = self.folder.understand(text)
@@ -21981,7 +22516,6 @@ def item_of(found) -> Item:
 
 def read_xml(data: bytes):
     """The root of a body; None of an empty one, Invalid for more than is read here."""
-    from xml.etree import ElementTree
     if not data.strip():
         return None
     try:
@@ -22029,12 +22563,7 @@ def href_of(*names: str) -> str:
 
 
 def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
-    """What is said of one address.
-
-    Args:
-      told: properties as XML, and their status
-      status: that of the address itself
-    """
+    """What is said of one address: properties as XML with their status, or its own status."""
     text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
     for properties, each in [one for one in told if one[0]] or told[:1]:
         text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
@@ -22067,13 +22596,11 @@ class Query:
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
-        """Whether an object is what the filter wants."""
         events = events_in(components(item.text))
         groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
         return all(self.has_event(each, events, groups) for each in self.parts)
 
     def has_event(self, part, events: list[Component], groups) -> bool:
-        """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
         span = part.find('C:time-range', NAMESPACES)
@@ -22147,12 +22674,11 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form = Form(events[0], table.zone)
     form.instant = not form.whole
-    for slot in table.slots(begin, until):
-        one = form.exception(own.get(slot.key, plain), slot)
-        one.put_line('DURATION')
-        found.append(one)
+    found = [form.exception(slot, own.get(slot.key)) for slot in table.slots(begin, until)]
+    for each in found:
+        each.put_line('DURATION')
     return whole_calendar(joined(found))
 
 
@@ -22174,8 +22700,10 @@ def read_range(element) -> tuple[int, int]:
 
 
 def privileges(dav: Dav, writable: bool) -> str:
-    names = READS + (WRITES if writable and dav.writes else ())
-    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+    names = 'read read-current-user-privilege-set'
+    if writable and dav.writes:
+        names += ' write write-properties write-content bind unbind'
+    return elements((f'D:{each}' for each in names.split()), '<D:privilege>{}</D:privilege>')
 
 
 def described(folder: Folder) -> str:
@@ -22280,12 +22808,8 @@ class Dav:
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
-        """What is told of an address: of a calendar, of what stands in it, or of what is above.
-
-        Args:
-          wanted: names of properties; None for those that all may want
-          names: only their names are
-        """
+        """What is told of an address (a calendar, what stands in it, or what is above): of the
+        properties that are wanted, or of those that all may want; maybe only their names."""
         table = OF_ITEMS if isinstance(at, Item) else ABOVE
         if isinstance(at, Folder):
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
@@ -22392,7 +22916,6 @@ class Dav:
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
-        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
         if level == 3:
             yield self.item(self.names[2])
@@ -22534,9 +23057,7 @@ DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
 
 
 def busy_lines(place, begin: int, until: int) -> Iterator[str]:
-    """When a resource has no free capacity for what an event usually gets, and when it has less
-    than all.
-    """
+    """When a resource can't take what an event usually gets, and when it has less than all."""
     usual = Amount(place.default_vms)
     free = [(max(begin, int(first)), int(min(last, until)))
             for first, last in free_windows(place, usual, begin, until)]
@@ -22584,9 +23105,12 @@ def wanted_in(root, name: str = '') -> list[str] | None:
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
-    text = ''.join(parts)
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus {DECLARED}>{text}{more}'
-                '</D:multistatus>', 207, DAV_HEADERS)
+    return xml_answer('multistatus', ''.join(parts) + more, 207)
+
+
+def xml_answer(name: str, inner: str, status: int, headers: dict = {}):
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:{name} {DECLARED}>{inner}</D:{name}>',
+                status, DAV_HEADERS | headers)
 
 
 def dav_refusal(error: Error):
@@ -22594,64 +23118,43 @@ def dav_refusal(error: Error):
     name, href = getattr(error, 'element', ''), error.details.get('href')
     inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
-    headers = headers_of(error)
-    if error.status == 401:
-        headers = {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'}
-    if error.status == 405:
-        headers = {'Allow': DAV_VERBS}
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:error {DECLARED}>'
-                f'{xml_text(str(error))}{element}</D:error>', error.status, DAV_HEADERS | headers)
+    headers = {401: {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'},
+               405: {'Allow': DAV_VERBS}}.get(error.status, headers_of(error))
+    return xml_answer('error', f'{xml_text(str(error))}{element}', error.status, headers)
 
 
-class Programs:
-    """Who answers calendar programs, and who they act for."""
-    MOST = 10_000  # tokens that are remembered
+def calendar_programs(service: Reservations) -> Callable:
+    """Answers calendar programs, for who has the token that they send as a password."""
+    known: dict = {}  # see `refresh`
 
-    def __init__(self, service: Reservations):
-        self.service, self.known, self.seen = service, {}, {}
+    @functools.lru_cache(10_000)
+    def token_id(digest: str, minute: int) -> int:
+        """Of all requests of a minute one looks a hash up."""
+        return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), service.clock()).id
 
-    def answer(self, path: str = ''):
-        import bottle
+    def who(request) -> Actor:
+        secret = bearer(request)
+        if not secret:  # that is no attacker
+            raise Unauthorized('sign in with your name and, as password, a token of cmres')
+        with noting_wrong(service, request.environ):
+            id = token_id(hashed(secret), int(time.monotonic() // 60))
+            found = token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), service.clock())
+        note_caller(service, request.environ, found)
+        return bearer_of(found)
+
+    def handle(path: str = ''):
         request = bottle.request
         if request.method == 'OPTIONS':
             return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
         try:
-            acting = self.service.acting(self.who(request))
+            acting = service.acting(who(request))
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer(self.seen)
+                return Dav(acting, request, path).answer(known)
         except Error as error:
             return dav_refusal(error)
-
-    def elsewhere(self):
-        """Where programs find all of this (RFC 6764)."""
-        return sent('', 301, DAV_HEADERS | {'Location': f'{DAV}/'})
-
-    def who(self, request) -> Actor:
-        """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request)
-        if not secret:
-            raise Unauthorized('sign in with your name and, as password, a token of cmres')
-        try:
-            found = self.token(hashed(secret))
-        except Unauthorized:
-            note_wrong(self.service, request.environ)
-            raise
-        note_caller(self.service, request.environ, found)
-        return bearer_of(found)
-
-    def token(self, digest: str):
-        """The row of a token, by its id where it was found a short while ago."""
-        now = self.service.clock()
-        id, until = self.known.get(digest, (0, 0))
-        if time.monotonic() < until:
-            return token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), now)
-        found = token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), now)
-        if len(self.known) >= self.MOST:
-            self.known.clear()
-        self.known[digest] = found.id, time.monotonic() + CHECKED_FOR
-        return found
+    return handle
 
 
 def may(actor: Actor) -> tuple[str, str]:
@@ -22674,18 +23177,17 @@ HOW_TO_ADD = {
 
 def mount_caldav(app, service: Reservations) -> None:
     """Adds the addresses for calendar programs to an application."""
-    programs = Programs(service)
-    app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
+    home = DAV_HEADERS | {'Location': f'{DAV}/'}  # where programs look for it (RFC 6764)
+    app.route('/.well-known/caldav', 'ANY', lambda: sent('', 301, home))
+    programs = calendar_programs(service)
     for path in (DAV, f'{DAV}/<path:path>'):
-        app.route(path, 'ANY', programs.answer)
+        app.route(path, 'ANY', programs)
     for verb in ('GET', 'POST'):
         app.route('/invitations/<address>/<sign>', verb, uninviting(service))
 
 
 def uninviting(service: Reservations) -> Callable:
     """Answers who wants no more invitations: with a button, and when it is pressed."""
-    import bottle
-
     def handle(address: str, sign: str):
         here = stop_link(service.config, address)
         if not secrets.compare_digest(here.rpartition('/')[2].encode(), sign.encode()):
@@ -22729,12 +23231,7 @@ FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines 
 
 
 class QuickLine:
-    """What a person has typed in one line, read into the fields of the form.
-
-    Args:
-      here: where and when it was typed
-      offered: the names that could be meant: of resources, images and flavors
-    """
+    """One line of what somebody wants, read into the fields of the form."""
 
     def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
         self.here, self.offered = here, offered
@@ -22951,7 +23448,8 @@ footer [name=zone] { width: 14rem; min-height: 28px }
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
 .gap { margin-top: 16px }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center }
-.between { justify-content: space-between } .grow { flex: 1 1 auto; min-width: 0 }
+.between { justify-content: space-between } .between > .chips { flex: 1 1 0 }
+.grow { flex: 1 1 auto; min-width: 0 }
 .cols > * { min-width: 0 }
 .cols { display: grid; grid-template-columns: minmax(0, 1fr) 440px; gap: 24px;
   align-items: start }
@@ -22974,7 +23472,7 @@ textarea { min-height: 64px; resize: vertical }
 label > span { display: block; font-size: var(--t2); font-weight: 550; color: var(--soft);
   margin-bottom: 4px }
 .seg { display: inline-flex; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto;
-  max-width: 100%; background: var(--card) }
+  white-space: nowrap; max-width: 100%; background: var(--card) }
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
@@ -22995,6 +23493,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
   font-weight: 600 }
 .fields { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
+.roomy { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
 .fields > .all { grid-column: 1 / -1 }
 form.deed { display: inline-flex; gap: 4px; vertical-align: middle }
 form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
@@ -23110,11 +23609,11 @@ tbody tr:hover > td { background: var(--sunk) } tr.on > td { background: var(--w
 td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-block;
   padding: 4px 0 } .pick { width: 44px }
 .sel { position: sticky; bottom: 8px; z-index: 4; margin-top: 12px; padding: 8px 16px }
-.sel input[name=reason] { flex: 1; min-width: 10rem; width: auto }
+.sel label { flex: 1 1 16rem } .of { white-space: nowrap } .deeds { gap: 4px 8px }
 .find { max-width: 22rem; flex: 1 }
 .heat { table-layout: fixed; min-width: 840px }
 .heat td, .heat th { padding: 1px; border: 0; height: 30px; text-align: center; font-size: 11px }
-.heat th:first-child { width: 120px; text-align: left; font-size: var(--t2) }
+.heat th:first-child { width: 132px; padding-left: 12px; text-align: left; font-size: var(--t2) }
 .heat td span { display: grid; place-items: center; height: 28px; border-radius: 3px }
 .heat .h4, .heat .h5 { color: var(--card) }
 /* book */
@@ -23125,7 +23624,8 @@ td > a, td div > a { font-weight: 600; text-decoration: none; display: inline-bl
 .said .no { background: var(--amber-wash) }
 fieldset { border: 0; border-top: 1px solid var(--line); padding: 12px 0 16px; min-width: 0;
   margin-top: 16px }
-fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 650; padding: 0 }
+fieldset:first-of-type { border-top: 0; margin-top: 0 }
+legend { font-weight: 650; padding: 0 8px 0 0 }
 .pickers { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: 8px }
 .opt { display: flex; gap: 10px; padding: 10px 12px; border: 1px solid var(--edge);
   border-radius: 8px; cursor: pointer } .opt > span { margin: 0; color: var(--text) }
@@ -23150,7 +23650,8 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
 .track { width: 100%; height: 84px }
 .track text { font-size: 12px; fill: var(--soft) }
 .track .run { fill: var(--sunk); stroke: var(--edge) } .track .done { fill: var(--green) }
-.log li { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
+.log { margin-top: 8px }
+.log li { display: grid; grid-template-columns: 8.75rem minmax(0, 1fr); gap: 8px; padding: 6px 0;
   font-size: var(--t2) }
 .toast { position: fixed; z-index: 8; left: 50%; bottom: 24px; transform: translateX(-50%);
   display: flex; gap: 16px; align-items: center; width: max-content;
@@ -23203,8 +23704,10 @@ fieldset:first-of-type { border-top: 0; margin-top: 0 } legend { font-weight: 65
   .flat tr { display: flex; flex-wrap: wrap; gap: 0 10px; padding: 8px 12px;
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
-  .flat td[data-name]::before { content: attr(data-name) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty, .flat [data-name=change]::before { display: none }
+  .flat td[data-head]::before { content: attr(data-head) ' '; color: var(--soft);
+    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] { flex: 1 }
+  .flat td:is([data-name=label], [data-name=state], [data-name=change])::before { content: none }
+  .seg { flex-wrap: wrap }
   .pick input { width: 24px; height: 24px }
 }
 @media print {
@@ -23615,7 +24118,7 @@ TEMPLATES = {'layout': '''<!doctype html>
 % user, project = visit.named(visit.actor.user), visit.named(visit.actor.project)
 <nav class="nav" aria-label="Main">
 % for href, name in visit.links:
-<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="page"', href == here)}}>
+<a href="{{href}}" data-key="{{name[0].lower()}}"{{!mark('aria-current="true"', name == part)}}>
 {{!sign(name.lower())}}{{name}}</a>
 % end
 </nav>
@@ -23634,8 +24137,9 @@ class="off">Account</span></summary><div class="menu card"><p class="small soft"
 {{!body}}
 % if note:
 <div class="toast" role="status"><span>{{note['words']}}</span>
-% if note.get('undo'):
-{{!post(*note['undo'])}}<button>Undo <span class="left">{{note['left']}}</span></button></form>
+% if note['undo']:
+{{!post('/undo', {'act': note['undo'], 'next': note['next']})}}<button>Undo
+<span class="left">{{note['left']}}</span></button></form>
 % end
 </div>
 % end
@@ -23691,8 +24195,8 @@ Continue</a></p></html>
 ''', 'refused': '''
 {{!alert(words)}}<p class="gap">{{!again}}</p><p class="gap"><a href="{{back}}">Back</a></p>
 ''', 'sure': '''
-<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>
-{{f', the occurrence of {which[:16].replace("T", " ")}' if which else ''}}?</p>
+% told = f', the occurrence of {which[:16].replace("T", " ")}' if which else ''
+<div class="card pad stack"><p>{{words}} <strong><bdi>{{about}}</bdi></strong>{{told}}?</p>
 {{!many('<p><strong>{}</strong></p>', zip(warnings))}}
 {{!post(f'/do/{operation}', fields | {'sure': 'yes'}, 'line')}}
 <button class="bad">Yes, {{words.lower()}}</button>
@@ -23737,9 +24241,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 % end
 </section>
 % end
-<div class="bar-top"><a class="btn sq" href="{{way(at=before)}}" aria-label="Earlier">‹</a>
+% at, view, number = span.at(span.first), span.view, VIEWS.index(span.view)
+<div class="bar-top"><a class="btn sq" aria-label="Earlier"
+href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
-<a class="btn sq" href="{{way(at=after)}}" aria-label="Later">›</a><h1>{{span}}</h1>
+<a class="btn sq" href="{{way(at=span.at(span.after))}}" aria-label="Later">›</a><h1>{{span}}</h1>
 <div class="chips">{{!chip(way(at=at, mine=''), 'Everyone’s', not mine)}}
 {{!chip(way(at=at, mine='1'), 'Only mine', mine)}}</div>
 <div class="seg" role="group" aria-label="Time span">
@@ -23748,9 +24254,11 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
-% for id, words, drawn, key, to in zooms:
-<a class="btn sq" id="{{id}}" data-key="{{key}}" href="{{way(view=to, at=middle)}}"
-aria-label="{{words}}">{{drawn}}</a>
+% for way_on, key, to in (('out', '−', number - 1), ('in', '+', number + 1)):
+% if 0 <= to < len(VIEWS):
+<a class="btn sq" id="zoom-{{way_on}}" data-key="{{key.replace('−', '-')}}"
+href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</a>
+% end
 % end
 </span></div>
 <nav class="week card" aria-label="Days">
@@ -23765,7 +24273,9 @@ aria-label="{{words}}">{{drawn}}</a>
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
 {{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
 % for day in days:
-<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}"><rect
+<a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
+% dx = 4 if view == 'month' else 8
+<rect
 x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
 width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
 y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
@@ -23774,7 +24284,7 @@ y="37">{{day.number}}</text></svg></a>
 % if now is not None and view != 'month':
 <svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
 width="38" height="16" rx="8"/><text class="now-t" y="41"
-text-anchor="middle">{{clock}}</text></svg>
+text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 % end
 </svg></div>
 % for name, those in groups:
@@ -23784,12 +24294,13 @@ text-anchor="middle">{{clock}}</text></svg>
 <p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
 % name = visit.writes and row.name
 {{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
-{{!visit.render('row', row=row, view=view, now=now, data=data)}}</div>
+{{!visit.render('row', row=row, line=span, now=now, snap=snap[view])}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
 <div class="pop card" hidden></div></div></section>
 % if visit.writes:
+% moved = ('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end')
 {{!post('/do/update', dict.fromkeys(moved, '') | {'next': way(at=at)}, 'off', 'move')}}</form>
 % end
 <section class="agenda" aria-label="Agenda">
@@ -23809,18 +24320,29 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 <use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
-{{!many('<rect class="h{}" x="{}" y="{}" width="18" height="{}"/>', ramp)}}</svg>full</li></ul>
-<p class="small">{{!many('<a href="{}">{}</a> ', others)}}{{!left_out}}</p>
+% for n in range(5):
+<rect class="h{{n + 1}}" x="{{18 * n}}" y="{{8 - 2 * n}}" width="18" height="{{4 + 2 * n}}"/>
+% end
+</svg>full</li></ul>
+<p class="small">
+{{!when('<a href="{1}">Resources before</a>', page, way(at=at, page=page - 1))}}
+{{!when('<a href="{1}">More resources</a>', more, way(at=at, page=page + 1))}}
+% if most:
+Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has them all.
+% end
+</p>
 ''', 'row': '''
 <svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
-data-resource="{{row.name}}" {{!data}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
+data-resource="{{row.name}}" data-first="{{line.first.isoformat(timespec='minutes')}}"
+data-length="{{line.length}}" data-thin="{{line.thin}}" data-snap="{{snap}}"
+{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
 data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
 {{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
-{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and view != 'month')}}
+{{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and line.view != 'month')}}
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
 % for x, width, words in row.closed:
 <rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
-</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if view != 'month' else ''}}</text>
+</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if line.view != 'month' else ''}}</text>
 % end
 % if now is not None:
 <rect class="past" width="{{now}}%" height="{{row.height}}"/>
@@ -23876,9 +24398,9 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-{{!when(PICK, picks, pick)}}
+{{!when(PICK, picks, pick, mark('checked', f'{picks}{pick}' in picked))}}
 % for head, cell in zip(heads, cells):
-<td data-name="{{head[0]}}">{{!cell}}</td>
+<td data-name="{{head[0]}}" data-head="{{head[1].partition(' (')[0]}}">{{!cell}}</td>
 % end
 </tr>
 % end
@@ -23979,8 +24501,9 @@ href="{{href}}">Use<span class="off"> {{words}}</span></a></div>
 <div class="verdict" role="status">{{!verdict}}</div>
 <a href="/book?{{urlencode(times)}}">More options</a></form>
 ''', 'reservation': '''
-<p class="line between gap"><a href="/list">Reservations</a>
-{{!when('<a class="btn" href="{}">Change</a>', change)}}</p>
+<p class="small"><a href="/list">Reservations</a></p>
+<div class="line between"><h1>{{label}}</h1>
+{{!when('<a class="btn" href="{}">Change</a>', change)}}</div>
 <p id="told" class="off" role="status"></p>
 <div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
 {{!share}}
@@ -24036,7 +24559,7 @@ there.</p>
 height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" height="24" rx="4"/>
 {{!many('<text x="{}%" text-anchor="{}" y="{}">{}</text>', track[2])}}</svg>
 % end
-<p class="line gap">{{!acts}}</p>
+<div class="line deeds gap">{{!acts}}</div>
 <div class="cols gap"><div class="stack">
 % if vms:
 <section><div class="line between"><h2>VMs</h2>
@@ -24057,10 +24580,11 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 % end
 </nav>{{!body}}
 ''', 'decide': '''
-<section class="gap"><h2>Waiting for your approval</h2>{{!post('/admin/decide')}}{{!alert(refusal)}}
+<section class="gap"><h2>Waiting for your approval</h2>
+{{!post('/admin/decide', kind='stack')}}{{!alert(refusal)}}
 {{!table}}
 % if some:
-<div class="sel card line"><span><b class="count">0</b> selected</span><label class="grow"><span
+<div class="sel card line"><span><b class="count">{{picked}}</b> selected</span><label><span
 class="off">Reason</span><input name="reason" value="{{reason}}"
 placeholder="Reason, sent to the owners (needed to reject)"></label>
 <button class="main" name="do" value="approve">Approve</button>
@@ -24069,7 +24593,10 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 </form></section>
 ''', 'form': '''
 <details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
-{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields">{{!fields}}</div>
+{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields roomy">{{!fields}}</div>
+% if rare:
+<details><summary>More options</summary><div class="fields roomy gap">{{!rare}}</div></details>
+% end
 <p class="line"><button class="main">{{title}}</button>
 {{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
 <p class="small soft">{{note}}</p></form></details>
@@ -24109,21 +24636,17 @@ a token</p>
 '''}
 
 
+#: The part of the page to which addresses belong, by how they begin.
+PARTS = {'/': 'Plan', '/li': 'Reservations', '/r/': 'Reservations', '/bo': 'Book', '/ad': 'Admin'}
 LOOK = hashed(STYLE + SCRIPT)[:12]
 
 
 class Act(NamedTuple):
-    """What a button does.
-
-    Args:
-      words, done: what it says, and what is said of it afterwards
-      field: what is typed beside it: the argument, and what stands there at first
-      bad: it takes something away
-    """
+    """What a button does."""
     words: str
-    done: str
-    field: tuple[str, str] | None = None
-    bad: bool = False
+    done: str  # what is said of it afterwards
+    field: tuple[str, str] | None = None  # typed beside it: the argument, what is there at first
+    bad: bool = False  # it takes something away
 
 
 ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
@@ -24140,15 +24663,21 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'resource_add': Act('Add a resource', 'is added'),
         'resource_update': Act('Change a resource', 'is changed'),
         'maintenance_add': Act('Plan a maintenance', 'is planned'),
+        'resource_sync': Act('Read resources from a cloud', 'is read'),
+        'resource_capacity': Act('Change a capacity for a while', 'is changed'),
+        'user_end': Act('End all access of a person', 'has no access any more', bad=True),
+        'credential_add': Act('Let VMs be yours', 'is kept'),
+        'credential_delete': Act('Delete', 'is deleted', bad=True),
+        'end': Act('End now', 'ends now', bad=True),
         'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
         'calendar_feed': Act('Make an address', 'is made')}
-ASKED_TWICE = ('resource_delete', 'token_revoke')  # and what deletes VMs that run
+ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
 PUT_OFF = ('delete', 'skip', 'reject')  # done only when it can't be taken back any more
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin
 #: says.
 ACTS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',),
            'reserved': ('extend', 'skip', 'delete'),
-           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'delete'))}
+           **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'end', 'delete'))}
 RUNNING = ('starting', 'active', 'degraded')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
 #: What becomes of VMs at the end.
@@ -24157,14 +24686,22 @@ ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
               'people': 'People'}
 #: The forms of operators: the page of each, and its fields in the order in which people think.
-FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram classes '
-                          'mode approval'),
-         'resource_update': ('/admin/resources', 'name vms vcpus ram classes mode min_free_time '
-                             'approval no_show default_image default_flavor default_vms'),
-         'maintenance_add': ('/admin/maintenance', 'resource start end reason affected'),
+FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms vcpus ram mode '
+                          'approval | cell classes min_free_time no_show lock default_image '
+                          'default_flavor default_vms'),
+         'resource_update': ('/admin/resources', 'rename vms vcpus ram mode approval force | cell '
+                             'cloud region aggregate classes min_free_time no_show lock '
+                             'default_image default_flavor default_vms'),
+         'resource_sync': ('/admin/resources', 'cloud aggregates mode | min_free_time '
+                           'reservable_hosts flavors force'),
+         'maintenance_add': ('/admin/maintenance', 'resource start end affected reason'),
+         'resource_capacity': ('/admin/maintenance', 'name start end vms vcpus ram affected reason '
+                               '| classes'),
          'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
-                       'min_notice max_vcpu_hours max_waiting exempt_within'),
-         'token_add': ('/admin/people', 'user project role purpose lasts scopes resource')}
+                       'min_notice max_vcpu_hours | max_waiting exempt_within lock'),
+         'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
+         'user_end': ('/admin/people', 'user project'),
+         'credential_add': ('/tokens', 'cloud application secret | trust')}
 #: Where else the button of an act of operators leads back to.
 ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
              'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
@@ -24181,27 +24718,38 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'host': 'Whole host', 'affinity': 'Hosts of its VMs',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
-         'accept_within': 'Time to accept what became free'}
+         'accept_within': 'Time to accept what became free', 'classes': 'Other classes',
+         'part': 'In parts', 'user': 'User', 'following': 'Which occurrences',
+         'force': 'If some no longer fit', 'no_show': 'Cancel if unused for',
+         'lock': 'Locked before start', 'approval': 'Approval within',
+         'default_vms': 'Default VMs', 'late_worst': 'Latest VM (s)', 'lasts': 'Good for'}
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
-         'until': '23 feb', 'skip_dates': '22 dec, 29 dec', 'lead': '10m',
+         'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
-INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules'}
-ATTRIBUTES = {'text': ' autocomplete="off"', 'password': ' type="password" '
+INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
+HINTS_OF = {'span': '2 hours, 3 days'}
+ATTRIBUTES = {**dict.fromkeys(('text', 'span'), ' autocomplete="off"'),
+              'secret': ' type="password" autocomplete="off"', 'password': ' type="password" '
               'autocomplete="current-password" required', 'rules': ' list="rules"',
               'number': ' type="number" min="1" max="1000000"'}
 #: The words of which an argument is one, as people read them.
 CHOICE_WORDS = {
-    'at_end': {'': 'as usual: delete the VMs', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
+    'at_end': {'': 'delete (usual)', 'delete': 'delete the VMs', 'stop': 'stop the VMs',
                'shelve': 'shelve the VMs', 'snapshot': 'save an image of each, then delete'},
     'personal': {'': 'the project', 'true': 'only the owner', 'false': 'the project'},
     'affinity': {'': 'any hosts', APART: 'each on a host of its own', TOGETHER: 'all on one host'},
     'on_conflict': {'': 'refuse all dates', 'skip': 'leave it out'},
     'scopes': dict.fromkeys(('', *SCOPES)),
+    'role': {'': 'user', 'reader': 'reader: only looks', 'admin': 'admin'},
+    'affected': {'': 'stay; their owners are told', 'move': 'are moved', 'cancel': 'are cancelled'},
+    'force': {'': 'refuse', 'true': 'change it anyway'},
+    'following': {'': 'only this one', 'true': 'this one and all later ones'},
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
-       if name not in ('affinity', 'at_end')}}
+       if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What of a reservation stands on its page, and what it is called.
@@ -24211,13 +24759,14 @@ FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'S
 TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
-FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end',
+FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host affinity holidays')
+             'personal host affinity holidays classes part')
+FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
-           f'lead notify invite description {BOOK_MORE} wait').split()
+           f'lead notify invite description {BOOK_MORE}{FOR_OTHERS} wait').split()
 
 
 def render_page(template: str, /, **values) -> str:
@@ -24320,19 +24869,21 @@ def head_of(name: str) -> str:
 def offer_of(place) -> str:
     """A resource with how much it has."""
     limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name)}'
+    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
                                      for name, n in limits.items())])
 
 
 def sentence(text: str) -> str:
     """A text as a sentence: with a capital letter and a full stop."""
-    text = text[:1].upper() + text[1:]
+    name, colon, rest = text.partition(': ')
+    text = f'{head_of(name)}: {rest}' if colon and name.isidentifier() else (
+        text[:1].upper() + text[1:])
     return text if not text or text[-1] in '.!?' else f'{text}.'
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
 PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
-        'aria-label="Select {1}"></td>')
+        'aria-label="Select {1}"{2}></td>')
 NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
@@ -24509,9 +25060,7 @@ def spans_of(place, line: TimeLine, width: int) -> list[Level]:
 
 
 def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
-    """What is held from some minutes on, as levels; where nothing limits it, against the most
-    that is shown.
-    """
+    """What is held from some minutes on, as levels; without a limit against the most."""
     limits = {name: limit for name, limit in most.items() if limit is not None}
     highest = max((held.vms for _, held in found), default=0)
     levels, last = [], 0
@@ -24544,9 +25093,7 @@ def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level,
 
 
 def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
-    """The levels as shapes, as high and as dark as it is full, in a month one for each day: x,
-    width, y, height, level.
-    """
+    """The levels as shapes, as high and dark as it is full: x, width, y, height, level."""
     shapes = []
     for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
@@ -24564,9 +25111,7 @@ def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
 
 
 def drawn_figures(levels: list[Level], line: TimeLine, now: float, limited: bool) -> list[tuple]:
-    """What is free, or used where nothing limits it, wherever there is space to say so: x, words,
-    class, y.
-    """
+    """What is free, or used without a limit, where there is space to say so: x, words, class, y."""
     if line.view == 'month':
         return [(line.x(each.at + 60), in_brief_figures(each.free),
                  f'm m{math.ceil(5 * each.share)}', 26) for each in levels if not each.closed]
@@ -24611,12 +25156,7 @@ class Spot(NamedTuple):
 
 
 def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
-    """Where bars of one lane could have a text, the best first; the last is without one.
-
-    Args:
-      boxes: where each is, and its width
-      texts: what could be said, the longest first
-    """
+    """Where bars of one lane could have one of some texts, the best first; the last has none."""
     (low, width), high = boxes[0], boxes[-1][0] + boxes[-1][1]
     space = width - SIGN - 2 * PAD if len(boxes) == 1 else 0
     inside = next((text for text in texts if text_width(text) <= space), '') or shortened(
@@ -24634,9 +25174,7 @@ def spots(boxes: list[tuple[float, float]], texts: list[str]) -> Iterator[Spot]:
 
 
 def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | None]:
-    """Puts groups of boxes with their texts into lanes in which nothing touches anything: the
-    lane and spot of each, None where there is none.
-    """
+    """Puts boxes with texts into lanes where nothing touches: lane and spot of each, or None."""
     taken: list[float] = []
     for boxes, texts in groups:
         found = next(((lane, spot) for spot in spots(boxes, texts)
@@ -24650,9 +25188,7 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
 
 
 class Use(NamedTuple):
-    """What is drawn of a resource: itself, its limits, how full it is and is now, the
-    reservations and changes of its capacity.
-    """
+    """What is drawn of a resource."""
     place: Any
     limits: dict
     levels: list[Level]
@@ -24681,11 +25217,7 @@ class Drawing:
         self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
 
     def row(self, use: Use, hint: int) -> SimpleNamespace:
-        """All that stands in the row of a resource.
-
-        Args:
-          hint: where it says how to begin, in percent, if it does
-        """
+        """All that stands in the row of a resource; `hint`: where it says how to begin."""
         line, limits, month = self.line, use.limits, self.line.view == 'month'
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
         names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
@@ -24699,7 +25231,7 @@ class Drawing:
         most, unit = caps[now.unit] if caps else ('', '')
         return SimpleNamespace(
             name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · needs approval' * bool(use.place.approval),
+            holds=(names or 'no limit') + ' · approval' * bool(use.place.approval),
             now=f'{now.free} of {most}' if caps else now.free,
             unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
             summary=f'at least {least} free at any time' if caps else 'nothing limits it',
@@ -24818,6 +25350,9 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
+CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project FROM proposal p
+  JOIN reservation r ON r.id = p.reservation_id
+  WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
                                    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -24850,9 +25385,7 @@ def sort_key(value) -> tuple:
 
 @dataclasses.dataclass
 class Visit:
-    """A request from a browser: who has signed in, if anybody, and how pages are written for
-    them. Each group of pages is a class of its own.
-    """
+    """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
     service: Reservations
     actor: Actor | None
@@ -24896,11 +25429,7 @@ class Visit:
 
     def post(self, action: str, fields: dict | None = None, kind: str = '', id: str = '',
              check: str = '') -> str:
-        """The begin of a form that is sent to an address: with what proves that it is ours.
-
-        Args:
-          check: where a script asks what would become of it
-        """
+        """The begin of a form, with what proves that it is ours; `check`: where a script asks."""
         more = ''.join(mark(f'{name}="{in_html(value)}"', value) for name, value in (
             ('class', kind), ('id', id), ('data-check', check)))
         kept = hidden({'form': self.guard} | (fields or {}))
@@ -24939,11 +25468,7 @@ class Visit:
         return self.href(found.label, found.project, start)
 
     def page(self, title: str, body: str, status: int = 200, headed: bool = True):
-        """A whole page; what the last form did is said once.
-
-        Args:
-          headed: its title stands above the body, which has no heading of its own
-        """
+        """A whole page, under its title if it has no heading; says what the last form did."""
         import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
@@ -24960,7 +25485,8 @@ class Visit:
         """The text of a whole page."""
         unread = len(self.told_of(self.seen)) if self.actor else 0
         return self.render('layout', title=title, body=body, note=note, here=here, back=back,
-                           headed=headed, sprite=SPRITE, version=LOOK, unread=unread)
+                           headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
+                           unread=unread)
 
     def refusal(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
@@ -24969,20 +25495,13 @@ class Visit:
         body = self.render('refused', words=sentence(str(error)), back=back, again=again)
         return self.page('Refused', body, error.status)
 
-    def onward(self, href: str, words: str = '', undo: tuple[str, dict] | None = None):
-        """Leads on after a form, so that loading again does not send it again.
-
-        Args:
-          words: what was done, for the next page to say
-          undo: the form that takes it back
-        """
+    def onward(self, href: str, words: str = '', undo: tuple[str, float] = ('', 0)):
+        """Leads on after a form; the next page says what was done, and offers to undo it."""
         made = answered('', 303, {'Location': href})
         if words:
-            said = {'words': words[:800], 'undo': undo, 'left': f'{self.config.undo_time or 10:g}'}
-            notes = [quote(self.pages.signed('note', json.dumps(said | {'undo': each})), safe='')
-                     for each in (undo, None)]
-            note = notes[0] if len(notes[0]) < 3900 else notes[1]
-            self.set_cookie(made, 'note', note, 60)
+            note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
+            self.set_cookie(made, 'note', quote(self.pages.signed('note', json.dumps(note)),
+                                                safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
@@ -25017,13 +25536,9 @@ class Visit:
     # Tables
 
     def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '') -> str:
-        """A table that a click on a head sorts.
-
-        Args:
-          given: the arguments of the page; `sort` is a column, with a minus the other way round
-          picks: what comes before the key of a line in the name of the box that selects it
-        """
+              empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
+        """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
+        columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
         if not lines:
             return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
         sort = (given or {}).get('sort', '')
@@ -25035,7 +25550,7 @@ class Visit:
         cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
                  for line in lines]
         return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks)
+                           lines=cells, picks=picks, picked=picked)
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -25057,13 +25572,14 @@ class Visit:
             return f'<div>{state(value)}{cut_short(more)}</div>'
         if key == 'label' and 'project' in line:
             user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
-            of = (f'<br><span class="soft small"><bdi>{in_html(user)}</bdi> in '
+            of = (f'<br><span class="soft small of"><bdi>{in_html(user)}</bdi> in '
                   f'<bdi>{in_html(project)}</bdi></span>'
                   if self.actor.role == ADMIN and 'user' in line else '')
             href = in_html(self.href(value, line['project'], line.get('which')))
             return f'<div><a href="{href}">{in_html(value)}</a>{of}</div>'
         if key == 'change' and 'acts' in line:
-            return '<div>' + ''.join(self.act(each, line) for each in line['acts']) + '</div>'
+            acts = ''.join(self.act(each, line) for each in line['acts'])
+            return f'<div class="line deeds">{acts}</div>' if acts else ''
         if key == 'log_in':
             return ''.join(f'<span class="line"><code data-line>{in_html(each)}</code>'
                            f'{copy(each, f"Copy {each}")}</span>' for each in value)
@@ -25080,36 +25596,27 @@ class Visit:
 
     def input(self, operation: Operation, name: str, value: Any, words: str = '',
               names: dict | None = None, **more) -> str:
-        """The field of an argument, typed or chosen as its type wants it.
-
-        Args:
-          names: of the kinds of things on a cloud, those that there are
-        """
+        """The field of an argument, typed or chosen; `names`: those on a cloud, by kind."""
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
-        if name == 'resource':
+        if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
             choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
                                                    for each in self.places()]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
             choices = [(key, shown or key) for key, shown in CHOICE_WORDS[name].items()]
-        if choices and value not in [each for each, _ in choices]:
+        if choices and value and value not in [each for each, _ in choices]:
             choices = [*choices, (value, value)]
-        kind = INPUT_KINDS.get(parameter.annotation, 'text')
-        return field(name, words or head_of(name), value, kind, HINTS.get(name, ''),
-                     choices=choices, needed=needed, **more)
+        kind = 'secret' if name == 'secret' else INPUT_KINDS.get(parameter.annotation, 'text')
+        hint = HINTS.get(name) or HINTS_OF.get(kind, '')
+        return field(name, words or head_of(name), value, kind, hint, choices=choices,
+                     needed=needed, **more)
 
     # What can be done
 
     def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
-        """The button that does something to what a line is about.
-
-        Args:
-          wide: there is room for a field beside it, and it leads back to the page of the
-            reservation
-          occurrence: of a series, the one that is meant
-        """
+        """The button that does something to what a line is about; `wide`: on its own page."""
         if name == 'edit':
             about = in_html(line['name'])
             query = in_html(urlencode({'edit': line['name']}))
@@ -25117,7 +25624,7 @@ class Visit:
                     f'<span class="off"> {about}</span></a> ')
         if name == 'undo':
             onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['leaves'], 'next': onward}, 'deed') + (
+            return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
                 '<button class="tiny">Undo</button></form>')
         words, _, typed, bad = ACTS[name]
         occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
@@ -25154,43 +25661,56 @@ class Visit:
 
     def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
+        asks = ['undo'] * bool(found.get('undo'))
         if not self.writes or found.get('leaves'):
-            return ['undo'] * bool(found.get('leaves'))
-        asks = []
+            return asks
         if (found['state'] == 'pending' or 'change' in found) and not only:
             held = self.service.look.occurrence(found['id'])
-            asks = (['accept'] if held.confirm else ['approve', 'reject']
-                    if self.actor.role == ADMIN else [])
+            asks += (['accept'] if held.confirm else ['approve', 'reject']
+                     if self.actor.role == ADMIN else [])
         skips = found['tz'] and found['start'] > self.here.now
         can = [each for each in ACTS_IN.get(found['state'], ()) if each != 'skip' or skips]
+        if found.get('at_end') in ('', None, 'delete') or 'servers' not in found:
+            can = [each for each in can if each != 'end']  # then that is to cancel it
         return [*asks, *(each for each in can if not only or each in only)]
 
     # What can be taken back for a while
 
     @functools.cached_property
-    def put_off(self) -> list[tuple[str, str, str, int]]:
-        """What is done soon, unless somebody takes it back: its name, a label, a project, an
-        occurrence or 0.
-        """
-        found = ((each.name, json.loads(each.value.partition(' ')[2]))
-                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}'))
-        return [(name, *about) for name, said in found for about in said['about']]
+    def undoable(self) -> list[tuple]:
+        """What can be taken back: label, project, occurrence or 0; how; whether it cancels."""
+        me, now = [self.actor.user, self.actor.project], self.service.clock()
+        later = [(each.name, json.loads(each.value.partition(' ')[2]))
+                 for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
+        changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+        return [(*about, name * (said['by'][:2] == me), True)
+                for name, said in later for about in said['about']] + [
+            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]), False)
+            for each in reversed(changed)]
 
-    def leaves(self, label: str, project: str, id: int) -> str:
-        """What cancels an occurrence in a moment; '' if nothing does."""
-        return next((name for name, *about, which in self.put_off
-                     if about == [label, project] and which in (0, id)), '')
+    def way_back(self, answer: dict) -> tuple[str, float]:
+        """What takes back what has just been changed, and for how many seconds."""
+        now, parts = self.service.clock(), answer.get('parts', [answer])
+        labels = {(each['label'], each['project']) for each in parts}
+        made = {each.label: each for each in rows(
+            CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
+            if each.user == self.actor.user and (each.label, each.project) in labels}
+        ids = ','.join(f'{each.id}' for each in made.values())
+        return ids, min((each.until for each in made.values()), default=now) - now
+
+    def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
+        """What takes back what was done to an occurrence, and whether that cancels it."""
+        return next(((name, gone) for *about, which, name, gone in self.undoable
+                     if about == [label, project] and which in (0, id)), ('', False))
 
     def as_left(self, line: dict) -> dict:
         """A line of a table as it will be when what is under way is done."""
-        name = self.leaves(line['label'], line['project'], line['id'])
-        return line | {'state': 'cancelled', 'leaves': name} if name else line
+        undo, gone = self.leaves(line['label'], line['project'], line['id'])
+        return line | {'undo': undo, 'leaves': gone} | ({'state': 'cancelled'} if gone else {})
 
 
 class CloudNames:
-    """The names of flavors and images on clouds, looked up aside: nobody waits long for a cloud
-    that is slow.
-    """
+    """Names of flavors and images, looked up aside: nobody waits long for a slow cloud."""
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
@@ -25200,9 +25720,7 @@ class CloudNames:
 
     def of(self, account: str, sight: Sight,
            patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
-        """The names in sight, by kind; and why, if the cloud does not answer within some
-        seconds.
-        """
+        """The names in sight, by kind; and why, if the cloud does not answer in time."""
         nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
@@ -25360,7 +25878,7 @@ class Pages:
         except Invalid:
             zone = config.zone
         service = self.service.acting(actor or Actor('', '', READER))
-        service.wanted = while_there(request.environ)
+        service.wanted, service.undo_for = while_there(request.environ), config.undo_time
         # sentences speak in the person's zone
         service.config = dataclasses.replace(config, timezone=zone.key)
         return kind(self, service, actor, zone, self.sign('form', f'{found.id}' if found else ''))
@@ -25381,7 +25899,8 @@ class Pages:
             request, given = bottle.request, {}
             visit = self.visit(request, kind)
             try:
-                given = read_form(request) if request.method == 'POST' else read_query(request)
+                given = read_query(request) | (
+                    read_form(request) if request.method == 'POST' else {})
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -25393,9 +25912,7 @@ class Pages:
         return handler
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
-        """Refuses what another site's page sends: by where it comes from, and by what only our
-        forms know.
-        """
+        """Refuses what another site sends: by where it comes from, and what only our forms know."""
         origin = header(request, 'Origin')
         ours = (header(request, 'Host'), urlsplit(self.service.config.public_url).netloc or None)
         elsewhere = origin and (urlsplit(origin).netloc or '-') not in ours
@@ -25457,8 +25974,9 @@ class SignIn(Visit):
         try:
             if not service.config.keystone or not all(said.values()):
                 raise Unauthorized('Type your user name, your project and its domain.')
-            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
-                password=given.get('password', ''), **said))
+            keystone = service.clouds.keystone
+            found = ask_keystone(service, said['user'], lambda: keystone.sign_in(
+                password=given.get('password', ''), **said), keystone.PATIENT)
             if found.refusal:
                 raise found.refusal
             role = role_of(service, found.scoped)
@@ -25519,9 +26037,7 @@ class SignIn(Visit):
         return Actor(user, project or 'default', role or USER)
 
     def known_elsewhere(self, actor: Actor, where: str, ends: float, given: dict):
-        """Begins a session of somebody whom others know, until they do not any more: of a token
-        that nobody knows.
-        """
+        """Begins a session of somebody whom others know: of a token that nobody knows."""
         now, purpose = self.service.clock(), f'signed in at {where}'
         lasts, hash = min(self.config.session_length, ends - now), secrets.token_hex(32)
         with transaction():
@@ -25587,28 +26103,30 @@ class PlanPage(Visit):
         if not places:
             return self.page('Plan', self.render('nothing'))
         view = given.get('view') if given.get('view') in VIEWS else 'week'
-        at = read_at(given.get('at')) or to_wall(self.here.now, self.zone)
         number = given.get('page', '')
         page = int(number) if re.fullmatch('[0-9]{1,4}', number) else 0
         kept = {'view': view, 'mine': given.get('mine', '')[:1], 'page': page or ''}
 
-        def href(**other) -> str:
+        def way(**other) -> str:
             chosen = {name: value for name, value in (kept | other).items() if value != ''}
             return f'/?{urlencode(chosen)}'
-        others = [(page - 1, 'Resources before')] * bool(page) + [(page + 1, 'More resources')] * (
-            len(places) > (page + 1) * MOST_PLACES)
-        shown = places[page * MOST_PLACES:(page + 1) * MOST_PLACES]
-        body = self.drawn(TimeLine(view, at, self.zone), shown, href, kept['mine'], others)
-        return self.page('Plan', body, headed=False)
+        first = page * MOST_PLACES
+        return self.page('Plan', self.drawn(
+            TimeLine(view, read_at(given.get('at')) or self.today, self.zone),
+            places[first:first + MOST_PLACES], way, kept['mine'], page=page,
+            more=len(places) > first + MOST_PLACES), headed=False)
 
-    def drawn(self, line: TimeLine, places: list, href: Callable[..., str], mine: str,
-              others: list) -> str:
+    @property
+    def today(self) -> datetime:
+        """What clocks show now."""
+        return to_wall(self.here.now, self.zone)
+
+    def drawn(self, line: TimeLine, places: list, way: Callable[..., str], mine: str,
+              **values) -> str:
         """The plan of some resources."""
-        drawing, most = Drawing(self, line, href), MOST_BARS[line.view]
-        found = self.on_plan(places, line, mine)
-        coming = self.coming()
+        drawing, most, coming = Drawing(self, line, way), MOST_BARS[line.view], self.coming()
+        found, changes = self.on_plan(places, line, mine), self.service.maintenance_list()
         first = not coming and not found and self.writes and not self.service.over('', 1)
-        changes = self.service.maintenance_list()
         uses = [use_of(each, line, drawing.days, found[:most], changes,
                        self.here.now.timestamp()) for each in places]
         groups = defaultdict(list)
@@ -25616,32 +26134,17 @@ class PlanPage(Visit):
             name = each.place.cloud or 'no cloud', each.place.region
             hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
             groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
-        today, zoom = to_wall(self.here.now, self.zone), VIEWS.index(line.view)
-        inside = line.first <= today < line.after
-        middle = today if inside else line.first + (line.after - line.first) / 2
-        zooms = [each for each in (('zoom-out', 'Zoom out', '−', '-', zoom - 1),
-                                   ('zoom-in', 'Zoom in', '+', '+', zoom + 1))
-                 if 0 <= each[-1] < len(VIEWS)]
-        data = {'first': line.first.isoformat(timespec='minutes'), 'length': line.length,
-                'thin': line.thin, 'snap': SNAPS[line.view],
-                **({'writes': ''} if self.writes else {})}
+        inside = line.first <= self.today < line.after
+        middle = self.today if inside else line.first + (line.after - line.first) / 2
         return self.render(
-            'plan', first=self.first_day(places) if first else '', way=href, mine=mine,
-            line=self.ask_line() if self.writes else '', cards=self.cards(coming), span=line,
-            at=line.at(line.first), after=line.at(line.after), middle=f'{middle:%Y-%m-%dT%H}',
-            before=line.at(line.first - (line.after - line.first)), view=line.view,
-            zooms=[(*each, VIEWS[n]) for *each, n in zooms], days=drawing.with_shares(uses),
-            corner=CORNERS.get(line.view, ''), grounds=line.grounds(drawing.days),
-            dx=4 if line.view == 'month' else 8, now=line.x(drawing.now) if inside else None,
-            clock=f'{today:%H:%M}', groups=groups.items(), agenda=drawing.agenda(found[:most]),
-            data=' '.join(f'data-{name}="{value}"' for name, value in data.items()),
-            moved=('label', 'project', 'occurrence', 'start', 'end', 'was_start', 'was_end'),
+            'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
+            line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
+            middle=f'{middle:%Y-%m-%dT%H}', days=drawing.with_shares(uses), groups=groups.items(),
+            grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
+            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
             legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
                 'other', 'other people’s') for each in found),
-            ramp=[(n + 1, 18 * n, 8 - 2 * n, 4 + 2 * n) for n in range(5)],
-            others=[(href(at=line.at(line.first), page=number), words)
-                    for number, words in others],
-            left_out=MORE_ARE_THERE.format(most) if len(found) > most else '')
+            most=most if len(found) > most else 0, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -25664,34 +26167,27 @@ class PlanPage(Visit):
 
     def not_leaving(self, found: list) -> list:
         """Those that nobody has cancelled a moment ago."""
-        return [each for each in found if not self.leaves(each.label, each.project, each.id)]
+        return [each for each in found if not self.leaves(each.label, each.project, each.id)[1]]
 
     def cards(self, coming: list) -> list[tuple]:
-        """What runs, what is next, and what needs somebody: a head, a state, a label, words, the
-        rest, an address.
-        """
-        def starts(each) -> str:
-            at = instant(each.start - each.lead)
-            what = f"{counted(each.vms, 'VM')} on {each.resource}"
-            return f'{what}, {each.image} starts at {self.plain(at)[-5:]}' if each.image else what
-
-        def ends(each) -> str:
-            left = format_duration(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
-            until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
-            return f'ends {until}, in {left}'
-
-        def up(each) -> str:
+        """What runs, is next, needs you: a head, a state, a label, words, the rest, a link."""
+        def told(head: str, each) -> tuple[str, str]:
             vms = counted(each.vms, 'VM')
-            return f'{each.up} of {each.vms} ready' if each.runs else vms
-
-        def when(each) -> str:
-            return self.brief(instant(each.start), instant(each.end))
-        kinds = (('Running now', ('active', 'starting'), up, ends), ('Next', ('reserved',), when,
-                 starts), ('Needs you', ('degraded', 'pending'), lambda each: each.state, starts))
-        firsts = [(*kind, next((each for each in coming if each.state in kind[1] and (
-            each.state != 'pending' or each.confirm)), None)) for kind in kinds]
-        return [(head, found.state, found.label, words(found), more(found), self.href_of(found))
-                for head, _, words, more, found in firsts if found]
+            if head == 'Running now':
+                until = self.brief(self.here.now, instant(each.end)).rpartition(' to ')[2]
+                left = in_length(max(60, (each.end - self.here.now.timestamp()) // 60 * 60))
+                return (f'{each.up} of {each.vms} ready' if each.runs else vms,
+                        f'ends {until}, in {left}')
+            at = self.plain(instant(each.start - each.lead))[-5:]
+            return (self.brief(instant(each.start), instant(each.end)) if head == 'Next'
+                    else each.state,
+                    f'{vms} on {each.resource}' + f', {each.image} starts at {at}' * bool(each.image))
+        kinds = {'Running now': ('active', 'starting'), 'Next': ('reserved',),
+                 'Needs you': ('degraded', 'pending')}
+        firsts = [(head, next((each for each in coming if each.state in states and (
+            each.state != 'pending' or each.confirm)), None)) for head, states in kinds.items()]
+        return [(head, each.state, each.label, *told(head, each), self.href_of(each))
+                for head, each in firsts if each]
 
     def ask_line(self, typed: str = '') -> str:
         """The line in which people say what they want."""
@@ -25712,14 +26208,10 @@ class PlanPage(Visit):
 #: What people can type in one line.
 EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
             '1 vm tomorrow 9:00-11:00')
-MORE_ARE_THERE = ('Only the first {} reservations are drawn. <a href="/list">The list</a> has them '
-                  'all.')
 
 
 class Lists(Visit):
-    """Reservations: in a list, one by one, as others see them; notices, tokens, and what programs
-    can ask for.
-    """
+    """Reservations in a list, one by one, as others see them; notices, and the REST interface."""
 
     def list(self, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
@@ -25741,9 +26233,7 @@ class Lists(Visit):
             states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
-        """A table of reservations: with their addresses, how late they were ready, and what can
-        be done to them.
-        """
+        """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
                          'occurrence_id IN numbers(?)',
@@ -25755,7 +26245,8 @@ class Lists(Visit):
             late = [max(server.ready - server.planned, 0) for server in own if server.ready]
             lines.append(each | {
                 'addresses': sum((json.loads(server.addresses) for server in own), []),
-                'late': ready_after(max(late)) if late else '', 'acts': self.acts(each)})
+                'late': ready_after(max(late)) if late else '',
+                'acts': [act for act in self.acts(each) if act != 'keep']})
         columns = 'label state resource vms start end addresses'.split()
         return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
 
@@ -25774,8 +26265,9 @@ class Lists(Visit):
         href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
         changes = found['state'] not in (*OVER, 'ending') and self.writes
         return self.page(label, self.render(
-            'reservation', live=live, href=f'{href}/live{query}', share=self.share_form(found),
-            change=f'{href}/change{query}' if changes else '', tag=hashed(live)[:20]))
+            'reservation', label=label, live=live, href=f'{href}/live{query}',
+            share=self.share_form(found), tag=hashed(live)[:20],
+            change=f'{href}/change{query}' if changes else ''), headed=False)
 
     def live(self, label: str, given: dict):
         """What is live of a reservation's page, if it is another than the browser has."""
@@ -25817,7 +26309,11 @@ class Lists(Visit):
     def occurrences(self, found: dict) -> str:
         """The next occurrences of a series, each with what can be done to it."""
         coming = found.get('occurrences', ())
-        lines = [self.as_left(found | each) for each in coming[:60]]
+        ids = {instant(each.start): each.id for each in rows(
+            'SELECT o.id, o.start FROM occurrence o JOIN occurrence one '
+            'ON one.reservation_id = o.reservation_id WHERE one.id = ? AND o."end" > ?',
+            found['id'], int(self.service.clock()))} if coming else {}
+        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
         columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
@@ -25925,23 +26421,16 @@ class Lists(Visit):
 
 
 class Verdict(NamedTuple):
-    """What a form says of itself.
-
-    Args:
-      kind: ok, some of it or no; '' before it was checked
-      months: of a series, each with its weeks of days and what becomes of those
-      go, waits: what its buttons do; '' without one
-      focus: it goes to who has just sent the form
-    """
-    kind: str
+    """What a form says of itself."""
+    kind: str  # ok, some of it or no; '' before it was checked
     head: str
     words: Iterable[str] = ()
     facts: Iterable[tuple[str, str]] = ()
-    months: Iterable[tuple] = ()
+    months: Iterable[tuple] = ()  # of a series: weeks of days, and what becomes of those
     offers: Iterable[tuple[str, str]] = ()
-    go: str = 'Book'
+    go: str = 'Book'   # what its buttons do; '' without one
     waits: str = ''
-    focus: bool = False
+    focus: bool = False  # it goes to who has just sent the form
 
 
 UNCHECKED = Verdict('', 'Here you see whether it fits.')
@@ -25958,7 +26447,7 @@ USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every
 CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
                           'notify', 'invite', 'lead', 'description'))
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
-OF_ONE = 'resource', 'start', 'end', 'vms'
+OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
 
 class BookForm(Visit):
@@ -25982,25 +26471,21 @@ class BookForm(Visit):
 
     def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **more):
         """The page with the form of a new one."""
-        return self.page('Book', self.form(said, verdict, BOOK_MORE, action='/book',
+        return self.page('Book', self.form(said, verdict, BOOK_MORE + FOR_OTHERS * (
+            self.actor.role == ADMIN), action='/book',
                          check='/book/check', line=self.render(
                              'line', typed=typed, example=EXAMPLES[0]), **more), status)
 
     def form(self, said: dict, verdict: Verdict, more: str, was: dict | None = None,
              only: Iterable[str] = (), **values) -> str:
-        """All fields of a reservation, to book it or to change it.
-
-        Args:
-          more: the fields that few need
-          was: the fields as they were before it was changed
-          only: the fields that are shown, if not all
-        """
+        """The fields of a reservation, or `only` some; `was`: before it was changed."""
         names, why = self.offered(said['resource'])
         known = API['add' if was is None else 'update'].parameters
 
         def fields(of: str) -> str:
             return ''.join(self.field(each, said, names, was) for each in of.split()
-                           if each in (only or known) and (was is None or each != 'label'))
+                           if (each in only if only else each in known and each != 'following')
+                           and (was is None or each != 'label'))
         groups = {name: fields(those) for name, those in FIELDSETS.items()}
         groups = {name: f'<div class="fields">{inside}</div>' for name, inside in groups.items()
                   if inside}
@@ -26054,9 +26539,7 @@ class BookForm(Visit):
                                              'vms': '1', 'what': 'image'}
 
     def filled(self, given: dict) -> dict:
-        """The fields of the form: as given, times as people write them; what was clicked on, not
-        before now.
-        """
+        """The fields of the form as given; what was clicked on is not before now."""
         said = self.blank() | {name: given[name] for name in BOOKING if given.get(name)}
         place, clicked = self.place(said['resource']), 'label' not in given
         if place and clicked:
@@ -26148,8 +26631,10 @@ class BookForm(Visit):
         given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
         if said.get('what') == 'hold':
             given.pop('image', None)
-        elif said.get('what') and not given.get('image') and not given.get('server'):
+        elif said.get('what') and not any(given.get(each) for each in ('image', 'server', 'part')):
             raise Invalid(CHOOSE)
+        if given.get('part'):
+            given.pop('resource', None)  # the parts name theirs
         if given.get('skip_dates'):
             given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
         return bind(API['add'], given | {'tz': self.zone.key}, self.here)
@@ -26319,8 +26804,7 @@ class BookForm(Visit):
         query = urlencode({name: given[name] for name in ('project', 'occurrence')
                            if given.get(name)})
         href = f'/r/{quote(label)}/change'
-        more = BOOK_MORE.replace('accept_within ', '') + ' user reason' * (
-            self.actor.role == ADMIN)
+        more = BOOK_MORE + ' user reason' * (self.actor.role == ADMIN)
         return self.page(f'Change {label}', self.form(
             was | said, verdict, more, was=was, only=only, line='', action=f'{href}?{query}',
             check=f'{href}/check?{query}'), status)
@@ -26347,7 +26831,7 @@ class BookForm(Visit):
         """Does what a form of changes says."""
         found, _ = self.to_change(label, given)
         before = self.stored_fields(found)
-        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'user', 'reason')
+        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'reason', 'following')
                 if name in given and given[name] != given.get(f'was_{name}', before.get(name))}
         if said.pop('what', '') == 'hold' and found['image']:
             said['image'] = ''
@@ -26395,7 +26879,8 @@ class BookForm(Visit):
         except Error as error:
             return self.changing(label, given, given, cannot_change(error, True), error.status)
         words = f"'{answer['label']}' is changed"
-        return self.onward(self.href(answer['label'], answer['project']), words)
+        return self.onward(self.href(answer['label'], answer['project']), words,
+                           self.way_back(answer))
 
 
 def cannot_change(error: Error, focus: bool) -> Verdict:
@@ -26409,11 +26894,7 @@ class Admin(Visit):
 
     def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
               status: int = 200):
-        """A page of operators.
-
-        Args:
-          typed: the form that was refused, or that shows what it would do, with its `operation`
-        """
+        """A page of operators; `typed`: the form that was refused, or shows what it would do."""
         self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
@@ -26433,9 +26914,12 @@ class Admin(Visit):
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
                    if not each.get('leaves')]
         columns = 'label resource vms start end description change'.split()
-        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ')
+        picked = [each for each in typed if each.startswith('pick ')]
+        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ',
+                           picked)
         waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
         return self.render('decide', table=table, some=pending, refusal=refusal,
+                           picked=len(picked),
                            reason=typed.get('reason', '')) + headed(
             'Waiting for capacity', self.table(
                 'Waiting', 'label resource vms start end change'.split(), waiting, {},
@@ -26458,7 +26942,7 @@ class Admin(Visit):
         words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
-    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple | None]:
+    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple[str, float]]:
         """Does something to each of several: how many, why not others, what takes it back."""
         done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
         for each in asked:
@@ -26469,7 +26953,7 @@ class Admin(Visit):
             except Error as error:
                 refused.append(f"{each['label']}: {error}")
         undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
-                          ) if puts_off and done else None
+                          ) if puts_off and done else ('', 0)
         return len(done), refused, undo
 
     def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
@@ -26486,7 +26970,8 @@ class Admin(Visit):
                                            .split(), affected, {}, 'It affects nobody.'))
         return headed('Maintenance', self.table(
             'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
-                'maintenance_add', typed, refusal) + affects
+                'maintenance_add', typed, refusal) + self.op_form(
+                    'resource_capacity', typed, refusal) + affects
 
     def resources(self, given: dict, typed: dict, refusal: str) -> str:
         """The resources, each with how to change it."""
@@ -26498,8 +26983,9 @@ class Admin(Visit):
         edits = found or typed.get('operation') == 'resource_update'
         return headed('Resources', self.table(
             'Resources', columns, lines, given, 'There is no resource yet.')) + (
-                self.op_form('resource_update', typed, refusal, found) if edits else '') + (
-                    self.op_form('resource_add', typed, refusal))
+                self.op_form('resource_update', typed, refusal, found) if edits else '') + ''.join(
+                    self.op_form(each, typed, refusal) for each in ('resource_add',
+                                                                    'resource_sync'))
 
     def use(self, given: dict, typed: dict, refusal: str) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
@@ -26551,7 +27037,7 @@ class Admin(Visit):
         tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
                   if not each['revoked']]
         limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
-        columns = f"id {FORMS['limit_add'][1]} change".split()
+        columns = f"id {FORMS['limit_add'][1]} change".replace('|', '').split()
         many = typed if typed.get('operation') == 'many' else {}
         fields = field('people', 'One person a line: the name, and a project if it is another',
                        many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
@@ -26562,10 +27048,10 @@ class Admin(Visit):
             self.op_form('token_add', typed, refusal),
             self.render('form', id='many', title='Make tokens for many people', more={},
                         action='/admin/people', refusal=refusal * bool(many), opened=many,
-                        fields=fields, previews=False, note='You get a CSV file with a link to '
-                        'sign in for each. It is made only now, so keep it safe.'),
+                        fields=fields, rare='', previews=False, note='You get a CSV file with a '
+                        'link to sign in for each. It is made only now, so keep it safe.'),
             headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
-            self.op_form('limit_add', typed, refusal)))
+            self.op_form('limit_add', typed, refusal), self.op_form('user_end', typed, refusal)))
 
     def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
@@ -26589,8 +27075,8 @@ class Admin(Visit):
                               error.status)
         return csv_answer(made, 'tokens.csv')
 
-    def tokens(self, given: dict):
-        """One's own tokens: what for, until when; made, renewed and revoked here."""
+    def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
+        """One's own tokens; and the clouds on which VMs are one's own."""
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
         own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
                for each in self.service.token_list()
@@ -26598,40 +27084,46 @@ class Admin(Visit):
         makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
                  'purpose': 'calendar program'}
         address = f'{self.pages.service.config.served}{DAV}/'
-        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + (
-            self.op_form('token_add', {}, '') if can else '') + self.render(
-                'programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD))
+        clouds = [each | {'acts': ['credential_delete'] * can}
+                  for each in self.service.credential_list()]
+        forms = [self.op_form(each, typed or {}, refusal) for each in
+                 ('token_add', *['credential_add'] * self.writes)] if can else []
+        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + ''.join(
+            forms) + self.table('Clouds on which VMs are yours',
+                                'id user cloud application trust added change'.split(), clouds) +
+            self.render('programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD),
+            status)
 
     # Forms that name an operation
 
     def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
         mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
-        was = {each: in_length(found[each]) if API[name].parameters[each].annotation is Span
-               else in_field(found[each]) for each in names.split() if each in (found or {})}
-        fields = ''.join(self.input(API[name], each, mine.get(each, was.get(each, '')),
-                                    was=was[each] if each in was and each != 'name' else None,
-                                    help=argument_help(API[name], each).replace('`', ''))
-                         for each in names.split())
-        back = page if self.actor.role == ADMIN else '/tokens'
+        now, operation = found and found | {'rename': found['name']} or {}, API[name]
+        was = {each: in_length(now[each]) if operation.parameters[each].annotation is Span
+               else in_field(now[each]) for each in names.split() if each in now}
+        fields, rare = (''.join(
+            self.input(operation, each, mine.get(each, was.get(each, '')), was=was.get(each),
+                       help=argument_help(operation, each).replace('`', ''))
+            for each in those.split()) for those in f'{names}|'.split('|')[:2])
+        about = {'name': found['name']} if found else {}
         return self.render(
             'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
-            more={'next': back, 'once': secrets.token_hex(8)}, opened=mine or found,
-            refusal=refusal * bool(mine), previews=name == 'maintenance_add')
+            rare=rare, opened=mine or found, refusal=refusal * bool(mine),
+            more=about | {'next': page if self.actor.role == ADMIN else '/tokens',
+                          'once': secrets.token_hex(8)}, previews='affected' in names)
 
     def do(self, name: str, given: dict):
-        """Whatever a form asks for: an operation by its name, its fields read as those of REST
-        are.
-        """
+        """Whatever a form asks for: an operation, whose fields are read as those of REST are."""
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
         checks = given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
-        ends = name == 'delete' and not sure and self.running(said)
+        ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
-            return self.are_you_sure(operation, given, said, onward)
+            return self.are_you_sure(operation, given, said, onward, ends or '')
         asked = asked_by(operation, said, self)
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
@@ -26647,7 +27139,8 @@ class Admin(Visit):
         if checks:
             affects = [each | {'resource': answer['resource']} for each in answer['hit']]
             return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
-        words, undo = told_done(name, asked, answer), undo_of(name, said, answer)
+        words = told_done(name, asked, answer)
+        undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
         if puts_off:
             whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
             first = answer if isinstance(answer, dict) else answer[0]
@@ -26659,10 +27152,8 @@ class Admin(Visit):
                                                  secret=answer[secret.pop()]))
         return self.onward(onward, words, undo)
 
-    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, dict]:
-        """Lets the life cycle do something when it can't be taken back any more; the form that
-        takes it back.
-        """
+    def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
+        """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
         me = self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
@@ -26673,52 +27164,61 @@ class Admin(Visit):
                 what = ', '.join(sorted({ACTS[each].words.lower() for each, _ in calls}))
                 self.service.journal(now, 'updated', f'{me.user}: {what}. Undo is possible until '
                                      f'{until}', found.reservation)
-        return '/undo', {'act': name, 'next': '/list'}
+        return name, self.config.undo_time
 
     def undo(self, given: dict):
         """Takes back what was asked for a moment ago."""
         act = given.get('act', '')
+        labels = (self.service.take_back([*map(int, act.split(','))])
+                  if re.fullmatch('[0-9]{1,18}(,[0-9]{1,18}){0,99}', act) else self.call_off(act))
+        about = ', '.join(f"'{label}'" for label in labels)
+        return self.onward(local(given.get('next')), f'{about} stays as it was')
+
+    def call_off(self, act: str) -> list[str]:
+        """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
                         'AND CAST(value AS REAL) > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
-                raise Conflict('It is too late to undo this. It is done already.')
+                raise Conflict(TOO_LATE)
             run('DELETE FROM fact WHERE name = ?', act)
             for label, project, _ in said['about']:
                 reservation = self.service.look.mine(label, project, live=False).reservation
                 self.service.journal(now, 'updated', f'{self.actor.user} has undone that',
                                      reservation)
-        about = ', '.join(f"'{label}'" for label, *_ in said['about'])
-        return self.onward(local(given.get('next')), f'{about} stays as it was')
+        return [label for label, *_ in said['about']]
 
-    def running(self, said: dict) -> bool:
-        """Whether VMs run that a form would delete."""
+    def running(self, said: dict) -> str:
+        """The VMs that a form would end, in words; '' if none run."""
+        about = {name: said[name] for name in ('label', 'project', 'occurrence') if said.get(name)}
         try:
-            found = self.service.show(**bind(API['show'], {
-                name: said[name] for name in ('label', 'project', 'occurrence')
-                if said.get(name)}, self.here))
-            return 'servers' not in found or bool(found['servers'])
+            found = self.service.show(**bind(API['show'], about, self.here))
         except Error:  # the operation says why
-            return False
+            return ''
+        names = [each['name'] for part in found.get('parts', [found]) for each in part['servers']]
+        return names and f"{counted(len(names), 'VM')} running now: {', '.join(names[:20])}." or ''
 
-    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str):
-        """The question before what can't be undone, with what that would warn of."""
-        warnings = []
+    def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str, ends: str):
+        """The question before what can't be undone, with what that ends and would warn of."""
+        warnings = [ends]
         if operation.name == 'delete':
             bound = bind(operation, asked_by(operation, said, self) | {'dry_run': True}, self.here)
-            warnings = [sentence(each) for line in self.service.delete(**bound)
-                        for each in line.get('warnings', ())]
+            warnings += [sentence(each) for line in self.service.delete(**bound)
+                         for each in line.get('warnings', ())]
+        about = next((said[each] for each in ('label', 'name', 'id', 'user') if said.get(each)), '')
         return self.page('Are you sure?', self.render(
             'sure', operation=operation.name, fields=given, words=ACTS[operation.name].words,
-            warnings=warnings, about=said.get('label') or said.get('name') or said.get('id'),
-            which=said.get('occurrence'), back=back))
+            warnings=filter(None, warnings), about=about, which=said.get('occurrence'), back=back))
 
     def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        if name in FORMS and self.actor.role == ADMIN and FORMS[name][0] == back:
-            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2],
-                              said | {'operation': name}, sentence(str(error)), error.status)
+        typed, words = said | {'operation': name}, sentence(str(error))
+        if name in FORMS and back == '/tokens':
+            return self.tokens({}, typed, words, error.status)
+        if name in FORMS and FORMS[name][0] == back:
+            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2], typed, words,
+                              error.status)
         words, _, typed, bad = ACTS.get(name, Act(name, ''))
         if not typed or typed[0] not in said:
             raise error
@@ -26757,24 +27257,10 @@ def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
                    and said.get(f'was_{name}') != value}
 
 
-def undo_of(name: str, said: dict, answer) -> tuple[str, dict] | None:
-    """What takes back at once what a form has done, if anything does."""
-    kept = {key: said[key] for key in ('label', 'project', 'occurrence') if said.get(key)}
-    if name == 'skip' and not said.get('undo'):
-        return '/do/skip', kept | {'occurrence': to_plain(answer['start']), 'undo': 'true'}
-    if name == 'update' and said.get('was_start') and said.get('was_end'):
-        moved = {'occurrence': to_plain(answer['start'])} if said.get('occurrence') else {}
-        return '/do/update', kept | moved | {'start': said['was_start'], 'end': said['was_end']}
-    if name == 'extend' and 'parts' not in answer:
-        before = answer['end'] - parse_duration(said['by'])
-        return '/do/update', kept | {'end': to_plain(before)}
-    return None
-
-
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
-    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user') if said.get(key)),
-                 '')
+    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user', 'cloud')
+                  if said.get(key)), '')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     warned = [each for line in answer for each in line.get('warnings', ())
@@ -27015,7 +27501,6 @@ class Watch:
     """
 
     def __init__(self, sockets: dict):
-        import select
         self.sockets, self.epoll = sockets, select.epoll()
         self.flags: dict[int, int] = {}  # what each is waited for
         self.awake = set(sockets)        # those that are asked at the next turn
@@ -27027,17 +27512,15 @@ class Watch:
 
     def turn(self, timeout: float) -> None:
         """Reads and writes what can be."""
-        from waitress.wasyncore import readwrite
         for fd in [*self.awake]:
             self.ask(fd)
         for fd, events in self.epoll.poll(timeout):
             if each := self.sockets.get(fd):
                 self.awake.add(fd)
-                readwrite(each, events)
+                waitress.wasyncore.readwrite(each, events)
 
     def ask(self, fd: int) -> None:
         """Waits for what a socket needs next; one at rest is not asked again before that comes."""
-        import select
         each = self.sockets.get(fd)
         if each is None or self.is_at_rest(each):
             self.awake.discard(fd)
@@ -27057,10 +27540,9 @@ class Watch:
 
 def answer_malformed(channel, request):
     """waitress' task for what it can't read: the application answers, counts and logs that too."""
-    from waitress.task import ErrorTask, WSGITask
     if request.error.code == 500:  # the application has failed
-        return ErrorTask(channel, request)
-    task, request.command = WSGITask(channel, request), ''
+        return waitress.task.ErrorTask(channel, request)
+    task, request.command = waitress.task.WSGITask(channel, request), ''
     task.environ = {'REMOTE_ADDR': channel.addr[0], 'REQUEST_METHOD': '', 'PATH_INFO': '',
                     'cmres.malformed': request.error}
     task.set_close_on_finish()
@@ -27069,9 +27551,8 @@ def answer_malformed(channel, request):
 
 def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
-    from waitress.channel import HTTPChannel
 
-    class Channel(HTTPChannel):
+    class Channel(waitress.channel.HTTPChannel):
         peer, error_task_class = '', staticmethod(answer_malformed)
 
         def __init__(self, server, sock, addr, adj, map=None):
@@ -27089,17 +27570,15 @@ def channels_in(connections: Connections, watch: Watch) -> type:
 class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
-    def __init__(self, app: Callable, config: Config):
-        import waitress
+    def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
         allow_files(config.connections + 500)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
-            app, host=config.host, port=config.port, asyncore_use_poll=True,
-            _dispatcher=fair_dispatcher(config.threads),
+            app, host=config.host, port=config.port, asyncore_use_poll=True, ident=None,
+            _dispatcher=fair_dispatcher(config.threads, is_new), channel_request_lookahead=1,
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
-            ident=None,
-            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+            clear_untrusted_proxy_headers=False)
         self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
@@ -27155,40 +27634,31 @@ def allow_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-class Alert(NamedTuple):
-    """One rule of Prometheus: when it holds for so long, somebody is told."""
-    name: str
-    holds: str
-    lasts: str
-    severity: str
-    summary: str
-
-
+#: Rules of Prometheus: when one holds for so long, somebody is told.
 ALERTS = (
-    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
-          'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
-    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
-          'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
-    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
-          'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer '
-          'before it asks it again'),
-    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
-          'A reservation ended and none of its VMs was ever ready'),
-    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
-          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
-          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
-    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
-          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
-          'One request in fifty or more ends in an error of the server'),
-    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
-          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
-          'One request in ten takes longer than two seconds'),
-    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
-          'Mails or webhooks are not delivered. See the event log and the mail server'),
-    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m',
-          'page', 'The disk of the database is nearly full, or the database is damaged'),
-    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
-          'Somebody tries tokens. The event log tells from where'))
+    ('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+     'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
+    ('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+     'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
+    ('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+     'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer before it '
+     'asks it again'),
+    ('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+     'A reservation ended and none of its VMs was ever ready'),
+    ('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+     '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+     'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    ('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+     '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+     'One request in fifty or more ends in an error of the server'),
+    ('CmresSlow', 'histogram_quantile(0.9, sum by (le) (rate(cmres_request_seconds_bucket[5m]))) '
+     '> 2', '10m', 'ticket', 'One request in ten takes longer than two seconds'),
+    ('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+     'Mails or webhooks are not delivered. See the event log and the mail server'),
+    ('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+     'The disk of the database is nearly full, or the database is damaged'),
+    ('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+     'Somebody tries tokens. The event log tells from where'))
 
 #: The charts of the dashboard: title, unit, and of each line what it shows and its name.
 CHARTS = (
@@ -27226,9 +27696,9 @@ CHARTS = (
 def alert_rules() -> dict:
     """The alerts as Prometheus reads them."""
     return {'groups': [{'name': 'cmres', 'rules': [
-        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
-         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
-        for each in ALERTS]}]}
+        {'alert': name, 'expr': holds, 'for': lasts, 'labels': {'severity': severity},
+         'annotations': {'summary': summary}}
+        for name, holds, lasts, severity, summary in ALERTS]}]}
 
 
 def grafana_dashboard() -> dict:
@@ -27244,8 +27714,7 @@ def grafana_dashboard() -> dict:
     choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
     return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True,
             'refresh': '30s', 'time': {'from': 'now-6h', 'to': 'now'},
-            'templating': {'list': [choice]},
-            'panels': panels}
+            'templating': {'list': [choice]}, 'panels': panels}
 
 
 CONTAINER = r"""
@@ -27366,14 +27835,8 @@ class Housekeeper(threading.Thread):
 
 
 def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
-    """Reads the settings again for all who share them.
-
-    Returns:
-      what has changed, and what would have but needs a restart.
-
-    Raises:
-      Invalid: they can't be read, so that nothing has changed.
-    """
+    """Reads the settings again for all who share them: what has changed, and what would have but
+    needs a restart. Invalid if they can't be read; then nothing has changed."""
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
         before, after = getattr(config.read or config, name), getattr(new, name)
@@ -27564,8 +28027,10 @@ _nova = sys.modules.get('nova.scheduler.filters')
 def nova_settings():
     """The section [cmres] of nova.conf: url, token, timeout in seconds, when_down."""
     from oslo_config import cfg
-    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='address of cmres'),
-               cfg.StrOpt('token', default='', secret=True, help='token of an admin'),
+    options = [cfg.ListOpt('url', default=['http://127.0.0.1:8080'], help='address of cmres, or of '
+                           'each, if there are several'),
+               cfg.ListOpt('token', default=[''], secret=True, help='token of an admin, or one for '
+                           'each address'),
                cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
                cfg.StrOpt('without_hint', default='outside', choices=['outside', 'reserved'],
                           help='whether servers without the hint `cmres` may use a reservation '
@@ -27583,63 +28048,92 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """
 
     RUN_ON_REBUILD = False
+    known: dict[str, tuple] = {}  # which address and token are those of a store
 
     def filter_all(self, hosts, spec):
         """Nova's own entry point: the hosts of a request that pass, asked for at once for all of
         them.
 
         With the hint `cmres` it goes to hosts of cmres alone; without it, it uses up no reservation
-        where there are other hosts, unless `without_hint` says so.
+        where there are other hosts, unless `without_hint` says so, or it has moved in before.
         """
         marks = [(host, self.marks(host)) for host in hosts]
         inside, label = [host.host for host, names in marks if names], self.hint(spec)
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        if asks and not label and outside:
+        moves = bool(spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts) and not label
+        if asks and not label and outside and not moves:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside, moves and outside) if asks else {}
+        stays = label or moves and outside and any(verdicts.values())
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
-            if passes and (names or not label):
+            if passes and (names or not stays):
                 yield host
 
     def hint(self, spec) -> str:
-        """The label of the reservation that a request names, '' if it names none."""
+        """The label of the reservation that a request names, or as Blazar's users do its id; '' if
+        it names none.
+        """
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
-        return (hints.get('cmres') or [''])[0]
+        return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
         return host.host in verdict if isinstance(verdict, list) else verdict
 
-    def marks(self, host) -> set[str]:
-        return {each.metadata['cmres'] for each in host.aggregates if each.metadata.get('cmres')}
+    def marks(self, host) -> set[tuple[str, str]]:
+        """Which cmres has a host, as far as that is said, and as what resource."""
+        said = [each.metadata for each in host.aggregates]
+        return {(each.get('cmres_store', ''), each['cmres']) for each in said if each.get('cmres')}
 
     def is_rebuild(self, spec) -> bool:
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask(self, resources: list[str], spec, label: str,
-            hosts: list[str]) -> dict[str, bool | list]:
-        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged
-        with its reason.
-        """
-        settings = nova_settings()
+    def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
+        """Whether each resource may be booted on, or on which of its hosts."""
+        verdicts = {}
+        for store in {each[0] for each in resources}:
+            names = [name for owner, name in resources if owner == store]
+            found = self.ask(store, names, spec, *about)
+            verdicts |= {(store, name): found[name] for name in names}
+        return verdicts
+
+    def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
+            moves: bool) -> dict[str, bool | list]:
+        """What the cmres says that has some resources; a refusal is logged with its reason."""
+        settings, flavor = nova_settings(), spec.flavor
         try:
-            answer = Client(settings.url, settings.token, settings.timeout).claim(
-                spec.instance_uuid, resources, spec.project_id, spec.user_id or '',
-                spec.flavor.vcpus,
-                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label,
-                hosts)
+            answer = self.answer(store, settings, [
+                spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts], moves)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
-            return dict.fromkeys(resources, settings.when_down == 'open')
+            return dict.fromkeys(names, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
                 log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+
+    def answer(self, store: str, settings, asked: list, moves: bool) -> list[dict]:
+        """What the first cmres answers that has a store; without several, it is the only one."""
+        last = settings.token[-1]  # which may be that of all
+        doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
+        doors.sort(key=lambda door: door != self.known.get(store))
+        error = None
+        for url, token in doors:
+            try:
+                found = Client(url, token, settings.timeout).claim(
+                    *asked, store=store if doors[1:] else '', moves=moves)
+            except Error as refusal:
+                error = refusal if not isinstance(refusal, NotFound) else error or refusal
+                continue
+            self.known[store] = url, token
+            return found
+        raise error
 
     def extra_specs(self, flavor) -> dict:
         return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
@@ -27653,7 +28147,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # that was typed until `bind` reads them.
 
 #: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample:\n  python cmres.py {name} {example}\n'
+GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
           for name, about, example in (
     ('resource', 'Things that people can reserve, and their capacities.',
      'add india --cloud simulated --vms 40'),
@@ -27756,8 +28250,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
     The token is shown once.
 
-    Example:
-      python cmres.py serve --port 8080
+    Example: python cmres.py serve --port 8080
     """
     in_utc(config)
     sys.setswitchinterval(NIMBLE)
@@ -27781,10 +28274,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         front.run()
 
 
-def listening(app: Callable, config: Config) -> Front:
+def listening(app: Gate, config: Config) -> Front:
     """The sockets of a server; the setting `port` is the one that it has then."""
     try:
-        front = Front(app, config)
+        front = Front(app, config, functools.partial(new_to_keystone, app.service))
     except (OSError, ValueError) as error:
         raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
                           'another port.', hint='--port N') from None
@@ -27797,8 +28290,7 @@ def scheduler(config: Config, port: int = None) -> None:
 
     With --once it runs once, like `tick`.
 
-    Example:
-      python cmres.py scheduler
+    Example: python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -27822,8 +28314,7 @@ def tick(config: Config) -> None:
     Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
     for which another scheduler acts. `scheduler --once` is the same.
 
-    Example:
-      python cmres.py tick
+    Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
@@ -27839,8 +28330,7 @@ def store_backup(config: Config, path: Name) -> dict:
     The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
     then people sign in to the page again.
 
-    Example:
-      python cmres.py store backup cmres-monday.db
+    Example: python cmres.py store backup cmres-monday.db
     """
     refuse_missing(config.database)
     copy_store(config.database, path)
@@ -27853,8 +28343,7 @@ def store_copy(config: Config, target: Name) -> dict:
     Stop all processes of cmres first, and start them on the target afterwards (setting database).
     The copy is checked. It has the same key, so everybody stays signed in.
 
-    Example:
-      python cmres.py store copy postgresql://cmres@db.example.org/cmres
+    Example: python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
@@ -27871,8 +28360,7 @@ def store_verify(config: Config, path: Name = '') -> dict:
 
     Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
 
-    Example:
-      python cmres.py store verify cmres-monday.db
+    Example: python cmres.py store verify cmres-monday.db
     """
     return verify_store(path or config.database)
 
@@ -27883,8 +28371,7 @@ def store_restore(config: Config, path: Name) -> dict:
     The old database is kept beside it. VMs that started after the copy was written stay until an
     admin chooses `store orphans --delete` or `--adopt`.
 
-    Example:
-      python cmres.py store restore cmres-monday.db
+    Example: python cmres.py store restore cmres-monday.db
     """
     return restore_store(config.database, path, config.key)
 
@@ -27895,8 +28382,7 @@ def store_migrate(config: Config) -> dict:
     cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
     start.
 
-    Example:
-      python cmres.py store migrate
+    Example: python cmres.py store migrate
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
@@ -27912,8 +28398,7 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
     that of the setting `address`.
 
-    Example:
-      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    Example: python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
     address = address or config.public_url
     if not is_web(address):
@@ -27927,11 +28412,10 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
-    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft,
+    use `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
-    Example:
-      python cmres.py key rotate
+    Example: python cmres.py key rotate
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
@@ -27948,8 +28432,7 @@ def config_show(config: Config) -> Rows:
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
 
-    Example:
-      python cmres.py config show
+    Example: python cmres.py config show
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
@@ -27959,8 +28442,7 @@ def config_show(config: Config) -> Rows:
 def config_check(config: Config) -> dict:
     """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
 
-    Example:
-      python cmres.py config check --config /etc/cmres.ini
+    Example: python cmres.py config check --config /etc/cmres.ini
     """
     if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
@@ -27982,8 +28464,7 @@ def faults_of(config: Config) -> Iterator[str]:
             yield f"{name}: '{text}' is not an http(s) address"
     if '@' in config.notify_admins and not config.mail_server:
         yield 'notify_admins: no mail_server is set that could send to mail addresses'
-    port = config.mail_server.partition(':')[2]
-    if port and not port.isdecimal():
+    if not re.fullmatch(r'[^:]*(:\d*)?', config.mail_server):
         yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
     if named:
@@ -27992,22 +28473,20 @@ def faults_of(config: Config) -> Iterator[str]:
             yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
 
 
+EXPORTED = 1000  # events that are read at once
+
+
 def event_export(config: Config, since: When = None) -> None:
     """Prints the whole event log, one line of JSON for each event, the oldest first.
 
     `events export` and `journal export` are the same.
 
-    Example:
-      python cmres.py event export --since 2027-01-01
+    Example: python cmres.py event export --since 2027-01-01
     """
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    asked = {'since': since or FIRST}
+    service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
         print(''.join(map(json_text, found)), end='', flush=True)
         asked = {'after': found[-1]['id']}
-
-
-EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -28018,8 +28497,7 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
     They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
     never touches them again. `add --server ID` reserves one of them.
 
-    Example:
-      python cmres.py store orphans --adopt
+    Example: python cmres.py store orphans --adopt
     """
     if delete and adopt:
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
@@ -28051,10 +28529,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [MIGRATED.format(**done)] if done else []
+    return [f"Updated the database from version {done['before']} to {done['after']}. "
+            f"'{done['copy']}' is a copy of before."] if done else []
 
 
-MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
           'demo': 'create the resource demo and a token, if there are none',
           'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
@@ -28072,10 +28550,10 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
-    start = (start if isinstance(start, datetime)
-             else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0)))
-    end = (start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime)
-           else end)
+    def moment(given, origin: datetime, default: timedelta) -> datetime:
+        return given if isinstance(given, datetime) else origin + (given or default)
+    start = moment(start, datetime.now(UTC).replace(microsecond=0), timedelta(0))
+    end = moment(end, start, timedelta(days=366))
     if not start < end:
         raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
                       f'({config.told_time(start.timestamp())}).')
@@ -28093,18 +28571,13 @@ def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Calla
     def command(config: Config) -> None:
         print(text().strip('\n'))
     command.__name__ = name
-    command.__doc__ = f'{about}\n\nExample:\n  python cmres.py {name} > {file}'
+    command.__doc__ = f'{about}\n\nExample: python cmres.py {name} > {file}'
     return command
-
-
-def alerts_as_yaml() -> str:
-    import yaml
-    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
 
 
 PRINTING = (
     printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
-             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+             '`cmres`.', '/etc/prometheus/cmres.yml', lambda: as_yaml(alert_rules())),
     printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
              lambda: json_text(grafana_dashboard(), indent=2)),
     printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
@@ -28114,8 +28587,7 @@ PRINTING = (
 def completion(config: Config, shell: Name) -> None:
     """Prints a script that completes commands, options, labels and resources in a shell.
 
-    Example:
-      python cmres.py completion bash >> ~/.bashrc
+    Example: python cmres.py completion bash >> ~/.bashrc
     """
     if shell not in COMPLETIONS:
         raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
@@ -28166,11 +28638,8 @@ def in_utc(config: Config) -> None:
 @contextmanager
 def running(cycle: LifeCycle | None, keeper: Housekeeper,
             leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
-    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
-
-    Args:
-      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
-    """
+    """Runs a life cycle and a housekeeper beside what follows. SIGTERM and Ctrl-C call `leave`, or
+    end what follows at once; all ends in good order."""
     stop = threading.Event()
 
     def end(*_):
@@ -28196,7 +28665,6 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
     """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
-    import traceback
     thread, told = None, False
     while not stop.is_set():
         if not thread or not thread.is_alive():
@@ -28224,6 +28692,11 @@ def local_service(config: Config, make: bool = False) -> Reservations:
         user = str(os.getuid())
     return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN),
                         progress=progress_bar)
+
+
+def reached(config: Config, make: bool = False) -> Reservations | Client:
+    """The service that a command works with: on a server where one is set, else here."""
+    return Client(config.url, config.token) if config.url else local_service(config, make)
 
 
 def channels(config: Config) -> str:
@@ -28280,10 +28753,8 @@ class Untyped(str):
 
 
 def command(operation: Operation) -> Callable:
-    """What Fire calls for an operation: the same signature, but it only notes the call.
-
-    Nothing is required: what is missing is for `bind` to say.
-    """
+    """What Fire calls for an operation: it only notes the call. Nothing is required by its
+    signature: what is missing is for `bind` to say."""
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
@@ -28348,41 +28819,42 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in COMMON or name == '--file' and rest[:1] == ['add']:
+        is_file = name == '--file' and rest[:1] == ['add']
+        if name in COMMON or is_file:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in COMMON:
+        if is_file:
+            rest = ['load', value, *rest[1:]]
+        elif name in COMMON:
             options[name[2:]] = value
-        elif word in SWITCHES:
+        elif word in SWITCHES or word == '--follow' and rest[:1] == ['events']:
             options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
-        elif name == '--file' and rest[:1] == ['add']:
-            rest = ['load', value, *rest[1:]]
-        elif word == '--follow' and rest[:1] == ['events']:
-            options['follow'] = True
         else:
             rest.append(word)
-    rest[:1] = [ALIASES.get(word, word) for word in rest[:1]]
-    for old, new in PAIRED.items():
-        if rest[:len(old)] == [*old]:
-            rest[:len(old)] = new
-    if rest[:1] == ['scheduler'] and '--once' in rest:
-        rest = ['tick', *(word for word in rest[1:] if word != '--once')]
-    if rest[:1] == ['extend'] and any(word.startswith('--until') for word in rest):
-        rest[0] = 'keep'
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"'{options['format']}' is not one of {', '.join(FORMATS)}.")
-    return rest
+    return with_usual_names(rest)
+
+
+def with_usual_names(words: list[str]) -> list[str]:
+    """A line whose command has its own name, not another one that people give to it."""
+    words = [ALIASES.get(word, word) for word in words[:1]] + words[1:]
+    for old, new in PAIRED.items():
+        if words[:len(old)] == [*old]:
+            words[:len(old)] = new
+    if words[:1] == ['scheduler'] and '--once' in words:
+        return ['tick', *(word for word in words[1:] if word != '--once')]
+    if words[:1] == ['extend'] and any(word.startswith('--until') for word in words):
+        return ['keep', *words[1:]]
+    return words
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
-    """Reads a line and prints what `finish` makes of the call that it is.
-
-    Fire reads it; a call that has nothing for Fire to find out is read without it, as to import it
-    costs as much as to list reservations.
-    """
+    """Reads a line and prints what `finish` makes of the call that it is. Fire reads only what it
+    is needed for: to import it costs as much as to list reservations."""
     # Fire would take -h for a short --holidays.
     argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
@@ -28405,83 +28877,72 @@ def run_command(argv: list[str], finish: Callable) -> None:
 
 def help_of_group(here: Group, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
+    text, example = split_help(here.__doc__ or '')
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    names = [name for name in dir(here) if name not in ALIASES]
-    shelves = {'Commands': names} if path else {
-        title: words.split() for title, words in SHELVES.items()}
-    lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
-                                      for name in shelf if name in names)
-             for title, shelf in shelves.items()]
-    also = [] if path else [wrapped('Also: ' + ', '.join(
-        f'{new} (same as {old})' for new, old in ALIASES.items()))]
-    return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
+    shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
+    lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+                                 for name in names.split())])
+             for title, names in shelves.items()]
+    also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
+    return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
+                        f'Example:\n{example}'])
 
 
 def first_of(command: Group | Operation) -> str:
-    """The first sentence of the help of a command or a group."""
     text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
     return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
 
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
-    text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
-    needed = [name for name, each in operation.parameters.items() if each.default is REQUIRED]
-    words = [called(name, each) for name, each in operation.parameters.items() if name in needed]
-    optional = [name for name in operation.parameters if name not in needed]
-    usage = ' '.join(['Usage: python cmres.py', *path, *words] + ['[options]'] * bool(optional))
-    blocks = [usage, wrapped(text)]
-    if needed:
-        blocks.append('\n'.join(two_columns(f'  {word}', argument_help(operation, name), 16)
-                                for name, word in zip(needed, words)))
+    text, example = operation.help
+    kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
+             for name, each in operation.parameters.items()}
+    needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
+              for name, each in operation.parameters.items() if each.default is REQUIRED}
+    optional = [name for name in kinds if name not in needed]
+    usage = ['Usage: python cmres.py', *path, *needed.values(), '[options]' if optional else '']
+    blocks = [[two_columns(f'  {word}', argument_help(operation, name), 16)
+               for name, word in needed.items()]]
     for title, names in kinds_of(optional).items():
-        blocks.append('\n'.join([title, *(two_columns(
-            f"  --{name.replace('_', '-')} "
-            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
-            said_in_help(operation, name), 27)
-            for name in names)]))
-    return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
-
-
-def called(name: str, parameter: inspect.Parameter) -> str:
-    """What stands for an argument that is needed."""
-    is_file = SHOWN_AS.get(parameter.annotation) == 'FILE'
-    return 'FILE' if is_file else name.upper().replace('_', '-')
+        words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
+        blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
+                                for name, word in words.items())])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text),
+                        *map('\n'.join, filter(None, blocks)), f'Example:\n{example}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
     """Options by kind, where there are many."""
     if len(names) < 9:
         return {'Options': names} if names else {}
-    found = {title: [name for name in words.split() if name in names]
-             for title, words in KINDS_OF_OPTIONS.items()}
-    rest = [name for name in names if not any(name in each for each in found.values())]
-    return {title: each for title, each in (found | {'Other': rest}).items() if each}
+    titles = {name: title for title, words in KINDS_OF_OPTIONS.items() for name in words.split()}
+    found = {title: [name for name in names if titles.get(name, 'Other') == title]
+             for title in (*KINDS_OF_OPTIONS, 'Other')}
+    return {title: each for title, each in found.items() if each}
 
 
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
-    default = operation.parameters[name].default
-    there = default not in (None, '', (), False) and 'default' not in argument_help(operation, name)
-    return argument_help(operation, name) + (f' (default: {default})' if there else '')
+    default, text = operation.parameters[name].default, argument_help(operation, name)
+    said = default not in (None, '', (), False) and 'default' not in text
+    return f'{text} (default: {default})' if said else text
 
 
 def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
     """A line of help; what is too long for it goes on below, in its column."""
-    lines = textwrap.wrap(right, width - place, break_on_hyphens=False)
-    head = [left.ljust(place) + lines[0]] if len(left) < place else [left, ' ' * place + lines[0]]
-    return '\n'.join(head + [' ' * place + line for line in lines[1:]])
+    margin = ' ' * place
+    text = textwrap.fill(right, width, initial_indent=margin, subsequent_indent=margin,
+                         break_on_hyphens=False)
+    return f'{left}\n{text}' if len(left) >= place else left.ljust(place) + text[place:]
 
 
 def wrapped(text: str, width: int = 80) -> str:
-    """Paragraphs for a terminal of 80 columns."""
     return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
     """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
-    import fire
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
     tree = commands(command)
     # a lone `-` is a word of ours
@@ -28513,26 +28974,26 @@ KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_en
 
 def completed(words: list[str]) -> list[str]:
     """What the last of some words may become; nothing where that can't be told."""
-    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
-    typed = words.pop()
-    tree = commands(lambda operation: operation)
+    *words, typed = [word for word in words[:-1] if word != '='] + [*words[-1:], ''][:1]
+    typed, found = typed.lstrip('='), []
     with suppress(Error, OSError, *STORE_ERRORS):
-        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
-        if isinstance(here, Group):
-            return sorted(word for word in dir(here) if word.startswith(typed))
+        path, here = command_path(commands(lambda operation: operation),
+                                  [word for word in words if not word.startswith('-')])
         name, equals, begun = typed.partition('=')
-        if equals:
-            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
         last = words[-1] if words else ''
-        if last.startswith('--') and last not in SWITCHES and '=' not in last:
-            return [each for each in values_of(here, last) if each.startswith(typed)]
-        if typed.startswith('-'):
+        if isinstance(here, Group):
+            found = sorted(dir(here))
+        elif equals:
+            found = [f'{name}={each}' for each in values_of(here, name)]
+        elif last.startswith('--') and last not in SWITCHES and '=' not in last:
+            found = values_of(here, last)
+        elif typed.startswith('-'):
             flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
-            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
-        plain = [word for word in words[len(path):] if not word.startswith('--')]
-        place = list(here.parameters)[len(plain):][:1]
-        return [each for each in values_of(here, *place) if each.startswith(typed)]
-    return []
+            found = [*flags, *COMMON, *SWITCHES]
+        else:
+            plain = [word for word in words[len(path):] if not word.startswith('--')]
+            found = values_of(here, *list(here.parameters)[len(plain):][:1])
+    return [each for each in found if each.startswith(typed)]
 
 
 def values_of(operation: Operation, name: str = '') -> list[str]:
@@ -28540,13 +29001,11 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
     name = name.removeprefix('--').replace('-', '_')
     if name in KNOWN_VALUES:
         return list(KNOWN_VALUES[name])
-    config = load_config()
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    if (name in ('resource', 'resources') or name == 'name'
-        and operation.name.startswith('resource_')):
-        return [each['name'] for each in service.resource_list()]
+    of_resource = name == 'name' and operation.name.startswith('resource_')
+    if name in ('resource', 'resources') or of_resource:
+        return [each['name'] for each in reached(load_config()).resource_list()]
     if name == 'label' and operation.name != 'add':
-        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+        return list({each['label']: 0 for each in reached(load_config()).list(limit=1000)})
     return []
 
 
@@ -28592,40 +29051,26 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
-    operation = call._operation
-    given = {name: from_file(value, operation.parameters[name].annotation)
-             for name, value in call._given.items()}
-    # the parts name resources: the rest came early
-    if 'part' in given and 'end' not in given and 'resource' in given:
-        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']}
-                                                                  if 'start' in given else {})
-    if 'tz' in operation.parameters:
-        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
-        given.setdefault('tz', zone)
-    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
-    form = options.get('format', 'table')
+    operation, form = call._operation, options.get('format', 'table')
+    bound = bound_call(call, config, options)
+    look = Look.of(options, '' if operation.name == 'events' else COLUMNS.get(operation.name, ''))
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
     begins = operation.name in BEGINS and not bound.get('dry_run')
     if begins and not config.url and is_missing(config.database):
         print(told_made(config), file=sys.stderr)
-    service = (Client(config.url, config.token) if config.url
-               else local_service(config, make=begins))
+    service = reached(config, begins)
     asked = getattr(service, operation.name)
-    if config.url and 'limit' in operation.parameters:  # a page, as here
-        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
     while options.get('watch') and not operation.changes:
-        shown = render(asked(**bound), form, config.zone, table)
+        shown = render(asked(**bound), form, config.zone, look)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
     answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
               else asked(**bound))
-    text = render(answer, form, config.zone, table)
+    text = render(answer, form, config.zone, look)
     id, _, at = getattr(service, 'token_ends', '').partition(' ')
     if at:
         print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
@@ -28640,6 +29085,25 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         print(text)
         raise refused
     return text
+
+
+def bound_call(call: Call, config: Config, options: dict) -> dict:
+    """The arguments of a call as values: files are read, times are of the zone of the line."""
+    operation = call._operation
+    given = {name: from_file(value, operation.parameters[name].annotation)
+             for name, value in call._given.items()}
+    if 'part' in given and 'end' not in given and 'resource' in given:
+        # the parts name resources: the rest came early
+        early = dict(zip(('start', 'end'), (given[name] for name in ('resource', 'start')
+                                            if name in given)))
+        given |= {'resource': ANY} | early
+    if 'tz' in operation.parameters:
+        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
+        given.setdefault('tz', zone)
+    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
+    return bound
 
 
 def kept_if_stopped(asked: Callable, bound: dict):
@@ -28678,9 +29142,10 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else cursor_of(last)
-    shown = (last['id'] if operation.name == 'events'
-             else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
+    if operation.name == 'events':
+        after = shown = last['id']
+    else:
+        after, shown = cursor_of(last), f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
 
@@ -28748,7 +29213,6 @@ def file_rows(text: str, name: str) -> list[dict]:
         if name.endswith('.json'):
             return json.loads(text)
         if name.endswith(('.yaml', '.yml')):
-            import yaml
             return yaml.load(text, yaml.BaseLoader)  # every value stays text: bind reads them
         return csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
@@ -28778,7 +29242,6 @@ def csv_rows(text: str) -> list[dict]:
 
 
 def progress_bar(items: list) -> Iterable:
-    """The items, with a bar on a terminal while there are many."""
     if len(items) < 20 or not sys.stderr.isatty():
         return items
     from rich.console import Console
@@ -28794,13 +29257,13 @@ class Look(NamedTuple):
     width: int | None = None                # of a terminal; without, as wide as it needs to be
 
     @staticmethod
-    def of(options: dict, usual: str | None = None) -> Look:
+    def of(options: dict, usual: str) -> Look:
         """As the options of a command line say; `usual`: the columns that are shown without any."""
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
-        narrow = sys.stdout.isatty() and not options.get('wide')
-        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        is_wide = options.get('wide')
+        columns = chosen or (not is_wide and usual.split()) or None
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if narrow else None)
+                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28840,7 +29303,6 @@ def refuse_unknown_column(name: str, lines: list[dict]) -> None:
 
 
 def only_columns(lines: list[dict], look: Look) -> list[dict]:
-    """The lines with the columns that somebody chose."""
     if not look.chosen:
         return lines
     for name in look.columns:
@@ -28849,8 +29311,7 @@ def only_columns(lines: list[dict], look: Look) -> list[dict]:
 
 
 def as_yaml(answer) -> str:
-    import yaml
-    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False, width=200)
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
     return text.rstrip()
@@ -28868,9 +29329,8 @@ def csv_cell(value):
     if isinstance(value, str):
         return legible(f"'{value}" if FORMULA.match(value) else value)
     plain = to_plain(value)
-    if not isinstance(plain, (list, dict)):
-        return plain
-    return legible(json.dumps(plain, ensure_ascii=False))
+    is_nested = isinstance(plain, (list, dict))
+    return legible(json.dumps(plain, ensure_ascii=False)) if is_nested else plain
 
 
 def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28924,7 +29384,6 @@ LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
 
 
 def worded(name: str, value):
-    """A field as people read it: a length with its units."""
     return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
@@ -28945,29 +29404,27 @@ def in_table(value, zone: ZoneInfo) -> str:
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
     """The columns for which a terminal has room: first goes what all share, then the least."""
-    widths = [max(map(len, (head, *(line[place] for line in cells))))
-              for place, head in enumerate(heads)]
-    shared = {name for place, name in enumerate(names)
-              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
-    goes = [name for name in LEAST if name in shared] + [name for name in LEAST
-                                                         if name not in shared]
+    columns = [*zip(heads, *cells)]
+    widths = [2 + max(map(len, column)) for column in columns]
+    is_shared = [len(cells) > 1 and len({*column[1:]}) == 1 for column in columns]
+    goes = sorted((place for place, name in enumerate(names) if name in LEAST),
+                  key=lambda place: (not is_shared[place], LEAST.index(names[place])))
     shown = list(range(len(names)))
-    for name in goes:
-        if sum(widths[each] + 2 for each in shown) - 2 <= width:
-            break
-        shown = [each for each in shown if names[each] != name]
+    while goes and sum(widths[each] for each in shown) - 2 > width:
+        shown.remove(goes.pop(0))
     return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
     """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
-    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
-              for place in range(len(table[0]))]
+    columns = [*zip(*table)]
+    widths = [max(wide(part) for cell in column for part in cell.split('\n'))
+              for column in columns]
     on_terminal = sys.stdout.isatty()
     if on_terminal:
-        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
-                 for place in range(len(widths))]
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', cell) for cell in column[bool(names):])
+                 for column in columns]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
     if names and on_terminal and 'NO_COLOR' not in os.environ:
@@ -28984,23 +29441,23 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
-    widths = widths[:]
-    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
-        there = sorted({width for width, fixed in zip(widths, whole) if not fixed
-                        and width > least})
-        if not there:
+    """Widths that fit a terminal: the widest goes down step by step, but none that is `whole`."""
+    widths = [width if fixed else min(width, most) for width, fixed in zip(widths, whole)]
+    while sum(widths) + 2 * len(widths) - 2 > most:
+        width, place = max((0 if whole[place] else width, place)
+                           for place, width in enumerate(widths))
+        if width <= least:
             break
-        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
-        lower = there[-2] if len(there) > 1 else least
-        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+        widths[place] -= 1
     return widths
 
 
 def pieces_of(cell: str, width: int) -> Iterator[str]:
     """The lines of a cell, cut where they are too wide, between words if there are any."""
     for part in cell.split('\n'):
-        while (end := fitting_end(part, width)) < len(part):
+        while wide(part) > width:
+            taken = itertools.accumulate(map(wide, part))
+            end = max(sum(each <= width for each in taken), 1)  # at least one letter
             space = part.rfind(' ', 1, end + 1)
             end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
@@ -29008,26 +29465,15 @@ def pieces_of(cell: str, width: int) -> Iterator[str]:
         yield part
 
 
-def fitting_end(text: str, width: int) -> int:
-    """How many letters of a text fit; at least one."""
-    taken = 0
-    for end, letter in enumerate(text):
-        taken += wide(letter)
-        if taken > width:
-            return max(end, 1)
-    return len(text)
-
-
 def wide(text: str) -> int:
     """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
-    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
+    return sum(1 + (unicodedata.east_asian_width(each) in 'WF') for each in text
+               if not unicodedata.combining(each))
 
 
 def terminal_width() -> int:
-    import shutil
     return shutil.get_terminal_size().columns
 
 
@@ -29065,7 +29511,6 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
-    """What a refusal says that would fit."""
     moment = functools.partial(format_moment, zone=zone)
     offers = (('next_start', 'the same from {}', moment),
               ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),
