@@ -8688,6 +8688,11 @@ class Clouds:
         return clouds | own | {entry for key, entry in known.items()
                                if key.rpartition('@')[2] in clouds}
 
+    def prepare(self) -> None:
+        """Loads what calls need, before this process has any part in them: it takes a while."""
+        if not all(map(is_simulated, self.names() - {''})):
+            import openstack.connection  # noqa: F401
+
     def open(self, account: str) -> Cloud:
         with self.lock:
             if account not in self.opened:
@@ -19031,6 +19036,7 @@ class LifeCycle:
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
         for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
             beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
+        self.guarded(self.clouds.prepare)
         self.leader.shares = True
         threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
