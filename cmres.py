@@ -17436,7 +17436,7 @@ class Leadership:
         self.spare = 0  # how many of them another scheduler is to have
         self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
         self.leased_until = 0.0
-        self.calm_until, self.seen = 0.0, None  # nothing is free so long, in that state of all
+        self.calm_until = 0.0  # nothing is free until then, unless the store changes
 
     def has_time(self, now: float, cloud: str) -> bool:
         """Whether a lease is this process' at an instant, as it knows by itself."""
@@ -17459,9 +17459,8 @@ class Leadership:
         """
         lasts = self.config.leader_timeout
         fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
-        if fresh and now < self.calm_until and self.seen == db.state():
+        if fresh and self.held and now < self.calm_until:
             return set()
-        self.seen = db.state()
         if not self.free(now) and (fresh or not (self.held or self.shares)):
             return set()
         with transaction(first=True):
@@ -17476,7 +17475,7 @@ class Leadership:
             if taken:
                 run('DELETE FROM lease WHERE name = holder AND until < ?', now - 60 * lasts)
                 inherit(taken)
-        self.seen, self.leased_until = None, until
+        self.leased_until = until
         self.held = (held | taken) - {self.name}
         return taken - {self.name}
 
@@ -19018,6 +19017,8 @@ class LifeCycle:
         """Whether anything is due; asked anew only where somebody has written since."""
         state = db.state()
         if state != self.seen:
+            self.leader.calm_until = 0.0  # a cloud may be new, or given back
+            self.lead(now)
             self.seen, self.soonest = state, self.next_due()
         return min(self.soonest, self.lender.again) <= now
 
