@@ -4521,6 +4521,7 @@ WRITES = {
         'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
     'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/bob.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
+    'host_set': {'name': 'gpu-1', 'properties': 'fast=yes'},
     'resource_sync': {'cloud': 'simulated', 'aggregates': ['gpu'], 'mode': 'exclusive'},
     'limit_add': {'project': 'bio', 'most_vms': 3}, 'limit_delete': {'id': 1}, 'approve': {'label': 'asked'},
     'reject': {'label': 'asked', 'reason': 'no'}, 'accept': {'label': 'offered'},
@@ -11481,6 +11482,7 @@ def random_deeds(world, monkeypatch, seed, number):
     for each in (eva.offers, root.offers):  # what would fit instead is tested elsewhere
         each.explaining = lambda *args, **more: contextlib.nullcontext()
     monkeypatch.setattr(cmres.Offers, 'explaining', lambda *args, **more: contextlib.nullcontext())
+    monkeypatch.setattr(cmres, 'SEARCHED', ((8, 300),) * 2)  # the rule is to hold, however long it is looked for
     for step in range(number):
         start = int(world.now - NOON.timestamp()) // 3600 + dice.randrange(0, 12)
         label = dice.choice(eva.list(limit=30) or [{'label': 'none'}])['label']
@@ -11702,7 +11704,7 @@ def test_what_is_planned_on_a_host_that_nova_lets_nothing_start_on_moves_and_wha
     survey(racks)
     assert planned('runs') == [{'h1': 1}] and planned('comes') == [{}] or planned('later') == [{}]
     short = 'comes' if planned('comes') == [{}] else 'later'
-    assert len(affected(racks, short)) == 1 and 'no host has room for all of its VMs (1 VM from' in affected(racks, short)[0]
+    assert len(affected(racks, short)) == 1 and 'no longer have room for all of its VMs (1 VM from' in affected(racks, short)[0]
     survey(racks)
     assert len(affected(racks, short)) == 1 and racks.service.check()['differences'] == 0
     with pytest.raises(NoCapacity):
@@ -11899,6 +11901,42 @@ def test_a_search_ends_after_a_number_of_looks_and_asks_no_clock(racks, monkeypa
     assert 'time.' not in text
 
 
+def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
+    rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 4}, told={'h2': {'properties': {'HW_CPU_X86_AVX2': 'yes', 'arch': 'x86_64'}}})
+    world.service.host_set('h3', {'gpu_count': '2', 'arch': 'x86_64'})
+    shown = world.service.host_set('h3', {'owner': 'bio'}, private=True)
+    assert shown['properties']['gpu_count'] == '2' and shown['properties']['CUSTOM_GPU'] == '4'
+    gpus(world, 'a', 'g2', where='gpu_count>=2 and arch==x86_64')
+    gpus(world, 'b', 'g2', where='HW_CPU_X86_AVX2')
+    gpus(world, 'c', 'g2', vms=2, where='arch=x86_64', affinity='apart')
+    assert [planned(each) for each in 'abc'] == [[{'h3': 1}], [{'h2': 1}], [{'h2': 1, 'h3': 1}]]
+    assert world.service.show('a')['where'] == 'gpu_count>=2 and arch==x86_64'
+    with pytest.raises(NoCapacity, match='each take .* 2 CUSTOM_GPU of one host and only where gpu_count>=2|and only where gpu_count>=2') as no:
+        gpus(world, 'd', 'g2', where='gpu_count>=2')
+    assert no.value.details['next_start'] == NOON + hours(2)
+    with pytest.raises(Invalid, match=r"where: no host of 'gpu' meets gpu_count>9. What is known of its hosts: CUSTOM_GPU, DISK_GB, "
+                                      'HW_CPU_X86_AVX2, arch, gpu_count, name, ram, vcpus'):
+        gpus(world, 'd', 'g2', where='gpu_count>9')
+    with pytest.raises(Invalid, match="where: 'gpu_count >> 2' is not like gpu_count>=2 and arch==x86_64"):
+        gpus(world, 'd', 'g2', where='gpu_count >> 2')
+    world.service.host_set('h3', {'gpu_count': ''})
+    with pytest.raises(Invalid, match='no host'):
+        gpus(world, 'd', 'g2', where='gpu_count>=2')
+    with pytest.raises(NotFound, match="No resource has a host 'h9'"):
+        world.service.host_set('h9', {'a': 'b'})
+
+
+def test_what_moves_goes_only_to_hosts_that_are_as_it_asked(racks):
+    racks.service.host_set('h1', {'fast': 'yes'})
+    gpus(racks, 'a', 'g3', where='fast', start=1, end=4)
+    gpus(racks, 'b', 'g8', start=2, end=4)
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'c', 'g8', start=3, end=4)
+    assert planned('a') == [{'h1': 1}] and racks.service.check()['differences'] == 0
+    racks.as_user().update('a', where='')
+    assert planned('a') == [{'h1': 1}]
+
+
 # Service: who may what #######################################################
 
 
@@ -11965,7 +12003,7 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 
 ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity', 'maintenance_add',
-          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update',
+          'maintenance_delete', 'claim', 'host_set', 'resource_sync', 'resource_add', 'resource_update',
           'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
            'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list',
@@ -25561,6 +25599,31 @@ def test_a_snapshot_is_the_projects_own_and_is_made_once(nova):
     assert cloud.saved(str(uuid.uuid4())) is None
 
 
+def test_hosts_are_read_through_their_hypervisors_with_all_that_is_said_of_them(far, nova):
+    theirs, ours = nova.server('theirs', 'admin'), nova.server('ours', 'admin', [far.clouds.store])
+    for uid in (theirs, ours, 'a-migration'):
+        nova.used['gpu-1'][uid], nova.used['gpu-1-cards'][uid] = {'VCPU': 4, 'MEMORY_MB': 1024}, {'CUSTOM_GPU': 1}
+    nova.traits['gpu-1'], nova.states['gpu-1'] = ['HW_CPU_X86_AVX2', 'COMPUTE_NODE'], ('up', 'disabled')
+    nova.aggregates[0]['metadata']['rack'] = '7'
+    aggregate, = far.clouds.open('admin').aggregates()
+    told = aggregate.told['gpu-1']
+    assert (aggregate.id, told.state, told.properties) == ('1', 'disabled', {'rack': '7', 'HW_CPU_X86_AVX2': 'yes'})
+    assert told.others == {theirs: cmres.Amount(0, 4, 1024, (('CUSTOM_GPU', 1),))}
+    far.service.resource_sync('admin', ['gpu'], mode='exclusive')
+    assert far.service.resource_show('gpu')['classes'] == {'CUSTOM_GPU': 3}
+    nova.states['gpu-1'] = 'down', 'enabled'
+    assert far.clouds.open('admin').states() == {'gpu-1': ('down', [theirs, ours])}
+    nova.aggregates[0]['hosts'].append('gpu-9')
+    with pytest.raises(Conflict, match="Placement has no resource provider for the host 'gpu-9' of the aggregate 'gpu'"):
+        far.service.resource_sync('admin')
+    nova.aggregates[0] |= {'name': 'renamed', 'hosts': ['gpu-1']}
+    assert 'aggregate' in [each['what'] for each in far.service.resource_sync('admin')]
+    assert far.service.resource_show('gpu')['aggregate'] == 'renamed'
+    nova.aggregates[0]['metadata']['cmres_store'] = 'cmres-another'
+    with pytest.raises(Conflict, match='belongs to another cmres'):
+        far.service.resource_sync('admin', ['renamed'])
+
+
 def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
     far.service.resource_sync('admin', ['gpu'], mode='exclusive')
     found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
@@ -26495,6 +26558,64 @@ class TestWaysRound:
 #: Where the programs are that `make test-clients` has installed.
 CLIENTS = os.environ.get('CLIENTS', '')
 installed = pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
+
+
+@openstack
+@real
+@inlab
+class TestHostsFollowNova:
+    """What becomes of plans and VMs when Nova lets nothing start on a host, or calls it down."""
+
+    @pytest.fixture
+    def guarded(self, tmp_path):
+        guarded = Guarded(tmp_path)
+        try:
+            guarded.service.resource_sync('lab-admin', [guarded.name], mode='exclusive')
+            guarded.schedule()
+            guarded.world.config.take(heal_after=1.0)
+            yield guarded
+        finally:
+            guarded.end()
+
+    def test_a_disabled_host_is_planned_around(self, guarded):
+        admin = sdk('lab-admin').compute
+        label = guarded.reserve(start=guarded.service.here.now + hours(2))
+        assert planned(label) == [{'lab-compute-1': 3}]
+        service = next(each for each in admin.services(binary='nova-compute') if each.host == 'lab-compute-1')
+        admin.disable_service(service)
+        try:
+            guarded.world.cycle.look_at_hosts('states')
+            until(lambda: planned(label) == [{'lab-compute-2': 3}])
+        finally:
+            admin.enable_service(service)
+
+    def test_what_others_take_is_not_promised(self, guarded):
+        before = guarded.service.resource_show(guarded.name)['vcpus']
+        compute = sdk('lab-admin').compute
+        server = compute.create_server(name=unique('others-'), flavor_id=compute.find_flavor('m1.large').id, networks='none',
+                                       image_id=sdk('lab-admin').image.find_image('tiny').id, availability_zone='nova:lab-compute-1')
+        try:
+            until(lambda: compute.get_server(server.id).status == 'ACTIVE')
+            guarded.world.cycle.look_at_hosts('hosts')
+            until(lambda: guarded.service.resource_show(guarded.name)['vcpus'] == before - 4)
+        finally:
+            compute.delete_server(server)
+
+    def test_vms_of_a_host_that_is_down_are_made_anew_on_another(self, guarded):
+        label = guarded.reserve(vms=2, image='tiny', network='none')
+        until(lambda: guarded.world.state(label) == 'active')
+        there = lambda: {each.id: each.compute_host for each in sdk('lab-user').compute.servers() if each.status == 'ACTIVE'}  # noqa: E731
+        hosts = lambda: {each.id: each.compute_host for each in sdk('lab-admin').compute.servers(all_projects=True) if each.id in there()}  # noqa: E731
+        before = hosts()
+        assert set(before.values()) == {'lab-compute-1'} and planned(label) == [{'lab-compute-1': 2}]
+        subprocess.run([SVC, 'kill', 'nova-compute-1'], check=True)
+        try:
+            after = until(lambda: len(now := hosts()) == 2 and not now.keys() & before.keys() and now, 200)
+            assert set(after.values()) == {'lab-compute-2'} and planned(label) == [{'lab-compute-2': 2}]
+            assert any('the host lab-compute-1 is down' in each['sentence'] for each in guarded.service.events(label))
+            until(lambda: guarded.world.state(label) == 'active')
+        finally:
+            subprocess.run([SVC, 'start', 'nova-compute-1'], check=True)
 
 
 class Hypervisors(Relay):
