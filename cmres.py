@@ -22624,27 +22624,24 @@ class QuickLine:
         self.left = ' '.join(text.lower().replace(',', ' , ').split())[:400]
         self.today = here.now.astimezone(here.zone).date()
         self.fields: dict[str, str] = {}
-        self.said: dict[str, str] = {}
+        self.said: dict[str, Any] = {}
         self.read()
 
-    def take(self, name: str) -> re.Match | None:
-        """Takes a part out of the line."""
-        found = PHRASES[name].search(self.left)
-        if found:
-            self.left = f'{self.left[:found.start()]} {self.left[found.end():]}'
-        return found
+    def take(self, *names: str) -> None:
+        """Takes parts out of the line."""
+        for name in names:
+            if found := PHRASES[name].search(self.left):
+                self.left = f'{self.left[:found.start()]} {self.left[found.end():]}'
+                self.said[name] = found.groups() if name == 'span' else found[1].strip(' ,')
 
     def read(self) -> None:
         """Reads it part by part; what is left has not been understood."""
-        self.said = {name: found[1].strip(' ,') for name in ('label', 'skip_dates')
-                     if (found := self.take(name))}
+        first, last = ('label', 'skip_dates'), ('span', 'at')
+        self.take(*first)
         self.read_repeat()
-        self.said |= {name: found[1].strip(' ,') for name in PHRASES
-                      if name not in ('label', 'skip_dates', 'span') and name != 'at'
-                      and (found := self.take(name))} | (
-            {'span': found.groups()} if (found := self.take('span')) else {})
-        if 'span' not in self.said and (found := self.take('at')):
-            self.said['at'] = found[1]
+        self.take(*(name for name in PHRASES if name not in first + last), 'span')
+        if 'span' not in self.said:
+            self.take('at')
         self.read_dates()
         self.read_times()
         self.read_words()
@@ -22662,16 +22659,12 @@ class QuickLine:
 
     def dates(self, text: str) -> list[date]:
         """The dates that some words name; none if they name none."""
-        found = []
-        for each in re.split(' ?, ?| and ', text):
-            try:
-                days = dates_of(each.strip().removeprefix('the '), self.today)
-            except ValueError:
-                return []
-            found += days[:1]
-            if not days:
-                return []
-        return found
+        try:
+            found = [dates_of(each.strip().removeprefix('the '), self.today)[:1]
+                     for each in re.split(' ?, ?| and ', text)]
+        except ValueError:
+            return []
+        return sum(found, []) if all(found) else []
 
     def read_dates(self) -> None:
         """The day of the first, the last one, and those that are left out."""
@@ -22684,8 +22677,7 @@ class QuickLine:
             elif name in self.said:
                 self.left += f' {self.said[name]}'
         words = self.left.split()
-        runs = ((n, m) for size in range(4, 0, -1) for n in range(len(words) - size + 1)
-                for m in [n + size])
+        runs = ((n, n + size) for size in range(4, 0, -1) for n in range(len(words) - size + 1))
         first, last = next((run for run in runs if words[run[0]] not in FILLERS | {','}
                             and self.dates(' '.join(words[slice(*run)]))), (0, 0))
         self.day = self.dates(' '.join(words[first:last]))[:1] if last else []
@@ -23156,15 +23148,10 @@ class Plot {
   constructor(svg) {
     this.svg = svg;
     this.shade = $('.drag', svg);
-    const said = svg.dataset;
-    this.first = Date.parse(said.first + 'Z');
-    this.length = +said.length;
-    this.thin = +said.thin;
-    this.snap = +said.snap;
+    this.first = Date.parse(svg.dataset.first + 'Z');
+    for (const name of ['length', 'thin', 'snap', 'caps', 'steps', 'shut'])
+      this[name] = JSON.parse(svg.dataset[name]);
     this.whole = dusk - dawn + this.thin * (1440 - dusk + dawn);
-    this.caps = JSON.parse(said.caps);
-    this.steps = JSON.parse(said.steps);
-    this.shut = JSON.parse(said.shut);
     const start = new Date(this.first);
     this.offset = start.getUTCHours() * 60 + start.getUTCMinutes();
     this.zero = this.run(this.offset);
@@ -23627,7 +23614,7 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 % end
 </section>
 % end
-% at, view, number = span.at(span.first), span.view, VIEWS.index(span.view)
+% at, view, level = span.at(span.first), span.view, VIEWS.index(span.view)
 <div class="bar-top"><a class="btn sq" aria-label="Earlier"
 href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
@@ -23640,7 +23627,7 @@ href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
-% for way_on, key, to in (('out', '−', number - 1), ('in', '+', number + 1)):
+% for way_on, key, to in (('out', '−', level - 1), ('in', '+', level + 1)):
 % if 0 <= to < len(VIEWS):
 <a class="btn sq" id="zoom-{{way_on}}" data-key="{{key.replace('−', '-')}}"
 href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</a>
@@ -23711,8 +23698,8 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 % end
 </svg>full</li></ul>
 <p class="small">
-{{!when('<a href="{1}">Resources before</a>', page, way(at=at, page=page - 1))}}
-{{!when('<a href="{1}">More resources</a>', more, way(at=at, page=page + 1))}}
+{{!when('<a href="{1}">Resources before</a>', number, way(at=at, page=number - 1))}}
+{{!when('<a href="{1}">More resources</a>', goes_on, way(at=at, page=number + 1))}}
 % if most:
 Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has them all.
 % end
@@ -23728,7 +23715,8 @@ data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
 % for x, width, words in row.closed:
 <rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
-</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if line.view != 'month' else ''}}</text>
+</rect><text class="shut-t" x="{{x}}%" dx="4"
+y="13">{{words if line.view != 'month' else ''}}</text>
 % end
 % if now is not None:
 <rect class="past" width="{{now}}%" height="{{row.height}}"/>
@@ -23950,7 +23938,7 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 % if vms:
 <section><div class="line between"><h2>VMs</h2>
 <button class="tiny" data-copy="">Copy all lines</button></div>
-{{!visit.table('VMs', ['name', 'state', 'log_in', 'ready'], vms)}}</section>
+{{!visit.table('VMs', vms, None)}}</section>
 % end
 {{!occurrences}}</div>
 <div class="stack"><section class="card pad"><h2>Facts</h2>{{!facts}}</section>
@@ -23967,11 +23955,11 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 </nav>{{!body}}
 ''', 'decide': '''
 <section class="gap"><h2>Waiting for your approval</h2>
-{{!post('/admin/decide', kind='stack')}}{{!alert(refusal)}}
+{{!post('/admin/decide', kind='stack')}}{{!alert(visit.refusal)}}
 {{!table}}
 % if some:
 <div class="sel card line"><span><b class="count">{{picked}}</b> selected</span><label><span
-class="off">Reason</span><input name="reason" value="{{reason}}"
+class="off">Reason</span><input name="reason" value="{{visit.typed.get('reason', '')}}"
 placeholder="Reason, sent to the owners (needed to reject)"></label>
 <button class="main" name="do" value="approve">Approve</button>
 <button class="bad" name="do" value="reject">Reject</button></div>
@@ -23979,7 +23967,8 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 </form></section>
 ''', 'form': '''
 <details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
-{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields roomy">{{!fields}}</div>
+{{!post(action, more, 'stack gap')}}{{!alert(visit.refusal * bool(mine))}}
+<div class="fields roomy">{{!fields}}</div>
 % if rare:
 <details><summary>More options</summary><div class="fields roomy gap">{{!rare}}</div></details>
 % end
@@ -23987,6 +23976,8 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 {{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
 <p class="small soft">{{note}}</p></form></details>
 ''', 'heat': '''
+% days, at = range(1, month.length // 1440 + 1), month.first.date()
+% before, after = (month.first - DAY_LONG).date(), month.after.date()
 <section class="gap"><div class="line between"><h2>Used in {{month}}, percent of the capacity</h2>
 <p class="line noprint"><a class="btn tiny" href="?at={{before}}">‹ Before</a>
 <a class="btn tiny" href="?at={{after}}">After ›</a> <a class="btn tiny"
@@ -24088,9 +24079,27 @@ FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms v
          'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
          'user_end': ('/admin/people', 'user project'),
          'credential_add': ('/tokens', 'cloud application secret | trust')}
-#: Where else the button of an act of operators leads back to.
-ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
-             'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
+#: The tables: their columns, and what stands there instead of an empty one.
+PANELS = {
+    'Reservations': ('label state resource vms start end addresses', 'Nothing is reserved.'),
+    'Occurrences': ('label start end vms state', ''), 'VMs': ('name state log_in ready', ''),
+    'Requests': ('label resource vms start end description', 'Nothing awaits approval.'),
+    'Waiting for capacity': ('label resource vms start end', 'Nothing waits.'),
+    'Maintenance': ('id resource start end vms vcpus ram reason', 'No maintenance is planned.'),
+    'Affected': ('label resource vms start end outcome', 'It affects nobody.'),
+    'Resources': ('name cloud region aggregate vms vcpus ram classes mode approval',
+                  'There is no resource yet.'),
+    'Limits': ('id project user resource max_vms max_duration max_advance min_notice '
+               'max_vcpu_hours max_waiting exempt_within lock', 'There are no limits.'),
+    **dict.fromkeys(('Tokens', 'Your tokens'), (
+        'id user project role purpose scopes resource added ends last_used', 'None.')),
+    'Clouds on which VMs are yours': ('id user cloud application trust added', ''),
+    'Report of this month': ('project reserved_hours used_hours unused_hours refused late_worst',
+                             'None.'),
+    'How late VMs were in the last 30 days, in seconds': (
+        'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
+        'tried_again', 'None.'),
+    'VMs that did not start': ('cloud label name tries planned fault', 'None.')}
 #: What stands above a column, or a field, where it is not its name.
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
          'max_vms': 'Most VMs', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
@@ -24142,7 +24151,6 @@ TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
          'at_end': 'At the end', 'notify': 'Notices go to', 'invite': 'Invited',
          'request': 'Part of', 'description': 'Description'}
-TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
 FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
@@ -24274,8 +24282,8 @@ NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or 
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
     sentence, counted, urlencode)} | {
-    'ATTRIBUTES': ATTRIBUTES, 'TO_ALERT': TO_ALERT, 'DAYS': DAYS, 'PICK': PICK,
-    'NOTHING_FREE': NOTHING_FREE}
+    'ATTRIBUTES': ATTRIBUTES, 'DAY_LONG': timedelta(days=1), 'TO_ALERT': TO_ALERT, 'DAYS': DAYS,
+    'PICK': PICK, 'NOTHING_FREE': NOTHING_FREE}
 
 
 # Time line ###################################################################
@@ -24778,6 +24786,9 @@ class Visit:
     zone: ZoneInfo
     guard: str              # what a form of theirs must carry
     back: str = '/list'     # where the buttons of a table lead back to
+    typed: dict = dataclasses.field(default_factory=dict)  # into a form that is shown again
+    refusal: str = ''       # why it is
+    status: int = 200
 
     @property
     def config(self) -> Config:
@@ -24799,6 +24810,11 @@ class Visit:
     def here(self) -> Here:
         """Where and when what they type is read."""
         return self.service.here
+
+    @property
+    def today(self) -> datetime:
+        """What clocks show now."""
+        return to_wall(self.here.now, self.zone)
 
     def named(self, id: str) -> str:
         """What people call whom OpenStack knows under an id."""
@@ -24853,15 +24869,15 @@ class Visit:
         start = instant(found.start) if found.repeats else None
         return self.href(found.label, found.project, start)
 
-    def page(self, title: str, body: str, status: int = 200, headed: bool = True):
+    def page(self, title: str, body: str, status: int = 0, headed: bool = True):
         """A whole page, under its title if it has no heading; says what the last form did."""
         import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
         back = request.path + f'?{request.query_string}'.rstrip('?')
         stays = request.method == 'GET' and self.actor
-        made = answered(self.laid_out(title, body, json.loads(note) if note else None,
-                                      request.path, back if stays else '/', headed), status)
+        made = answered(self.laid_out(title, body, json.loads(note) if note else None, request.path,
+                                      back if stays else '/', headed), status or self.status)
         if note:
             made.delete_cookie('note', path='/')
         return made
@@ -24874,7 +24890,11 @@ class Visit:
                            headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
                            unread=unread)
 
-    def refusal(self, error: Error, back: str, again: str = ''):
+    def note_refusal(self, typed: dict, words: str, status: int = 400) -> None:
+        """Lets a page show a form again, as it was typed, and why."""
+        self.typed, self.refusal, self.status = typed, words, status
+
+    def refused_page(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
         import bottle
         note_wait(bottle.request.environ, error)
@@ -24921,22 +24941,31 @@ class Visit:
 
     # Tables
 
-    def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
+    def panel(self, name: str, lines: list[dict], given: dict | None, acts: list = ()) -> str:
+        """A table with its heading."""
+        return headed(name, self.table(name, lines, given, acts))
+
+    def table(self, name: str, lines: list[dict], given: dict | None, acts: list | None = None,
+              picks: str = '', picked: Iterable[str] = (), empty: str = '') -> str:
         """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
-        columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
+        columns, nothing = PANELS[name]
+        if acts is not None:
+            lines = [each | {'acts': acts} for each in lines]
         if not lines:
-            return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
+            words = empty or nothing
+            return f'<p class="card pad gap soft">{words}</p>' if given is not None else ''
         sort = (given or {}).get('sort', '')
         by, down = sort.lstrip('-'), sort.startswith('-')
-        if by in columns:
+        if by in columns.split():
             lines = sorted(lines, key=lambda line: sort_key(line.get(by)), reverse=down)
-        heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by))
-                 for key in columns]
-        cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
+        cells = [{key: self.cell(key, line) for key in (*columns.split(), 'change')}
                  for line in lines]
-        return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks, picked=picked)
+        shown = [key for key in cells[0] if any(each[key] for each in cells)]
+        heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by)) for key in shown]
+        return self.render(
+            'table', name=name, id=name.split()[0].lower(), heads=heads, picks=picks,
+            picked=picked, lines=[(line.get('label') or line.get('id'), map(each.get, shown))
+                                  for line, each in zip(lines, cells)])
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -24951,7 +24980,7 @@ class Visit:
 
     def cell(self, key: str, line: dict) -> str:
         """What a table shows of a line."""
-        value = line.get(key)
+        value = in_length(line[key]) if key == 'approval' else line.get(key)
         if key == 'state' and value in STATES:
             more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
                            for each in ('fault', 'late') if line.get(each))
@@ -25004,10 +25033,8 @@ class Visit:
     def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
         """The button that does something to what a line is about; `wide`: on its own page."""
         if name == 'edit':
-            about = in_html(line['name'])
-            query = in_html(urlencode({'edit': line['name']}))
-            return (f'<a class="btn tiny" href="/admin/resources?{query}#resource_update">Edit'
-                    f'<span class="off"> {about}</span></a> ')
+            return (f'<a class="btn tiny" href="/admin/resources?{urlencode({name: line["name"]})}'
+                    f'#resource_update">Edit<span class="off"> {in_html(line["name"])}</span></a>')
         if name == 'undo':
             onward = self.href(line['label'], line['project']) if wide else self.back
             return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
@@ -25025,7 +25052,7 @@ class Visit:
         else:
             fields = {key: line[key] for key in ('name', 'id') if key in line}
             fields = dict([next(iter(fields.items()))])
-            onward = ACT_PAGES.get(name, '/tokens') if self.actor.role == ADMIN else '/tokens'
+            onward = self.back
         if undo:
             words, bad, fields = 'Put back', False, fields | {'undo': 'true'}
         typed = typed if wide or name in ('extend', 'keep') else None
@@ -25100,36 +25127,36 @@ class CloudNames:
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
-        # By account and what of it is in sight: until when, names by kind, why there are none.
-        self.found: dict[tuple[str, Sight], tuple[float, dict, str]] = {}
-        self.asking: dict[tuple[str, Sight], threading.Thread] = {}
+        # By account and what of it is in sight: until when; names by kind, and why there are none.
+        self.found: dict[tuple, tuple[float, tuple[dict, str]]] = {}
+        self.asking: dict[tuple, threading.Thread] = {}
 
-    def of(self, account: str, sight: Sight,
-           patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
+    def of(self, account: str, sight: Sight, patience: float = 1) -> tuple[dict, str]:
         """The names in sight, by kind; and why, if the cloud does not answer in time."""
-        nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
+        nothing = {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet'
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
             thread = self.asking.get(key)
-            under_way = thread and thread.is_alive()
-            asks = time.monotonic() >= self.found.get(key, nothing)[0] and not under_way
+            asks = not (thread and thread.is_alive()) and (
+                time.monotonic() >= self.found.get(key, (0,))[0])
             if asks:
                 thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
         if asks and key not in self.found:  # who comes later does not wait as well
             thread.join(patience)
-        return self.found.get(key, nothing)[1:]
+        return self.found.get(key, (0, nothing))[1]
 
     def ask(self, account: str, sight: Sight) -> None:
         """Looks the names up, however long that takes."""
+        names, why = {'flavor': [], 'image': []}, ''
         try:
             cloud = self.clouds.open(account)
-            names, why = {kind: sorted(self.told(each) for each in cloud.things(kind)
-                                       if each.name and sight.shows(kind, each))[:500]
-                          for kind in ('flavor', 'image')}, ''
+            for kind in names:
+                names[kind] = sorted(self.told(each) for each in cloud.things(kind)
+                                     if each.name and sight.shows(kind, each))[:500]
         except CloudError as error:
             names, why = {'flavor': [], 'image': []}, str(error)
-        self.found[account, sight] = time.monotonic() + (10 if why else 60), names, why
+        self.found[account, sight] = time.monotonic() + (10 if why else 60), (names, why)
 
     @staticmethod
     def told(thing: Thing) -> tuple[str, str]:
@@ -25294,7 +25321,7 @@ class Pages:
                 with visit.service.shares.answering(visit.service.actor.user):
                     return getattr(visit, name)(**path, given=given)
             except Error as error:
-                return visit.refusal(error, local(given.get('next')))
+                return visit.refused_page(error, local(given.get('next')))
         return handler
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
@@ -25498,13 +25525,8 @@ class PlanPage(Visit):
         first = page * MOST_PLACES
         return self.page('Plan', self.drawn(
             TimeLine(view, read_at(given.get('at')) or self.today, self.zone),
-            places[first:first + MOST_PLACES], way, kept['mine'], page=page,
-            more=len(places) > first + MOST_PLACES), headed=False)
-
-    @property
-    def today(self) -> datetime:
-        """What clocks show now."""
-        return to_wall(self.here.now, self.zone)
+            places[first:first + MOST_PLACES], way, kept['mine'], number=page,
+            goes_on=len(places) > first + MOST_PLACES), headed=False)
 
     def drawn(self, line: TimeLine, places: list, way: Callable[..., str], mine: str,
               **values) -> str:
@@ -25564,9 +25586,9 @@ class PlanPage(Visit):
                 return (f'{each.up} of {each.vms} ready' if each.runs else vms,
                         f'ends {until}, in {left}')
             at = self.plain(instant(each.start - each.lead))[-5:]
+            image = f', {each.image} starts at {at}' if each.image else ''
             return (self.brief(instant(each.start), instant(each.end)) if head == 'Next'
-                    else each.state,
-                    f'{vms} on {each.resource}' + f', {each.image} starts at {at}' * bool(each.image))
+                    else each.state, f'{vms} on {each.resource}{image}')
         kinds = {'Running now': ('active', 'starting'), 'Next': ('reserved',),
                  'Needs you': ('degraded', 'pending')}
         firsts = [(head, next((each for each in coming if each.state in states and (
@@ -25610,7 +25632,7 @@ class Lists(Visit):
                     else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
-        empty = 'Nothing is finished yet.' if over else 'Nothing is reserved.'
+        empty = 'Nothing is finished yet.' if over else ''
         kept = {'state': wanted} if wanted else {'over': 1} if over else {}
         return self.page('Reservations', self.render(
             'list', over=over, state=wanted, table=self.listed(found, given, empty),
@@ -25632,8 +25654,7 @@ class Lists(Visit):
                 'addresses': sum((json.loads(server.addresses) for server in own), []),
                 'late': ready_after(max(late)) if late else '',
                 'acts': [act for act in self.acts(each) if act != 'keep']})
-        columns = 'label state resource vms start end addresses'.split()
-        return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
+        return self.table('Reservations', lines, given, empty=empty)
 
     def reservation(self, label: str, given: dict):
         """All of one reservation; what is live in it is loaded again and again."""
@@ -25701,9 +25722,8 @@ class Lists(Visit):
         lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
-        columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
         more = f'<p class="soft">and {len(coming) - 60} more</p>' if len(coming) > 60 else ''
-        return headed('Occurrences', self.table('Occurrences', columns, lines) + more)
+        return headed('Occurrences', self.table('Occurrences', lines, None) + more)
 
     # Sharing
 
@@ -26233,82 +26253,67 @@ class BookForm(Visit):
         said |= {name: value for name, value in asked.items() if value} | {'tz': self.zone.key}
         return self.service.update(**bind(API['update'], said, self.here), dry_run=dry_run)
 
-    def change_to(self, label: str, given: dict, focus: bool = False) -> Verdict:
-        """What would become of a reservation."""
+    def change_to(self, label: str, given: dict, dry_run: bool = True, focus: bool = False):
+        """What becomes of a reservation: the answer, a verdict of it, and the status of a page."""
         try:
-            answer = self.changed(label, given, True)
+            answer = self.changed(label, given, dry_run)
         except Error as error:
-            return cannot_change(error, focus)
-        return Verdict('ok', 'It fits', [what_starts(self, answer)], go='Change')
+            return {}, Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
+                               go='Change', focus=focus), error.status
+        return answer, Verdict('ok', 'It fits', [what_starts(self, answer)], go='Change'), 200
 
     def change_check(self, label: str, given: dict):
         """Whether a change would fit."""
-        return answered(self.told(self.change_to(label, given)))
+        return answered(self.told(self.change_to(label, given)[1]))
 
     def try_change(self, label: str, given: dict):
         """In a few words whether a reservation could be moved, for who drags it."""
-        try:
-            answer = self.changed(label, given, True)
-        except Error as error:
-            return answered(f'does not fit: {error}'[:160], headers=PLAIN_TEXT)
+        answer, verdict, _ = self.change_to(label, given)
+        if not answer:
+            return answered(f'does not fit: {verdict.words[0]}'[:160], headers=PLAIN_TEXT)
         free = self.free_in(answer)
         words = 'fits' if free is None else f'fits, {free} VMs free there now'
         return answered(words, headers=PLAIN_TEXT)
 
     def do_change(self, label: str, given: dict):
         """Changes a reservation, or says in the same form why not."""
-        if 'check' in given:
-            return self.changing(label, given, given, self.change_to(label, given, True))
-        try:
-            answer = self.changed(label, given, False)
-        except Error as error:
-            return self.changing(label, given, given, cannot_change(error, True), error.status)
+        checks = 'check' in given
+        answer, verdict, status = self.change_to(label, given, checks, True)
+        if checks or not answer:
+            return self.changing(label, given, given, verdict, 200 if checks else status)
         words = f"'{answer['label']}' is changed"
         return self.onward(self.href(answer['label'], answer['project']), words,
                            self.way_back(answer))
 
 
-def cannot_change(error: Error, focus: bool) -> Verdict:
-    """Why a reservation can't be changed so."""
-    return Verdict('no', 'It can’t be changed like this', [sentence(str(error))], go='Change',
-                   focus=focus)
-
-
 class Admin(Visit):
     """What operators look after, and all forms that name an operation."""
 
-    def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
-              status: int = 200):
-        """A page of operators; `typed`: the form that was refused, or shows what it would do."""
+    def admin(self, given: dict, tab: str = ''):
+        """A page of operators."""
         self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
         waiting = len(self.service.awaiting_approval())
         tabs = [(f'/admin/{path}'.rstrip('/'), name, '' if path else waiting)
                 for path, name in ADMIN_TABS.items()]
-        body = getattr(self, tab or 'requests')(given, typed or {}, refusal)
-        return self.page('Admin', self.render('admin', tabs=tabs, body=body,
-                                              here=f'/admin/{tab}'.rstrip('/')), status)
+        self.back = f'/admin/{tab}'.rstrip('/')
+        body = getattr(self, tab or 'requests')(given)
+        return self.page('Admin', self.render('admin', tabs=tabs, body=body, here=self.back))
 
     def refuse_others(self) -> None:
         if self.actor.role != ADMIN:
             raise Forbidden(f'Only an admin can see this page. Your role is {self.actor.role}.')
 
-    def requests(self, given: dict, typed: dict, refusal: str) -> str:
+    def requests(self, given: dict) -> str:
         """What awaits an approval, and what waits for capacity."""
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
-                   if not each.get('leaves')]
-        columns = 'label resource vms start end description change'.split()
-        picked = [each for each in typed if each.startswith('pick ')]
-        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ',
-                           picked)
-        waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
-        return self.render('decide', table=table, some=pending, refusal=refusal,
-                           picked=len(picked),
-                           reason=typed.get('reason', '')) + headed(
-            'Waiting for capacity', self.table(
-                'Waiting', 'label resource vms start end change'.split(), waiting, {},
-                'Nothing waits.'))
+                   if not each['leaves']]
+        picked = [each for each in self.typed if each.startswith('pick ')]
+        return self.render(
+            'decide', table=self.table('Requests', pending, given, picks='pick ', picked=picked),
+            some=pending, picked=len(picked)) + self.panel(
+                'Waiting for capacity', self.service.list(state=['waiting']), given, ['delete'])
 
     def decide(self, given: dict):
         """Approves or rejects all that is selected, each by itself."""
@@ -26317,83 +26322,60 @@ class Admin(Visit):
         picked = [each.removeprefix('pick ') for each in given if each.startswith('pick ')]
         known = {each['label']: each['project'] for each in self.service.awaiting_approval()}
         if name not in ('approve', 'reject') or not picked or name == 'reject' and not reason:
-            words = ('Select at least one.' if not picked else
-                     'Write a reason. The owners get it.')
-            return self.admin({}, '', given, words, 400)
-        asked = [{'label': each, 'project': known.get(each, '')} for each in picked]
-        if name == 'reject':
-            asked = [each | {'reason': reason} for each in asked]
-        done, refused, undo = self.each_done(name, asked)
-        words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
+            self.note_refusal(given, 'Write a reason. The owners get it.' if picked else
+                              'Select at least one.')
+            return self.admin({})
+        because = {'reason': reason} if name == 'reject' else {}
+        puts_off = {'dry_run': True} if name in PUT_OFF and self.config.undo_time else {}
+        done, refused, undo = [], [], ('', 0)
+        for each in picked:
+            asked = {'label': each, 'project': known.get(each, '')} | because
+            try:
+                getattr(self.service, name)(**asked, **puts_off)
+                done.append((name, asked))
+            except Error as error:
+                refused.append(f'{each}: {error}')
+        if puts_off and done:
+            undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done])
+        words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
-    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple[str, float]]:
-        """Does something to each of several: how many, why not others, what takes it back."""
-        done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
-        for each in asked:
-            try:
-                more = {'dry_run': True} if puts_off else {}
-                getattr(self.service, name)(**each, **more)
-                done.append((name, each))
-            except Error as error:
-                refused.append(f"{each['label']}: {error}")
-        undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
-                          ) if puts_off and done else ('', 0)
-        return len(done), refused, undo
-
-    def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
+    def maintenance(self, given: dict) -> str:
         """When resources are closed; and whom a maintenance would affect, before it is made."""
-        there = [each | {'acts': ['maintenance_delete']}
-                 for each in self.service.maintenance_list()]
-        columns = 'id resource start end vms vcpus ram reason change'.split()
-        affects, affected = '', typed.get('affects')
+        affects, affected = '', self.typed.get('affects')
         if affected is not None:
             people = counted(len({each['user'] for each in affected}), 'person', 'people')
             affects = headed(
                 f"It would affect {counted(len(affected), 'reservation')} of {people}. Nothing is "
-                'changed yet.', self.table('Affected', 'label resource vms start end outcome'
-                                           .split(), affected, {}, 'It affects nobody.'))
-        return headed('Maintenance', self.table(
-            'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
-                'maintenance_add', typed, refusal) + self.op_form(
-                    'resource_capacity', typed, refusal) + affects
+                'changed yet.', self.table('Affected', affected, {}))
+        return self.panel('Maintenance', self.service.maintenance_list(), given,
+                          ['maintenance_delete']) + self.forms(
+                              'maintenance_add', 'resource_capacity') + affects
 
-    def resources(self, given: dict, typed: dict, refusal: str) -> str:
+    def resources(self, given: dict) -> str:
         """The resources, each with how to change it."""
         there = self.service.resource_list()
-        lines = [each | {'acts': ['edit', 'resource_delete'],
-                         'approval': in_length(each['approval'])} for each in there]
-        columns = 'name cloud region aggregate vms vcpus ram classes mode approval change'.split()
         found = next((each for each in there if each['name'] == given.get('edit')), None)
-        edits = found or typed.get('operation') == 'resource_update'
-        return headed('Resources', self.table(
-            'Resources', columns, lines, given, 'There is no resource yet.')) + (
-                self.op_form('resource_update', typed, refusal, found) if edits else '') + ''.join(
-                    self.op_form(each, typed, refusal) for each in ('resource_add',
-                                                                    'resource_sync'))
+        edits = found or self.typed.get('operation') == 'resource_update'
+        return self.panel('Resources', there, given, ['edit', 'resource_delete']) + (
+            self.op_form('resource_update', found) if edits else '') + self.forms(
+                'resource_add', 'resource_sync')
 
-    def use(self, given: dict, typed: dict, refusal: str) -> str:
+    def use(self, given: dict) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
         late, line = self.service.punctuality(), self.month(given)
-        tables = (
-            ('Report of this month', 'project reserved_hours used_hours unused_hours refused '
-             'late_worst', self.reported(line)),
-            ('How late VMs were in the last 30 days, in seconds', 'cloud servers begun_median '
-             'begun_95 begun_worst ready_median ready_95 ready_worst tried_again', late['clouds']),
-            ('VMs that did not start', 'cloud label name tries planned fault', [
-                each | {'label': ''} | {'id': each['name']} for each in late['failed']]))
-        return self.render(
-            'heat', month=line, days=range(1, line.length // 1440 + 1), at=line.first.date(),
-            lines=[(each.name, [(min(round(share * 5 + .3), 5), round(100 * share))
-                                for share in self.used(each, line)]) for each in self.places()],
-            after=line.after.date(), before=(line.first - timedelta(days=1)).date(),
-        ) + ''.join(headed(name, self.table(name, columns.split(), lines, given))
-                    for name, columns, lines in tables)
+        failed = [each | {'label': '', 'id': each['name']} for each in late['failed']]
+        lines = [(each.name, [(min(round(share * 5 + .3), 5), round(100 * share))
+                              for share in self.used(each, line)]) for each in self.places()]
+        return self.render('heat', month=line, lines=lines) + ''.join(
+            self.panel(name, found, given) for name, found in (
+                ('Report of this month', self.reported(line)),
+                ('How late VMs were in the last 30 days, in seconds', late['clouds']),
+                ('VMs that did not start', failed)))
 
     def month(self, given: dict) -> TimeLine:
         """The month that is looked at."""
-        return TimeLine('month', read_at(given.get('at')) or to_wall(self.here.now, self.zone),
-                        self.zone)
+        return TimeLine('month', read_at(given.get('at')) or self.today, self.zone)
 
     def reported(self, line: TimeLine) -> list[dict]:
         return self.service.report(instant(line.begin), instant(line.end))
@@ -26415,28 +26397,24 @@ class Admin(Visit):
         line = self.month(given)
         found = self.reported(line)
         return csv_answer([[*found[0]] if found else [], *(each.values() for each in found)],
-                      f'report-{line.first:%Y-%m}.csv')
+                          f'report-{line.first:%Y-%m}.csv')
 
-    def people(self, given: dict, typed: dict, refusal: str) -> str:
+    def people(self, given: dict) -> str:
         """Who can sign in, and how much people may have."""
-        tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
-                  if not each['revoked']]
-        limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
-        columns = f"id {FORMS['limit_add'][1]} change".replace('|', '').split()
-        many = typed if typed.get('operation') == 'many' else {}
+        tokens = [each for each in self.service.token_list() if not each['revoked']]
+        many = self.typed if self.typed.get('operation') == 'many' else {}
         fields = field('people', 'One person a line: the name, and a project if it is another',
                        many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
             self.input(API['token_add'], name, many.get(name, value))
             for name, value in (('project', ''), ('role', ''), ('lasts', '90d')))
         return ''.join((
-            headed('Tokens', self.table('Tokens', TOKEN_COLUMNS, tokens, given)),
-            self.op_form('token_add', typed, refusal),
+            self.panel('Tokens', tokens, given, ['token_revoke']), self.op_form('token_add'),
             self.render('form', id='many', title='Make tokens for many people', more={},
-                        action='/admin/people', refusal=refusal * bool(many), opened=many,
-                        fields=fields, rare='', previews=False, note='You get a CSV file with a '
-                        'link to sign in for each. It is made only now, so keep it safe.'),
-            headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
-            self.op_form('limit_add', typed, refusal), self.op_form('user_end', typed, refusal)))
+                        action='/admin/people', mine=many, opened=many, fields=fields, rare='',
+                        previews=False, note='You get a CSV file with a link to sign in for each. '
+                        'It is made only now, so keep it safe.'),
+            self.panel('Limits', self.service.limit_list(), given, ['limit_delete']),
+            self.forms('limit_add', 'user_end')))
 
     def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
@@ -26456,34 +26434,34 @@ class Admin(Visit):
                     link = f'{self.pages.service.config.served}/sign-in#{token}'
                     made.append((each['user'], each['project'], token, link))
         except Error as error:
-            return self.admin({}, 'people', given | {'operation': 'many'}, sentence(str(error)),
-                              error.status)
+            self.note_refusal(given | {'operation': 'many'}, sentence(str(error)), error.status)
+            return self.admin({}, 'people')
         return csv_answer(made, 'tokens.csv')
 
-    def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
+    def tokens(self, given: dict):
         """One's own tokens; and the clouds on which VMs are one's own."""
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
-        own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
-               for each in self.service.token_list()
+        own = [each for each in self.service.token_list()
                if not each['revoked'] and (each['user'], each['project']) == me]
         makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
                  'purpose': 'calendar program'}
-        address = f'{self.pages.service.config.served}{DAV}/'
-        clouds = [each | {'acts': ['credential_delete'] * can}
-                  for each in self.service.credential_list()]
-        forms = [self.op_form(each, typed or {}, refusal) for each in
-                 ('token_add', *['credential_add'] * self.writes)] if can else []
-        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + ''.join(
-            forms) + self.table('Clouds on which VMs are yours',
-                                'id user cloud application trust added change'.split(), clouds) +
-            self.render('programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD),
-            status)
+        self.back = '/tokens'
+        return self.page('Tokens', ''.join((
+            self.table('Your tokens', own, given, ['token_renew', 'token_revoke'] * can),
+            self.forms('token_add', *['credential_add'] * self.writes) if can else '',
+            self.table('Clouds on which VMs are yours', self.service.credential_list(), None,
+                       ['credential_delete'] * can),
+            self.render('programs', address=f'{self.pages.service.config.served}{DAV}/',
+                        makes=makes if can else {}, ways=HOW_TO_ADD))))
 
     # Forms that name an operation
 
-    def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
+    def forms(self, *names: str) -> str:
+        return ''.join(map(self.op_form, names))
+
+    def op_form(self, name: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
-        mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
+        mine, names = self.typed if self.typed.get('operation') == name else {}, FORMS[name][1]
         now, operation = found and found | {'rename': found['name']} or {}, API[name]
         was = {each: in_length(now[each]) if operation.parameters[each].annotation is Span
                else in_field(now[each]) for each in names.split() if each in now}
@@ -26494,9 +26472,8 @@ class Admin(Visit):
         about = {'name': found['name']} if found else {}
         return self.render(
             'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
-            rare=rare, opened=mine or found, refusal=refusal * bool(mine),
-            more=about | {'next': page if self.actor.role == ADMIN else '/tokens',
-                          'once': secrets.token_hex(8)}, previews='affected' in names)
+            rare=rare, mine=mine, opened=mine or found, previews='affected' in names,
+            more=about | {'next': self.back, 'once': secrets.token_hex(8)})
 
     def do(self, name: str, given: dict):
         """Whatever a form asks for: an operation, whose fields are read as those of REST are."""
@@ -26523,7 +26500,8 @@ class Admin(Visit):
             return self.refused(name, said, error, onward)
         if checks:
             affects = [each | {'resource': answer['resource']} for each in answer['hit']]
-            return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
+            self.note_refusal(said | {'operation': name, 'affects': affects}, '', 200)
+            return self.admin({}, 'maintenance')
         words = told_done(name, asked, answer)
         undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
         if puts_off:
@@ -26598,17 +26576,15 @@ class Admin(Visit):
 
     def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        typed, words = said | {'operation': name}, sentence(str(error))
-        if name in FORMS and back == '/tokens':
-            return self.tokens({}, typed, words, error.status)
-        if name in FORMS and FORMS[name][0] == back:
-            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2], typed, words,
-                              error.status)
+        if name in FORMS and back in (FORMS[name][0], '/tokens'):
+            self.note_refusal(said | {'operation': name}, sentence(str(error)), error.status)
+            return self.tokens({}) if back == '/tokens' else self.admin(
+                {'edit': said.get('name', '')}, back.rpartition('/')[2])
         words, _, typed, bad = ACTS.get(name, Act(name, ''))
         if not typed or typed[0] not in said:
             raise error
         kept = {key: value for key, value in said.items() if key != typed[0]} | {'next': back}
-        return self.refusal(error, back, self.button(name, kept, words, bad,
+        return self.refused_page(error, back, self.button(name, kept, words, bad,
                                                      (typed[0], said[typed[0]])))
 
 
@@ -26755,19 +26731,18 @@ def csv_answer(lines: list, name: str):
 
 def operation_told(verb: str, path: str, entry: dict) -> tuple:
     """An operation for people: id, verb, address, what it does, in full, arguments and answers."""
-    body = entry.get('requestBody', {'content': {'application/json': {'schema': {}}}})
-    shape = body['content']['application/json']['schema']
-    needed = shape.get('required', ())
+    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {})
+    shape = body.get('schema', {})
     lines = [(each['name'], f"{kind_told(each['schema'])}: {each['description']} ({each['in']})")
              for each in entry['parameters'] if 'in' in each]
-    lines += [(f"{name}{' (needed)' if name in needed else ''}", schema_told(each))
+    lines += [(name + ' (needed)' * (name in shape.get('required', ())), schema_told(each))
               for name, each in shape.get('properties', {}).items()]
     for status, answer in entry['responses'].items():
         kinds = [kind_told(each['schema']) for each in answer.get('content', {}).values()]
-        lines.append((status, ' '.join([answer.get('description') or REFUSALS[int(status)],
-                                        *kinds[:1]])))
-    summary = f"{'(old form) ' if entry.get('deprecated') else ''}{entry['summary']}"
-    return entry['operationId'], verb, path, summary, entry['description'], lines
+        said = answer.get('description') or REFUSALS[int(status)]
+        lines.append((status, ' '.join([said, *kinds[:1]])))
+    old = '(old form) ' if entry.get('deprecated') else ''
+    return entry['operationId'], verb, path, old + entry['summary'], entry['description'], lines
 
 
 def schema_told(schema: dict) -> str:
@@ -26777,15 +26752,14 @@ def schema_told(schema: dict) -> str:
 
 def kind_told(schema: dict) -> str:
     """A schema in a few words: the name of a kind, or what it is of."""
-    if '$ref' in schema:
-        return schema['$ref'].rpartition('/')[2]
     if 'anyOf' in schema:
-        return ' or '.join(dict.fromkeys(kind_told(each) for each in schema['anyOf']))
+        return ' or '.join(dict.fromkeys(map(kind_told, schema['anyOf'])))
     if 'enum' in schema:
-        return ', '.join(each for each in schema['enum'] if each)
+        return ', '.join(filter(None, schema['enum']))
     if schema.get('type') == 'array':
         return f"list of {kind_told(schema['items'])}"
-    found = schema.get('format') or schema.get('pattern') or schema.get('type', 'anything')
+    found = schema.get('$ref', '').rpartition('/')[2] or schema.get('format') or (
+        schema.get('pattern') or schema.get('type', 'anything'))
     return found if isinstance(found, str) else ' or '.join(found)
 
 
