@@ -13570,6 +13570,7 @@ class Approvals(Operations):
                 if not found:
                     raise Conflict(TOO_LATE)
                 old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                self.look.mine(old.label, old.project, live=False)  # of whoever may change it
                 with self.offers.explaining(wish, old):
                     self.admission.grant(found, now)
                 asked = dict.fromkeys(json.loads(found.asked))
@@ -22805,7 +22806,8 @@ svg { display: block }
 .nav a { padding: 6px 12px; border-radius: 8px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .nav a:hover, .bell:hover { background: var(--sunk) }
-.nav a[aria-current] { background: var(--wash); color: var(--accent) } .nav .i { display: none }
+.nav .i { display: none } .nav a[aria-current], .seg a[aria-current], .chip[aria-current] {
+  background: var(--wash); color: var(--accent) }
 .me { display: flex; gap: 12px; align-items: center } .me details { position: relative }
 .me summary { list-style: none; cursor: pointer; display: flex; gap: 8px; align-items: center }
 .me summary::-webkit-details-marker { display: none }
@@ -22854,7 +22856,6 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
-.seg a[aria-current] { background: var(--wash); color: var(--accent) }
 .seg a:focus-visible { outline-offset: -3px }
 .ask { display: flex; align-items: center; gap: 8px; padding: 6px 6px 6px 16px;
   border: 1.5px solid var(--edge); border-radius: 14px; background: var(--card);
@@ -22867,8 +22868,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
 .chip { display: inline-flex; gap: 6px; align-items: center; min-height: 28px; padding: 0 12px;
   border-radius: 14px; border: 1px solid var(--line); background: var(--card);
   font-size: var(--t2); text-decoration: none; color: var(--text) }
-.chip[aria-current] { background: var(--wash); border-color: var(--accent); color: var(--accent);
-  font-weight: 600 }
+.chip[aria-current] { border-color: var(--accent); font-weight: 600 }
 .fields { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
 .roomy { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
@@ -23795,6 +23795,14 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 % end
 {{!when('<small class="soft">{}</small>', help)}}</label>
 {{!'' if was is None else hidden({f'was_{name}': was})}}
+''', 'button': '''
+{{!post(action, fields, 'deed')}}<button class="tiny{{mark('bad', bad)}}"
+aria-label="{{about}}">{{words}}</button>
+% if argument:
+<input name="{{argument}}" value="{{value}}" placeholder="{{shown}}"
+aria-label="{{about}} {{shown}}">
+% end
+</form>
 ''', 'verdict': '''
 % if not verdict.kind:
 <p class="soft">{{verdict.head}}</p>
@@ -24045,7 +24053,7 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'user_end': Act('End all access of a person', 'has no access any more', bad=True),
         'credential_add': Act('Let VMs be yours', 'is kept'),
         'credential_delete': Act('Delete', 'is deleted', bad=True),
-        'end': Act('End now', 'ends now', bad=True),
+        'undo': Act('Undo', 'is undone'), 'end': Act('End now', 'ends now', bad=True),
         'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
         'calendar_feed': Act('Make an address', 'is made')}
 ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
@@ -24260,13 +24268,6 @@ def head_of(name: str) -> str:
     return HEADS.get(name, name.replace('_', ' ').capitalize())
 
 
-def offer_of(place) -> str:
-    """A resource with how much it has."""
-    limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
-                                     for name, n in limits.items())])
-
-
 def sentence(text: str) -> str:
     """A text as a sentence: with a capital letter and a full stop."""
     name, colon, rest = text.partition(': ')
@@ -24288,8 +24289,7 @@ MACROS = {macro.__name__: macro for macro in (
 
 # Time line ###################################################################
 #
-# What stands where on the plan: times, how full resources are, bars and labels that never touch. It
-# draws values alone.
+# What stands where on the plan: times, how full resources are, bars and labels that never touch.
 
 VIEWS = ('month', 'week', 'day', 'hours')  # from the longest to the shortest
 SNAPS = {'month': 1440, 'week': 15, 'day': 15, 'hours': 5}  # minutes to which a drag keeps
@@ -24581,64 +24581,46 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
         yield found
 
 
-class Use(NamedTuple):
-    """What is drawn of a resource."""
-    place: Any
-    limits: dict
-    levels: list[Level]
-    at_now: Level
-    found: list
-    changes: list[dict]
-
-
-def use_of(place, line: TimeLine, days: list, found: list, changes: list, now: float) -> Use:
-    """What the store has of a resource, to be drawn."""
-    most = capacity(place)
-    limits = {name: n for name, n in in_figures(most).items() if n is not None}
-    there = level(place.id, now, (CLOSED, *most.names))
-    return Use(place, limits, levels_of(place, line, days),
-               levelled([(0, there)], in_figures(most))[0],
-               [each for each in found if each.resource_id == place.id],
-               [each for each in changes if each['resource'] == place.name])
-
-
 class Drawing:
-    """Draws the plan for somebody: of values alone, so that the same ones give the same plan."""
+    """Draws the plan for somebody."""
 
     def __init__(self, visit: Visit, line: TimeLine, href: Callable[..., str]):
         self.visit, self.line, self.href = visit, line, href
-        now = visit.here.now.astimezone(visit.zone)
-        self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
+        self.instant = visit.here.now.timestamp()
+        self.now, self.days = line.minute(self.instant), line.days(visit.today.date())
 
-    def row(self, use: Use, hint: int) -> SimpleNamespace:
+    def row(self, place, found: list, changes: list[dict], hint: int) -> SimpleNamespace:
         """All that stands in the row of a resource; `hint`: where it says how to begin."""
-        line, limits, month = self.line, use.limits, self.line.view == 'month'
+        line, month, most = self.line, self.line.view == 'month', capacity(place)
+        limits = {name: n for name, n in in_figures(most).items() if n is not None}
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
         names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
         caps = [(n, '' if unit == 'VMs' else f'{unit} ')
                 for n, unit in zip(limits.values(), units)]
-        changes, closed = [*self.changes(use.changes)], []
+        changes = [*self.changes(each for each in changes if each['resource'] == place.name)]
         closed = [(*line.extent(*edges), words) for *edges, words in changes]
-        figures = drawn_figures(use.levels, line, self.now, bool(limits))
-        bars, more, height = self.bars(use.found)
-        now, least = use.at_now, max(use.levels, key=lambda each: each.share).free
+        levels = levels_of(place, line, self.days)
+        there = level(place.id, self.instant, (CLOSED, *most.names))
+        now, = levelled([(0, there)], in_figures(most))
+        bars, more, height = self.bars([each for each in found if each.resource_id == place.id])
+        least = max(levels, key=lambda each: each.share).free
         most, unit = caps[now.unit] if caps else ('', '')
         return SimpleNamespace(
-            name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · approval' * bool(use.place.approval),
-            now=f'{now.free} of {most}' if caps else now.free,
-            unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
+            name=place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
+            holds=(names or 'no limit') + ' · approval' * bool(place.approval), levels=levels,
+            now=f'{now.free} of {most}' if caps else now.free, bars=bars, more=more,
+            unit=f'{unit}free' if caps else 'used', height=height,
             summary=f'at least {least} free at any time' if caps else 'nothing limits it',
-            caps=json.dumps(caps), used=drawn_use(use.levels, line, month),
-            steps=json.dumps([[round(each.at), each.free, each.unit] for each in use.levels],
+            caps=json.dumps(caps), used=drawn_use(levels, line, month),
+            steps=json.dumps([[round(each.at), each.free, each.unit] for each in levels],
                              separators=(',', ':')),
             shut=json.dumps([[round(first), round(last), words]
                              for first, last, words in changes]),
-            figures=[each for each in figures if month or not any(
-                x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE for x, _, words in closed)],
-            height=height)
+            figures=[each for each in drawn_figures(levels, line, self.now, bool(limits))
+                     if month or not any(
+                x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE for x, _, words in closed)])
 
-    def changes(self, changes: list[dict]) -> Iterator[tuple]:
+    def changes(self, changes: Iterable[dict]) -> Iterator[tuple]:
         """When capacity is another, in minutes, and what is said of it."""
         for each in changes:
             first, last = (self.line.minute(each[name].timestamp()) for name in ('start', 'end'))
@@ -24646,10 +24628,10 @@ class Drawing:
                 none = not any(each[name] for name in ('vms', 'vcpus', 'ram'))
                 yield first, last, f"{'closed' if none else 'less'}: {each['reason']}"
 
-    def with_shares(self, uses: list[Use]) -> list[HeadPart]:
+    def with_shares(self, shown: list) -> list[HeadPart]:
         """The days, with how full the fullest resource is in each."""
         shares: dict[int, float] = defaultdict(float)
-        for each in uses:
+        for each in shown:
             for day, level, _ in day_parts(each.levels, self.line):
                 shares[day] = max(shares[day], level.share)
         return [day._replace(share=shares[n]) for n, day in enumerate(self.days)]
@@ -24759,11 +24741,6 @@ def answered(text: str, status: int = 200, headers: dict | None = None):
     """An answer of the page, with the headers that guard it."""
     import bottle
     return bottle.HTTPResponse(text, status, SAFE | (headers or {}))
-
-
-def read_form(request) -> dict:
-    """The fields of a form (application/x-www-form-urlencoded), each once."""
-    return fields_of(whole_body(request), 'form')
 
 
 def local(href: str | None) -> str:
@@ -24981,10 +24958,10 @@ class Visit:
     def cell(self, key: str, line: dict) -> str:
         """What a table shows of a line."""
         value = in_length(line[key]) if key == 'approval' else line.get(key)
-        if key == 'state' and value in STATES:
-            more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
+        if key == 'state' and value:
+            more = ''.join(f'<br><span class="small">{in_html(cut_short(line[each]))}</span>'
                            for each in ('fault', 'late') if line.get(each))
-            return f'<div>{state(value)}{cut_short(more)}</div>'
+            return f'<div>{state(value) if value in STATES else in_html(value)}{more}</div>'
         if key == 'label' and 'project' in line:
             user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
             of = (f'<br><span class="soft small of"><bdi>{in_html(user)}</bdi> in '
@@ -25015,8 +24992,10 @@ class Visit:
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
         if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
-            choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
-                                                   for each in self.places()]
+            choices = [('', '')] * (not needed) + [(each.name, ' · '.join([each.name, *(
+                f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
+                for name, n in in_figures(capacity(each)).items() if n is not None)]))
+                for each in self.places()]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
@@ -25035,25 +25014,19 @@ class Visit:
         if name == 'edit':
             return (f'<a class="btn tiny" href="/admin/resources?{urlencode({name: line["name"]})}'
                     f'#resource_update">Edit<span class="off"> {in_html(line["name"])}</span></a>')
-        if name == 'undo':
-            onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
-                '<button class="tiny">Undo</button></form>')
         words, _, typed, bad = ACTS[name]
-        occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
-        undo = name == 'skip' and line.get('state') == 'cancelled'
-        if 'label' in line and 'project' in line:
-            fields = {'label': line['label'], 'project': line['project']}
-            stays = line.get('which') or wide and (occurrence or not bad)
-            onward = self.href(*fields.values()) if stays else self.back
-            fields |= {'occurrence': occurrence} if occurrence else {}
+        fields = next(({key: line[key]} for key in ('label', 'name', 'id') if line.get(key)), {})
+        onward, which = self.back, occurrence or to_plain(line.get('which') or '')
+        if 'label' in fields:
+            fields |= {'project': line['project']}
+            if line.get('which') or wide and (which or not bad):
+                onward = self.href(*fields.values())
+            fields |= {'occurrence': which} if which else {}
             if name == 'delete':
-                words += ' this one' if occurrence else ' all' if line.get('tz') else ''
-        else:
-            fields = {key: line[key] for key in ('name', 'id') if key in line}
-            fields = dict([next(iter(fields.items()))])
-            onward = self.back
-        if undo:
+                words += ' this one' if which else ' all' if line.get('tz') else ''
+        if name == 'undo':
+            fields = {'act': line['undo']}
+        elif name == 'skip' and line.get('state') == 'cancelled':
             words, bad, fields = 'Put back', False, fields | {'undo': 'true'}
         typed = typed if wide or name in ('extend', 'keep') else None
         return self.button(name, fields | {'next': onward}, words, bad, typed)
@@ -25061,16 +25034,12 @@ class Visit:
     def button(self, name: str, fields: dict, words: str, bad: bool,
                typed: tuple[str, str] | None) -> str:
         """A form with one button, and perhaps a field beside it."""
-        about = in_html(f'{words} {next(iter(fields.values()))}')
-        beside = ''
-        if typed:
-            argument, value = typed
-            shown = {'reason': 'because', 'until': 'for'}.get(argument, argument)
-            beside = (f'<input name="{argument}" value="{in_html(value)}" placeholder="{shown}" '
-                      f'aria-label="{about} {shown}">')
-        return self.post(f'/do/{name}', fields, 'deed') + (
-            f'<button class="tiny{mark("bad", bad)}" aria-label="{about}">{words}</button>'
-            f'{beside}</form>')
+        argument, value = typed or ('', '')
+        shown = {'reason': 'because', 'until': 'for'}.get(argument, argument)
+        about = words if name == 'undo' else f'{words} {next(iter(fields.values()))}'
+        return self.render('button', action='/undo' if name == 'undo' else f'/do/{name}', bad=bad,
+                           about=about, words=words, argument=argument, value=value, shown=shown,
+                           fields=fields)
 
     def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
@@ -25091,29 +25060,28 @@ class Visit:
 
     @functools.cached_property
     def undoable(self) -> list[tuple]:
-        """What can be taken back: label, project, occurrence or 0; how; whether it cancels."""
+        """What can be undone: label, project, occurrence or 0; how; until when; if it cancels."""
         me, now = [self.actor.user, self.actor.project], self.service.clock()
-        later = [(each.name, json.loads(each.value.partition(' ')[2]))
+        later = [(each.name, *each.value.partition(' ')[::2])
                  for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
         changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
-        return [(*about, name * (said['by'][:2] == me), True)
-                for name, said in later for about in said['about']] + [
-            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]), False)
-            for each in reversed(changed)]
+        return [(*about, name * (said['by'][:2] == me), float(until), True)
+                for name, until, said in ((*each, json.loads(text)) for *each, text in later)
+                for about in said['about']] + [
+            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]),
+             each.until, False) for each in reversed(changed)]
 
     def way_back(self, answer: dict) -> tuple[str, float]:
         """What takes back what has just been changed, and for how many seconds."""
-        now, parts = self.service.clock(), answer.get('parts', [answer])
-        labels = {(each['label'], each['project']) for each in parts}
-        made = {each.label: each for each in rows(
-            CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
-            if each.user == self.actor.user and (each.label, each.project) in labels}
-        ids = ','.join(f'{each.id}' for each in made.values())
-        return ids, min((each.until for each in made.values()), default=now) - now
+        of = {(each['label'], each['project']) for each in answer.get('parts', [answer])}
+        made = {each[:2]: each for each in reversed(self.undoable)
+                if each[:2] in of and each[3] and not each[-1]}
+        left = min((each[4] for each in made.values()), default=0) - self.service.clock()
+        return ','.join(each[3] for each in made.values()), left
 
     def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
         """What takes back what was done to an occurrence, and whether that cancels it."""
-        return next(((name, gone) for *about, which, name, gone in self.undoable
+        return next(((name, gone) for *about, which, name, _, gone in self.undoable
                      if about == [label, project] and which in (0, id)), ('', False))
 
     def as_left(self, line: dict) -> dict:
@@ -25313,7 +25281,7 @@ class Pages:
             visit = self.visit(request, kind)
             try:
                 given = read_query(request) | (
-                    read_form(request) if request.method == 'POST' else {})
+                    fields_of(whole_body(request), 'form') if request.method == 'POST' else {})
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -25534,19 +25502,18 @@ class PlanPage(Visit):
         drawing, most, coming = Drawing(self, line, way), MOST_BARS[line.view], self.coming()
         found, changes = self.on_plan(places, line, mine), self.service.maintenance_list()
         first = not coming and not found and self.writes and not self.service.over('', 1)
-        uses = [use_of(each, line, drawing.days, found[:most], changes,
-                       self.here.now.timestamp()) for each in places]
-        groups = defaultdict(list)
-        for n, each in enumerate(uses):
-            name = each.place.cloud or 'no cloud', each.place.region
-            hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
-            groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
+        hint, groups = (60 if line.x(drawing.now) < 45 else 10) * first, defaultdict(list)
+        for place in places:
+            name = ', '.join(filter(None, (place.cloud or 'no cloud', place.region)))
+            groups[name].append(drawing.row(place, found[:most], changes, hint))
+            hint = 0
         inside = line.first <= self.today < line.after
         middle = self.today if inside else line.first + (line.after - line.first) / 2
         return self.render(
             'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
             line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
-            middle=f'{middle:%Y-%m-%dT%H}', days=drawing.with_shares(uses), groups=groups.items(),
+            middle=f'{middle:%Y-%m-%dT%H}', groups=groups.items(),
+            days=drawing.with_shares(sum(groups.values(), [])),
             grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
             corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
             legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
@@ -25705,9 +25672,8 @@ class Lists(Visit):
     def vms(self, found: dict) -> list[dict]:
         """The VMs of a reservation, each with how to log in and when it was ready."""
         login = self.config.login_command
-        return [{'name': each['name'], 'fault': each['fault'], 'log_in': [
+        return [{'name': each['name'], 'fault': each['fault'], 'state': each['state'], 'log_in': [
             login.replace('{address}', address) for address in each['addresses']],
-            'state': f"{each['state']} {each['fault'] or ''}",
             'ready': each['ready'] and ready_after(
                 (each['ready'] - each['planned']).total_seconds()).removeprefix('ready ')}
             for each in found['servers']]

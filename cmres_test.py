@@ -18532,6 +18532,8 @@ def test_a_change_on_the_page_can_be_taken_back_for_ten_seconds_whatever_others_
     world.now += 9
     world.cycle.settle()
     assert world.state('waits') == 'waiting' and world.service.awaiting_approval() == []
+    other, act = as_visitor(world, 'eva', 'maths'), undo_form(page)['act'].value  # of the same name
+    other.post('/undo', {'act': act, 'form': form_of(other.get('/'), '/sign-out')['form'].value}, status=404)
     if how not in ('made longer', 'extended'):
         with pytest.raises(NoCapacity):
             book(tom, 'other', start=4.5, end=5.5)
