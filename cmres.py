@@ -65,6 +65,7 @@ import gc
 import getpass
 import hashlib
 import heapq
+import importlib
 import inspect
 import io
 import itertools
@@ -102,8 +103,24 @@ gc.disable()  # what is made while this is read stays: to look through it is a t
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
-# What only some commands need is imported where it is needed: bottle, fire, openstack, rich,
-# schedule, waitress and yaml together cost thirty times as much as `list` itself.
+
+class Module:
+    """A module that is imported when it is first used: `list` needs few of them, and bottle, fire,
+    openstack, rich, schedule, waitress and yaml cost thirty times as much as `list` itself."""
+
+    def __init__(self, name: str):
+        self.__name__ = name
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+base64, bottle, configparser, fire, gzip, hmac, ipaddress, select, shlex, shutil, smtplib, string, \
+    traceback, unicodedata, uuid, waitress, yaml = map(Module, (
+        'base64 bottle configparser fire gzip hmac ipaddress select shlex shutil smtplib string '
+        'traceback unicodedata uuid waitress yaml'.split()))
+email_message, email_utils, http_client, ElementTree = map(Module, (
+    'email.message', 'email.utils', 'http.client', 'xml.etree.ElementTree'))
 
 __version__ = '0.1'
 
@@ -644,13 +661,8 @@ def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
                  zone: ZoneInfo) -> tuple[int, int]:
-    """The length of a stretch that an end asks for: seconds by the clocks, and exact ones after
-    that.
-
-    Args:
-      end: a length keeps its hours; a time is one on the clocks
-      start, first: the instant and the wall time that it counts from
-    """
+    """The length of a stretch that an end asks for, after a start and its wall time `first`:
+    seconds by the clocks for a time, and exact ones after that for a length."""
     if not isinstance(end, timedelta):
         by_clocks = int((typed_wall(end, zone) - first).total_seconds())
         return (by_clocks, 0) if by_clocks > 0 else (0, int((end - start).total_seconds()))
@@ -664,19 +676,13 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
 
 
 def at_midnight(day: date) -> datetime:
-    """The wall time at which a day begins."""
     return datetime(day.year, day.month, day.day)
 
 
 def read_repeat(text: str, today: date = date.min) -> str:
-    """The RRULE that a person typed or meant; its UNTIL, if any, is left as it is.
-
-    Args:
-      today: a last date without a year is the first after that
-
-    Raises:
-      ValueError: it is none, or one that is not for machines, such as FREQ=SECONDLY.
-    """
+    """The RRULE that a person typed or meant, its UNTIL left as it is; ValueError if it is none, or
+    one that is not for machines, such as FREQ=SECONDLY. A last date without a year comes after
+    `today`."""
     word = ' '.join(text.split()).removeprefix('RRULE:')
     rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
     return checked_rule(rule) if rule else ''
@@ -938,10 +944,7 @@ MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30
 
 @functools.lru_cache(4000)
 def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
-    """The days, counted from 0, that BY parts leave of a kind of year: there are 28 kinds.
-
-    Args:
-      weekday: of its first day
+    """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
     """
     starts, length = MONTHS[leap], 365 + leap
     days = set(range(length))
@@ -1151,14 +1154,8 @@ def listed_walls(stretch: Stretch) -> set[datetime]:
 
 def slots(stretch: Stretch, begin: float, until: float,
           zone: tzinfo | None = None) -> Iterator[Slot]:
-    """What a stretch wants of the time between two instants, as far as it is not over at the first.
-
-    Args:
-      zone: the zone of its wall times, where that has no name
-
-    Raises:
-      Invalid: that is more than MOST_OCCURRENCES.
-    """
+    """What a stretch wants of the time between two instants, as far as it is not over at the first;
+    Invalid for more than MOST_OCCURRENCES. Its zone is needed where that has no name."""
     zone, found = zone or read_zone(stretch.zone), 0
     day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
     longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
@@ -1186,11 +1183,8 @@ def slots(stretch: Stretch, begin: float, until: float,
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
-    """The instants of a wall time and of its end; never none between them.
-
-    Args:
-      length: seconds from there to the end by the clocks, and `exact` elapsed ones after that
-    """
+    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
+    later; never none between them."""
     start = from_wall(wall, zone)
     end = from_wall(wall + timedelta(seconds=length), zone) if length else start
     end += timedelta(seconds=exact)
@@ -1206,13 +1200,11 @@ def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
 
 
 def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
-    """Whether a series wants anything that begins after an instant."""
     return any(slot.start >= after for stretch in stretches
                for slot in slots(stretch, after, LAST.timestamp()))
 
 
 def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
-    """What a series is before a slot."""
     return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches
             if (stretch.since or min([stretch.start, *stretch.dates])) < key]
 
@@ -1226,7 +1218,6 @@ def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch
 
 
 def endless(rule: str) -> str:
-    """A rule without its UNTIL or COUNT."""
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
@@ -1321,11 +1312,8 @@ RENAMED = {
 
 
 def with_new_names(where: str, given: dict) -> dict:
-    """Arguments of an operation, or settings, under the names that they have now.
-
-    Raises:
-      Invalid: one has two different values, under its old and its new name.
-    """
+    """Arguments of an operation, or settings, under the names that they have now; Invalid if one
+    has two different values, under its old and its new name."""
     names, found = RENAMED.get(where, {}), {}
     for name, value in given.items():
         new = names.get(name, name)
@@ -1365,6 +1353,9 @@ TEXTS = {
                 'was.\n\n{link}',
     'maintenance': 'Maintenance affects {label}, {start}\n{message}.\n\nYour reservation: {what}, '
                    '{when}\n{link}',
+    'affected': 'No host for {label}, {start}\n{message}.\n\nYour reservation: {what}, {when}\n'
+                '{link}',
+    'ahead': '{label} could not start\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'unused': 'Nobody uses {label}\n{message}.\n\n{link}',
     'trouble': '{label}: not all VMs are running\n{message}.\n\n{link}',
     'vanished': '{label}: the cloud lost VMs\n{message}.\n\n{link}',
@@ -1383,163 +1374,110 @@ TEXT_FIELDS = frozenset((
     'host state when what then link').split())
 
 
-def setting(default, why: str, least=None, most=10**9):
-    return dataclasses.field(default=default, metadata={'why': why, 'least': least, 'most': most})
+def setting(default, least=None, most=10**9):
+    return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; once read, only what `read_again` takes is ever changed."""
-    database: str = setting('cmres.db',
-                            'the SQLite file that holds everything, not on a network file system; '
-                            'or PostgreSQL: postgresql://USER@HOST/DATABASE')
-    key: str = setting('', 'the file with the key that signs cookies; it also remembers the '
-                           'database; if empty, the database with .key, of PostgreSQL cmres.key')
-    host: str = setting('127.0.0.1',
-                        'the address that `serve` listens on; put a TLS proxy before any other')
-    port: int = setting(8080, 'the port that `serve` listens on', 0, 65535)
-    threads: int = setting(8, 'requests that are answered at the same time', 1)
-    slow_per_user: int = setting(2, 'slow requests of one user (clouds, calendars, long '
-                                    'computations) at the same time', 1)
-    slow_per_target: int = setting(4, 'requests that wait for one cloud entry, or for one host, '
-                                      'at the same time', 1)
-    outside_timeout: float = setting(
-        50.0, 'seconds that one request may wait for clouds and calendars in total', 0.1)
-    url: str = setting('', 'a cmres server: with it, commands talk to that server and not to the '
-                           'database')
-    token: str = setting('', 'the token for that server')
-    connections: int = setting(2000, 'open connections at the same time; for one more, cmres '
-                                     'closes the oldest idle one', 10, 100_000)
-    connections_per_address: int = setting(200, 'open connections from one address, also from a '
-                                                'proxy', 1)
-    requests_per_address: int = setting(
-        12000, 'requests from one address within a minute; 0: no limit', 0)
-    requests_per_user: int = setting(
-        3000, 'requests of one user within a minute; 0: no limit. Admins have no such limit', 0)
-    mib_per_address: int = setting(
-        2000, 'MiB to and from one address within a minute; 0: no limit', 0)
-    mib_per_user: int = setting(500, 'MiB to and from one user within a minute; 0: no limit. '
-                                     'Admins have no such limit', 0)
-    cpu_per_user: float = setting(
-        30.0, 'seconds of computing for dry runs and questions of one user within a minute; 0: no '
-              'limit. Admins have no such limit', 0.0)
-    wrong_tokens: int = setting(
-        30, 'wrong tokens from one address within a minute; more are answered with 429', 1)
-    trusted_proxies: str = setting(
-        '127.0.0.1, ::1', 'addresses and networks of proxies; their last entry in X-Forwarded-For '
-                          'counts for limits and the log, and for nothing else')
-    keystone: str = setting(
-        '', 'the Keystone whose tokens are taken in X-Auth-Token: an entry of clouds.yaml, or an '
-        'address such as https://cloud.example.org/identity')
-    keystone_roles: str = setting(
-        'admin:admin, member:user, reader:reader', 'which role here a role of Keystone gives, as '
-        'KEYSTONE:CMRES; of several the highest, without any of them none')
-    oidc: str = setting(
-        '', 'the issuer of an OpenID Connect provider at which people sign in to the page, such as '
-        'https://login.example.org; needs the package authlib')
-    oidc_client: str = setting('', 'the client id of cmres at that provider')
-    oidc_secret: str = setting('', 'its secret; without one, the client is public')
-    oidc_claims: str = setting(
-        'preferred_username, project, role', 'the claims that say user, project and role there; '
-        'without the last two, people are users of the project default')
-    identity_proxies: str = setting(
-        '', 'addresses and networks of proxies that say who asks, in the headers of '
-        '`identity_header`; they must take those headers out of what their clients send')
-    identity_header: str = setting(
-        'X-Remote', 'how the headers begin in which those proxies say who asks: X-Remote-User, '
-        'X-Remote-Project, X-Remote-Role')
-    metrics: str = setting('token', "who may read /metrics: token (with an admin's token), open "
-                           '(everybody) or off (nobody)')
-    log_format: str = setting('text', 'format of the log: text or json')
-    log_requests: bool = setting(
-        True, 'write a line to the log for each request and each call to a cloud')
-    drain: float = setting(30.0, 'seconds that running requests have to finish after SIGTERM', 0.0)
-    min_disk: int = setting(
-        100, 'MiB that should be free on the disk of the database; with less, /readyz warns', 0)
-    timezone: str = setting('UTC', 'time zone of times without a zone, and of tables; default: '
-                                   'the zone of this computer')
-    workers: int = setting(32, 'calls to one cloud at the same time', 1)
-    call_timeout: float = setting(60.0, 'seconds after which cmres gives up a call to a cloud', 0.1)
-    boot_timeout: float = setting(900.0, 'seconds until a VM that does not become ACTIVE is '
-                                         'replaced', 0.1)
-    lost_answer_wait: float = setting(15.0, "if a cloud's answer is lost: seconds to wait before "
-                                            'the VM is created again', 0.0)
-    common_names: str = setting('', "names that users may use on a cloud entry that is not their "
-                                    "own project's, besides public ones: KIND:NAME,KIND:NAME")
-    poll_changing: float = setting(1.0, 'seconds between checks of VMs that are starting or '
-                                        'stopping', 0.01)
-    poll_running: float = setting(60.0, 'seconds between checks of running VMs', 0.01)
-    retry_first: float = setting(5.0, 'seconds before a failed start or deletion is tried again; '
-                                      'doubles each time', 0.01)
-    retry_max: float = setting(300.0, 'maximum of these seconds', 0.01)
-    leader_timeout: float = setting(6.0, 'seconds without a sign of life until a second cmres '
-                                         'scheduler takes over', 0.1)
-    remind_before: float = setting(600.0, 'seconds before start and end when cmres sends a '
-                                          'reminder', 0.0)
-    end_grace: float = setting(600.0, 'seconds to finish stop, shelve or snapshot after the end; '
-                                      'then the VM is deleted', 0.0)
-    webhook: str = setting('', 'URL that gets every event listed in [texts]')
-    webhook_secret: str = setting('', 'the key for the HMAC-SHA256 signature of webhooks')
-    private_addresses: bool = setting(
-        False, 'allow webhook and calendar addresses in private networks and on this computer')
-    mail_server: str = setting('', 'host:port of the SMTP server; without one, cmres sends no '
-                                   'mail and refuses mail addresses')
-    mail_from: str = setting('cmres@localhost', 'the sender of mails')
-    notify_admins: str = setting(
-        '', 'mail addresses or URLs that get a message when an admin must approve something')
-    mail_domains: str = setting('', 'domains that mails may go to (comma-separated); empty: any')
-    notices_per_day: int = setting(200, 'mails for one user within a day; more are dropped', 0)
-    own_token_days: int = setting(
-        365, 'days for which people may create and renew their own tokens at most', 1, 36500)
-    tokens_per_user: int = setting(50, 'tokens that one user may have in a project; 0: no limit', 0)
-    feeds_per_user: int = setting(
-        50, 'calendar feeds that one user may have in a project; 0: no limit', 0)
-    subscriptions_per_user: int = setting(
-        50, 'subscriptions that one user may have in a project; 0: no limit', 0)
-    horizon: int = setting(366, 'days ahead for which the occurrences of a series are reserved',
-                                1, 3660)
-    invitations_per_day: int = setting(
-        200, 'mails that invite people to what one user has reserved, within a day', 0)
-    calendar_poll: float = setting(300.0, 'seconds between '
-                                          'two readings of a subscribed calendar', 0.1)
-    caldav_refusal: str = setting(
-        'mark', 'what becomes of an event of a calendar program that can not be reserved: mark (it '
-        'stays and says so) or 403 (the program is refused)')
-    caldav_busy: bool = setting(
-        False, 'whether the calendar of a resource shows what others have reserved, as busy')
-    caldav_events: int = setting(
-        20000, 'events that one user may keep in a calendar; 0: any number', 0)
-    public_url: str = setting('', 'address of this server for people, for links, for example '
-                                  'https://cmres.example.org')
-    session_length: float = setting(43200.0, 'seconds after '
-                                        'which people must sign in to the page again', 0.1)
-    undo_time: float = setting(
-        10.0, 'seconds for which the page offers Undo; VMs and capacity stay until then. '
-        '0: no Undo', 0.0, 600)
-    login_command: str = setting('ssh {address}',
-                         'how people log in to a VM; their calendar shows it')
-    no_overtaking_after: float = setting(
-        86400.0, 'seconds on the waiting list after which no later request may go first', 0.0)
-    exempt_longest: float = setting(
-        86400.0, 'seconds that a reservation may take at most to be exempt from limits', 0.0)
-    delete_user_started: bool = setting(False, 'at the end, also delete VMs that users started '
-                                               'themselves in their reservation')
-    retention: int = setting(400, 'days after which finished reservations are forgotten; reports '
-                                  'keep their sums', 1, 36500)
-    project_texts: int = setting(
-        100, 'MiB of user data, descriptions and metadata that a project may have here', 1, 10**6)
-    orphan_grace: float = setting(60.0, 'age in seconds at which cmres removes a server of its '
-                                        'own that no reservation needs', 0.0)
-    verify_every: float = setting(
-        3600.0, 'seconds between two checks of the database file for damage', 0.1)
-    max_pass_age: float = setting(
-        180.0, 'seconds since the last run of the scheduler after which /readyz warns', 0.1)
-    simulated_boot: float = setting(3.0, 'seconds until a '
-                                         'VM is ready on the cloud `simulated`', 0.0)
-    simulated_failures: float = setting(0.0, 'share of VMs that fail to start there, 0 to 1', 0.0,
-                                        1.0)
-    simulated_vms: int = setting(0, 'VMs that fit there; 0: no limit', 0)
-    simulated_latency: float = setting(0.0, 'seconds that each call takes there', 0.0)
+    """Everything that can be set; config.example.ini says what each setting is for.
+
+    Once read, only what `read_again` takes is ever changed.
+    """
+    # the store, and how `serve` is reached
+    database: str = setting('cmres.db')
+    key: str = setting('')
+    host: str = setting('127.0.0.1')
+    port: int = setting(8080, 0, 65535)
+    threads: int = setting(8, 1)
+    slow_per_user: int = setting(2, 1)
+    slow_per_target: int = setting(4, 1)
+    outside_timeout: float = setting(50.0, 0.1)
+    url: str = setting('')
+    token: str = setting('')
+    # how much one may ask
+    connections: int = setting(2000, 10, 100_000)
+    connections_per_address: int = setting(200, 1)
+    requests_per_address: int = setting(12000, 0)
+    requests_per_user: int = setting(3000, 0)
+    mib_per_address: int = setting(2000, 0)
+    mib_per_user: int = setting(500, 0)
+    cpu_per_user: float = setting(30.0, 0.0)
+    wrong_tokens: int = setting(30, 1)
+    # who says who asks
+    trusted_proxies: str = setting('127.0.0.1, ::1')
+    keystone: str = setting('')
+    keystone_roles: str = setting('admin:admin, member:user, reader:reader')
+    oidc: str = setting('')
+    oidc_client: str = setting('')
+    oidc_secret: str = setting('')
+    oidc_claims: str = setting('preferred_username, project, role')
+    identity_proxies: str = setting('')
+    identity_header: str = setting('X-Remote')
+    # what the operator sees
+    metrics: str = setting('token')
+    log_format: str = setting('text')
+    log_requests: bool = setting(True)
+    drain: float = setting(30.0, 0.0)
+    min_disk: int = setting(100, 0)
+    timezone: str = setting('UTC')
+    # the life cycle and its clouds; seconds
+    workers: int = setting(32, 1)
+    call_timeout: float = setting(60.0, 0.1)
+    boot_timeout: float = setting(900.0, 0.1)
+    lost_answer_wait: float = setting(15.0, 0.0)
+    common_names: str = setting('')
+    poll_changing: float = setting(1.0, 0.01)
+    poll_running: float = setting(60.0, 0.01)
+    sync_every: float = setting(300.0, 1)
+    hosts_every: float = setting(10.0, 0.1)
+    heal_after: float = setting(20.0, 0.0)
+    retry_first: float = setting(5.0, 0.01)
+    retry_max: float = setting(300.0, 0.01)
+    leader_timeout: float = setting(6.0, 0.1)
+    check_ahead: float = setting(3600.0, 0.0)
+    remind_before: float = setting(600.0, 0.0)
+    end_grace: float = setting(600.0, 0.0)
+    # who is told
+    webhook: str = setting('')
+    webhook_secret: str = setting('')
+    private_addresses: bool = setting(False)
+    mail_server: str = setting('')
+    mail_from: str = setting('cmres@localhost')
+    notify_admins: str = setting('')
+    mail_domains: str = setting('')
+    notices_per_day: int = setting(200, 0)
+    # what people may keep
+    own_token_days: int = setting(365, 1, 36500)
+    tokens_per_user: int = setting(50, 0)
+    feeds_per_user: int = setting(50, 0)
+    subscriptions_per_user: int = setting(50, 0)
+    horizon: int = setting(366, 1, 3660)
+    invitations_per_day: int = setting(200, 0)
+    # calendars and the page
+    calendar_poll: float = setting(300.0, 0.1)
+    caldav_refusal: str = setting('mark')
+    caldav_busy: bool = setting(False)
+    caldav_events: int = setting(20000, 0)
+    public_url: str = setting('')
+    session_length: float = setting(43200.0, 0.1)
+    undo_time: float = setting(10.0, 0.0, 600)
+    login_command: str = setting('ssh {address}')
+    # rules, and how long what is over is kept
+    no_overtaking_after: float = setting(86400.0, 0.0)
+    exempt_longest: float = setting(86400.0, 0.0)
+    at_end_stop: str = setting('hold')
+    delete_user_started: bool = setting(False)
+    retention: int = setting(400, 1, 36500)
+    project_texts: int = setting(100, 1, 10**6)
+    orphan_grace: float = setting(60.0, 0.0)
+    verify_every: float = setting(3600.0, 0.1)
+    max_pass_age: float = setting(180.0, 0.1)
+    simulated_boot: float = setting(3.0, 0.0)
+    simulated_failures: float = setting(0.0, 0.0, 1.0)
+    simulated_vms: int = setting(0, 0)
+    simulated_latency: float = setting(0.0, 0.0)
+    # what else stands in the file, and where all of it is from
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
@@ -1556,7 +1494,7 @@ class Config:
     @property
     def common(self) -> frozenset[str]:
         """The setting `common_names`, one by one; Invalid if one of them is none."""
-        names = [each.strip() for each in self.common_names.split(',') if each.strip()]
+        names = [*filter(None, map(str.strip, self.common_names.split(',')))]
         for each in names:
             kind, _, name = each.partition(':')
             if kind not in KINDS or not name:
@@ -1569,13 +1507,13 @@ class Config:
         """The address of `serve`, for people."""
         return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
 
-    def is_proxy(self, peer: str) -> bool:
-        """Whether an address is that of a trusted proxy."""
-        return is_among(peer, read_networks(self.trusted_proxies))
-
-    def tells_who(self, peer: str) -> bool:
-        """Whether an address is that of a proxy that says who asks."""
-        return is_among(peer, read_networks(self.identity_proxies, 'identity_proxies'))
+    def is_among(self, setting: str, address: str) -> bool:
+        """Whether an address is in one of the networks that a setting names."""
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found in each for each in read_networks(getattr(self, setting), setting))
 
     @property
     def roles(self) -> dict[str, str]:
@@ -1586,13 +1524,6 @@ class Config:
                 raise Invalid(f"Setting keystone_roles: '{name}:{role}' is not KEYSTONE:CMRES, "
                               f"such as member:user; the roles here are {', '.join(ROLES)}")
         return {name: role for name, _, role in pairs}
-
-    def check_choices(self) -> None:
-        """Invalid if a setting that is one of some words is another."""
-        for name, words in WORDS_OF.items():
-            if (said := getattr(self, name)) not in words:
-                raise Invalid(f"Setting {name}: '{said}' is not one of "
-                              f"{', '.join(words)}{nearest(said, words)}")
 
     def may_tell(self, target: str) -> bool:
         """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
@@ -1617,10 +1548,8 @@ class Config:
             object.__setattr__(self, name, value)
 
     def read_again(self) -> Config:
-        """Itself, with the sections of AGAIN from its file if that has changed since.
-
-        A file that can't be read leaves them as they were; the log says why, once.
-        """
+        """Itself, with the sections of AGAIN from its file if that has changed since; where it
+        can't be read they stay, and the log says why, once."""
         stamp = file_stamp(self.path)
         if stamp != self.stamp:
             self.take(stamp=stamp)
@@ -1635,22 +1564,13 @@ class Config:
 
 #: Settings that are one of some words.
 WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
+            'at_end_stop': ('hold', 'shelve', 'refuse'),
             'caldav_refusal': ('mark', '403')}
 
 
-def is_among(address: str, networks: list) -> bool:
-    """Whether an address is in one of some networks."""
-    import ipaddress
-    with suppress(ValueError):
-        found = ipaddress.ip_address(address)
-        return any(found in each for each in networks)
-    return False
-
-
 @functools.lru_cache
-def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
+def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
-    import ipaddress
     found = []
     for each in filter(None, map(str.strip, text.split(','))):
         try:
@@ -1661,52 +1581,48 @@ def read_networks(text: str, setting: str = 'trusted_proxies') -> list:
     return found
 
 
-SETTINGS = {field.name: field for field in dataclasses.fields(Config) if 'why' in field.metadata}
+SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
 #: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
 
 def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
-    """Settings from the environment, a file and the defaults.
-
-    Raises:
-      Invalid: the file can't be read, a key is unknown or a value is of the wrong kind.
+    """Settings from the environment, a file and the defaults; Invalid says what is wrong in them.
     """
-    path = path or environ.get('CMRES_CONFIG') or (
-        'config.ini' if os.path.exists('config.ini') else '')
+    usual = 'config.ini' if os.path.exists('config.ini') else ''
+    path = path or environ.get('CMRES_CONFIG') or usual
     stamp = file_stamp(path)  # before it is read: what changes meanwhile is read again
     sections = read_config_file(path) if path else dict.fromkeys(SECTIONS, {})
     twins = {name[6:].lower(): text for name, text in environ.items()
              if name.startswith('CMRES_') and name not in ('CMRES_CONFIG', 'CMRES_CALENDARS')}
+    said = dict.fromkeys(sections['cmres'], path)
+    said |= {name: f'CMRES_{name.upper()}' for name in twins}
     renamed = RENAMED['setting']
-    old = [name for name in (*sections['cmres'], *twins) if name in renamed]
-    sources = {renamed.get(name, name): path for name in sections['cmres']} | {
-        renamed.get(name, name): f'CMRES_{name.upper()}' for name in twins}
-    texts = (with_new_names('setting', sections['cmres']) | with_new_names('setting', twins))
-    for name in sections['texts']:
+    settings = with_new_names('setting', sections['cmres']) | with_new_names('setting', twins)
+    settings.setdefault('timezone', machine_zone(environ))
+    for name, template in sections['texts'].items():
         if name not in TEXTS:
             raise Invalid(f'{path}: there is no notification for an event '
                           f"'{name}'{nearest(name, TEXTS)}")
-        check_template(f'{path}: [texts] {name}', sections['texts'][name])
-    texts.setdefault('timezone', machine_zone(environ))
-    config = Config(**{name: read_setting(name, text) for name, text in texts.items()},
+        check_template(f'{path}: [texts] {name}', template)
+    config = Config(**{name: read_setting(name, text) for name, text in settings.items()},
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp, sources=sources,
-                    old_names=tuple(old))
+                    texts=TEXTS | sections['texts'], path=path, stamp=stamp,
+                    sources={renamed.get(name, name): where for name, where in said.items()},
+                    old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
-    config.zone, config.common, config.roles, config.check_choices()
-    config.is_proxy(''), config.tells_who('')
+    config.zone, config.common, config.roles
+    for name in ('trusted_proxies', 'identity_proxies'):
+        read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
 
 
 def check_template(where: str, template: str) -> None:
     """Refuses words for an event that could not be filled in; Invalid says where and why."""
-    from string import Formatter
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        for field in fields:
-            if field not in TEXT_FIELDS:
+        for _, field, _, _ in string.Formatter().parse(template):
+            if field is not None and field not in TEXT_FIELDS:
                 hint = nearest(field, TEXT_FIELDS)
                 raise Invalid(f'{where}: there is no field {{{field}}}{hint}')
         template.format_map(dict.fromkeys(TEXT_FIELDS, 'text'))
@@ -1716,7 +1632,6 @@ def check_template(where: str, template: str) -> None:
 
 
 def is_web(target: str) -> bool:
-    """Whether somebody is told by a webhook, and not by mail."""
     return target.startswith(('http://', 'https://'))
 
 
@@ -1729,8 +1644,6 @@ def file_stamp(path: str) -> tuple:
 
 
 def read_config_file(path: str) -> dict[str, dict]:
-    """The texts of each section."""
-    import configparser
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
     try:
@@ -1754,18 +1667,21 @@ def read_bool(value, here=None) -> bool:
 
 
 def read_setting(name: str, text: str):
+    """The value of a setting; Invalid if the text is none."""
     if name not in SETTINGS:
         raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
-    field = SETTINGS[name]
+    usual, (least, most) = SETTINGS[name].default, SETTINGS[name].metadata.values()
     try:
-        value = read_bool(text) if isinstance(field.default, bool) else type(field.default)(text)
+        value = read_bool(text) if isinstance(usual, bool) else type(usual)(text)
     except ValueError:
-        what = ('not true or false' if isinstance(field.default, bool)
-                else f'not a number such as {field.default}')
-        raise Invalid(f"Setting {name}: '{text}' is {what}.") from None
-    least, most = field.metadata['least'], field.metadata['most']
+        what = 'true or false' if isinstance(usual, bool) else f'a number such as {usual}'
+        raise Invalid(f"Setting {name}: '{text}' is not {what}.") from None
     if least is not None and not least <= value <= most:
         raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
+    words = WORDS_OF.get(name, [value])
+    if value not in words:
+        raise Invalid(f"Setting {name}: '{value}' is not one of "
+                      f"{', '.join(words)}{nearest(value, words)}")
     return value
 
 
@@ -1801,8 +1717,8 @@ MEASURED = {
     'servers': 'VMs that are not deleted, by cloud and state',
     'cloud_left_alone': 'whether cmres waits before it asks a cloud again after errors: 1 or 0',
     'cloud_failures': 'failures of a cloud in a row',
-    'pass_age_seconds': 'seconds since the last run of the scheduler',
-    'leader': 'the host whose scheduler is the leader now',
+    'pass_age_seconds': 'seconds since a scheduler last ran, for the cloud that waits longest',
+    'leader': "the host whose scheduler acts for a cloud now; '': for what belongs to none",
     'store_bytes': 'size of the database with its write-ahead log',
     'disk_free_bytes': 'free space on the disk of the database',
     'notices_waiting': 'notifications that have not been delivered yet',
@@ -2032,8 +1948,10 @@ WORDS = {
     'lasts': 'how long the token is valid, for example 90d',
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
+    'maintenance_add.host': 'close only this host',
     'find.lead': 'lead time before the start, which must be free too',
     'find.resource': 'name of the resource, or - for all of them',
+    'spare': 'so many hosts are kept for VMs whose own host fails (not the last one)',
     'limit': 'maximum number of lines',
     'lock': 'this long before its start, only an admin can change or cancel it; 0s: never',
     'metadata': 'metadata of the VMs: k=v,k=v',
@@ -2089,6 +2007,8 @@ WORDS = {
     'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
+    'store': 'whose resources these are, as their second mark says',
+    'moves': 'only a server passes that counts there already',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -2138,7 +2058,6 @@ class Operation:
 
     @functools.cached_property
     def answers(self):
-        """The type of its answer."""
         return inspect.signature(self.method, eval_str=True).return_annotation
 
     @property
@@ -2146,13 +2065,18 @@ class Operation:
         return self.routes[0][0] != 'GET'
 
     @property
+    def help(self) -> tuple[str, str]:
+        """What it does, and examples of its command."""
+        return split_help(inspect.getdoc(self.method))
+
+    @property
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
 
-    @property
-    def summary(self) -> str:
-        return inspect.getdoc(self.method).splitlines()[0]
+def split_help(text: str) -> tuple[str, str]:
+    about, *examples = re.split(r'\n\nExample:\s+', text.strip())
+    return about, '\n'.join(f'  {each.strip()}' for each in ''.join(examples).splitlines())
 
 
 def argument_help(operation: Operation, name: str) -> str:
@@ -2236,11 +2160,8 @@ class Here(NamedTuple):
 
 
 def bind(operation: Operation, given: dict, here: Here) -> dict:
-    """The arguments of a call, read from text or JSON by the types of the method's signature.
-
-    Raises:
-      Invalid: one is unknown, missing or malformed; the sentence names it.
-    """
+    """The arguments of a call, read from text or JSON by the types of the method's signature;
+    Invalid names the one that is unknown, missing or malformed."""
     parameters, given = operation.parameters, with_new_names(operation.name, given)
     refuse_unknown(operation, given)
     anything = {name for name in FILTERS & given.keys()
@@ -2279,11 +2200,7 @@ def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
 
 
 def read_argument(name: str, value, kind, here: Here):
-    """One argument of a call, by the type that the operation gives it.
-
-    Raises:
-      Invalid: it is malformed; the sentence names the argument.
-    """
+    """One argument of a call, by the type that the operation gives it; Invalid names it."""
     try:
         return READERS[kind](value, here)
     except (ValueError, TypeError) as error:
@@ -2303,7 +2220,6 @@ def read_str(value, here=None, most: int = 255) -> str:
 
 def unseen(text: str) -> str:
     """The name of a text's first character that nobody sees or that is none yet; '' without one."""
-    import unicodedata
     found = UNSEEN.search(text)
     if not found and text.isascii():
         return ''
@@ -2424,12 +2340,17 @@ def read_names(value, here=None) -> list[str]:
     return [name for name in map(read_name, items) if name]
 
 
+def pairs_of(value):
+    """What k=v,k=v or an object says; None behind a name without a value."""
+    if not isinstance(value, str):
+        return value
+    return {pair.partition('=')[0]: pair.partition('=')[2] if '=' in pair else None
+            for pair in value.split(',') if pair}
+
+
 def read_pairs(value, here=None) -> dict[str, str]:
     """Nova's metadata: at most 128 pairs, names and values of up to 255 characters."""
-    pairs = value
-    if isinstance(value, str):
-        pairs = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                     for pair in value.split(',') if pair)
+    pairs = pairs_of(value)
     if (not isinstance(pairs, dict) or len(pairs) > 128
         or not all(isinstance(each, str) for each in pairs.values())):
         raise ValueError(f'{shown(value)} is not valid. Write k=v,k=v with at most 128 pairs.')
@@ -2442,10 +2363,7 @@ def read_pairs(value, here=None) -> dict[str, str]:
 
 def read_classes(value, here=None) -> dict[str, int]:
     """Names as Placement has them, each with a figure; `unlimited` is UNLIMITED."""
-    classes = value
-    if isinstance(value, str):
-        classes = dict(pair.split('=', 1) if '=' in pair else (pair, None)
-                       for pair in value.split(',') if pair)
+    classes = pairs_of(value)
     if not isinstance(classes, dict) or len(classes) > 50:
         raise ValueError(f'{shown(value)} is not valid. Write for example CUSTOM_GPU=2, with at '
                          'most 50 classes.')
@@ -2546,9 +2464,8 @@ DISK = 'DISK_GB'
 PLAIN = ('VCPU', 'MEMORY_MB', DISK)
 PART_WORDS = ('resource', 'vms', 'flavor', 'image')
 #: What may be otherwise in a part than in the rest of a request.
-PART_FIELDS = {'resource': Place, 'vms': Count, 'flavor': Name, 'image': Name, 'network': Name,
-               'host': Name,
-               'cell': Name, 'cloud': Name, 'region': Name, 'aggregate': Name}
+PART_FIELDS = {'resource': Place, 'vms': Count} | dict.fromkeys(
+    ('flavor', 'image', 'network', 'host', 'cell', 'cloud', 'region', 'aggregate'), Name)
 
 READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
@@ -2572,8 +2489,7 @@ READERS = {
 #: The fields that hold instants, wherever they appear.
 INSTANTS = frozenset(
     'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
-    'latest_end '
-    'next_start planned polled ready revoked start until'.split())
+    'latest_end next_start planned polled ready revoked start until'.split())
 
 
 def to_plain(value):
@@ -2849,6 +2765,7 @@ class ResourceAnswer(Answer):
     default_image: str
     default_vms: int
     hosts: list[str]
+    spare: int
     added: datetime
     min_free_time: int
 
@@ -2907,6 +2824,7 @@ class MaintenanceAnswer(Answer):
     vcpus: int | None
     ram: int | None
     classes: dict[str, int]
+    host: str
     reason: str
 
 
@@ -3569,6 +3487,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    settled_event = 2**62  # all before this one are there, or never come
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3616,6 +3535,18 @@ class SQLite(peewee.SqliteDatabase):
         connection = self.connection()
         return id(connection), connection.total_changes, run('PRAGMA data_version').fetchone()[0]
 
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anybody has written, and what empties it; else None: on Linux."""
+        import ctypes
+        system = ctypes.CDLL(None)
+        if not hasattr(system, 'inotify_init1'):
+            yield None, None
+            return
+        with open(system.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), 'rb', 0) as ear:
+            system.inotify_add_watch(ear.fileno(), os.fsencode(f'{store_file.path}-wal'), MODIFIED)
+            yield ear, lambda: ear.read(1 << 16)
+
     def make_trigger(self, text: str) -> None:
         run(text)
 
@@ -3636,6 +3567,8 @@ class SQLite(peewee.SqliteDatabase):
         return (f'INSERT INTO {table} ({quoted(names)}) '
                 f'SELECT {values} FROM json_each(?) ORDER BY key')
 
+
+MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
 IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
@@ -3660,6 +3593,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    until: float | None = 0.0  # when it is away for too long; None: it is there
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3670,11 +3604,27 @@ class PostgreSQL(PooledPostgresqlDatabase):
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
     def connect(self, reuse_if_open: bool = False) -> bool:
-        """Takes a connection for this thread, and waits for one while all are in use."""
-        try:
-            return super().connect(reuse_if_open)
-        except MaxConnectionsExceeded:
-            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+        """Takes a connection for this thread, and waits for one while all are in use, or while
+        the server is started again.
+        """
+        while True:
+            try:
+                found = super().connect(reuse_if_open)
+            except MaxConnectionsExceeded:
+                raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY]) from None
+            except peewee.OperationalError as error:
+                self.until = time.monotonic() + RESTARTS if self.until is None else self.until
+                if time.monotonic() >= self.until or not is_lost(error):
+                    raise
+            else:
+                self.until = None
+                return found
+            time.sleep(0.1)
+
+    def leave_lost(self) -> None:
+        """Forgets a connection that is lost, and those at rest, which were lost with it."""
+        self.manual_close()
+        self.close_idle()
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3688,7 +3638,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             if not connection.closed or self.in_transaction():
                 raise of_peewee(error) from error
-            self.manual_close()
+            self.leave_lost()
             if not sql.lstrip().startswith('SELECT'):
                 raise of_peewee(error) from error
         with peewee.__exception_wrapper__:
@@ -3704,25 +3654,55 @@ class PostgreSQL(PooledPostgresqlDatabase):
         note_fact('version', f'{latest_version()}')
 
     def begin(self, isolation_level: str = '') -> None:
-        """Begins a snapshot, or what writes: then nobody else writes until it ends."""
-        kind = f' ISOLATION LEVEL {isolation_level}' if isolation_level else ''
-        lock = '' if isolation_level else f'; SELECT pg_advisory_xact_lock({OURS})'
+        """Begins a snapshot, or what writes, with its locks."""
+        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}' + (
+            '' if isolation_level else self.locks(locked.on))
         with peewee.__exception_wrapper__:
             try:
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.connection().execute(text)
             except psycopg().OperationalError:
                 if not self.connection().closed:
                     self.connection().rollback()
                     raise
-                self.manual_close()  # nothing was begun
-                self.connection().execute(f'BEGIN{kind}{lock}')
+                self.leave_lost()  # nothing was begun
+                self.connection().execute(text)
+
+    @staticmethod
+    def locks(on: Iterable[tuple[int, int]] | None) -> str:
+        """What takes some locks, in their order, and marks how far the ids of events are."""
+        if on is None:
+            return f'; SELECT pg_advisory_xact_lock({OURS})'
+        each = [f'pg_advisory_xact_lock({kind}, {number})' for kind, number in sorted(on)]
+        mark = f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) FROM event_id_seq'
+        return '; SELECT '.join(['', f'pg_advisory_xact_lock_shared({OURS})', *each, mark])
+
+    @property
+    def settled_event(self) -> int:
+        """Events up to this id are there, or never come: who still writes has marked a later one,
+        and marked it before. So what is drawn last must be asked first.
+        """
+        last, = run('SELECT last_value FROM event_id_seq').fetchone()
+        mark, = run("SELECT min(CAST(CAST(objid AS text) AS int)) FROM pg_locks "
+                    f"WHERE locktype = 'advisory' AND classid = {On.EVENTS} AND objsubid = 2 AND "
+                    'database = (SELECT oid FROM pg_database WHERE datname = current_database())'
+                    ).fetchone()
+        return last if mark is None else min(last, mark)
+
+    def commit(self) -> None:
+        """Ends a transaction; Unavailable where nobody knows whether it did."""
+        try:
+            super().commit()
+        except (peewee.OperationalError, peewee.InterfaceError) as error:
+            if not is_lost(error):
+                raise
+            raise Unavailable(UNSURE.format(first_line(error))) from error
 
     def rollback(self) -> None:
         """Undoes a transaction; the server did so where the connection is lost."""
         try:
             super().rollback()
         except (peewee.OperationalError, peewee.InterfaceError):
-            self.manual_close()
+            self.leave_lost()
 
     def execute_sql(self, sql: str, params: tuple = ()):
         """Runs a statement that peewee has made: of the schema."""
@@ -3750,6 +3730,16 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
         return run('SELECT CAST(pg_current_snapshot() AS text)').fetchone()
+
+    @contextmanager
+    def ear(self) -> Iterator[tuple]:
+        """What can be read once anything is due that others have written, and what empties it."""
+        try:
+            with psycopg().connect(store_file.path, autocommit=True, **OF_CONNECTIONS) as ear:
+                ear.execute('LISTEN cmres')
+                yield ear, lambda: [*ear.notifies(timeout=0)]
+        except psycopg().Error as error:
+            raise of_peewee(error) from error
 
     def has_stage(self) -> bool:
         """Whether this connection has what rehearsals write to."""
@@ -3779,6 +3769,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
 
 MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
+RESTARTS = 5  # seconds that it may be away while it is started again
+UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
+          'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
 OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
                   'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
 
@@ -3838,6 +3831,75 @@ HOW = {'lock_type': 'IMMEDIATE', 'pragmas': {
 SQLITE = SQLite(None, **HOW)
 db = peewee.DatabaseProxy()  # leads to the engine of the store that is open
 db.initialize(SQLITE)
+
+
+# Locks. On SQLite one writes at a time. On PostgreSQL those who have nothing in common do not wait
+# for one another: a transaction locks what it decides on, before it reads any of it, in this order,
+# those of a kind by number:
+#
+#   the store < resources < whom limits count < servers that were there < the mails of an owner <
+#   labels < the waiting list
+#
+# The store is shared by those who name their locks. Who names none has it alone: maintenance,
+# hosts, limits, passes of the life cycle. A reservation is changed under the locks of all resources
+# that it is on. Nobody waits in a circle: all locks are taken at the beginning, in one order, and a
+# row that two may write is written under one of them, but for two that each writes one of: first a
+# key of `once`, later the texts of its project. Whoever comes to something that is not locked
+# begins anew with that as well: `persist`. Ids of events are drawn before others see them, so who
+# writes marks how far they were: `settled_event`.
+
+class On:
+    """What a lock is on; the last is only marked."""
+    RESOURCE, COUNTED, SERVER, MAILS, LABEL, LINE, EVENTS = range(1, 8)
+
+
+#: What may be written under such locks.
+SHARED_TABLES = frozenset(('reservation', 'occurrence', 'extra_hold', 'proposal', 'wait', 'step',
+                           'event', 'outbox', 'mailed', 'once'))
+MOST_LOCKS = 50  # more are the whole store
+
+
+class Locked(threading.local):
+    """What this thread's transaction has locked; None: the whole store."""
+    on: frozenset | None = None
+
+
+locked = Locked()
+
+
+class Lacking(Exception):
+    """A transaction decides on what it has not locked: on this; None: on the whole store."""
+
+    def __init__(self, on: frozenset | None):
+        self.on = on
+
+
+def locks_on(names: Iterable[tuple[int, int | str]]) -> frozenset[tuple[int, int]]:
+    """The locks of things, by kinds and ids or names; two that share one only wait in vain."""
+    return frozenset((kind, zlib.crc32(f'{name}'.encode()) % 2**31) for kind, name in names)
+
+
+def decide_on(*names: tuple[int, int | str], also: Iterable[tuple[int, int | str]] = ()) -> None:
+    """Says on what this transaction decides, by kinds and names; Lacking if it is not locked."""
+    if locked.on is not None and (lacks := locks_on((*names, *also)) - locked.on):
+        raise Lacking(lacks)
+
+
+def persist(deed: Callable[[frozenset | None], Any], on: Callable[[], Iterable] | None) -> Any:
+    """Does something in one transaction with some locks; again where it lacked some, or where
+    the connection was lost before anything was saved.
+    """
+    if db.in_files or db.in_transaction():
+        return deed(None)
+    locks = on and locks_on(on())
+    for left in reversed(range(5)):
+        try:
+            return deed(locks if locks is not None and len(locks) <= MOST_LOCKS else None)
+        except Lacking as lack:
+            locks = locks | lack.on if lack.on is not None and left > 1 else None
+        except STORE_ERRORS as error:
+            if not left or not is_lost(error):
+                raise
 
 
 def is_server(path: str) -> bool:
@@ -3967,6 +4029,10 @@ class Resource(Table):
     classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
+    # Nova's id of its aggregate, which may get another name; '' where no cloud has told it
+    aggregate_id = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # so many hosts are kept for when others fail
+    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     # whether Nova has a flavor for each lease that is active there
     flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     # what an event of a calendar program gets that says nothing; without any, no calendar
@@ -4008,6 +4074,8 @@ class Reservation(Table):
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
     affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # what their hosts must be like, as it was typed
+    demands = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
@@ -4082,7 +4150,13 @@ class Host(Table):
     ram = peewee.IntegerField()   # MiB
     classes = peewee.TextField()  # JSON
     units = peewee.TextField()    # JSON: least, most and step of one amount, by class; '': any
-    until = peewee.IntegerField()  # FOREVER, or since when it is not there
+    until = peewee.IntegerField()  # FOREVER, or since when nothing is planned there any more
+    # why: DISABLED or FAILING, as Nova says, or GONE_AWAY from the aggregate
+    state = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # 1: it is one of those that are kept for when others fail
+    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    # JSON: what its cloud says of it, by name
+    properties = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])
 
 
 class Capacity(Table):
@@ -4098,6 +4172,8 @@ class Capacity(Table):
     held_ram = peewee.IntegerField()
     classes = peewee.TextField(default='')
     held_classes = peewee.TextField(default='')
+    # of one host only, which is closed then; it holds nothing of the sum
+    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
@@ -4511,7 +4587,8 @@ MIGRATIONS: list[Callable] = [
     lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts()]
+    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
+    lambda: divide_lease(), lambda: add_host_states()]
 
 
 def long_texts(row: str) -> str:
@@ -4571,6 +4648,15 @@ FUNCTIONS = [f'CREATE FUNCTION {head} LANGUAGE sql IMMUTABLE {rest}' for head, r
     ('instr(text, text) RETURNS integer', 'AS $$ SELECT strpos($1, $2) $$'),
     ('json_array(VARIADIC bigint[]) RETURNS text',
      'AS $$ SELECT CAST(array_to_json($1) AS text) $$'))]
+
+
+#: What tells schedulers, when a transaction ends, that something in it is due at once. Not what is
+#: due later: such transactions would end one after the other.
+TELLING = ["""CREATE FUNCTION tell_due() RETURNS trigger LANGUAGE plpgsql AS $$
+  BEGIN PERFORM pg_notify('cmres', ''); RETURN NULL; END $$""", *(f"""
+  CREATE TRIGGER {table}_tells AFTER INSERT OR UPDATE OF due ON {table} FOR EACH ROW
+    WHEN (NEW.due < extract(epoch FROM clock_timestamp()) + 1) EXECUTE FUNCTION tell_due()"""
+                                                        for table in ('occurrence', 'wait'))]
 
 
 def open_store(path: str, key: str = '', make: bool = True) -> None:
@@ -4727,7 +4813,7 @@ def make_tables() -> None:
 
 def finish_tables() -> None:
     """Makes what tables have beside their rows."""
-    for each in () if db.in_files else FUNCTIONS:
+    for each in () if db.in_files else FUNCTIONS + TELLING:
         run(each)
     for index in INDEXES.split(';'):
         run(f'CREATE INDEX {index}')
@@ -5559,6 +5645,23 @@ def add_hosts() -> None:
         CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
 
 
+def divide_lease() -> None:
+    """Version 22: there is a lease for each cloud, and PostgreSQL tells of what is due at once."""
+    run("UPDATE lease SET name = '' WHERE name = 'scheduler'")
+    for each in () if db.in_files else TELLING:
+        run(each)
+
+
+def add_host_states() -> None:
+    """Version 23: what Nova says of hosts, what they are like, and when one alone is closed."""
+    name, number = "VARCHAR(255) NOT NULL DEFAULT ''", 'INTEGER NOT NULL DEFAULT 0'
+    add_columns('resource', {'aggregate_id': name, 'spare': number})
+    add_columns('host', {'state': name, 'spare': number,
+                         'properties': "TEXT NOT NULL DEFAULT '{}'"})
+    add_columns('capacity', {'host': name})
+    add_columns('reservation', {'demands': "TEXT NOT NULL DEFAULT ''"})
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5611,6 +5714,11 @@ def engine_error(error: BaseException) -> BaseException | None:
     while error and not hasattr(error, 'sqlite_errorcode') and not hasattr(error, 'sqlstate'):
         error = error.__cause__ or error.__context__
     return error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
+    return str(code_of(engine_error(error))).startswith((LOST, '57P'))
 
 
 def code_of(cause: BaseException | None) -> int | str | None:
@@ -5668,8 +5776,8 @@ def probe(path: str) -> str:
         if db.in_files:
             write_probe(path)
         else:
-            with transaction():
-                run(COUNT_WRITE)
+            with transaction(on=frozenset()):
+                db.run(COUNT_WRITE, ())
     except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
@@ -5694,11 +5802,12 @@ MEMORIES: list = []
 
 
 @contextmanager
-def transaction(first: bool = False) -> Iterator[None]:
+def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[None]:
     """All of it or nothing, on disk when it ends; a part of the transaction or rehearsal around it.
 
     Args:
       first: before all others of this process that wait
+      on: the locks of all that it decides on; None: nobody else writes
     """
     if db.in_transaction():
         with Attempt():
@@ -5709,6 +5818,7 @@ def transaction(first: bool = False) -> Iterator[None]:
     if db.in_files and not turns.acquire(PATIENT, first):
         raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
+        locked.on = None if db.in_files else on
         METRICS.observe('lock_wait_seconds', time.monotonic() - began)
         with watched():
             try:
@@ -5719,13 +5829,16 @@ def transaction(first: bool = False) -> Iterator[None]:
     except STORE_ERRORS as error:
         raise of_store(error)
     finally:
+        locked.on = None
         if db.in_files:
             turns.release()
 
 
-def some_of(left: deque) -> Iterator:
-    """Takes one by one what is left, until a transaction has lasted for as long as a piece may."""
-    until = time.monotonic() + PIECE
+def some_of(left: deque, whole: bool = False) -> Iterator:
+    """Takes one by one what is left, until a transaction has lasted for as long as a piece may, or
+    all of it.
+    """
+    until = math.inf if whole else time.monotonic() + PIECE
     while left:
         yield left.popleft()
         if time.monotonic() >= until:
@@ -5937,6 +6050,8 @@ def run_new(sql: str, *values) -> int:
 
 def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
+    if locked.on is not None and (to := WRITTEN.match(sql)) and to[1] not in SHARED_TABLES:
+        raise Lacking(None)
     return db.run(sql, values)
 
 
@@ -6015,8 +6130,14 @@ def resource_of(id: int, removed: bool = False):
 def row_type(sql: str, cursor):
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
-    ROW_TYPES[sql] = namedtuple('Row', [column[0] for column in cursor.description])
+    ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
     return ROW_TYPES[sql]
+
+
+@functools.cache
+def row_of(names: tuple[str, ...]) -> type:
+    """The type of rows with some columns: many queries have the same ones."""
+    return namedtuple('Row', names)
 
 
 def insert(model: type[Table], **values) -> int:
@@ -6103,6 +6224,12 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     tell_owners(config, event, targets, about, actor, at)
 
 
+def newest_event() -> int:
+    """The last event before which no other one comes any more."""
+    found = row('SELECT id FROM event WHERE id <= ? ORDER BY id DESC LIMIT 1', db.settled_event)
+    return found.id if found else 0
+
+
 def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
     """Appends an event; one of a reservation is of its project."""
     return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
@@ -6139,6 +6266,7 @@ def owner_of(reservation: int | None) -> str:
 
 def mails_left(config: Config, owner: str, number: int, at: float) -> int:
     """How many of some mails may be sent for somebody today; -1: none, which was told already."""
+    decide_on((On.MAILS, owner))
     total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, ?) '
                  'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
                  'number = excluded.number + iif(mailed.day = excluded.day, mailed.number, 0) '
@@ -6674,6 +6802,7 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
 
 def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
+    decide_on((On.RESOURCE, resource))
     tracks = [*amount.tracks] if begin < until else []
     for track, figures in tracks:
         ledger.add(resource, track, begin, until, figures)
@@ -6688,9 +6817,12 @@ def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
 def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
     """Lets those be tried again that wait for room there, or that lacked something else."""
     if standing().waits:
-        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ?',
-            resource, begin, until)
-        run('UPDATE wait SET due = 0 WHERE limited')
+        decide_on((On.RESOURCE, resource))
+        run('UPDATE wait SET due = 0 WHERE resource_id = ? AND until > ? AND held_from < ? '
+            'AND NOT limited', resource, begin, until)
+        if row('SELECT 1 AS one FROM wait WHERE limited LIMIT 1'):
+            decide_on((On.LINE, 0))
+            run('UPDATE wait SET due = 0 WHERE limited')
         remembered.change()
 
 
@@ -6774,67 +6906,26 @@ def free_windows(resource, amount: Amount, after: float,
                  before: float) -> Iterator[tuple[float, float]]:
     """The longest [begin, until) within [after, before) in which an amount fits, in order."""
     most = capacity(resource)
-    found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
-                     free_of(resource.id, CLOSED, (0,), (0,), after, before))
-    for name, need in amount.classes:
-        found = overlaps(found,
-                         free_of(resource.id, name, (need,), (most.most(name),), after, before))
-    return found
-
-
-def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
-            before: float) -> Iterator[tuple[float, float]]:
-    """The free windows of one step function."""
-    rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    free = None  # it may go on
-    for begin, until, more in ledger.within(resource, track, after, before):
-        left = [room - each for room, each in zip(rooms, more)]
-        for first, last in free_within(resource, track, left, begin, until):
-            if free and free[1] < first:
-                yield free
-                free = None
-            free = (free[0] if free else first, last)
-            if last < until:
-                yield free
-                free = None
-    if free:
-        yield free
-
-
-def free_within(resource: int, track: str, rooms: list, after: float,
-                before: float) -> Iterator[tuple[float, float]]:
-    """The windows in which no more than some figures is written as held."""
-    held = written_level(resource, track, after)
-    begin = after if all(each <= room for each, room in zip(held, rooms)) else None
-    at = after
-    while at < before:
-        at = next_step(resource, track, rooms, at, before, free=begin is None)
-        if begin is not None:
-            yield begin, at
-        begin = at if begin is None else None
-
-
-def next_step(resource: int, track: str, rooms: list, after: float, before: float,
-              free: bool) -> float:
-    """The first step in (after, before) within some figures, or beyond them; else `before`."""
-    within = ' AND '.join(f'{figure} <= ?' for figure, _ in zip(FIGURES, rooms))
-    found = run('SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? AND '
-                f"{'' if free else 'NOT'} ({within}) ORDER BY at LIMIT 1",
-                resource, track, after, before, *rooms).fetchone()
-    return found[0] if found else before
-
-
-def overlaps(ones: Iterator, others: Iterator) -> Iterator[tuple[float, float]]:
-    """What windows of two kinds have in common, each in order and apart from one another."""
-    one, other = next(ones, None), next(others, None)
-    while one and other:
-        begin, until = max(one[0], other[0]), min(one[1], other[1])
-        if begin < until:
-            yield begin, until
-        if one[1] <= other[1]:
-            one = next(ones, None)
-        else:
-            other = next(others, None)
+    rooms = {'': [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])],
+             CLOSED: [0]}
+    rooms |= {name: [2**62 if most.most(name) is None else most.most(name) - need]
+              for name, need in amount.classes}
+    begin = None
+    while after < before:  # read in pieces, as the first window may be all that is wanted
+        later = run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at > ? "
+                    'AND at < ? ORDER BY at LIMIT 1 OFFSET 20', resource.id, after, before)
+        until = (later.fetchone() or (before,))[0]
+        for at, levels in steps_of(resource.id, [*rooms], after, until):
+            fits = all(each <= room for track, left in rooms.items()
+                       for each, room in zip(levels[track], left))
+            if fits and begin is None:
+                begin = at
+            elif begin is not None and not fits:
+                yield begin, at
+                begin = None
+        after = until
+    if begin is not None:
+        yield begin, before
 
 
 def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
@@ -6897,6 +6988,7 @@ class Need(NamedTuple):
     number: int
     affinity: str = ''  # or APART, or TOGETHER
     host: str = ''      # on this one alone, by its name
+    heals: bool = False  # also on hosts that are kept for when others fail
 
     @property
     def figures(self) -> tuple:
@@ -6923,6 +7015,11 @@ def planned_by_host(resource: int) -> bool:
     """Whether the hosts of a resource are known."""
     return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = ?) AS known',
                      resource)[0].known)
+
+
+def any_hosts() -> bool:
+    """Whether the hosts of any resource are known."""
+    return bool(once('SELECT EXISTS (SELECT 1 FROM host) AS known')[0].known)
 
 
 def read_placed(text: str | None) -> dict[int, int]:
@@ -6954,7 +7051,8 @@ ON_HOSTS = "track LIKE '@%'"
 def rooms_query(classes: tuple[str, ...]) -> str:
     """What each host has free in all of a window, of classes, vCPUs and RAM, in order of hosts.
 
-    Its parameters: resource, begin, until, a list of hosts or NULL for all, and what must be free.
+    Its parameters: resource, begin, until, a list of hosts or NULL for all, whether spare ones too,
+    and what must be free.
     """
     figures = [(f"coalesce(json_extract(h.classes, '$.{name}'), 0)", name, 'vms')
                for name in classes] + [('h.vcpus', '', 'vcpus'), ('h.ram', '', 'ram')]
@@ -6964,11 +7062,12 @@ def rooms_query(classes: tuple[str, ...]) -> str:
         free.append(f"""{most} - coalesce((SELECT max({column}) FROM {of_it} AND at < ?3 AND at >=
           coalesce((SELECT at FROM {of_it} AND at <= ?2 ORDER BY at DESC LIMIT 1), ?2)), 0) AS f{n}
           """)
-        enough.append(f'f{n} >= ?{n + 5}')
+        enough.append(f'f{n} >= ?{n + 6}')
     return f"""
       SELECT * FROM (SELECT h.id, h.units, {', '.join(free)} FROM host h
        WHERE h.resource_id = ?1 AND h.until >= ?3
-         AND (CAST(?4 AS TEXT) IS NULL OR h.id IN numbers(?4))) h
+         AND (CAST(?4 AS TEXT) IS NULL OR h.id IN numbers(?4))
+         AND h.spare <= CAST(?5 AS INTEGER)) h
        WHERE {' AND '.join(enough)} ORDER BY id"""
 
 
@@ -6978,12 +7077,13 @@ def rooms(need: Need, among: Iterable[int] | None = None,
     free; with `least`, so much of everything is enough.
     """
     names, enough = tuple(name for name, _ in need.each.classes), need.figures
+    need = need._replace(heals=need.heals or None not in (among, least))
     if least is not None:
         enough = (least,) * len(enough)
     changed = sorted(each for each in ledger.hosts(need.resource)
                      if among is None or each in among)
     written = run(rooms_query(names), *need[:3], None if among is None else json.dumps([*among]),
-                  *enough)
+                  int(need.heals), *enough)
     return heapq.merge(
         ((host, tuple(room)) for host, units, *room in written
          if host not in changed and suits(units, need)),
@@ -6994,7 +7094,7 @@ def rooms(need: Need, among: Iterable[int] | None = None,
 def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     """What a host has free where this transaction holds or gives back something, if it is there."""
     found = once('SELECT * FROM host WHERE id = ?', host)[0]
-    if found.until < need.until:
+    if found.until < need.until or found.spare and not need.heals:
         return
     most = amount_of_host(found)
     names = [name for name, _ in need.each.classes]
@@ -7037,7 +7137,8 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
     placed: Counter = Counter()
     for among in (had, None) if had else (None,):
         left = need.number - placed.total()
-        for host, room in rooms(need, among) if left else ():
+        looked = need._replace(heals=need.heals or among is not None)  # it may be there already
+        for host, room in rooms(looked, among) if left else ():
             many = how_many(room, need) - placed[host]
             taken = min(left, many, had[host] if among else left)
             placed[host] += max(taken, 0)
@@ -7049,23 +7150,53 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
     return {host: many for host, many in placed.items() if many} if not left else None
 
 
+MOST_STARTS = 200  # so many instants at which something could begin are looked at
+
+
+def free_slots(place, amount: Amount, affinity: str, after: int, before: float,
+               length: float) -> Iterator[tuple[float, float]]:
+    """The windows of a length at least within [after, before) in which an amount fits, in order; by
+    hosts, as all is planned now: from when each VM finds one, and until when at the longest.
+    """
+    need, latest = need_of(Hold(place.id, after, int(before), amount), affinity), 0
+    free = (each for each in free_windows(place, amount, after, before)
+            if each[1] - each[0] >= length)
+    if need.host or not need.takes or not planned_by_host(place.id):
+        yield from free
+        return
+    left = MOST_STARTS
+    for begin, until in free:
+        cuts = [at for at, in run(HOST_CUTS, place.id, begin, until, left)]
+        for at in [begin, *(at for at in cuts if at + length <= until)][:left]:
+            left -= 1
+            ends = [end for end in (*cuts, until) if end > at + length]
+            first = need._replace(begin=int(at), until=int(at + length))
+            if ends and ends[-1] > latest and first_fit(first) is not None:
+                fit = bisect_left(ends, True, key=lambda end: first_fit(
+                    first._replace(until=int(end))) is None)
+                latest = ends[fit - 1] if fit else at + length
+                yield at, latest
+
+
+#: When what is planned on any host of a resource changes within a window.
+HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resource_id = h.resource_id
+                AND step.track = '@' || h.id || ':' AND step.at > ?2 AND step.at < ?3
+               WHERE h.resource_id = ?1 ORDER BY step.at LIMIT ?4"""
+
+
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
-# not begun; that, in its turn, what is in its own way. Two searches do so, each from the plan as it
-# is, first on few hosts, then on more:
+# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is, on
+# few hosts, the last one on more: as often as a VM is without a host, it pushes out those that
+# failed least so far to find one; whoever fails is in the way the less, and has to be placed the
+# more.
 #
-#   chains  depth first: each VM pushes out the least that it can, at most so many pushes deep.
-#           Most of what can be found is found so, in a few milliseconds.
-#   guided  as often as one is without a host, it pushes out those that failed least so far to find
-#           one; whoever fails is in the way the less, and has to be placed the more.
-#
-# Ties go by order, and by dice that the request seeds, so that nothing is left to chance. All is
-# bounded by the looks at a VM on a host that it takes.
+# Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
+# host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = (8, 2_500), (32, 12_000)  # so many hosts, and looks at them in each search
-DEPTH, PUSHES = 2, 200
-MOST_SEARCHED = 0.5  # seconds of CPU, where a machine is too slow for so many looks
-SEARCHES = 20        # of one request, which may be a series
+SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
+PUSHES = 200
+SEARCHES = 20  # of one request, which may be a series
 
 
 class TooMuch(Exception):
@@ -7163,7 +7294,7 @@ class Scene:
     def look(self) -> None:
         """Counts a look at a VM on a host."""
         self.looks -= 1
-        if self.looks < 0 or self.looks % 50 == 0 and time.thread_time() > self.deadline:
+        if self.looks < 0:
             raise TooMuch
 
     def siblings(self, unit: Unit, host: int) -> list[Unit]:
@@ -7222,33 +7353,11 @@ class Scene:
             self.put(each, None)
         self.put(unit, host)
 
-    def chain(self, units: list[Unit], depth: int) -> bool:
-        """Whether each of some VMs finds a host, and so do those that it pushes out."""
-        return all(self.settle(unit, depth) for unit in sorted(units, key=lambda each: -each.size))
-
-    def settle(self, unit: Unit, depth: int) -> bool:
-        if host := self.best(unit):
-            self.put(unit, host)
-            return True
-        options = self.options(unit) if depth else []
-        for host, pushed in sorted(options, key=lambda option: (
-                sum(each.size for each in option[1]), option[0])):
-            before = {each: each.host for each in self.units + self.new}
-            self.push(unit, host, pushed)
-            if self.chain(pushed, depth - 1):
-                return True
-            self.back(before)
-        return False
-
-    def back(self, before: dict[Unit, int | None]) -> None:
-        """Puts VMs where they were."""
-        for unit, host in before.items():
-            if unit.host != host:
-                self.put(unit, host)
-
-    def guided(self, units: list[Unit], depth: int) -> bool:
-        """Whether each of some VMs finds a host, after many pushes."""
-        dice, out, left = random.Random(f'{units[0].figures} {self.cuts}'), [*units], {}
+    def solve(self, looks: int, turn: int) -> bool:
+        """Whether the new VMs find hosts, after so many looks at most."""
+        dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
+        out, left = [*self.new], {}
+        self.looks = looks
         for _ in range(PUSHES):
             out.sort(key=lambda each: (each.failures, each.share))
             unit, pushed = out.pop(), []
@@ -7266,17 +7375,6 @@ class Scene:
             self.push(unit, host, pushed)
             if not out:
                 return True
-        return False
-
-    def solve(self, looks: int, deadline: float) -> bool:
-        """Whether a search finds a host for each VM."""
-        self.deadline = deadline
-        for search in self.chain, self.guided:
-            self.looks = looks
-            with suppress(TooMuch):
-                if search(self.new, DEPTH):
-                    return True
-            self.back({unit: unit.was for unit in self.units + self.new})
         return False
 
     def moves(self) -> list[tuple]:
@@ -7325,18 +7423,16 @@ replans = Replans()
 def replan(need: Need, had: dict[int, int], now: float,
            own: int) -> tuple[dict[int, int], list[tuple]] | None:
     """The hosts of some VMs and the moves that make room for them, or None; changes nothing."""
-    deadline = time.thread_time() + MOST_SEARCHED
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for width, looks in SEARCHED:
+    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
-        if chosen and scene.solve(looks, deadline):
-            return dict(Counter(unit.host for unit in scene.new)), scene.moves()
-        if len(chosen) == len(nearest):
-            return None
+        with suppress(TooMuch):
+            if scene.solve(looks, turn):
+                return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
 
 
@@ -7362,7 +7458,8 @@ def most_on_hosts(need: Need) -> int:
     names = [name for name, _ in need.each.classes]
     return sum(how_many((*(classes.get(name, 0) for name in names), each.vcpus, each.ram), need)
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
-                                "?3 IN ('', name)", need.resource, need.until, need.host)
+                                "?3 IN ('', name) AND spare = 0",
+                                need.resource, need.until, need.host)
                for classes in [json.loads(each.classes)] if suits(each.units, need))
 
 
@@ -7372,15 +7469,27 @@ def on_hosts(found, now: float) -> tuple[Need, dict[int, int]]:
     return need._replace(begin=max(need.begin, int(now))), read_placed(found.placed)
 
 
+def closings(resource: int, now: float, host: str = '') -> Iterator[tuple[Need, int]]:
+    """When single hosts are closed, as if all of each was held, from now on: the need, the host."""
+    for each in rows('SELECT c.start, c."end" AS ended, h.* FROM capacity c JOIN host h ON '
+                     'h.resource_id = c.resource_id AND h.name = c.host WHERE c.resource_id = ? '
+                     'AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
+        if host in ('', each.name):
+            yield Need(resource, max(each.start, int(now)), each.ended, amount_of_host(each),
+                       1), each.id
+
+
 def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
     """Where (H3) does not hold, from now on: (track, instant), what is kept and what is right."""
-    right, kept = defaultdict(Profile), defaultdict(Profile)
+    right, kept, planned = defaultdict(Profile), defaultdict(Profile), []
     for found in rows("SELECT * FROM occurrence WHERE resource_id = ? AND due IS NOT NULL "
                       "AND held_until > ? AND placed <> ''", resource, now):
         need, placed = on_hosts(found, now)
         for host, number in placed.items() if need.begin < need.until else ():
-            for track, figures in (need.each * number).tracks:
-                right[on_host(host, track)].add(need.begin, need.until, figures)
+            planned.append((need._replace(each=need.each * number), host))
+    for need, host in itertools.chain(planned, closings(resource, now)):
+        for track, figures in need.each.tracks:
+            right[on_host(host, track)].add(need.begin, need.until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
                                    f'= ? AND {ON_HOSTS} ORDER BY track, at', resource):
         kept[track].ats.append(at)
@@ -7390,6 +7499,23 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
             held = kept[track].at(at), right[track].at(at)
             if at >= now and held[0] != held[1]:
                 yield (track, at), *held
+
+
+def forget_past(now: float) -> int:
+    """Forgets what was planned on hosts until a day ago; how much. Only the future is checked."""
+    hosts = rows('SELECT id, resource_id, classes FROM host')
+    tracks = [(each.resource_id, on_host(each.id, name), int(now) - DAY)
+              for each in hosts for name in ('', *json.loads(each.classes))]
+    return run(DROP_PAST, json.dumps(tracks)).rowcount if tracks else 0
+
+
+DROP_PAST = of_list("""
+  DELETE FROM step WHERE (resource_id, track, at) IN (
+    SELECT s.resource_id, s.track, s.at FROM p CROSS JOIN step s
+        ON s.resource_id = p.resource AND s.track = p.track AND s.at < (
+           SELECT max(at) FROM step e
+            WHERE e.resource_id = p.resource AND e.track = p.track AND e.at <= p.at))""",
+                    'resource', 'track', 'at')
 
 
 def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
@@ -7495,13 +7621,54 @@ class Machine(NamedTuple):
     fence: Callable[[], None] = lambda: None
 
 
+class HostTold(NamedTuple):
+    """What a cloud says of a host besides what it holds."""
+    #: Of classes of which not any amount is given out: least, most and step of one.
+    units: dict[str, tuple] = {}
+    state: str = ''  # DISABLED, FAILING, UNKNOWN_HOST, or that it takes VMs
+    others: dict[str, Amount] = {}  # what servers take there that are not ours, by id
+    properties: dict[str, str] = {}
+
+
+DISABLED, FAILING, GONE_AWAY = 'disabled', 'down', 'gone'  # why nothing is planned on a host
+UNKNOWN_HOST = 'unknown'  # Placement has no such host
+
+
 class Aggregate(NamedTuple):
     """A host aggregate as the operator of a cloud sees it."""
     name: str
     hosts: dict[str, Amount]  # what each holds, by Placement
     mark: str  # the resource that it is marked with, or ''
-    #: Of hosts that don't give out any amount: least, most and step of one, by class.
-    units: dict[str, dict[str, tuple]] = {}
+    told: dict[str, HostTold] = {}
+    id: str = ''     # Nova's
+    owner: str = ''  # the store of which it has a mark, or ''
+
+
+#: In the metadata of an aggregate: its resource, which Nova's scheduler asks for, and whose.
+MARKS = 'cmres', 'cmres_store'
+
+
+def in_classes(figures: dict[str, int]) -> Amount:
+    """What Placement tells by classes."""
+    classes = sorted((name, each) for name, each in figures.items()
+                     if name not in ('VCPU', 'MEMORY_MB') and each)
+    return Amount(0, figures.get('VCPU', 0), figures.get('MEMORY_MB', 0), tuple(classes))
+
+
+def host_state(nodes: list) -> str:
+    """What Nova says of a host, by its hypervisors."""
+    if all(each.state == 'down' for each in nodes):
+        return FAILING
+    return DISABLED if all(each.status == 'disabled' for each in nodes) else ''
+
+
+def known_servers(now: float) -> set[str]:
+    """The ids of servers that take what is held for them: ours, and those of reservations."""
+    return {uid for uid, in run(
+        "SELECT uid FROM server WHERE uid IS NOT NULL AND state <> 'deleted' AND due IS NOT NULL "
+        "UNION SELECT uid FROM server WHERE uid IS NOT NULL AND state = 'kept' "
+        'UNION SELECT c.server FROM claim c LEFT JOIN occurrence o ON o.id = c.occurrence '
+        'WHERE c.due IS NOT NULL AND coalesce(o.held_until, ?) >= ?', now, now)}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -7516,9 +7683,12 @@ def classes_of(extra_specs: dict) -> tuple:
     return tuple(sorted((name, each) for name, each in found.items() if each))
 
 
+LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whose it is
+
+
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a floating IP of a network.
+    server group of a policy, a host in an aggregate, a floating IP of a network.
     """
     lease: str
     part: str
@@ -7529,6 +7699,7 @@ class Lent(NamedTuple):
     like: str = ''
     policy: str = ''
     network: str = ''
+    make: bool = True  # else it is kept, and another account makes it
 
 
 class Seat(NamedTuple):
@@ -7563,7 +7734,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts lend trust subnet'.split())
+                     'aggregates states mark hosts lend trust subnet'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -7686,6 +7857,12 @@ class Cloud:
         """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
         return wanted
 
+    def refuse_any_network(self, sight: Sight) -> None:
+        """Refuses what names no network where Nova could not tell which one it is to have."""
+
+    def left(self) -> Amount | None:
+        """How much more the quota of the account's project allows; None where that is not told."""
+
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
         raise NotImplementedError
@@ -7694,11 +7871,17 @@ class Cloud:
         """The id of the subnet of a network that has an address; '' if it knows none."""
         return ''
 
-    def mark(self, aggregate: str, resource: str) -> None:
-        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
-        mark away.
+    def mark(self, aggregate: Aggregate, resource: str) -> None:
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
+        store, so that no other one takes it; '' takes the marks away.
         """
         raise NotImplementedError
+
+    def states(self) -> dict[str, tuple[str, list[str]]]:
+        """What Nova says of each host, as a HostTold has it; of those that are down, which servers
+        are there.
+        """
+        return {}
 
     def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
         """Where each server is; None if it is gone, has failed or takes nothing of any host."""
@@ -7917,9 +8100,12 @@ class OpenStack(Cloud):
     # Whose each thing is: the account of an admin is shown what belongs to others as well.
 
     def flavor_thing(self, cloud, found) -> Thing:
-        disk = found.disk + (found.ephemeral or 0) + math.ceil((found.swap or 0) / 1024)
-        takes = Flavor(found.vcpus, found.ram, classes_of(found.extra_specs or {}), disk)
-        return Thing(found.id, found.name, own=True, open=True, flavor=takes)
+        return Thing(found.id, found.name, own=True, open=True, flavor=self.takes(found))
+
+    def takes(self, flavor) -> Flavor:
+        """What a VM of a flavor takes, be it that of a server."""
+        disk = flavor.disk + (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+        return Flavor(flavor.vcpus, flavor.ram, classes_of(flavor.extra_specs or {}), disk)
 
     def key_thing(self, cloud, found) -> Thing:
         return Thing(found.id, found.name, own=True)
@@ -7945,7 +8131,8 @@ class OpenStack(Cloud):
         # Until it has a host, Nova may show a server without its tags: it may be anybody's.
         own = found.project_id == cloud.current_project_id and found.status != 'BUILD'
         mark = next((tag for tag in found.tags or () if tag.startswith('cmres-')), '')
-        return Thing(found.id, found.name, own, mark=mark)
+        has = found.flavor if found.flavor and found.flavor.vcpus else None
+        return Thing(found.id, found.name, own, mark=mark, flavor=has and self.takes(has))
 
     def boot(self, machine):
         with self.calling('make a server'):
@@ -8054,38 +8241,83 @@ class OpenStack(Cloud):
     def aggregates(self, host=''):
         with self.calling('list aggregates', sure=True) as cloud:
             found = [each for each in cloud.compute.aggregates()
-                     if not host or host in (each.hosts or [])]
-        hosts = {one for each in found for one in each.hosts or [] if host in ('', one)}
-        told = {one: self.host_holds(one) for one in sorted(hosts)}
-        return [Aggregate(each.name, {one: told[one][0] for one in sorted(each.hosts or [])
-                                      if one in told}, (each.metadata or {}).get('cmres', ''),
-                          {one: told[one][1] for one in each.hosts or [] if one in told})
-                for each in found]
+                     if (not host or host in (each.hosts or []))
+                     and LENT_BY not in (each.metadata or {})]
+        nodes, ours = self.nodes(), known_servers(time.time())
+        names = {one for each in found for one in each.hosts or [] if host in ('', one)}
+        read = {one: self.host_holds(one, nodes[one], ours) for one in sorted(names)}
+        return [self.aggregate_of(each, read) for each in found]
 
-    def host_holds(self, host: str) -> tuple[Amount, dict[str, tuple]]:
-        """What Placement gives out of a host and of what is in it (total, reserved, ratio), and of
-        which class only some amounts.
+    def aggregate_of(self, found, read: dict[str, tuple[Amount, HostTold]]) -> Aggregate:
+        """An aggregate of those of its hosts that were read."""
+        metadata, names = found.metadata or {}, [one for one in found.hosts or [] if one in read]
+        said = {key: value for key, value in metadata.items() if key not in MARKS}
+        told = {one: read[one][1]._replace(properties=said | read[one][1].properties)
+                for one in sorted(names)}
+        return Aggregate(found.name, {one: read[one][0] for one in told},
+                         metadata.get(MARKS[0], ''), told, f'{found.id}',
+                         metadata.get(MARKS[1], ''))
+
+    def nodes(self) -> dict[str, list]:
+        """The hypervisors of each host, the names of which may be others than its own."""
+        found = defaultdict(list)
+        with self.calling('list hypervisors', sure=True) as cloud:
+            for each in cloud.compute.hypervisors(details=True):
+                found[(each.service_details or {}).get('host') or each.name].append(each)
+        return found
+
+    def states(self):
+        told = {host: (host_state(nodes), []) for host, nodes in self.nodes().items()}
+        for host in [host for host, (state, _) in told.items() if state == FAILING]:
+            told[host] = FAILING, [each.id for each in self.servers_on(host)]
+        return told
+
+    def servers_on(self, host: str) -> list:
+        """All servers on a host, whose they may be."""
+        with self.calling('list the servers of a host', sure=True) as cloud:
+            return [*cloud.compute.servers(all_projects=True, host=host)]
+
+    def host_holds(self, host: str, nodes: list, ours: set[str]) -> tuple[Amount, HostTold]:
+        """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
+        which class only some amounts, what is in use there, and its traits.
         """
-        found, units = defaultdict(int), {}
+        found, units, used, traits = Counter(), {}, defaultdict(Counter), {}
         with self.calling('tell what a host holds', sure=True) as cloud:
             placement = cloud.placement
-            for root in placement.resource_providers(name=host):
-                for provider in placement.resource_providers(in_tree=root.id):
-                    for each in placement.resource_provider_inventories(provider):
-                        name = each.resource_class or each.id
-                        most = int((each.total - each.reserved) * each.allocation_ratio)
-                        found[name] += most
-                        unit = each.min_unit or 1, each.max_unit or most, each.step_size or 1
-                        if unit[0] > 1 or unit[1] < most or unit[2] > 1:
-                            units[name] = unit
-        return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
-            (name, each) for name, each in found.items()
-            if name not in ('VCPU', 'MEMORY_MB') and each))), units
+            inside = [provider for node in nodes
+                      for provider in placement.resource_providers(in_tree=node.id)]
+            for provider in inside:
+                for each in placement.resource_provider_inventories(provider):
+                    name = each.resource_class or each.id
+                    most = int((each.total - each.reserved) * each.allocation_ratio)
+                    found[name] += most
+                    unit = each.min_unit or 1, each.max_unit or most, each.step_size or 1
+                    if unit[0] > 1 or unit[1] < most or unit[2] > 1:
+                        units[name] = unit
+                at = f'/resource_providers/{provider.id}'
+                for uid, takes in self.placed(f'{at}/allocations').get('allocations', {}).items():
+                    used[uid].update(takes['resources'])
+                traits |= dict.fromkeys(self.placed(f'{at}/traits').get('traits', ()), 'yes')
+        others = {}
+        if used.keys() - ours:
+            there = [each for each in self.servers_on(host) if self.store not in (each.tags or ())]
+            others = {each.id: in_classes(used[each.id]) for each in there if each.id in used}
+        return in_classes(found), HostTold(units, host_state(nodes) if inside else UNKNOWN_HOST,
+                                           others, traits)
+
+    def placed(self, path: str) -> dict:
+        """What Placement answers."""
+        answer = self.connection.placement.get(path, microversion='1.6')
+        answer.raise_for_status()
+        return answer.json()
 
     def mark(self, aggregate, resource):
         with self.calling('mark an aggregate', sure=True) as cloud:
-            found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
-            cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
+            found = next(each for each in cloud.compute.aggregates()
+                         if aggregate.id in ('', f'{each.id}') and (
+                             aggregate.id or each.name == aggregate.name))
+            marks = (resource, self.store) if resource else (None, None)
+            cloud.compute.set_aggregate_metadata(found, dict(zip(MARKS, marks)))
 
     def register(self, address: str, dry_run: bool) -> list[dict]:
         """Writes into the catalog where Blazar's clients find cmres; a line for each difference."""
@@ -8113,7 +8345,9 @@ class OpenStack(Cloud):
     #: What is lent: where and how it is listed and taken back, what has our mark, and its name.
     LENT = {'flavor': ('compute', 'flavors', {'is_public': None}, 'delete_flavor', 'description',
                        'id'),
-            'server_group': ('compute', 'server_groups', {}, 'delete_server_group', 'name', 'name'),
+            'server_group': ('compute', 'server_groups', {'all_projects': True},
+                             'delete_server_group', 'name', 'name'),
+            'aggregate': ('compute', 'aggregates', {}, 'delete_aggregate', 'metadata', 'name'),
             'address': ('network', 'ips', {}, 'delete_ip', 'description', 'floating_ip_address')}
 
     def lend(self, wanted):
@@ -8123,9 +8357,9 @@ class OpenStack(Cloud):
                 verbs = getattr(cloud, self.LENT[kind][0])
                 ours = self.lent(kind, verbs)  # two server groups may have one name
                 for id in [id for name, id in ours if name not in things]:
-                    getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+                    self.take_back(kind, verbs, id)
                 answer[kind] = there = {name: id for name, id in ours if name in things}
-                for name in things.keys() - there.keys():
+                for name in [each for each in things if each not in there and things[each].make]:
                     try:
                         there[name] = self.lend_one(kind, name, things[name])
                     except CloudError as error:  # the others shall have theirs
@@ -8140,9 +8374,29 @@ class OpenStack(Cloud):
     def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
         """The names and ids of what is lent of a kind."""
         _, listing, which, _, mark, name = self.LENT[kind]
-        ours = [each for each in getattr(verbs, listing)(**which)
-                if (getattr(each, mark) or '').startswith(self.store)]
+        there = [*getattr(verbs, listing)(**which)]
+        if kind == 'aggregate':
+            return [(f'{each.name} {host}', f'{each.id} {host}') for each in there
+                    if (each.metadata or {}).get(LENT_BY) == self.store
+                    for host in each.hosts or ['']]
+        ours = [each for each in there if (getattr(each, mark) or '').startswith(self.store)]
         return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
+
+    def take_back(self, kind: str, verbs, id: str) -> None:
+        """Takes back something that is lent; the last host of an aggregate goes with it."""
+        id, _, host = id.partition(' ')
+        if host:
+            verbs.remove_host_from_aggregate(id, host)
+        if not host or not verbs.get_aggregate(id).hosts:
+            getattr(verbs, self.LENT[kind][3])(id, ignore_missing=True)
+
+    def lend_aggregate(self, compute, name: str, lent: Lent) -> str:
+        name, _, host = name.partition(' ')
+        there = [each for each in compute.aggregates() if each.name == name]
+        found = there[0] if there else compute.create_aggregate(name=name)
+        compute.set_aggregate_metadata(found, {LENT_BY: self.store, 'blazar:owner': lent.project})
+        compute.add_host_to_aggregate(found, host)
+        return f'{found.id} {host}'
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
@@ -8156,11 +8410,35 @@ class OpenStack(Cloud):
     def lend_server_group(self, compute, name: str, lent: Lent) -> str:
         return compute.create_server_group(name=f'{self.store} {name}', policy=lent.policy).id
 
+    def lend_to_token(self, token: str, name: str, lent: Lent) -> str:
+        """Makes a server group in the project of somebody's token, and tells its id."""
+        wish = {'server_group': {'name': f'{self.store} {name}', 'policy': lent.policy}}
+        with self.calling('lend a server group') as cloud:
+            return cloud.compute.post(
+                '/os-server-groups', json=wish, headers={'X-Auth-Token': token},
+                authenticated=False, microversion='2.64').json()['server_group']['id']
+
     def lend_address(self, network, address: str, lent: Lent) -> str:
         made = network.create_ip(floating_network_id=lent.network, floating_ip_address=address,
                                  project_id=lent.project, description=self.store)
         network.set_tags(made, ['blazar', f'reservation:{lent.part}'])
         return made.id
+
+    def refuse_any_network(self, sight):
+        with self.calling('list networks', sure=True) as cloud:
+            found = [each for each in cloud.network.networks(is_admin_state_up=True)
+                     if each.is_shared or each.project_id == cloud.current_project_id]
+        if found[1:]:
+            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
+            raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
+                          f'them: {names}.')
+
+    def left(self):
+        with self.calling('tell the quota', sure=True) as cloud:
+            found = cloud.compute.get_limits().absolute
+        return Amount(*(most - used if most >= 0 else 2**40 for most, used in (
+            (found.instances, found.instances_used), (found.total_cores, found.total_cores_used),
+            (found.total_ram, found.total_ram_used))))
 
     def subnet(self, network, address):
         from ipaddress import ip_address, ip_network
@@ -8250,12 +8528,17 @@ class Simulated(Cloud):
     def aggregates(self, host=''):
         marks = dict(run('SELECT substr(name, 6), value FROM fact '
                          "WHERE name LIKE 'mark-%'").fetchall())
-        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES
-                if not host or host in each.hosts]
+        return [each._replace(mark=mark, owner=each.owner or mark and self.store)
+                for each in self.AGGREGATES if not host or host in each.hosts
+                for mark in [marks.get(each.name, '')]]
+
+    def states(self):
+        return {host: (told.state, []) for each in self.AGGREGATES
+                for host, told in each.told.items()}
 
     def mark(self, aggregate, resource):
         with transaction():
-            note_fact(f'mark-{aggregate}', resource)
+            note_fact(f'mark-{aggregate.name}', resource)
 
     def hosts(self, uids):
         there = {each.uid for each in self.present()}
@@ -8392,10 +8675,13 @@ class Clouds:
         """
         return f"cmres-{fact('store')}"
 
-    def accounts(self) -> set[str]:
-        """All accounts that serve the resources there are."""
-        clouds = {each.cloud
-                  for each in rows("SELECT DISTINCT cloud FROM resource WHERE cloud <> ''")}
+    def names(self) -> set[str]:
+        """The clouds of the resources there are; '' stands for none."""
+        return {'', *(each.cloud for each in rows('SELECT DISTINCT cloud FROM resource'))}
+
+    def accounts(self, among: Iterable[str] | None = None) -> set[str]:
+        """All accounts that serve the resources there are, or those on some clouds."""
+        clouds = (self.names() if among is None else self.names() & {*among}) - {''}
         known = self.config.read_again().credentials
         own = {f'{each.cloud}{OF_PERSON}{each.id}'
                for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
@@ -8448,11 +8734,11 @@ class Keystone:
         self.names: dict[str, str] = {}  # by id, for people
         self.shut = 0.0  # until then nobody asks
 
-    def told(self, token: str, ask: Callable[[Callable], Any]) -> Scoped:
+    def told(self, token: str, ask: Callable[[Callable, float], Any]) -> Scoped:
         """Who has a token. While Keystone does not answer, those who were known go on.
 
         Args:
-          ask: calls what may take long
+          ask: calls what may take long, for so many seconds
 
         Raises:
           Unauthorized: Keystone does not know it, or it is for no project.
@@ -8468,14 +8754,21 @@ class Keystone:
             raise found.refusal
         return found.scoped
 
-    def asked(self, key: str, token: str, ask: Callable[[Callable], Any]) -> Told:
+    def is_new(self, token: str) -> bool:
+        """Whether it is nobody's who is known."""
+        return hashlib.sha256(token.encode()).hexdigest() not in self.known
+
+    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any]) -> Told:
         """What Keystone says now; what it said before, if it does not answer."""
         before = self.known.get(key)
+        patience = self.SOON if before else self.PATIENT
         try:
             if self.clock() < self.shut:
                 raise Unavailable(SILENT_KEYSTONE)
-            found = ask(lambda: self.look(token, self.SOON if before else self.PATIENT))
-        except (CloudError, TooMany, Unavailable):
+            found = ask(lambda: self.look(token, patience), patience + 1)
+        except (CloudError, TooMany, Unavailable) as error:
+            if getattr(error, 'sure', False):  # it answers bit by bit, for longer than one waits
+                self.shut = self.clock() + self.SHUT
             if before and before.scoped and before.scoped.ends > self.clock():
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
@@ -8595,12 +8888,8 @@ class Undelivered(Error):
 
 
 def deliver(config: Config, notice, about: dict) -> None:
-    """Delivers one notice to its target; `about` is its reservation as an answer shows it.
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
-    from http.client import HTTPException
+    """Delivers a notice to its target, `about` its reservation as answers show it; else
+    Undelivered."""
     try:
         if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
@@ -8609,17 +8898,13 @@ def deliver(config: Config, notice, about: dict) -> None:
             post(config, notice.target, json_text(body).encode())
         else:
             send_mail(config, notice, about)
-    except (OSError, ValueError, HTTPException) as error:  # smtplib's are OSErrors
+    except (OSError, ValueError, http_client.HTTPException) as error:  # smtplib's are OSErrors
         raise Undelivered(f'{type(error).__name__}: {error}') from None
 
 
 def post(config: Config, url: str, body: bytes) -> None:
-    """Posts a webhook: signed if there is a secret, no redirects, and only where that is allowed.
-
-    The header X-Cmres-Signature is `sha256=` and the hex HMAC of X-Cmres-Timestamp, a full stop and
-    the body.
-    """
-    import hmac
+    """Posts a webhook, without redirects. Where there is a secret, X-Cmres-Signature is `sha256=`
+    and the hex HMAC of X-Cmres-Timestamp, a full stop and the body."""
     stamp = str(int(time.time())).encode()
     signature = hmac.new(config.webhook_secret.encode(), stamp + b'.' + body, 'sha256').hexdigest()
     status, _, _ = exchange(config, 'POST', url, body, {
@@ -8632,13 +8917,7 @@ def post(config: Config, url: str, body: bytes) -> None:
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
-    first.
-
-    Raises:
-      Undelivered: there is none, or not where that is allowed; the sentence doesn't tell the
-        address.
-    """
-    from http.client import HTTPException
+    first; Undelivered, without the address in its sentence, where there is none."""
     try:
         for _ in range(6):
             status, found, body = exchange(config, 'GET', url, None, headers)
@@ -8651,24 +8930,19 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
                                  'https.')
             url = target
         raise ValueError('It redirects more than five times.')
-    except (OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError, http_client.HTTPException) as error:
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
         raise Undelivered(f'{kind}{first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None,
              headers: dict) -> tuple[int, dict, bytes]:
-    """One request to an address that a person gave: its status, headers in lower case and body.
-
-    Raises:
-      OSError, ValueError, HTTPException: no answer within 10 seconds, more than MOST_FETCHED
-        bytes, or a private address.
-    """
-    from http.client import HTTPConnection, HTTPSConnection
+    """One request to an address that a person gave: status, headers in lower case and body.
+    OSError, ValueError or HTTPException for no whole answer in time, or a private address."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == 'https' else 80)
     address = allowed_address(config, parts.hostname or '', port)
-    kind = HTTPSConnection if parts.scheme == 'https' else HTTPConnection
+    kind = http_client.HTTPSConnection if parts.scheme == 'https' else http_client.HTTPConnection
     connection = kind(parts.hostname, port, timeout=MOST_WAIT)
     with cut_off(MOST_WAIT) as connect:
         try:
@@ -8725,13 +8999,8 @@ def hang_up(line: socket.socket) -> None:
 
 
 def allowed_address(config: Config, host: str, port: int) -> str:
-    """The address of a host.
-
-    Raises:
-      ValueError: none is known, or one of them is not public and that is not allowed; in one
-        sentence, so that nobody learns which hosts there are inside.
-    """
-    import ipaddress
+    """The address of a host; ValueError where it has none that is public (or allowed), in one
+    sentence, so that nobody learns which hosts there are inside."""
     try:
         found = [ipaddress.ip_address(each[4][0].partition('%')[0])
                  for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -8765,12 +9034,8 @@ def is_public(address) -> bool:
 
 
 def embedded(address) -> list:
-    """The IPv4 addresses that an IPv6 address leads to.
-
-    Compatible and mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380),
-    ISATAP (RFC 5214).
-    """
-    import ipaddress
+    """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
+    (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
     if address.version == 4:
         return []
     number = int(address)
@@ -8781,7 +9046,6 @@ def embedded(address) -> list:
 
 
 def send_mail(config: Config, notice, about: dict) -> None:
-    """Sends a notice as a mail."""
     subject, _, text = notice_text(config, notice, about).partition('\n')
     sentence = legible(notice.sentence)
     message = mail_to(config, notice, subject)
@@ -8792,14 +9056,8 @@ def send_mail(config: Config, notice, about: dict) -> None:
 
 def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
                     stop: str) -> None:
-    """Sends a mail with an event for a calendar (RFC 6047).
-
-    Args:
-      stop: the address at which its reader says that no more are wanted
-
-    Raises:
-      Undelivered: it was not accepted.
-    """
+    """Sends a mail with an event for a calendar (RFC 6047), and the address `stop` at which its
+    reader says that no more are wanted; else Undelivered."""
     message = mail_to(config, notice, subject)
     message['List-Unsubscribe'] = f'<{stop}>'
     message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
@@ -8812,12 +9070,10 @@ def send_invitation(config: Config, notice, subject: str, text: str, method: str
 
 def mail_to(config: Config, notice, subject: str):
     """A mail for the target of a notice, without a text."""
-    from email.message import EmailMessage
-    from email.utils import formatdate
-    message = EmailMessage()
+    message = email_message.EmailMessage()
     message['From'], message['To'] = config.mail_from, notice.target
     message['Subject'] = f'[cmres] {subject}'
-    message['Date'] = formatdate()  # RFC 5322 wants one, and spam filters miss it
+    message['Date'] = email_utils.formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
     message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
     return message
@@ -8827,7 +9083,6 @@ def post_mail(config: Config, message) -> None:
     """Hands a mail to the server of the configuration."""
     if not config.mail_server:
         raise ValueError('The setting mail_server is empty.')
-    import smtplib
     host, _, port = config.mail_server.partition(':')
     with cut_off(MAIL_WAIT) as connect, smtplib.SMTP(timeout=MOST_WAIT) as server:
         server._get_socket = lambda host, port, timeout: connect((host, port), timeout)
@@ -8881,7 +9136,6 @@ def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
-    """A value for people."""
     if isinstance(value, datetime):
         return format_time(value, zone)
     if isinstance(value, dict):
@@ -9042,10 +9296,10 @@ class Shares:
         self.request = threading.local()
 
     @contextmanager
-    def answering(self, user: str) -> Iterator[None]:
+    def answering(self, user: str, patience: float = math.inf) -> Iterator[None]:
         """A request of a user in this thread; what is asked outside of any has no bounds."""
         here = self.request
-        here.user, here.left, here.has = user, self.patience, ()
+        here.user, here.left, here.has = user, min(self.patience, patience), ()
         try:
             with acting_for(user):
                 yield
@@ -9260,13 +9514,13 @@ class Booking(NamedTuple):
     """All components of one UID, as a series that wants machines."""
     uid: str
     summary: str
+    guess: str           # the flavor in words that only look like a wish
+    name: str            # as a sentence calls it
     want: Want
     stretches: list      # of resource 0, until it is known
     cancelled: bool
     digest: str          # of its text, without what changes at each look
-    name: str = ''       # as a sentence calls it
     error: str = ''      # why it can't be understood
-    guess: str = ''      # the flavor in words that only look like a wish
 
     def why(self, error: Error) -> str:
         """The sentence that refuses it, by its title and date."""
@@ -9298,9 +9552,7 @@ class Frame:
 
 
 def table_zone(name: str) -> ZoneInfo | None:
-    """A zone by its name in the zone table, maybe behind a path (Evolution), or by that of
-    Windows.
-    """
+    """A zone by its name in the zone table, maybe behind a path (Evolution), or in Windows."""
     words = name.split('/')
     ends = ('/'.join(words[number:]) for number in range(1, len(words) if not words[0] else 1))
     for each in (name, *ends):
@@ -9311,9 +9563,7 @@ def table_zone(name: str) -> ZoneInfo | None:
 
 
 def zone_of_changes(changes: list[tuple[datetime, timedelta]], before: timedelta) -> ZoneInfo:
-    """A zone by its changes, as instants without their zone, in the form of a zone table's file
-    (RFC 8536).
-    """
+    """A zone by its changes, as instants in UTC, in the form of a zone table's file (RFC 8536)."""
     offsets = [before, *(offset for _, offset in changes)]
     kinds = [*dict.fromkeys(offsets)]
 
@@ -9352,7 +9602,6 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
 
 
 def read_offset(text: str) -> timedelta:
-    """A TZOFFSETFROM or TZOFFSETTO."""
     if not OFFSET.fullmatch(text):
         raise ValueError(text)
     hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
@@ -9468,22 +9717,20 @@ class Entry:
     @functools.cached_property
     def length(self) -> timedelta:
         """By wall clocks; without an end a day for a date, nothing for a time (RFC 5545, 3.6.1)."""
-        if 'DTEND' in self.said:
-            end, zone = self.moment('DTEND'), self.start.zone
-            if zone and end.zone and end.zone is not zone:
-                end = Moment(to_wall(end.at(zone), zone))
-            if end.wall < self.start.wall:
-                raise Invalid(f'It ends at {end.wall}, before it starts.')
-            return end.wall - self.start.wall
-        if 'DURATION' in self.said:
-            return read_length(self.one('DURATION')[1])
-        return timedelta(days=self.start.whole)
+        if 'DTEND' not in self.said:
+            there = 'DURATION' in self.said
+            return (read_length(self.one('DURATION')[1]) if there
+                    else timedelta(days=self.start.whole))
+        end, zone = self.moment('DTEND'), self.start.zone
+        if zone and end.zone and end.zone is not zone:
+            end = Moment(to_wall(end.at(zone), zone))
+        if end.wall < self.start.wall:
+            raise Invalid(f'It ends at {end.wall}, before it starts.')
+        return end.wall - self.start.wall
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Its length by the clocks, and the exact one after that: the hours of a DURATION are
-        exact.
-        """
+        """Its length by the clocks, and the exact one after that: hours of a DURATION are exact."""
         nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
         return nominal, int(self.length.total_seconds()) - nominal
 
@@ -9516,12 +9763,11 @@ class Entry:
     @property
     def name(self) -> str:
         """What a sentence calls it, so that its owner finds it."""
-        title = re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400])
-        title = ' '.join(title.split()) or self.uid
-        title = textwrap.shorten(title, 80) if len(title) > 80 else title
+        title = ' '.join(re.sub('[\x00-\x20\x7f]+', ' ', self.text('SUMMARY')[:400]).split())
+        title = textwrap.shorten(title, 80) if len(title) > 80 else title or self.uid
         day = re.match(r'(\d{4})(\d\d)(\d\d)', self.said.get('DTSTART', [('', '')])[0][1])
-        return f"the event '{title}'" + (
-            f" of {'-'.join(day.groups())}" if day else '') + f' (line {self.line})'
+        on = f" of {'-'.join(day.groups())}" if day else ''
+        return f"the event '{title}'{on} (line {self.line})"
 
 
 def unescaped(text: str) -> str:
@@ -9687,7 +9933,6 @@ class Clock(NamedTuple):
 
 
 def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
-    """The clock of a series and its exceptions."""
     head = entries[0]
     here = head.start.zone or owner
     if here is UTC and (head.repeats or len(entries) > 1):
@@ -9744,8 +9989,11 @@ def timetable(entries: list[Entry], owner: tzinfo,
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
         raise Invalid(f'More than {MOST_ALIKE} events have its UID.')
-    refuse_too_many_dates(entries)
-    head, clock = entries[0], clock_of(entries, owner)
+    head = entries[0]
+    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
+    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
+        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
+    clock = clock_of(entries, owner)
     stretches = [plain_stretch(head, clock, vms(head))]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
@@ -9755,14 +10003,6 @@ def timetable(entries: list[Entry], owner: tzinfo,
     stretches = overridden(stretches, exceptions, clock, vms)
     return Timetable(stretches, clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
-
-
-def refuse_too_many_dates(entries: list[Entry]) -> None:
-    """Raises Invalid for more than MOST_DATES of them, before any is read."""
-    head = entries[0]
-    lists = (values for name in ('RDATE', 'EXDATE') for _, values in head.said.get(name, ()))
-    if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
-        raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
 
 
 def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
@@ -9900,14 +10140,9 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
              defaults: Want, usual: Want | None = None) -> list[Booking]:
-    """What the events of calendars want, those that want nothing left out unread.
-
-    Args:
-      groups: the events by UID
-      owner: the zone of times without one
-      begin, until: the window that a series in a zone of its own making is spelled out for
-      usual: what an event wants that says nothing
-    """
+    """What the events of calendars want, by UID; those that want nothing are left out unread. What
+    says nothing wants what is `usual`; a series in a zone of its own making is spelled out from
+    `begin` to `until`."""
     found, budget = {}, Budget()
     for uid in sorted(groups, key=lambda uid: may_repeat(groups[uid])):
         if FEED_UID.fullmatch(uid):
@@ -9935,12 +10170,10 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
             table = timetable(group, owner, lambda entry: wants[entry.line].vms)
-            stretches, cancelled = wanted_stretches(table, group, begin, until)
-        return Booking(uid, title_of(head), wants[head.line], stretches, cancelled,
-                       digest_of(group), head.name, guess=guessed(head))
+            said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
-        return Booking(uid, title_of(head), defaults, [], False, '', head.name, str(error),
-                       guessed(head))
+        said = defaults, [], False, '', str(error)
+    return Booking(uid, title_of(head), guessed(head), head.name, *said)
 
 
 def title_of(entry: Entry) -> str:
@@ -9985,7 +10218,6 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
 
 
 def lengths_of(stretch: Stretch) -> list[int]:
-    """All lengths of its occurrences, in seconds."""
     periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
     moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
     return [stretch.length + stretch.exact, *moved, *periods]
@@ -10020,8 +10252,8 @@ def plain_text(text: str) -> str:
 
 def marks_of(entry: Entry) -> list[re.Match]:
     """Where an event says in so many words that it wants machines."""
-    texts = [entry.text('SUMMARY'), entry.text('DESCRIPTION')]
-    texts[1:] = map(plain_text, filter(MAYBE_MARKED.search, texts[1:]))
+    text = entry.text('DESCRIPTION')
+    texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
     return [*filter(None, map(MARKED.search, texts))]
 
 
@@ -10049,7 +10281,11 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     if said := spoken(entry):
         return spoken_want(said, defaults)
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
-    return programmed_want(entry, defaults) if re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words) else None
+    if not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
+        return None
+    said = {name.lower(): read_name(entry.text(f'X-VM-{name}')) for name in PROGRAMMED
+            if f'X-VM-{name}' in entry.said}
+    return defaults._replace(vms=read_count(entry.text('X-VM-COUNT') or defaults.vms), **said)
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -10057,16 +10293,6 @@ def spoken_want(said: re.Match, defaults: Want) -> Want:
     flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
                              resource=resource or defaults.resource)
-
-
-def programmed_want(entry: Entry, defaults: Want) -> Want:
-    """CATEGORIES:VM and X-VM-COUNT, X-VM-FLAVOR, X-VM-IMAGE, X-VM-RESOURCE, X-VM-NETWORK,
-    X-VM-KEY.
-    """
-    said = {name: entry.text(f'X-VM-{name}') for name in PROGRAMMED if f'X-VM-{name}' in entry.said}
-    vms = read_count(entry.text('X-VM-COUNT') or str(defaults.vms))
-    return defaults._replace(vms=vms,
-                             **{name.lower(): read_name(value) for name, value in said.items()})
 
 
 def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
@@ -10083,7 +10309,6 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
 
 def calendar_name(text: str, number: int = 0) -> str:
     """A label out of a title: its letters and digits."""
-    import unicodedata
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
     name = f'{name}-event' if name in NO_LABELS else name
@@ -10105,34 +10330,26 @@ class Shown(NamedTuple):
 
 @functools.lru_cache(20_000)
 def event_text(shown: Shown) -> str:
-    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC; its times of change are those of the
-    occurrence.
-    """
-    times = shown.start, shown.end, shown.revised
-    start, end, changed = (f'{instant(each):%Y%m%dT%H%M%SZ}' for each in times)
+    """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC, changed when that was changed."""
+    start, end, changed = map(stamp_of, (shown.start, shown.end, shown.revised))
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
-            'SEQUENCE': str(shown.revision), 'DTSTART': start, 'DTEND': end, 'STATUS': shown.status,
-            'SUMMARY': escaped(shown.summary), 'DESCRIPTION': escaped(shown.description),
-            'LOCATION': escaped(shown.location), 'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM',
-            'END': 'VEVENT'}
+            'SEQUENCE': f'{shown.revision}', 'DTSTART': start, 'DTEND': end,
+            'STATUS': shown.status, 'SUMMARY': escaped(shown.summary),
+            'DESCRIPTION': escaped(shown.description), 'LOCATION': escaped(shown.location),
+            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', 'END': 'VEVENT'}
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
 def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: str,
                     others: list[tuple[int, int]]) -> str:
-    """A calendar with one event to which somebody is invited (RFC 5546, 3.2.2 and 3.2.5).
-
-    Args:
-      host: the mail address of who invites
-      others: the further windows of a series
-    """
+    """A calendar with one event to which a host invites a guest (RFC 5546, 3.2.2 and 3.2.5);
+    `others` are the further windows of a series."""
     event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
-    people = (f'ORGANIZER:mailto:{host}',
-              f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}')
-    spans = [f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others]
-    dates = [f"RDATE;VALUE=PERIOD:{','.join(spans)}"] if spans else []
-    more = ''.join(map(folded, (*people, *dates, 'END:VEVENT')))
-    return whole_calendar(event + more, f'METHOD:{method}')
+    spans = ','.join(f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others)
+    more = (f'ORGANIZER:mailto:{host}',
+            f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}',
+            *([f'RDATE;VALUE=PERIOD:{spans}'] if spans else []), 'END:VEVENT')
+    return whole_calendar(event + ''.join(map(folded, more)), f'METHOD:{method}')
 
 
 def etag_of(text: str) -> str:
@@ -10389,7 +10606,7 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 #: What can become of machines at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED = 1, 2, 4, 8, 16, 32, 64, 128
+SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
@@ -10420,7 +10637,7 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset("""
   now resource_id held_from held_until placed over due reservation user_data existing ever runs told
   slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
-  pending priority choices named trusted flavors""".split())
+  pending priority choices named trusted flavors aggregate_id""".split())
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -10578,6 +10795,12 @@ def lowered(before: Amount, after: Amount) -> bool:
     return any(most is not None and (was is None or most < was) for was, most in pairs)
 
 
+#: The hosts on which VMs of a cloud are planned.
+PLANNED_HOSTS = f"""SELECT h.* FROM host h JOIN resource s ON s.id = h.resource_id
+                     WHERE s.cloud = ? AND s.removed IS NULL AND h.state <> '{GONE_AWAY}'
+                     ORDER BY h.id"""
+
+
 def spread(name: str, lateness: list[float]) -> dict:
     """The median, the 95th of a hundred and the worst of some seconds."""
     ordered = sorted(max(each, 0) for each in lateness)
@@ -10669,6 +10892,8 @@ class Service:
         self.fence: Callable[[], None] = lambda: None
         # Called before a change and before it is written; raises if nobody wants it any more.
         self.wanted: Callable[[], None] = lambda: None
+        # Called with the answer of what was carried out, before it is written.
+        self.answered: Callable[[Any], None] = lambda answer: None
         self.reason = ''  # why somebody changes what may be others'
         self.undo_for = 0.0  # seconds for which what a change gives back stays held for its Undo
         # The seconds since the life cycle of this process has made a pass; None: it has none.
@@ -10687,9 +10912,9 @@ class Service:
         return Here(self.config.zone, instant(int(self.clock())))
 
     @contextmanager
-    def writing(self, dry_run: bool = False) -> Iterator[float]:
+    def writing(self, dry_run: bool = False, on: frozenset | None = None) -> Iterator[float]:
         """A transaction that yields its instant, and wakes the life cycle after it."""
-        with rehearsing() if dry_run else transaction():
+        with rehearsing() if dry_run else transaction(on=on):
             self.fence()
             self.wanted()
             yield self.clock()
@@ -10697,19 +10922,27 @@ class Service:
         if not dry_run and not rehearsal.on:
             self.wake()
 
-    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False) -> Any:
+    def carry_out(self, deed: Callable[[float], Any], dry_run: bool = False,
+                  on: Callable[[], Iterable] | None = None) -> Any:
         """Does something at an instant, all of it or nothing.
 
         What has no room is refused at once, and explained in a rehearsal: nobody waits for it.
+
+        Args:
+          on: gives the locks that it needs, as far as that is known; None: the whole store
         """
+        def done(locks: frozenset | None) -> Any:
+            with self.writing(on=locks) as now:
+                answer = deed(now)
+                self.answered(answer)
+                return answer
         replans.found, replans.searches = {}, SEARCHES
         if dry_run:
             with self.writing(dry_run) as now:
                 return deed(now)
         for _ in range(3):
             try:
-                with self.writing() as now:
-                    return deed(now)
+                return persist(done, on)
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
@@ -10730,13 +10963,19 @@ class Service:
     def ask_admins(self, now: float, sentence: str, reservation: int,
                    notify: Iterable[str]) -> None:
         """Appends that an admin must answer, which admins hear of as well."""
-        admins = filter(None, map(str.strip, self.config.notify_admins.split(',')))
-        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *admins]))
+        self.journal(now, 'pending', sentence, reservation,
+                     dict.fromkeys([*notify, *self.admins]))
 
     def tell(self, now: float, code: str, sentence: str, found,
-             occurrence: int | None = None) -> None:
+             occurrence: int | None = None, admins: bool = False) -> None:
         """Appends an event about a row that tells its reservation and whom to notify."""
-        self.journal(now, code, sentence, found.reservation, json.loads(found.notify), occurrence)
+        self.journal(now, code, sentence, found.reservation, dict.fromkeys(
+            [*json.loads(found.notify), *(self.admins if admins else ())]), occurrence)
+
+    @property
+    def admins(self) -> list[str]:
+        """Where admins hear of what they must know."""
+        return [*filter(None, map(str.strip, self.config.notify_admins.split(',')))]
 
     def resolve(self, start, end) -> tuple[int, int]:
         """The seconds of a window: a length as start counts from now, as end from the start."""
@@ -11159,7 +11398,7 @@ class Wishes:
         wish = Wish(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
-            at_end=asked['at_end'] or ('stop' if made_of['server'] else 'delete'),
+            at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
@@ -11190,6 +11429,23 @@ class Wishes:
         host, whole = ((old.host, amount_of(old)) if same_host
                        else self.whole_host(place, asked, each))
         return each, {'server': server, 'host': host, 'whole': whole, 'trusted': trusted}
+
+    def end_on(self, place, asked: dict, borrowed: bool, changes: set, warnings: list) -> str:
+        """What is done at the end: what was asked for, as far as the operator lets VMs stay."""
+        at_end = asked['at_end'] or ('stop' if borrowed else 'delete')
+        is_new = not changes or {'at_end', 'resource'} & changes
+        if (at_end, borrowed, bool(json.loads(place.hosts)), bool(is_new)) != (
+                'stop', False, True, True):
+            return at_end
+        how = self.service.config.at_end_stop
+        if how == 'refuse':
+            raise Invalid(f"VMs cannot stay stopped on '{place.name}': they would keep its capacity "
+                          'from others. Let them be shelved, saved or deleted at the end.')
+        warnings.append('The VMs will be shelved at the end, not stopped: a stopped VM keeps its '
+                        f"host of '{place.name}' from others." if how == 'shelve' else
+                        f"Stopped VMs keep the capacity of '{place.name}' after the end, until you "
+                        'delete them. Shelved ones do not.')
+        return 'shelve' if how == 'shelve' else at_end
 
     def owner_of(self, asked: dict, old) -> tuple[str, str]:
         """Whose a reservation will be: user and project."""
@@ -11273,6 +11529,9 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            if asked.get('image') and asked.get('network') in ('', 'auto'):
+                self.service.shares.ask(f'the cloud {account}',
+                                        lambda: cloud.refuse_any_network(sight))
             found = self.service.shares.ask(f'the cloud {account}',
                                             lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
@@ -11304,9 +11563,10 @@ class Wishes:
     def each_takes(self, found: dict, place) -> Amount:
         """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
         """
-        if 'flavor' not in found:
+        sized = found.get('flavor') or found.get('server')
+        if not (sized and sized.flavor):
             return Amount(1)
-        *figures, disk = found['flavor'].flavor
+        *figures, disk = sized.flavor
         counts = disk and DISK in capacity(place).names
         return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
 
@@ -11703,6 +11963,12 @@ class Limits:
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
+    def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
+        """The locks of whom the limits of a wish count."""
+        for limit in self.limits_for(wish):
+            project = limit.project or not limit.user and wish.project or ''
+            yield On.COUNTED, f'{project}/{limit.user and wish.user}'
+
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it.
@@ -11712,6 +11978,7 @@ class Limits:
           others: the other occurrences of its series as they will be
           own: its reservation
         """
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= self.service.config.exempt_longest)
@@ -11800,6 +12067,7 @@ class Limits:
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
+        decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
             if limit.waiting is None:
                 continue
@@ -11977,6 +12245,7 @@ class Policy:
         wish = change.after
         if not wish.server or not change.wants:
             return
+        decide_on((On.SERVER, wish.server))
         other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
                     'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                     "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
@@ -12052,6 +12321,7 @@ class Policy:
 
     def refuse_taken(self, project: str, label: str, now: float) -> None:
         read_argument('label', label, Label, self.service.here)  # Python may call without `bind`
+        decide_on((On.LABEL, f'{project}/{label}'))
         if taken_label(project, label, now):
             raise Conflict(f"Project '{project}' already has a reservation '{label}'. Choose "
                            'another label.')
@@ -12170,6 +12440,15 @@ WITH_STOPPED = """
    ORDER BY o.start"""
 
 
+def wish_locks(wish: Wish) -> Iterator[tuple[int, int | str]]:
+    """On what a wish decides, beside its resource."""
+    yield On.LABEL, f'{wish.project}/{wish.label}'
+    if wish.server:
+        yield On.SERVER, wish.server
+    if not all(map(is_web, wish.notify)):
+        yield On.MAILS, f'{wish.project}/{wish.user}'
+
+
 class Bookings:
     """Makes promises; inside a transaction."""
 
@@ -12182,6 +12461,7 @@ class Bookings:
     def commit(self, deal: Deal, now: float) -> Made | None:
         """Makes a deal true, or none of it; None: it is proposed, since it needs an approval."""
         old = deal.old
+        decide_on(also=self.locks_of(deal))
         # Another change settles those that were proposed before.
         if old and SHAPE & set(deal.asked):
             self.drop_proposals(old.reservation, old.id if deal.alone else None)
@@ -12205,6 +12485,17 @@ class Bookings:
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
         self.propose(deal, until, growth, now)
         return None
+
+    def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
+        """On what a deal decides, beside what its rules name."""
+        wish, old = deal.wish, deal.old
+        yield from wish_locks(wish)
+        yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
+        if old and old.project != wish.project:  # it writes the texts of both
+            raise Lacking(None)
+        for place, in old and run('SELECT DISTINCT resource_id FROM occurrence WHERE '
+                                  'reservation_id = ?', old.reservation) or ():
+            yield On.RESOURCE, place
 
     def may_need_approval(self, deal: Deal) -> bool:
         """Whether somebody asks for it who is no admin, where an admin must approve."""
@@ -12378,9 +12669,11 @@ class Bookings:
         if not old:
             first = dict(of_project=one.project, of_user=one.user, slot=change.key, altered=False,
                          revision=0, revised=int(now), told=0,
-                         due=min(begin, one.start - self.service.config.remind_before))
+                         due=min(begin - self.service.config.check_ahead,
+                                 one.start - self.service.config.remind_before))
         else:
-            again = 0 if one.start != old.start else ~ENDING if one.end != old.end else ~0
+            again = 0 if one.start != old.start else (
+                ~(ENDING | AHEAD) if one.end != old.end else ~AHEAD)
             first = {'due': min(now, begin), 'told': old.told & again, 'cancelled': None}
         return first | dict(resource=one.resource.id, start=one.start, end=one.end,
                             **stored(one.amount)) | change.columns
@@ -12586,6 +12879,7 @@ class Bookings:
                     'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
         for resource in dict.fromkeys(each[0] for each in json.loads(found.choices or '[]')
                                       or [[found.resource_id]]) if found else ():
+            decide_on((On.RESOURCE, resource))
             insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
                    until=found.end, since=found.waiting, limited=False, due=0)
 
@@ -13362,7 +13656,7 @@ class Offers:
             yield
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
-                with transaction():
+                with transaction(on=frozenset()):
                     sentence = f"'{wish.label}' of {wish.user}: {refusal}"
                     journal(self.service.config, self.service.clock(), wish.user, 'refused',
                             sentence, None, project=wish.project, resource=wish.resource.id)
@@ -13432,9 +13726,10 @@ class Offers:
         """The same later: where there is room, and when something ends that was in the way."""
         begin, need = max(wish.held[0], int(self.service.clock())), wish.held[1] - wish.held[0]
         ends = self.ends_after(wish, begin, others)
-        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
+        for first, last in free_slots(wish.resource, wish.amount, wish.affinity, begin,
+                                      LAST.timestamp(), need):
             inside = [at for at in ends if first < at <= last - need]
-            for at in [int(first), *inside] if last - first >= need else ():
+            for at in [int(first), *inside]:
                 start = at + wish.lead
                 yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
 
@@ -13458,7 +13753,8 @@ class Offers:
     def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
         """The same as long as there is room, if that is longer than what it has already."""
         begin, _ = self.reasons.to_come(wish)
-        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
+        first, last = next(free_slots(wish.resource, wish.amount, wish.affinity, begin, wish.end,
+                                      1), (None, 0))
         length, before = int(last) - wish.start, old.end - old.start if old else 0
         if first == begin and before < length < wish.end - wish.start:
             text = format_duration(length)
@@ -13505,8 +13801,7 @@ class Approvals(Operations):
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Approves a pending reservation, or a pending change of a reservation.
 
-        Example:
-          python cmres.py approve lab --project biology --reason 'as agreed'
+        Example: python cmres.py approve lab --project biology --reason 'as agreed'
         """
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
@@ -13525,8 +13820,7 @@ class Approvals(Operations):
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Accepts the capacity that the waiting list offers you.
 
-        Example:
-          python cmres.py accept lab
+        Example: python cmres.py accept lab
         """
         with self.writing(dry_run) as now:
             _, pending, _ = self.pending_of(label, project)
@@ -13545,8 +13839,7 @@ class Approvals(Operations):
 
         A change of an approved reservation is rejected alone: the reservation stays as it was.
 
-        Example:
-          python cmres.py reject lab --reason 'not before the exam'
+        Example: python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
@@ -13620,11 +13913,25 @@ class Approvals(Operations):
 
 #: Seconds after which what a process has begun to write in pieces is dropped, if it does not go on.
 GOES_ON = 60
+#: Reservations that are read again at once where a long delete goes on.
+AT_ONCE = 20
 #: What was written in pieces of which the last has not come: facts, whose values begin with the
 #: instant at which they are dropped.
 STAGED = "name > 'staged-' AND name < 'staged.'"
 #: What people have asked for on the page and can still take back: facts that begin in that way.
 LATER = "name > 'later-' AND name < 'later.'"
+
+
+def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
+    """Lets the life cycle call operations at an instant, unless the fact that it names is gone.
+
+    Args:
+      about: of each that can be taken back its label, project and occurrence, 0 for all of them
+    """
+    name = f'later-{secrets.token_hex(8)}'
+    note_fact(name, f'{due:.3f} ' + json.dumps({
+        'by': [by.user, by.project, by.role], 'about': about, 'calls': calls}))
+    return name
 
 
 def not_real_yet() -> tuple[Callable, Callable]:
@@ -13767,8 +14074,15 @@ class Requests(Operations):
                 answer = self.take_first(requests, now)
             also(answer)
             return answer
+        def locks() -> Iterator[tuple[int, int | str]]:
+            for request in requests:
+                yield On.LABEL, f'{request.last.project}/{request.label}'
+                for wish in itertools.chain(*request.parts):
+                    yield On.RESOURCE, wish.resource.id
+                    yield from wish_locks(wish)
+                    yield from self.limits.counted_for(wish)
         with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
-            return self.carry_out(deed, dry_run)
+            return self.carry_out(deed, dry_run, locks)
 
     def take_first(self, requests: list[Request], now: float) -> dict:
         """Takes the first of some requests that fits; inside a transaction."""
@@ -13822,8 +14136,7 @@ class Requests(Operations):
         names the fields, as in `add`; the output of `list --format csv` is such a file. At most
         100000 lines.
 
-        Example:
-          python cmres.py load class.csv --partial
+        Example: python cmres.py load class.csv --partial
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
@@ -13841,8 +14154,11 @@ class Requests(Operations):
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused. Nothing was '
                                'reserved.', refused=refused)
             return {'taken': taken, 'refused': refused}
-        if dry_run or unread and not partial:
-            return self.carry_out(deed, dry_run=True)
+        only_asks = dry_run or unread and not partial
+        if only_asks or any_hosts():  # a search takes no lock
+            answer = self.carry_out(deed, dry_run=True)
+        if only_asks:
+            return answer
         try:
             taken, refused = self.take_in_turns(requests, partial)
         except NoCapacity:
@@ -13899,8 +14215,7 @@ class Requests(Operations):
 
         Those that do not fit are left out.
 
-        Example:
-          python cmres.py generate demo --count 20
+        Example: python cmres.py generate demo --count 20
         """
         chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
@@ -13924,8 +14239,7 @@ class Requests(Operations):
         them. A page has at most --limit lines; cmres says if there are more. `show` has long
         descriptions and user data.
 
-        Example:
-          python cmres.py list --resource demo --state starting,active
+        Example: python cmres.py list --resource demo --state starting,active
         """
         self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
@@ -13991,8 +14305,7 @@ class Requests(Operations):
 
         Its fields, its state, its VMs, and the future occurrences of a series.
 
-        Example:
-          python cmres.py show lab
+        Example: python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = self.with_changes([found])[0] | {
@@ -14033,8 +14346,7 @@ class Requests(Operations):
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
         """Shows how long a reservation is.
 
-        Example:
-          python cmres.py duration lab
+        Example: python cmres.py duration lab
         """
         found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
@@ -14101,8 +14413,7 @@ class Requests(Operations):
 
         Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
 
-        Example:
-          python cmres.py end lab
+        Example: python cmres.py end lab
         """
         def now_on(old) -> datetime:
             if self.clock() < old.start:
@@ -14119,8 +14430,7 @@ class Requests(Operations):
 
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
 
-        Example:
-          python cmres.py keep lab +2h
+        Example: python cmres.py keep lab +2h
         """
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
@@ -14144,7 +14454,7 @@ class Requests(Operations):
                                          place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
-        return self.carry_out(deed, dry_run)
+        return self.carry_out(deed, dry_run, frozenset)
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -14161,7 +14471,7 @@ class Requests(Operations):
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
-        with self.writing(dry_run) as now:
+        def deed(now: float) -> dict:
             found = self.look.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
                 coming = [('r.id = ?', found.reservation), (NOT_OVER, None),
@@ -14173,6 +14483,7 @@ class Requests(Operations):
                                hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
+        return self.carry_out(deed, dry_run, frozenset)
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
@@ -14240,7 +14551,7 @@ class Requests(Operations):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
             with self.shares.paced():
-                answer = self.carry_out(deed, dry_run)
+                answer = self.carry_out(deed, dry_run, frozenset)
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
@@ -14340,8 +14651,7 @@ class Requests(Operations):
         --occurrence cancels only that one, and --following also those after it. With --kept, it
         deletes the VMs that stayed after their end.
 
-        Example:
-          python cmres.py delete --resource demo --user eva --dry-run
+        Example: python cmres.py delete --resource demo --user eva --dry-run
         """
         self.refuse_unknown_states(state)
         if not any([state, *(asked[name] for name in FILTERS)]):
@@ -14355,7 +14665,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
-        with self.shares.resting(), self.writing(dry_run) as now:  # changes of others don't wait
+        left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
+        noted = ''
+
+        def deed(now: float) -> list[dict]:
+            nonlocal noted
+            left.clear()
             if occurrence:
                 found = [self.look.mine(each, project, occurrence=occurrence) for each in (
                     [part.label for part in self.look.parts_of(label, project)] or [label])]
@@ -14366,11 +14681,46 @@ class Requests(Operations):
                 found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
                 found = [each for each in found if not state or each.state in state]
                 self.refuse_uncounted(found, asked)
-                for each in found:
-                    self.admission.cancel(self.look.live(each), now, ends=True)
-            after = self.look.in_order([each.id for each in found], fields=SLIM)
-            return [public(line) | self.admission.ends_with(each)
-                    for line, each in zip(after, found)]
+                left.extend(found)
+                self.cancel_some(left, now, whole)
+                noted = left and self.note_rest(left, now)
+            return self.as_cancelled(found)
+        with self.shares.resting():  # changes of others don't wait
+            done = self.carry_out(deed, dry_run, frozenset if label else None)
+        if left:
+            self.cancel_rest(left, noted)
+        return done
+
+    def cancel_some(self, left: deque, now: float, whole: bool = False) -> None:
+        """Cancels reservations: all of them, or as many as one transaction has time for."""
+        for each in some_of(left, whole):
+            self.admission.cancel(self.look.live(each), now, ends=True)
+
+    def note_rest(self, left: deque, now: float) -> str:
+        """Lets the life cycle cancel what is left, if this process does not; the fact of that."""
+        return note_later(self.actor, now + GOES_ON, [('delete', {
+            'label': each.label, 'project': each.project, 'reason': self.reason,
+            'start': f'{instant(each.start)}', 'end': f'{instant(each.end)}'}) for each in left])
+
+    def cancel_rest(self, left: deque, noted: str) -> None:
+        """Cancels the rest some at a time: others write between, as there may be thousands."""
+        while left:
+            self.shares.breathe()
+            with self.writing() as now:
+                some = [left.popleft().id for _ in range(min(len(left), AT_ONCE))]
+                there = self.look.in_order(some, fields=SLIM)
+                rest = deque(each for each in there if each.cancelled is None)
+                self.cancel_some(rest, now)
+            left.extendleft(reversed(rest))
+        with transaction():
+            run('DELETE FROM fact WHERE name = ?', noted)
+
+    def as_cancelled(self, found: list) -> list[dict]:
+        """What was cancelled, as it is now or in a moment, with what becomes of its VMs."""
+        after = self.look.in_order([each.id for each in found], fields=SLIM)
+        return [public(line) | {'state': line.state if line.cancelled is not None else
+                                'ending' if line.existing else 'cancelled'}
+                | self.admission.ends_with(each) for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
         """Deletes the VMs of a label that stay after their end; what they hold is free at once."""
@@ -14450,8 +14800,7 @@ class Requests(Operations):
                 continue
             by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
             amount = (self.wishes.each_takes(known, place) + by_hand) * vms
-            windows = free_windows(place, amount, begin - ahead, until)
-            slots = (each for each in windows if each[1] - each[0] >= need + ahead)
+            slots = free_slots(place, amount, '', begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
                       for (first, last), _ in zip(slots, range(limit))]
         if len(refusals) == len(places):
@@ -14466,8 +14815,7 @@ class Requests(Operations):
 
         Default: the next 7 days.
 
-        Example:
-          python cmres.py usage demo --end +1d
+        Example: python cmres.py usage demo --end +1d
         """
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
@@ -14623,11 +14971,12 @@ class Plan(Operations):
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, lock: Span = None,
                         default_flavor: Name = None, default_image: Name = None,
-                        default_vms: Figure = None, force: bool = False,
+                        default_vms: Figure = None, spare: Figure = None, force: bool = False,
                         dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
-        If existing reservations no longer fit, the change needs --force. It cancels nothing; the
+        With --spare, nobody can reserve so many of its hosts: VMs go there whose own host fails. If
+        existing reservations no longer fit, the change needs --force. It cancels nothing; the
         answer lists the affected occurrences, the newest first.
 
         Example:
@@ -14637,6 +14986,7 @@ class Plan(Operations):
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
                 for field in (*PLACE, *FIGURES) if asked[field] is not None}
         new |= {} if mode is None else {'mode': self.read_mode(mode)}
+        new |= {} if spare is None else {'spare': spare}
         lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
         new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
@@ -14654,6 +15004,8 @@ class Plan(Operations):
                 change(Resource, found.id, **new)
             before, found = found, self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
+            if spare is not None:
+                self.keep_spare(found, now)
             homeless = (self.no_longer_fitting(found, now)
                         if lowered(capacity(before), capacity(found)) else [])
             self.refuse_homeless(name, [] if force else homeless)
@@ -14747,93 +15099,234 @@ class Plan(Operations):
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
-        there = {each.name: each for each in self.shares.ask(target, opened.aggregates)}
+        there = self.shares.ask(target, opened.aggregates)
+        names = [each.name for each in there]
         for name in aggregates:
-            if name not in there:
-                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
-        chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
+            if name not in names:
+                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, names)}")
+        ours = ('', self.clouds.store)
+        chosen = [each for each in there if each.name in aggregates
+                  or not aggregates and each.mark and each.owner in ours]
+        self.refuse_of_others(cloud, chosen)
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
         wanted |= {'flavors': flavors} if flavors is not None else {}
-        replans.found, replans.searches = {}, 10 * SEARCHES
-        for rehearsed in dict.fromkeys((True, dry_run)):  # first, since a search takes no lock
-            with self.writing(rehearsed) as now:
-                synced = [self.sync_one(cloud, each, wanted, reservable_hosts, force, now)
-                          for each in chosen]
-        # outside the transaction: it is a call to the cloud
+        how = wanted, reservable_hosts, force
+        synced = self.after_search(
+            lambda now: [self.sync_one(cloud, each, *how, now) for each in chosen], dry_run)
+        lines = [line for _, found in synced for line in found]
         for each, (name, _) in zip(chosen, synced):
-            if each.mark != name and not dry_run:
-                self.shares.ask(target, functools.partial(opened.mark, each.name, name))
-        return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
-            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
-            if each.mark != name else [])]
+            if (each.mark, each.owner) != (name, self.clouds.store):
+                lines.append({'resource': name, 'what': 'mark', 'before': each.mark or None,
+                              'after': name})
+                if not dry_run:  # outside the transaction: it is a call to the cloud
+                    self.shares.ask(target, functools.partial(opened.mark, each, name))
+        return lines
+
+    def refuse_of_others(self, cloud: str, chosen: list[Aggregate]) -> None:
+        """Refuses aggregates that another cmres has marked: both would promise the same hosts."""
+        for each in chosen:
+            if each.owner not in ('', self.clouds.store):
+                raise Conflict(
+                    f"The aggregate '{each.name}' of {cloud} belongs to another cmres, so its "
+                    f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
+                    f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
+
+    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False) -> list:
+        """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
+        end with lines, and without any line there is nothing to do.
+        """
+        replans.found, replans.searches = {}, 10 * SEARCHES
+        for rehearsed in dict.fromkeys((True, dry_run)):
+            with self.writing(rehearsed) as now:
+                done = deed(now)
+            if not any(each[-1] for each in done):
+                break
+        return done
+
+    def follow(self, cloud: str, told: list[Aggregate]) -> None:
+        """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
+        for each in told:
+            found = self.synced_before(cloud, each)
+            if not found or each.owner not in ('', self.clouds.store):
+                continue
+            if found.named:  # what can be reserved by its name, an admin decides
+                known = json.loads(found.hosts)
+                each = each._replace(hosts={name: holds for name, holds in each.hosts.items()
+                                            if name in known})
+            try:
+                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)])
+            except Conflict as error:
+                log.warning('%s', error)
+
+    def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
+        """Plans on other hosts what has begun on those that have been down for long enough: first on
+        those with room, in their order, where spare ones come last; then where what has not begun
+        makes way. Tells their names.
+        """
+        lost = [each for each in rows(PLANNED_HOSTS, cloud)
+                if each.state == FAILING and each.until <= now - self.config.heal_after]
+        for each in lost:
+            place, gone = resource_of(each.resource_id), {each.id: True}
+            there = row('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                        'held_until > ? AND placed LIKE ?', place.id, now, f'%"{each.id}":%')
+            if there:
+                self.after_search(lambda now: [(
+                    self.see_whom_it_affects(place, gone, False, False, True, now), True)])
+        return [each.name for each in lost]
+
+    def synced_before(self, cloud: str, aggregate: Aggregate):
+        """The resource of an aggregate: by Nova's id, as names change; where none is known, by the
+        name.
+        """
+        return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
+                        ?2 <> '' AND aggregate_id = ?2
+                        OR (?2 = '' OR aggregate_id = '') AND aggregate = ?3)
+                       ORDER BY aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
         """Makes or updates the resource of an aggregate; its name, a line a difference."""
-        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
-                    cloud, aggregate.name)
+        found = self.synced_before(cloud, aggregate)
         before = found._asdict() if found else {'mode': '', 'named': ''}
         if wanted:
             self.refuse_idle((before | wanted)['mode'], before | wanted)
+        aggregate = self.left_by_others(aggregate, now)
         new = self.synced(aggregate, before, named) | wanted
         name = found.name if found else calendar_name(aggregate.name)
         lines = [{'resource': name, 'what': field, 'before': in_brief(field, was),
                   'after': in_brief(field, value)} for field, value in new.items()
-                 for was in [getattr(found, field, None)] if was != value]
+                 for was in [getattr(found, field, None)]
+                 if was != value and (found or not field.startswith('aggregate'))]
         if not found:
-            self.add_synced(cloud, aggregate.name, name, new, now)
+            self.add_synced(cloud, name, new, now)
         elif lines:
             change(Resource, found.id, **new)
             self.rehold_changes(self.look.resource_row(name), now)
         place = self.look.resource_row(name)
-        other, suspects = self.sync_hosts(place.id, aggregate, now)
+        other, suspects = self.sync_hosts(place, aggregate, now)
         lines += [{'resource': name, 'what': f'host {host}', 'before': before, 'after': after}
                   for host, before, after in other if found]
-        homeless = self.rehouse(place.id, suspects, now) if other else []
+        first = any(before is None for _, before, _ in other)  # what was a sum may have no hosts
+        lines += self.see_whom_it_affects(place, suspects, bool(other), first, force, now)
         if found and lines:
-            homeless += self.must_go(place, int(now), int(LAST.timestamp()))
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
-        if not force:
-            found = self.look.in_order(homeless[:1000], fields=SLIM)
-            self.refuse_homeless(name, list(map(public, found)))
         return name, lines
 
-    def sync_hosts(self, resource: int, aggregate: Aggregate,
+    def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
+        """An aggregate with what its hosts have besides what servers take that are not ours.
+
+        Raises:
+          Conflict: Placement knows nothing of a host.
+        """
+        left, ours = {}, known_servers(now)
+        for name, holds in aggregate.hosts.items():
+            told = aggregate.told.get(name, HostTold())
+            if told.state == UNKNOWN_HOST:
+                raise Conflict(
+                    f"Placement has no resource provider for the host '{name}' of the aggregate "
+                    f"'{aggregate.name}', so what it holds is not known. Look whether its "
+                    'nova-compute runs, or take it out of the aggregate. Nothing was changed.')
+            others = [takes for uid, takes in told.others.items() if uid not in ours]
+            left[name] = holds.beyond(sum(others, NOTHING))
+        return aggregate._replace(hosts=left)
+
+    def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: bool, first: bool,
+                            force: bool, now: float) -> list[dict]:
+        """Plans anew what must be after its resource has changed, and refuses that, or with
+        `force` tells whom it affects; a line if these are others than before.
+        """
+        key, keep = f'affected {place.id}', int(now)
+        before = [*map(int, json.loads(fact(key) or '[]'))]
+        if not (changed or suspects or before):
+            return []
+        homeless = self.rehouse(place.id, suspects, now, None if first else before)
+        homeless += self.must_go(place, keep, int(LAST.timestamp())) if changed else []
+        new = [id for id in dict.fromkeys(homeless) if id not in before]
+        if not force:
+            self.refuse_homeless(place.name, list(map(public, self.look.in_order(
+                new[:1000], fields=SLIM))))
+        if sorted({*homeless}) == sorted(before):
+            return []
+        for each in self.look.in_order(new) if not rehearsal.on else ():
+            self.tell(now, 'affected', f"the hosts of '{place.name}' have changed, and no host has "
+                      f'room for all of its VMs ({quantity("vms", each.vms)} from '
+                      f'{self.config.told_window(each.start, each.end, each.tz)}). If nothing '
+                      'becomes free, not all of them can start: choose another time or fewer VMs',
+                      each, each.id, admins=True)
+        if not rehearsal.on:
+            note_fact(key, json.dumps(sorted({*homeless})))
+        return [{'resource': place.name, 'what': 'reservations without a host',
+                 'before': len(before), 'after': len({*homeless})}]
+
+    def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
         """Notes the hosts of a resource as its cloud tells them; of those that are otherwise, what
         they were and what they are, and of those that were there, whether they are gone.
         """
         known = {each.name: each for each in rows('SELECT * FROM host WHERE resource_id = ?',
-                                                  resource)}
-        told = {name: {'vcpus': each.vcpus, 'ram': each.ram, 'until': FOREVER,
-                       'classes': json.dumps(dict(each.classes)),
-                       'units': json.dumps(units) if (units := aggregate.units.get(name)) else ''}
-                for name, each in aggregate.hosts.items()}
-        told |= {name: {'until': int(now)} for name, each in known.items()
-                 if name not in told and each.until > now}
+                                                  place.id)}
+        told = {name: self.host_columns(holds, aggregate.told.get(name, HostTold()),
+                                        known.get(name), now)
+                for name, holds in aggregate.hosts.items()}
+        told |= {name: {'until': int(now), 'state': GONE_AWAY} for name, each in known.items()
+                 if name not in told and each.state != GONE_AWAY}
         other, suspects = [], {}
         for name, columns in told.items():
             was = {field: getattr(known.get(name), field, None) for field in columns}
             if name not in known:
-                insert(Host, resource=resource, name=name, **columns)
+                insert(Host, resource=place.id, name=name, **columns)
             elif was != columns:
-                change(Host, known[name].id, **columns)
-                suspects[known[name].id] = columns['until'] <= now
+                self.change_host(known[name], columns, now)
+                suspects[known[name].id] = columns['state'] == GONE_AWAY
             if was != columns:
                 other.append((name, was if name in known else None, columns))
+        if other:
+            self.keep_spare(place, now)
         return other, suspects
 
-    def rehouse(self, resource: int, suspects: dict[int, bool], now: float) -> list[int]:
-        """Plans anew what has no host, or one of `suspects` that is gone (True) or too full; the
-        ids of what finds none. What has begun comes first, then the priority, then the start.
+    def host_columns(self, holds: Amount, told: HostTold, before, now: float) -> dict:
+        """A host that its cloud tells, as its row; since when nothing is planned there stays."""
+        lasts = told.state and before and before.state == told.state
+        until = before.until if lasts else int(now) if told.state else FOREVER
+        return {'vcpus': holds.vcpus, 'ram': holds.ram, 'classes': json.dumps(dict(holds.classes)),
+                'units': json.dumps(told.units) if told.units else '', 'until': until,
+                'state': told.state, 'properties': json.dumps(told.properties, sort_keys=True)}
+
+    def change_host(self, found, columns: dict, now: float) -> None:
+        """Writes what is otherwise of a host; where it is closed for a while, all of it stays so."""
+        for sign, deed in ((-1, lambda: change(Host, found.id, **columns)), (1, lambda: None)):
+            for need, id in closings(found.resource_id, now, found.name):
+                hold_on(need, {id: sign})
+            deed()
+
+    def keep_spare(self, place, now: float) -> None:
+        """Keeps some hosts, the last in their order and never all, for when others fail: what has
+        not begun there is planned elsewhere, if it can be.
         """
-        live = rows("""
+        there = rows('SELECT id FROM host WHERE resource_id = ? AND until = ? ORDER BY id DESC',
+                     place.id, FOREVER)
+        last = [each.id for each in there[:-1][:place.spare]]
+        run('UPDATE host SET spare = iif(id IN numbers(?), 1, 0) WHERE resource_id = ?',
+            json.dumps(last), place.id)
+        remembered.change()
+        self.rehouse(place.id, dict.fromkeys(last), now)
+
+    def rehouse(self, resource: int, suspects: dict[int, bool], now: float,
+                those: Iterable[int] | None = ()) -> list[int]:
+        """Plans anew what is on one of `suspects` that is gone (True), has too little (False), or
+        is kept (None), and those of some ids, or without any list all that have no host; the ids of
+        what finds none. What has begun comes first, then the priority, then the start.
+        """
+        on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
+        live = rows(f"""
             SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
              WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.held_until > ?
                AND o.held_until > o.held_from
-             ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""", resource, int(now), now)
+               AND (CAST(? AS TEXT) IS NULL OR o.id IN numbers(?) {on})
+             ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""",
+                    resource, int(now), *[None if those is None else json.dumps([*those])] * 2, now)
         short = [each.id for each in live[::-1] if self.lacks_hosts(each, suspects, now)]
         return [id for id in short[::-1] if not self.finds_hosts(id, now)]
 
@@ -14844,7 +15337,7 @@ class Plan(Operations):
         need, placed = on_hosts(found, now)
         off = {host: number for host, number in placed.items() if suspects.get(host)
                or host in suspects and found.held_from > now
-               and not any(rooms(need, [host], least=0))}
+               and (suspects[host] is None or not any(rooms(need, [host], least=0)))}
         if off:
             hold_on(need, off, -1)
             placed = Counter(placed) - Counter(off)
@@ -14857,8 +15350,8 @@ class Plan(Operations):
                     'ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(affinity=found.affinity), had, found.held_from <= now,
-                            now, found.reservation_id)
+        placed = find_hosts(need._replace(affinity=found.affinity, heals=True), had,
+                            found.held_from <= now, now, found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
@@ -14872,21 +15365,22 @@ class Plan(Operations):
         """The columns of a resource that its aggregate tells."""
         total = stored(sum(aggregate.hosts.values(), NOTHING))
         new = {figure: each for figure, each in total.items() if figure != 'vms'}
-        new |= {'hosts': json.dumps([*aggregate.hosts])}
+        new |= {'hosts': json.dumps([*aggregate.hosts]), 'aggregate': aggregate.name}
+        new |= {'aggregate_id': aggregate.id} if aggregate.id else {}
         if named or named is None and before['named']:
             new['named'] = json.dumps({
                 host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
                 for host, each in aggregate.hosts.items()})
         return new | ({'named': ''} if named is False else {})
 
-    def add_synced(self, cloud: str, aggregate: str, name: str, new: dict, now: float) -> None:
+    def add_synced(self, cloud: str, name: str, new: dict, now: float) -> None:
         """Makes the resource of an aggregate."""
         self.policy.refuse_taken_resource(name)
         insert(Resource, **{'name': name, 'cell': '', 'cloud': cloud, 'region': '',
-                            'aggregate': aggregate, 'vms': None, 'mode': '', 'named': '',
+                            'vms': None, 'mode': '', 'named': '',
                             'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
-                     f"'{aggregate}'")
+                     f"'{new['aggregate']}'")
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
@@ -14911,8 +15405,12 @@ class Plan(Operations):
 
     @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
-                        affected: Name = 'notify', dry_run: bool = False) -> CapacityChangeAnswer:
-        """Closes a resource from START to END. Nothing new can be reserved or started in this time.
+                        affected: Name = 'notify', host: Name = '',
+                        dry_run: bool = False) -> CapacityChangeAnswer:
+        """Closes a resource from START to END, or one HOST of it. Nothing new can be reserved or
+        started in this time.
+
+        What is planned on a closed host is planned on others first, if it has not begun.
 
         --affected says what happens to affected reservations. With --dry-run you see them first.
 
@@ -14920,7 +15418,7 @@ class Plan(Operations):
           python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run
         """
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', affected,
-                                    dry_run)
+                                    dry_run, host)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
@@ -14930,7 +15428,7 @@ class Plan(Operations):
           python cmres.py maintenance list
         """
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
-                     'c.classes, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
+                     'c.classes, c.host, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
                      'WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
@@ -14952,42 +15450,75 @@ class Plan(Operations):
                 raise NotFound(f'There is no maintenance {id}.')
             self.bookings.hold_capacity(found.resource_id, found.start, found.end,
                                         NOTHING - amount_of(found, 'held_'))
+            self.hold_closing(found, now, -1)
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'cancelled {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
-                        dry_run: bool) -> dict:
-        """Gives a resource another capacity for a while; without `most`, none."""
+                        dry_run: bool, host: str = '') -> dict:
+        """Gives a resource another capacity for a while, without `most` none, or closes a host."""
         refuse_unknown_word('affected', then, THEN)
+        replans.found, replans.searches = {}, 10 * SEARCHES
+        if host and not dry_run:  # a search takes no lock
+            self.change_capacity(name, start, end, most, reason, then, True, host)
         with self.writing(dry_run) as now:
             place = self.look.resource_row(name)
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
             classes = (CLOSED, *capacity(place).names)
-            most = most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
+            always = Amount(*[None] * 3)
+            most = always if host else most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
             held = self.difference(place, most)
-            if held == NOTHING:
+            if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
                                'Set one first.',
                                hint=f'resource update {name} --vms N')
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
-                        **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
+                        **stored(held, 'held_'), host=host, reason=reason, added=int(now),
+                        removed=None)
             when = self.config.told_window(begin, until)
-            closes = dict(most.classes).get(CLOSED) == 0
+            closes = host or dict(most.classes).get(CLOSED) == 0
             what = 'is closed' if closes else 'has another capacity'
-            why = f"'{name}' {what} from {when}: {reason}"
+            whose = f"The host {host} of '{name}'" if host else f"'{name}'"
+            why = f"{whose} {what} from {when}: {reason}"
             self.journal(now, 'resource', why)
-            homeless = self.homeless(place, max(begin, int(now)), until)
+            homeless = self.look.in_order(
+                self.on_closed_host(row('SELECT * FROM capacity WHERE id = ?', id), now) if host
+                else self.must_go(place, max(begin, int(now)), until), fields=SLIM)
             hit = self.in_pieces(homeless, why, then) if dry_run else []
         if not dry_run:
             hit = self.in_pieces(homeless, why, then)
             self.wake()
         return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                 'reason': reason, 'hit': hit, 'affected': hit}
+
+    def hold_closing(self, closing, now: float, sign: int) -> int | None:
+        """Holds all of the host that a change of capacity closes, or gives it back; its id."""
+        found = closing.host and row('SELECT * FROM host WHERE resource_id = ? AND name = ?',
+                                     closing.resource_id, closing.host)
+        if found and closing.end > now:
+            hold_on(Need(found.resource_id, max(closing.start, int(now)), closing.end,
+                         amount_of_host(found), 1), {found.id: sign})
+        return found and found.id
+
+    def on_closed_host(self, closing, now: float) -> list[int]:
+        """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
+        stays there, or has no host.
+        """
+        host = self.hold_closing(closing, now, 1)
+        if not host:
+            names = [name for name, in run('SELECT name FROM host WHERE resource_id = ?',
+                                           closing.resource_id)]
+            raise NotFound(f"host: '{closing.host}' is no known host of this resource"
+                           f'{nearest(closing.host, names)}')
+        stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                    'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
+                    int(now), closing.start, f'%"{host}":%')
+        return [each.id for each in stay] + self.rehouse(closing.resource_id, {host: False}, now)
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
@@ -15061,8 +15592,8 @@ class Plan(Operations):
                 return place.name, found.start
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
-            first = next((int(first) for first, last in free_windows(
-                here, amount_of(found), found.held_from, LAST.timestamp()) if last - first >= need),
+            first = next((int(first) for first, _ in free_slots(
+                here, amount_of(found), found.affinity, found.held_from, LAST.timestamp(), need)),
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
@@ -15091,16 +15622,13 @@ class Plan(Operations):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        found = self.homeless(place, int(now), int(LAST.timestamp()))
+        found = self.look.in_order(self.must_go(place, int(now), int(LAST.timestamp())),
+                                   fields=SLIM)
         return list(map(public, found[:1000]))
 
-    def homeless(self, place, begin: int, until: int) -> list:
-        """Where more is held than there is, as many of the latest added as must go."""
-        return self.look.in_order(self.must_go(place, begin, until), fields=SLIM)
-
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those. What is not approved yet goes first; what fits after all, since an
-        earlier one had to go, stays.
+        """The ids of as many of the latest added as must go where more is held than there is. What
+        is not approved yet goes first; what fits after all, since an earlier one had to go, stays.
         """
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
@@ -15199,22 +15727,32 @@ class Plan(Operations):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
+#: Whether a reservation has a label; or is of a reservation of Blazar's of that id.
+NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hold h '
+            'WHERE h.reservation = r.id AND h.part = ?))')
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', moves: bool = False,
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
+        With --moves, only a server passes that counts there already.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
+        if store not in ('', self.clouds.store):
+            raise NotFound(f'these resources are of the cmres {store}; this is '
+                           f'{self.clouds.store}')
         need = Amount(1, vcpus, ram,
                       tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
         projects, users = self.names_of(project), self.names_of(user)
@@ -15222,7 +15760,7 @@ class Claims(Operations):
         def decide() -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, need, label, project, user, hosts, now)
+                    name, server, projects, users, need, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
@@ -15301,7 +15839,8 @@ class Claims(Operations):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, hosts: list[str], now: float) -> dict:
+                 label: str, project: str, user: str, hosts: list[str], moves: bool,
+                 now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
@@ -15309,6 +15848,8 @@ class Claims(Operations):
             return {'passes': bool(place), 'why': why, 'hosts': None}
         there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
                     'AND due IS NOT NULL', place.id, server)
+        if moves and not there:
+            return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         resized = there and there.host and had != need
         if resized:  # until that is confirmed, Nova holds both
@@ -15411,9 +15952,8 @@ class Claims(Operations):
                     f'AND o.due IS NOT NULL AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} AND '
                     'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
                     'NULL AND r.pending IS NULL AND r.project IN '
-                    f"({marks}){' AND ? IN (r.label, r.request)' if label else ''} ORDER BY "
-                    '+o.start',
-                    place.id, after, until, after, until, *projects, *([label] if label else []))
+                    f"({marks}){NAMED_SO if label else ''} ORDER BY +o.start",
+                    place.id, after, until, after, until, *projects, *2 * [label] * bool(label))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
@@ -15465,20 +16005,14 @@ FORGOTTEN = 'calendars forgotten'
 
 
 def addresses_of(occurrence: int) -> list[str]:
-    """The addresses of the VMs that an occurrence has now."""
     found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
                  "AND goal = 'up' ORDER BY n", occurrence)
     return [each for one in found for each in json.loads(one.addresses)]
 
 
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
-    """How to log in to the VMs of an occurrence, as calendars tell it."""
     key = [f'key pair: {found.key}'] if found.key and addresses else []
     return [*config.logins(addresses), *key]
-
-
-def newest_event() -> int:
-    return row('SELECT coalesce(max(id), 0) AS id FROM event').id
 
 
 def next_revision() -> int:
@@ -15487,7 +16021,6 @@ def next_revision() -> int:
 
 
 def repeats(booking: Booking) -> bool:
-    """Whether an event may have more than one occurrence."""
     return any(not stretch.single for stretch in booking.stretches)
 
 
@@ -15508,8 +16041,7 @@ class Calendars(Operations):
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
 
-        Example:
-          python cmres.py import class.ics --resource demo --image cirros --dry-run
+        Example: python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -15657,13 +16189,9 @@ class Calendars(Operations):
 
     def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
               again: bool = True) -> dict:
-        """The same of an event that was understood; inside a transaction.
-
-        Args:
-          known: the row of the reservation that it has made
-          source: the subscription that it is of
-          again: one that was cancelled here is booked again, though it says what it said
-        """
+        """The same of an event that was understood; inside a transaction. It has made the
+        reservation `known`, for the subscription `source`; `again`: also where that was cancelled
+        here."""
         live = known and known.over > now
         if wish is None:
             stops = booking.cancelled and not source  # else what runs goes on
@@ -15685,18 +16213,14 @@ class Calendars(Operations):
 
     def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
                   also: int | None = None):
-        """The newest reservation that the event of a UID has made; None if there is none.
-
-        Args:
-          also: the id of one that counts, whatever calendar it is of
-        """
+        """The newest reservation that the event of a UID has made, be it that with the id `also` of
+        another calendar; None if there is none."""
         return row('SELECT * FROM reservation WHERE uid = ? AND project = ? AND user = ? AND '
                    '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
                    source, also)
 
     def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
-        """What becomes of an event that asks for no more than it did; nothing, if that is asked for
-        anew.
+        """What becomes of an event that asks for what it did; nothing, if that is asked for anew.
         """
         if not live:
             cancelled = {'outcome': 'left out', 'why': 'it was cancelled in cmres'}
@@ -15755,8 +16279,7 @@ class Calendars(Operations):
     def calendar_list(self) -> list[CalendarAnswer]:
         """Lists calendar feeds and subscriptions, without their secrets.
 
-        Example:
-          python cmres.py calendar list
+        Example: python cmres.py calendar list
         """
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
@@ -15764,13 +16287,11 @@ class Calendars(Operations):
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
                      f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
-        subscribed = rows(f"SELECT id, 'subscription' AS kind, user, project, url, added, polled, "
-                          f"fault, held "
-                          f'FROM subscription WHERE due IS NOT NULL {own} ORDER BY id', *who)
-        return [public(each) for each in feeds] + [
-            {name: value for name, value in public(each).items() if name != 'url'} |
-            {'shows': urlsplit(each.url).hostname, 'needs_confirmation': each.held}
-            for each in subscribed]
+        subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
+                          'polled, fault, held, held AS needs_confirmation FROM subscription '
+                          f'WHERE due IS NOT NULL {own} ORDER BY id', *who)
+        return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
+                                       for each in subscribed)]
 
     @api('POST', '/calendar/feed', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
@@ -15780,8 +16301,7 @@ class Calendars(Operations):
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
         all reservations of that resource; those of other projects only as busy.
 
-        Example:
-          python cmres.py calendar feed --resource demo
+        Example: python cmres.py calendar feed --resource demo
         """
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
@@ -15799,8 +16319,7 @@ class Calendars(Operations):
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Disables the address of a feed at once.
 
-        Example:
-          python cmres.py calendar revoke 1
+        Example: python cmres.py calendar revoke 1
         """
         with self.writing(dry_run) as now:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
@@ -15856,8 +16375,7 @@ class Calendars(Operations):
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops reading a calendar; its reservations stay.
 
-        Example:
-          python cmres.py calendar unsubscribe 1
+        Example: python cmres.py calendar unsubscribe 1
         """
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
@@ -15865,8 +16383,7 @@ class Calendars(Operations):
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Confirms that a calendar may cancel most of its reservations.
 
-        Example:
-          python cmres.py calendar confirm 1
+        Example: python cmres.py calendar confirm 1
         """
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
@@ -15924,12 +16441,10 @@ class Calendars(Operations):
 
     def live_of(self, subscription, now: float) -> dict[int, int]:
         """How many occurrences to come a subscription has, of each reservation."""
-        if not subscription:
-            return {}
         return dict(run('SELECT r.id, count(*) FROM occurrence o JOIN reservation r '
                         'ON r.id = o.reservation_id WHERE r.subscription = ? '
                         'AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
-                        subscription.id, int(now)).fetchall())
+                        subscription.id, int(now)).fetchall()) if subscription else {}
 
     def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
@@ -15938,12 +16453,11 @@ class Calendars(Operations):
         uids, done = {each.uid for each in wanted}, []
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
-            coming = [] if each.uid in uids else self.look.search([('r.id = ?', each.id),
-                                                                   (NOT_OVER, None),
-                                                                   ('o.held_from > ?', now)])
+            where = [('r.id = ?', each.id), (NOT_OVER, None), ('o.held_from > ?', now)]
+            coming = [] if each.uid in uids else self.look.search(where)
             if coming:
-                self.admission.cancel(coming, now, 'the '
-                                                   'event was removed from the calendar', ends=True)
+                self.admission.cancel(coming, now, 'the event was removed from the calendar',
+                                      ends=True)
                 done.append({'uid': each.uid, 'summary': '', 'outcome': 'cancelled',
                              'label': each.label})
         return done
@@ -15993,15 +16507,13 @@ class Calendars(Operations):
         shown = [self.feed_event(each, feed, servers[each.id])
                  for each in found[:MOST_SHOWN_BY_FEED]
                  if each.project == feed.project or each.state not in ('cancelled', 'failed')]
-        shown += [self.not_shown(each) for each in found[MOST_SHOWN_BY_FEED:]]
+        for each in found[MOST_SHOWN_BY_FEED:]:
+            shown.append(Shown(
+                f'more-{each.start}@{self.clouds.store}', each.start, each.end, 0, each.start,
+                'more reservations follow', f'This calendar shows {MOST_SHOWN_BY_FEED} '
+                'occurrences. The page and the list of reservations show the others.', '',
+                'TENTATIVE'))
         return shown, min([now + 60, *turns])
-
-    def not_shown(self, first) -> Shown:
-        """What a feed says in the place of the first occurrence that is too many for it."""
-        uid, words = f'more-{first.start}@{self.clouds.store}', 'more reservations follow'
-        return Shown(uid, first.start, first.end, 0, first.start, words,
-                     f'This calendar shows {MOST_SHOWN_BY_FEED} occurrences. The page and the '
-                     'list of reservations show the others.', '', 'TENTATIVE')
 
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
@@ -16016,25 +16528,24 @@ class Calendars(Operations):
     def feed_digest(self, feed) -> str:
         """Changes whenever something that a feed shows does, for much less than the feed."""
         ids = [id for _, id in walk(self.clock(), *self.shown_in(feed), MOST_SHOWN_BY_FEED + 1)]
-        return hashed(str(run('SELECT id, revision, revised FROM occurrence '
-                              'WHERE id IN numbers(?)',
-                              json.dumps(ids)).fetchall()))
+        return hashed(str(run('SELECT id, revision, revised FROM occurrence WHERE id IN '
+                              'numbers(?)', json.dumps(ids)).fetchall()))
 
     def feed_event(self, found, feed, addresses: list[str]) -> Shown:
         """An occurrence as a feed shows it: one's own with all that helps, others' as busy."""
         uid = f'occurrence-{found.id}@{self.clouds.store}'
         passed = [at for at in (found.held_from, found.start, found.end) if at <= found.now]
-        revision, revised = found.revision + len(passed), max([found.revised, *passed])
+        when = (uid, found.start, found.end, found.revision + len(passed),
+                max([found.revised, *passed]))
         if found.project != feed.project:
-            return Shown(uid, found.start, found.end, revision, revised, 'busy',
-                         f"{counted(found.vms, 'VM')} reserved", found.resource, 'CONFIRMED')
+            return Shown(*when, 'busy', f"{counted(found.vms, 'VM')} reserved", found.resource,
+                         'CONFIRMED')
         lines = [found.state, f"{found.vms} vms {found.flavor} {found.image}".strip(),
-                 found.description]
-        lines += [*log_in_lines(self.config, found, addresses), found.fault]
-        return Shown(uid, found.start, found.end, revision, revised, found.label,
-                     '\n'.join(filter(None, lines)),
-                     found.resource, 'CANCELLED' if found.state in ('cancelled', 'failed') else
-                     'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
+                 found.description, *log_in_lines(self.config, found, addresses), found.fault]
+        status = dict.fromkeys(('cancelled', 'failed'), 'CANCELLED') | dict.fromkeys(
+            ('waiting', 'pending'), 'TENTATIVE')
+        return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
+                     status.get(found.state, 'CONFIRMED'))
 
 
 # Tokens ######################################################################
@@ -16141,8 +16652,7 @@ class Tokens(Operations):
 
         cmres stores only hashes, so it cannot show the tokens again.
 
-        Example:
-          python cmres.py token list
+        Example: python cmres.py token list
         """
         own, values = self.own_tokens()
         return [self.token_public(each) for each in rows(
@@ -16173,8 +16683,7 @@ class Tokens(Operations):
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
         """Makes a token valid for longer: 90 days from now, or as --for says.
 
-        Example:
-          python cmres.py token renew 3 --for 90d
+        Example: python cmres.py token renew 3 --for 90d
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -16194,8 +16703,7 @@ class Tokens(Operations):
         With the last token of a user in a project, the user's feeds, subscriptions and shared pages
         end, too. Their reservations stay.
 
-        Example:
-          python cmres.py token revoke 3
+        Example: python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -16216,8 +16724,7 @@ class Tokens(Operations):
 
         In all projects, or in one. Their reservations stay.
 
-        Example:
-          python cmres.py user end eva --project biology
+        Example: python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
             found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
@@ -16280,8 +16787,7 @@ class Tokens(Operations):
     def credential_list(self) -> list[CredentialAnswer]:
         """Lists your credentials, as an admin all.
 
-        Example:
-          python cmres.py credential list
+        Example: python cmres.py credential list
         """
         own, values = self.own_tokens()
         return [public(each) for each in rows(
@@ -16293,8 +16799,7 @@ class Tokens(Operations):
     def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
         """Takes a credential away: what starts from now on is made as it is for your project.
 
-        Example:
-          python cmres.py credential delete 1
+        Example: python cmres.py credential delete 1
         """
         with self.writing(dry_run) as now:
             found = [each for each in self.credential_list() if each['id'] == id]
@@ -16394,12 +16899,11 @@ class Records(Operations):
 
         On the command line, --follow shows each new event at once, until Ctrl-C.
 
-        Example:
-          python cmres.py events lab --follow
+        Example: python cmres.py events lab --follow
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
-        where = [('e.id > ?', after)]
+        where = [('e.id > ?', after), ('e.id <= ?', db.settled_event)]
         if label:
             where.append(self.look.among('e.reservation_id', self.look.labelled(label, project)))
         else:
@@ -16408,8 +16912,8 @@ class Records(Operations):
                       if each]
         found = rows('SELECT e.id, e.at, e.actor, e.code, r.label, r.project, e.sentence '
                      'FROM event e LEFT JOIN reservation r ON r.id = e.reservation_id WHERE '
-                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} LIMIT {limit}",
-                     *given(where))
+                     f"TRUE{all_of(where)} ORDER BY e.id {'ASC' if onward else 'DESC'} "
+                     f'LIMIT {limit}', *given(where))
         return [public(each) for each in (found if onward else found[::-1])]
 
     def event_before(self, at: float) -> int:
@@ -16427,10 +16931,9 @@ class Records(Operations):
 
         In seconds: median, 95th percentile, worst. `delays` is the same.
 
-        Example:
-          python cmres.py punctuality --since 2026-11-01
+        Example: python cmres.py punctuality --since 2026-11-01
         """
-        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * 86400
+        first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
@@ -16443,17 +16946,18 @@ class Records(Operations):
         late: dict = defaultdict(list)
         for each in found:
             late[each.cloud].append(each)
+
+        def spreads(servers: list, what: str) -> dict:
+            delays = (getattr(each, what) for each in servers)
+            return spread(what, [each for each in delays if each is not None])
         failed = [each for each in found if each.ready is None and each.fault]
-        return {'clouds': [{'cloud': cloud, 'servers': len(servers),
-                            **spread('begun',
-                                     [each.begun for each in servers if each.begun is not None]),
-                            **spread('ready',
-                                     [each.ready for each in servers if each.ready is not None]),
+        return {'clouds': [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+                            **spreads(servers, 'ready'),
                             'tried_again': sum(each.tries > 1 for each in servers)}
                            for cloud, servers in late.items()],
-                'failed': [{'cloud': each.cloud, 'label': each.label, 'name': each.name,
-                            'tries': each.tries, 'planned': instant(each.planned),
-                            'fault': each.fault} for each in failed[-100:]]}
+                'failed': [{'planned': instant(each.planned)} | {
+                    name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
+                                                           'fault')} for each in failed[-100:]]}
 
     @api('GET', '/report/')
     def report(self, since: When = None, until: When = None,
@@ -16464,60 +16968,52 @@ class Records(Operations):
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
 
-        Example:
-          python cmres.py report --since 2027-01-01 --by user --format csv
+        Example: python cmres.py report --since 2027-01-01 --by user --format csv
         """
-        by_whom = group_by
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('group_by', by_whom, columns)
-        now = self.clock()
+        refuse_unknown_word('group_by', group_by, columns)
+        now, lines = self.clock(), defaultdict(Counter)
         last = self.resolve(FIRST, until)[1] if until else int(now)
-        first = self.resolve(since, LAST)[0] if since else last - 30 * 86400
-        own = f'TRUE{all_of(self.look.visible())}'
-        told = ('reserved', 'used', 'unused', 'late_worst')
-        lines: dict = defaultdict(lambda: dict.fromkeys((*told, 'refused'), 0.0))
+        first = self.resolve(since, LAST)[0] if since else last - 30 * DAY
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
-        begun = f'AND o.start < {last} + {LONGEST_LEAD}'
-        near = ids_by((way, f'{which} {begun}') for way, which in ways)
-        hours = HOURS.format(by=columns[by_whom], own=own, near=near)
+        near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}')
+                      for way, which in ways)
+        hours = HOURS.format(by=columns[group_by], own=f'TRUE{all_of(self.look.visible())}',
+                             near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
-            lines[name] |= zip(told, figures)
-        self.add_forgotten(lines, by_whom, first, last)
+            lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'), figures)))
+        self.add_forgotten(lines, group_by, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
-                   'resource': f"coalesce({name_then}, '')"}[by_whom]
-        mine = '' if self.actor.role == ADMIN else 'AND project = ?'
+                   'resource': f"coalesce({name_then}, '')"}[group_by]
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
                                "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
-                               f'{mine} GROUP BY 1', first, last,
-                               *([self.actor.project] if mine else [])):
+                               f"{'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
             lines[name]['refused'] += count
-        return [{by_whom: name, 'reserved_hours': round(each['reserved'], 3),
+        return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late_worst'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
         """Adds forgotten days to the lines of a report; of one that is cut, its share."""
-        own = '' if self.actor.role == ADMIN else 'AND project = ?'
+        mine = [] if self.actor.role == ADMIN else [self.actor.project]
         by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
               else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
-        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in (
-            ('reserved', 3600), ('used', 3600), ('unused', 3600), ('refused', 1)))
+        units = {'reserved': 3600, 'used': 3600, 'unused': 3600, 'refused': 1}
+        sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in units.items())
         for name, *figures, late in run(
-                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t "
-                f'WHERE day > ?1 - {DAY} AND day < ?2 {own} GROUP BY 1',
-                first, last, *([self.actor.project] if own else [])):
-            for field, more in zip(('reserved', 'used', 'unused', 'refused'), figures):
-                lines[name][field] += more
-            lines[name]['late_worst'] = max(lines[name]['late_worst'], late)
+                f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t WHERE day > ?1 - {DAY} "
+                f"AND day < ?2 {'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+            lines[name].update(dict(zip(units, figures)))
+            lines[name]['late'] = max(lines[name]['late'], late)
 
     def forget(self, now: float, most: int = 200) -> int:
         """Forgets some of what has been over for longer than `retention`; how much. The newest row
-        of each table stays, so that no id is ever given twice.
-        """
+        of each table stays, so that no id is ever given twice."""
         before = int(now) - self.config.retention * DAY
         old = rows(f'''SELECT o.* FROM occurrence o INDEXED BY occurrence_over
                        WHERE due IS NULL AND start < ? AND "end" < ?
@@ -16533,20 +17029,20 @@ class Records(Operations):
                              AND due IS NOT NULL)
                          LIMIT {most}''', before)
         self.forget_events(events)
-        gone = run(f'DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
-                   f'occurrence IS NULL '
-                   f'AND due IS NULL AND id < (SELECT max(id) FROM claim) LIMIT {most})',
-                   before).rowcount
+        gone = run('DELETE FROM claim WHERE id IN (SELECT id FROM claim WHERE gone < ? AND '
+                   'occurrence IS NULL AND due IS NULL AND id < (SELECT max(id) FROM claim) '
+                   f'LIMIT {most})', before).rowcount
         changes = rows('SELECT * FROM capacity WHERE removed IS NULL AND "end" < ? '
                        f'AND id < (SELECT max(id) FROM capacity) LIMIT {most}', before)
         for each in changes:
             self.bookings.hold_capacity(each.resource_id, each.start, each.end,
                                         NOTHING - amount_of(each, 'held_'))
             run('DELETE FROM capacity WHERE id = ?', each.id)
-        leases = run(f'DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
+        run('DELETE FROM once WHERE at < ?', int(now) - DAY)
+        leases = run('DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
-        return len(old) + len(events) + gone + len(changes) + leases + objects
+        return len(old) + len(events) + gone + len(changes) + leases + objects + forget_past(now)
 
     def forget_objects(self, now: float, before: int, most: int) -> int:
         """Forgets what calendar programs wrote that is long over, later that it was there."""
@@ -16571,16 +17067,14 @@ class Records(Operations):
         run('DELETE FROM server WHERE occurrence_id = ?', old.id)
         run('DELETE FROM claim WHERE occurrence = ?', old.id)
         run('DELETE FROM occurrence WHERE id = ?', old.id)
-        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}',
-                   old.reservation_id):
+        id = old.reservation_id
+        if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', id):
             self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
-                                    'reservation_id FROM event '
-                                    'WHERE reservation_id = ?', old.reservation_id))
-            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?',
-                old.reservation_id)
-            run('DELETE FROM share WHERE reservation_id = ?', old.reservation_id)
-            run('DELETE FROM reservation WHERE id = ?', old.reservation_id)
-            run('DELETE FROM blazar_hold WHERE reservation = ?', old.reservation_id)
+                                    'reservation_id FROM event WHERE reservation_id = ?', id))
+            run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
+            run('DELETE FROM share WHERE reservation_id = ?', id)
+            run('DELETE FROM reservation WHERE id = ?', id)
+            run('DELETE FROM blazar_hold WHERE reservation = ?', id)
 
     def forget_events(self, events: list) -> None:
         """Forgets events and the notices of them; what was refused stays counted."""
@@ -16596,8 +17090,8 @@ class Records(Operations):
         ran = [*run('SELECT ready, coalesce(deleted, ?2), ready - planned FROM server '
                     'WHERE occurrence_id = ?1 AND ready IS NOT NULL', old.id, old.held_until),
                *run('SELECT at, coalesce(gone, ?2), 0 FROM claim c WHERE occurrence = ?1 AND NOT '
-                    'EXISTS '
-                    '(SELECT 1 FROM server v WHERE v.uid = c.server)', old.id, old.held_until)]
+                    'EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server)', old.id,
+                    old.held_until)]
         late = max((each[2] for each in ran), default=0)
         for day in range(old.held_from // DAY * DAY, old.held_until, DAY):
             first, last = max(day, old.held_from), min(day + DAY, old.held_until)
@@ -16608,14 +17102,12 @@ class Records(Operations):
 
     def count(self, whose: tuple, **figures: float) -> None:
         """Adds figures to the sums of a day, project, user and resource; lateness: the worst."""
-        figures = dict.fromkeys(('reserved', 'used', 'unused', 'refused', 'late'), 0) | figures
-        run('INSERT INTO tally (day, project, user, resource, reserved, used, unused, refused, '
-            'late) '
+        sums = ('reserved', 'used', 'unused', 'refused')
+        added = ', '.join(f'{name} = tally.{name} + excluded.{name}' for name in sums)
+        run(f'INSERT INTO tally (day, project, user, resource, {", ".join(sums)}, late) '
             'VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, project, user, resource) DO '
-            'UPDATE SET reserved = tally.reserved + excluded.reserved, '
-            'used = tally.used + excluded.used, unused = tally.unused + excluded.unused, '
-            'refused = tally.refused + excluded.refused, '
-            'late = max(tally.late, excluded.late)', *whose, *figures.values())
+            f'UPDATE SET {added}, late = max(tally.late, excluded.late)', *whose,
+            *(figures.get(name, 0) for name in (*sums, 'late')))
 
 
 class Reservations(Approvals, Requests, Plan, Claims, Calendars, Tokens, Records):
@@ -16667,7 +17159,7 @@ SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
 
 SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data,
                     r.metadata, r.label, r.project, r.trusted, r.notify, o.reservation_id,
-                    o."end", o.resource_id, s.mode
+                    o."end", o.resource_id, s.mode, s.cloud
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
                  JOIN resource s ON s.id = o.resource_id'''
@@ -16732,10 +17224,10 @@ def is_due(what: str, now: float) -> bool:
                     now))
 
 
-def those_due(what: str, query: str, now: float, tail: str = '') -> list:
+def those_due(what: str, query: str, now: float, tail: str = '', *values) -> list:
     """The rows of a query that are due as one kind."""
     _, column, which = DUE[what]
-    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now)
+    return rows(f'{query} WHERE {column} <= ? AND {which} {tail}', now, *values)
 
 
 def has_arrived(under_way: str, state: str) -> bool:
@@ -16810,9 +17302,7 @@ DRIFT = 1e-4  # seconds by which two clocks may part in one, without either bein
 
 
 class Trust(NamedTuple):
-    """How the wall clock stood to the uptime when it was believed last, and what is doubted
-    since.
-    """
+    """How the wall clock stood to the uptime when it was last believed, and what is in doubt."""
     boot: str      # since which start of this computer the uptime counts
     offset: float  # seconds of the wall clock less those of the uptime
     uptime: float
@@ -16877,10 +17367,10 @@ class Clocks:
 
     def recall(self) -> None:
         """Recalls what the process that acted before thought of the clocks, and when."""
-        found = row('SELECT value FROM fact WHERE name = ?', 'clocks')
-        if found:
-            self.trust = Trust(*json.loads(found.value))
-            self.latest = max(self.latest, self.trust.offset + self.trust.uptime)
+        if found := row('SELECT value FROM fact WHERE name = ?', 'clocks'):
+            trust = Trust(*json.loads(found.value))
+            self.trust = self.trust or trust
+            self.latest = max(self.latest, trust.offset + trust.uptime)
 
     def judge(self, said: Trust | None = None) -> None:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
@@ -16913,86 +17403,140 @@ class Clocks:
 
 # Leadership ###################################################################
 #
-# Of several processes one acts, by a lease with a deadline: it is renewed while passes are made, it
-# is looked at in every transaction and before every call, and who lost it does nothing more.
+# Of several processes one acts for a cloud, by a lease with a deadline: it is renewed while passes
+# are made, it is looked at in every transaction and before every call, and who lost it does nothing
+# more. There is one for each cloud of a resource, with all accounts there, and one, '', for what
+# belongs to none: notices, calendars, who waits. A scheduler that goes on and on has one on its own
+# name as well, by which the others know with how many they share.
 
 
 class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
+def fair(held: dict[str, int], number: int) -> dict[str, int]:
+    """How many of some leases each holder is to have: who has more keeps more, so that few move."""
+    least, more = divmod(number, len(held))
+    order = sorted(held, key=lambda each: (-held[each], each))
+    return {each: least + (n < more) for n, each in enumerate(order)}
+
+
 class Leadership:
-    """Whether this process may act."""
+    """For which clouds this process may act."""
 
-    def __init__(self, config: Config, clocks: Clocks):
-        self.config, self.clocks = config, clocks
+    def __init__(self, config: Config, clocks: Clocks, clouds: Clouds):
+        self.config, self.clocks, self.clouds = config, clocks, clouds
         self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.shares = False  # whether others are to have some; a line of cron takes all, and ends
+        self.held: set[str] = set()
+        self.spare = 0  # how many of them another scheduler is to have
+        self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
         self.leased_until = 0.0
+        self.calm_until, self.seen = 0.0, None  # nothing is free so long, in that state of all
 
-    def has_time(self, now: float) -> bool:
-        """Whether the lease is this process' at an instant, as it knows by itself."""
-        return self.leased_until - self.config.leader_timeout <= now < self.leased_until
+    def has_time(self, now: float, cloud: str) -> bool:
+        """Whether a lease is this process' at an instant, as it knows by itself."""
+        begun = self.leased_until - self.config.leader_timeout
+        return cloud in self.held and begun <= now < self.leased_until
 
-    def lead(self, now: float, inherit: Callable[[], None]) -> tuple[bool, bool]:
-        """Whether this process may act: it has the lease, renews it, or takes one that ran out.
+    @property
+    def served(self) -> set[str]:
+        """The clouds for which calls may be begun."""
+        return self.held - {self.leaving}
+
+    def lead(self, now: float, inherit: Callable[[set[str]], None]) -> set[str]:
+        """Renews the leases of this process in time, and takes those that it may have.
 
         Args:
-          inherit: what is to be written by who takes over
+          inherit: writes what is to be written by who takes over some clouds
 
         Returns:
-          whether it may act, and whether it has just taken over.
+          the clouds that it has just taken over.
         """
-        if self.has_time(now) and now < self.leased_until - self.config.leader_timeout / 2:
-            return True, False
-        if self.held_by_another(now):
-            self.leased_until = 0.0
-            return False, False
+        lasts = self.config.leader_timeout
+        fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
+        if fresh and now < self.calm_until and self.seen == db.state():
+            return set()
+        self.seen = db.state()
+        if not self.free(now) and (fresh or not (self.held or self.shares)):
+            return set()
         with transaction(first=True):
             now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
-            if self.held_by_another(now):
-                return False, False
-            taken_over = not row('SELECT name FROM lease WHERE holder = ?', self.name)
-            run('INSERT INTO lease (name, holder, until) VALUES (?, ?, ?) ON CONFLICT (name) DO '
-                'UPDATE SET holder = excluded.holder, until = excluded.until',
-                'scheduler', self.name, now + self.config.leader_timeout)
-            if taken_over or not self.clocks.trust:
+            free, until = self.free(now), now + lasts
+            held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
+                            until, self.name)
+            taken = {each for each in free if returned(TAKE, each, self.name, until, now)}
+            if taken or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
-            if taken_over:
-                inherit()
-        self.leased_until = now + self.config.leader_timeout
-        return True, taken_over
+            if taken:
+                run('DELETE FROM lease WHERE name = holder AND until < ?', now - 60 * lasts)
+                inherit(taken)
+        self.seen, self.leased_until = None, until
+        self.held = (held | taken) - {self.name}
+        return taken - {self.name}
 
-    def held_by_another(self, now: float) -> bool:
-        found = row('SELECT holder, until FROM lease')
+    def free(self, now: float) -> list[str]:
+        """Looks what this process has and how much too much; the free leases that it is to have."""
+        latest = now + 2 * self.config.leader_timeout
         # One that ends further ahead than any lease was made before the clock was set back.
-        return (bool(found) and found.holder != self.name
-                and now < found.until <= now + 2 * self.config.leader_timeout)
+        found = [each for each in rows('SELECT * FROM lease')
+                 if each.holder == self.name or now < each.until <= latest]
+        holders, clouds = {each.name: each.holder for each in found}, self.clouds.names()
+        numbers = Counter(holder for name, holder in holders.items() if name in clouds)
+        sharing = {each.name for each in found if each.name == each.holder} | {self.name}
+        most = len(clouds)
+        if self.shares:
+            most = fair({each: numbers[each] for each in sharing}, most)[self.name]
+        self.held = {each for each in clouds if holders.get(each) == self.name}
+        self.spare = max(len(self.held) - most, 0)
+        if not self.spare or self.leaving not in self.held:
+            self.leaving = None
+        others = (each.until for each in found if each.holder != self.name)
+        self.calm_until = min(others, default=math.inf)
+        more = sorted(clouds - holders.keys())[:max(most - len(self.held), 0)]
+        return more + [self.name] * (self.shares and self.name not in holders)
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """A transaction of the process that has the lease; LostLease for any other."""
+        """A transaction of the process that has its leases; LostLease for any other."""
         with transaction(first=True):
             self.refuse()
             yield
 
     def refuse(self) -> None:
-        if not row('SELECT name FROM lease WHERE holder = ?', self.name):
-            self.leased_until = 0.0
+        """Raises LostLease if any lease that this process had is another's."""
+        lost = self.held - returned('SELECT name FROM lease WHERE holder = ?', self.name)
+        self.held = self.held - lost
+        if lost or not self.held:
             raise LostLease('another scheduler is the leader now; this one waits')
 
-    def bound_calls(self, now: float) -> None:
-        """Notes when the calls of who acted before will have ended; until then a server may
-        appear.
-        """
-        latest = now + self.config.call_timeout
-        with self.acting():
-            run('UPDATE server SET called = ? '
-                'WHERE intended IS NOT NULL AND due IS NOT NULL AND uid IS NULL', latest)
-            # A second snapshot would make a second image.
-            run('UPDATE server SET due = ? WHERE intended IS NOT NULL AND due IS NOT NULL '
-                "AND goal = 'snapshot' AND state <> ?", latest, UNDER_WAY['snapshot'])
-            run('UPDATE server SET intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL')
+    def bound_calls(self, now: float, clouds: set[str]) -> None:
+        """Notes when the calls of who acted before will have ended: so long servers may appear."""
+        # A second snapshot would make a second image.
+        run("UPDATE server SET called = CASE WHEN uid IS NULL THEN ?1 ELSE called END, "
+            "due = CASE WHEN goal = 'snapshot' AND state <> ?2 THEN ?1 ELSE due END, "
+            f'intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL AND {ON_CLOUDS}',
+            now + self.config.call_timeout, UNDER_WAY['snapshot'], json.dumps([*clouds]))
+
+
+def leases(clouds: Clouds) -> list:
+    """Who acts for which of the clouds that there are; those first that nobody acts for."""
+    return rows('SELECT * FROM lease WHERE name IN names(?) ORDER BY until, name',
+                json.dumps([*clouds.names()]))
+
+
+TAKE = """INSERT INTO lease (name, holder, until) VALUES (?1, ?2, ?3)
+  ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
+  WHERE lease.until <= ?4 OR lease.until > 2 * excluded.until - ?4 RETURNING name"""
+#: Of the servers, those of reservations on some clouds.
+ON_CLOUDS = """EXISTS (SELECT 1 FROM occurrence o JOIN resource s ON s.id = o.resource_id
+  WHERE o.id = server.occurrence_id AND s.cloud IN names(?3))"""
+
+
+def returned(sql: str, *values) -> set[str]:
+    """The names that a statement gives."""
+    return {name for name, in run(sql, *values).fetchall()}
 
 
 # Workers ######################################################################
@@ -17011,12 +17555,22 @@ class Job:
     verb: str
     account: str
     target: Any
+    cloud: str  # whose lease it takes
     taken: float | None = None  # the uptime from which its time counts; None: it waits for a worker
     fenced: bool = False        # its time is over, and it must not make anything any more
     began: float = 0.0
     ended: float = 0.0
     answer: Any = None
     error: Exception | None = None
+
+
+class Ahead(NamedTuple):
+    """What is asked for before VMs start."""
+    occurrence: int
+    asked: dict
+    sight: Sight
+    needs: Amount  # what the quota must leave
+    homeless: int  # VMs without a host
 
 
 class Workers:
@@ -17035,16 +17589,19 @@ class Workers:
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
         self.pools: dict[str, ThreadPoolExecutor] = {}
         self.deeds = {
-            'boot': self.do_boot, 'delete': self.do_delete, 'start': self.do_start,
-            'stop': self.do_stop, 'shelve': self.do_shelve, 'snapshot': self.do_snapshot,
+            'boot': self.do_boot, 'snapshot': self.do_snapshot,
+            **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend}
+            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
+            'ahead': self.do_ahead,
+            'hosts': lambda call: self.clouds.open(call.target).aggregates(),
+            'states': lambda call: self.clouds.open(call.target).states()}
 
-    def submit(self, key: tuple, verb: str, account: str, target) -> None:
+    def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
         if self.busy(key):
             return
-        self.flying[key] = call = Job(key, verb, account, target)
+        self.flying[key] = call = Job(key, verb, account, target, cloud)
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
@@ -17077,7 +17634,7 @@ class Workers:
         """
         with self.fence:
             up, now = self.clocks.uptime(), self.clocks.clock()
-            if not self.leader.has_time(now):
+            if not self.leader.has_time(now, call.cloud):
                 raise LostLease('the time for this call ran out before it began')
             if (call.fenced or call.taken is not None
                 and up >= call.taken + self.config.call_timeout):
@@ -17087,9 +17644,7 @@ class Workers:
             call.taken = up
 
     def work(self, call: Job) -> None:
-        """A worker's whole job: one call, if it is not too late for it; the next pass records
-        it.
-        """
+        """A worker's whole job: one call, if it is not too late; the next pass records it."""
         call.began = self.clocks.now()
         try:
             self.go_on(call)
@@ -17110,17 +17665,8 @@ class Workers:
             self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
             lambda: self.go_on(call)))
 
-    def do_delete(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target.uid)
-
-    def do_start(self, call: Job) -> None:
-        self.clouds.open(call.account).start(call.target.uid)
-
-    def do_stop(self, call: Job) -> None:
-        self.clouds.open(call.account).stop(call.target.uid)
-
-    def do_shelve(self, call: Job) -> None:
-        self.clouds.open(call.account).shelve(call.target.uid)
+    def do_verb(self, call: Job) -> None:
+        getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
 
     def do_snapshot(self, call: Job) -> tuple[str, str]:
         server = call.target
@@ -17152,6 +17698,30 @@ class Workers:
 
     def do_lend(self, call: Job) -> dict[str, str]:
         return self.clouds.open(call.account).lend(call.target)
+
+    def do_ahead(self, call: Job) -> list[str]:
+        """What would fail if something started now, each in a sentence."""
+        cloud, about = self.clouds.open(call.account), call.target
+        asks = [functools.partial(cloud.check, [pair], about.sight) for pair in
+                named_by(about.asked)]
+        if about.asked['image'] and about.asked['network'] in ('', 'auto'):
+            asks.append(functools.partial(cloud.refuse_any_network, about.sight))
+        found = []
+        for ask in asks:
+            try:
+                ask()
+            except Invalid as error:
+                found.append(f'{error}'.rstrip('.'))
+        left = cloud.left() if about.needs != NOTHING else None
+        lacks = [f'{quantity(name, getattr(left, name))} of '
+                 f'{quantity(name, getattr(about.needs, name))}' for name in FIGURES
+                 if left and getattr(left, name) < getattr(about.needs, name)]
+        if lacks:
+            found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
+                         'are needed by then')
+        if about.homeless:
+            found.append(f"No host has room for {counted(about.homeless, 'VM')} of it")
+        return found
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
@@ -17231,9 +17801,7 @@ TRIPS = 3  # failures in a row after which a cloud is left alone for a while
 
 
 class Breaker(NamedTuple):
-    """What is remembered of a cloud in trouble: failures in a row, the last one, until when it is
-    left alone.
-    """
+    """A cloud in trouble: its failures in a row, the last one, until when it is left alone."""
     failures: int = 0
     last: float = 0
     until: float = 0
@@ -17371,9 +17939,7 @@ class Post:
                     f' and {given_up - 1} others' if given_up > 1 else '', error)
 
     def hurry_to(self, host: str, now: float) -> None:
-        """Lets all notices go out that wait because of a host, or of our mail server, that is well
-        again.
-        """
+        """Lets all notices go out that waited for a host, or for our mail server: it is well."""
         for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
             if host_of(each.target) == host:
                 change(Outbox, each.id, due=now)
@@ -17400,11 +17966,14 @@ class Planner:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
-        if is_due('occurrence', now):
+        clouds = {each.cloud for each in those_due(
+            'occurrence', 'SELECT DISTINCT s.cloud FROM occurrence o CROSS JOIN resource s '
+            'ON s.id = o.resource_id', now)} & self.leader.served
+        if clouds:
             with self.leader.acting():
                 is_aside, _ = not_real_yet()
                 for occurrence in those_due('occurrence', due, now):
-                    if not is_aside(occurrence.reservation_id):
+                    if occurrence.cloud in clouds and not is_aside(occurrence.reservation_id):
                         self.plan_one(occurrence, now)
 
     def plan_one(self, occurrence, now: float) -> None:
@@ -17430,6 +17999,8 @@ class Planner:
         if wanted:
             occurrence = self.tell_up(occurrence, now)
         told = self.announce(occurrence, over, now)
+        if not wanted and self.is_near(occurrence, over, now):
+            told |= self.look_ahead(occurrence, now)
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
@@ -17465,9 +18036,7 @@ class Planner:
         return occurrence._replace(told=told | FOREIGN)
 
     def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
-        """Writes down a server that is wanted: a new one, one that was there, or a series' own from
-        `before`.
-        """
+        """Writes down a server that is wanted: a new one, one there was, or a series' `before`."""
         borrowed = bool(occurrence.server)
         number = f'-{occurrence.id}-{n}'
         # One that was there has a name of its own, which the first look tells.
@@ -17488,9 +18057,7 @@ class Planner:
                planned=max(occurrence.start, occurrence.changed), **values)
 
     def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the same series are on their way to be stopped or
-        shelved.
-        """
+        """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                         "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
                         "AND NOT v.borrowed "
@@ -17498,9 +18065,7 @@ class Planner:
                         occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
-        """The VMs that earlier occurrences of a series have left, stopped or shelved, on the same
-        account.
-        """
+        """The VMs that a series has stopped or shelved before, on the same account."""
         account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
         return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
                     "v.occurrence_id = o.id "
@@ -17510,9 +18075,7 @@ class Planner:
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
-        """What becomes of a server that is up no longer; one that never was up is not worth
-        keeping.
-        """
+        """What becomes of a server that was wanted; one that never was up is not worth keeping."""
         if server.borrowed:
             return occurrence.at_end
         asked = (over and occurrence.cancelled is None and server.ready
@@ -17529,9 +18092,7 @@ class Planner:
                                                 f'them: {named(lost)}', occurrence)
 
     def handed_on(self, occurrence, now: float) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must not be
-        stopped between.
-        """
+        """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
                         'o.reservation_id '
                         "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
@@ -17540,9 +18101,7 @@ class Planner:
                         now, now))
 
     def force(self, occurrence, now: float) -> None:
-        """Deletes after the grace time what could not be stopped, shelved or saved: others were
-        promised its place.
-        """
+        """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
                     "NOT borrowed "
                     "AND state NOT IN ('deleted', 'kept')", occurrence.id)
@@ -17555,9 +18114,7 @@ class Planner:
                                                 f'end and deletes them: {named(late)}', occurrence)
 
     def release_unused(self, occurrence, now: float) -> bool:
-        """Warns of, and then releases, one without machines on which nobody has booted any; whether
-        it did.
-        """
+        """Warns of, and then releases, one on which nobody has booted anything; whether it did."""
         boots = occurrence.image or occurrence.server or occurrence.idle
         if not occurrence.no_show or not occurrence.mode or boots or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
@@ -17579,9 +18136,7 @@ class Planner:
         return False
 
     def end_foreign(self, occurrence, now: float) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
-        """
+        """Reports, and if that is set deletes, machines that people booted on what is over now."""
         foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
                        'AND c.server NOT IN '
                        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
@@ -17594,7 +18149,8 @@ class Planner:
                     f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
                     f"{', '.join(each.server for each in foreign)}", occurrence)
         for each in foreign if self.config.delete_user_started else ():
-            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server)
+            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server,
+                                occurrence.cloud)
 
     def tell_up(self, occurrence, now: float):
         """Tells how many servers are up, if that was not told yet; the occurrence with what was.
@@ -17683,6 +18239,53 @@ class Planner:
             return occurrence.told | ENDING
         return occurrence.told
 
+    def is_near(self, occurrence, over: bool, now: float) -> bool:
+        """Whether it is time to ask its cloud for what its VMs will need."""
+        boots = (occurrence.image or occurrence.server) and not over and not occurrence.idle
+        return bool(boots) and not occurrence.told & AHEAD and (
+            now >= occurrence.held_from - self.config.check_ahead)
+
+    def look_ahead(self, occurrence, now: float) -> int:
+        """Lets a cloud be asked whether what starts soon could start; AHEAD."""
+        about = row('SELECT r.*, o.of_user, s.cloud FROM occurrence o '
+                    'JOIN reservation r ON r.id = o.reservation_id '
+                    'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
+        account = self.clouds.account(about.cloud, about.project, about.of_user)
+        asked = about._asdict() | {'security_groups': json.loads(about.security_groups)}
+        sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
+        needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
+        self.workers.submit(('ahead', occurrence.id), 'ahead', account,
+                            Ahead(occurrence.id, asked, sight, needs, self.homeless(occurrence)))
+        return AHEAD
+
+    def needed_at(self, at: int, account: str, now: float) -> Amount:
+        """What an account must be allowed more than it has now, for all that is up at an instant."""
+        found = rows(f"""
+            SELECT o.*, r.project, s.cloud,
+                   (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
+                       AND v.uid IS NOT NULL AND v.state <> 'deleted') AS up
+              FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id
+              JOIN reservation r ON r.id = o.reservation_id
+             WHERE s.cloud = ? AND o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD}
+               AND o.held_from <= ? AND o.held_until > ? AND r.image <> ''""",
+                     cloud_of(account), at, at, now)
+        total = NOTHING
+        for each in found:
+            if self.clouds.account(each.cloud, each.project, each.of_user) == account:
+                wanted = each.vms if each.held_until > at else 0
+                total += amount_of(each) // each.vms * (wanted - each.up)
+        return total
+
+    def homeless(self, occurrence) -> int:
+        """For how many of its VMs no host is planned, where hosts are planned."""
+        takes = occurrence.vcpus or occurrence.ram or occurrence.classes
+        if not takes or not planned_by_host(occurrence.resource_id):
+            return 0
+        placed = read_placed(occurrence.placed)
+        there = rows('SELECT id FROM host WHERE id IN numbers(?) AND until >= ?',
+                     json.dumps([*placed]), occurrence.held_until)
+        return occurrence.vms - sum(placed[each.id] for each in there)
+
     def notice_times(self, occurrence) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         length = occurrence.end - occurrence.start
@@ -17690,12 +18293,10 @@ class Planner:
         return occurrence.start - before, occurrence.end - min(before, length / 2)
 
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; never, once it is over and nothing is left to
-        do.
-        """
+        """When an occurrence must be planned again; None once it is over and nothing is to do."""
         if not over:
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end,
+                     occurrence.end, occurrence.held_from - self.config.check_ahead,
                      *(max(occurrence.start, occurrence.changed) + each
                        for each in (occurrence.no_show // 2, occurrence.no_show)),
                      occurrence.up_check or 0)
@@ -17744,10 +18345,12 @@ class Dispatcher:
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers."""
         self.call_for_servers(now)
+        self.trace_claims(now)
+        if '' not in self.leader.served:
+            return
         for notice in self.post.next_notices(now):
             key = 'notice', notice.target, notice.owner
             self.workers.submit(key, 'notice', ' notices', notice)
-        self.trace_claims(now)
         # one at a time of each host: one that is slow holds no more than a worker
         for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
                               'ORDER BY u.due'):
@@ -17756,20 +18359,22 @@ class Dispatcher:
     def call_for_servers(self, now: float) -> None:
         """Hands on what servers need next, each call after its intent is written."""
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
-        due = [server for server in servers if not self.workers.busy(('server', server.id))]
+        due = [server for server in servers if server.cloud in self.leader.served
+               and not self.workers.busy(('server', server.id))]
         needs: list[tuple] = []
         if due:
             waits: dict = {}
             with self.leader.acting():
                 for server in due:
                     needs += self.needs(server, waits, now)
-        looks = {server.account for verb, server in needs if verb == 'look'}
+        looks = {(server.account, server.cloud) for verb, server in needs if verb == 'look'}
         for verb, server in needs:
             if verb != 'look':
-                self.workers.submit(('server', server.id), verb, server.account, server)
-        for account in looks:
+                self.workers.submit(('server', server.id), verb, server.account, server,
+                                    server.cloud)
+        for account, cloud in looks:
             if self.health.breakers[account].until <= now:
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+                self.workers.submit(('look', account), 'look', account, known_on(account), cloud)
 
     def needs(self, server, waits: dict, now: float) -> list[tuple]:
         """The calls that a server needs now, each a verb and the server as it is then."""
@@ -17786,16 +18391,16 @@ class Dispatcher:
     def trace_claims(self, now: float) -> None:
         """Lets clouds be asked whether servers are still there that people have booted."""
         claims: dict = defaultdict(list)
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c JOIN resource s '
-                              'ON s.id = c.resource_id', now, 'LIMIT 100'):
+        clouds = json.dumps([*self.leader.served])
+        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c CROSS JOIN resource '
+                              's ON s.id = c.resource_id', now,
+                              'AND s.cloud IN names(?) LIMIT 100', clouds):
             claims[each.cloud].append(each.server)
         for account, uids in claims.items():
-            self.workers.submit(('claims', account), 'trace', account, uids)
+            self.workers.submit(('claims', account), 'trace', account, uids, account)
 
     def left_alone(self, server, now: float) -> bool:
-        """Whether a cloud is in such trouble that calls to it wait; a look then finds out whether
-        it is over.
-        """
+        """Whether a cloud is in such trouble that calls to it wait; looks tell when it is over."""
         breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
@@ -17857,29 +18462,36 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     lent = Lent(found.lease_id, found.part, project)
     if cloud:
         yield cloud, 'address', found.host, lent._replace(network=network)
-    elif not found.host:
+    elif found.host:
+        yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
+    else:
         asked = next(each['asked'] for each in json.loads(found.parts)
                      if each['id'] == found.part)
         disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
+        if asked.get('affinity') is None:
+            return
         account = clouds.account(place.cloud, found.project, found.user)
+        group = lent._replace(policy='affinity' if asked['affinity'] else 'anti-affinity')
         # Nova shows a server group to nobody but its project.
-        if asked.get('affinity') is not None and clouds.sight(account, found.project).all_own:
-            yield account, 'server_group', found.part, lent._replace(
-                policy='affinity' if asked['affinity'] else 'anti-affinity')
+        own = clouds.sight(account, found.project).all_own
+        if own:
+            yield account, 'server_group', found.part, group
+        if account != place.cloud or not own:  # the operator's account takes it back
+            yield place.cloud, 'server_group', found.part, group._replace(make=False)
 
 
 class Lender:
-    """Has clouds know what the leases have that are active: flavors and server groups where that
-    is wanted, and floating IPs.
+    """Has clouds know what the leases have that are active: flavors, server groups and aggregates
+    where that is wanted, and floating IPs.
     """
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, workers: Workers):
-        self.workers = workers
-        self.lent: dict[str, dict] = {}  # by account, as it has them
+        self.workers, self.leader = workers, workers.leader
+        self.lent: dict[tuple, dict] = {}  # by cloud and account, as it has them
         self.again = math.inf  # when it is tried again
 
     def lend(self, now: float) -> None:
@@ -17892,25 +18504,31 @@ class Lender:
         wanted = {each: {kind: {} for kind in had} for each, had in self.lent.items()}
         for place in places.values():
             cloud = network_behind(place)[0]
-            wanted.setdefault(cloud or place.cloud, {})['address' if cloud else 'flavor'] = {}
+            at = cloud or place.cloud
+            for kind in ('address',) if cloud else ('flavor', 'aggregate', 'server_group'):
+                wanted.setdefault((at, at), {})[kind] = {}
         for each in lent_parts([*places], now):
             for account, kind, name, lent in lent_things(
                     self.workers.clouds, each, places[each.resource_id]):
-                wanted.setdefault(account, {}).setdefault(kind, {})[name] = lent
-        for account, things in wanted.items():
-            if things != self.lent.get(account):
-                self.workers.submit(('lend', account), 'lend', account, things)
+                cloud = places[each.resource_id].cloud or account
+                wanted.setdefault((cloud, account), {}).setdefault(kind, {})[name] = lent
+        # who takes a cloud over asks for all
+        self.lent = {each: had for each, had in self.lent.items() if each[0] in self.leader.held}
+        for (cloud, account), things in wanted.items():
+            if cloud in self.leader.served and things != self.lent.get((cloud, account)):
+                self.workers.submit(('lend', account), 'lend', account, things, cloud)
 
     def record(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not lend what is reserved on %s: %s', result.account, result.error)
-        before, has = self.lent.get(result.account, {}), {}
+        before, has = self.lent.get((result.cloud, result.account), {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
-            has[kind] = {name: lent for name, lent in things.items() if name in ids}
-            for name in has[kind].keys() - before.get(kind, {}).keys():
+            has[kind] = {name: lent for name, lent in things.items()
+                         if name in ids or not lent.make}
+            for name in ids.keys() & has[kind].keys() - before.get(kind, {}).keys():
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
-        self.lent[result.account] = has
+        self.lent[result.cloud, result.account] = has
         if has != result.target:
             self.again = now + self.AGAIN
 
@@ -17925,11 +18543,77 @@ def note_lent(lent: Lent, what: str, id) -> None:
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
+class HostWatch:
+    """Has resources follow the hosts of their clouds, and VMs leave hosts that are down."""
+
+    def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
+        self.service, self.leader, self.workers = service, leader, workers
+        self.told: list[Job] = []  # what clouds have told and nobody has looked at
+        self.silent: dict[tuple, str] = {}  # why one tells nothing
+
+    def ask(self, verb: str) -> None:
+        """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
+        them, 'states' whether they take VMs.
+        """
+        planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
+                                           'id IN (SELECT resource_id FROM host)')}
+        for cloud in sorted(planned & self.leader.served):  # on an account of its own
+            self.workers.submit((verb, cloud), verb, f' hosts of {cloud}', cloud, cloud)
+
+    def record(self, result: Job, now: float) -> None:
+        fault = result.error and fault_of(result.error)
+        if fault and fault != self.silent.get(result.key):
+            log.warning('the hosts of %s were not looked at: %s', result.target, fault)
+        self.silent[result.key] = fault
+        if not fault:
+            self.told.append(result)
+
+    def follow(self, now: float) -> None:
+        """Follows what was told since the last pass; outside of a transaction, as it may search."""
+        told, self.told = self.told, []
+        for each in told:
+            if each.verb == 'hosts' and each.target in self.leader.held:
+                self.service.follow(each.target, each.answer)
+            if each.verb == 'hosts' or each.target not in self.leader.held:
+                continue
+            if any(each.answer.get(host.name, (host.state,))[0] != host.state
+                   for host in rows(PLANNED_HOSTS, each.target)):
+                self.ask('hosts')
+            for host in self.service.leave_lost_hosts(each.target, now):
+                self.leave(host, each.answer.get(host, ('', []))[1], now)
+
+    def leave(self, host: str, there: list[str], now: float) -> None:
+        """Lets VMs on a host that is down be deleted and made again: Nova takes them for up."""
+        left = rows(f"{SERVERS} WHERE v.uid IN names(?) AND v.goal = 'up' AND NOT v.borrowed "
+                    "AND v.state NOT IN ('planned', 'error', 'deleting', 'deleted', 'kept') "
+                    'ORDER BY v.id',
+                    json.dumps(there))
+        if left:
+            with self.leader.acting():
+                for each in left:
+                    change(Server, each.id, state='error', fault=f'its host {host} is down',
+                           due=now)
+                tell_vanished(self.service.config, left, now, f'the host {host} is down, so these '
+                              'VMs and everything on them are lost')
+
+
+def tell_vanished(config: Config, servers: list, now: float,
+                  why: str = 'the cloud lost these VMs and everything on them') -> None:
+    """Tells of the servers of each occurrence that vanished; once, while they come and go."""
+    for those in grouped(servers, 'occurrence_id'):
+        id = those[0].occurrence_id
+        again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
+        note_of(config, now, 'vanished', f'{why}; cmres creates them again: {named(those)}',
+                those[0], None if again else json.loads(those[0].notify))
+        change(Occurrence, id, up_told=None)  # so that it is told when they are up
+        look_again(id, now)
+
+
 class Reconciler:
     """Records what calls came to."""
 
     def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
-                 health: Health, post: Post, lender: Lender):
+                 health: Health, post: Post, lender: Lender, watch: HostWatch):
         self.config, self.clouds, self.service = service.config, service.clouds, service
         self.leader, self.workers, self.health = leader, workers, health
         # Since when servers were seen to boot, by account.
@@ -17938,12 +18622,11 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look, 'lend': lender.record}
+            'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
+            'hosts': watch.record, 'states': watch.record}
 
     def record(self, now: float) -> None:
-        """Writes down the results of the calls that ended since the last pass; they wait until that
-        has worked.
-        """
+        """Writes down what calls came to since the last pass; that waits until it has worked."""
         while not self.workers.results.empty():
             result = self.workers.results.get()
             # The clock may have been set back since.
@@ -17954,6 +18637,8 @@ class Reconciler:
         breakers = dict(self.health.breakers)
         with self.leader.acting():
             for result in self.workers.ended:
+                if result.cloud not in self.leader.held:
+                    continue
                 self.health.note(result, now)
                 if result.error and not isinstance(result.error, Error):
                     log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
@@ -17964,9 +18649,7 @@ class Reconciler:
         self.workers.forget_calls()
 
     def record_alone(self, result: Job, now: float) -> None:
-        """Records one result; one that can't be recorded costs the others nothing, and a look finds
-        out later.
-        """
+        """Records one result; if it can't be recorded, the others are, and a look tells later."""
         try:
             with Attempt():
                 self.record_one(result, now)
@@ -17982,7 +18665,8 @@ class Reconciler:
                 self.deeds[result.verb](result, now)
             return
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
-        if server.state in FINAL or server.tries != result.target.tries:
+        if (server.state in FINAL or server.tries != result.target.tries
+            or server.cloud not in self.leader.held):
             return
         change(Server, server.id, intended=None)
         if isinstance(result.error, LostLease):
@@ -18053,6 +18737,17 @@ class Reconciler:
         if not result.error:
             note_check(now, result.answer)
 
+    def record_ahead(self, result: Job, now: float) -> None:
+        """Tells the owner what would fail; a cloud that did not answer is asked again."""
+        about = row('SELECT o.*, r.label, r.notify FROM occurrence o JOIN reservation r '
+                    'ON r.id = o.reservation_id WHERE o.id = ?', result.target.occurrence)
+        if result.error:
+            run('UPDATE occurrence SET told = told & ?, due = min(due, ?) '
+                'WHERE id = ? AND due IS NOT NULL', ~AHEAD, now + 300, about.id)
+        elif result.answer and about.due is not None and now < about.held_from:
+            tell_of(self.config, now, 'ahead', 'if its VMs started now, that would fail: '
+                    f"{'; '.join(result.answer)}", about)
+
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count what their servers really take."""
         if result.error:
@@ -18087,12 +18782,13 @@ class Reconciler:
         self.forget_builds(account, seen)
         matched, vanished = self.matched(seen), []
         for server, found in matched:
-            vanished += self.compare(server, found, result, now)
-        self.tell_vanished(vanished, now)
+            if server.cloud in self.leader.held:
+                vanished += self.compare(server, found, result, now)
+        tell_vanished(self.config, vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.poll_running, account)
-        self.clear_orphans(account, orphans_in(seen, matched), now)
+        self.clear_orphans(result, orphans_in(seen, matched), now)
 
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
         """Forgets since when servers boot that boot no longer."""
@@ -18122,17 +18818,18 @@ class Reconciler:
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
 
-    def clear_orphans(self, account: str, orphans: list[Seen], now: float) -> None:
+    def clear_orphans(self, look: Job, orphans: list[Seen], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
         left, restored = adopted(), fact('restored')
         for each in orphans:
             if each.uid in left or now - each.made < self.config.orphan_grace:
                 continue
             if not restored:
-                self.workers.submit(('clear', each.uid), 'clear', account, each.uid)
+                self.workers.submit(('clear', each.uid), 'clear', look.account, each.uid,
+                                    look.cloud)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
-                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, account))
+                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, look.account))
 
     def record_seen(self, server, seen: Seen, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
@@ -18225,18 +18922,6 @@ class Reconciler:
                 next_server(), now, server.id)
             change(Server, server.id, begun=None, ready=None)
 
-    def tell_vanished(self, servers: list, now: float) -> None:
-        """Tells of the servers of each occurrence that vanished; once, while they come and go."""
-        for those in grouped(servers, 'occurrence_id'):
-            id = those[0].occurrence_id
-            again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            note_of(self.config, now, 'vanished', 'the cloud lost these VMs and everything on '
-                                                  'them; cmres '
-                                                  f'creates them again: {named(those)}', those[0],
-                    None if again else json.loads(those[0].notify))
-            change(Occurrence, id, up_told=None)  # so that it is told when they are up
-            look_again(id, now)
-
 
 # Life cycle ###################################################################
 #
@@ -18257,7 +18942,7 @@ class LifeCycle:
                  uptime: Callable[[], float] | None = None):
         self.config, self.clouds = config, clouds
         self.clocks = Clocks(config, clock, uptime)
-        self.leader = Leadership(config, self.clocks)
+        self.leader = Leadership(config, self.clocks, clouds)
         actor = Actor('cmres', 'default', ADMIN)
         self.service = service = Reservations(config, clouds, actor, self.clocks.now)
         service.fence = self.leader.refuse
@@ -18267,8 +18952,9 @@ class LifeCycle:
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
         self.lender = Lender(self.workers)
+        self.watch = HostWatch(service, self.leader, self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
-                                     self.post, self.lender)
+                                     self.post, self.lender, self.watch)
         self.passed = time.monotonic()  # when a pass has worked last
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
@@ -18279,31 +18965,35 @@ class LifeCycle:
         self.tidied = 0.0  # when old things were last looked for
 
     def converge(self, now: float) -> bool:
-        """One pass, if this process may act; calls that it begins go on after it and are recorded
-        by a later one.
-        """
+        """One pass, if this process may act; a later one records the calls that it begins."""
         if not self.lead(now):
             self.workers.forget()
             return False
         now = self.believed()  # we may have been frozen since
         if now < self.clocks.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
-            self.pull_forward(now)
+            with self.leader.acting():
+                self.pull_forward(now, self.leader.held)
             self.sweep()
         self.clocks.latest = now
         self.reconciler.record(now)
+        self.watch.follow(now)
         self.workers.give_up()
-        self.refresh(now)
-        self.dropping = self.line_moves = False
+        acts_for_none = '' in self.leader.served
+        if acts_for_none:
+            self.refresh(now)
+        self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
         if self.has_work(now):
-            self.admit_waiting(now)
-            self.drop_staged(now)
-            self.do_later(now)
+            if acts_for_none:
+                self.admit_waiting(now)
+                self.drop_staged(now)
+                self.do_later(now)
             self.planner.plan(now)
             self.dispatcher.call(now)
             self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None
-        self.tidy(now)
+        if acts_for_none:
+            self.tidy(now)
         return True
 
     def settle(self) -> bool:
@@ -18328,22 +19018,22 @@ class LifeCycle:
         return min(self.soonest, self.lender.again) <= now
 
     def next_due(self, after: float = -1) -> float:
-        """When, after an instant, the next pass has something to do; infinity if nothing is
-        planned.
-        """
+        """When, after an instant, the next pass has something to do; infinity if never."""
         due = row(SOONEST, after).due
         return float('inf') if due is None else due
 
     def run(self, stop: threading.Event) -> None:
-        """Passes at every instant that is due, at every change, and at least every second, until
-        `stop` is set.
-        """
+        """Passes at every due instant, at every change and each second, until `stop` is set."""
         import schedule
         beat = schedule.Scheduler()
         # other processes may change the store; clocks may be set
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
+            beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
+        self.leader.shares = True
+        threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
             wait = self.guarded_pass()
             stop.wait(self.guarded(lambda: self.rest(wait, beat)))
@@ -18365,16 +19055,14 @@ class LifeCycle:
         acts = self.converge(self.clocks.clock())
         self.passed = time.monotonic()
         if not acts:
-            return 1
+            return min(self.leader.calm_until - self.clocks.now(), 1)
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
-        return 0 if self.goes_on else self.soonest - self.clocks.now()
+        return 0 if self.goes_on else min(self.soonest, self.leader.calm_until) - self.clocks.now()
 
-    def guarded(self, deed: Callable[[], float]) -> float:
-        """Does what is done again and again: what goes wrong is only logged, and 1 the seconds to
-        wait.
-        """
+    def guarded(self, deed: Callable[..., float], *what) -> float:
+        """Does what is repeated: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
-            return deed()
+            return deed(*what)
         except LostLease as error:
             log.warning('%s', error)
         except (Unavailable, *STORE_ERRORS) as error:
@@ -18392,13 +19080,10 @@ class LifeCycle:
         return time.monotonic() - self.passed
 
     def finish(self, patience: float = 5) -> None:
-        """Lets calls that are under way end and records them; then another scheduler may act at
-        once.
-        """
+        """Lets calls end and records them; then another scheduler may act at once."""
         self.guarded(lambda: self.wait_for_calls(time.monotonic() + patience))
-        with self.workers.fence:  # no worker begins anything after another process has begun to act
-            self.leader.leased_until = 0.0
-        self.guarded(self.hand_over)
+        self.leader.shares = False
+        self.guarded(lambda: self.hand_over(self.leader.held))
         for pool in self.workers.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -18408,65 +19093,111 @@ class LifeCycle:
             self.wake.clear()
             self.reconciler.record(self.clocks.now())
 
-    def hand_over(self) -> None:
-        """Gives the lease back, and what no worker has begun to who acts next."""
+    def hand_over(self, clouds: set[str]) -> None:
+        """Gives some leases back, and what no worker has begun to who acts next."""
+        with self.workers.fence:  # no worker begins anything after another process has begun to act
+            self.leader.held = self.leader.held - clouds
         with transaction(first=True):
             now = self.clocks.now()
-            if run('UPDATE lease SET until = ? WHERE holder = ?', now, self.leader.name).rowcount:
-                for call in self.workers.flying.values():
-                    if call.verb == 'boot' and call.taken is None:
-                        change(Server, call.target.id, state='planned', intended=None, due=now)
+            if not self.leader.shares:
+                run('DELETE FROM lease WHERE name = ?', self.leader.name)
+            left = returned("UPDATE lease SET until = ?, holder = '-' WHERE holder = ? "
+                            'AND name IN names(?) RETURNING name',
+                            now, self.leader.name, json.dumps([*clouds]))
+            for call in self.workers.flying.values():
+                if call.verb == 'boot' and call.taken is None and call.cloud in left:
+                    change(Server, call.target.id, state='planned', intended=None, due=now)
 
     def lead(self, now: float) -> bool:
-        """Whether this process may act; who has just taken over looks at everything."""
-        acts, taken_over = self.leader.lead(now, self.inherit)
-        if taken_over:
-            self.sweep()
-        return acts
+        """Whether this process may act; of what it has just taken over, it looks at everything."""
+        if taken := self.leader.lead(now, self.inherit):
+            log.info('this scheduler acts for %s now', ', '.join(map(repr, sorted(taken))))
+            self.ask_clouds(taken, 'look', known_on)
+        if self.leader.spare:
+            self.give_one(now)
+        return bool(self.leader.held)
 
-    def inherit(self) -> None:
+    def give_one(self, now: float) -> None:
+        """Lets another scheduler have a cloud: when its calls have ended, or have had a while."""
+        leader, flying = self.leader, Counter(each.cloud for each in self.workers.flying.values())
+        if leader.leaving is None:
+            leader.leaving = min(sorted(leader.held), key=lambda each: flying[each])
+            leader.since = now
+        patience = self.config.leader_timeout / 2
+        if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
+            self.hand_over({leader.leaving})
+
+    def hear(self, stop: threading.Event) -> None:
+        """Looks at once when another process has changed something; else the next beat does."""
+        while not stop.is_set():
+            stop.wait(self.guarded(lambda: self.listen(stop)))
+
+    def listen(self, stop: threading.Event) -> float:
+        """The same until the connection is lost; how long to wait until there can be another."""
+        import select
+        with db.ear() as (ear, empty):
+            self.wake.set()  # nobody told of what was before
+            while ear and not stop.is_set():
+                if select.select([ear], [], [], 5)[0]:
+                    empty()
+                    self.wake.set()
+                    stop.wait(0.02)  # where much is written, not each of it
+        return 3600
+
+    def inherit(self, clouds: set[str]) -> None:
         """Whoever made the calls that are under way may never tell of them."""
-        self.leader.bound_calls(self.clocks.now())
-        self.pull_forward(self.clocks.now())
+        now = self.clocks.now()
+        self.leader.bound_calls(now, clouds)
+        self.pull_forward(now, clouds)
 
-    def pull_forward(self, now: float) -> None:
+    def pull_forward(self, now: float, clouds: set[str]) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
-        longest = now + self.config.call_timeout
-        with self.leader.acting():
-            run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ? "
-                "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ? ELSE ? END), "
-                'called = min(called, iif(uid IS NULL, ?, ?)) WHERE due IS NOT NULL',
-                pause, longest, now, longest, now)
-            run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
-                'id FROM occurrence '
-                f'WHERE due IS NOT NULL AND start <= ? + {LONGEST_LEAD})', now, now, latest, latest)
-            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS INT4)))) '
-                'WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
+        longest, those = now + self.config.call_timeout, json.dumps([*clouds])
+        run("UPDATE server SET due = min(due, CASE WHEN state = 'planned' THEN ?1 "
+            "WHEN goal = 'snapshot' AND uid IS NOT NULL THEN ?2 ELSE ?4 END), "
+            f'called = min(called, iif(uid IS NULL, ?2, ?4)) WHERE due IS NOT NULL AND {ON_CLOUDS}',
+            pause, longest, those, now)
+        run('UPDATE occurrence SET due = ? WHERE due > ? AND held_from <= ? AND id IN (SELECT '
+            'o.id FROM occurrence o CROSS JOIN resource s ON s.id = o.resource_id '
+            f'WHERE o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD} AND s.cloud IN names(?))',
+            now, now, latest, latest, those)
+        if '' in clouds:
+            run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS '
+                'INT4)))) WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
-            for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
-                             'JOIN reservation r ON r.id = o.reservation_id WHERE o.due IS NULL '
-                             'AND o.cancelled IS NULL AND o."end" > ?', now):
-                change(Occurrence, each.id, due=now, told=0, up_told=None)
-                tell_of(self.config, now, 'clock',
-                        'a wrong clock ended it too early; it continues', each)
+        for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
+                         'CROSS JOIN reservation r ON r.id = o.reservation_id CROSS JOIN '
+                         'resource s ON s.id = o.resource_id WHERE o.due IS NULL AND o.cancelled '
+                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, those):
+            change(Occurrence, each.id, due=now, told=0, up_told=None)
+            tell_of(self.config, now, 'clock',
+                    'a wrong clock ended it too early; it continues', each)
         self.health.breakers.clear()
         self.clocks.latest = now
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
         if self.clocks.clock() < self.leader.leased_until:
-            for account in self.clouds.accounts():
-                self.workers.submit(('look', account), 'look', account, known_on(account))
+            self.ask_clouds(self.leader.held, 'look', known_on)
+
+    def ask_clouds(self, clouds: set[str], verb: str, what: Callable[[str], Any]) -> None:
+        """Asks for something on every account on some clouds."""
+        for cloud in clouds:
+            for account in self.clouds.accounts({cloud}):
+                self.workers.submit((verb, account), verb, account, what(account), cloud)
+
+    def look_at_hosts(self, verb: str) -> None:
+        """Asks clouds for their hosts."""
+        if self.clocks.clock() < self.leader.leased_until:
+            self.watch.ask(verb)
 
     def check_file(self) -> None:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
         self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
 
     def believed(self) -> float:
-        """The instant by which a pass acts; asks the clouds for theirs while the clock is
-        doubted.
-        """
+        """The instant by which a pass acts; the clouds are asked while the clock is in doubt."""
         trust, now = self.clocks.judged()
         if trust.doubted != (self.clocks.trust and self.clocks.trust.doubted):
             with self.leader.acting():
@@ -18477,14 +19208,11 @@ class LifeCycle:
             return now
         if self.clocks.uptime() >= self.clocks.asked + self.config.lost_answer_wait / 3:
             self.clocks.asked = self.clocks.uptime()
-            for account in self.clouds.accounts():
-                self.workers.submit(('time', account), 'time', account, None)
+            self.ask_clouds(self.leader.held, 'time', lambda account: None)
         return now
 
     def refresh(self, now: float) -> None:
-        """Carries series on, once a day and when the zone table is another; some in each pass, so
-        that none is long.
-        """
+        """Carries series on, once a day and with a new zone table; some in each pass."""
         if now < self.fresh_until:
             return
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
@@ -18535,6 +19263,10 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            replans.found, replans.searches = {}, 2  # in a pass: VMs wait to be started
+            if any_hosts():
+                with self.service.writing(dry_run=True):  # a search takes no lock
+                    self.service.waiting.admit_waiting(now)
             with self.leader.acting():
                 self.line_moves = self.service.waiting.admit_waiting(now)
 
@@ -18550,15 +19282,17 @@ class LifeCycle:
         """Does what people have asked for and can't take back any more."""
         for each in those_due('later', 'SELECT f.name, f.value FROM fact f', now):
             said = json.loads(each.value.partition(' ')[2])
-            service = self.service.acting(Actor(*said['by']))
-            with self.leader.acting():
-                run('DELETE FROM fact WHERE name = ?', each.name)
-                for name, asked in said['calls']:
-                    try:
-                        with Attempt():
-                            getattr(service, name)(**bind(API[name], asked, service.here))
-                    except Error as error:  # it has ended meanwhile
-                        log.info('%s of %s was not done: %s', name, asked, error)
+            service, left = self.service.acting(Actor(*said['by'])), deque(said['calls'])
+            while left:
+                with self.leader.acting():
+                    for name, asked in some_of(left):
+                        try:
+                            with Attempt():
+                                getattr(service, name)(**bind(API[name], asked, service.here))
+                        except Error as error:  # it has ended meanwhile
+                            log.info('%s of %s was not done: %s', name, asked, error)
+                    note_fact(each.name, f'{now:.3f} ' + json.dumps(said | {'calls': [*left]}))
+            run('DELETE FROM fact WHERE name = ?', each.name)
 
 
 # Document ####################################################################
@@ -18701,10 +19435,11 @@ TAGS = {
     'user': 'people who leave', 'service': 'the server itself'}
 
 #: What a request may say in headers, each with an example; and what answers do.
-HEADERS = {
-    'If-Match': ('the ETag of the reservation that was read', '"417"'),
-    'Idempotency-Key': ('a name for this request, so that it is done only once; stored for a day',
-                        '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11')}
+HEADERS = {name: {'description': text, 'example': example, 'schema': {
+    'type': 'string', 'pattern': '^[!-~]{1,255}$'}} for name, text, example in (
+    ('If-Match', 'the ETag of the reservation that was read', '"417"'),
+    ('Idempotency-Key', 'a name for this request, so that it is done only once; stored for a day',
+     '0d1f6d3e-8f6c-4d4b-9d34-5f0f2f1a7c11'))}
 TOLD = {'ETag': 'the value for If-Match; states of VMs do not change it',
         'Location': 'the address of what was created',
         'Link': 'the next page of the list: rel="next"',
@@ -18731,7 +19466,8 @@ class Document:
                 'security': BY_TOKEN, 'paths': self.paths() | self.other_paths(),
                 'tags': [{'name': name, 'description': text} for name, text in TAGS.items()],
                 'components': {'responses': self.refusals(), 'securitySchemes': SECURITY,
-                               'parameters': {name: header_argument(name) for name in HEADERS},
+                               'parameters': {name: {'name': name, 'in': 'header', **said}
+                                              for name, said in HEADERS.items()},
                                'schemas': self.schemas}}
 
     def paths(self) -> dict:
@@ -18749,8 +19485,9 @@ class Document:
                   if f'<{name}>' not in path and name not in fixed}
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields),
-                                *map(header_ref, conditions(operation, verb))],
+                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                     {'$ref': f'#/components/parameters/{name}'}
+                     for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
         if verb in WITH_BODY and fields:
             entry['requestBody'] = self.body(operation, fields)
@@ -18809,12 +19546,10 @@ class Document:
         return schema
 
     def ref(self, name: str, schema: dict) -> dict:
-        """A schema by its name."""
         self.schemas[name] = schema
         return {'$ref': f'#/components/schemas/{name}'}
 
     def answer(self, kind) -> dict:
-        """What is answered."""
         choices, inside = choices_of(kind), get_args(kind)
         if len(choices) > 1:
             return {'anyOf': [self.answer(each) for each in choices]}
@@ -18827,17 +19562,16 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        """All fields of an answer."""
         fields = declared(kind)
         always = [name for name, each in fields.items() if each.always]
+        means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
         return {'type': 'object', 'description': inspect.getdoc(kind),
-                'properties': {name: self.answer(each.kind) | meaning(name)
+                'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
                 } | ({'required': always} if always else {})
 
     def responses(self, operation: Operation, verb: str, path: str) -> dict:
-        """What can come of a request."""
         kind = operation.answers
         tagged = verb == 'GET' and '<label>' in path and tells_of_reservations(operation)
         told = ['ETag'] * tagged + ['Link'] * ('after' in operation.parameters)
@@ -18848,7 +19582,6 @@ class Document:
         return found | self.refused(*statuses_of(operation, verb))
 
     def response(self, text: str, kind, headers: Iterable[str] = ()) -> dict:
-        """An answer of a type, with some headers."""
         told = {name: {'description': TOLD[name], 'schema': VALUES[str]} for name in headers}
         return {'description': text, 'content': {'application/json': {'schema': self.answer(kind)}}
                 } | ({'headers': told} if told else {})
@@ -18894,7 +19627,6 @@ LISTED = {'type': 'array', 'items': {'type': 'string'}, 'maxItems': 100,
 
 
 def plain_entry(path: str, name: str, text: str, responses: dict, security: list) -> dict:
-    """An address that only answers."""
     return {'operationId': name, 'tags': ['service'], 'summary': text, 'description': f'{text}.',
             'security': security, 'responses': responses, 'parameters': [
                 {'name': each, 'in': 'path', 'required': True, 'description': f'its {each}',
@@ -18902,49 +19634,29 @@ def plain_entry(path: str, name: str, text: str, responses: dict, security: list
                 for each in re.findall(r'<(\w+)>', path)]}
 
 
-def header_argument(name: str) -> dict:
-    """A header of a request."""
-    text, example = HEADERS[name]
-    return {'name': name, 'in': 'header', 'description': text, 'example': example,
-            'schema': {'type': 'string', 'pattern': '^[!-~]{1,255}$'}}
-
-
-def meaning(field: str) -> dict:
-    return {'description': MEANS[field]} if field in MEANS else {}
-
-
-def header_ref(name: str) -> dict:
-    return {'$ref': f'#/components/parameters/{name}'}
-
-
 @functools.cache
 def openapi() -> dict:
-    """OpenAPI 3.1 of all that is answered."""
     return Document().whole()
 
 
 def template(path: str) -> str:
-    """An address as OpenAPI writes it."""
     return re.sub(r'<(\w+)>', r'{\1}', path).rstrip('/')
 
 
 def refusal_name(status: int) -> str:
-    """The kind of error with a status: its first."""
     return next(name for name, kind in ERRORS.items() if kind.status == status)
 
 
 def said_of(operation: Operation) -> dict:
     """What its help says of an operation, for who types nothing."""
-    summary, _, more = re.sub(r'\n\n(Example|Args):.*', '', inspect.getdoc(operation.method),
-                              flags=re.S).partition('\n\n')
+    summary, _, more = operation.help[0].partition('\n\n')
     return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
 
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
-    import shlex
-    found = re.search(r'Example:\n\s*python cmres.py (.*)', inspect.getdoc(operation.method))
-    words = shlex.split(found[1])[len(operation.words.split()):]
+    first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
+    words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
     example = dict(zip(operation.parameters, plain))
     options = [*words[len(plain):], '--']
@@ -19018,40 +19730,36 @@ UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
 
 
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
-    """The WSGI application that answers for a service.
-
-    Args:
-      told: words what never reaches one of its handlers
-      visitor: tells who is signed in to the page, by the cookie of a request
-    """
+    """The WSGI application that answers for a service; `told` words what never reaches one of its
+    handlers, `visitor` tells who is signed in to the page, by the cookie of a request."""
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
             app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
-    app.route('/openapi.json', 'GET', document_handler(service, visitor))
+
+    def document():
+        who_asks(service, bottle.request, visitor)
+        return sent(json_text(openapi()), 200, UNKEPT)
+    app.route('/openapi.json', 'GET', document)
     return app
 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
-    import bottle
+    def no_metrics():
+        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
         lambda failure: error_text(failure, bottle.request, bottle.response))
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
-    app.route('/healthz', 'GET', health_handler(service))
+    app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
     app.route(METRICS_PATH, 'GET', no_metrics)
     return app
-
-
-def no_metrics():
-    """What is answered where no gate is before the application."""
-    return refused(NotFound('`serve` counts, and only there are metrics'))
 
 
 def rule(operation: Operation, path: str) -> str:
@@ -19067,32 +19775,20 @@ def rule(operation: Operation, path: str) -> str:
 def handler(service: Reservations, operation: Operation, fixed: dict,
             visitor: Callable | None) -> Callable:
     """Answers one address: who asks, what is asked, the call, its answer in JSON."""
-    import bottle
+    # a calendar in JSON is longer than in a file
+    most = 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
     def handle(**path):
         request = bottle.request
         acting = service.acting(who_asks(service, request, visitor))
         acting.wanted = while_there(request.environ)
-        with acting.shares.answering(acting.actor.user), at_length(acting, operation):
-            given = given_once(read_query(request, several(operation)),
-                               read_body(request, most_body(operation)), path, fixed)
+        # of some the body alone takes long to read
+        computing = acting.shares.computing() if operation.name in LONG else nullcontext()
+        with acting.shares.answering(acting.actor.user), computing:
+            given = given_once(read_query(request, several(operation)), read_body(request, most),
+                               path, fixed)
             bound = bind(operation, given, acting.here)
             return respond(acting, operation, bound, request, given)
-    return handle
-
-
-def at_length(acting: Reservations, operation: Operation):
-    """What bounds a request whose body alone takes long to read, before it is read."""
-    return acting.shares.computing() if operation.name in LONG else nullcontext()
-
-
-def document_handler(service: Reservations, visitor: Callable | None) -> Callable:
-    """Answers with the description of all that is here, for who may ask for any of it."""
-    import bottle
-
-    def handle():
-        who_asks(service, bottle.request, visitor)
-        return sent(json_text(openapi()), 200, UNKEPT)
     return handle
 
 
@@ -19106,10 +19802,13 @@ def respond(acting: Reservations, operation: Operation, bound: dict, request, gi
     state = unchanged(acting, operation, bound, request)
     acting.fence = in_turn(acting.fence, state, once and once.claim)
     # The tag is of before what it tells of is read: it may be too old, never too new.
-    tag = tag_for(acting, operation, bound)
+    is_read = not operation.changes and bound.get('label') and tells_of_reservations(operation)
+    tag = tag_of(acting, bound) if is_read else ''
+    status = 201 if operation.made and not bound.get('dry_run') else 200
+    if once:
+        acting.answered = functools.partial(once.write, status)
     with once or nullcontext():
         answer = getattr(acting, operation.name)(**bound)
-    status = 201 if operation.made and not bound.get('dry_run') else 200
     text = json_text(answer)
     if once:
         once.keep(status, text)
@@ -19133,8 +19832,6 @@ def in_turn(*looks: Callable | None) -> Callable:
 
 def sent(text: str | bytes, status: int, headers: dict):
     """An answer, compressed for who takes that: never a page, which holds secrets (BREACH)."""
-    import bottle
-    import gzip
     data = text if isinstance(text, bytes) else text.encode('utf8', 'replace')
     takes = header(bottle.request, 'Accept-Encoding')
     if len(data) >= LEAST_GZIP and TAKES_GZIP.search(takes):
@@ -19189,13 +19886,6 @@ def cursor_of(line: dict) -> str:
 # What a request depends on.
 
 
-def tag_for(acting: Reservations, operation: Operation, bound: dict) -> str:
-    """The ETag of a reservation that is read; of anything else none."""
-    if operation.changes or not bound.get('label') or not tells_of_reservations(operation):
-        return ''
-    return tag_of(acting, bound)
-
-
 def tag_of(acting: Reservations, bound: dict) -> str:
     """An ETag of what people did to a reservation: it stays while only its VMs change."""
     newest = acting.look.newest_deed(bound['label'], bound.get('project', ''))
@@ -19226,12 +19916,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    return Once(acting, key, hashed(asked), not has_secret(operation.answers))
-
-
-def has_secret(kind) -> bool:
-    """Whether an answer has a field that is shown once and kept nowhere."""
-    return is_answer(kind) and any(each.kind is Secret for each in declared(kind).values())
+    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    has_secret = any(each.kind is Secret for each in fields)
+    return Once(acting, key, hashed(asked), not has_secret)
 
 
 class Once:
@@ -19248,6 +19935,7 @@ class Once:
         self.now = int(acting.clock())
         self.whose = (acting.actor.user, acting.actor.project, key)
         self.mark = secrets.token_hex(8)  # tells ours from that of a request beside this one
+        self.text = ''  # of the answer that is written
 
     def __enter__(self) -> Once:
         return self
@@ -19262,12 +19950,8 @@ class Once:
                    *self.whose, self.now - self.LASTS)
 
     def kept(self):
-        """The status and answer of the same request before; None if there was none.
-
-        Raises:
-          KeyReused: it was another request.
-          Conflict: its answer is not there, or not yet.
-        """
+        """The answer of the same request before, None if there was none; KeyReused if it was
+        another request, Conflict if its answer is not there, or not yet."""
         found = self.row()
         if found and found.digest != self.digest:
             raise KeyReused('Another request had this Idempotency-Key. Use a new key for each '
@@ -19278,38 +19962,50 @@ class Once:
         return found
 
     def claim(self) -> None:
-        """Writes the key in the transaction of what is done.
-
-        Raises:
-          Conflict: another request was faster.
-        """
+        """Writes the key with what is done; Conflict if another request was faster."""
         if rehearsal.on:
             return
         found = self.row()
-        if found and found.mark != self.mark:
+        if found and found.mark == self.mark:
+            return
+        new = not found and run(
+            'INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
+            "VALUES (?, ?, ?, ?, ?, ?, 0, '') ON CONFLICT (user, project, key) DO UPDATE "
+            "SET digest = excluded.digest, mark = excluded.mark, at = excluded.at, status = 0, "
+            "answer = '' WHERE once.at <= ? RETURNING mark",
+            *self.whose, self.digest, self.mark, self.now, self.now - self.LASTS).fetchone()
+        if not new:
             self.kept()
             raise Conflict('The first request with this Idempotency-Key was just done. Send it '
                            'again.')
-        if not found:
-            run('DELETE FROM once WHERE at <= ?', self.now - self.LASTS)
-            run('INSERT INTO once (user, project, key, digest, mark, at, status, answer) '
-                "VALUES (?, ?, ?, ?, ?, ?, 0, '')", *self.whose, self.digest, self.mark, self.now)
+
+    def write(self, status: int, answer) -> None:
+        """Keeps an answer with what it tells of, unless more is made of it: of a group, say."""
+        self.text = json_text(answer) if isinstance(answer, dict) else ''
+        self.change('UPDATE once SET status = ?, answer = ?', status, self.kept_of(self.text))
 
     def keep(self, status: int, text: str) -> None:
-        """Keeps an answer for who asks again."""
-        if self.keeps and len(text) <= self.MOST:
+        """Keeps an answer for who asks again, if it is not kept already."""
+        if text != self.text and self.kept_of(text):
             self.run('UPDATE once SET status = ?, answer = ?', status, text)
+
+    def kept_of(self, text: str) -> str:
+        """As much as may be kept of an answer."""
+        return text if self.keeps and len(text) <= self.MOST else ''
 
     def run(self, deed: str, *values) -> None:
         """Does something to the row that this request has written."""
-        with transaction():
-            run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?',
-                *values, *self.whose, self.mark)
+        with transaction(on=frozenset()):
+            self.change(deed, *values)
+
+    def change(self, deed: str, *values) -> None:
+        """The same in the present transaction."""
+        run(f'{deed} WHERE user = ? AND project = ? AND key = ? AND mark = ?', *values,
+            *self.whose, self.mark)
 
 
 def feed_handler(service: Reservations) -> Callable:
     """Answers calendar programs: nothing but a secret in the address tells who asks."""
-    import bottle
     written = WrittenFeeds(service)
 
     def handle(secret: str, name: str = ''):
@@ -19357,9 +20053,6 @@ class WrittenFeeds:
                 self.places.release()
         return found.etag, found.text
 
-    def size(self) -> int:
-        return sum(len(each.text) for each in self.kept.values())
-
     def is_old(self, found: Written) -> bool:
         return found.newest != newest_event() or self.service.clock() >= found.holds
 
@@ -19374,16 +20067,14 @@ class WrittenFeeds:
             text = calendar_text(name, events)
             found = Written(newest, digest, holds, etag_of(text), text.encode())
         self.kept.pop(feed.id, None)
-        while self.kept and self.size() + len(found.text) > self.MOST:
-            del self.kept[next(iter(self.kept))]
         self.kept[feed.id] = found = found._replace(newest=newest)
+        while len(self.kept) > 1 and sum(len(each.text) for each in self.kept.values()) > self.MOST:
+            del self.kept[next(iter(self.kept))]
         return found
 
 
 def answering(handle: Callable) -> Callable:
     """A handler that is not asked while the store is lost, and whose failures are told."""
-    import bottle
-
     def answer(*args, **path):
         try:
             store_file.check()
@@ -19405,20 +20096,16 @@ def mistake(error: Exception, request) -> Error:
                  'log of the server.', id=id)
 
 
-def health_handler(service: Reservations) -> Callable:
+def health(service: Reservations):
     """Says whether the store can be read and the life cycle goes on; the address needs no token."""
-
-    def handle():
-        row('SELECT 1 AS one')
-        age = service.age() if service.age else 0
-        status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
-        if age > LATE:
-            status, body = 503, {'last_pass': round(age, 1),
-                                 'error': 'No VM was started or ended for '
-                                          f'{format_duration(age)}. The log of this server says '
-                                          'why.'}
-        return sent(json_text(body), status, UNKEPT)
-    return handle
+    row('SELECT 1 AS one')
+    age = service.age() if service.age else 0
+    status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
+    if age > LATE:
+        late = (f'No VM was started or ended for {format_duration(age)}. The log of this server '
+                'says why.')
+        status, body = 503, {'last_pass': round(age, 1), 'error': late}
+    return sent(json_text(body), status, UNKEPT)
 
 
 class Line:
@@ -19430,10 +20117,13 @@ class Line:
     Args:
       threads: how many there are
       call: wakes one of them; `waitress` calls all of this under a lock of its own
+      is_new: whether Keystone is still to be asked for a token. All such have one share together,
+        so that a flood of made-up ones slows nobody else
     """
 
-    def __init__(self, threads: int, call: Callable[[], None]):
-        self.threads, self.call = threads, call
+    def __init__(self, threads: int, call: Callable[[], None],
+                 is_new: Callable[[str], bool] = lambda said: False):
+        self.threads, self.call, self.is_new = threads, call, is_new
         self.waiting: list[tuple] = []         # whose, what `waitress` serves
         self.answered: dict[int, str] = {}     # by thread, whose
 
@@ -19454,10 +20144,9 @@ class Line:
         return first if first and under_way[first[0]] < share else None
 
     def append(self, channel) -> None:
-        self.waiting.append((whose(channel), channel))
+        self.waiting.append((whose(channel, self.is_new), channel))
 
     def popleft(self):
-        """What this thread answers next."""
         name, channel = next_ = self.next()
         self.waiting.remove(next_)
         self.answered[threading.get_ident()] = name
@@ -19466,24 +20155,32 @@ class Line:
         return channel
 
 
-def whose(channel) -> str:
+def whose(channel, is_new: Callable[[str], bool]) -> str:
     """Who sends the request that a connection has: by their token or session, else from where."""
     headers = channel.requests[0].headers if channel.requests else {}
-    return headers.get('AUTHORIZATION') or headers.get('COOKIE') or str(channel.addr)
+    said = headers.get('AUTHORIZATION') or headers.get('X_AUTH_TOKEN') or ''
+    scheme, _, token = said.rpartition(' ')
+    if token and scheme.lower() in ('', 'bearer') and is_new(token):
+        return 'new to Keystone'
+    return said or headers.get('COOKIE') or str(channel.addr)
 
 
-def fair_dispatcher(threads: int):
+def new_to_keystone(service: Reservations, token: str) -> bool:
+    """Whether Keystone is asked for a token, and has not said yet that it is somebody's."""
+    return bool(service.config.keystone) and not token.startswith(OUR_TOKENS) and (
+        service.clouds.keystone.is_new(token))
+
+
+def fair_dispatcher(threads: int, is_new: Callable[[str], bool]):
     """The threads of `waitress`, with a line of ours before them."""
-    from waitress.task import ThreadedTaskDispatcher
-    made = ThreadedTaskDispatcher()
-    made.queue = Line(threads, made.queue_cv.notify)
+    made = waitress.task.ThreadedTaskDispatcher()
+    made.queue = Line(threads, made.queue_cv.notify, is_new)
     made.set_thread_count(threads)
     return made
 
 
 def disk_free(path: str) -> int:
     """The free bytes on the disk of a file, for who isn't root; 0 where that can't be told."""
-    import shutil
     try:
         return shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     except OSError:
@@ -19506,16 +20203,14 @@ class Readiness:
                 store_file.look()
             if time.monotonic() >= self.until or store_file.troubles != self.troubles:
                 self.troubles = store_file.troubles
-                self.found, self.until = self.look_safely(), time.monotonic() + 1
+                try:
+                    self.found = self.look()
+                except (Unavailable, *STORE_ERRORS) as error:
+                    fault = str(trouble(error) or error)
+                    self.found = {'status': 'not ready', 'store': {'fault': fault}}
+                self.until = time.monotonic() + 1
             found = self.found
         return sent(json_text(found), 200 if found['status'] == 'ready' else 503, UNKEPT)
-
-    def look_safely(self) -> dict:
-        """What is so now, also where that can't be read."""
-        try:
-            return self.look()
-        except (Unavailable, *STORE_ERRORS) as error:
-            return {'status': 'not ready', 'store': {'fault': str(trouble(error) or error)}}
 
     def look(self) -> dict:
         """What is so now: each part with a fault, if it has one."""
@@ -19530,7 +20225,6 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
-        """How much space the database has left."""
         config = self.service.config
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
@@ -19548,15 +20242,17 @@ class Readiness:
             DAMAGED.format(last['result']) if last and last['result'] != 'ok' else '')}
 
     def scheduler(self) -> dict:
-        """How long ago a scheduler renewed its right to act, which it does in its passes."""
-        found, most = row('SELECT until FROM lease'), self.service.config.max_pass_age
+        """How long ago schedulers renewed their right to act, which they do in their passes."""
+        found = leases(self.service.clouds)
         if not found:
             return {'fault': 'No scheduler has run yet. Start `serve` or `scheduler`.'}
-        timeout = self.service.config.leader_timeout
-        age = round(max(self.service.clock() - found.until + timeout, 0), 1)
-        late = (f'The scheduler last ran {format_duration(int(age))} ago. Start `serve` or '
+        now, config = self.service.clock(), self.service.config
+        age = round(max(now - found[0].until + config.leader_timeout, 0), 1)
+        cloud = f" for the cloud '{found[0].name}'" if found[0].name else ''
+        late = (f'The scheduler last ran {format_duration(int(age))} ago{cloud}. Start `serve` or '
                 '`scheduler`, or look at its log.')
-        return {'last_pass': age, 'fault': late if age > most else ''}
+        return {'last_pass': age, 'fault': late if age > config.max_pass_age else '',
+                'schedulers': len({each.holder for each in found if each.until > now})}
 
 
 RETRY = 60  # seconds after which somebody may try again, where nothing better is known
@@ -19576,45 +20272,38 @@ def error_body(error: Error) -> dict:
 
 def error_text(failure, request, response) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    for name, value in UNKEPT.items():
+    status, error = failure.status_code, failure.body
+    if status == 405:
+        error = wrong_verb(failure, request, response)
+    elif not isinstance(error, Error):
+        error = (mistake(failure.exception, request) if status == 500 else
+                 NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
+                 if status == 404 else Invalid(str(error)))
+    for name, value in (UNKEPT | (headers_of(error) if error else {})).items():
         response.set_header(name, value)
-    if failure.status_code == 405:
-        return wrong_verb(failure, request, response)
-    error = failure.body
-    if failure.status_code == 500 and not isinstance(error, Error):
-        error = mistake(failure.exception, request)
-    if failure.status_code == 404 and not isinstance(error, Error):
-        error = NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
-    if not isinstance(error, Error):
-        error = Invalid(str(error))
-    for name, value in headers_of(error).items():
-        response.set_header(name, value)
-    return json_text(error_body(error))
+    return json_text(error_body(error)) if error else ''
 
 
-def wrong_verb(failure, request, response) -> str:
+def wrong_verb(failure, request, response) -> Error | None:
     """What is said of the verbs of an address: to who asks for them, and to who took another."""
     verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
     verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
     response.set_header('Allow', ', '.join(verbs))
     if request.method == 'OPTIONS':
         response.status = 204
-        return ''
+        return None
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return json_text(error_body(Error(f'{request.method} is not possible at this address. Use '
-                                      f'{use}.')))
+    return Error(f'{request.method} is not possible at this address. Use {use}.')
 
 
 def request_name(environ: dict) -> str:
     """The name that a request came with, or a new one."""
-    import uuid
     name = environ.get('HTTP_X_REQUEST_ID', '')
     return name if re.fullmatch('[A-Za-z0-9._-]{1,64}', name) else f'req-{uuid.uuid4()}'
 
 
 def plain_path(environ: dict) -> None:
     """The address without its last slash; refuses one that is not UTF-8."""
-    import bottle
     try:
         environ['bottle.raw_path'].encode('latin1').decode('utf8')
     except UnicodeDecodeError:
@@ -19623,14 +20312,8 @@ def plain_path(environ: dict) -> None:
 
 
 def who_asks(service: Reservations, request, visitor: Callable | None = None) -> Actor:
-    """Who sends a request, by the first way that it goes.
-
-    Args:
-      visitor: tells who has signed in to the page, which is enough to read
-
-    Raises:
-      Unauthorized: it goes none of these ways.
-    """
+    """Who sends a request, by the first way that it goes, else Unauthorized; to read, it is enough
+    to be signed in to the page, which `visitor` knows."""
     for way in WAYS_IN:
         if actor := way(service, request):
             return actor
@@ -19645,11 +20328,8 @@ def by_token(service: Reservations, request) -> Actor | None:
     secret = bearer(request)
     if not secret or secret == keystone_token(service, request):
         return None
-    try:
+    with noting_wrong(service, request.environ):
         found = token_of(secret, service.clock())
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     note_caller(service, request.environ, found)
     return bearer_of(found)
 
@@ -19666,17 +20346,14 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     if not (token := keystone_token(service, request)):
         return None
     ask = functools.partial(ask_keystone, service, token)
-    try:
+    with noting_wrong(service, request.environ):
         found = service.clouds.keystone.told(token, ask)
-    except Unauthorized:
-        note_wrong(service, request.environ)
-        raise
     return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
 
 
-def ask_keystone(service: Reservations, whose: str, call: Callable):
+def ask_keystone(service: Reservations, whose: str, call: Callable, patience: float):
     """What Keystone answers; only a few wait for that at the same time."""
-    with service.shares.answering(f'a token {hashed(whose)[:8]}'):
+    with service.shares.answering(f'a token {hashed(whose)[:8]}', patience):
         return service.shares.ask('Keystone', call)
 
 
@@ -19694,7 +20371,8 @@ def by_proxy(service: Reservations, request) -> Actor | None:
     """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
     begin = service.config.identity_header
     user = header(request, f'{begin}-User')
-    if not user or not service.config.tells_who(request.environ.get('REMOTE_ADDR', '')):
+    if not user or not service.config.is_among(
+            'identity_proxies', request.environ.get('REMOTE_ADDR', '')):
         return None
     project = header(request, f'{begin}-Project') or 'default'
     role = header(request, f'{begin}-Role') or USER
@@ -19735,8 +20413,17 @@ def note_caller(service: Reservations, environ: dict, found) -> None:
         service.shares.rates.look('mib_per_user', name)
 
 
+@contextmanager
+def noting_wrong(service: Reservations, environ: dict) -> Iterator[None]:
+    """Notes that a wrong token came from an address; TooMany if many do."""
+    try:
+        yield
+    except Unauthorized:
+        note_wrong(service, environ)
+        raise
+
+
 def note_wrong(service: Reservations, environ: dict) -> None:
-    """Notes a wrong token of an address; TooMany if many come from there."""
     address = environ.get('cmres.address', '')
     METRICS.count('wrong_tokens_total')
     service.shares.wrong[address] += 1
@@ -19763,9 +20450,8 @@ def bearer(request) -> str:
 
 def basic_password(said: str) -> str:
     """The password of HTTP Basic (RFC 7617); '' if it can't be read."""
-    from base64 import b64decode
     try:
-        return b64decode(said, validate=True).decode().partition(':')[2]
+        return base64.b64decode(said, validate=True).decode().partition(':')[2]
     except ValueError:
         return ''
 
@@ -19776,14 +20462,8 @@ def read_query(request, several: Iterable[str] = ()) -> dict:
 
 
 def fields_of(text: bytes, what: str, several: Iterable[str] = ()) -> dict:
-    """The fields of a query or of a form.
-
-    Args:
-      several: those that may come more than once
-
-    Raises:
-      Invalid: they are not UTF-8, too many, or given twice with two values.
-    """
+    """The fields of a query or form, those of `several` maybe more than once; Invalid if they are
+    not UTF-8, too many, or given twice with two values."""
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors='strict',
                           max_num_fields=100)
@@ -19799,11 +20479,6 @@ def whole_body(request, most: int = MOST_BODY) -> bytes:
     if (request.content_length or 0) > most or len(body := request.body.read(most + 1)) > most:
         raise TooLarge(f'The body is larger than {most} bytes. Send it in parts.')
     return body
-
-
-def most_body(operation: Operation) -> int:
-    """How many bytes its body may have: a calendar in JSON is longer than in a file."""
-    return 2 * MOST_ICS if takes_calendar(operation) else MOST_BODY
 
 
 def read_body(request, most: int) -> dict:
@@ -19887,16 +20562,11 @@ class Gate:
         said = environ.get('HTTP_X_FORWARDED_FOR', '').rpartition(',')[2].strip()
         for name in FORWARDED:
             environ.pop(name, None)
-        trusted = said and self.service.config.is_proxy(peer)
+        trusted = said and self.service.config.is_among('trusted_proxies', peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
     def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
-        """What Prometheus reads.
-
-        Raises:
-          NotFound: the operator wants none.
-          Forbidden: it needs the token of an admin.
-        """
+        """What Prometheus reads: NotFound if the operator wants none, else for an admin's token."""
         allowed = self.service.config.metrics
         if allowed == 'off':
             raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
@@ -19907,7 +20577,6 @@ class Gate:
 
     def refuse_reader(self, environ: dict) -> None:
         """Refuses who may not read metrics; who could before, may while the store can't be read."""
-        import bottle
         request = bottle.LocalRequest(environ)
         secret = hashed(bearer(request))
         try:
@@ -19970,7 +20639,6 @@ class Reply:
         return self.start_response(status, headers + also, *([exc_info] if exc_info else []))
 
     def also(self) -> Iterator[tuple[str, str]]:
-        """Headers that this answer needs."""
         for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
             yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
@@ -19984,9 +20652,7 @@ class Reply:
         return self.say(error.status, body, UNKEPT | headers_of(error))
 
     def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        """A whole answer."""
-        from http.client import responses
-        self.begin(f'{status} {responses[status]}', [
+        self.begin(f'{status} {http_client.responses[status]}', [
             *headers.items(), ('Content-Length', f'{len(body)}')])
         return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
@@ -20013,7 +20679,6 @@ class Counting:
 
 def network_of(text: str) -> str:
     """What limits count an address under: itself, or of IPv6 the network; '' if it is none."""
-    import ipaddress
     try:
         found = ipaddress.ip_address(text.partition('%')[0])
     except ValueError:
@@ -20053,7 +20718,7 @@ class StoreMetrics:
 
     def count_events(self) -> None:
         """Counts the events that came since the last time, be they of another process."""
-        newest = row('SELECT max(id) AS id FROM event').id or 0
+        newest = newest_event()
         if self.seen is not None:
             for code, number in run('SELECT code, count(*) FROM event WHERE id > ? AND id <= ? '
                                     'GROUP BY code', self.seen, newest).fetchall():
@@ -20074,15 +20739,17 @@ class StoreMetrics:
         for account, state, number in run('SELECT account, state, count(*) FROM server '
                                           "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
             yield 'servers', (('cloud', account), ('state', state)), number
-        if lease := row('SELECT holder, until FROM lease'):
+        found = leases(self.service.clouds)
+        for lease in found[:1]:
             renewed = lease.until - self.service.config.leader_timeout
             yield 'pass_age_seconds', (), max(now - renewed, 0)
+        for lease in found:
             if lease.until > now:
-                yield 'leader', (('host', lease.holder.partition(':')[0]),), 1
+                host = lease.holder.partition(':')[0]
+                yield 'leader', (('cloud', lease.name), ('host', host)), 1
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
 
     def of_resources(self) -> Iterator[tuple]:
-        """What each resource has, and how much of it is reserved now."""
         now = self.service.clock()
         for each in rows('SELECT * FROM resource WHERE removed IS NULL ORDER BY name'):
             most, classes = capacity(each), read_json(each.classes)
@@ -20160,7 +20827,10 @@ LEASE_FIELDS = {
     'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
 LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
                   'disk_gb', 'required_floatingips'}
-AFFINITIES = {'': None, 'none': None, 'true': True, 'false': False}
+AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
+              | dict.fromkeys(('true', 't', 'yes', 'y', 'on', '1'), True)
+              | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
+ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
@@ -20226,7 +20896,9 @@ class Blazar:
                     given = read_body(request, MOST_BODY) | path
                     if request.method == 'GET':
                         given |= read_query(request)
-                    answer = handle(LeaseView(acting), given)
+                    view = LeaseView(acting)
+                    view.token = keystone_token(self.service, request)
+                    answer = handle(view, given)
             except Error as error:
                 body = in_blazars_words(error_body(error), error.status)
                 return sent(json_text(body), error.status, UNKEPT | headers_of(error))
@@ -20330,7 +21002,7 @@ class Blazar:
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
-            view.asks(cloud, lambda opened: opened.mark(aggregate.name, place))
+            view.asks(cloud, lambda opened: opened.mark(aggregate, place))
         view.set_extras(host_id(cloud, name), extras)
         return {'host': view.host(host_id(cloud, name)).shown}
 
@@ -20443,20 +21115,27 @@ class LeaseView:
 
     def __init__(self, acting: Reservations):
         self.acting, self.actor = acting, acting.actor
+        self.token = ''  # of Keystone, with which the request came
 
     def lend_groups(self, id: str) -> None:
-        """Makes the server groups of a lease that begins now: its client reads their ids once."""
+        """Makes the server groups of a lease that begins now: its client reads their ids once.
+
+        Where cmres has no account of its own in their project, by the token that they sent.
+        """
         places = {each.id: each for each in self.acting.look.places() if each.flavors}
         mine = [each for each in lent_parts([*places], self.acting.clock()) if each.lease_id == id]
+        things = [each for found in mine for each in lent_things(
+            self.acting.clouds, found, places[found.resource_id]) if each[1] == 'server_group']
+        first = {name: (account, lent) for account, _, name, lent in reversed(things)}
         with suppress(CloudError):  # the life cycle tries it again
-            for found in mine:
-                for account, kind, name, lent in lent_things(
-                        self.acting.clouds, found, places[found.resource_id]):
-                    if kind == 'server_group':
-                        made = self.asks(account, operator.methodcaller(
-                            'lend_one', kind, name, lent))
-                        with self.acting.writing():
-                            note_lent(lent, kind, made)
+            for name, (account, lent) in first.items():
+                call = operator.methodcaller('lend_one', 'server_group', name, lent)
+                if not lent.make:
+                    call = operator.methodcaller('lend_to_token', self.token, name, lent)
+                if lent.make or self.token:
+                    made = self.asks(account, call)
+                    with self.acting.writing():
+                        note_lent(lent, 'server_group', made)
 
     # Leases
 
@@ -20516,8 +21195,9 @@ class LeaseView:
     def lacks(self, part: dict, one) -> bool:
         """Whether a cloud does not have yet what it lends for an occurrence."""
         kind = self.lending.get(one.resource, '')
-        what = one.host if kind == 'address' else '' if one.host or one.image else kind
-        return bool(what) and what not in part
+        if one.host and kind:
+            kind = one.host if kind == 'address' else 'aggregate'
+        return bool(kind) and not one.image and kind not in part
 
     def events(self, found, start: int, end: int, over: bool) -> list[dict]:
         """When a lease starts, ends and is announced to end, and whether that is done."""
@@ -20778,7 +21458,8 @@ class LeaseRequests:
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         cloud = place.pop('cloud_')
-        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount']}
+        given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
+                                               'affinity': ON_HOSTS_SO[asked.get('affinity')]}
         each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
@@ -20986,7 +21667,6 @@ MOST_FILTERS = 100   # elements of a filter
 MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
-CHECKED_FOR = 60     # seconds for which the hash of a token is remembered
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
 NAMESPACES = {'D': 'DAV:', 'C': 'urn:ietf:params:xml:ns:caldav',
               'CS': 'http://calendarserver.org/ns/', 'A': 'http://apple.com/ns/ical/',
@@ -20998,8 +21678,6 @@ STORED_PROPERTIES = frozenset(
     ('D:displayname', 'A:calendar-color', 'A:calendar-order', 'C:calendar-timezone'))
 DAV_VERBS = 'OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, REPORT'
 REPORTS = ('C:calendar-query', 'C:calendar-multiget', 'C:free-busy-query', 'D:sync-collection')
-READS = ('read', 'read-current-user-privilege-set')
-WRITES = ('write', 'write-properties', 'write-content', 'bind', 'unbind')
 ICS = 'text/calendar; charset=utf-8'
 #: What we say before a title; what has the second word there is cancelled.
 TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\d|'
@@ -21038,7 +21716,6 @@ class Component:
         return None
 
     def line(self, name: str) -> str:
-        """The line of a property as it stands there; '' without it."""
         number = self.find(name)
         return '' if number is None else self.lines[number]
 
@@ -21118,7 +21795,6 @@ class Remark(NamedTuple):
     window: tuple[int, int] | None = None  # when it really is
 
     def write(self, event: Component, form: Form) -> None:
-        """Writes it into an event."""
         if self.window:
             event.put_line('DURATION')
             for name, at in zip(('DTSTART', 'DTEND'), self.window):
@@ -21148,16 +21824,15 @@ def without_blocks(text: str) -> str:
 
 
 class Form:
-    """How times are written in a series: as its first start is."""
+    """How times are written in a series, and what its occurrences have of it: as its first one."""
 
     def __init__(self, head: Component, zone: tzinfo):
-        self.parameters, value = head.read('DTSTART')
+        self.head, (self.parameters, value) = head, head.read('DTSTART')
         self.zone, self.whole = zone, 'T' not in value.upper()
         self.instant = value.strip().upper().endswith('Z') or zone is UTC and (
             'TZID' in self.parameters.upper())
 
     def line(self, name: str, at: int) -> str:
-        """The line of a time."""
         wall = to_wall(instant(at), self.zone)
         if self.whole and wall.time() == datetime.min.time():
             return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
@@ -21165,9 +21840,19 @@ class Form:
             return f'{name}:{stamp_of(at)}\r\n'
         return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
 
-    def exception(self, plain: Component, slot: Slot) -> Component:
-        """An occurrence of a series as an event of its own, with what is carried over."""
-        made = Component([*plain.lines])
+    @functools.cached_property
+    def plain(self) -> Component:
+        """What of a series each of its occurrences has as well: no alarms, and no long texts."""
+        head = self.head
+        kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
+                and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
+        made = Component([head.lines[0], *kept, head.lines[-1]])
+        made.put_line('UID', head.line('UID'))
+        return made
+
+    def exception(self, slot: Slot, like: Component | None = None) -> Component:
+        """An occurrence of a series as an event of its own."""
+        made = Component([*(like or self.plain).lines])
         at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
         times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
         for name, at in times.items():
@@ -21175,45 +21860,9 @@ class Form:
         return made
 
 
-def carried(head: Component) -> Component:
-    """What of a series each of its occurrences has as well: no alarms, and no long texts."""
-    kept = [line for line in head.lines[1:head.inner] if len(line) <= MOST_COPIED
-            and re.match('[A-Za-z-]*', line)[0].upper() in CARRIED]
-    made = Component([head.lines[0], *kept, head.lines[-1]])
-    made.put_line('UID', head.line('UID'))
-    return made
-
-
-def with_remarks(text: str, remarks: dict[str, Remark], slots: dict[str, Slot],
-                 keys: dict[str, str], zone: tzinfo) -> str:
-    """A calendar with what cmres says of it, by slots; '' is all of it.
-
-    Args:
-      keys: the slots that exceptions have there, by what they are written as
-    """
-    parts = components(text)
-    events = events_in(parts)
-    head, behind = events[0], parts.index(events[-1]) + 1
-    form, plain = Form(head, zone), carried(head)
-    there = {keys.get(each.key, ''): each for each in events}
-    there.setdefault('', head)
-    for slot, remark in remarks.items():
-        if slot not in there:
-            there[slot] = form.exception(plain, slots[slot])
-            there[slot].put_line(MADE, f'{MADE}:1\r\n')
-            parts.insert(behind, there[slot])
-            behind += 1
-        remark.write(there[slot], form)
-    return joined(parts)
-
-
 def without_remarks(text: str, shown: str, before: str) -> str:
-    """A calendar without what cmres has said in it.
-
-    Args:
-      shown: what the program was shown
-      before: what a person had written before that
-    """
+    """A calendar without what cmres has said in it, of which the program was shown one text, while
+    a person had written another before that."""
     parts = components(text)
     was, own = ({each.key: each for each in events_in(components(each))}
                 for each in (shown, before))
@@ -21350,12 +21999,8 @@ class Folder:
         return numbers
 
     def write(self, name: str, text: str, shown: str, **values) -> None:
-        """Writes an object, or some columns of it; it is another one for all programs then.
-
-        Args:
-          text: what a person wrote
-          shown: the same with what cmres says of it
-        """
+        """Writes an object, or some columns of it: what a person wrote, and that with what cmres
+        says of it. It is another one for all programs then."""
         there = self.objects('name = ?', name)
         values |= {'text': text, 'shown': '' if shown == text else shown, 'etag': etag_of(shown),
                    'rev': next_revision(), 'changed': int(self.acting.clock())}
@@ -21415,12 +22060,22 @@ class Teller:
         self.slots = {each.key: each for each in (event.slots(*around) if around else ())}
 
     def text(self) -> str:
-        """The event as it is shown."""
+        """The event with what there is to say, also of occurrences that it does not write out."""
         remarks = self.remarks()
         if not remarks:
             return self.event.text
-        return with_remarks(self.event.text, remarks, self.slots, self.event.keys(),
-                            self.event.here)
+        parts, keys = components(self.event.text), self.event.keys()
+        events = events_in(parts)
+        form, behind = Form(events[0], self.event.here), parts.index(events[-1]) + 1
+        there = {'': events[0]} | {keys.get(each.key, ''): each for each in events}
+        for slot, remark in remarks.items():
+            if slot not in there:
+                there[slot] = form.exception(self.slots[slot])
+                there[slot].put_line(MADE, f'{MADE}:1\r\n')
+                parts.insert(behind, there[slot])
+                behind += 1
+            remark.write(there[slot], form)
+        return joined(parts)
 
     def remarks(self) -> dict[str, Remark]:
         """What there is to say, by slots; '' is the event or all of its series."""
@@ -21446,7 +22101,6 @@ class Teller:
         return found[0].sentence if found else ''
 
     def of_none(self) -> Remark:
-        """Nothing is reserved."""
         if not self.all or '' in self.why:
             return Remark('NOT RESERVED', self.why.get('', ''), cancelled=True)
         said = self.last_said('released', 'rejected', 'maintenance')
@@ -21495,12 +22149,8 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
 
 
 def refresh(acting: Reservations, known: dict[tuple, tuple]) -> None:
-    """Writes anew what is shown of reservations that have changed since the last time, and what
-    was reserved elsewhere by who acts.
-
-    Args:
-      known: up to which event, and on what, everybody's reservations were looked for
-    """
+    """Writes anew what is shown of reservations that have changed, and what was reserved elsewhere
+    by who acts: `known` is up to which event, and on what, that was looked for."""
     seen, newest, whose = int(fact(LOOKED_AT) or 0), newest_event(), acting.actor[:2]
     changed = deque(rows(
         'SELECT c.id FROM calendar_object c WHERE c.gone IS NULL AND c.reservation_id IN '
@@ -21541,9 +22191,8 @@ def show_anew(acting: Reservations, id: int) -> None:
 
 
 def elsewhere(acting: Reservations, places: str, since: int) -> list:
-    """The reservations of who acts that no calendar has, on some resources; 0: all of them, else
-    those that an event after that tells of.
-    """
+    """The reservations of who acts that no calendar has, on some resources: all (0), or those that
+    an event after some other tells of."""
     told = since and 'AND r.id IN (SELECT reservation_id FROM event WHERE id > ?)'
     return rows('SELECT DISTINCT r.id FROM occurrence o JOIN reservation r '
                 'ON r.id = o.reservation_id WHERE o.of_user = ? AND o.of_project = ? '
@@ -21586,16 +22235,15 @@ def reservation_text(folder: Folder, id: int) -> str:
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(found, found.vms), 'END:VEVENT']
-    head = Component([folded(each) for each in lines])
-    form, plain, events = Form(head, zone), carried(head), [head]
+    form = Form(Component([folded(each) for each in lines]), zone)
+    plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
     for each in live if stretches else ():
-        slot = plan_of(stretches, there).get(each.slot)
-        if slot and (slot.start, slot.end, found.vms) == (each.start, each.end, each.vms):
-            continue
-        events.append(form.exception(plain, Slot(each.slot, *each[1:5])))
-        for line in want_lines(found, each.vms):
-            events[-1].put_line(line.partition(':')[0], folded(line))
-    Remark(after=state_of(folder.acting, found, zone)).write(head, form)
+        slot = plan.get(each.slot)
+        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
+            events.append(form.exception(Slot(each.slot, *each[1:5])))
+            for line in want_lines(found, each.vms):
+                events[-1].put_line(line.partition(':')[0], folded(line))
+    Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
 
 
@@ -21667,8 +22315,7 @@ class Draft:
 
     def put(self, data: bytes) -> tuple[bool, str]:
         """Makes a reservation of what a program sends, or changes it; whether it is new, and its
-        ETag if it is shown as it was sent.
-        """
+        ETag if it is shown as it was sent."""
         had, sent_text = self.had, object_text(data)
         text = without_remarks(sent_text, had.shown if had else '', had.text if had else '')
         self.event = self.folder.understand(text)
@@ -21870,7 +22517,6 @@ def item_of(found) -> Item:
 
 def read_xml(data: bytes):
     """The root of a body; None of an empty one, Invalid for more than is read here."""
-    from xml.etree import ElementTree
     if not data.strip():
         return None
     try:
@@ -21918,12 +22564,7 @@ def href_of(*names: str) -> str:
 
 
 def response_text(href: str, *told: tuple[list[str], str], status: str = '') -> str:
-    """What is said of one address.
-
-    Args:
-      told: properties as XML, and their status
-      status: that of the address itself
-    """
+    """What is said of one address: properties as XML with their status, or its own status."""
     text = f'<D:status>HTTP/1.1 {status}</D:status>' if status else ''
     for properties, each in [one for one in told if one[0]] or told[:1]:
         text += (f"<D:propstat><D:prop>{''.join(properties)}</D:prop>"
@@ -21956,13 +22597,11 @@ class Query:
         self.begin = -1 if first is None else read_range(first)[0]
 
     def takes(self, item: Item) -> bool:
-        """Whether an object is what the filter wants."""
         events = events_in(components(item.text))
         groups = by_uid(read_calendar(item.text)).values() if self.timed else ()
         return all(self.has_event(each, events, groups) for each in self.parts)
 
     def has_event(self, part, events: list[Component], groups) -> bool:
-        """Whether one of some events is what a filter wants."""
         if part.get('name', '').upper() != 'VEVENT':
             return is_absent(part)
         span = part.find('C:time-range', NAMESPACES)
@@ -22036,12 +22675,11 @@ def expanded(text: str, entries: list[Entry], zone: ZoneInfo, begin: int, until:
     table, clock = timetable(group, zone), clock_of(group, zone)
     own = {clock.slot(entry.moment('RECURRENCE-ID')).isoformat(): event
            for entry, event in zip(entries, events) if entry.exception}
-    form, plain, found = Form(events[0], table.zone), carried(events[0]), []
+    form = Form(events[0], table.zone)
     form.instant = not form.whole
-    for slot in table.slots(begin, until):
-        one = form.exception(own.get(slot.key, plain), slot)
-        one.put_line('DURATION')
-        found.append(one)
+    found = [form.exception(slot, own.get(slot.key)) for slot in table.slots(begin, until)]
+    for each in found:
+        each.put_line('DURATION')
     return whole_calendar(joined(found))
 
 
@@ -22063,8 +22701,10 @@ def read_range(element) -> tuple[int, int]:
 
 
 def privileges(dav: Dav, writable: bool) -> str:
-    names = READS + (WRITES if writable and dav.writes else ())
-    return elements((f'D:{each}' for each in names), '<D:privilege>{}</D:privilege>')
+    names = 'read read-current-user-privilege-set'
+    if writable and dav.writes:
+        names += ' write write-properties write-content bind unbind'
+    return elements((f'D:{each}' for each in names.split()), '<D:privilege>{}</D:privilege>')
 
 
 def described(folder: Folder) -> str:
@@ -22169,12 +22809,8 @@ class Dav:
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
-        """What is told of an address: of a calendar, of what stands in it, or of what is above.
-
-        Args:
-          wanted: names of properties; None for those that all may want
-          names: only their names are
-        """
+        """What is told of an address (a calendar, what stands in it, or what is above): of the
+        properties that are wanted, or of those that all may want; maybe only their names."""
         table = OF_ITEMS if isinstance(at, Item) else ABOVE
         if isinstance(at, Folder):
             table = OF_FOLDERS | {name: lambda dav, at, value=value: xml_text(value)
@@ -22281,7 +22917,6 @@ class Dav:
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
 
     def listed(self, deep: bool) -> Iterator:
-        """What stands at the address, and with `deep` what is in it."""
         level = len(self.names)
         if level == 3:
             yield self.item(self.names[2])
@@ -22423,9 +23058,7 @@ DAV_HEADERS = UNKEPT | {'Content-Type': 'application/xml; charset=utf-8',
 
 
 def busy_lines(place, begin: int, until: int) -> Iterator[str]:
-    """When a resource has no free capacity for what an event usually gets, and when it has less
-    than all.
-    """
+    """When a resource can't take what an event usually gets, and when it has less than all."""
     usual = Amount(place.default_vms)
     free = [(max(begin, int(first)), int(min(last, until)))
             for first, last in free_windows(place, usual, begin, until)]
@@ -22473,9 +23106,12 @@ def wanted_in(root, name: str = '') -> list[str] | None:
 
 
 def multistatus(parts: Iterable[str], more: str = ''):
-    text = ''.join(parts)
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus {DECLARED}>{text}{more}'
-                '</D:multistatus>', 207, DAV_HEADERS)
+    return xml_answer('multistatus', ''.join(parts) + more, 207)
+
+
+def xml_answer(name: str, inner: str, status: int, headers: dict = {}):
+    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:{name} {DECLARED}>{inner}</D:{name}>',
+                status, DAV_HEADERS | headers)
 
 
 def dav_refusal(error: Error):
@@ -22483,64 +23119,43 @@ def dav_refusal(error: Error):
     name, href = getattr(error, 'element', ''), error.details.get('href')
     inner = f'<D:href>{xml_text(href)}</D:href>' if href else ''
     element = f'<{name}>{inner}</{name}>' if name else ''
-    headers = headers_of(error)
-    if error.status == 401:
-        headers = {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'}
-    if error.status == 405:
-        headers = {'Allow': DAV_VERBS}
-    return sent(f'<?xml version="1.0" encoding="utf-8"?>\n<D:error {DECLARED}>'
-                f'{xml_text(str(error))}{element}</D:error>', error.status, DAV_HEADERS | headers)
+    headers = {401: {'WWW-Authenticate': 'Basic realm="cmres", charset="UTF-8"'},
+               405: {'Allow': DAV_VERBS}}.get(error.status, headers_of(error))
+    return xml_answer('error', f'{xml_text(str(error))}{element}', error.status, headers)
 
 
-class Programs:
-    """Who answers calendar programs, and who they act for."""
-    MOST = 10_000  # tokens that are remembered
+def calendar_programs(service: Reservations) -> Callable:
+    """Answers calendar programs, for who has the token that they send as a password."""
+    known: dict = {}  # see `refresh`
 
-    def __init__(self, service: Reservations):
-        self.service, self.known, self.seen = service, {}, {}
+    @functools.lru_cache(10_000)
+    def token_id(digest: str, minute: int) -> int:
+        """Of all requests of a minute one looks a hash up."""
+        return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), service.clock()).id
 
-    def answer(self, path: str = ''):
-        import bottle
+    def who(request) -> Actor:
+        secret = bearer(request)
+        if not secret:  # that is no attacker
+            raise Unauthorized('sign in with your name and, as password, a token of cmres')
+        with noting_wrong(service, request.environ):
+            id = token_id(hashed(secret), int(time.monotonic() // 60))
+            found = token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), service.clock())
+        note_caller(service, request.environ, found)
+        return bearer_of(found)
+
+    def handle(path: str = ''):
         request = bottle.request
         if request.method == 'OPTIONS':
             return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
         try:
-            acting = self.service.acting(self.who(request))
+            acting = service.acting(who(request))
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
-                return Dav(acting, request, path).answer(self.seen)
+                return Dav(acting, request, path).answer(known)
         except Error as error:
             return dav_refusal(error)
-
-    def elsewhere(self):
-        """Where programs find all of this (RFC 6764)."""
-        return sent('', 301, DAV_HEADERS | {'Location': f'{DAV}/'})
-
-    def who(self, request) -> Actor:
-        """Whose token a request has as its password; who has none is no attacker."""
-        secret = bearer(request)
-        if not secret:
-            raise Unauthorized('sign in with your name and, as password, a token of cmres')
-        try:
-            found = self.token(hashed(secret))
-        except Unauthorized:
-            note_wrong(self.service, request.environ)
-            raise
-        note_caller(self.service, request.environ, found)
-        return bearer_of(found)
-
-    def token(self, digest: str):
-        """The row of a token, by its id where it was found a short while ago."""
-        now = self.service.clock()
-        id, until = self.known.get(digest, (0, 0))
-        if time.monotonic() < until:
-            return token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), now)
-        found = token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), now)
-        if len(self.known) >= self.MOST:
-            self.known.clear()
-        self.known[digest] = found.id, time.monotonic() + CHECKED_FOR
-        return found
+    return handle
 
 
 def may(actor: Actor) -> tuple[str, str]:
@@ -22563,18 +23178,17 @@ HOW_TO_ADD = {
 
 def mount_caldav(app, service: Reservations) -> None:
     """Adds the addresses for calendar programs to an application."""
-    programs = Programs(service)
-    app.route('/.well-known/caldav', 'ANY', programs.elsewhere)
+    home = DAV_HEADERS | {'Location': f'{DAV}/'}  # where programs look for it (RFC 6764)
+    app.route('/.well-known/caldav', 'ANY', lambda: sent('', 301, home))
+    programs = calendar_programs(service)
     for path in (DAV, f'{DAV}/<path:path>'):
-        app.route(path, 'ANY', programs.answer)
+        app.route(path, 'ANY', programs)
     for verb in ('GET', 'POST'):
         app.route('/invitations/<address>/<sign>', verb, uninviting(service))
 
 
 def uninviting(service: Reservations) -> Callable:
     """Answers who wants no more invitations: with a button, and when it is pressed."""
-    import bottle
-
     def handle(address: str, sign: str):
         here = stop_link(service.config, address)
         if not secrets.compare_digest(here.rpartition('/')[2].encode(), sign.encode()):
@@ -25355,8 +25969,9 @@ class SignIn(Visit):
         try:
             if not service.config.keystone or not all(said.values()):
                 raise Unauthorized('Type your user name, your project and its domain.')
-            found = ask_keystone(service, said['user'], lambda: service.clouds.keystone.sign_in(
-                password=given.get('password', ''), **said))
+            keystone = service.clouds.keystone
+            found = ask_keystone(service, said['user'], lambda: keystone.sign_in(
+                password=given.get('password', ''), **said), keystone.PATIENT)
             if found.refusal:
                 raise found.refusal
             role = role_of(service, found.scoped)
@@ -26483,11 +27098,10 @@ class Admin(Visit):
 
     def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
         """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
-        name, me = f'later-{secrets.token_hex(8)}', self.actor
+        me = self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
-            note_fact(name, f'{due:.3f} ' + json.dumps({
-                'by': [me.user, me.project, me.role], 'about': about, 'calls': calls}))
+            name = note_later(me, due, calls, about)
             for label, project, _ in about:
                 found = self.service.look.mine(label, project, live=False)
                 until = f'{instant(int(due)).astimezone(self.zone):%H:%M:%S}'
@@ -26507,7 +27121,8 @@ class Admin(Visit):
     def call_off(self, act: str) -> list[str]:
         """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
-            found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ?', act)
+            found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
+                        'AND CAST(value AS REAL) > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
                 raise Conflict(TOO_LATE)
@@ -26826,7 +27441,6 @@ class Watch:
     """
 
     def __init__(self, sockets: dict):
-        import select
         self.sockets, self.epoll = sockets, select.epoll()
         self.flags: dict[int, int] = {}  # what each is waited for
         self.awake = set(sockets)        # those that are asked at the next turn
@@ -26838,17 +27452,15 @@ class Watch:
 
     def turn(self, timeout: float) -> None:
         """Reads and writes what can be."""
-        from waitress.wasyncore import readwrite
         for fd in [*self.awake]:
             self.ask(fd)
         for fd, events in self.epoll.poll(timeout):
             if each := self.sockets.get(fd):
                 self.awake.add(fd)
-                readwrite(each, events)
+                waitress.wasyncore.readwrite(each, events)
 
     def ask(self, fd: int) -> None:
         """Waits for what a socket needs next; one at rest is not asked again before that comes."""
-        import select
         each = self.sockets.get(fd)
         if each is None or self.is_at_rest(each):
             self.awake.discard(fd)
@@ -26868,10 +27480,9 @@ class Watch:
 
 def answer_malformed(channel, request):
     """waitress' task for what it can't read: the application answers, counts and logs that too."""
-    from waitress.task import ErrorTask, WSGITask
     if request.error.code == 500:  # the application has failed
-        return ErrorTask(channel, request)
-    task, request.command = WSGITask(channel, request), ''
+        return waitress.task.ErrorTask(channel, request)
+    task, request.command = waitress.task.WSGITask(channel, request), ''
     task.environ = {'REMOTE_ADDR': channel.addr[0], 'REQUEST_METHOD': '', 'PATH_INFO': '',
                     'cmres.malformed': request.error}
     task.set_close_on_finish()
@@ -26880,9 +27491,8 @@ def answer_malformed(channel, request):
 
 def channels_in(connections: Connections, watch: Watch) -> type:
     """waitress' kind of connection, which says when it begins and ends."""
-    from waitress.channel import HTTPChannel
 
-    class Channel(HTTPChannel):
+    class Channel(waitress.channel.HTTPChannel):
         peer, error_task_class = '', staticmethod(answer_malformed)
 
         def __init__(self, server, sock, addr, adj, map=None):
@@ -26900,17 +27510,15 @@ def channels_in(connections: Connections, watch: Watch) -> type:
 class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
-    def __init__(self, app: Callable, config: Config):
-        import waitress
+    def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
         allow_files(config.connections + 500)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
-            app, host=config.host, port=config.port, asyncore_use_poll=True,
-            _dispatcher=fair_dispatcher(config.threads),
+            app, host=config.host, port=config.port, asyncore_use_poll=True, ident=None,
+            _dispatcher=fair_dispatcher(config.threads, is_new), channel_request_lookahead=1,
             connection_limit=config.connections + 100, max_request_body_size=4 * MOST_ICS,
-            ident=None,
-            channel_request_lookahead=1, clear_untrusted_proxy_headers=False)
+            clear_untrusted_proxy_headers=False)
         self.port = int(getattr(self.server, 'effective_port', config.port))
         self.sockets = getattr(self.server, 'map', None) or self.server._map
         self.doors = [each for each in self.sockets.values() if getattr(each, 'accepting', False)]
@@ -26966,40 +27574,31 @@ def allow_files(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-class Alert(NamedTuple):
-    """One rule of Prometheus: when it holds for so long, somebody is told."""
-    name: str
-    holds: str
-    lasts: str
-    severity: str
-    summary: str
-
-
+#: Rules of Prometheus: when one holds for so long, somebody is told.
 ALERTS = (
-    Alert('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
-          'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
-    Alert('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
-          'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
-    Alert('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
-          'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer '
-          'before it asks it again'),
-    Alert('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
-          'A reservation ended and none of its VMs was ever ready'),
-    Alert('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
-          '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
-          'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
-    Alert('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
-          '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
-          'One request in fifty or more ends in an error of the server'),
-    Alert('CmresSlow', 'histogram_quantile(0.9, sum by (le) '
-          '(rate(cmres_request_seconds_bucket[5m]))) > 2', '10m', 'ticket',
-          'One request in ten takes longer than two seconds'),
-    Alert('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
-          'Mails or webhooks are not delivered. See the event log and the mail server'),
-    Alert('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m',
-          'page', 'The disk of the database is nearly full, or the database is damaged'),
-    Alert('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
-          'Somebody tries tokens. The event log tells from where'))
+    ('CmresDown', 'up{job="cmres"} == 0 or absent(up{job="cmres"})', '2m', 'page',
+     'cmres does not answer Prometheus: nobody can reserve, and VMs may not start'),
+    ('CmresStandsStill', 'cmres_pass_age_seconds > 180 or absent(cmres_leader)', '2m', 'page',
+     'No scheduler runs: no VM is started or ended. See the log of the scheduler'),
+    ('CmresCloudIll', 'cmres_cloud_left_alone == 1', '5m', 'page',
+     'The cloud {{ $labels.cloud }} fails again and again. cmres waits longer and longer before it '
+     'asks it again'),
+    ('CmresStartsFail', 'increase(cmres_events_total{code="failed"}[1h]) > 0', '0m', 'ticket',
+     'A reservation ended and none of its VMs was ever ready'),
+    ('CmresStartsLate', 'histogram_quantile(0.95, sum by (le, cloud) '
+     '(increase(cmres_start_delay_seconds_bucket[1h]))) > 300', '10m', 'ticket',
+     'VMs on {{ $labels.cloud }} are ready more than five minutes late'),
+    ('CmresErrors', 'sum(rate(cmres_requests_total{status=~"5.."}[5m])) > '
+     '0.02 * sum(rate(cmres_requests_total[5m]))', '5m', 'page',
+     'One request in fifty or more ends in an error of the server'),
+    ('CmresSlow', 'histogram_quantile(0.9, sum by (le) (rate(cmres_request_seconds_bucket[5m]))) '
+     '> 2', '10m', 'ticket', 'One request in ten takes longer than two seconds'),
+    ('CmresNoticesStuck', 'cmres_notice_age_seconds > 900', '5m', 'ticket',
+     'Mails or webhooks are not delivered. See the event log and the mail server'),
+    ('CmresStoreInDanger', 'cmres_disk_free_bytes < 5e8 or cmres_store_damaged == 1', '1m', 'page',
+     'The disk of the database is nearly full, or the database is damaged'),
+    ('CmresGuessed', 'rate(cmres_wrong_tokens_total[5m]) > 1', '5m', 'ticket',
+     'Somebody tries tokens. The event log tells from where'))
 
 #: The charts of the dashboard: title, unit, and of each line what it shows and its name.
 CHARTS = (
@@ -27037,9 +27636,9 @@ CHARTS = (
 def alert_rules() -> dict:
     """The alerts as Prometheus reads them."""
     return {'groups': [{'name': 'cmres', 'rules': [
-        {'alert': each.name, 'expr': each.holds, 'for': each.lasts,
-         'labels': {'severity': each.severity}, 'annotations': {'summary': each.summary}}
-        for each in ALERTS]}]}
+        {'alert': name, 'expr': holds, 'for': lasts, 'labels': {'severity': severity},
+         'annotations': {'summary': summary}}
+        for name, holds, lasts, severity, summary in ALERTS]}]}
 
 
 def grafana_dashboard() -> dict:
@@ -27055,8 +27654,7 @@ def grafana_dashboard() -> dict:
     choice = {'name': 'source', 'type': 'datasource', 'query': 'prometheus', 'label': 'Prometheus'}
     return {'title': 'cmres', 'uid': 'cmres', 'schemaVersion': 39, 'editable': True,
             'refresh': '30s', 'time': {'from': 'now-6h', 'to': 'now'},
-            'templating': {'list': [choice]},
-            'panels': panels}
+            'templating': {'list': [choice]}, 'panels': panels}
 
 
 CONTAINER = r"""
@@ -27177,14 +27775,8 @@ class Housekeeper(threading.Thread):
 
 
 def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]:
-    """Reads the settings again for all who share them.
-
-    Returns:
-      what has changed, and what would have but needs a restart.
-
-    Raises:
-      Invalid: they can't be read, so that nothing has changed.
-    """
+    """Reads the settings again for all who share them: what has changed, and what would have but
+    needs a restart. Invalid if they can't be read; then nothing has changed."""
     new, told = load_config(config.path or None, environ), []
     for name in (*SETTINGS, *(each for each in SECTIONS if each != 'cmres')):
         before, after = getattr(config.read or config, name), getattr(new, name)
@@ -27375,8 +27967,10 @@ _nova = sys.modules.get('nova.scheduler.filters')
 def nova_settings():
     """The section [cmres] of nova.conf: url, token, timeout in seconds, when_down."""
     from oslo_config import cfg
-    options = [cfg.StrOpt('url', default='http://127.0.0.1:8080', help='address of cmres'),
-               cfg.StrOpt('token', default='', secret=True, help='token of an admin'),
+    options = [cfg.ListOpt('url', default=['http://127.0.0.1:8080'], help='address of cmres, or of '
+                           'each, if there are several'),
+               cfg.ListOpt('token', default=[''], secret=True, help='token of an admin, or one for '
+                           'each address'),
                cfg.FloatOpt('timeout', default=2.0, min=0.1, help='seconds to wait for its answer'),
                cfg.StrOpt('without_hint', default='outside', choices=['outside', 'reserved'],
                           help='whether servers without the hint `cmres` may use a reservation '
@@ -27394,63 +27988,92 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """
 
     RUN_ON_REBUILD = False
+    known: dict[str, tuple] = {}  # which address and token are those of a store
 
     def filter_all(self, hosts, spec):
         """Nova's own entry point: the hosts of a request that pass, asked for at once for all of
         them.
 
         With the hint `cmres` it goes to hosts of cmres alone; without it, it uses up no reservation
-        where there are other hosts, unless `without_hint` says so.
+        where there are other hosts, unless `without_hint` says so, or it has moved in before.
         """
         marks = [(host, self.marks(host)) for host in hosts]
         inside, label = [host.host for host, names in marks if names], self.hint(spec)
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        if asks and not label and outside:
+        moves = bool(spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts) and not label
+        if asks and not label and outside and not moves:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside, moves and outside) if asks else {}
+        stays = label or moves and outside and any(verdicts.values())
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
-            if passes and (names or not label):
+            if passes and (names or not stays):
                 yield host
 
     def hint(self, spec) -> str:
-        """The label of the reservation that a request names, '' if it names none."""
+        """The label of the reservation that a request names, or as Blazar's users do its id; '' if
+        it names none.
+        """
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
-        return (hints.get('cmres') or [''])[0]
+        return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
         return host.host in verdict if isinstance(verdict, list) else verdict
 
-    def marks(self, host) -> set[str]:
-        return {each.metadata['cmres'] for each in host.aggregates if each.metadata.get('cmres')}
+    def marks(self, host) -> set[tuple[str, str]]:
+        """Which cmres has a host, as far as that is said, and as what resource."""
+        said = [each.metadata for each in host.aggregates]
+        return {(each.get('cmres_store', ''), each['cmres']) for each in said if each.get('cmres')}
 
     def is_rebuild(self, spec) -> bool:
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask(self, resources: list[str], spec, label: str,
-            hosts: list[str]) -> dict[str, bool | list]:
-        """Whether each resource may be booted on, or on which of its hosts; a refusal is logged
-        with its reason.
-        """
-        settings = nova_settings()
+    def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
+        """Whether each resource may be booted on, or on which of its hosts."""
+        verdicts = {}
+        for store in {each[0] for each in resources}:
+            names = [name for owner, name in resources if owner == store]
+            found = self.ask(store, names, spec, *about)
+            verdicts |= {(store, name): found[name] for name in names}
+        return verdicts
+
+    def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
+            moves: bool) -> dict[str, bool | list]:
+        """What the cmres says that has some resources; a refusal is logged with its reason."""
+        settings, flavor = nova_settings(), spec.flavor
         try:
-            answer = Client(settings.url, settings.token, settings.timeout).claim(
-                spec.instance_uuid, resources, spec.project_id, spec.user_id or '',
-                spec.flavor.vcpus,
-                spec.flavor.memory_mb, dict(classes_of(self.extra_specs(spec.flavor))), label,
-                hosts)
+            answer = self.answer(store, settings, [
+                spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts], moves)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
-            return dict.fromkeys(resources, settings.when_down == 'open')
+            return dict.fromkeys(names, settings.when_down == 'open')
         for each in answer:
             if not each['passes']:
                 log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+
+    def answer(self, store: str, settings, asked: list, moves: bool) -> list[dict]:
+        """What the first cmres answers that has a store; without several, it is the only one."""
+        last = settings.token[-1]  # which may be that of all
+        doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
+        doors.sort(key=lambda door: door != self.known.get(store))
+        error = None
+        for url, token in doors:
+            try:
+                found = Client(url, token, settings.timeout).claim(
+                    *asked, store=store if doors[1:] else '', moves=moves)
+            except Error as refusal:
+                error = refusal if not isinstance(refusal, NotFound) else error or refusal
+                continue
+            self.known[store] = url, token
+            return found
+        raise error
 
     def extra_specs(self, flavor) -> dict:
         return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
@@ -27464,7 +28087,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # that was typed until `bind` reads them.
 
 #: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample:\n  python cmres.py {name} {example}\n'
+GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
           for name, about, example in (
     ('resource', 'Things that people can reserve, and their capacities.',
      'add india --cloud simulated --vms 40'),
@@ -27567,8 +28190,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
     The token is shown once.
 
-    Example:
-      python cmres.py serve --port 8080
+    Example: python cmres.py serve --port 8080
     """
     in_utc(config)
     sys.setswitchinterval(NIMBLE)
@@ -27592,10 +28214,10 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         front.run()
 
 
-def listening(app: Callable, config: Config) -> Front:
+def listening(app: Gate, config: Config) -> Front:
     """The sockets of a server; the setting `port` is the one that it has then."""
     try:
-        front = Front(app, config)
+        front = Front(app, config, functools.partial(new_to_keystone, app.service))
     except (OSError, ValueError) as error:
         raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
                           'another port.', hint='--port N') from None
@@ -27608,8 +28230,7 @@ def scheduler(config: Config, port: int = None) -> None:
 
     With --once it runs once, like `tick`.
 
-    Example:
-      python cmres.py scheduler
+    Example: python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -27630,16 +28251,17 @@ def scheduler(config: Config, port: int = None) -> None:
 def tick(config: Config) -> None:
     """Runs the scheduler once. For cron: `* * * * *`.
 
-    Starts what is due, waits for the answers of the clouds and stores them. Does nothing while
-    another scheduler is the leader. `scheduler --once` is the same.
+    Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
+    for which another scheduler acts. `scheduler --once` is the same.
 
-    Example:
-      python cmres.py tick
+    Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
     service = local_service(config)
-    LifeCycle(config, service.clouds).settle()
+    cycle = LifeCycle(config, service.clouds)
+    cycle.settle()
+    cycle.finish()
 
 
 def store_backup(config: Config, path: Name) -> dict:
@@ -27648,8 +28270,7 @@ def store_backup(config: Config, path: Name) -> dict:
     The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
     then people sign in to the page again.
 
-    Example:
-      python cmres.py store backup cmres-monday.db
+    Example: python cmres.py store backup cmres-monday.db
     """
     refuse_missing(config.database)
     copy_store(config.database, path)
@@ -27662,8 +28283,7 @@ def store_copy(config: Config, target: Name) -> dict:
     Stop all processes of cmres first, and start them on the target afterwards (setting database).
     The copy is checked. It has the same key, so everybody stays signed in.
 
-    Example:
-      python cmres.py store copy postgresql://cmres@db.example.org/cmres
+    Example: python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
@@ -27680,8 +28300,7 @@ def store_verify(config: Config, path: Name = '') -> dict:
 
     Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
 
-    Example:
-      python cmres.py store verify cmres-monday.db
+    Example: python cmres.py store verify cmres-monday.db
     """
     return verify_store(path or config.database)
 
@@ -27692,8 +28311,7 @@ def store_restore(config: Config, path: Name) -> dict:
     The old database is kept beside it. VMs that started after the copy was written stay until an
     admin chooses `store orphans --delete` or `--adopt`.
 
-    Example:
-      python cmres.py store restore cmres-monday.db
+    Example: python cmres.py store restore cmres-monday.db
     """
     return restore_store(config.database, path, config.key)
 
@@ -27704,8 +28322,7 @@ def store_migrate(config: Config) -> dict:
     cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
     start.
 
-    Example:
-      python cmres.py store migrate
+    Example: python cmres.py store migrate
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
@@ -27721,8 +28338,7 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
     that of the setting `address`.
 
-    Example:
-      python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
+    Example: python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
     address = address or config.public_url
     if not is_web(address):
@@ -27736,11 +28352,10 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
 def key_rotate(config: Config) -> dict:
     """Creates a new key for cookies. People who are signed in stay signed in until their time ends.
 
-    Running processes use it at once. Links to shared pages end at that time, too. After a theft, use
-    `user end`, or stop cmres and remove the key file: then everybody must sign in again.
+    Running processes use it at once. Links to shared pages end at that time, too. After a theft,
+    use `user end`, or stop cmres and remove the key file: then everybody must sign in again.
 
-    Example:
-      python cmres.py key rotate
+    Example: python cmres.py key rotate
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
@@ -27757,8 +28372,7 @@ def config_show(config: Config) -> Rows:
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
 
-    Example:
-      python cmres.py config show
+    Example: python cmres.py config show
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
@@ -27768,8 +28382,7 @@ def config_show(config: Config) -> Rows:
 def config_check(config: Config) -> dict:
     """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
 
-    Example:
-      python cmres.py config check --config /etc/cmres.ini
+    Example: python cmres.py config check --config /etc/cmres.ini
     """
     if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
@@ -27791,8 +28404,7 @@ def faults_of(config: Config) -> Iterator[str]:
             yield f"{name}: '{text}' is not an http(s) address"
     if '@' in config.notify_admins and not config.mail_server:
         yield 'notify_admins: no mail_server is set that could send to mail addresses'
-    port = config.mail_server.partition(':')[2]
-    if port and not port.isdecimal():
+    if not re.fullmatch(r'[^:]*(:\d*)?', config.mail_server):
         yield f"mail_server: '{config.mail_server}' is not HOST:PORT"
     named = {each for each in config.credentials.values() if not each.startswith('simulated')}
     if named:
@@ -27801,22 +28413,20 @@ def faults_of(config: Config) -> Iterator[str]:
             yield f"[credentials]: clouds.yaml has no {', '.join(missing)}"
 
 
+EXPORTED = 1000  # events that are read at once
+
+
 def event_export(config: Config, since: When = None) -> None:
     """Prints the whole event log, one line of JSON for each event, the oldest first.
 
     `events export` and `journal export` are the same.
 
-    Example:
-      python cmres.py event export --since 2027-01-01
+    Example: python cmres.py event export --since 2027-01-01
     """
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    asked = {'since': since or FIRST}
+    service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
         print(''.join(map(json_text, found)), end='', flush=True)
         asked = {'after': found[-1]['id']}
-
-
-EXPORTED = 1000  # events that are read at once
 
 
 def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> Rows:
@@ -27827,8 +28437,7 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
     They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
     never touches them again. `add --server ID` reserves one of them.
 
-    Example:
-      python cmres.py store orphans --adopt
+    Example: python cmres.py store orphans --adopt
     """
     if delete and adopt:
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
@@ -27860,10 +28469,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [MIGRATED.format(**done)] if done else []
+    return [f"Updated the database from version {done['before']} to {done['after']}. "
+            f"'{done['copy']}' is a copy of before."] if done else []
 
 
-MIGRATED = "Updated the database from version {before} to {after}. '{copy}' is a copy of before."
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
           'demo': 'create the resource demo and a token, if there are none',
           'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
@@ -27881,10 +28490,10 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     Example:
       python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
-    start = (start if isinstance(start, datetime)
-             else datetime.now(UTC).replace(microsecond=0) + (start or timedelta(0)))
-    end = (start + (timedelta(days=366) if end is None else end) if not isinstance(end, datetime)
-           else end)
+    def moment(given, origin: datetime, default: timedelta) -> datetime:
+        return given if isinstance(given, datetime) else origin + (given or default)
+    start = moment(start, datetime.now(UTC).replace(microsecond=0), timedelta(0))
+    end = moment(end, start, timedelta(days=366))
     if not start < end:
         raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
                       f'({config.told_time(start.timestamp())}).')
@@ -27902,18 +28511,13 @@ def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Calla
     def command(config: Config) -> None:
         print(text().strip('\n'))
     command.__name__ = name
-    command.__doc__ = f'{about}\n\nExample:\n  python cmres.py {name} > {file}'
+    command.__doc__ = f'{about}\n\nExample: python cmres.py {name} > {file}'
     return command
-
-
-def alerts_as_yaml() -> str:
-    import yaml
-    return yaml.safe_dump(alert_rules(), sort_keys=False, width=200)
 
 
 PRINTING = (
     printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
-             '`cmres`.', '/etc/prometheus/cmres.yml', alerts_as_yaml),
+             '`cmres`.', '/etc/prometheus/cmres.yml', lambda: as_yaml(alert_rules())),
     printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
              lambda: json_text(grafana_dashboard(), indent=2)),
     printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
@@ -27923,8 +28527,7 @@ PRINTING = (
 def completion(config: Config, shell: Name) -> None:
     """Prints a script that completes commands, options, labels and resources in a shell.
 
-    Example:
-      python cmres.py completion bash >> ~/.bashrc
+    Example: python cmres.py completion bash >> ~/.bashrc
     """
     if shell not in COMPLETIONS:
         raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
@@ -27975,11 +28578,8 @@ def in_utc(config: Config) -> None:
 @contextmanager
 def running(cycle: LifeCycle | None, keeper: Housekeeper,
             leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
-    """Runs a life cycle and a housekeeper beside what follows; signals end all in good order.
-
-    Args:
-      leave: what SIGTERM and Ctrl-C call; without it they end what follows at once
-    """
+    """Runs a life cycle and a housekeeper beside what follows. SIGTERM and Ctrl-C call `leave`, or
+    end what follows at once; all ends in good order."""
     stop = threading.Event()
 
     def end(*_):
@@ -28005,7 +28605,6 @@ def running(cycle: LifeCycle | None, keeper: Housekeeper,
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
     """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
-    import traceback
     thread, told = None, False
     while not stop.is_set():
         if not thread or not thread.is_alive():
@@ -28033,6 +28632,11 @@ def local_service(config: Config, make: bool = False) -> Reservations:
         user = str(os.getuid())
     return Reservations(config, Clouds(config), Actor(user, 'default', ADMIN),
                         progress=progress_bar)
+
+
+def reached(config: Config, make: bool = False) -> Reservations | Client:
+    """The service that a command works with: on a server where one is set, else here."""
+    return Client(config.url, config.token) if config.url else local_service(config, make)
 
 
 def channels(config: Config) -> str:
@@ -28089,10 +28693,8 @@ class Untyped(str):
 
 
 def command(operation: Operation) -> Callable:
-    """What Fire calls for an operation: the same signature, but it only notes the call.
-
-    Nothing is required: what is missing is for `bind` to say.
-    """
+    """What Fire calls for an operation: it only notes the call. Nothing is required by its
+    signature: what is missing is for `bind` to say."""
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
@@ -28157,41 +28759,42 @@ def take_options(argv: list[str], options: dict) -> list[str]:
     rest, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
-        if name in COMMON or name == '--file' and rest[:1] == ['add']:
+        is_file = name == '--file' and rest[:1] == ['add']
+        if name in COMMON or is_file:
             value = value if equals else next(words, None)
             if not value:
                 raise Invalid(f'{name} needs a value')
-        if name in COMMON:
+        if is_file:
+            rest = ['load', value, *rest[1:]]
+        elif name in COMMON:
             options[name[2:]] = value
-        elif word in SWITCHES:
+        elif word in SWITCHES or word == '--follow' and rest[:1] == ['events']:
             options[word[2:]] = True
         elif name in ALSO and rest[:len(ALSO[name][0])] == ALSO[name][0]:
             rest.append(ALSO[name][1] + equals + value)
-        elif name == '--file' and rest[:1] == ['add']:
-            rest = ['load', value, *rest[1:]]
-        elif word == '--follow' and rest[:1] == ['events']:
-            options['follow'] = True
         else:
             rest.append(word)
-    rest[:1] = [ALIASES.get(word, word) for word in rest[:1]]
-    for old, new in PAIRED.items():
-        if rest[:len(old)] == [*old]:
-            rest[:len(old)] = new
-    if rest[:1] == ['scheduler'] and '--once' in rest:
-        rest = ['tick', *(word for word in rest[1:] if word != '--once')]
-    if rest[:1] == ['extend'] and any(word.startswith('--until') for word in rest):
-        rest[0] = 'keep'
     if options.get('format', 'table') not in FORMATS:
         raise Invalid(f"'{options['format']}' is not one of {', '.join(FORMATS)}.")
-    return rest
+    return with_usual_names(rest)
+
+
+def with_usual_names(words: list[str]) -> list[str]:
+    """A line whose command has its own name, not another one that people give to it."""
+    words = [ALIASES.get(word, word) for word in words[:1]] + words[1:]
+    for old, new in PAIRED.items():
+        if words[:len(old)] == [*old]:
+            words[:len(old)] = new
+    if words[:1] == ['scheduler'] and '--once' in words:
+        return ['tick', *(word for word in words[1:] if word != '--once')]
+    if words[:1] == ['extend'] and any(word.startswith('--until') for word in words):
+        return ['keep', *words[1:]]
+    return words
 
 
 def run_command(argv: list[str], finish: Callable) -> None:
-    """Reads a line and prints what `finish` makes of the call that it is.
-
-    Fire reads it; a call that has nothing for Fire to find out is read without it, as to import it
-    costs as much as to list reservations.
-    """
+    """Reads a line and prints what `finish` makes of the call that it is. Fire reads only what it
+    is needed for: to import it costs as much as to list reservations."""
     # Fire would take -h for a short --holidays.
     argv = ['--help' if word == '-h' else word for word in argv]
     if argv[:1] in ([], ['help']):
@@ -28214,83 +28817,72 @@ def run_command(argv: list[str], finish: Callable) -> None:
 
 def help_of_group(here: Group, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, _, example = (here.__doc__ or '').strip().partition('\n\nExample:\n')
+    text, example = split_help(here.__doc__ or '')
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    names = [name for name in dir(here) if name not in ALIASES]
-    shelves = {'Commands': names} if path else {
-        title: words.split() for title, words in SHELVES.items()}
-    lists = [f'{title}\n' + '\n'.join(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
-                                      for name in shelf if name in names)
-             for title, shelf in shelves.items()]
-    also = [] if path else [wrapped('Also: ' + ', '.join(
-        f'{new} (same as {old})' for new, old in ALIASES.items()))]
-    return '\n\n'.join([usage, wrapped(text), *lists, *also, f'Example:\n{example}'])
+    shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
+    lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+                                 for name in names.split())])
+             for title, names in shelves.items()]
+    also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
+    return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
+                        f'Example:\n{example}'])
 
 
 def first_of(command: Group | Operation) -> str:
-    """The first sentence of the help of a command or a group."""
     text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
     return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
 
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
-    text, _, example = inspect.getdoc(operation.method).partition('\n\nExample:\n')
-    needed = [name for name, each in operation.parameters.items() if each.default is REQUIRED]
-    words = [called(name, each) for name, each in operation.parameters.items() if name in needed]
-    optional = [name for name in operation.parameters if name not in needed]
-    usage = ' '.join(['Usage: python cmres.py', *path, *words] + ['[options]'] * bool(optional))
-    blocks = [usage, wrapped(text)]
-    if needed:
-        blocks.append('\n'.join(two_columns(f'  {word}', argument_help(operation, name), 16)
-                                for name, word in zip(needed, words)))
+    text, example = operation.help
+    kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
+             for name, each in operation.parameters.items()}
+    needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
+              for name, each in operation.parameters.items() if each.default is REQUIRED}
+    optional = [name for name in kinds if name not in needed]
+    usage = ['Usage: python cmres.py', *path, *needed.values(), '[options]' if optional else '']
+    blocks = [[two_columns(f'  {word}', argument_help(operation, name), 16)
+               for name, word in needed.items()]]
     for title, names in kinds_of(optional).items():
-        blocks.append('\n'.join([title, *(two_columns(
-            f"  --{name.replace('_', '-')} "
-            f"{SHOWN_AS.get(operation.parameters[name].annotation, 'NAME')}".rstrip(),
-            said_in_help(operation, name), 27)
-            for name in names)]))
-    return '\n\n'.join([*blocks, f'Example:\n{example.rstrip()}'])
-
-
-def called(name: str, parameter: inspect.Parameter) -> str:
-    """What stands for an argument that is needed."""
-    is_file = SHOWN_AS.get(parameter.annotation) == 'FILE'
-    return 'FILE' if is_file else name.upper().replace('_', '-')
+        words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
+        blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
+                                for name, word in words.items())])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text),
+                        *map('\n'.join, filter(None, blocks)), f'Example:\n{example}'])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
     """Options by kind, where there are many."""
     if len(names) < 9:
         return {'Options': names} if names else {}
-    found = {title: [name for name in words.split() if name in names]
-             for title, words in KINDS_OF_OPTIONS.items()}
-    rest = [name for name in names if not any(name in each for each in found.values())]
-    return {title: each for title, each in (found | {'Other': rest}).items() if each}
+    titles = {name: title for title, words in KINDS_OF_OPTIONS.items() for name in words.split()}
+    found = {title: [name for name in names if titles.get(name, 'Other') == title]
+             for title in (*KINDS_OF_OPTIONS, 'Other')}
+    return {title: each for title, each in found.items() if each}
 
 
 def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
-    default = operation.parameters[name].default
-    there = default not in (None, '', (), False) and 'default' not in argument_help(operation, name)
-    return argument_help(operation, name) + (f' (default: {default})' if there else '')
+    default, text = operation.parameters[name].default, argument_help(operation, name)
+    said = default not in (None, '', (), False) and 'default' not in text
+    return f'{text} (default: {default})' if said else text
 
 
 def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
     """A line of help; what is too long for it goes on below, in its column."""
-    lines = textwrap.wrap(right, width - place, break_on_hyphens=False)
-    head = [left.ljust(place) + lines[0]] if len(left) < place else [left, ' ' * place + lines[0]]
-    return '\n'.join(head + [' ' * place + line for line in lines[1:]])
+    margin = ' ' * place
+    text = textwrap.fill(right, width, initial_indent=margin, subsequent_indent=margin,
+                         break_on_hyphens=False)
+    return f'{left}\n{text}' if len(left) >= place else left.ljust(place) + text[place:]
 
 
 def wrapped(text: str, width: int = 80) -> str:
-    """Paragraphs for a terminal of 80 columns."""
     return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
     """Lets Fire read a whole line; its own flags, such as --interactive, are not ours to offer."""
-    import fire
     fire.parser.DefaultParseValue = str  # else gpu#1, 1e3 and 2026 are guessed to be Python
     tree = commands(command)
     # a lone `-` is a word of ours
@@ -28322,26 +28914,26 @@ KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_en
 
 def completed(words: list[str]) -> list[str]:
     """What the last of some words may become; nothing where that can't be told."""
-    words = [word for word in words[:-1] if word != '='] + [words[-1].lstrip('=') if words else '']
-    typed = words.pop()
-    tree = commands(lambda operation: operation)
+    *words, typed = [word for word in words[:-1] if word != '='] + [*words[-1:], ''][:1]
+    typed, found = typed.lstrip('='), []
     with suppress(Error, OSError, *STORE_ERRORS):
-        path, here = command_path(tree, [word for word in words if not word.startswith('-')])
-        if isinstance(here, Group):
-            return sorted(word for word in dir(here) if word.startswith(typed))
+        path, here = command_path(commands(lambda operation: operation),
+                                  [word for word in words if not word.startswith('-')])
         name, equals, begun = typed.partition('=')
-        if equals:
-            return [f'{name}={each}' for each in values_of(here, name) if each.startswith(begun)]
         last = words[-1] if words else ''
-        if last.startswith('--') and last not in SWITCHES and '=' not in last:
-            return [each for each in values_of(here, last) if each.startswith(typed)]
-        if typed.startswith('-'):
+        if isinstance(here, Group):
+            found = sorted(dir(here))
+        elif equals:
+            found = [f'{name}={each}' for each in values_of(here, name)]
+        elif last.startswith('--') and last not in SWITCHES and '=' not in last:
+            found = values_of(here, last)
+        elif typed.startswith('-'):
             flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
-            return [each for each in (*flags, *COMMON, *SWITCHES) if each.startswith(typed)]
-        plain = [word for word in words[len(path):] if not word.startswith('--')]
-        place = list(here.parameters)[len(plain):][:1]
-        return [each for each in values_of(here, *place) if each.startswith(typed)]
-    return []
+            found = [*flags, *COMMON, *SWITCHES]
+        else:
+            plain = [word for word in words[len(path):] if not word.startswith('--')]
+            found = values_of(here, *list(here.parameters)[len(plain):][:1])
+    return [each for each in found if each.startswith(typed)]
 
 
 def values_of(operation: Operation, name: str = '') -> list[str]:
@@ -28349,13 +28941,11 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
     name = name.removeprefix('--').replace('-', '_')
     if name in KNOWN_VALUES:
         return list(KNOWN_VALUES[name])
-    config = load_config()
-    service = Client(config.url, config.token) if config.url else local_service(config)
-    if (name in ('resource', 'resources') or name == 'name'
-        and operation.name.startswith('resource_')):
-        return [each['name'] for each in service.resource_list()]
+    of_resource = name == 'name' and operation.name.startswith('resource_')
+    if name in ('resource', 'resources') or of_resource:
+        return [each['name'] for each in reached(load_config()).resource_list()]
     if name == 'label' and operation.name != 'add':
-        return list(dict.fromkeys(each['label'] for each in service.list(limit=1000)))
+        return list({each['label']: 0 for each in reached(load_config()).list(limit=1000)})
     return []
 
 
@@ -28401,40 +28991,26 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
 
 def make(call: Call, config: Config, options: dict) -> str | None:
     """Makes a call that Fire noted, here or on a server, and renders its answer."""
-    operation = call._operation
-    given = {name: from_file(value, operation.parameters[name].annotation)
-             for name, value in call._given.items()}
-    # the parts name resources: the rest came early
-    if 'part' in given and 'end' not in given and 'resource' in given:
-        given |= {'resource': ANY, 'start': given['resource']} | ({'end': given['start']}
-                                                                  if 'start' in given else {})
-    if 'tz' in operation.parameters:
-        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
-        given.setdefault('tz', zone)
-    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
-    form = options.get('format', 'table')
+    operation, form = call._operation, options.get('format', 'table')
+    bound = bound_call(call, config, options)
+    look = Look.of(options, '' if operation.name == 'events' else COLUMNS.get(operation.name, ''))
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        look = Look.of(options, COLUMNS.get(operation.name))
         return answer if answer is None else render(answer, form, config.zone, look)
     begins = operation.name in BEGINS and not bound.get('dry_run')
     if begins and not config.url and is_missing(config.database):
         print(told_made(config), file=sys.stderr)
-    service = (Client(config.url, config.token) if config.url
-               else local_service(config, make=begins))
+    service = reached(config, begins)
     asked = getattr(service, operation.name)
-    if config.url and 'limit' in operation.parameters:  # a page, as here
-        bound.setdefault('limit', operation.parameters['limit'].default)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
-    table = Look.of(options, None if operation.name == 'events' else COLUMNS.get(operation.name))
     while options.get('watch') and not operation.changes:
-        shown = render(asked(**bound), form, config.zone, table)
+        shown = render(asked(**bound), form, config.zone, look)
         print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
         time.sleep(2)
     answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
               else asked(**bound))
-    text = render(answer, form, config.zone, table)
+    text = render(answer, form, config.zone, look)
     id, _, at = getattr(service, 'token_ends', '').partition(' ')
     if at:
         print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
@@ -28449,6 +29025,25 @@ def make(call: Call, config: Config, options: dict) -> str | None:
         print(text)
         raise refused
     return text
+
+
+def bound_call(call: Call, config: Config, options: dict) -> dict:
+    """The arguments of a call as values: files are read, times are of the zone of the line."""
+    operation = call._operation
+    given = {name: from_file(value, operation.parameters[name].annotation)
+             for name, value in call._given.items()}
+    if 'part' in given and 'end' not in given and 'resource' in given:
+        # the parts name resources: the rest came early
+        early = dict(zip(('start', 'end'), (given[name] for name in ('resource', 'start')
+                                            if name in given)))
+        given |= {'resource': ANY} | early
+    if 'tz' in operation.parameters:
+        zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
+        given.setdefault('tz', zone)
+    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    if config.url and 'limit' in operation.parameters:  # a page, as here
+        bound.setdefault('limit', operation.parameters['limit'].default)
+    return bound
 
 
 def kept_if_stopped(asked: Callable, bound: dict):
@@ -28487,9 +29082,10 @@ def what_follows(operation: Operation, asked: Callable, bound: dict, answer) -> 
     if not answer or len(answer) < bound.get('limit', limit.default) or 'id' not in answer[-1]:
         return ''
     last = answer[-1]
-    after = last['id'] if operation.name == 'events' else cursor_of(last)
-    shown = (last['id'] if operation.name == 'events'
-             else f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}")
+    if operation.name == 'events':
+        after = shown = last['id']
+    else:
+        after, shown = cursor_of(last), f"{last['start']:%Y-%m-%dT%H:%M:%SZ}/{last['id']}"
     return f'--after {shown}' if asked(**bound | {'after': after, 'limit': 1}) else ''
 
 
@@ -28557,7 +29153,6 @@ def file_rows(text: str, name: str) -> list[dict]:
         if name.endswith('.json'):
             return json.loads(text)
         if name.endswith(('.yaml', '.yml')):
-            import yaml
             return yaml.load(text, yaml.BaseLoader)  # every value stays text: bind reads them
         return csv_rows(text)
     except (ValueError, RecursionError, csv.Error) as error:
@@ -28587,7 +29182,6 @@ def csv_rows(text: str) -> list[dict]:
 
 
 def progress_bar(items: list) -> Iterable:
-    """The items, with a bar on a terminal while there are many."""
     if len(items) < 20 or not sys.stderr.isatty():
         return items
     from rich.console import Console
@@ -28603,13 +29197,13 @@ class Look(NamedTuple):
     width: int | None = None                # of a terminal; without, as wide as it needs to be
 
     @staticmethod
-    def of(options: dict, usual: str | None = None) -> Look:
+    def of(options: dict, usual: str) -> Look:
         """As the options of a command line say; `usual`: the columns that are shown without any."""
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
-        narrow = sys.stdout.isatty() and not options.get('wide')
-        columns = chosen or (usual.split() if usual and not options.get('wide') else None)
+        is_wide = options.get('wide')
+        columns = chosen or (not is_wide and usual.split()) or None
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if narrow else None)
+                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28649,7 +29243,6 @@ def refuse_unknown_column(name: str, lines: list[dict]) -> None:
 
 
 def only_columns(lines: list[dict], look: Look) -> list[dict]:
-    """The lines with the columns that somebody chose."""
     if not look.chosen:
         return lines
     for name in look.columns:
@@ -28658,8 +29251,7 @@ def only_columns(lines: list[dict], look: Look) -> list[dict]:
 
 
 def as_yaml(answer) -> str:
-    import yaml
-    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(answer, allow_unicode=True, sort_keys=False, width=200)
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
     return text.rstrip()
@@ -28677,9 +29269,8 @@ def csv_cell(value):
     if isinstance(value, str):
         return legible(f"'{value}" if FORMULA.match(value) else value)
     plain = to_plain(value)
-    if not isinstance(plain, (list, dict)):
-        return plain
-    return legible(json.dumps(plain, ensure_ascii=False))
+    is_nested = isinstance(plain, (list, dict))
+    return legible(json.dumps(plain, ensure_ascii=False)) if is_nested else plain
 
 
 def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -28733,7 +29324,6 @@ LENGTH_FIELDS = ('lead', 'approval', 'no_show', 'lock', 'min_free_time')
 
 
 def worded(name: str, value):
-    """A field as people read it: a length with its units."""
     return format_duration(value) if name in LENGTH_FIELDS and type(value) is int else value
 
 
@@ -28754,29 +29344,27 @@ def in_table(value, zone: ZoneInfo) -> str:
 
 def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: int) -> list[int]:
     """The columns for which a terminal has room: first goes what all share, then the least."""
-    widths = [max(map(len, (head, *(line[place] for line in cells))))
-              for place, head in enumerate(heads)]
-    shared = {name for place, name in enumerate(names)
-              if len(cells) > 1 and len({line[place] for line in cells}) == 1}
-    goes = [name for name in LEAST if name in shared] + [name for name in LEAST
-                                                         if name not in shared]
+    columns = [*zip(heads, *cells)]
+    widths = [2 + max(map(len, column)) for column in columns]
+    is_shared = [len(cells) > 1 and len({*column[1:]}) == 1 for column in columns]
+    goes = sorted((place for place, name in enumerate(names) if name in LEAST),
+                  key=lambda place: (not is_shared[place], LEAST.index(names[place])))
     shown = list(range(len(names)))
-    for name in goes:
-        if sum(widths[each] + 2 for each in shown) - 2 <= width:
-            break
-        shown = [each for each in shown if names[each] != name]
+    while goes and sum(widths[each] for each in shown) - 2 > width:
+        shown.remove(goes.pop(0))
     return shown
 
 
 def drawn(names: list[str], lines: list) -> str:
     """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
     table = [names, *lines] if names else lines
-    widths = [max(wide(part) for line in table for part in line[place].split('\n'))
-              for place in range(len(table[0]))]
+    columns = [*zip(*table)]
+    widths = [max(wide(part) for cell in column for part in cell.split('\n'))
+              for column in columns]
     on_terminal = sys.stdout.isatty()
     if on_terminal:
-        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', line[place]) for line in lines)
-                 for place in range(len(widths))]
+        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', cell) for cell in column[bool(names):])
+                 for column in columns]
         widths = narrowed(widths, times, terminal_width())
     text = [drawn_line(line, widths) for line in table]
     if names and on_terminal and 'NO_COLOR' not in os.environ:
@@ -28793,23 +29381,23 @@ def drawn_line(line: list[str], widths: list[int]) -> str:
 
 
 def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down to the next, but none that is `whole`."""
-    widths = widths[:]
-    while (too_many := sum(widths) + 2 * len(widths) - 2 - most) > 0:
-        there = sorted({width for width, fixed in zip(widths, whole) if not fixed
-                        and width > least})
-        if not there:
+    """Widths that fit a terminal: the widest goes down step by step, but none that is `whole`."""
+    widths = [width if fixed else min(width, most) for width, fixed in zip(widths, whole)]
+    while sum(widths) + 2 * len(widths) - 2 > most:
+        width, place = max((0 if whole[place] else width, place)
+                           for place, width in enumerate(widths))
+        if width <= least:
             break
-        place = next(n for n, width in enumerate(widths) if width == there[-1] and not whole[n])
-        lower = there[-2] if len(there) > 1 else least
-        widths[place] = max(widths[place] - too_many, lower if lower < there[-1] else least)
+        widths[place] -= 1
     return widths
 
 
 def pieces_of(cell: str, width: int) -> Iterator[str]:
     """The lines of a cell, cut where they are too wide, between words if there are any."""
     for part in cell.split('\n'):
-        while (end := fitting_end(part, width)) < len(part):
+        while wide(part) > width:
+            taken = itertools.accumulate(map(wide, part))
+            end = max(sum(each <= width for each in taken), 1)  # at least one letter
             space = part.rfind(' ', 1, end + 1)
             end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
@@ -28817,26 +29405,15 @@ def pieces_of(cell: str, width: int) -> Iterator[str]:
         yield part
 
 
-def fitting_end(text: str, width: int) -> int:
-    """How many letters of a text fit; at least one."""
-    taken = 0
-    for end, letter in enumerate(text):
-        taken += wide(letter)
-        if taken > width:
-            return max(end, 1)
-    return len(text)
-
-
 def wide(text: str) -> int:
     """How many columns of a terminal a text takes: letters of East Asia two, accents none."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
-    return sum(0 if combining(each) else 1 + (east_asian_width(each) in 'WF') for each in text)
+    return sum(1 + (unicodedata.east_asian_width(each) in 'WF') for each in text
+               if not unicodedata.combining(each))
 
 
 def terminal_width() -> int:
-    import shutil
     return shutil.get_terminal_size().columns
 
 
@@ -28874,7 +29451,6 @@ def when_of(taken: dict, zone: ZoneInfo) -> str:
 
 
 def offered(details: dict, zone: ZoneInfo) -> list[str]:
-    """What a refusal says that would fit."""
     moment = functools.partial(format_moment, zone=zone)
     offers = (('next_start', 'the same from {}', moment),
               ('most_vms', '{} at that time', lambda number: counted(number, 'VM')),

@@ -51,6 +51,7 @@ import py_compile
 import queue
 import random
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -92,6 +93,10 @@ CACHE = str(Path(__file__).parent / '.pytest_cache' / 'bytecode')
 os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix = os.environ.get('PYTHONPYCACHEPREFIX', CACHE)
 os.environ.pop('PYTHONDONTWRITEBYTECODE', '')
 sys.dont_write_bytecode = False
+#: Each test's REST compiles its routes: the patterns are the same, and more than `re` keeps by itself.
+re._MAXCACHE = 10**5
+#: Whether what is left to chance is tried at length.
+STRESS = 'CMRES_STRESS' in os.environ
 
 import cmres
 from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
@@ -109,8 +114,18 @@ def hours(number: float) -> timedelta:
     return timedelta(hours=number)
 
 
+@functools.cache
+def plain_types(kind) -> set:
+    """The types whose values need no closer look where an answer declares a type."""
+    found = {getattr(each, '__supertype__', each) for each in cmres.choices_of(kind)
+             if not get_args(each) and not cmres.is_answer(each)}
+    return found | ({int} if float in found else set())
+
+
 def misfit(value, kind, where='answer') -> str:
     """Where a value is not of the type that an answer declares; '' where all of it is."""
+    if type(value) in plain_types(kind) and not isinstance(value, dict):
+        return ''
     kinds = cmres.choices_of(kind)
     if isinstance(value, dict) and any(map(cmres.is_answer, kinds)):
         faults = [misfit_of_fields(value, each, where) for each in kinds if cmres.is_answer(each)]
@@ -385,9 +400,15 @@ def trace(heard=None):
                 heard(args[0] if name == 'run' else name.upper()), usual(*args))[1])
 
 
+@functools.cache
+def syntax(module=MODULE):
+    """The syntax tree of a module, which nobody changes."""
+    return ast.parse(module.read_text())
+
+
 def test_no_two_things_of_a_module_have_one_name():
     for module in (MODULE, Path(__file__)):
-        tree = ast.parse(module.read_text())
+        tree = syntax(module) if module is MODULE else ast.parse(module.read_text())
         names = collections.Counter(
             name for each in tree.body for name in (
                 [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
@@ -411,7 +432,7 @@ def test_promises_are_made_in_one_place():
     # no hold, window or state; and on which hosts it is planned is promised to nobody
     loose = {'told', 'due', 'up_told', 'up_check', 'revision', 'revised', 'placed'}
     makers = {}
-    for part in ast.parse(MODULE.read_text()).body:
+    for part in syntax().body:
         for each in part.body if isinstance(part, ast.ClassDef) else [part]:
             if not isinstance(each, ast.FunctionDef):
                 continue
@@ -438,8 +459,8 @@ def test_promises_are_made_in_one_place():
     assert makers['Policy'].keys() == {'hold_if_allowed'}
     # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
     assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take'}} == {
-        'stays', 'keep_stopped', 'stopped_aside', 'propose', 'hold_capacity'}
-    bookings = next(each for each in ast.parse(MODULE.read_text()).body if getattr(each, 'name', '') == 'Bookings')
+        'stays', 'keep_stopped', 'stopped_aside', 'write_proposal', 'hold_capacity'}
+    bookings = next(each for each in syntax().body if getattr(each, 'name', '') == 'Bookings')
     users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
              for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
     assert users == {'hold_if_allowed': {'decide', 'shifted'}, 'decide_all': {'make_true'},
@@ -457,7 +478,7 @@ def test_a_section_uses_only_those_above_it():
     heads = [number for number, line in enumerate(text.split('\n'), 1) if re.match('# [A-Z].* #{5,}$', line)]
     section = lambda line: sum(head <= line for head in heads)  # noqa: E731
     there = {}
-    for each in ast.parse(text).body:
+    for each in syntax().body:
         targets = getattr(each, 'targets', [getattr(each, 'target', None)])
         for name in [getattr(each, 'name', None), *(getattr(target, 'id', None) for target in targets)]:
             there.setdefault(name, section(each.lineno))
@@ -699,7 +720,7 @@ def folder(tmp_path, monkeypatch):
 OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
          'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8',
          'connections': '99', 'keystone_roles': 'boss:admin', 'identity_proxies': '10.0.0.0/8',
-         'caldav_refusal': '403'}
+         'caldav_refusal': '403', 'at_end_stop': 'shelve', 'sync_every': '90'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -828,8 +849,8 @@ def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     sections = cmres.read_config_file(taken)
     assert list(sections['cmres']) == list(SETTINGS) and list(sections['texts']) == list(cmres.TEXTS)
     assert load_config(taken, {}) == Config()
-    for name, field in SETTINGS.items():
-        assert f'# {name}: {field.metadata["why"]}.\n#{name} =' in text
+    for name in SETTINGS:
+        assert re.search(f'^# {name}: [^\n]{{5,}}[.]\n#{name} =', text, flags=re.M)
 
 
 # Calls #######################################################################
@@ -907,14 +928,14 @@ UNSEEN = {'\x9b': 'U+009B', '\x85': 'U+0085', '\x7f': 'U+007F', '\u202e': 'U+202
     ('description', 'add'), ('user', 'add'), ('project', 'add'), ('image', 'add'), ('notify', 'add'), ('metadata', 'add'),
     ('user_data', 'add'), ('reason', 'reject'), ('reason', 'maintenance_add'), ('user', 'token_add'),
     ('cell', 'resource_add'), ('aggregates', 'resource_sync'), ('server', 'claim')])
-@pytest.mark.parametrize('letter', UNSEEN)
-def test_a_character_that_nobody_sees_is_refused_by_its_name(app, name, operation, letter):
-    value = {'k': f'a{letter}b'} if name == 'metadata' else f'a{letter}b'
+def test_a_character_that_nobody_sees_is_refused_by_its_name(app, name, operation):
     verb, path, _ = API[operation].routes[0]
     body = {each: 'x' for each, one in API[operation].parameters.items()
             if one.default is cmres.REQUIRED and f'<{each}>' not in path}
-    answer = app.call(verb, re.sub('<.*?>', 'x', path), {name: value} | body | {name: value}, status=400)
-    assert answer.json['error'].startswith(f'{name}: The character {UNSEEN[letter]} is not allowed')
+    for letter, called in UNSEEN.items():
+        value = {'k': f'a{letter}b'} if name == 'metadata' else f'a{letter}b'
+        answer = app.call(verb, re.sub('<.*?>', 'x', path), {name: value} | body | {name: value}, status=400)
+        assert answer.json['error'].startswith(f'{name}: The character {called} is not allowed')
 
 
 @pytest.mark.parametrize('text', ['Zoë', '数学科', 'علوم', 'שלום', 'می‌خواهم', '👩‍🔬', 'a\tb', 'a\nb', '葛󠄀城'])
@@ -1660,7 +1681,7 @@ def test_readiness_needs_somebody_who_makes_passes(world):
     assert 'No scheduler has run yet' in web.get('/readyz', status=503).json['scheduler']['fault']
     world.at(0)
     web = webtest.TestApp(cmres.rest(world.service))
-    assert web.get('/readyz').json['scheduler'] == {'last_pass': 0}
+    assert web.get('/readyz').json['scheduler'] == {'last_pass': 0, 'schedulers': 1}
     world.now += 200
     web = webtest.TestApp(cmres.rest(world.service))
     assert 'The scheduler last ran 3m20s ago' in web.get('/readyz', status=503).json['scheduler']['fault']
@@ -2568,7 +2589,10 @@ OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), of_list', r'\bINS
 def test_no_statement_outside_the_store_is_in_the_words_of_one_engine():
     text = MODULE.read_text()
     text = text[text.index('# Capacity ####'):].replace(inspect.getsource(cmres.of_list), '')
-    texts = [each.value for each in ast.walk(ast.parse(text)) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    below = [each for each in syntax().body if each.lineno > len(MODULE.read_text()[:-len(text)].splitlines())
+             and getattr(each, 'name', '') != 'of_list']
+    texts = [each.value for part in below for each in ast.walk(part)
+             if isinstance(each, ast.Constant) and isinstance(each.value, str)]
     sql = [each for each in texts if re.search(r'\b(SELECT|WHERE|UPDATE|INSERT INTO|DELETE FROM|IN) ', each)]
     wrong = {(each.strip()[:80], instead) for each in sql for word, instead in OWN_WORDS.items() if re.search(word, each)}
     assert len(sql) > 300 and not wrong, wrong
@@ -2768,6 +2792,170 @@ def test_a_dry_run_on_postgresql_waits_for_nobody(server_run, server):
         leave.set()
         writer.join()
     assert service.resource_list()[0]['vms'] == 5 and service.list() == []
+
+
+# Writers on PostgreSQL wait for one another where they decide on the same thing, and nowhere else.
+
+
+@pytest.fixture
+def house(server_run, server):
+    """A service on PostgreSQL with resources a to d, each with room for one."""
+    assert server_run('resource', 'add', 'spare')[0] == 0
+    house = cmres.local_service(load_config())
+    for name in 'abcd':
+        house.resource_add(name, cloud='simulated', vms=1)
+    house.soon = cmres.instant(int(time.time())) + hours(1)
+    house.reserve_there = lambda label, resource, start=0, **more: house.add(
+        label, resource, house.soon + hours(start), house.soon + hours(start + 1), **more)
+    house.waits = lambda: server.tell('SELECT count(*) FROM pg_locks WHERE NOT granted').fetchone()[0]
+    return house
+
+
+def until_so(look):
+    end = time.monotonic() + 30
+    while not (found := look()):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return found
+
+
+@pytest.fixture
+def at_once(house):
+    """Begins something in a thread of its own; what becomes of it is its answer, or the error."""
+    def one(deed):
+        with contextlib.closing(cmres.db.obj):
+            try:
+                return deed()
+            except (Error, peewee.PeeweeException) as error:
+                return error
+    with ThreadPoolExecutor(4) as threads:
+        yield lambda deed: threads.submit(one, deed)
+
+
+@contextlib.contextmanager
+def writing(at_once, *on, deed=lambda: None):
+    """Somebody has begun to write with some locks, and is done at the end."""
+    begun, leave = threading.Event(), threading.Event()
+
+    def write():
+        with cmres.transaction(on=cmres.locks_on(on)):
+            deed()
+            begun.set()
+            leave.wait(30)
+    writer = at_once(write)
+    try:
+        assert begun.wait(30)
+        yield
+    finally:
+        leave.set()
+        assert writer.result() is None, writer.result()
+
+
+def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once):
+    first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
+    with writing(at_once, (cmres.On.RESOURCE, first)):
+        same = at_once(lambda: house.reserve_there('lab', 'a'))
+        until_so(house.waits)
+        house.reserve_there('free', 'b')
+        house.extend('free', by=hours(1))
+        house.update('free', resource='c')
+        house.delete('free')
+        change = at_once(lambda: house.resource_update('b', vms=2))
+        until_so(lambda: house.waits() == 2)
+    assert same.result()['state'] == 'reserved' and change.result()['vms'] == 2
+    assert house.check()['differences'] == 0
+
+
+#: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
+LOCKED_KINDS = {
+    'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
+    'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
+    'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
+    'SERVER': ('refuse_shared_server', [('x', 'a'), ('y', 'b')], {'server': 'known'})}
+
+
+@pytest.mark.parametrize('removed', [False, True])
+@pytest.mark.parametrize('kind', LOCKED_KINDS)
+def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
+    name, adds, more = LOCKED_KINDS[kind]
+    rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
+
+    def slow_rule(*args):
+        rule(*args)
+        here.append(1)
+        until_so(lambda: len(here) > 1 or house.waits())
+    if kind == 'COUNTED':
+        house.limit_add(project='default', most_vms=1)
+    if kind == 'SERVER':
+        cmres.insert(cmres.SimulatedServer, account='simulated', uid='known', name='known', mark='', made=1, boots=0,
+                     power='active', fault='')
+    text = cmres.PostgreSQL.locks
+    if removed:
+        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(
+            lambda on: text(on and frozenset(each for each in on if each[0] != number))))
+    monkeypatch.setattr(cmres.Policy, name, slow_rule)
+    done = [each.result() for each in [at_once(lambda each=each: house.reserve_there(*each, **more)) for each in adds]]
+    assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
+
+
+def test_locks_are_taken_in_one_order():
+    locks = cmres.locks_on((kind, name) for kind in range(1, 7) for name in (7, 3, 'b', 'a', 'z' * 90))
+    taken = re.findall(r'xact_lock\((\d+), (\d+)\)', cmres.PostgreSQL.locks(locks))
+    assert [(int(kind), int(number)) for kind, number in taken] == sorted(locks) and len(taken) == 30
+    assert all(0 <= number < 2**31 for _, number in locks)
+
+
+@pytest.mark.parametrize('marked', [True, False])
+def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_once, monkeypatch, marked):
+    if not marked:
+        monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
+    last, seen = house.events(limit=1)[-1]['id'], []
+
+    def follow():
+        nonlocal last
+        for each in house.events(after=last, limit=100):
+            last = each['id']
+            seen.append(each['sentence'])
+        return len(seen)
+    with writing(at_once, deed=lambda: house.journal(1.0, 'late', 'drawn first, saved last')):
+        house.reserve_there('lab', 'a')
+        assert follow() == (0 if marked else 1)
+        assert len(seen) == (not marked)
+    assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
+
+
+def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
+    tried = []
+
+    def deed(*names):
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                for each in names:
+                    cmres.decide_on(each)
+                cmres.run('INSERT INTO mailed (owner, day, number) VALUES (?, 1, 1)', f'{time.monotonic()}')
+        return done
+    first, second = (cmres.On.RESOURCE, 1), (cmres.On.LABEL, 'p/x')
+    cmres.persist(deed(first, second), frozenset)
+    locks = cmres.locks_on([first]), cmres.locks_on([first, second])
+    assert tried == [frozenset(), *locks]
+    tried.clear()
+    cmres.persist(deed(first, second), lambda: [first, second])
+    assert tried == [locks[1]]
+    for deeds in (lambda locks: cmres.note_fact('x', 'y'), lambda locks: cmres.change(cmres.Resource, 1, vms=3)):
+        tried.clear()
+
+        def done(locks):
+            with cmres.transaction(on=locks):
+                tried.append(locks)
+                deeds(locks)
+        cmres.persist(done, frozenset)
+        assert tried == [frozenset(), None]  # only who has the store alone writes there
+    tried.clear()
+    many = [(cmres.On.RESOURCE, n) for n in range(cmres.MOST_LOCKS + 1)]
+    cmres.persist(deed(), lambda: many)
+    cmres.persist(deed(*many[:6]), frozenset)
+    assert tried[0] is None and tried[-1] is None and len(tried) == 6
 
 
 # Capacity ####################################################################
@@ -3539,7 +3727,7 @@ BOMBS = {
         'DTSTART;TZID=Bomb:20261201T090000', before=zone('Bomb', ('+0100', *AUTUMN), ('+0200', *SPRING)).replace(
             'END:STANDARD', 'RDATE:' + instants(100000).replace('Z', '') + '\nEND:STANDARD')),
     '100000 components in each other': lambda: calendar(''.join(f'BEGIN:X-{n}\n' for n in range(100000))),
-    '100000 events in each other': lambda: calendar('BEGIN:VEVENT\n' * 100000 + 'END:VEVENT\n' * 100000),
+    '30000 events in each other': lambda: calendar('BEGIN:VEVENT\n' * 30000 + 'END:VEVENT\n' * 30000),
     'a line of 20 MB': lambda: timed('SUMMARY:' + 'x' * 20_000_000),
     'cut within a word': CUT[:-20],
     'cut within a rule, where it is still one': CUT[:CUT.rindex(b'2\r\nEND:VEVENT')],
@@ -3587,7 +3775,7 @@ def test_hard_calendars_occur_as_independent_libraries_agree(occur, tmp_path, na
 
 
 #: Of these nothing can be read.
-HOPELESS = [name for name in BOMBS if name.startswith(('cut ', '100000 ev', '100000 comp', 'a page', 'UTF-16', 'an empty',
+HOPELESS = [name for name in BOMBS if name.startswith(('cut ', '30000 ev', '100000 comp', 'a page', 'UTF-16', 'an empty',
                                                        'line ends', 'a line of'))]
 
 
@@ -3664,7 +3852,7 @@ def spans(found) -> list[list[str]]:
 
 @pytest.mark.skipif(not AGREED, reason='needs CMRES_CALENDARS')
 @pytest.mark.parametrize('name', AGREED)
-def test_what_people_wrote_occurs_as_libraries_agree_and_is_booked_as_it_occurs(tmp_path, name):
+def test_what_people_wrote_occurs_as_libraries_agree_and_is_booked_as_it_occurs(place, name):
     data, agreed = (CALENDARS / 'calendars' / name).read_bytes(), AGREED[name]
     begin, until = (datetime.strptime(each, '%Y%m%dT%H%M%S%z') for each in agreed['window'])
     began = time.thread_time()
@@ -3677,7 +3865,7 @@ def test_what_people_wrote_occurs_as_libraries_agree_and_is_booked_as_it_occurs(
             by_uid[each['uid']].append((each['start'], each['end']))
     assert refused == [] and {uid: spans(each) for uid, each in by_uid.items()} == {
         uid: sorted(each) for uid, each in agreed['occurrences'].items() if each}
-    world = World(tmp_path, horizon=-(-(until - begin) // timedelta(days=1)))
+    world = World(place, horizon=-(-(until - begin) // timedelta(days=1)))
     world.now = begin.timestamp()
     world.service.resource_update('demo', vms=100_000)
     text = re.sub(rb'(?i)(\r?\n)(END:VEVENT)', rb'\1' + MARKS + rb'\2', data) + calendar(
@@ -4962,7 +5150,7 @@ def test_a_cursor_is_the_start_and_id_of_a_line_or_its_id(app, cursor):
 SMALL = {'resource': 'dozens', 'host': 'the machines of an operator', 'proposal': 'who waits for a word',
          'extra_hold': 'VMs that stay stopped, and who waits for a word', 'token': 'one a person', 'credential': 'one a person', 'feed': 'one a person', 'subscription': 'one a person',
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself',
-         'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one row',
+         'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one a cloud and scheduler',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
          'sqlite_master': 'the schema'}
 #: Indexes of rows that are few at any time: they leave as soon as they are dealt with.
@@ -5258,7 +5446,7 @@ def test_a_look_at_a_cloud_costs_nothing_for_servers_that_are_gone(world, servic
                 "snapshot, snapshot_id, fault, planned, deleted) VALUES (1, ?, 'old', 'simulated', 'delete', 'deleted', 0, 1, 0, "
                 "?, '[]', '', '', '', 1, 1)", [(n + 10, f'old-{n}') for n in range(gone)])
             cmres.run("UPDATE server SET due = ? WHERE state <> 'deleted'", world.now)
-        look = cmres.Job(('look', 'simulated'), 'look', 'simulated', None, began=world.now, ended=world.now,
+        look = cmres.Job(('look', 'simulated'), 'look', 'simulated', None, 'simulated', began=world.now, ended=world.now,
                          answer=([], set()))
         with world.cycle.leader.acting():
             costs.append(effort(lambda: world.cycle.reconciler.record_look(look, world.now)))
@@ -5528,6 +5716,63 @@ def test_between_those_that_a_maintenance_affects_others_write(world, monkeypatc
     assert world.service.check()['differences'] == 0
 
 
+def half_deleted(monkeypatch, world, pieces: int):
+    """A user of whose five reservations a delete has cancelled some when its process died."""
+    def dies(piece):
+        if piece == pieces:
+            raise SystemExit
+    eva = world.as_user()
+    for number in range(5):
+        book(eva, f'lab-{number}')
+    between(monkeypatch, eva, dies)
+    with pytest.raises(SystemExit):
+        eva.delete(resource='demo', count=5)
+    assert labels(eva.list()) == [f'lab-{number}' for number in range(pieces, 5)]
+    return eva
+
+
+def test_between_those_that_a_delete_cancels_others_write(world, monkeypatch):
+    eva, others, seen = world.as_user(), world.as_user('bob', 'chemistry'), []
+    for number in range(5):
+        book(eva, f'lab-{number}')
+
+    def meanwhile(piece):
+        seen.append(len(eva.list()))
+        book(others, f'other-{piece}', 5 + piece, 6 + piece)
+        if piece == 2:
+            eva.delete('lab-3')
+    between(monkeypatch, eva, meanwhile)
+    monkeypatch.setattr(cmres, 'AT_ONCE', 2)
+    assert [each['state'] for each in eva.delete(resource='demo', count=5)] == ['cancelled'] * 5
+    assert seen == [4, 3, 2, 1, 0]
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.LATER}')
+    assert world.service.check()['differences'] == 0
+
+
+def test_a_delete_whose_process_died_is_finished_and_deletes_nothing_else(world, monkeypatch):
+    eva = half_deleted(monkeypatch, world, 3)
+    eva = world.as_user()
+    eva.delete('lab-4')
+    book(eva, 'lab-4', 5, 6)
+    world.now += cmres.GOES_ON - 1
+    world.cycle.settle()
+    assert labels(eva.list()) == ['lab-3', 'lab-4']
+    world.now += 2
+    world.cycle.settle()
+    assert labels(eva.list()) == ['lab-4']
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.LATER}')
+    assert world.service.check()['differences'] == 0
+
+
+def test_what_is_left_of_a_delete_is_done_in_pieces_too(world, monkeypatch):
+    eva, left, acting = half_deleted(monkeypatch, world, 1), [], cmres.Leadership.acting
+    world.now += cmres.GOES_ON + 1
+    monkeypatch.setattr(cmres.Leadership, 'acting', lambda self: (left.append(len(eva.list())), acting(self))[1])
+    world.cycle.settle()
+    assert [each for each, _ in itertools.groupby(left)] == [4, 3, 2, 1, 0]
+    assert world.service.check()['differences'] == 0
+
+
 def test_between_the_events_of_a_calendar_others_write(world, monkeypatch):
     eva, seen = world.as_user(), []
 
@@ -5586,6 +5831,30 @@ def test_nobody_has_more_threads_than_a_share_that_leaves_one_for_who_comes():
     them.line.append(channel_of('good'))
     assert them.line and them.line.next()[0] == 'good'
     them.gone.set()
+
+
+def test_tokens_that_keystone_is_still_to_be_asked_for_have_one_share_together(known):
+    """However many they are, and from wherever they come."""
+    token, ours = known.nova.issue(), known.world.service.token_add('eva', 'biology')['token']
+    known.get(token)
+    is_new = functools.partial(cmres.new_to_keystone, known.world.service)
+    headers = [{'X_AUTH_TOKEN': 'made-up-1'}, {'X_AUTH_TOKEN': 'made-up-2'}, {'AUTHORIZATION': 'Bearer made-up-3'},
+               {'X_AUTH_TOKEN': token}, {'X_AUTH_TOKEN': ours}, {'AUTHORIZATION': f'Bearer {token}'}, {'AUTHORIZATION': 'Basic xyz'},
+               {'COOKIE': 'x'}]
+    names = [cmres.whose(types.SimpleNamespace(requests=[types.SimpleNamespace(headers=each)], addr=('::1', n)), is_new)
+             for n, each in enumerate(headers)]
+    assert len({*names[:3]}) == 1 and len({*names}) == 6
+    known.world.config.take(keystone='')
+    assert not is_new('made-up-1')
+
+
+def test_a_keystone_that_answers_bit_by_bit_is_not_waited_for_again(known):
+    known.world.service.shares.patience = 0.05  # less than each bit may take
+    known.nova.faults['GET /auth/tokens'] = ['hang before'] * 9
+    for _ in range(2):
+        known.get(known.nova.issue(), status=503)
+    assert known.asked() == 1
+    known.nova.released.set()
 
 
 def test_a_thread_that_is_done_frees_its_share_and_wakes_others_for_what_may_follow():
@@ -10993,10 +11262,11 @@ def test_how_to_log_in_stands_beside_each_vm(world):
 # Service: plans by hosts ##################################################
 
 
-def rack(world, monkeypatch, hosts, units={}, **how):
+def rack(world, monkeypatch, hosts, units={}, told=None, **how):
     """A resource `gpu` of hosts, {name: GPUs}, each of 128 vCPUs and 1 TiB, with flavors g1, g2, ... of so many GPUs."""
     amounts = {name: cmres.Amount(0, 128, 2**20, (('CUSTOM_GPU', gpus), ('DISK_GB', 2000))) for name, gpus in hosts.items()}
-    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate('gpu', amounts, '', dict.fromkeys(amounts, units)),))
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate(
+        'gpu', amounts, '', {name: cmres.HostTold(units, **(told or {}).get(name, {})) for name in amounts}),))
     for n in range(1, 9):
         monkeypatch.setitem(cmres.Simulated.FLAVORS, f'g{n}', cmres.Flavor(16 * n, 2**17 * n, (('CUSTOM_GPU', n),)))
     monkeypatch.setitem(cmres.Simulated.FLAVORS, 'c80', cmres.Flavor(80, 1024))
@@ -11142,12 +11412,17 @@ def refuse_broken_rule(world, before: dict, lost: set = frozenset()):
     """THE RULE OF HOSTS, from nothing but what is booked, where that is planned, and what the hosts have."""
     hosts = {each.id: each for each in cmres.rows('SELECT * FROM host')}
     there, changes = by_host(world), collections.defaultdict(collections.Counter)
+    closed = {(each.host, at) for each in cmres.rows("SELECT * FROM capacity WHERE host <> '' AND removed IS NULL")
+              for at in range(each.start, each.end, 1800)}
     for id, each in there.items():
         placed = {int(host): number for host, number in json.loads(each.placed or '{}').items()}
         assert sum(placed.values()) == each.vms or world.homeless, 'H1: not planned whole'
         assert each.affinity != 'apart' or set(placed.values()) <= {1}, 'H1: not apart'
         assert each.affinity != 'together' or len(placed) <= 1, 'H1: not together'
-        assert all(hosts[host].until > world.now for host in placed), 'H1: on a host that is lost'
+        assert all(hosts[host].state != 'gone' for host in placed), 'H1: on a host that is lost'
+        if each.held_from > world.now:
+            assert not any(hosts[host].state for host in placed), 'planned where nothing may start'
+            assert not closed & {(hosts[host].name, at) for host in placed for at in range(each.held_from, each.held_until, 1800)}
         if id in before and before[id].held_from <= world.now and each.held_from <= world.now:
             old = {int(host): number for host, number in json.loads(before[id].placed or '{}').items()}
             assert all(placed.get(host, 0) >= min(old[host], each.vms - sum(n for h, n in old.items() if h != host))
@@ -11191,7 +11466,11 @@ def random_deeds(world, monkeypatch, seed, number):
             (1, 'flavor', lambda: eva.update(label, flavor=flavor)), (2, 'delete', lambda: eva.delete(label)),
             (1, 'plan', lambda: eva.add(f'r{step}', 'gpu', vms=vms, flavor=flavor, dry_run=True, **window)),
             (2, 'time', lambda: setattr(world, 'now', world.now + dice.choice((60, 1800, 7200)))),
-            (0.4, 'host', lambda: rack(world, monkeypatch, changed, force=True))]
+            (0.4, 'host', lambda: rack(world, monkeypatch, changed, told=told, force=True)),
+            (0.2, 'close', lambda: root.maintenance_add('gpu', window['start'], window['end'], host='h1')),
+            (0.2, 'open', lambda: root.maintenance_delete(root.maintenance_list()[0]['id'] if root.maintenance_list() else 0)),
+            (0.2, 'spare', lambda: root.resource_update('gpu', spare=dice.randrange(2)))]
+        told = {'h1': {'state': 'disabled'}} if dice.random() < 0.3 else {}
         changed = dice.choice(({'h1': 8, 'h2': 8}, {'h1': 8, 'h3': 8}, {'h1': 8, 'h2': 8, 'h3': 8}, {'h1': 8, 'h2': 4, 'h3': 8}))
         weights, names, calls = zip(*deeds)
         n = dice.choices(range(len(deeds)), weights)[0]
@@ -11209,7 +11488,7 @@ def random_deeds(world, monkeypatch, seed, number):
             refused = True
         if refused:
             assert rows == [cmres.rows(f'SELECT * FROM {table}') for table in ('occurrence', 'step', 'host')], 'H5'
-        if names[n] == 'host':
+        if names[n] in ('host', 'close'):
             world.homeless = True
             world.homeless = any(sum(json.loads(each.placed or '{}').values()) < each.vms
                                  for each in by_host(world).values())
@@ -11239,6 +11518,7 @@ def count_moves(world, monkeypatch):
 MUTATIONS = [
     ('make_moves', "        run('UPDATE occurrence SET placed = ? WHERE id = ?', after, id)\n", ''),
     ('rooms_query', '(SELECT at FROM {of_it} AND at <= ?2 ORDER BY at DESC LIMIT 1)', 'NULL'),
+    ('Plan.host_columns', 'if told.state else FOREVER', 'if None else FOREVER'),
     ('find_hosts', 'now, own)\n    placed, moves', '0, own)\n    now = 0\n    placed, moves'), ('Scene.siblings', 'if unit.apart', 'if None')]
 
 
@@ -11337,6 +11617,254 @@ def test_few_are_refused_for_whom_there_is_a_plan(world):
     pytest.importorskip('ortools')
     found = demand(world, 'plain', 2, 28, seed=2)
     assert found['moved'] and found['hosts'] and found['wrong'] <= found['asked'] // 50
+
+
+def survey(world):
+    """What the life cycle does every few minutes: asks the clouds for their hosts, and follows."""
+    world.cycle.settle()
+    for verb in ('hosts', 'states'):
+        world.cycle.watch.ask(verb)
+        world.cycle.settle()
+
+
+def told_hosts(monkeypatch, hosts, told=None, id='', owner='', name='gpu'):
+    """What the simulated cloud tells of its hosts by now: {name: GPUs}, and more of some."""
+    amounts = {each: cmres.Amount(0, 128, 2**20, (('CUSTOM_GPU', number), ('DISK_GB', 2000))) for each, number in hosts.items()}
+    more = {each: cmres.HostTold(**(told or {}).get(each, {})) for each in amounts}
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate(name, amounts, 'gpu', more, id, owner),))
+
+
+def affected(world, label):
+    return [each['sentence'] for each in world.service.events(label) if each['code'] == 'affected']
+
+
+def test_a_renamed_aggregate_is_the_same_resource(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='7')
+    racks.service.resource_sync('simulated')
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='7', name='gpus-of-today')
+    lines = racks.service.resource_sync('simulated', ['gpus-of-today'])
+    assert [(each['what'], each['before'], each['after']) for each in lines if each['what'] != 'mark'] == [
+        ('aggregate', 'gpu', 'gpus-of-today')]
+    assert [each['name'] for each in racks.service.resource_list()] == ['demo', 'gpu']
+    told_hosts(monkeypatch, {'h1': 8}, id='9')  # another one has the old name
+    with pytest.raises(Conflict, match="'gpu'"):
+        racks.service.resource_sync('simulated', ['gpu'])
+
+
+def test_the_aggregate_of_another_cmres_is_refused_and_left_alone(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8}, owner='cmres-other')
+    with pytest.raises(Conflict, match="The aggregate 'gpu' of simulated belongs to another cmres, so its hosts would be promised twice"):
+        racks.service.resource_sync('simulated', ['gpu'])
+    assert racks.service.resource_sync('simulated') == []
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_what_is_planned_on_a_host_that_nova_lets_nothing_start_on_moves_and_what_has_begun_stays(racks, monkeypatch):
+    gpus(racks, 'runs', 'g4', start=1, end=6)
+    gpus(racks, 'comes', 'g4', start=3, end=5)
+    gpus(racks, 'later', 'g8', start=4, end=6)
+    assert [planned(each) for each in ('runs', 'comes', 'later')] == [[{'h1': 1}], [{'h1': 1}], [{'h2': 1}]]
+    racks.at(2)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'state': 'disabled'}})
+    survey(racks)
+    assert planned('runs') == [{'h1': 1}] and planned('comes') == [{}] or planned('later') == [{}]
+    short = 'comes' if planned('comes') == [{}] else 'later'
+    assert len(affected(racks, short)) == 1 and 'no host has room for all of its VMs (1 VM from' in affected(racks, short)[0]
+    survey(racks)
+    assert len(affected(racks, short)) == 1 and racks.service.check()['differences'] == 0
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g4', start=4, end=5)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
+    survey(racks)
+    assert all(planned(each) != [{}] for each in ('runs', 'comes', 'later')) and racks.service.check()['differences'] == 0
+    assert cmres.fact(f"affected {racks.service.resource_show('gpu')['id']}") == '[]'
+
+
+def test_what_others_take_of_a_host_is_not_promised(racks, monkeypatch):
+    theirs = {'somebody': cmres.Amount(0, 16, 1024, (('CUSTOM_GPU', 3),))}
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': theirs}})
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 13
+    gpus(racks, 'big', 'g8')
+    assert planned('big') == [{'h2': 1}]
+    with pytest.raises(NoCapacity, match='hold 1 of 2 VMs at most|not on single hosts'):
+        gpus(racks, 'no', 'g6', vms=2, start=3, end=4)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
+    survey(racks)
+    gpus(racks, 'yes', 'g6', vms=2, start=3, end=4)
+
+
+def test_servers_of_ours_are_nobody_elses(racks, monkeypatch):
+    gpus(racks, 'mine', 'g2', image='cirros')
+    racks.at(1.5)
+    uid = cmres.rows('SELECT uid FROM server')[0].uid
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': {uid: cmres.Amount(0, 32, 2**18, (('CUSTOM_GPU', 2),))}}})
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_a_host_that_placement_does_not_know_is_named_and_nothing_changes(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 0}, {'h2': {'state': 'unknown'}})
+    with pytest.raises(Conflict, match="Placement has no resource provider for the host 'h2' of the aggregate 'gpu'"):
+        racks.service.resource_sync('simulated', ['gpu'])
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_a_look_that_finds_nothing_else_writes_nothing(racks):
+    survey(racks)
+    before = cmres.db.state()
+    survey(racks)
+    assert cmres.db.state() == before
+
+
+def test_a_host_that_is_closed_for_a_while_is_planned_around(racks):
+    gpus(racks, 'runs', 'g2', start=1, end=6)
+    gpus(racks, 'comes', 'g4', start=3, end=5)
+    gpus(racks, 'after', 'g8', start=5, end=6)
+    racks.at(2)
+    assert planned('comes') == [{'h1': 1}]
+    with pytest.raises(NotFound, match="host: 'h3' is no known host of this resource"):
+        racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h3')
+    would = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1', dry_run=True)
+    made = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1', reason='fan')
+    assert [each['label'] for each in would['affected']] == [each['label'] for each in made['affected']] == ['runs']
+    assert planned('comes') == [{'h2': 1}] and planned('runs') == [{'h1': 1}]
+    told, = [each['sentence'] for each in racks.service.events('runs') if each['code'] == 'maintenance']
+    assert told.startswith("The host h1 of 'gpu' is closed from") and ': fan' in told
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g5', start=3, end=4)
+    assert racks.service.check()['differences'] == 0
+    line, = racks.service.maintenance_list()
+    assert (line['host'], line['resource']) == ('h1', 'gpu')
+    racks.service.maintenance_delete(line['id'])
+    gpus(racks, 'yes', 'g5', start=3, end=4)
+    assert racks.service.check()['differences'] == 0
+
+
+def test_what_finds_no_host_but_the_one_that_is_closed_is_moved_to_later(racks):
+    gpus(racks, 'big', 'g8', vms=2, start=3, end=5)
+    affected, = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(4), host='h1', affected='move')['affected']
+    assert affected['outcome'].startswith('moved to gpu from') and racks.service.show('big')['start'] == NOON + hours(4)
+    assert racks.service.check()['differences'] == 0
+
+
+def test_amounts_of_a_closed_host_may_change(racks, monkeypatch):
+    racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1')
+    told_hosts(monkeypatch, {'h1': 6, 'h2': 8})
+    racks.service.resource_sync('simulated', ['gpu'])
+    assert racks.service.check()['differences'] == 0
+    racks.service.maintenance_delete(racks.service.maintenance_list()[0]['id'])
+    assert not [each for each in cmres.rows('SELECT * FROM step') if each.track.startswith('@')]
+
+
+def test_spare_hosts_are_promised_to_nobody_and_taken_when_others_fail(world, monkeypatch):
+    rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8})
+    gpus(world, 'old', 'g8', vms=3, start=5, end=6)
+    assert world.service.resource_update('gpu', spare=1)['spare'] == 1
+    assert planned('old') == [{'h1': 1, 'h2': 1, 'h3': 1}]
+    with pytest.raises(NoCapacity, match='hold 2 of 3 VMs at most'):
+        gpus(world, 'no', 'g8', vms=3)
+    gpus(world, 'lab', 'g8', vms=2, start=1, end=4)
+    assert planned('lab') == [{'h1': 1, 'h2': 1}]
+    world.at(1)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8}, {'h1': {'state': 'down'}})
+    survey(world)
+    assert planned('lab') == [{'h1': 1, 'h2': 1}]  # it may be up again soon
+    world.now += 20
+    survey(world)
+    assert planned('lab') == [{'h2': 1, 'h3': 1}] and world.service.check()['differences'] == 0
+    world.service.update('lab', vms=1)
+    world.service.extend('lab', hours(1))
+
+
+def test_vms_of_a_host_that_is_down_are_made_anew_at_once(racks, monkeypatch):
+    gpus(racks, 'lab', 'g4', vms=2, start=1, end=4, image='cirros')
+    racks.at(1)
+    racks.at(1.5)
+    before = {each.uid for each in cmres.rows('SELECT uid FROM server')}
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'state': 'down'}})
+    monkeypatch.setattr(cmres.Simulated, 'states', lambda self: {'h1': ('down', [*before]), 'h2': ('', [])})
+    survey(racks)
+    assert {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")} == before
+    racks.now += 20
+    survey(racks)
+    for _ in range(4):
+        racks.now += 10
+        racks.cycle.settle()
+    after = {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")}
+    assert len(after) == 2 and not after & before and planned('lab') == [{'h2': 2}]
+    told = [each['sentence'] for each in racks.service.events('lab') if each['code'] == 'vanished']
+    assert told == ['the host h1 is down, so these VMs and everything on them are lost; cmres creates them again: lab-1-1, lab-1-2']
+    survey(racks)
+    assert {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")} == after
+
+
+def test_free_slots_are_those_in_which_hosts_are_free(racks):
+    gpus(racks, 'a', 'g5', vms=2, start=0, end=3)
+    gpus(racks, 'b', 'g5', vms=1, start=3, end=6)
+    slot = racks.service.find('gpu', timedelta(hours=1), vms=1, flavor='g4')[0]
+    assert (slot['start'], slot['until']) > (NOON + hours(3), NOON + hours(6)) and slot['start'] == NOON + hours(3)
+    assert racks.service.find('gpu', timedelta(hours=1), vms=2, flavor='g3')[0]['start'] == NOON
+    assert racks.service.find('gpu', timedelta(hours=1), vms=3, flavor='g4')[0]['start'] == NOON + hours(6)
+    slot = racks.service.find('gpu', timedelta(hours=1), vms=1, flavor='g8')[0]
+    assert slot['start'] == NOON + hours(3)
+
+
+def test_the_longest_that_is_offered_has_a_host(racks):
+    gpus(racks, 'a', 'g5', vms=2, start=3, end=6)
+    with pytest.raises(NoCapacity) as no:
+        gpus(racks, 'long', 'g4', start=1, end=5)
+    assert no.value.details['longest'] == '2h' and no.value.details['latest_end'] == NOON + hours(3)
+    assert no.value.details['next_start'] == NOON + hours(6)
+
+
+def crowded(racks):
+    """What lets in 8 more GPUs on one host from 15 to 16 o'clock only by a move."""
+    gpus(racks, 'a', 'g8', start=1, end=2)
+    gpus(racks, 'b', 'g3', start=1, end=4)
+    gpus(racks, 'c', 'g5', start=2, end=4)
+
+
+def test_who_waits_is_let_in_by_a_move(racks):
+    gpus(racks, 'all', 'g8', vms=2, start=3, end=4)
+    gpus(racks, 'big', 'g8', start=3, end=4, wait=True)
+    assert racks.state('big') == 'waiting'
+    racks.service.delete('all')
+    crowded(racks)
+    assert racks.state('big') == 'waiting'
+    racks.cycle.settle()
+    assert racks.state('big') == 'reserved' and racks.service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('partial', [False, True])
+def test_lines_are_taken_by_moves(racks, partial):
+    crowded(racks)
+    line = {'label': 'big', 'resource': 'gpu', 'start': '2026-12-01T15:00Z', 'end': '2026-12-01T16:00Z', 'flavor': 'g8', 'vms': '1'}
+    told = racks.as_user().load([line], partial=partial)
+    assert [each['label'] for each in told['taken']] == ['big'] and racks.service.check()['differences'] == 0
+
+
+def test_what_was_planned_on_hosts_is_forgotten_and_what_is_stays(racks):
+    for n in range(6):
+        gpus(racks, f'r{n}', 'g2', start=n, end=n + 1)
+    gpus(racks, 'stays', 'g2', start=1, end=100)
+    steps = lambda: cmres.run(f"SELECT count(*) FROM step WHERE {cmres.ON_HOSTS}").fetchone()[0]  # noqa: E731
+    before = steps()
+    racks.at(40)
+    racks.cycle.tidied = 0
+    racks.cycle.settle()
+    assert steps() < before and racks.service.check()['differences'] == 0
+
+
+def test_a_search_ends_after_a_number_of_looks_and_asks_no_clock(racks, monkeypatch):
+    crowded(racks)
+    monkeypatch.setattr(cmres, 'SEARCHED', ((8, 3),))
+    with pytest.raises(NoCapacity, match='no plan was found'):
+        gpus(racks, 'big', 'g8', start=3, end=4)
+    text = inspect.getsource(cmres.Scene) + inspect.getsource(cmres.replan)
+    assert 'time.' not in text
 
 
 # Service: who may what #######################################################
@@ -12802,10 +13330,10 @@ class Chaos:
         cmres.open_store(self.config.database)
         self.service = cmres.Reservations(self.config, cmres.Clouds(self.config), Actor('root', 'default', 'admin'))
         self.service.resource_add('demo', cloud='simulated', vms=10**6)
-        cmres.db.execute_sql('CREATE TABLE lease_log (at, holder, until)')
+        cmres.db.execute_sql('CREATE TABLE lease_log (at, name, holder, until)')
         for verb in ('INSERT', 'UPDATE'):
-            cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease BEGIN '
-                                 f'INSERT INTO lease_log VALUES ({SECONDS}, new.holder, new.until); END')
+            cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease WHEN new.name <> new.holder BEGIN '
+                                 f'INSERT INTO lease_log VALUES ({SECONDS}, new.name, new.holder, new.until); END')
         self.pids, self.kills, self.felt, self.freezes, self.labels = [], 0, 0, 0, []
 
     def begin(self, flaky=True) -> None:
@@ -12836,9 +13364,8 @@ class Chaos:
             os._exit(0)
 
     def kill(self, pid: int, number=signal.SIGKILL) -> None:
-        holder = cmres.row('SELECT holder FROM lease')
         self.kills += 1
-        self.felt += bool(holder) and f':{pid}:' in holder.holder
+        self.felt += bool(cmres.rows('SELECT holder FROM lease WHERE name <> holder AND holder LIKE ?', f'%:{pid}:%'))
         os.kill(pid, number)
         os.waitpid(pid, 0)
         self.pids.remove(pid)
@@ -12950,11 +13477,14 @@ class Chaos:
 
     def trespasses(self, figures: dict) -> list[str]:
         """Calls by who had no lease, leases of two at once; the longest time that nobody acted goes to the figures."""
-        log, wrong = cmres.rows('SELECT * FROM lease_log ORDER BY rowid'), []
-        for one, next_one in zip(log, log[1:]):
-            if next_one.holder != one.holder and next_one.at < one.until - 0.02:
-                wrong.append(f'leases overlap: {one} {next_one}')
-        figures['longest without a lease'] = round(max(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])), 2)
+        wrong, longest = [], 0
+        for name in ('', 'simulated'):
+            log = cmres.rows('SELECT * FROM lease_log WHERE name = ? ORDER BY rowid', name)
+            for one, next_one in zip(log, log[1:]):
+                if next_one.holder not in (one.holder, '-') and next_one.at < one.until - 0.02:  # '-': it was given back
+                    wrong.append(f'leases overlap: {one} {next_one}')
+            longest = max(longest, *(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])))
+        figures['longest without a lease'] = round(longest, 2)
         for began, holder, verb, what in self.calls():
             if not any(each.holder == holder and each.at - 0.1 <= began <= each.until + 0.02 for each in log):
                 wrong.append(f'{holder} had no lease at {began}: {verb} {what}')
@@ -12986,20 +13516,20 @@ def in_chaos(tmp_path, *stores) -> list[dict]:
 
 @pytest.fixture(scope='module')
 def chaos(tmp_path_factory):
-    """Five stores whose scheduler is killed at random instants, and two with schedulers that are frozen as well."""
-    return in_chaos(tmp_path_factory.mktemp('chaos'), (1, True, 15, False), *[(1, False, 15, False)] * 4,
-                    *[(2, False, 14, True)] * 2)
+    """Stores whose scheduler is killed at random instants, and some with schedulers that are frozen as well."""
+    return in_chaos(tmp_path_factory.mktemp('chaos'), (1, True, 15, False), *[(1, False, 15, False)] * (4 if STRESS else 1),
+                    *[(2, False, 14, True)] * (2 if STRESS else 1))
 
 
 def test_schedulers_killed_at_random_instants_make_each_server_once_and_leave_none(chaos):
-    found = chaos[:5]
-    assert [each['wrong'] for each in found] == [[]] * 5
+    found = chaos[:5 if STRESS else 2]
+    assert not any(each['wrong'] for each in found), found
     assert all(each['kills'] for each in found)
 
 
 def test_of_two_schedulers_that_are_killed_and_frozen_only_one_acts(chaos):
-    found = chaos[5:]
-    assert [each['wrong'] for each in found] == [[], []]
+    found = chaos[5 if STRESS else 2:]
+    assert not any(each['wrong'] for each in found), found
     assert all(each['kills'] + each['freezes'] for each in found)
 
 
@@ -14119,6 +14649,209 @@ def test_what_was_under_way_when_the_lease_was_lost_is_adopted_by_the_next(two):
     assert world.state('lab') == 'active' and {each['tries'] for each in world.service.servers('lab')} == {1}
 
 
+# Several schedulers share the clouds
+
+
+class Schedulers:
+    """Some schedulers on one store with some clouds, under the clock of the test; each has clouds of its own in its view."""
+
+    def __init__(self, world, clouds: int, number: int):
+        self.world = hurry(world)
+        self.moves, self.owner = collections.Counter(), {}
+        self.there = [self.begin() for _ in range(number)]
+        for n in range(2, clouds + 1):
+            world.service.resource_add(f'place-{n}', cloud=f'simulated-{n}', vms=16)
+
+    def begin(self):
+        cycle = cmres.LifeCycle(self.world.config, self.world.clouds, lambda: self.world.now)
+        cycle.leader.shares = True
+        return cycle
+
+    def passes(self, number=1, seconds=1.0):
+        """Some rounds in which each makes a pass; no cloud is ever two's, and who got which is counted."""
+        for _ in range(number):
+            for cycle in self.there:
+                cycle.settle()
+                holders = self.holders()
+                held = [name for each in self.there for name in each.leader.held
+                        if each.leader.has_time(self.world.now, name)]
+                assert len(held) == len(holders), 'a cloud is of two'
+                self.moves += collections.Counter(name for name in holders if self.owner.get(name) != holders[name])
+                self.owner |= holders
+            self.world.now += seconds
+
+    def holders(self) -> dict:
+        """The clouds that somebody acts for, and who."""
+        return {name: cycle.leader.name for cycle in self.there for name in cycle.leader.held
+                if cycle.leader.has_time(self.world.now, name)}
+
+    def numbers(self) -> list[int]:
+        return sorted(len(each.leader.held) for each in self.there)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 30))
+def test_a_fair_division_differs_by_one_and_stays_as_it_is(held, number):
+    held = {f's{n}': each for n, each in enumerate(held)}
+    shares = cmres.fair(held, number)
+    assert sum(shares.values()) == number and max(shares.values()) - min(shares.values()) <= 1
+    assert cmres.fair(shares, number) == shares
+    assert all(shares[a] >= shares[b] for a in held for b in held if held[a] > held[b])
+
+
+@pytest.mark.parametrize('clouds, number, shares', [(1, 2, [1, 1]), (5, 3, [2, 2, 2]), (3, 3, [1, 1, 2]), (1, 3, [0, 1, 1])])
+def test_schedulers_that_come_one_by_one_divide_the_clouds_fairly(world, clouds, number, shares):
+    schedulers = Schedulers(world, clouds, 1)
+    schedulers.passes(2)
+    assert schedulers.numbers() == [clouds + 1]
+    for n in range(2, number + 1):
+        schedulers.there.append(schedulers.begin())
+        schedulers.passes(2 * clouds + 6)
+    assert schedulers.numbers() == shares and set(schedulers.holders()) == world.clouds.names()
+    settled = schedulers.moves.copy()
+    schedulers.passes(20)
+    assert schedulers.moves == settled, 'nothing moves any more'
+    assert max(settled.values()) <= number, 'each moves at most once for each that came'
+
+
+def test_one_that_dies_is_replaced_for_its_clouds_alone_and_within_the_lease(world):
+    schedulers = Schedulers(world, 5, 3)
+    schedulers.passes(20)
+    dead = schedulers.there.pop(1)
+    kept, lost, before = schedulers.holders(), dead.leader.held, schedulers.moves.copy()
+    last = dead.leader.leased_until
+    while world.now < last:
+        schedulers.passes(1, 0.5)
+        assert lost.isdisjoint(schedulers.holders()) or world.now > last
+    schedulers.passes(1)
+    assert kept.items() <= schedulers.holders().items() and set(schedulers.holders()) == world.clouds.names()
+    assert set(schedulers.moves - before) == lost and schedulers.numbers() == [3, 3]
+    world.now += 60 * world.config.leader_timeout + 1
+    schedulers.passes(1)
+    assert not cmres.rows('SELECT * FROM lease WHERE holder = ?', dead.leader.name), 'what it was is forgotten'
+
+
+def test_one_that_ends_in_good_order_gives_all_to_the_others_at_once(world):
+    schedulers = Schedulers(world, 3, 2)
+    schedulers.passes(12)
+    schedulers.there.pop().finish()
+    schedulers.passes(1, 0)
+    assert set(schedulers.holders()) == world.clouds.names() and schedulers.numbers() == [4]
+    assert len(cmres.rows('SELECT * FROM lease')) == 5
+
+
+def test_a_line_of_cron_takes_what_is_free_and_no_share(world):
+    schedulers = Schedulers(world, 3, 1)
+    schedulers.passes(2)
+    cron = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    assert not cron.settle()
+    cron.finish()
+    schedulers.passes(10)
+    assert schedulers.numbers() == [4]
+    schedulers.there.pop().finish()
+    assert cron.settle() and cron.leader.held == world.clouds.names()
+
+
+def test_a_cloud_that_is_new_has_its_scheduler_at_the_next_pass(world):
+    schedulers = Schedulers(world, 1, 1)
+    schedulers.passes(1, 0)
+    world.service.resource_add('other', cloud='simulated-9', vms=4)
+    schedulers.passes(1, 0)
+    assert schedulers.holders()['simulated-9']
+
+
+def test_each_starts_ends_and_looks_at_what_is_on_its_clouds_alone(world):
+    schedulers = Schedulers(world, 4, 2)
+    schedulers.passes(12)
+    for n, place in enumerate(['demo', 'place-2', 'place-3', 'place-4']):
+        world.service.add(f'r{n}', place, cmres.instant(world.now), hours(1), vms=2, flavor='m1.small', image='cirros')
+    calls = []
+    for cycle in schedulers.there:
+        work = cycle.workers.work
+        cycle.workers.work = lambda call, cycle=cycle, work=work: (calls.append((cycle, call)), work(call))[-1]
+    schedulers.passes(40)
+    assert made_twice() == [] and len(cmres.rows('SELECT * FROM simulated_server')) == 8
+    assert {each['state'] for each in world.service.list()} == {'active'}
+    owner = schedulers.holders()
+    assert {(cycle.leader.name, call.cloud) for cycle, call in calls if call.verb == 'boot'} == {
+        (owner[cloud], cloud) for cloud in owner if cloud}
+    world.now += 3600
+    schedulers.passes(30)
+    assert [world.state(f'r{n}') for n in range(4)] == ['ended'] * 4 and made_twice() == []
+    assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL')
+
+
+def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_elsewhere(world):
+    schedulers = Schedulers(world, 2, 1)
+    schedulers.passes(1)
+    cycle, = schedulers.there
+    for n, place in enumerate(['demo', 'place-2']):
+        world.service.add(f'r{n}', place, cmres.instant(world.now), hours(1), flavor='m1.small', image='cirros')
+    cmres.run("UPDATE lease SET holder = 'another', until = ? WHERE name = 'simulated-2'", world.now + 6)
+    with pytest.raises(cmres.LostLease), cycle.leader.acting():
+        pass
+    clouds = [Sick(world), Sick(world, 'simulated-2')]
+    schedulers.passes(3)
+    assert [cloud.instants('boot') != [] for cloud in clouds] == [True, False]
+    assert [each.account for each in cmres.rows('SELECT account FROM server')] == ['simulated']
+    world.now += world.config.leader_timeout
+    schedulers.passes(2)
+    assert len(clouds[1].instants('boot')) == 1
+
+
+@pytest.mark.parametrize('busy', [False, True])
+def test_a_cloud_is_given_when_its_calls_have_ended_or_after_a_while(world, busy):
+    """First that for which none is under way; where all have some, none is begun any more for the one that goes."""
+    schedulers = Schedulers(world, 1, 1)
+    schedulers.passes(1, 0)
+    hang, first, second = threading.Event(), schedulers.there[0], schedulers.begin()
+    cloud = Sick(world, look=hang)
+    for key, name in [(1, ''), (2, ''), (3, 'simulated')][:2 + busy]:
+        first.workers.submit(('look', key), 'look', 'simulated', [], name)
+    boot(world, start=0, vms=1)
+    second.converge(world.now), first.converge(world.now), second.converge(world.now)
+    if busy:
+        assert (first.leader.held, second.leader.held) == ({'', 'simulated'}, set()) and not first.workers.busy(('server', 1))
+        world.now += world.config.leader_timeout / 2
+        first.converge(world.now), second.converge(world.now)
+    assert (first.leader.held, second.leader.held) == ({''}, {'simulated'})
+    hang.set()
+    wait_for(lambda: first.workers.results.qsize() == 2 + busy)
+    schedulers.there.append(second)
+    schedulers.passes(3)
+    assert len(cloud.instants('boot')) == 1 and schedulers.numbers() == [1, 1]
+
+
+def test_what_is_asked_for_elsewhere_wakes_a_scheduler(world):
+    cycle, stop = world.cycle, threading.Event()
+    thread = threading.Thread(target=cycle.hear, args=(stop,))
+    thread.start()
+    try:
+        assert cycle.wake.wait(30)
+        time.sleep(0.1)
+        cycle.wake.clear()
+        with contextlib.closing(sqlite3.connect(world.config.database)) as other:
+            other.execute("INSERT INTO fact VALUES ('some', 'thing')")
+            other.commit()
+        assert cycle.wake.wait(30)
+    finally:
+        stop.set()
+
+
+def test_where_nothing_tells_of_changes_the_beat_finds_them(world, monkeypatch):
+    monkeypatch.setattr('ctypes.CDLL', lambda name: object())
+    cycle, stop = world.cycle, threading.Event()
+    waits = []
+    monkeypatch.setattr(stop, 'wait', lambda seconds: (waits.append(seconds), stop.set()))
+    cycle.hear(stop)
+    assert waits == [3600]
+
+
+def test_a_store_of_one_lease_gets_one_for_each_cloud(world):
+    cmres.run("INSERT INTO lease VALUES ('scheduler', 'old', ?)", world.now + 5)
+    cmres.divide_lease()
+    assert not world.cycle.leader.free(world.now).count('') and 'simulated' in world.cycle.leader.free(world.now)
+
+
 # What is repeated
 
 
@@ -14798,6 +15531,7 @@ def test_a_request_with_a_key_is_done_once(app):
     app.world.now += 86401
     later = FINE | {'label': 'later', 'start': '+1h', 'end': '+1h'}
     assert eva.call('POST', '/reservation/', later, 201, **key).json['label'] == 'later'
+    app.world.service.forget(app.world.now)
     assert cmres.row('SELECT count(*) AS n FROM once').n == 1
 
 
@@ -15843,6 +16577,24 @@ def metric(text: str, name: str, **labels) -> float | None:
     return float(found[1]) if found else None
 
 
+def test_readiness_and_metrics_tell_who_acts_for_which_cloud(world, gated):
+    schedulers = Schedulers(world, 2, 2)
+    schedulers.passes(10)
+    web = webtest.TestApp(cmres.rest(world.service))
+    ready = web.get('/readyz').json['scheduler']
+    assert ready['schedulers'] == 2 and ready['last_pass'] <= world.config.leader_timeout
+    for n, cycle in enumerate(schedulers.there):
+        cmres.run('UPDATE lease SET holder = ? WHERE holder = ?', f'host-{n}:1:x', cycle.leader.name)
+    text = gated('admin', metrics='open').ask('/metrics').text
+    for n, cycle in enumerate(schedulers.there):
+        assert all(metric(text, 'leader', cloud=cloud, host=f'host-{n}') == 1 for cloud in cycle.leader.held)
+    assert text.count('cmres_leader{') == 3
+    cmres.run("UPDATE lease SET until = until - 1000 WHERE name = 'simulated-2'")
+    assert 1000 <= metric(gated('admin', metrics='open').ask('/metrics').text, 'pass_age_seconds') <= 1006
+    web = webtest.TestApp(cmres.rest(world.service))
+    assert "for the cloud 'simulated-2'" in web.get('/readyz', status=503).json['scheduler']['fault']
+
+
 def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
     admin = gated('admin', cycle=world.cycle, metrics='open')
     before = admin.ask('/metrics').text
@@ -15871,8 +16623,8 @@ def test_metrics_tell_what_is_reserved_refused_waits_and_runs(world, gated):
     assert metric(text, 'cloud_call_seconds_count', cloud='simulated', verb='boot',
                   result='ok') >= 3
     assert metric(text, 'start_delay_seconds_count', cloud='simulated') >= 3
-    assert metric(text, 'pass_age_seconds') <= 36 and metric(text, 'leader',
-            host=socket.gethostname()) == 1
+    assert metric(text, 'pass_age_seconds') <= 36 and metric(
+        text, 'leader', cloud='simulated', host=socket.gethostname()) == 1
     assert metric(text, 'store_bytes') > 10**5 and metric(text, 'resident_bytes') > 10**6
     assert metric(text, 'lock_wait_seconds_count') > 0 and metric(text, 'cloud_left_alone',
             cloud='simulated') in (0, None)
@@ -16221,10 +16973,12 @@ def test_two_leases_may_have_one_name_and_any_name_becomes_a_label(leases):
 
 
 @pytest.mark.parametrize('said, read', [
-    (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False)])
+    (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False),
+    ('yes', True), ('ON', True), (1, True), ('t', True), ('no', False), ('off', False), (0, False), ('N', False)])
 def test_affinity_has_many_spellings(leases, said, read):
-    part, = leases.make(instances(affinity=said))['reservations']
-    assert part['affinity'] is read
+    lease = leases.make(instances(affinity=said))
+    assert lease['reservations'][0]['affinity'] is read
+    assert cmres.row('SELECT affinity FROM reservation').affinity == {None: '', True: 'together', False: 'apart'}[read]
 
 
 @pytest.mark.parametrize('change, sentence', [
@@ -16334,7 +17088,7 @@ def test_hosts_are_taken_in_and_out(hosts, nova):
     assert (host['hypervisor_hostname'], host['vcpus'], host['memory_mb'], host['gpu']) == ('gpu-1', 64, 64512, 'a100')
     assert host['id'].isdigit() and host['reservable'] and hosts.call('GET', '/os-hosts')['hosts'] == [host]
     assert hosts.call('GET', f"/os-hosts/{host['id']}")['host'] == host
-    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
+    assert nova.aggregates[0]['metadata']['cmres'] == 'gpu'
     hosts.call('POST', '/os-hosts', {'name': 'gpu-1'}, 409)
     assert 'has a host' in hosts.call('POST', '/os-hosts', {'name': 'gpu-3'}, 404)['error_message']
     hosts.call('POST', '/os-hosts', {'name': 'gpu-2'}, 201)
@@ -16756,7 +17510,7 @@ def test_a_token_is_looked_up_once_and_a_revoked_one_stops_at_once(dav, world):
     for _ in range(5):
         dav.ask('PROPFIND', 'demo/', Depth='0', status=207)
     trace(None)
-    assert sum('t.hash' in each for each in statements) == 1
+    assert sum('t.hash' in each for each in statements) in (1, 2)  # a minute may end
     world.service.token_revoke(world.service.token_list()[-1]['id'])
     dav.ask('PROPFIND', 'demo/', Depth='0', status=401)
 
@@ -20081,20 +20835,23 @@ def test_a_list_that_is_watched_is_shown_again_until_it_is_interrupted(run, monk
     assert out.splitlines()[-3:] == ['label', 'lab-1', 'lab-2']
 
 
-@pytest.mark.parametrize('words, found', [
+COMPLETED = [
     (['']  , {'add', 'list', 'resource'}), (['li'], {'list', 'limit'}), (['resource', ''], {'add', 'list', 'update'}),
     (['add', 'new', ''], {'demo', 'gpu'}), (['add', 'new', 'd'], {'demo'}), (['extend', ''], {'lab', 'lesson'}),
     (['extend', 'le'], {'lesson'}), (['list', '--st'], {'--start', '--state'}), (['list', '--state', 'e'], {'ending', 'ended'}),
     (['list', '--state=e'], {'--state=ending', '--state=ended'}), (['list', '--resource', '=', 'd'], {'demo'}),
     (['list', '--format', ''], {'table', 'json', 'jsonl', 'csv', 'yaml'}), (['completion', ''], {'bash', 'zsh', 'fish'}),
-    (['resource', 'update', 'g'], {'gpu'}), (['nothing', ''], set()), (['add', 'new', 'demo', ''], set())])
-def test_words_are_completed(run, words, found):
+    (['resource', 'update', 'g'], {'gpu'}), (['nothing', ''], set()), (['add', 'new', 'demo', ''], set())]
+
+
+def test_words_are_completed(run):
     run('resource', 'add', 'demo', '--vms', '16')
     run('resource', 'add', 'gpu', '--vms', '16')
     run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
     run('add', 'lesson', 'demo', '2100-01-04T09:00', '+1h')
-    came = cmres.completed(words)
-    assert set(came) >= found if words[-1] in ('', 'li') and len(words) < 3 else set(came) == found
+    for words, found in COMPLETED:
+        came = cmres.completed(words)
+        assert set(came) >= found if words[-1] in ('', 'li') and len(words) < 3 else set(came) == found, words
 
 
 SHELLS = {'bash': 'eval "$(cmres completion bash)"; COMP_WORDS=(cmres extend le); COMP_CWORD=2; _cmres; echo "${COMPREPLY[@]}"',
@@ -20108,7 +20865,7 @@ def test_a_real_shell_completes_a_label(run, tmp_path, shell):
     run('resource', 'add', 'demo', '--vms', '16')
     run('add', 'lesson-1', 'demo', '2100-01-04T09:00', '+1h')
     run('add', 'lab', 'demo', '2100-01-04T09:00', '+1h')
-    (tmp_path / 'cmres').write_text(f'#!/bin/sh\nexec {sys.executable} -B {MODULE} "$@"\n')
+    (tmp_path / 'cmres').write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@"\n')
     (tmp_path / 'cmres').chmod(0o755)
     env = environment() | {'PATH': f"{tmp_path}:{os.environ['PATH']}", 'HOME': str(tmp_path)}
     ended = subprocess.run([shell, '-c', SHELLS[shell]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
@@ -20268,10 +21025,9 @@ RETIRED = re.compile(r"\b(machines?|places?|rooms?|boots?|booted|booting|hits?|h
 
 def public_sentences():
     """All that people read of the program, but the page."""
-    tree = ast.parse(MODULE.read_text())
     page = next(n for n, line in enumerate(MODULE.read_text().splitlines(), 1) if line.startswith('# Quick line ###'))
     ends = next(n for n, line in enumerate(MODULE.read_text().splitlines(), 1) if line.startswith('# Serving ###'))
-    for node in ast.walk(tree):
+    for node in ast.walk(syntax()):
         says = isinstance(node, ast.Raise) or isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
             node.func.attr in ('journal', 'note', 'warning', 'error', 'info', 'critical'))
         if says and not page < node.lineno < ends:
@@ -20289,7 +21045,6 @@ def public_sentences():
     yield from cmres.GROUPS.values()
     yield from cmres.TAGS.values()
     yield from cmres.MEASURED.values()
-    yield from (field.metadata['why'] for field in SETTINGS.values())
     yield from (text for name, text in vars(cmres).items() if isinstance(text, str) and ' ' in text
                 and name != '__doc__' and not re.search('SELECT|CREATE|DROP|FROM step|track = | ON [a-z]+ |{{|%', text))
     yield re.sub('^#held.*', '', (MODULE.parent / 'config.example.ini').read_text(), flags=re.M)
@@ -20970,10 +21725,12 @@ def test_a_feed_that_has_too_much_to_show_says_so(app, world, monkeypatch):
 
 def test_more_than_ten_thousand_occurrences_are_all_in_a_feed(app, world):
     world.service.resource_update('demo', vms=100_000)
-    hourly = f"FREQ=DAILY;BYHOUR={','.join(map(str, range(5)))}"
-    with cmres.transaction():
-        for n in range(6):
-            world.service.add(f'series-{n}', 'demo', NOON + hours(1), timedelta(minutes=5), repeat=hourly)
+    book(world.service, repeat='daily', count=10)
+    columns = [column.name for column in cmres.db.get_columns('occurrence') if column.name not in ('id', 'slot')]
+    names = ', '.join(f'"{name}"' for name in columns)
+    with cmres.transaction():  # as if it came a thousand times a day
+        for n in range(1001):
+            cmres.run(f'INSERT INTO occurrence (slot, {names}) SELECT ?, {names} FROM occurrence WHERE id <= 10', f'{n}')
     assert fetch(app, feed(app)).body.count(b'BEGIN:VEVENT') > 10_000
 
 
@@ -21988,10 +22745,10 @@ def test_exceptions_of_a_series_come_and_go(service):
 
 
 @pytest.mark.parametrize('name', EVENTS)
-def test_what_an_import_books_is_what_occurs(tmp_path, name):
+def test_what_an_import_books_is_what_occurs(place, name):
     body, tz, start, end, expected = EVENTS[name]
     begin, until = (datetime.fromisoformat(each) for each in (start, end))
-    world = World(tmp_path, horizon=-(-(until - begin) // timedelta(days=1)))
+    world = World(place, horizon=-(-(until - begin) // timedelta(days=1)))
     world.now = begin.timestamp()
     text = wanting(calendar(body)).decode('utf8', 'surrogateescape')
     answer = world.service.import_(text, resource='demo', tz=tz)
@@ -23826,20 +24583,22 @@ class StandIn(Proxy):
                        self.image('bio-private', 'bio', 'private'), self.image('anybody', 'chem', 'community'),
                        self.image('offered', 'chem', 'shared')]
         self.members = {self.id_of('offered'): [('bio', 'accepted'), ('lab', 'pending')]}
-        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab'),
-                         self.network('bio-net', 'bio'), self.network('wan', 'admin', external=True)]
+        self.networks = [self.network('lab-net', 'admin', shared=True), self.network('lab-only', 'lab', up=False),
+                         self.network('bio-net', 'bio', up=False), self.network('wan', 'admin', external=True)]
+        self.quota = {'Instances': (-1, 0), 'Cores': (-1, 0), 'RAM': (-1, 0)}  # most and used
         self.groups = [self.network(name, project) for project in ('lab', 'bio', 'admin') for name in ('default', 'web')]
         self.keys = {'lab': ['lab-key', 'course'], 'bio': ['bio-key']}
         self.aggregates = [{'id': 1, 'name': 'gpu', 'hosts': ['gpu-1'], 'metadata': {}}]
+        self.states, self.used, self.traits = {}, collections.defaultdict(dict), {}  # of hosts, of providers
         self.inventories = {'gpu-1': {'VCPU': (16, 0, 4.0), 'MEMORY_MB': (65536, 1024, 1.0)},
                             'gpu-1-cards': {'CUSTOM_GPU': (4, 0, 1.0)}}
 
     def image(self, name, owner, visibility='private', status='active'):
         return {'id': str(uuid.uuid4()), 'name': name, 'owner': owner, 'visibility': visibility, 'status': status}
 
-    def network(self, name, owner, shared=False, external=False):
+    def network(self, name, owner, shared=False, external=False, up=True):
         return {'id': str(uuid.uuid4()), 'name': name, 'project_id': owner, 'tenant_id': owner, 'shared': shared,
-                'router:external': external}
+                'router:external': external, 'admin_state_up': up}
 
     def id_of(self, name):
         return next(each['id'] for each in [*self.images, *getattr(self, 'networks', ())] if each['name'] == name)
@@ -24033,7 +24792,8 @@ class StandIn(Proxy):
         (word, thing), = said.items()
         if word == 'floatingip' and thing['floating_ip_address'] in [each['floating_ip_address'] for each in self.floating.values()]:
             return 409, self.refusal(409, 'The address is in use.')
-        made = {'id': str(uuid.uuid4()), 'project_id': user, 'tags': []} | thing
+        project = self.tokens[user]['project']['id'] if user in self.tokens else user
+        made = {'id': str(uuid.uuid4()), 'project_id': project, 'tags': []} | thing
         (self.floating if word == 'floatingip' else self.server_groups)[made['id']] = made
         return 200, {word: made}
 
@@ -24052,6 +24812,11 @@ class StandIn(Proxy):
     def show_trust(self, user, query, said, id):
         return (200, {'trust': self.trusts[id]}) if id in self.trusts else (404, self.refusal(404, 'Not found.'))
 
+    def limits(self, user, query, said):
+        return 200, {'limits': {'rate': [], 'absolute': {
+            f'{word}{name}{used}': value for name, (most, now) in self.quota.items() for word, used, value in (
+                ('maxTotal', 'Size' if name == 'RAM' else '', most), ('total', 'Used', now))}}}
+
     def list_keys(self, user, query, said):
         return 200, {'keypairs': [{'keypair': {'name': each}} for each in self.keys.get(user, ())]}
 
@@ -24059,9 +24824,41 @@ class StandIn(Proxy):
         return (200, {'aggregates': self.aggregates}) if user == self.ADMIN else (
             403, self.refusal(403, "Policy doesn't allow os_compute_api:os-aggregates:index to be performed."))
 
-    def mark_aggregate(self, user, query, said, id):
-        self.aggregates[int(id) - 1]['metadata'] |= said['set_metadata']['metadata']
-        return 200, {'aggregate': self.aggregates[int(id) - 1]}
+    def list_hypervisors(self, user, query, said):
+        return 200, {'hypervisors': [{'id': host, 'hypervisor_hostname': f'{host}.example', 'service': {'host': host}} | dict(
+            zip(('state', 'status'), self.states.get(host, ('up', 'enabled')))) for host in self.inventories if host.count('-') == 1]}
+
+    def list_allocations(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'allocations': {
+            uid: {'resources': takes} for uid, takes in self.used[id].items()}}
+
+    def list_traits(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'traits': self.traits.get(id, [])}
+
+    def change_aggregate(self, user, query, said, id):
+        found = next((each for each in self.aggregates if each['id'] == int(id)), None)
+        if not found:
+            return 404, self.refusal(404, f'Aggregate {id} could not be found.')
+        for action, words in said.items():
+            if action == 'set_metadata':
+                found['metadata'] |= words['metadata']
+            elif (words['host'] in found['hosts']) == (action == 'add_host'):
+                return 409, self.refusal(409, f"Cannot {action} {words['host']}")
+            else:
+                (found['hosts'].append if action == 'add_host' else found['hosts'].remove)(words['host'])
+        return 200, {'aggregate': found}
+
+    def make_aggregate(self, user, query, said):
+        made = said['aggregate'] | {'id': max(each['id'] for each in self.aggregates) + 1, 'hosts': [], 'metadata': {}}
+        self.aggregates.append(made)
+        return 200, {'aggregate': made}
+
+    def drop_aggregate(self, user, query, said, id):
+        found = next(each for each in self.aggregates if each['id'] == int(id))
+        if found['hosts']:
+            return 409, self.refusal(409, 'Cannot remove an aggregate that has hosts')
+        self.aggregates.remove(found)
+        return 200, None
 
     # Glance, Neutron, Placement
 
@@ -24086,7 +24883,7 @@ class StandIn(Proxy):
         there = self.networks if kind == 'networks' else self.groups
         found = [each for each in there if user in (self.ADMIN, each['project_id']) or each['shared']
                  or each['router:external']]
-        found = [each for each in found if all(query[name] == each[name] for name in ('name', 'project_id')
+        found = [each for each in found if all(query[name] == f'{each[name]}' for name in ('name', 'project_id', 'admin_state_up')
                                                if name in query) and id in ('', each['id'])]
         if id:
             return (200, {kind[:-1].replace('-', '_'): found[0]}) if found else (404, self.refusal(404, 'Not found.'))
@@ -24112,8 +24909,11 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
     ('POST /v2.1/flavors', 'make_flavor'), ('DELETE /v2.1/flavors/([^/]+)', 'delete_flavor'),
     ('POST /v2.1/flavors/([^/]+)/(action|os-extra_specs)', 'change_flavor'),
+    ('GET /v2.1/limits', 'limits'),
     ('GET /v2.1/flavors/([^/]+)/os-extra_specs', 'show_specs'), ('GET /v2.1/os-keypairs', 'list_keys'),
-    ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'mark_aggregate'),
+    ('GET /v2.1/os-aggregates', 'list_aggregates'), ('POST /v2.1/os-aggregates/([^/]+)/action', 'change_aggregate'),
+    ('POST /v2.1/os-aggregates', 'make_aggregate'), ('DELETE /v2.1/os-aggregates/([^/]+)', 'drop_aggregate'),
+    ('GET /v2.1/os-aggregates/([^/]+)', 'change_aggregate'),
     ('GET /v2/images', 'list_images'), ('GET /v2/images/([^/]+)', 'show_image'),
     ('GET /v2/images/([^/]+)/members', 'list_members'),
     ('GET /v2.1/(os-server-groups)', 'list_kept'), ('GET /v2.0/(floatingips)', 'list_kept'),
@@ -24123,6 +24923,9 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('GET /v3/OS-TRUST/trusts/([^/]+)', 'show_trust'),
     ('GET /v2.0/(networks|security-groups)', 'list_nets'), ('GET /v2.0/(networks|security-groups)/([^/]+)', 'list_nets'),
     ('GET /placement/resource_providers', 'list_providers'),
+    ('GET /v2.1/os-hypervisors/detail', 'list_hypervisors'),
+    ('GET /placement/resource_providers/([^/]+)/allocations', 'list_allocations'),
+    ('GET /placement/resource_providers/([^/]+)/traits', 'list_traits'),
     ('GET /placement/resource_providers/([^/]+)/inventories', 'list_inventories'))]
 
 
@@ -24231,6 +25034,114 @@ def test_what_is_out_of_sight_is_refused_by_the_same_calls_as_what_is_not_there(
             said = refused_by(mallory, kind, each).replace(each, '?')
             seen.append((said, [re.sub('/[0-9a-f-]{36}', '/ID', line[0]) for line in nova.seen]))
         assert seen[0] == seen[1] == seen[2]
+
+
+def told_ahead(world, label='lab'):
+    return [each['sentence'] for each in world.service.events(label) if each['code'] == 'ahead']
+
+
+def test_what_would_fail_is_told_an_hour_before_the_start(far, nova):
+    """Image, key and quota; once, again after a change, and not where all is there."""
+    nova.images.append(nova.image('old', 'lab'))
+    for label, start in (('lab', 3), ('well', 4)):
+        book(far.service, label, start, 5, resource='lab', flavor='m1.tiny', image='old' if label == 'lab' else 'tiny', key='course', vms=3)
+    nova.images.pop(), nova.keys['lab'].remove('course')
+    nova.quota['Instances'] = 10, 8
+    far.at(1.9)
+    assert told_ahead(far) == []
+    far.at(2)
+    far.at(2.1)
+    assert told_ahead(far) == [
+        "if its VMs started now, that would fail: The cloud lab has no image 'old'; The cloud lab has no key "
+        "'course'; The quota of the cloud lab leaves 2 VMs of 3 VMs that are needed by then"]
+    nova.keys['lab'].append('course')
+    nova.quota['Instances'] = 10, 4
+    far.service.update('lab', image='tiny')
+    far.at(2.2)
+    assert len(told_ahead(far)) == 1
+    nova.quota['Instances'] = 10, 8  # the three of `lab` are counted that start before
+    far.at(3)
+    far.at(3.1)
+    assert told_ahead(far, 'well') == [
+        'if its VMs started now, that would fail: The quota of the cloud lab leaves 2 VMs of 6 VMs that are needed by then']
+    assert 'ahead' in cmres.TEXTS
+
+
+def test_a_cloud_that_does_not_answer_is_asked_again_before_the_start(far, nova):
+    book(far.service, 'lab', 3, 5, resource='lab', flavor='m1.tiny', image='tiny')
+    nova.images.clear()
+    far.clouds.open('lab').found.clear()
+    nova.faults['GET /images'] = ['500 before'] * 4
+    far.at(2)
+    assert told_ahead(far) == []
+    nova.faults.clear()
+    far.at(2.2)
+    assert len(told_ahead(far)) == 1
+
+
+def test_nothing_is_asked_ahead_where_that_is_not_wanted_or_nothing_starts(far, nova):
+    far.config.take(check_ahead=0.0)
+    book(far.service, 'off', 3, 5, resource='lab', flavor='m1.tiny', image='tiny')
+    far.config.take(check_ahead=3600.0)
+    book(far.service, 'empty', 3, 5, resource='lab', vms=2)
+    nova.images.clear()
+    far.config.take(check_ahead=0.0)
+    far.at(2.5)
+    assert told_ahead(far, 'off') == told_ahead(far, 'empty') == []
+
+
+def test_vms_without_a_host_are_told_ahead(racks):
+    gpus(racks, 'lab', 'g5', 2, image='cirros')
+    cmres.run("UPDATE host SET until = 1 WHERE name = 'h2'")
+    racks.at(0.5)
+    assert told_ahead(racks) == ['if its VMs started now, that would fail: No host has room for 1 VM of it']
+
+
+def test_of_several_networks_one_is_chosen_when_it_is_added(far, nova):
+    nova.networks.append(nova.network('second', 'admin', shared=True))
+    nova.networks.append(nova.network('own', 'lab'))
+    said = {'resource': 'lab', 'flavor': 'm1.tiny', 'image': 'tiny'}
+    with pytest.raises(Invalid, match='^The cloud lab has 3 networks, so choose one of them: lab-net, second[.]$'):
+        book(far.as_user(*STRANGER), 'x', **said)
+    with pytest.raises(Invalid, match='lab-net, second, own[.]$'):
+        book(far.service, 'x', network='auto', **said)
+    for network in ('second', 'none'):
+        book(far.service, f'x-{network}', network=network, **said)
+    book(far.service, 'capacity', resource='lab', flavor='m1.tiny')
+    nova.networks.append(nova.network('lab-net', 'admin', shared=True))
+    with pytest.raises(Invalid, match="has 2 of the name 'lab-net'"):
+        book(far.service, 'y', network='lab-net', **said)
+
+
+@pytest.mark.parametrize('how, at_end', [('hold', 'stop'), ('shelve', 'shelve'), ('refuse', None)])
+def test_the_operator_says_whether_vms_stay_stopped_on_hosts_that_others_want(racks, how, at_end):
+    """Where hosts are known, since a stopped VM keeps its own; who has said nothing is told nothing."""
+    racks.config.take(at_end_stop=how)
+    eva = racks.as_user()
+    stops = functools.partial(book, eva, resource='gpu', flavor='g1', image='cirros', at_end='stop')
+    assert book(eva, 'plain', resource='gpu', flavor='g1', image='cirros').get('warnings', []) == []
+    assert book(eva, 'sum', at_end='stop', flavor='m1.tiny', image='cirros')['at_end'] == 'stop'
+    if not at_end:
+        with pytest.raises(Invalid, match="VMs cannot stay stopped on 'gpu'"):
+            stops('lab')
+        with pytest.raises(Invalid, match='Let them be shelved, saved or deleted'):
+            eva.update('plain', at_end='stop')
+        return
+    made = stops('lab')
+    assert made['at_end'] == at_end and len(made['warnings']) == 1 and 'stopped' in made['warnings'][0].lower()
+    assert 'stopped' not in str(eva.update('lab', description='x').get('warnings')).lower()
+
+
+def test_a_reservation_of_a_server_counts_its_flavor(far, nova):
+    far.service.resource_update('lab', vcpus=10, ram=8192)
+    nova.server('ws', flavor={'original_name': 'm1', 'vcpus': 4, 'ram': 2048, 'disk': 1, 'ephemeral': 0, 'swap': 0,
+                              'extra_specs': {'resources:CUSTOM_GPU': '1'}})
+    nova.server('old')  # of a Nova that tells no sizes with a server
+    found = book(far.service, 'lab', server='ws', resource='lab')
+    assert (found['vms'], found['vcpus'], found['ram'], found['classes']) == (1, 4, 2048, {'CUSTOM_GPU': 1})
+    with pytest.raises(NoCapacity, match='vCPU'):
+        book(far.service, 'more', resource='lab', flavor='m1.tiny', vms=7)
+    assert book(far.service, 'small', server='old', resource='lab')['vcpus'] == 0
 
 
 def test_what_an_operator_calls_common_may_be_named_by_all(far, nova):
@@ -24482,9 +25393,9 @@ def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
     far.service.resource_sync('admin', ['gpu'], mode='exclusive')
     found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
     assert (found['vcpus'], found['ram'], found['classes']) == (64, 64512, {'CUSTOM_GPU': 4})
-    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
-    verbs(nova, 'admin').mark('gpu', '')
-    assert nova.aggregates[0]['metadata'] == {'cmres': None}
+    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu', 'cmres_store': far.clouds.store}
+    verbs(nova, 'admin').mark(cmres.Aggregate('gpu', {}, ''), '')
+    assert nova.aggregates[0]['metadata'] == {'cmres': None, 'cmres_store': None}
     with pytest.raises(cmres.CloudError, match="could not list aggregates: Policy doesn't allow"):
         far.service.resource_sync('lab')
 
@@ -24733,7 +25644,7 @@ def scheduler(world, monkeypatch):
     class BaseHostFilter:
         RUN_ON_REBUILD = False
     conf, filters, cfg = {}, types.ModuleType('filters'), types.ModuleType('cfg')
-    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt = BaseHostFilter, Conf(), Option, Option
+    filters.BaseHostFilter, cfg.CONF, cfg.StrOpt, cfg.FloatOpt, cfg.ListOpt = BaseHostFilter, Conf(), Option, Option, Option
     oslo = types.ModuleType('oslo_config')
     oslo.cfg = cfg
     monkeypatch.setitem(sys.modules, 'nova.scheduler.filters', filters)
@@ -24750,7 +25661,7 @@ def scheduler(world, monkeypatch):
             server.run()
     threading.Thread(target=serve, daemon=True).start()
     token = world.service.token_add('nova', 'default', 'admin')['token']
-    conf.update(url=f'http://127.0.0.1:{server.effective_port}', token=token)
+    conf.update(url=[f'http://127.0.0.1:{server.effective_port}'], token=[token])
     found = module.ReservationFilter()
     found.conf = conf
     yield found
@@ -24775,7 +25686,7 @@ def test_only_hosts_of_a_marked_aggregate_are_asked_about(scheduler, world, capl
         assert passing(scheduler, HOSTS, spec_of('s2')) == ['plain', 'bare']
     assert "s2 may not start on gpu: 'lab' has 1 VM, 0 vCPUs, 0 MiB of RAM, and all of that is in use" in caplog.text
     assert passing(scheduler, HOSTS, spec_of('s3', project='chem')) == ['plain', 'bare']
-    scheduler.conf['url'] = 'http://127.0.0.1:9'
+    scheduler.conf['url'] = ['http://127.0.0.1:9']
     assert passing(scheduler, HOSTS[2:], spec_of('s4')) == ['plain', 'bare']
 
 
@@ -24808,11 +25719,69 @@ def test_a_flavor_with_other_classes_and_a_host_by_name(scheduler, world):
     assert passing(scheduler, HOSTS[:2], spec_of('s3', specs={}, user=None)) == ['gpu-2']
 
 
+def marked(name, mark, store):
+    return Handed(host=name, aggregates=[Handed(metadata={'cmres': mark, 'cmres_store': store})])
+
+
+class OtherCmres(http.server.BaseHTTPRequestHandler):
+    """One that has another store, and tells so."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
+        text = b'{"error": "these resources are of another cmres", "kind": "NotFound"}'
+        self.send_response(404)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+def test_of_several_cmres_that_one_is_asked_whose_mark_a_host_has(scheduler, world):
+    """The second mark tells whose it is; hosts of nobody who can be asked are closed."""
+    guarded(world, 'gpu', vms=3)
+    world.now += 1
+    other = http.server.ThreadingHTTPServer(('127.0.0.1', 0), OtherCmres)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    other.asked, mine = [], world.clouds.store
+    scheduler.conf['url'] = [f'http://127.0.0.1:{other.server_port}', *scheduler.conf['url']]
+    scheduler.conf['token'] = ['theirs', *scheduler.conf['token']]
+    hosts = [marked('mine', 'gpu', mine), marked('theirs', 'gpu', 'cmres-other'), host_of('plain')]
+    try:
+        for _ in range(2):
+            assert passing(scheduler, hosts[:2], spec_of()) == ['mine']
+        assert [each['store'] for each in other.asked].count(mine) == 1, 'it is remembered who has a store'
+        assert passing(scheduler, [host_of('old', 'gpu')], spec_of()) == ['old']
+        scheduler.conf['when_down'] = 'open'
+        assert passing(scheduler, hosts, spec_of('s2', 'chem')) == ['plain']  # others are not used up
+        assert passing(scheduler, hosts[:2], spec_of('s2', 'chem')) == ['theirs']
+        with pytest.raises(NotFound, match='are of the cmres cmres-other; this is cmres-'):
+            world.service.claim('s3', ['gpu'], 'biology', store='cmres-other')
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+def test_what_is_inside_stays_inside_when_it_moves_and_what_is_outside_stays_outside(scheduler, world):
+    """Migrated, resized and evacuated: Nova says from which host, which is none of those that it may take."""
+    guarded(world, 'gpu', vms=2)
+    world.now += 1
+    moved = functools.partial(spec_of, hints={})
+    assert passing(scheduler, HOSTS[:2], moved()) == ['gpu-1', 'gpu-2']  # all else was full
+    for name in ('s1', 's2'):
+        spec = moved(name)
+        spec.ignore_hosts = ['gpu-9']
+        assert passing(scheduler, HOSTS, spec) == (['gpu-1', 'gpu-2'] if name == 's1' else ['plain', 'bare'])
+    assert [each.server for each in cmres.rows('SELECT server FROM claim')] == ['s1']
+
+
 @pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
 def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
-    scheduler.conf.update(when_down=when_down, token='wrong', without_hint='reserved')
+    scheduler.conf.update(when_down=when_down, token=['wrong'], without_hint='reserved')
     assert passing(scheduler, HOSTS, spec_of()) == passes
-    scheduler.conf.update(url='http://127.0.0.1:9')
+    scheduler.conf.update(url=['http://127.0.0.1:9'])
     assert passing(scheduler, HOSTS, spec_of()) == passes
     assert caplog.text.count(f'cmres does not answer, so its hosts are {when_down}') == 2
 
@@ -24930,7 +25899,7 @@ def test_a_question_of_nova_costs_as_much_at_a_hundred_hosts_as_at_ten(world, mo
 class Guarded:
     """Two hosts of the lab under cmres, and a nova-scheduler that runs the filter from this cmres.py."""
 
-    hosts = ('lab-compute-1', 'lab-compute-2')
+    hosts, called = ('lab-compute-1', 'lab-compute-2'), ''
 
     def __init__(self, folder: Path):
         self.folder, self.users = folder, {'bio': 'lab-user', 'chem': 'lab-user2'}
@@ -24941,7 +25910,7 @@ class Guarded:
         self.world.service.wake = self.world.cycle.wake.set
         self.service, self.stop = self.world.service, threading.Event()
         admin = sdk('lab-admin').compute
-        self.aggregate = admin.create_aggregate(name=unique('guarded-'))
+        self.aggregate = admin.create_aggregate(name=self.called or unique('guarded-'))
         for host in self.hosts:
             admin.add_host_to_aggregate(self.aggregate, host)
         self.thread = threading.Thread(target=self.world.cycle.run, args=(self.stop,))
@@ -24995,11 +25964,12 @@ class Guarded:
         return sorted('refused' if each.status == 'ERROR' else 'guarded' if each.compute_host in self.hosts else 'elsewhere'
                       for each in self.booted(user, number, label, multi, flavor))
 
-    def booted(self, user='lab-user', number=1, label='', multi=1, flavor='m1.tiny') -> list:
+    def booted(self, user='lab-user', number=1, label='', multi=1, flavor='m1.tiny', group='') -> list:
         compute, flavor = sdk(user).compute, sdk(user).compute.find_flavor(flavor, ignore_missing=False).id
         image, name = sdk(user).image.find_image('tiny', ignore_missing=False).id, unique('by-hand-')
         wish = {'name': name, 'flavor_id': flavor, 'image_id': image, 'networks': 'none', 'min_count': multi,
-                'max_count': multi} | ({'scheduler_hints': {'cmres': label}} if label else {})
+                'max_count': multi} | ({'scheduler_hints': {'cmres': label}} if label else {'scheduler_hints': {'group': group}}
+                                       if group else {})
         with ThreadPoolExecutor(number) as pool:
             list(pool.map(lambda _: compute.create_server(**wish), range(number)))
         admin = sdk('lab-admin').compute
@@ -25180,6 +26150,174 @@ class TestNovaAsks:
         only.schedule()
 
 
+@openstack
+@real
+@inlab
+class TestWaysRound:
+    """What somebody may try who has a reservation, or none: in all cases each who has reserved finds a host."""
+
+    #: Two hosts of four such VMs each.
+    QUARTER = {'vcpus': 1, 'ram': 32000, 'disk': 1}
+
+    @pytest.fixture(scope='class')
+    def guarded(self, tmp_path_factory):
+        guarded, admin = Guarded(tmp_path_factory.mktemp('ways')), sdk('lab-admin').compute
+        guarded.flavor = admin.create_flavor(name=unique('quarter-'), **self.QUARTER)
+        try:
+            guarded.sync = functools.partial(guarded.service.resource_sync, 'lab-admin', [guarded.name])
+            guarded.sync(mode='exclusive')
+            guarded.schedule()
+            yield guarded
+        finally:
+            guarded.end()
+            admin.delete_flavor(guarded.flavor)
+
+    @pytest.fixture
+    def only(self, guarded):
+        guarded.others_enabled(False)
+        yield guarded
+        guarded.others_enabled(True)
+        for each in guarded.service.list(resource=guarded.name):
+            guarded.service.delete(each['label'], project=each['project'])
+        guarded.clear()
+
+    def boots(self, only, number=1, user='lab-user', **more):
+        return only.booted(user, number, flavor=only.flavor.name, **more)
+
+    def where(self, only, number=1, **more):
+        """Where VMs came up, '' for those that did not."""
+        return sorted('' if each.status == 'ERROR' else each.compute_host for each in self.boots(only, number, **more))
+
+    def server(self, only, status='ACTIVE'):
+        """The one VM of bio that is there, once it is in a state again."""
+        admin = sdk('lab-admin').compute
+        one, = [each for each in sdk('lab-user').compute.servers() if each.status != 'ERROR']
+
+        def settled():
+            found = admin.get_server(one.id)
+            return found.status == status and not found.task_state and found
+        return until(settled)
+
+    def keeps(self, only, number, seen=True):
+        """That who has reserved still finds a host for each: the rest boots, and no more."""
+        until(lambda: not cmres.rows("SELECT id FROM claim WHERE due IS NOT NULL AND host = ''"))
+        assert ('' in self.where(only, number)) != seen
+        assert self.where(only) == [''], 'there is more than was reserved'
+
+    def test_other_projects_and_admins_find_no_host(self, only):
+        only.reserve(vms=8, flavor=only.flavor.name)
+        assert only.boots('lab-user2', flavor=only.flavor.name) == ['refused']
+        assert self.where(only, multi=8) == ['lab-compute-1'] * 4 + ['lab-compute-2'] * 4
+        assert self.where(only) == ['']
+
+    def test_a_resize_beyond_what_is_reserved_is_refused_and_changes_nothing(self, only):
+        only.reserve(vms=1)
+        self_server, = only.booted()
+        sdk('lab-user').compute.resize_server(self_server, only.flavor.id)
+        after = self.server(only)
+        assert after.flavor.original_name == 'm1.tiny' and after.compute_host == self_server.compute_host
+        assert only.boots() == ['refused']
+
+    def test_a_resize_down_and_back_counts_both_until_it_is_settled(self, only):
+        """Four times: nothing is left over, and nothing is counted twice afterwards."""
+        only.reserve(vms=3, flavor=only.flavor.name)
+        self.boots(only)
+        tiny, compute = sdk('lab-user').compute.find_flavor('m1.tiny').id, sdk('lab-user').compute
+        for _ in range(4):
+            compute.resize_server(self.server(only), tiny)
+            server = self.server(only, 'VERIFY_RESIZE')
+            compute.revert_server_resize(server)
+            assert self.server(only).flavor.original_name == only.flavor.name
+        self.keeps(only, 2)
+
+    def test_a_resize_that_is_not_confirmed_leaves_the_others_what_is_theirs(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=6, flavor=only.flavor.name, project='chem')
+        self.boots(only)
+        sdk('lab-user').compute.resize_server(self.server(only), sdk('lab-user').compute.find_flavor('m1.tiny').id)
+        self.server(only, 'VERIFY_RESIZE')
+        assert '' not in self.where(only, 6, user='lab-user2')
+
+    def test_a_rebuild_stays_where_it_is_and_takes_no_more(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        before, = self.boots(only)
+        sdk('lab-user').compute.rebuild_server(before, sdk('lab-user').image.find_image('tiny').id)
+        assert self.server(only).compute_host == before.compute_host
+        self.keeps(only, 1)
+
+    def test_what_is_shelved_gives_its_host_back_and_unshelves_only_into_what_is_left(self, only):
+        only.reserve(vms=1, flavor=only.flavor.name)
+        before, = self.boots(only)
+        admin, user = sdk('lab-admin').compute, sdk('lab-user').compute
+        admin.shelve_offload_server(before) if before.status == 'SHELVED' else user.shelve_server(before)
+        until(lambda: admin.get_server(before.id).status == 'SHELVED_OFFLOADED')
+        other, = self.boots(only)
+        assert other.status == 'ACTIVE'
+        user.unshelve_server(before)
+        until(lambda: not admin.get_server(before.id).task_state)
+        assert admin.get_server(before.id).status == 'SHELVED_OFFLOADED'
+        user.delete_server(other)
+        until(lambda: not cmres.rows('SELECT id FROM claim WHERE due IS NOT NULL AND server = ?', other.id))
+        user.unshelve_server(before)
+        assert until(lambda: admin.get_server(before.id).status == 'ACTIVE')
+
+    @pytest.mark.parametrize('how', ['cold', 'live'])
+    def test_a_migration_stays_inside_and_others_keep_theirs(self, only, how):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=5, flavor=only.flavor.name, project='chem')
+        before, = self.boots(only)
+        only.others_enabled(True)
+        admin = sdk('lab-admin').compute
+        if how == 'cold':
+            admin.migrate_server(before)
+            self.server(only, 'VERIFY_RESIZE')
+            admin.confirm_server_resize(before)
+        else:
+            admin.live_migrate_server(before, block_migration='auto')
+            until(lambda: admin.get_server(before.id).compute_host != before.compute_host)
+        after = self.server(only)
+        assert {before.compute_host, after.compute_host} == {*only.hosts}
+        only.others_enabled(False)
+        assert '' not in self.where(only, 5, user='lab-user2')
+        self.keeps(only, 1)
+
+    def test_from_a_host_that_fails_a_vm_is_evacuated_into_its_reservation(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        before, = self.boots(only)
+        admin, svc = sdk('lab-admin').compute, [SVC, 'kill', f'nova-compute-{before.compute_host[-1]}']
+        service = next(each for each in admin.services(host=before.compute_host))
+        subprocess.run(svc, check=True, capture_output=True)
+        try:
+            admin.update_service_forced_down(service, before.compute_host, 'nova-compute', True)
+            admin.evacuate_server(before)
+            until(lambda: admin.get_server(before.id).compute_host != before.compute_host)
+            assert self.server(only).compute_host in only.hosts
+        finally:
+            admin.update_service_forced_down(service, before.compute_host, 'nova-compute', False)
+            subprocess.run([SVC, 'start', svc[2]], check=True, capture_output=True)
+            until(lambda: all(each.state == 'up' for each in admin.services(binary='nova-compute')))
+
+    def test_server_groups_and_reservations_are_apart_alike(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name, affinity='apart')
+        compute = sdk('lab-user').compute
+        group = compute.create_server_group(name=unique('apart-'), policy='anti-affinity')
+        try:
+            assert self.where(only, 2, group=group.id) == [*only.hosts]
+            assert self.where(only, group=group.id) == ['']
+        finally:
+            compute.delete_server_group(group)
+
+    def test_a_host_that_is_disabled_gets_none_and_the_rest_goes_on_the_other(self, only):
+        only.reserve(vms=4, flavor=only.flavor.name)
+        admin = sdk('lab-admin').compute
+        service = next(each for each in admin.services(host='lab-compute-1'))
+        admin.disable_service(service, 'lab-compute-1', 'nova-compute')
+        try:
+            assert self.where(only, 4) == ['lab-compute-2'] * 4
+        finally:
+            admin.enable_service(service, 'lab-compute-1', 'nova-compute')
+
+
 # OpenStack: its own tools ####################################################
 
 #: Where the programs are that `make test-clients` has installed.
@@ -25264,7 +26402,7 @@ def all_commands_work(host, flavor, **environ):
         'hide': 'reservation host property set gpu --private', 'few': 'reservation host property list',
         'whole': f"""{reserve} --reservation 'resource_type=physical:host,min=1,max=1,hypervisor_properties=,resource_properties=["==", "$gpu", "h100"]' whole""",
         'full': f'{reserve} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=99,affinity=False small',
-        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=False small',
+        'later': f'{reserve.replace("01-01", "01-02")} --reservation resource_type=virtual:instance,vcpus=4,memory_mb=1024,disk_gb=0,amount=2,affinity=True small',
         'flavor': f'{reserve.replace("01-01", "01-03")} --reservation resource_type=flavor:instance,flavor_id={flavor},amount=1 cards',
         'leases': 'reservation lease list', 'lease': 'reservation lease show small',
         'allocations': 'reservation allocation list host',
@@ -25684,6 +26822,46 @@ def test_a_lease_with_affinity_has_a_server_group_of_its_owners_project(hosts, n
     assert [ann.get(later)['reservations'][0]['server_group_id']] == [*nova.server_groups]
 
 
+def test_a_lease_of_hosts_has_an_aggregate_of_them_while_it_is_active(hosts, nova):
+    """Blazar's habit: its name is the id of the reservation. What is left of it after a crash goes too."""
+    world = hosts.world
+    world.service.resource_sync('admin', ['gpu'], flavors=True, reservable_hosts=True, mode='exclusive')
+    object.__setattr__(world.config, 'identities', {'chem': 'p-chem'})
+    ann = hosts.as_user('ann', 'chem', 'user')
+    lease = ann.make(whole_hosts(1, 2), start='now', end='2026-12-01 13:00')
+    part = lease['reservations'][0]['id']
+    assert lease['status'] == 'STARTING'
+    live(world, 5)
+    _, lent = nova.aggregates
+    assert (lent['name'], sorted(lent['hosts'])) == (part, ['gpu-1', 'gpu-2']) and ann.get(lease)['status'] == 'ACTIVE'
+    assert lent['metadata'] == {'cmres_lent': world.clouds.store, 'blazar:owner': 'p-chem'}
+    synced = world.service.resource_sync('admin', flavors=True, reservable_hosts=True, mode='exclusive', dry_run=True)
+    assert part not in json.dumps(synced)
+    boots = functools.partial(world.service.claim, resources=['gpu'], project='p-chem', vcpus=1, ram=512)
+    assert [boots('a', label=part)[0]['passes'], boots('b', label=lease['id'])[0]['passes']] == [True, False]
+    nova.aggregates.append({'id': 9, 'name': 'left', 'hosts': [], 'metadata': {'cmres_lent': world.clouds.store}})
+    nova.aggregates.append({'id': 10, 'name': 'other', 'hosts': ['gpu-1'], 'metadata': {'cmres_lent': 'cmres-other'}})
+    world.at(1.1)
+    assert [each['name'] for each in nova.aggregates] == ['gpu', 'other']
+
+
+def test_a_server_group_is_made_with_the_token_of_who_reserves(hosts, nova):
+    """Where cmres has no account in their project; the operator's account takes it back at the end."""
+    world = hosts.world
+    nova.now = lambda: world.now
+    world.service.resource_sync('admin', ['gpu'], flavors=True)
+    token = {'X-Auth-Token': nova.issue('u-ann', 'p-chem')}
+    said = {'name': 'lab', 'start_date': 'now', 'end_date': '2026-12-01 13:00', 'reservations': [instances(1, affinity=False)]}
+    lease = hosts.web.post_json('/reservation/v1/leases', said, headers=token, status=201).json['lease']
+    id = lease['reservations'][0]['server_group_id']
+    assert (nova.server_groups[id]['project_id'], nova.server_groups[id]['policy']) == ('p-chem', 'anti-affinity')
+    live(world, 5)
+    shown = hosts.web.get(f"/reservation/v1/leases/{lease['id']}", headers=token).json['lease']
+    assert shown['status'] == 'ACTIVE' and shown['reservations'][0]['server_group_id'] == id and [*nova.server_groups] == [id]
+    world.at(1.1)
+    assert nova.server_groups == {} == nova.lent
+
+
 def test_who_has_reserved_vcpus_without_a_flavor_boots_on_them_when_all_is_reserved(hosts):
     hosts.world.service.resource_sync('admin', ['gpu'], mode='exclusive')
     hosts.world.service.resource_update('gpu', vcpus=8)
@@ -25981,6 +27159,8 @@ TEMPEST_RUN = 'import sys, tempest.scenario.manager, testtools.run as run; run.m
 class FirstHost(Guarded):
     """That host under cmres which tempest takes: the first that Nova lists; with Blazar's API, and in the catalog."""
 
+    called = 'freepool'
+
     def __init__(self, folder):
         self.hosts = (next(sdk('lab-admin').compute.services(binary='nova-compute')).host,)
         super().__init__(folder)
@@ -26002,6 +27182,15 @@ class FirstHost(Guarded):
         super().end()
 
 
+SCENARIO = 'blazar_tempest_plugin.tests.scenario.test_'
+#: Those that wait for an end to come by itself take six minutes: `make test-openstack TEMPEST=all`.
+SCENARIOS = ['reservation_concurrency', 'flavor_reservation', 'host_reservation', 'instance_reservation'] if (
+    os.environ.get('TEMPEST') == 'all') else [
+        'reservation_concurrency', 'flavor_reservation',
+        'host_reservation.TestHostReservationScenario.test_host_reservation',
+        'instance_reservation.TestInstanceReservationScenario.test_instance_reservation']
+
+
 @openstack
 @real
 @inlab
@@ -26015,11 +27204,11 @@ def test_tempests_scenarios_of_blazar_pass(tmp_path):
         (tmp_path / 'tempest.conf').write_text(TEMPEST_CONF.format(
             folder=tmp_path, image=admin.image.find_image('tiny').id, flavor=admin.compute.find_flavor('m1.small').id,
             **admin.config.config['auth']))
-        for suite in ('reservation_concurrency', 'flavor_reservation'):
-            done = subprocess.run(
-                [TEMPEST, '-c', TEMPEST_RUN, f'blazar_tempest_plugin.tests.scenario.test_{suite}'], cwd=tmp_path,
-                env=os.environ | {'TEMPEST_CONFIG_DIR': str(tmp_path)}, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0 and 'Ran 1 test' in done.stdout, done.stdout + done.stderr
+        done = subprocess.run(
+            [TEMPEST, '-c', TEMPEST_RUN, *(SCENARIO + each for each in SCENARIOS)], cwd=tmp_path,
+            env=os.environ | {'TEMPEST_CONFIG_DIR': str(tmp_path)}, capture_output=True, text=True, timeout=1200)
+        print(done.stdout, done.stderr)
+        assert done.returncode == 0 and f"Ran {8 if os.environ.get('TEMPEST') == 'all' else 4} tests" in done.stdout
     finally:
         first.end()
 
@@ -26295,7 +27484,7 @@ def bench_filter(folder: Path) -> None:
     try:
         fill(guarded.world, 10**5, 1)
         guarded.service.resource_update('place-0', cloud='lab-admin', mode='exclusive')
-        guarded.world.clouds.open('lab-admin').mark(guarded.name, 'place-0')
+        guarded.world.clouds.open('lab-admin').mark(cmres.Aggregate(guarded.name, {}, ''), 'place-0')
         guarded.service.add('mine', 'place-0', guarded.service.here.now, hours(2), vms=1000, project='bio')
         guarded.others_enabled(False)
         guarded.schedule(name='timed.TimedFilter', timed=TIMED)
@@ -26466,13 +27655,129 @@ def bench_caldav(folder: Path) -> None:
 
 
 def bench_start(folder: Path) -> None:
-    environment = os.environ | {'CMRES_DATABASE': str(folder / 'cmres.db')}
-    cmres.open_store(environment['CMRES_DATABASE'])
+    """The program and the command that `make` puts beside Python, against Python itself; processor time of each."""
+    variables = environment() | {'CMRES_DATABASE': str(folder / 'cmres.db')}
+    cmres.open_store(variables['CMRES_DATABASE'])
     cmres.close_store()
 
-    def run(*words):
-        return lambda turn: subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
-    show('start-up of `cmres.py list`', *by_turns(15, run(str(MODULE), 'list'), run('-c', 'pass')))
+    def seconds(*command) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, env=variables, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    command = Path(sys.executable).with_name('cmres')
+    ways = {'`python cmres.py list`': (sys.executable, str(MODULE), 'list'), '`cmres list`': (sys.executable, str(command), 'list')}
+    for name, words in ways.items():
+        if Path(words[1]).exists():
+            turns = [(seconds(*words), seconds(sys.executable, '-c', 'pass')) for _ in range(21)]
+            show(f'start-up of {name}', *(sorted(each)[10] for each in zip(*turns)))
+
+
+#: A page of a list, as plain as SQL can say it.
+RAW_PAGE = """SELECT * FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
+              JOIN resource s ON s.id = o.resource_id WHERE o.due IS NOT NULL {} ORDER BY o.start, o.id LIMIT 100"""
+
+
+def bench_pages(folder: Path) -> None:
+    """A page of `list` of 1e6 reservations, with each filter, against the same page in raw sqlite3; no statistics."""
+    world = World(folder)
+    fill(world, 10**6, 100, statistics=False)
+    raw = sqlite3.connect(world.config.database)
+    place = cmres.row("SELECT id FROM resource WHERE name = 'place-7'").id
+    asked = {'': {}, f'AND o.resource_id = {place}': {'resource': 'place-7'}, "AND r.user = 'u'": {'user': 'u'},
+             "AND r.project = 'p'": {'project': 'p'}, f'AND o.start >= {int(world.now) + 86400}': {'start': NOON + hours(24)}}
+    for where, filters in asked.items():
+        show(f"list, 100 of 1e6{', by ' + ' '.join(filters) if filters else ''}", *by_turns(
+            31, lambda turn, filters=filters: list(world.service.list(limit=100, **filters)),
+            lambda turn, where=where: raw.execute(RAW_PAGE.format(where)).fetchall()))
+    raw.close()
+    cmres.close_store()
+
+
+def bench_rehearsals(folder: Path) -> None:
+    """Dry runs against the deeds themselves, and a refusal with its offers against an `add`, at 5e4 steps of a resource."""
+    world = World(folder)
+    fill(world, 25_000, 1)
+    cmres.run('UPDATE resource SET vms = 60 WHERE name = ?', 'place-0')
+    cmres.remembered.change()
+    start = NOON + timedelta(days=200)
+    series = {'repeat': 'weekdays', 'count': 200}
+
+    def add(turn, **more):
+        world.service.add(f"x{turn}-{len(more)}", 'place-0', start + hours(turn), hours(1), **more)
+
+    def refused(turn):
+        with pytest.raises(NoCapacity):
+            world.service.add(f'no-{turn}', 'place-0', NOON + hours(turn), hours(100), vms=60)
+    show('a dry run of `add`', *by_turns(100, lambda turn: add(turn, dry_run=True), add))
+    show('a dry run of a series of 200', *by_turns(11, lambda turn: add(turn, dry_run=True, **series), lambda turn: add(turn, **series)))
+    show('a refusal with its offers, against an `add`', *by_turns(31, refused, lambda turn: add(1000 + turn)))
+    cmres.close_store()
+
+
+def bench_waiting(folder: Path) -> None:
+    """What 1e4 requests on the waiting list of one resource cost those who reserve another, and a pass."""
+    worlds = {}
+    for waits in (0, 10**4):
+        (folder / str(waits)).mkdir()
+        worlds[waits] = world = World(folder / str(waits))
+        fill(world, 10**4, 10)
+        world.service.resource_add('full', vms=1)
+        world.service.add('all', 'full', NOON + hours(1), timedelta(days=300))
+        if waits:
+            world.service.load([{'label': f'w{n}', 'resource': 'full', 'start': cmres.to_plain(NOON + hours(2 + n % 5000)), 'end': '+1h',
+                                 'wait': True} for n in range(waits)])
+            world.cycle.settle()
+    seen = collections.defaultdict(list)
+    for turn, waits in itertools.product(range(60), worlds):
+        world = worlds[waits]
+        cmres.open_store(world.config.database)
+        for name, deed in (('add elsewhere', lambda: world.service.add(f'n{turn}', 'place-3', NOON + hours(turn), hours(1))),
+                           ('a pass', lambda: world.cycle.converge(world.now))):
+            began = time.process_time()
+            deed()
+            seen[name, waits].append(time.process_time() - began)
+    for name in ('add elsewhere', 'a pass'):
+        show(f'{name}, while 1e4 wait', *(sorted(seen[name, waits])[30] for waits in (10**4, 0)))
+    cmres.close_store()
+
+
+def bench_load(folder: Path) -> None:
+    """How long an `add` of others takes while 1e5 lines are loaded: the 99th percentile, against the median alone."""
+    world = World(folder)
+    fill(world, 10**4, 100)
+    other, alone = world.as_user('bob', 'chemistry'), []
+    for turn in range(200):
+        began = time.perf_counter()
+        other.add(f'alone-{turn}', 'place-1', NOON + hours(turn), hours(1))
+        alone.append(time.perf_counter() - began)
+    lines = [{'label': f'l{n}', 'resource': f'place-{n % 100}', 'start': f'+{n % 3000 + 1}h', 'end': '+1h'} for n in range(10**5)]
+    loading = threading.Thread(target=lambda: world.as_user().load(lines))
+    loading.start()
+    beside = []
+    while loading.is_alive():
+        began = time.perf_counter()
+        other.add(f'beside-{len(beside)}', 'place-1', NOON + hours(len(beside) % 3000), hours(1))
+        beside.append(time.perf_counter() - began)
+        time.sleep(0.05)
+    loading.join()
+    show('`add` while 1e5 lines are loaded, 99 %', sorted(beside)[int(0.99 * len(beside))], sorted(alone)[100], f'of {len(beside)}')
+    cmres.close_store()
+
+
+def bench_memory(folder: Path) -> None:
+    """The resident memory of `serve` at 1e6 reservations, after some pages of lists."""
+    world = World(folder)
+    fill(world, 10**6, 100)
+    token = world.service.token_add('u', 'p', 'admin')['token']
+    cmres.close_store()
+    serving = Serving(folder, database=world.config.database)
+    serving.token = token
+    for _ in range(20):
+        assert serving.ask('GET', '/reservation?limit=100')[0] == 200
+    status = Path(f'/proc/{serving.process.pid}/status').read_text()
+    print(f"{'memory of `serve` at 1e6 reservations':58} {int(re.search('VmRSS: *([0-9]+)', status)[1]) / 1024:9.0f} MiB")
+    serving.stop()
 
 
 class InMemory(cmres.Simulated):
@@ -26726,9 +28031,10 @@ def bench_hosts(folder: Path) -> None:
 
 def bench() -> None:
     """All benchmarks, or those whose names are given."""
-    import tempfile
-    all_of_them = ('start rest keystone page lists calendar caldav add series claim filter hosts starts '
-                   'idle anger').split()
+    for operation in API.values():  # without what tests ask of each answer
+        setattr(cmres.Reservations, operation.name, getattr(cmres.Reservations, operation.name).__wrapped__)
+    all_of_them = ('start rest keystone page pages lists rehearsals waiting load memory calendar caldav add series claim '
+                   'filter hosts starts idle anger').split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
