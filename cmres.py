@@ -23697,7 +23697,8 @@ legend { font-weight: 650; padding: 0 8px 0 0 }
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
   .flat td[data-head]::before { content: attr(data-head) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] { flex: 1 }
+    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] {
+    flex: 1 0 auto }
   .flat td:is([data-name=label], [data-name=state], [data-name=change])::before { content: none }
   .seg { flex-wrap: wrap }
   .pick input { width: 24px; height: 24px }
@@ -24890,6 +24891,10 @@ def sentence(text: str) -> str:
     return text if not text or text[-1] in '.!?' else f'{text}.'
 
 
+def in_length(seconds: float | None) -> str:
+    return format_duration(seconds) if seconds else ''
+
+
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
 PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
         'aria-label="Select {1}"{2}></td>')
@@ -25340,8 +25345,8 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
-CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project FROM proposal p
-  JOIN reservation r ON r.id = p.reservation_id
+CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project
+  FROM proposal p INDEXED BY proposal_until CROSS JOIN reservation r ON r.id = p.reservation_id
   WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
@@ -27290,10 +27295,6 @@ def in_field(value) -> str:
     if isinstance(value, (list, tuple)):
         return ', '.join(map(str, value))
     return '' if value is None or value is False else 'true' if value is True else str(value)
-
-
-def in_length(seconds: float | None) -> str:
-    return format_duration(seconds) if seconds else ''
 
 
 def ready_after(seconds: float) -> str:

@@ -16179,7 +16179,7 @@ def test_people_look_after_their_tokens_on_the_page(world):
     assert world.service.token_list()[1]['ends'] == NOON + timedelta(days=90)
     form = [each for each in page.forms.values() if each.action == '/do/token_revoke'][-1]
     form_of(form.submit(), '/do/token_revoke').submit(status=303)
-    assert len(someone.get('/tokens').html.select('td[data-name=purpose]')) == 1
+    assert len(someone.get('/tokens').html.select('td[data-name=id]')) == 1
     assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
 
 
@@ -18740,7 +18740,7 @@ def test_for_ten_seconds_a_deed_is_done_for_its_owner_alone_and_undo_always_work
         return page.follow()
     page = do()
     for path in ('/list', '/r/lab?project=biology', '/'):
-        assert visitor.get(path).html.select('td .state.active, #live > p .state.active, a.b') == [], path
+        assert visitor.get(path).html.select('[data-name=label] ~ td .state.active, #live > p .state.active, a.b') == [], path
     assert 'Undo is possible until' in world.service.events('lab')[-1]['sentence'] and "'lab' is" in page.html.text
     world.now += 9
     world.cycle.settle()
