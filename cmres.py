@@ -57,9 +57,7 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import difflib
 import functools
 import gc
 import getpass
@@ -74,11 +72,7 @@ import logging
 import math
 import operator
 import os
-import queue
-import random
 import re
-import secrets
-import signal
 import socket
 import sqlite3
 import struct
@@ -86,10 +80,8 @@ import sys
 import textwrap
 import threading
 import time
-import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import escape, unescape
@@ -115,12 +107,14 @@ class Module:
         return getattr(importlib.import_module(self.__name__), name)
 
 
-base64, bottle, configparser, fire, gzip, hmac, ipaddress, select, shlex, shutil, smtplib, string, \
-    traceback, unicodedata, uuid, waitress, yaml = map(Module, (
-        'base64 bottle configparser fire gzip hmac ipaddress select shlex shutil smtplib string '
-        'traceback unicodedata uuid waitress yaml'.split()))
-email_message, email_utils, http_client, ElementTree = map(Module, (
-    'email.message', 'email.utils', 'http.client', 'xml.etree.ElementTree'))
+base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
+    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
+    zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
+        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
+        'zlib'.split()))
+email_message, email_utils, futures, http_client, ElementTree = map(Module, (
+    'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 
 __version__ = '0.1'
 
@@ -17261,7 +17255,7 @@ class Workers:
         self.fence = threading.Lock()
         self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
-        self.pools: dict[str, ThreadPoolExecutor] = {}
+        self.pools: dict[str, futures.ThreadPoolExecutor] = {}
         self.deeds = {
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
             **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
@@ -17277,8 +17271,8 @@ class Workers:
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
-                self.pools[account] = ThreadPoolExecutor(self.config.workers,
-                                                         thread_name_prefix=account)
+                self.pools[account] = futures.ThreadPoolExecutor(
+                    self.config.workers, thread_name_prefix=account)
             self.pools[account].submit(self.work, call)
         except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
             del self.flying[key]
