@@ -1347,6 +1347,8 @@ TEXTS = {
                 'was.\n\n{link}',
     'maintenance': 'Maintenance affects {label}, {start}\n{message}.\n\nYour reservation: {what}, '
                    '{when}\n{link}',
+    'affected': 'No host for {label}, {start}\n{message}.\n\nYour reservation: {what}, {when}\n'
+                '{link}',
     'ahead': '{label} could not start\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'unused': 'Nobody uses {label}\n{message}.\n\n{link}',
     'trouble': '{label}: not all VMs are running\n{message}.\n\n{link}',
@@ -1421,6 +1423,9 @@ class Config:
     common_names: str = setting('')
     poll_changing: float = setting(1.0, 0.01)
     poll_running: float = setting(60.0, 0.01)
+    sync_every: float = setting(300.0, 1)
+    hosts_every: float = setting(10.0, 0.1)
+    heal_after: float = setting(20.0, 0.0)
     retry_first: float = setting(5.0, 0.01)
     retry_max: float = setting(300.0, 0.01)
     leader_timeout: float = setting(6.0, 0.1)
@@ -1937,8 +1942,10 @@ WORDS = {
     'lasts': 'how long the token is valid, for example 90d',
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
+    'maintenance_add.host': 'close only this host',
     'find.lead': 'lead time before the start, which must be free too',
     'find.resource': 'name of the resource, or - for all of them',
+    'spare': 'so many hosts are kept for VMs whose own host fails (not the last one)',
     'limit': 'maximum number of lines',
     'lock': 'this long before its start, only an admin can change or cancel it; 0s: never',
     'metadata': 'metadata of the VMs: k=v,k=v',
@@ -1995,6 +2002,7 @@ WORDS = {
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
     'store': 'whose resources these are, as their second mark says',
+    'moves': 'only a server passes that counts there already',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -2751,6 +2759,7 @@ class ResourceAnswer(Answer):
     default_image: str
     default_vms: int
     hosts: list[str]
+    spare: int
     added: datetime
     min_free_time: int
 
@@ -2809,6 +2818,7 @@ class MaintenanceAnswer(Answer):
     vcpus: int | None
     ram: int | None
     classes: dict[str, int]
+    host: str
     reason: str
 
 
@@ -4013,6 +4023,10 @@ class Resource(Table):
     classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
     hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
     named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
+    # Nova's id of its aggregate, which may get another name; '' where no cloud has told it
+    aggregate_id = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # so many hosts are kept for when others fail
+    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     # whether Nova has a flavor for each lease that is active there
     flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     # what an event of a calendar program gets that says nothing; without any, no calendar
@@ -4054,6 +4068,8 @@ class Reservation(Table):
     personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
     # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
     affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # what their hosts must be like, as it was typed
+    demands = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
@@ -4128,7 +4144,13 @@ class Host(Table):
     ram = peewee.IntegerField()   # MiB
     classes = peewee.TextField()  # JSON
     units = peewee.TextField()    # JSON: least, most and step of one amount, by class; '': any
-    until = peewee.IntegerField()  # FOREVER, or since when it is not there
+    until = peewee.IntegerField()  # FOREVER, or since when nothing is planned there any more
+    # why: DISABLED or FAILING, as Nova says, or GONE_AWAY from the aggregate
+    state = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    # 1: it is one of those that are kept for when others fail
+    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    # JSON: what its cloud says of it, by name
+    properties = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])
 
 
 class Capacity(Table):
@@ -4144,6 +4166,8 @@ class Capacity(Table):
     held_ram = peewee.IntegerField()
     classes = peewee.TextField(default='')
     held_classes = peewee.TextField(default='')
+    # of one host only, which is closed then; it holds nothing of the sum
+    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
@@ -4558,7 +4582,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease()]
+    lambda: divide_lease(), lambda: add_host_states()]
 
 
 def long_texts(row: str) -> str:
@@ -5620,6 +5644,16 @@ def divide_lease() -> None:
     run("UPDATE lease SET name = '' WHERE name = 'scheduler'")
     for each in () if db.in_files else TELLING:
         run(each)
+
+
+def add_host_states() -> None:
+    """Version 23: what Nova says of hosts, what they are like, and when one alone is closed."""
+    name, number = "VARCHAR(255) NOT NULL DEFAULT ''", 'INTEGER NOT NULL DEFAULT 0'
+    add_columns('resource', {'aggregate_id': name, 'spare': number})
+    add_columns('host', {'state': name, 'spare': number,
+                         'properties': "TEXT NOT NULL DEFAULT '{}'"})
+    add_columns('capacity', {'host': name})
+    add_columns('reservation', {'demands': "TEXT NOT NULL DEFAULT ''"})
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -6866,67 +6900,26 @@ def free_windows(resource, amount: Amount, after: float,
                  before: float) -> Iterator[tuple[float, float]]:
     """The longest [begin, until) within [after, before) in which an amount fits, in order."""
     most = capacity(resource)
-    found = overlaps(free_of(resource.id, '', amount[:3], most[:3], after, before),
-                     free_of(resource.id, CLOSED, (0,), (0,), after, before))
-    for name, need in amount.classes:
-        found = overlaps(found,
-                         free_of(resource.id, name, (need,), (most.most(name),), after, before))
-    return found
-
-
-def free_of(resource: int, track: str, need: tuple, most: tuple, after: float,
-            before: float) -> Iterator[tuple[float, float]]:
-    """The free windows of one step function."""
-    rooms = [2**62 if limit is None else limit - each for limit, each in zip(most, need)]
-    free = None  # it may go on
-    for begin, until, more in ledger.within(resource, track, after, before):
-        left = [room - each for room, each in zip(rooms, more)]
-        for first, last in free_within(resource, track, left, begin, until):
-            if free and free[1] < first:
-                yield free
-                free = None
-            free = (free[0] if free else first, last)
-            if last < until:
-                yield free
-                free = None
-    if free:
-        yield free
-
-
-def free_within(resource: int, track: str, rooms: list, after: float,
-                before: float) -> Iterator[tuple[float, float]]:
-    """The windows in which no more than some figures is written as held."""
-    held = written_level(resource, track, after)
-    begin = after if all(each <= room for each, room in zip(held, rooms)) else None
-    at = after
-    while at < before:
-        at = next_step(resource, track, rooms, at, before, free=begin is None)
-        if begin is not None:
-            yield begin, at
-        begin = at if begin is None else None
-
-
-def next_step(resource: int, track: str, rooms: list, after: float, before: float,
-              free: bool) -> float:
-    """The first step in (after, before) within some figures, or beyond them; else `before`."""
-    within = ' AND '.join(f'{figure} <= ?' for figure, _ in zip(FIGURES, rooms))
-    found = run('SELECT at FROM step WHERE resource_id = ? AND track = ? AND at > ? AND at < ? AND '
-                f"{'' if free else 'NOT'} ({within}) ORDER BY at LIMIT 1",
-                resource, track, after, before, *rooms).fetchone()
-    return found[0] if found else before
-
-
-def overlaps(ones: Iterator, others: Iterator) -> Iterator[tuple[float, float]]:
-    """What windows of two kinds have in common, each in order and apart from one another."""
-    one, other = next(ones, None), next(others, None)
-    while one and other:
-        begin, until = max(one[0], other[0]), min(one[1], other[1])
-        if begin < until:
-            yield begin, until
-        if one[1] <= other[1]:
-            one = next(ones, None)
-        else:
-            other = next(others, None)
+    rooms = {'': [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])],
+             CLOSED: [0]}
+    rooms |= {name: [2**62 if most.most(name) is None else most.most(name) - need]
+              for name, need in amount.classes}
+    begin = None
+    while after < before:  # read in pieces, as the first window may be all that is wanted
+        later = run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at > ? "
+                    'AND at < ? ORDER BY at LIMIT 1 OFFSET 20', resource.id, after, before)
+        until = (later.fetchone() or (before,))[0]
+        for at, levels in steps_of(resource.id, [*rooms], after, until):
+            fits = all(each <= room for track, left in rooms.items()
+                       for each, room in zip(levels[track], left))
+            if fits and begin is None:
+                begin = at
+            elif begin is not None and not fits:
+                yield begin, at
+                begin = None
+        after = until
+    if begin is not None:
+        yield begin, before
 
 
 def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
@@ -6989,6 +6982,7 @@ class Need(NamedTuple):
     number: int
     affinity: str = ''  # or APART, or TOGETHER
     host: str = ''      # on this one alone, by its name
+    heals: bool = False  # also on hosts that are kept for when others fail
 
     @property
     def figures(self) -> tuple:
@@ -7015,6 +7009,11 @@ def planned_by_host(resource: int) -> bool:
     """Whether the hosts of a resource are known."""
     return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = ?) AS known',
                      resource)[0].known)
+
+
+def any_hosts() -> bool:
+    """Whether the hosts of any resource are known."""
+    return bool(once('SELECT EXISTS (SELECT 1 FROM host) AS known')[0].known)
 
 
 def read_placed(text: str | None) -> dict[int, int]:
@@ -7046,7 +7045,8 @@ ON_HOSTS = "track LIKE '@%'"
 def rooms_query(classes: tuple[str, ...]) -> str:
     """What each host has free in all of a window, of classes, vCPUs and RAM, in order of hosts.
 
-    Its parameters: resource, begin, until, a list of hosts or NULL for all, and what must be free.
+    Its parameters: resource, begin, until, a list of hosts or NULL for all, whether spare ones too,
+    and what must be free.
     """
     figures = [(f"coalesce(json_extract(h.classes, '$.{name}'), 0)", name, 'vms')
                for name in classes] + [('h.vcpus', '', 'vcpus'), ('h.ram', '', 'ram')]
@@ -7056,11 +7056,12 @@ def rooms_query(classes: tuple[str, ...]) -> str:
         free.append(f"""{most} - coalesce((SELECT max({column}) FROM {of_it} AND at < ?3 AND at >=
           coalesce((SELECT at FROM {of_it} AND at <= ?2 ORDER BY at DESC LIMIT 1), ?2)), 0) AS f{n}
           """)
-        enough.append(f'f{n} >= ?{n + 5}')
+        enough.append(f'f{n} >= ?{n + 6}')
     return f"""
       SELECT * FROM (SELECT h.id, h.units, {', '.join(free)} FROM host h
        WHERE h.resource_id = ?1 AND h.until >= ?3
-         AND (CAST(?4 AS TEXT) IS NULL OR h.id IN numbers(?4))) h
+         AND (CAST(?4 AS TEXT) IS NULL OR h.id IN numbers(?4))
+         AND h.spare <= CAST(?5 AS INTEGER)) h
        WHERE {' AND '.join(enough)} ORDER BY id"""
 
 
@@ -7070,12 +7071,13 @@ def rooms(need: Need, among: Iterable[int] | None = None,
     free; with `least`, so much of everything is enough.
     """
     names, enough = tuple(name for name, _ in need.each.classes), need.figures
+    need = need._replace(heals=need.heals or None not in (among, least))
     if least is not None:
         enough = (least,) * len(enough)
     changed = sorted(each for each in ledger.hosts(need.resource)
                      if among is None or each in among)
     written = run(rooms_query(names), *need[:3], None if among is None else json.dumps([*among]),
-                  *enough)
+                  int(need.heals), *enough)
     return heapq.merge(
         ((host, tuple(room)) for host, units, *room in written
          if host not in changed and suits(units, need)),
@@ -7086,7 +7088,7 @@ def rooms(need: Need, among: Iterable[int] | None = None,
 def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     """What a host has free where this transaction holds or gives back something, if it is there."""
     found = once('SELECT * FROM host WHERE id = ?', host)[0]
-    if found.until < need.until:
+    if found.until < need.until or found.spare and not need.heals:
         return
     most = amount_of_host(found)
     names = [name for name, _ in need.each.classes]
@@ -7129,7 +7131,8 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
     placed: Counter = Counter()
     for among in (had, None) if had else (None,):
         left = need.number - placed.total()
-        for host, room in rooms(need, among) if left else ():
+        looked = need._replace(heals=need.heals or among is not None)  # it may be there already
+        for host, room in rooms(looked, among) if left else ():
             many = how_many(room, need) - placed[host]
             taken = min(left, many, had[host] if among else left)
             placed[host] += max(taken, 0)
@@ -7141,23 +7144,53 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
     return {host: many for host, many in placed.items() if many} if not left else None
 
 
+MOST_STARTS = 200  # so many instants at which something could begin are looked at
+
+
+def free_slots(place, amount: Amount, affinity: str, after: int, before: float,
+               length: float) -> Iterator[tuple[float, float]]:
+    """The windows of a length at least within [after, before) in which an amount fits, in order; by
+    hosts, as all is planned now: from when each VM finds one, and until when at the longest.
+    """
+    need, latest = need_of(Hold(place.id, after, int(before), amount), affinity), 0
+    free = (each for each in free_windows(place, amount, after, before)
+            if each[1] - each[0] >= length)
+    if need.host or not need.takes or not planned_by_host(place.id):
+        yield from free
+        return
+    left = MOST_STARTS
+    for begin, until in free:
+        cuts = [at for at, in run(HOST_CUTS, place.id, begin, until, left)]
+        for at in [begin, *(at for at in cuts if at + length <= until)][:left]:
+            left -= 1
+            ends = [end for end in (*cuts, until) if end > at + length]
+            first = need._replace(begin=int(at), until=int(at + length))
+            if ends and ends[-1] > latest and first_fit(first) is not None:
+                fit = bisect_left(ends, True, key=lambda end: first_fit(
+                    first._replace(until=int(end))) is None)
+                latest = ends[fit - 1] if fit else at + length
+                yield at, latest
+
+
+#: When what is planned on any host of a resource changes within a window.
+HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resource_id = h.resource_id
+                AND step.track = '@' || h.id || ':' AND step.at > ?2 AND step.at < ?3
+               WHERE h.resource_id = ?1 ORDER BY step.at LIMIT ?4"""
+
+
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
-# not begun; that, in its turn, what is in its own way. Two searches do so, each from the plan as it
-# is, first on few hosts, then on more:
+# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is, on
+# few hosts, the last one on more: as often as a VM is without a host, it pushes out those that
+# failed least so far to find one; whoever fails is in the way the less, and has to be placed the
+# more.
 #
-#   chains  depth first: each VM pushes out the least that it can, at most so many pushes deep.
-#           Most of what can be found is found so, in a few milliseconds.
-#   guided  as often as one is without a host, it pushes out those that failed least so far to find
-#           one; whoever fails is in the way the less, and has to be placed the more.
-#
-# Ties go by order, and by dice that the request seeds, so that nothing is left to chance. All is
-# bounded by the looks at a VM on a host that it takes.
+# Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
+# host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = (8, 2_500), (32, 12_000)  # so many hosts, and looks at them in each search
-DEPTH, PUSHES = 2, 200
-MOST_SEARCHED = 0.5  # seconds of CPU, where a machine is too slow for so many looks
-SEARCHES = 20        # of one request, which may be a series
+SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
+PUSHES = 200
+SEARCHES = 20  # of one request, which may be a series
 
 
 class TooMuch(Exception):
@@ -7255,7 +7288,7 @@ class Scene:
     def look(self) -> None:
         """Counts a look at a VM on a host."""
         self.looks -= 1
-        if self.looks < 0 or self.looks % 50 == 0 and time.thread_time() > self.deadline:
+        if self.looks < 0:
             raise TooMuch
 
     def siblings(self, unit: Unit, host: int) -> list[Unit]:
@@ -7314,33 +7347,11 @@ class Scene:
             self.put(each, None)
         self.put(unit, host)
 
-    def chain(self, units: list[Unit], depth: int) -> bool:
-        """Whether each of some VMs finds a host, and so do those that it pushes out."""
-        return all(self.settle(unit, depth) for unit in sorted(units, key=lambda each: -each.size))
-
-    def settle(self, unit: Unit, depth: int) -> bool:
-        if host := self.best(unit):
-            self.put(unit, host)
-            return True
-        options = self.options(unit) if depth else []
-        for host, pushed in sorted(options, key=lambda option: (
-                sum(each.size for each in option[1]), option[0])):
-            before = {each: each.host for each in self.units + self.new}
-            self.push(unit, host, pushed)
-            if self.chain(pushed, depth - 1):
-                return True
-            self.back(before)
-        return False
-
-    def back(self, before: dict[Unit, int | None]) -> None:
-        """Puts VMs where they were."""
-        for unit, host in before.items():
-            if unit.host != host:
-                self.put(unit, host)
-
-    def guided(self, units: list[Unit], depth: int) -> bool:
-        """Whether each of some VMs finds a host, after many pushes."""
-        dice, out, left = random.Random(f'{units[0].figures} {self.cuts}'), [*units], {}
+    def solve(self, looks: int, turn: int) -> bool:
+        """Whether the new VMs find hosts, after so many looks at most."""
+        dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
+        out, left = [*self.new], {}
+        self.looks = looks
         for _ in range(PUSHES):
             out.sort(key=lambda each: (each.failures, each.share))
             unit, pushed = out.pop(), []
@@ -7358,17 +7369,6 @@ class Scene:
             self.push(unit, host, pushed)
             if not out:
                 return True
-        return False
-
-    def solve(self, looks: int, deadline: float) -> bool:
-        """Whether a search finds a host for each VM."""
-        self.deadline = deadline
-        for search in self.chain, self.guided:
-            self.looks = looks
-            with suppress(TooMuch):
-                if search(self.new, DEPTH):
-                    return True
-            self.back({unit: unit.was for unit in self.units + self.new})
         return False
 
     def moves(self) -> list[tuple]:
@@ -7417,18 +7417,16 @@ replans = Replans()
 def replan(need: Need, had: dict[int, int], now: float,
            own: int) -> tuple[dict[int, int], list[tuple]] | None:
     """The hosts of some VMs and the moves that make room for them, or None; changes nothing."""
-    deadline = time.thread_time() + MOST_SEARCHED
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for width, looks in SEARCHED:
+    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
-        if chosen and scene.solve(looks, deadline):
-            return dict(Counter(unit.host for unit in scene.new)), scene.moves()
-        if len(chosen) == len(nearest):
-            return None
+        with suppress(TooMuch):
+            if scene.solve(looks, turn):
+                return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
 
 
@@ -7454,7 +7452,8 @@ def most_on_hosts(need: Need) -> int:
     names = [name for name, _ in need.each.classes]
     return sum(how_many((*(classes.get(name, 0) for name in names), each.vcpus, each.ram), need)
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
-                                "?3 IN ('', name)", need.resource, need.until, need.host)
+                                "?3 IN ('', name) AND spare = 0",
+                                need.resource, need.until, need.host)
                for classes in [json.loads(each.classes)] if suits(each.units, need))
 
 
@@ -7464,15 +7463,27 @@ def on_hosts(found, now: float) -> tuple[Need, dict[int, int]]:
     return need._replace(begin=max(need.begin, int(now))), read_placed(found.placed)
 
 
+def closings(resource: int, now: float, host: str = '') -> Iterator[tuple[Need, int]]:
+    """When single hosts are closed, as if all of each was held, from now on: the need, the host."""
+    for each in rows('SELECT c.start, c."end" AS ended, h.* FROM capacity c JOIN host h ON '
+                     'h.resource_id = c.resource_id AND h.name = c.host WHERE c.resource_id = ? '
+                     'AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
+        if host in ('', each.name):
+            yield Need(resource, max(each.start, int(now)), each.ended, amount_of_host(each),
+                       1), each.id
+
+
 def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
     """Where (H3) does not hold, from now on: (track, instant), what is kept and what is right."""
-    right, kept = defaultdict(Profile), defaultdict(Profile)
+    right, kept, planned = defaultdict(Profile), defaultdict(Profile), []
     for found in rows("SELECT * FROM occurrence WHERE resource_id = ? AND due IS NOT NULL "
                       "AND held_until > ? AND placed <> ''", resource, now):
         need, placed = on_hosts(found, now)
         for host, number in placed.items() if need.begin < need.until else ():
-            for track, figures in (need.each * number).tracks:
-                right[on_host(host, track)].add(need.begin, need.until, figures)
+            planned.append((need._replace(each=need.each * number), host))
+    for need, host in itertools.chain(planned, closings(resource, now)):
+        for track, figures in need.each.tracks:
+            right[on_host(host, track)].add(need.begin, need.until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
                                    f'= ? AND {ON_HOSTS} ORDER BY track, at', resource):
         kept[track].ats.append(at)
@@ -7482,6 +7493,23 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
             held = kept[track].at(at), right[track].at(at)
             if at >= now and held[0] != held[1]:
                 yield (track, at), *held
+
+
+def forget_past(now: float) -> int:
+    """Forgets what was planned on hosts until a day ago; how much. Only the future is checked."""
+    hosts = rows('SELECT id, resource_id, classes FROM host')
+    tracks = [(each.resource_id, on_host(each.id, name), int(now) - DAY)
+              for each in hosts for name in ('', *json.loads(each.classes))]
+    return run(DROP_PAST, json.dumps(tracks)).rowcount if tracks else 0
+
+
+DROP_PAST = of_list("""
+  DELETE FROM step WHERE (resource_id, track, at) IN (
+    SELECT s.resource_id, s.track, s.at FROM p CROSS JOIN step s
+        ON s.resource_id = p.resource AND s.track = p.track AND s.at < (
+           SELECT max(at) FROM step e
+            WHERE e.resource_id = p.resource AND e.track = p.track AND e.at <= p.at))""",
+                    'resource', 'track', 'at')
 
 
 def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
@@ -7587,13 +7615,54 @@ class Machine(NamedTuple):
     fence: Callable[[], None] = lambda: None
 
 
+class HostTold(NamedTuple):
+    """What a cloud says of a host besides what it holds."""
+    #: Of classes of which not any amount is given out: least, most and step of one.
+    units: dict[str, tuple] = {}
+    state: str = ''  # DISABLED, FAILING, UNKNOWN_HOST, or that it takes VMs
+    others: dict[str, Amount] = {}  # what servers take there that are not ours, by id
+    properties: dict[str, str] = {}
+
+
+DISABLED, FAILING, GONE_AWAY = 'disabled', 'down', 'gone'  # why nothing is planned on a host
+UNKNOWN_HOST = 'unknown'  # Placement has no such host
+
+
 class Aggregate(NamedTuple):
     """A host aggregate as the operator of a cloud sees it."""
     name: str
     hosts: dict[str, Amount]  # what each holds, by Placement
     mark: str  # the resource that it is marked with, or ''
-    #: Of hosts that don't give out any amount: least, most and step of one, by class.
-    units: dict[str, dict[str, tuple]] = {}
+    told: dict[str, HostTold] = {}
+    id: str = ''     # Nova's
+    owner: str = ''  # the store of which it has a mark, or ''
+
+
+#: In the metadata of an aggregate: its resource, which Nova's scheduler asks for, and whose.
+MARKS = 'cmres', 'cmres_store'
+
+
+def in_classes(figures: dict[str, int]) -> Amount:
+    """What Placement tells by classes."""
+    classes = sorted((name, each) for name, each in figures.items()
+                     if name not in ('VCPU', 'MEMORY_MB') and each)
+    return Amount(0, figures.get('VCPU', 0), figures.get('MEMORY_MB', 0), tuple(classes))
+
+
+def host_state(nodes: list) -> str:
+    """What Nova says of a host, by its hypervisors."""
+    if all(each.state == 'down' for each in nodes):
+        return FAILING
+    return DISABLED if all(each.status == 'disabled' for each in nodes) else ''
+
+
+def known_servers(now: float) -> set[str]:
+    """The ids of servers that take what is held for them: ours, and those of reservations."""
+    return {uid for uid, in run(
+        "SELECT uid FROM server WHERE uid IS NOT NULL AND state <> 'deleted' AND due IS NOT NULL "
+        "UNION SELECT uid FROM server WHERE uid IS NOT NULL AND state = 'kept' "
+        'UNION SELECT c.server FROM claim c LEFT JOIN occurrence o ON o.id = c.occurrence '
+        'WHERE c.due IS NOT NULL AND coalesce(o.held_until, ?) >= ?', now, now)}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -7659,7 +7728,7 @@ def cloud_of(account: str) -> str:
 
 OF_PERSON = '~'  # before the id of a credential in the name of an account
 MEASURED_CALLS = set('things boot servers delete server start stop shelve snapshot saved '
-                     'aggregates mark hosts lend trust subnet'.split())
+                     'aggregates states mark hosts lend trust subnet'.split())
 calling = threading.local()  # whether this thread is in such a call already
 
 
@@ -7796,11 +7865,17 @@ class Cloud:
         """The id of the subnet of a network that has an address; '' if it knows none."""
         return ''
 
-    def mark(self, aggregate: str, resource: str) -> None:
-        """Marks an aggregate with a resource, so that Nova's scheduler asks for it; '' takes the
-        mark away.
+    def mark(self, aggregate: Aggregate, resource: str) -> None:
+        """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
+        store, so that no other one takes it; '' takes the marks away.
         """
         raise NotImplementedError
+
+    def states(self) -> dict[str, tuple[str, list[str]]]:
+        """What Nova says of each host, as a HostTold has it; of those that are down, which servers
+        are there.
+        """
+        return {}
 
     def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
         """Where each server is; None if it is gone, has failed or takes nothing of any host."""
@@ -8162,37 +8237,81 @@ class OpenStack(Cloud):
             found = [each for each in cloud.compute.aggregates()
                      if (not host or host in (each.hosts or []))
                      and LENT_BY not in (each.metadata or {})]
-        hosts = {one for each in found for one in each.hosts or [] if host in ('', one)}
-        told = {one: self.host_holds(one) for one in sorted(hosts)}
-        return [Aggregate(each.name, {one: told[one][0] for one in sorted(each.hosts or [])
-                                      if one in told}, (each.metadata or {}).get('cmres', ''),
-                          {one: told[one][1] for one in each.hosts or [] if one in told})
-                for each in found]
+        nodes, ours = self.nodes(), known_servers(time.time())
+        names = {one for each in found for one in each.hosts or [] if host in ('', one)}
+        read = {one: self.host_holds(one, nodes[one], ours) for one in sorted(names)}
+        return [self.aggregate_of(each, read) for each in found]
 
-    def host_holds(self, host: str) -> tuple[Amount, dict[str, tuple]]:
-        """What Placement gives out of a host and of what is in it (total, reserved, ratio), and of
-        which class only some amounts.
+    def aggregate_of(self, found, read: dict[str, tuple[Amount, HostTold]]) -> Aggregate:
+        """An aggregate of those of its hosts that were read."""
+        metadata, names = found.metadata or {}, [one for one in found.hosts or [] if one in read]
+        said = {key: value for key, value in metadata.items() if key not in MARKS}
+        told = {one: read[one][1]._replace(properties=said | read[one][1].properties)
+                for one in sorted(names)}
+        return Aggregate(found.name, {one: read[one][0] for one in told},
+                         metadata.get(MARKS[0], ''), told, f'{found.id}',
+                         metadata.get(MARKS[1], ''))
+
+    def nodes(self) -> dict[str, list]:
+        """The hypervisors of each host, the names of which may be others than its own."""
+        found = defaultdict(list)
+        with self.calling('list hypervisors', sure=True) as cloud:
+            for each in cloud.compute.hypervisors(details=True):
+                found[(each.service_details or {}).get('host') or each.name].append(each)
+        return found
+
+    def states(self):
+        told = {host: (host_state(nodes), []) for host, nodes in self.nodes().items()}
+        for host in [host for host, (state, _) in told.items() if state == FAILING]:
+            told[host] = FAILING, [each.id for each in self.servers_on(host)]
+        return told
+
+    def servers_on(self, host: str) -> list:
+        """All servers on a host, whose they may be."""
+        with self.calling('list the servers of a host', sure=True) as cloud:
+            return [*cloud.compute.servers(all_projects=True, host=host)]
+
+    def host_holds(self, host: str, nodes: list, ours: set[str]) -> tuple[Amount, HostTold]:
+        """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
+        which class only some amounts, what is in use there, and its traits.
         """
-        found, units = defaultdict(int), {}
+        found, units, used, traits = Counter(), {}, defaultdict(Counter), {}
         with self.calling('tell what a host holds', sure=True) as cloud:
             placement = cloud.placement
-            for root in placement.resource_providers(name=host):
-                for provider in placement.resource_providers(in_tree=root.id):
-                    for each in placement.resource_provider_inventories(provider):
-                        name = each.resource_class or each.id
-                        most = int((each.total - each.reserved) * each.allocation_ratio)
-                        found[name] += most
-                        unit = each.min_unit or 1, each.max_unit or most, each.step_size or 1
-                        if unit[0] > 1 or unit[1] < most or unit[2] > 1:
-                            units[name] = unit
-        return Amount(0, found['VCPU'], found['MEMORY_MB'], tuple(sorted(
-            (name, each) for name, each in found.items()
-            if name not in ('VCPU', 'MEMORY_MB') and each))), units
+            inside = [provider for node in nodes
+                      for provider in placement.resource_providers(in_tree=node.id)]
+            for provider in inside:
+                for each in placement.resource_provider_inventories(provider):
+                    name = each.resource_class or each.id
+                    most = int((each.total - each.reserved) * each.allocation_ratio)
+                    found[name] += most
+                    unit = each.min_unit or 1, each.max_unit or most, each.step_size or 1
+                    if unit[0] > 1 or unit[1] < most or unit[2] > 1:
+                        units[name] = unit
+                at = f'/resource_providers/{provider.id}'
+                for uid, takes in self.placed(f'{at}/allocations').get('allocations', {}).items():
+                    used[uid].update(takes['resources'])
+                traits |= dict.fromkeys(self.placed(f'{at}/traits').get('traits', ()), 'yes')
+        others = {}
+        if used.keys() - ours:
+            there = [each for each in self.servers_on(host) if self.store not in (each.tags or ())]
+            others = {each.id: in_classes(used[each.id]) for each in there if each.id in used}
+        return in_classes(found), HostTold(units, host_state(nodes) if inside else UNKNOWN_HOST,
+                                           others, traits)
+
+    def placed(self, path: str) -> dict:
+        """What Placement answers."""
+        answer = self.connection.placement.get(path, microversion='1.6')
+        answer.raise_for_status()
+        return answer.json()
 
     def mark(self, aggregate, resource):
         with self.calling('mark an aggregate', sure=True) as cloud:
-            found = next(each for each in cloud.compute.aggregates() if each.name == aggregate)
-            cloud.compute.set_aggregate_metadata(found, {'cmres': resource or None})
+            found = next(each for each in cloud.compute.aggregates()
+                         if aggregate.id in ('', f'{each.id}') and (
+                             aggregate.id or each.name == aggregate.name))
+            marks = (resource, self.store) if resource else (None, None)
+            cloud.compute.set_aggregate_metadata(found, dict(zip(MARKS, marks)))
 
     def register(self, address: str, dry_run: bool) -> list[dict]:
         """Writes into the catalog where Blazar's clients find cmres; a line for each difference."""
@@ -8403,12 +8522,17 @@ class Simulated(Cloud):
     def aggregates(self, host=''):
         marks = dict(run('SELECT substr(name, 6), value FROM fact '
                          "WHERE name LIKE 'mark-%'").fetchall())
-        return [each._replace(mark=marks.get(each.name, '')) for each in self.AGGREGATES
-                if not host or host in each.hosts]
+        return [each._replace(mark=mark, owner=each.owner or mark and self.store)
+                for each in self.AGGREGATES if not host or host in each.hosts
+                for mark in [marks.get(each.name, '')]]
+
+    def states(self):
+        return {host: (told.state, []) for each in self.AGGREGATES
+                for host, told in each.told.items()}
 
     def mark(self, aggregate, resource):
         with transaction():
-            note_fact(f'mark-{aggregate}', resource)
+            note_fact(f'mark-{aggregate.name}', resource)
 
     def hosts(self, uids):
         there = {each.uid for each in self.present()}
@@ -10507,7 +10631,7 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset("""
   now resource_id held_from held_until placed over due reservation user_data existing ever runs told
   slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
-  pending priority choices named trusted flavors""".split())
+  pending priority choices named trusted flavors aggregate_id""".split())
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -10663,6 +10787,12 @@ def lowered(before: Amount, after: Amount) -> bool:
     pairs = [*zip(before[:3], after[:3]),
              *((before.most(name), most) for name, most in after.classes)]
     return any(most is not None and (was is None or most < was) for was, most in pairs)
+
+
+#: The hosts on which VMs of a cloud are planned.
+PLANNED_HOSTS = f"""SELECT h.* FROM host h JOIN resource s ON s.id = h.resource_id
+                     WHERE s.cloud = ? AND s.removed IS NULL AND h.state <> '{GONE_AWAY}'
+                     ORDER BY h.id"""
 
 
 def spread(name: str, lateness: list[float]) -> dict:
@@ -10827,13 +10957,19 @@ class Service:
     def ask_admins(self, now: float, sentence: str, reservation: int,
                    notify: Iterable[str]) -> None:
         """Appends that an admin must answer, which admins hear of as well."""
-        admins = filter(None, map(str.strip, self.config.notify_admins.split(',')))
-        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *admins]))
+        self.journal(now, 'pending', sentence, reservation,
+                     dict.fromkeys([*notify, *self.admins]))
 
     def tell(self, now: float, code: str, sentence: str, found,
-             occurrence: int | None = None) -> None:
+             occurrence: int | None = None, admins: bool = False) -> None:
         """Appends an event about a row that tells its reservation and whom to notify."""
-        self.journal(now, code, sentence, found.reservation, json.loads(found.notify), occurrence)
+        self.journal(now, code, sentence, found.reservation, dict.fromkeys(
+            [*json.loads(found.notify), *(self.admins if admins else ())]), occurrence)
+
+    @property
+    def admins(self) -> list[str]:
+        """Where admins hear of what they must know."""
+        return [*filter(None, map(str.strip, self.config.notify_admins.split(',')))]
 
     def resolve(self, start, end) -> tuple[int, int]:
         """The seconds of a window: a length as start counts from now, as end from the start."""
@@ -13584,9 +13720,10 @@ class Offers:
         """The same later: where there is room, and when something ends that was in the way."""
         begin, need = max(wish.held[0], int(self.service.clock())), wish.held[1] - wish.held[0]
         ends = self.ends_after(wish, begin, others)
-        for first, last in free_windows(wish.resource, wish.amount, begin, LAST.timestamp()):
+        for first, last in free_slots(wish.resource, wish.amount, wish.affinity, begin,
+                                      LAST.timestamp(), need):
             inside = [at for at in ends if first < at <= last - need]
-            for at in [int(first), *inside] if last - first >= need else ():
+            for at in [int(first), *inside]:
                 start = at + wish.lead
                 yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
 
@@ -13610,7 +13747,8 @@ class Offers:
     def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
         """The same as long as there is room, if that is longer than what it has already."""
         begin, _ = self.reasons.to_come(wish)
-        first, last = next(free_windows(wish.resource, wish.amount, begin, wish.end), (None, 0))
+        first, last = next(free_slots(wish.resource, wish.amount, wish.affinity, begin, wish.end,
+                                      1), (None, 0))
         length, before = int(last) - wish.start, old.end - old.start if old else 0
         if first == begin and before < length < wish.end - wish.start:
             text = format_duration(length)
@@ -14009,8 +14147,11 @@ class Requests(Operations):
                 raise Conflict(f'{len(refused)} of {len(rows)} lines were refused. Nothing was '
                                'reserved.', refused=refused)
             return {'taken': taken, 'refused': refused}
-        if dry_run or unread and not partial:
-            return self.carry_out(deed, dry_run=True)
+        only_asks = dry_run or unread and not partial
+        if only_asks or any_hosts():  # a search takes no lock
+            answer = self.carry_out(deed, dry_run=True)
+        if only_asks:
+            return answer
         try:
             taken, refused = self.take_in_turns(requests, partial)
         except NoCapacity:
@@ -14652,8 +14793,7 @@ class Requests(Operations):
                 continue
             by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
             amount = (self.wishes.each_takes(known, place) + by_hand) * vms
-            windows = free_windows(place, amount, begin - ahead, until)
-            slots = (each for each in windows if each[1] - each[0] >= need + ahead)
+            slots = free_slots(place, amount, '', begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
                       for (first, last), _ in zip(slots, range(limit))]
         if len(refusals) == len(places):
@@ -14824,11 +14964,12 @@ class Plan(Operations):
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, lock: Span = None,
                         default_flavor: Name = None, default_image: Name = None,
-                        default_vms: Figure = None, force: bool = False,
+                        default_vms: Figure = None, spare: Figure = None, force: bool = False,
                         dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
-        If existing reservations no longer fit, the change needs --force. It cancels nothing; the
+        With --spare, nobody can reserve so many of its hosts: VMs go there whose own host fails. If
+        existing reservations no longer fit, the change needs --force. It cancels nothing; the
         answer lists the affected occurrences, the newest first.
 
         Example:
@@ -14838,6 +14979,7 @@ class Plan(Operations):
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
                 for field in (*PLACE, *FIGURES) if asked[field] is not None}
         new |= {} if mode is None else {'mode': self.read_mode(mode)}
+        new |= {} if spare is None else {'spare': spare}
         lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
         new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
@@ -14855,6 +14997,8 @@ class Plan(Operations):
                 change(Resource, found.id, **new)
             before, found = found, self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
+            if spare is not None:
+                self.keep_spare(found, now)
             homeless = (self.no_longer_fitting(found, now)
                         if lowered(capacity(before), capacity(found)) else [])
             self.refuse_homeless(name, [] if force else homeless)
@@ -14948,93 +15092,234 @@ class Plan(Operations):
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
-        there = {each.name: each for each in self.shares.ask(target, opened.aggregates)}
+        there = self.shares.ask(target, opened.aggregates)
+        names = [each.name for each in there]
         for name in aggregates:
-            if name not in there:
-                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, there)}")
-        chosen = [there[name] for name in aggregates or there if aggregates or there[name].mark]
+            if name not in names:
+                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, names)}")
+        ours = ('', self.clouds.store)
+        chosen = [each for each in there if each.name in aggregates
+                  or not aggregates and each.mark and each.owner in ours]
+        self.refuse_of_others(cloud, chosen)
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
         wanted |= {'flavors': flavors} if flavors is not None else {}
-        replans.found, replans.searches = {}, 10 * SEARCHES
-        for rehearsed in dict.fromkeys((True, dry_run)):  # first, since a search takes no lock
-            with self.writing(rehearsed) as now:
-                synced = [self.sync_one(cloud, each, wanted, reservable_hosts, force, now)
-                          for each in chosen]
-        # outside the transaction: it is a call to the cloud
+        how = wanted, reservable_hosts, force
+        synced = self.after_search(
+            lambda now: [self.sync_one(cloud, each, *how, now) for each in chosen], dry_run)
+        lines = [line for _, found in synced for line in found]
         for each, (name, _) in zip(chosen, synced):
-            if each.mark != name and not dry_run:
-                self.shares.ask(target, functools.partial(opened.mark, each.name, name))
-        return [line for (name, lines), each in zip(synced, chosen) for line in lines + (
-            [{'resource': name, 'what': 'mark', 'before': each.mark or None, 'after': name}]
-            if each.mark != name else [])]
+            if (each.mark, each.owner) != (name, self.clouds.store):
+                lines.append({'resource': name, 'what': 'mark', 'before': each.mark or None,
+                              'after': name})
+                if not dry_run:  # outside the transaction: it is a call to the cloud
+                    self.shares.ask(target, functools.partial(opened.mark, each, name))
+        return lines
+
+    def refuse_of_others(self, cloud: str, chosen: list[Aggregate]) -> None:
+        """Refuses aggregates that another cmres has marked: both would promise the same hosts."""
+        for each in chosen:
+            if each.owner not in ('', self.clouds.store):
+                raise Conflict(
+                    f"The aggregate '{each.name}' of {cloud} belongs to another cmres, so its "
+                    f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
+                    f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
+
+    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False) -> list:
+        """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
+        end with lines, and without any line there is nothing to do.
+        """
+        replans.found, replans.searches = {}, 10 * SEARCHES
+        for rehearsed in dict.fromkeys((True, dry_run)):
+            with self.writing(rehearsed) as now:
+                done = deed(now)
+            if not any(each[-1] for each in done):
+                break
+        return done
+
+    def follow(self, cloud: str, told: list[Aggregate]) -> None:
+        """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
+        for each in told:
+            found = self.synced_before(cloud, each)
+            if not found or each.owner not in ('', self.clouds.store):
+                continue
+            if found.named:  # what can be reserved by its name, an admin decides
+                known = json.loads(found.hosts)
+                each = each._replace(hosts={name: holds for name, holds in each.hosts.items()
+                                            if name in known})
+            try:
+                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)])
+            except Conflict as error:
+                log.warning('%s', error)
+
+    def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
+        """Plans on other hosts what has begun on those that have been down for long enough: first on
+        those with room, in their order, where spare ones come last; then where what has not begun
+        makes way. Tells their names.
+        """
+        lost = [each for each in rows(PLANNED_HOSTS, cloud)
+                if each.state == FAILING and each.until <= now - self.config.heal_after]
+        for each in lost:
+            place, gone = resource_of(each.resource_id), {each.id: True}
+            there = row('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                        'held_until > ? AND placed LIKE ?', place.id, now, f'%"{each.id}":%')
+            if there:
+                self.after_search(lambda now: [(
+                    self.see_whom_it_affects(place, gone, False, False, True, now), True)])
+        return [each.name for each in lost]
+
+    def synced_before(self, cloud: str, aggregate: Aggregate):
+        """The resource of an aggregate: by Nova's id, as names change; where none is known, by the
+        name.
+        """
+        return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
+                        ?2 <> '' AND aggregate_id = ?2
+                        OR (?2 = '' OR aggregate_id = '') AND aggregate = ?3)
+                       ORDER BY aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
         """Makes or updates the resource of an aggregate; its name, a line a difference."""
-        found = row('SELECT * FROM resource WHERE cloud = ? AND aggregate = ? AND removed IS NULL',
-                    cloud, aggregate.name)
+        found = self.synced_before(cloud, aggregate)
         before = found._asdict() if found else {'mode': '', 'named': ''}
         if wanted:
             self.refuse_idle((before | wanted)['mode'], before | wanted)
+        aggregate = self.left_by_others(aggregate, now)
         new = self.synced(aggregate, before, named) | wanted
         name = found.name if found else calendar_name(aggregate.name)
         lines = [{'resource': name, 'what': field, 'before': in_brief(field, was),
                   'after': in_brief(field, value)} for field, value in new.items()
-                 for was in [getattr(found, field, None)] if was != value]
+                 for was in [getattr(found, field, None)]
+                 if was != value and (found or not field.startswith('aggregate'))]
         if not found:
-            self.add_synced(cloud, aggregate.name, name, new, now)
+            self.add_synced(cloud, name, new, now)
         elif lines:
             change(Resource, found.id, **new)
             self.rehold_changes(self.look.resource_row(name), now)
         place = self.look.resource_row(name)
-        other, suspects = self.sync_hosts(place.id, aggregate, now)
+        other, suspects = self.sync_hosts(place, aggregate, now)
         lines += [{'resource': name, 'what': f'host {host}', 'before': before, 'after': after}
                   for host, before, after in other if found]
-        homeless = self.rehouse(place.id, suspects, now) if other else []
+        first = any(before is None for _, before, _ in other)  # what was a sum may have no hosts
+        lines += self.see_whom_it_affects(place, suspects, bool(other), first, force, now)
         if found and lines:
-            homeless += self.must_go(place, int(now), int(LAST.timestamp()))
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
-        if not force:
-            found = self.look.in_order(homeless[:1000], fields=SLIM)
-            self.refuse_homeless(name, list(map(public, found)))
         return name, lines
 
-    def sync_hosts(self, resource: int, aggregate: Aggregate,
+    def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
+        """An aggregate with what its hosts have besides what servers take that are not ours.
+
+        Raises:
+          Conflict: Placement knows nothing of a host.
+        """
+        left, ours = {}, known_servers(now)
+        for name, holds in aggregate.hosts.items():
+            told = aggregate.told.get(name, HostTold())
+            if told.state == UNKNOWN_HOST:
+                raise Conflict(
+                    f"Placement has no resource provider for the host '{name}' of the aggregate "
+                    f"'{aggregate.name}', so what it holds is not known. Look whether its "
+                    'nova-compute runs, or take it out of the aggregate. Nothing was changed.')
+            others = [takes for uid, takes in told.others.items() if uid not in ours]
+            left[name] = holds.beyond(sum(others, NOTHING))
+        return aggregate._replace(hosts=left)
+
+    def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: bool, first: bool,
+                            force: bool, now: float) -> list[dict]:
+        """Plans anew what must be after its resource has changed, and refuses that, or with
+        `force` tells whom it affects; a line if these are others than before.
+        """
+        key, keep = f'affected {place.id}', int(now)
+        before = [*map(int, json.loads(fact(key) or '[]'))]
+        if not (changed or suspects or before):
+            return []
+        homeless = self.rehouse(place.id, suspects, now, None if first else before)
+        homeless += self.must_go(place, keep, int(LAST.timestamp())) if changed else []
+        new = [id for id in dict.fromkeys(homeless) if id not in before]
+        if not force:
+            self.refuse_homeless(place.name, list(map(public, self.look.in_order(
+                new[:1000], fields=SLIM))))
+        if sorted({*homeless}) == sorted(before):
+            return []
+        for each in self.look.in_order(new) if not rehearsal.on else ():
+            self.tell(now, 'affected', f"the hosts of '{place.name}' have changed, and no host has "
+                      f'room for all of its VMs ({quantity("vms", each.vms)} from '
+                      f'{self.config.told_window(each.start, each.end, each.tz)}). If nothing '
+                      'becomes free, not all of them can start: choose another time or fewer VMs',
+                      each, each.id, admins=True)
+        if not rehearsal.on:
+            note_fact(key, json.dumps(sorted({*homeless})))
+        return [{'resource': place.name, 'what': 'reservations without a host',
+                 'before': len(before), 'after': len({*homeless})}]
+
+    def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
         """Notes the hosts of a resource as its cloud tells them; of those that are otherwise, what
         they were and what they are, and of those that were there, whether they are gone.
         """
         known = {each.name: each for each in rows('SELECT * FROM host WHERE resource_id = ?',
-                                                  resource)}
-        told = {name: {'vcpus': each.vcpus, 'ram': each.ram, 'until': FOREVER,
-                       'classes': json.dumps(dict(each.classes)),
-                       'units': json.dumps(units) if (units := aggregate.units.get(name)) else ''}
-                for name, each in aggregate.hosts.items()}
-        told |= {name: {'until': int(now)} for name, each in known.items()
-                 if name not in told and each.until > now}
+                                                  place.id)}
+        told = {name: self.host_columns(holds, aggregate.told.get(name, HostTold()),
+                                        known.get(name), now)
+                for name, holds in aggregate.hosts.items()}
+        told |= {name: {'until': int(now), 'state': GONE_AWAY} for name, each in known.items()
+                 if name not in told and each.state != GONE_AWAY}
         other, suspects = [], {}
         for name, columns in told.items():
             was = {field: getattr(known.get(name), field, None) for field in columns}
             if name not in known:
-                insert(Host, resource=resource, name=name, **columns)
+                insert(Host, resource=place.id, name=name, **columns)
             elif was != columns:
-                change(Host, known[name].id, **columns)
-                suspects[known[name].id] = columns['until'] <= now
+                self.change_host(known[name], columns, now)
+                suspects[known[name].id] = columns['state'] == GONE_AWAY
             if was != columns:
                 other.append((name, was if name in known else None, columns))
+        if other:
+            self.keep_spare(place, now)
         return other, suspects
 
-    def rehouse(self, resource: int, suspects: dict[int, bool], now: float) -> list[int]:
-        """Plans anew what has no host, or one of `suspects` that is gone (True) or too full; the
-        ids of what finds none. What has begun comes first, then the priority, then the start.
+    def host_columns(self, holds: Amount, told: HostTold, before, now: float) -> dict:
+        """A host that its cloud tells, as its row; since when nothing is planned there stays."""
+        lasts = told.state and before and before.state == told.state
+        until = before.until if lasts else int(now) if told.state else FOREVER
+        return {'vcpus': holds.vcpus, 'ram': holds.ram, 'classes': json.dumps(dict(holds.classes)),
+                'units': json.dumps(told.units) if told.units else '', 'until': until,
+                'state': told.state, 'properties': json.dumps(told.properties, sort_keys=True)}
+
+    def change_host(self, found, columns: dict, now: float) -> None:
+        """Writes what is otherwise of a host; where it is closed for a while, all of it stays so."""
+        for sign, deed in ((-1, lambda: change(Host, found.id, **columns)), (1, lambda: None)):
+            for need, id in closings(found.resource_id, now, found.name):
+                hold_on(need, {id: sign})
+            deed()
+
+    def keep_spare(self, place, now: float) -> None:
+        """Keeps some hosts, the last in their order and never all, for when others fail: what has
+        not begun there is planned elsewhere, if it can be.
         """
-        live = rows("""
+        there = rows('SELECT id FROM host WHERE resource_id = ? AND until = ? ORDER BY id DESC',
+                     place.id, FOREVER)
+        last = [each.id for each in there[:-1][:place.spare]]
+        run('UPDATE host SET spare = iif(id IN numbers(?), 1, 0) WHERE resource_id = ?',
+            json.dumps(last), place.id)
+        remembered.change()
+        self.rehouse(place.id, dict.fromkeys(last), now)
+
+    def rehouse(self, resource: int, suspects: dict[int, bool], now: float,
+                those: Iterable[int] | None = ()) -> list[int]:
+        """Plans anew what is on one of `suspects` that is gone (True), has too little (False), or
+        is kept (None), and those of some ids, or without any list all that have no host; the ids of
+        what finds none. What has begun comes first, then the priority, then the start.
+        """
+        on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
+        live = rows(f"""
             SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
              WHERE o.resource_id = ? AND o.due IS NOT NULL AND o.held_until > ?
                AND o.held_until > o.held_from
-             ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""", resource, int(now), now)
+               AND (CAST(? AS TEXT) IS NULL OR o.id IN numbers(?) {on})
+             ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""",
+                    resource, int(now), *[None if those is None else json.dumps([*those])] * 2, now)
         short = [each.id for each in live[::-1] if self.lacks_hosts(each, suspects, now)]
         return [id for id in short[::-1] if not self.finds_hosts(id, now)]
 
@@ -15045,7 +15330,7 @@ class Plan(Operations):
         need, placed = on_hosts(found, now)
         off = {host: number for host, number in placed.items() if suspects.get(host)
                or host in suspects and found.held_from > now
-               and not any(rooms(need, [host], least=0))}
+               and (suspects[host] is None or not any(rooms(need, [host], least=0)))}
         if off:
             hold_on(need, off, -1)
             placed = Counter(placed) - Counter(off)
@@ -15058,8 +15343,8 @@ class Plan(Operations):
                     'ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(affinity=found.affinity), had, found.held_from <= now,
-                            now, found.reservation_id)
+        placed = find_hosts(need._replace(affinity=found.affinity, heals=True), had,
+                            found.held_from <= now, now, found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
@@ -15073,21 +15358,22 @@ class Plan(Operations):
         """The columns of a resource that its aggregate tells."""
         total = stored(sum(aggregate.hosts.values(), NOTHING))
         new = {figure: each for figure, each in total.items() if figure != 'vms'}
-        new |= {'hosts': json.dumps([*aggregate.hosts])}
+        new |= {'hosts': json.dumps([*aggregate.hosts]), 'aggregate': aggregate.name}
+        new |= {'aggregate_id': aggregate.id} if aggregate.id else {}
         if named or named is None and before['named']:
             new['named'] = json.dumps({
                 host: {'vcpus': each.vcpus, 'ram': each.ram} | dict(each.classes)
                 for host, each in aggregate.hosts.items()})
         return new | ({'named': ''} if named is False else {})
 
-    def add_synced(self, cloud: str, aggregate: str, name: str, new: dict, now: float) -> None:
+    def add_synced(self, cloud: str, name: str, new: dict, now: float) -> None:
         """Makes the resource of an aggregate."""
         self.policy.refuse_taken_resource(name)
         insert(Resource, **{'name': name, 'cell': '', 'cloud': cloud, 'region': '',
-                            'aggregate': aggregate, 'vms': None, 'mode': '', 'named': '',
+                            'vms': None, 'mode': '', 'named': '',
                             'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
-                     f"'{aggregate}'")
+                     f"'{new['aggregate']}'")
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
@@ -15112,8 +15398,12 @@ class Plan(Operations):
 
     @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
-                        affected: Name = 'notify', dry_run: bool = False) -> CapacityChangeAnswer:
-        """Closes a resource from START to END. Nothing new can be reserved or started in this time.
+                        affected: Name = 'notify', host: Name = '',
+                        dry_run: bool = False) -> CapacityChangeAnswer:
+        """Closes a resource from START to END, or one HOST of it. Nothing new can be reserved or
+        started in this time.
+
+        What is planned on a closed host is planned on others first, if it has not begun.
 
         --affected says what happens to affected reservations. With --dry-run you see them first.
 
@@ -15121,7 +15411,7 @@ class Plan(Operations):
           python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run
         """
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', affected,
-                                    dry_run)
+                                    dry_run, host)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
@@ -15131,7 +15421,7 @@ class Plan(Operations):
           python cmres.py maintenance list
         """
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
-                     'c.classes, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
+                     'c.classes, c.host, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
                      'WHERE c.removed IS NULL AND c.end > ? '
                      f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
@@ -15153,42 +15443,75 @@ class Plan(Operations):
                 raise NotFound(f'There is no maintenance {id}.')
             self.bookings.hold_capacity(found.resource_id, found.start, found.end,
                                         NOTHING - amount_of(found, 'held_'))
+            self.hold_closing(found, now, -1)
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'cancelled {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
-                        dry_run: bool) -> dict:
-        """Gives a resource another capacity for a while; without `most`, none."""
+                        dry_run: bool, host: str = '') -> dict:
+        """Gives a resource another capacity for a while, without `most` none, or closes a host."""
         refuse_unknown_word('affected', then, THEN)
+        replans.found, replans.searches = {}, 10 * SEARCHES
+        if host and not dry_run:  # a search takes no lock
+            self.change_capacity(name, start, end, most, reason, then, True, host)
         with self.writing(dry_run) as now:
             place = self.look.resource_row(name)
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
             classes = (CLOSED, *capacity(place).names)
-            most = most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
+            always = Amount(*[None] * 3)
+            most = always if host else most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
             held = self.difference(place, most)
-            if held == NOTHING:
+            if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
                                'Set one first.',
                                hint=f'resource update {name} --vms N')
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
-                        **stored(held, 'held_'), reason=reason, added=int(now), removed=None)
+                        **stored(held, 'held_'), host=host, reason=reason, added=int(now),
+                        removed=None)
             when = self.config.told_window(begin, until)
-            closes = dict(most.classes).get(CLOSED) == 0
+            closes = host or dict(most.classes).get(CLOSED) == 0
             what = 'is closed' if closes else 'has another capacity'
-            why = f"'{name}' {what} from {when}: {reason}"
+            whose = f"The host {host} of '{name}'" if host else f"'{name}'"
+            why = f"{whose} {what} from {when}: {reason}"
             self.journal(now, 'resource', why)
-            homeless = self.homeless(place, max(begin, int(now)), until)
+            homeless = self.look.in_order(
+                self.on_closed_host(row('SELECT * FROM capacity WHERE id = ?', id), now) if host
+                else self.must_go(place, max(begin, int(now)), until), fields=SLIM)
             hit = self.in_pieces(homeless, why, then) if dry_run else []
         if not dry_run:
             hit = self.in_pieces(homeless, why, then)
             self.wake()
         return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                 'reason': reason, 'hit': hit, 'affected': hit}
+
+    def hold_closing(self, closing, now: float, sign: int) -> int | None:
+        """Holds all of the host that a change of capacity closes, or gives it back; its id."""
+        found = closing.host and row('SELECT * FROM host WHERE resource_id = ? AND name = ?',
+                                     closing.resource_id, closing.host)
+        if found and closing.end > now:
+            hold_on(Need(found.resource_id, max(closing.start, int(now)), closing.end,
+                         amount_of_host(found), 1), {found.id: sign})
+        return found and found.id
+
+    def on_closed_host(self, closing, now: float) -> list[int]:
+        """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
+        stays there, or has no host.
+        """
+        host = self.hold_closing(closing, now, 1)
+        if not host:
+            names = [name for name, in run('SELECT name FROM host WHERE resource_id = ?',
+                                           closing.resource_id)]
+            raise NotFound(f"host: '{closing.host}' is no known host of this resource"
+                           f'{nearest(closing.host, names)}')
+        stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                    'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
+                    int(now), closing.start, f'%"{host}":%')
+        return [each.id for each in stay] + self.rehouse(closing.resource_id, {host: False}, now)
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
@@ -15262,8 +15585,8 @@ class Plan(Operations):
                 return place.name, found.start
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
-            first = next((int(first) for first, last in free_windows(
-                here, amount_of(found), found.held_from, LAST.timestamp()) if last - first >= need),
+            first = next((int(first) for first, _ in free_slots(
+                here, amount_of(found), found.affinity, found.held_from, LAST.timestamp(), need)),
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
@@ -15292,16 +15615,13 @@ class Plan(Operations):
 
     def no_longer_fitting(self, place, now: float) -> list[dict]:
         """The occurrences for which there is no room any more, as answers show them."""
-        found = self.homeless(place, int(now), int(LAST.timestamp()))
+        found = self.look.in_order(self.must_go(place, int(now), int(LAST.timestamp())),
+                                   fields=SLIM)
         return list(map(public, found[:1000]))
 
-    def homeless(self, place, begin: int, until: int) -> list:
-        """Where more is held than there is, as many of the latest added as must go."""
-        return self.look.in_order(self.must_go(place, begin, until), fields=SLIM)
-
     def must_go(self, place, begin: int, until: int) -> list[int]:
-        """The ids of those. What is not approved yet goes first; what fits after all, since an
-        earlier one had to go, stays.
+        """The ids of as many of the latest added as must go where more is held than there is. What
+        is not approved yet goes first; what fits after all, since an earlier one had to go, stays.
         """
         most = capacity(place)
         levels = dict(steps(place.id, begin, until, most.names))
@@ -15411,12 +15731,14 @@ class Claims(Operations):
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), store: Name = '', dry_run: bool = False) -> list[ClaimAnswer]:
+              hosts: Names = (), store: Name = '', moves: bool = False,
+              dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
+        With --moves, only a server passes that counts there already.
 
         Example:
           python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
@@ -15431,7 +15753,7 @@ class Claims(Operations):
         def decide() -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, need, label, project, user, hosts, now)
+                    name, server, projects, users, need, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
@@ -15510,7 +15832,8 @@ class Claims(Operations):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, hosts: list[str], now: float) -> dict:
+                 label: str, project: str, user: str, hosts: list[str], moves: bool,
+                 now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
@@ -15518,6 +15841,8 @@ class Claims(Operations):
             return {'passes': bool(place), 'why': why, 'hosts': None}
         there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
                     'AND due IS NOT NULL', place.id, server)
+        if moves and not there:
+            return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         resized = there and there.host and had != need
         if resized:  # until that is confirmed, Nova holds both
@@ -16710,7 +17035,7 @@ class Records(Operations):
         leases = run('DELETE FROM blazar_lease WHERE id IN (SELECT id FROM blazar_lease '
                      f'WHERE "end" < ? LIMIT {most})', before).rowcount
         objects = self.forget_objects(now, before, most)
-        return len(old) + len(events) + gone + len(changes) + leases + objects
+        return len(old) + len(events) + gone + len(changes) + leases + objects + forget_past(now)
 
     def forget_objects(self, now: float, before: int, most: int) -> int:
         """Forgets what calendar programs wrote that is long over, later that it was there."""
@@ -17262,7 +17587,9 @@ class Workers:
             'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
             'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
             'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
-            'ahead': self.do_ahead}
+            'ahead': self.do_ahead,
+            'hosts': lambda call: self.clouds.open(call.target).aggregates(),
+            'states': lambda call: self.clouds.open(call.target).states()}
 
     def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
         if self.busy(key):
@@ -18209,11 +18536,77 @@ def note_lent(lent: Lent, what: str, id) -> None:
     run('UPDATE blazar_lease SET parts = ? WHERE id = ?', json.dumps(parts), lent.lease)
 
 
+class HostWatch:
+    """Has resources follow the hosts of their clouds, and VMs leave hosts that are down."""
+
+    def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
+        self.service, self.leader, self.workers = service, leader, workers
+        self.told: list[Job] = []  # what clouds have told and nobody has looked at
+        self.silent: dict[tuple, str] = {}  # why one tells nothing
+
+    def ask(self, verb: str) -> None:
+        """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
+        them, 'states' whether they take VMs.
+        """
+        planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
+                                           'id IN (SELECT resource_id FROM host)')}
+        for cloud in sorted(planned & self.leader.served):  # on an account of its own
+            self.workers.submit((verb, cloud), verb, f' hosts of {cloud}', cloud, cloud)
+
+    def record(self, result: Job, now: float) -> None:
+        fault = result.error and fault_of(result.error)
+        if fault and fault != self.silent.get(result.key):
+            log.warning('the hosts of %s were not looked at: %s', result.target, fault)
+        self.silent[result.key] = fault
+        if not fault:
+            self.told.append(result)
+
+    def follow(self, now: float) -> None:
+        """Follows what was told since the last pass; outside of a transaction, as it may search."""
+        told, self.told = self.told, []
+        for each in told:
+            if each.verb == 'hosts' and each.target in self.leader.held:
+                self.service.follow(each.target, each.answer)
+            if each.verb == 'hosts' or each.target not in self.leader.held:
+                continue
+            if any(each.answer.get(host.name, (host.state,))[0] != host.state
+                   for host in rows(PLANNED_HOSTS, each.target)):
+                self.ask('hosts')
+            for host in self.service.leave_lost_hosts(each.target, now):
+                self.leave(host, each.answer.get(host, ('', []))[1], now)
+
+    def leave(self, host: str, there: list[str], now: float) -> None:
+        """Lets VMs on a host that is down be deleted and made again: Nova takes them for up."""
+        left = rows(f"{SERVERS} WHERE v.uid IN names(?) AND v.goal = 'up' AND NOT v.borrowed "
+                    "AND v.state NOT IN ('planned', 'error', 'deleting', 'deleted', 'kept') "
+                    'ORDER BY v.id',
+                    json.dumps(there))
+        if left:
+            with self.leader.acting():
+                for each in left:
+                    change(Server, each.id, state='error', fault=f'its host {host} is down',
+                           due=now)
+                tell_vanished(self.service.config, left, now, f'the host {host} is down, so these '
+                              'VMs and everything on them are lost')
+
+
+def tell_vanished(config: Config, servers: list, now: float,
+                  why: str = 'the cloud lost these VMs and everything on them') -> None:
+    """Tells of the servers of each occurrence that vanished; once, while they come and go."""
+    for those in grouped(servers, 'occurrence_id'):
+        id = those[0].occurrence_id
+        again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
+        note_of(config, now, 'vanished', f'{why}; cmres creates them again: {named(those)}',
+                those[0], None if again else json.loads(those[0].notify))
+        change(Occurrence, id, up_told=None)  # so that it is told when they are up
+        look_again(id, now)
+
+
 class Reconciler:
     """Records what calls came to."""
 
     def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
-                 health: Health, post: Post, lender: Lender):
+                 health: Health, post: Post, lender: Lender, watch: HostWatch):
         self.config, self.clouds, self.service = service.config, service.clouds, service
         self.leader, self.workers, self.health = leader, workers, health
         # Since when servers were seen to boot, by account.
@@ -18222,7 +18615,8 @@ class Reconciler:
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
-            'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead}
+            'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
+            'hosts': watch.record, 'states': watch.record}
 
     def record(self, now: float) -> None:
         """Writes down what calls came to since the last pass; that waits until it has worked."""
@@ -18383,7 +18777,7 @@ class Reconciler:
         for server, found in matched:
             if server.cloud in self.leader.held:
                 vanished += self.compare(server, found, result, now)
-        self.tell_vanished(vanished, now)
+        tell_vanished(self.config, vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
             "state <> 'deleted'",
             now + self.config.poll_running, account)
@@ -18521,18 +18915,6 @@ class Reconciler:
                 next_server(), now, server.id)
             change(Server, server.id, begun=None, ready=None)
 
-    def tell_vanished(self, servers: list, now: float) -> None:
-        """Tells of the servers of each occurrence that vanished; once, while they come and go."""
-        for those in grouped(servers, 'occurrence_id'):
-            id = those[0].occurrence_id
-            again = row('SELECT up_told FROM occurrence WHERE id = ?', id).up_told is None
-            note_of(self.config, now, 'vanished', 'the cloud lost these VMs and everything on '
-                                                  'them; cmres '
-                                                  f'creates them again: {named(those)}', those[0],
-                    None if again else json.loads(those[0].notify))
-            change(Occurrence, id, up_told=None)  # so that it is told when they are up
-            look_again(id, now)
-
 
 # Life cycle ###################################################################
 #
@@ -18563,8 +18945,9 @@ class LifeCycle:
         self.planner = Planner(config, clouds, service, self.leader, self.workers)
         self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
         self.lender = Lender(self.workers)
+        self.watch = HostWatch(service, self.leader, self.workers)
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
-                                     self.post, self.lender)
+                                     self.post, self.lender, self.watch)
         self.passed = time.monotonic()  # when a pass has worked last
         self.stale = False  # whether series are still to be carried on
         self.dropping = False  # whether more is to be dropped that was begun and not ended
@@ -18587,6 +18970,7 @@ class LifeCycle:
             self.sweep()
         self.clocks.latest = now
         self.reconciler.record(now)
+        self.watch.follow(now)
         self.workers.give_up()
         acts_for_none = '' in self.leader.served
         if acts_for_none:
@@ -18639,6 +19023,8 @@ class LifeCycle:
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
+        for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
+            beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
         self.leader.shares = True
         threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
@@ -18666,10 +19052,10 @@ class LifeCycle:
         # What was due already is done, or waits for a call, and each of them wakes us when it ends.
         return 0 if self.goes_on else min(self.soonest, self.leader.calm_until) - self.clocks.now()
 
-    def guarded(self, deed: Callable[[], float]) -> float:
+    def guarded(self, deed: Callable[..., float], *what) -> float:
         """Does what is repeated: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
-            return deed()
+            return deed(*what)
         except LostLease as error:
             log.warning('%s', error)
         except (Unavailable, *STORE_ERRORS) as error:
@@ -18794,6 +19180,11 @@ class LifeCycle:
             for account in self.clouds.accounts({cloud}):
                 self.workers.submit((verb, account), verb, account, what(account), cloud)
 
+    def look_at_hosts(self, verb: str) -> None:
+        """Asks clouds for their hosts."""
+        if self.clocks.clock() < self.leader.leased_until:
+            self.watch.ask(verb)
+
     def check_file(self) -> None:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
         self.workers.submit(('integrity',), 'integrity', ' store', store_file.path)
@@ -18865,6 +19256,10 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            replans.found, replans.searches = {}, 2  # in a pass: VMs wait to be started
+            if any_hosts():
+                with self.service.writing(dry_run=True):  # a search takes no lock
+                    self.service.waiting.admit_waiting(now)
             with self.leader.acting():
                 self.line_moves = self.service.waiting.admit_waiting(now)
 
@@ -20600,7 +20995,7 @@ class Blazar:
         there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
         place = view.sync(cloud, aggregate._replace(hosts=there))
         if aggregate.mark != place:
-            view.asks(cloud, lambda opened: opened.mark(aggregate.name, place))
+            view.asks(cloud, lambda opened: opened.mark(aggregate, place))
         view.set_extras(host_id(cloud, name), extras)
         return {'host': view.host(host_id(cloud, name)).shown}
 
@@ -27654,20 +28049,22 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         them.
 
         With the hint `cmres` it goes to hosts of cmres alone; without it, it uses up no reservation
-        where there are other hosts, unless `without_hint` says so.
+        where there are other hosts, unless `without_hint` says so, or it has moved in before.
         """
         marks = [(host, self.marks(host)) for host in hosts]
         inside, label = [host.host for host, names in marks if names], self.hint(spec)
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        if asks and not label and outside:
+        moves = bool(spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts) and not label
+        if asks and not label and outside and not moves:
             verdicts = dict.fromkeys(resources, False)
         else:
-            verdicts = self.ask_all(resources, spec, label, inside) if asks else {}
+            verdicts = self.ask_all(resources, spec, label, inside, moves and outside) if asks else {}
+        stays = label or moves and outside and any(verdicts.values())
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
-            if passes and (names or not label):
+            if passes and (names or not stays):
                 yield host
 
     def hint(self, spec) -> str:
@@ -27689,24 +28086,23 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
 
-    def ask_all(self, resources: list[tuple], spec, label: str,
-                hosts: list[str]) -> dict[tuple, bool | list]:
+    def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts."""
         verdicts = {}
         for store in {each[0] for each in resources}:
             names = [name for owner, name in resources if owner == store]
-            found = self.ask(store, names, spec, label, hosts)
+            found = self.ask(store, names, spec, *about)
             verdicts |= {(store, name): found[name] for name in names}
         return verdicts
 
-    def ask(self, store: str, names: list[str], spec, label: str,
-            hosts: list[str]) -> dict[str, bool | list]:
+    def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
+            moves: bool) -> dict[str, bool | list]:
         """What the cmres says that has some resources; a refusal is logged with its reason."""
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
                 spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
-                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts])
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts], moves)
         except Error as error:
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(names, settings.when_down == 'open')
@@ -27716,7 +28112,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
 
-    def answer(self, store: str, settings, asked: list) -> list[dict]:
+    def answer(self, store: str, settings, asked: list, moves: bool) -> list[dict]:
         """What the first cmres answers that has a store; without several, it is the only one."""
         last = settings.token[-1]  # which may be that of all
         doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
@@ -27725,7 +28121,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         for url, token in doors:
             try:
                 found = Client(url, token, settings.timeout).claim(
-                    *asked, **({'store': store} if doors[1:] else {}))
+                    *asked, store=store if doors[1:] else '', moves=moves)
             except Error as refusal:
                 error = refusal if not isinstance(refusal, NotFound) else error or refusal
                 continue

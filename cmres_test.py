@@ -2867,7 +2867,7 @@ def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once
 
 
 #: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
-KINDS = {
+LOCKED_KINDS = {
     'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
     'COUNTED': ('refuse_unlimited', [('x', 'a'), ('y', 'b')], {}),
     'LABEL': ('refuse_taken_label', [('x', 'a'), ('x', 'b')], {}),
@@ -2875,9 +2875,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize('removed', [False, True])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOCKED_KINDS)
 def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
-    name, adds, more = KINDS[kind]
+    name, adds, more = LOCKED_KINDS[kind]
     rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
 
     def slow_rule(*args):
@@ -11262,10 +11262,11 @@ def test_how_to_log_in_stands_beside_each_vm(world):
 # Service: plans by hosts ##################################################
 
 
-def rack(world, monkeypatch, hosts, units={}, **how):
+def rack(world, monkeypatch, hosts, units={}, told=None, **how):
     """A resource `gpu` of hosts, {name: GPUs}, each of 128 vCPUs and 1 TiB, with flavors g1, g2, ... of so many GPUs."""
     amounts = {name: cmres.Amount(0, 128, 2**20, (('CUSTOM_GPU', gpus), ('DISK_GB', 2000))) for name, gpus in hosts.items()}
-    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate('gpu', amounts, '', dict.fromkeys(amounts, units)),))
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate(
+        'gpu', amounts, '', {name: cmres.HostTold(units, **(told or {}).get(name, {})) for name in amounts}),))
     for n in range(1, 9):
         monkeypatch.setitem(cmres.Simulated.FLAVORS, f'g{n}', cmres.Flavor(16 * n, 2**17 * n, (('CUSTOM_GPU', n),)))
     monkeypatch.setitem(cmres.Simulated.FLAVORS, 'c80', cmres.Flavor(80, 1024))
@@ -11411,12 +11412,17 @@ def refuse_broken_rule(world, before: dict, lost: set = frozenset()):
     """THE RULE OF HOSTS, from nothing but what is booked, where that is planned, and what the hosts have."""
     hosts = {each.id: each for each in cmres.rows('SELECT * FROM host')}
     there, changes = by_host(world), collections.defaultdict(collections.Counter)
+    closed = {(each.host, at) for each in cmres.rows("SELECT * FROM capacity WHERE host <> '' AND removed IS NULL")
+              for at in range(each.start, each.end, 1800)}
     for id, each in there.items():
         placed = {int(host): number for host, number in json.loads(each.placed or '{}').items()}
         assert sum(placed.values()) == each.vms or world.homeless, 'H1: not planned whole'
         assert each.affinity != 'apart' or set(placed.values()) <= {1}, 'H1: not apart'
         assert each.affinity != 'together' or len(placed) <= 1, 'H1: not together'
-        assert all(hosts[host].until > world.now for host in placed), 'H1: on a host that is lost'
+        assert all(hosts[host].state != 'gone' for host in placed), 'H1: on a host that is lost'
+        if each.held_from > world.now:
+            assert not any(hosts[host].state for host in placed), 'planned where nothing may start'
+            assert not closed & {(hosts[host].name, at) for host in placed for at in range(each.held_from, each.held_until, 1800)}
         if id in before and before[id].held_from <= world.now and each.held_from <= world.now:
             old = {int(host): number for host, number in json.loads(before[id].placed or '{}').items()}
             assert all(placed.get(host, 0) >= min(old[host], each.vms - sum(n for h, n in old.items() if h != host))
@@ -11460,7 +11466,11 @@ def random_deeds(world, monkeypatch, seed, number):
             (1, 'flavor', lambda: eva.update(label, flavor=flavor)), (2, 'delete', lambda: eva.delete(label)),
             (1, 'plan', lambda: eva.add(f'r{step}', 'gpu', vms=vms, flavor=flavor, dry_run=True, **window)),
             (2, 'time', lambda: setattr(world, 'now', world.now + dice.choice((60, 1800, 7200)))),
-            (0.4, 'host', lambda: rack(world, monkeypatch, changed, force=True))]
+            (0.4, 'host', lambda: rack(world, monkeypatch, changed, told=told, force=True)),
+            (0.2, 'close', lambda: root.maintenance_add('gpu', window['start'], window['end'], host='h1')),
+            (0.2, 'open', lambda: root.maintenance_delete(root.maintenance_list()[0]['id'] if root.maintenance_list() else 0)),
+            (0.2, 'spare', lambda: root.resource_update('gpu', spare=dice.randrange(2)))]
+        told = {'h1': {'state': 'disabled'}} if dice.random() < 0.3 else {}
         changed = dice.choice(({'h1': 8, 'h2': 8}, {'h1': 8, 'h3': 8}, {'h1': 8, 'h2': 8, 'h3': 8}, {'h1': 8, 'h2': 4, 'h3': 8}))
         weights, names, calls = zip(*deeds)
         n = dice.choices(range(len(deeds)), weights)[0]
@@ -11478,7 +11488,7 @@ def random_deeds(world, monkeypatch, seed, number):
             refused = True
         if refused:
             assert rows == [cmres.rows(f'SELECT * FROM {table}') for table in ('occurrence', 'step', 'host')], 'H5'
-        if names[n] == 'host':
+        if names[n] in ('host', 'close'):
             world.homeless = True
             world.homeless = any(sum(json.loads(each.placed or '{}').values()) < each.vms
                                  for each in by_host(world).values())
@@ -11508,6 +11518,7 @@ def count_moves(world, monkeypatch):
 MUTATIONS = [
     ('make_moves', "        run('UPDATE occurrence SET placed = ? WHERE id = ?', after, id)\n", ''),
     ('rooms_query', '(SELECT at FROM {of_it} AND at <= ?2 ORDER BY at DESC LIMIT 1)', 'NULL'),
+    ('Plan.host_columns', 'if told.state else FOREVER', 'if None else FOREVER'),
     ('find_hosts', 'now, own)\n    placed, moves', '0, own)\n    now = 0\n    placed, moves'), ('Scene.siblings', 'if unit.apart', 'if None')]
 
 
@@ -11606,6 +11617,254 @@ def test_few_are_refused_for_whom_there_is_a_plan(world):
     pytest.importorskip('ortools')
     found = demand(world, 'plain', 2, 28, seed=2)
     assert found['moved'] and found['hosts'] and found['wrong'] <= found['asked'] // 50
+
+
+def survey(world):
+    """What the life cycle does every few minutes: asks the clouds for their hosts, and follows."""
+    world.cycle.settle()
+    for verb in ('hosts', 'states'):
+        world.cycle.watch.ask(verb)
+        world.cycle.settle()
+
+
+def told_hosts(monkeypatch, hosts, told=None, id='', owner='', name='gpu'):
+    """What the simulated cloud tells of its hosts by now: {name: GPUs}, and more of some."""
+    amounts = {each: cmres.Amount(0, 128, 2**20, (('CUSTOM_GPU', number), ('DISK_GB', 2000))) for each, number in hosts.items()}
+    more = {each: cmres.HostTold(**(told or {}).get(each, {})) for each in amounts}
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate(name, amounts, 'gpu', more, id, owner),))
+
+
+def affected(world, label):
+    return [each['sentence'] for each in world.service.events(label) if each['code'] == 'affected']
+
+
+def test_a_renamed_aggregate_is_the_same_resource(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='7')
+    racks.service.resource_sync('simulated')
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='7', name='gpus-of-today')
+    lines = racks.service.resource_sync('simulated', ['gpus-of-today'])
+    assert [(each['what'], each['before'], each['after']) for each in lines if each['what'] != 'mark'] == [
+        ('aggregate', 'gpu', 'gpus-of-today')]
+    assert [each['name'] for each in racks.service.resource_list()] == ['demo', 'gpu']
+    told_hosts(monkeypatch, {'h1': 8}, id='9')  # another one has the old name
+    with pytest.raises(Conflict, match="'gpu'"):
+        racks.service.resource_sync('simulated', ['gpu'])
+
+
+def test_the_aggregate_of_another_cmres_is_refused_and_left_alone(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8}, owner='cmres-other')
+    with pytest.raises(Conflict, match="The aggregate 'gpu' of simulated belongs to another cmres, so its hosts would be promised twice"):
+        racks.service.resource_sync('simulated', ['gpu'])
+    assert racks.service.resource_sync('simulated') == []
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_what_is_planned_on_a_host_that_nova_lets_nothing_start_on_moves_and_what_has_begun_stays(racks, monkeypatch):
+    gpus(racks, 'runs', 'g4', start=1, end=6)
+    gpus(racks, 'comes', 'g4', start=3, end=5)
+    gpus(racks, 'later', 'g8', start=4, end=6)
+    assert [planned(each) for each in ('runs', 'comes', 'later')] == [[{'h1': 1}], [{'h1': 1}], [{'h2': 1}]]
+    racks.at(2)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'state': 'disabled'}})
+    survey(racks)
+    assert planned('runs') == [{'h1': 1}] and planned('comes') == [{}] or planned('later') == [{}]
+    short = 'comes' if planned('comes') == [{}] else 'later'
+    assert len(affected(racks, short)) == 1 and 'no host has room for all of its VMs (1 VM from' in affected(racks, short)[0]
+    survey(racks)
+    assert len(affected(racks, short)) == 1 and racks.service.check()['differences'] == 0
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g4', start=4, end=5)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
+    survey(racks)
+    assert all(planned(each) != [{}] for each in ('runs', 'comes', 'later')) and racks.service.check()['differences'] == 0
+    assert cmres.fact(f"affected {racks.service.resource_show('gpu')['id']}") == '[]'
+
+
+def test_what_others_take_of_a_host_is_not_promised(racks, monkeypatch):
+    theirs = {'somebody': cmres.Amount(0, 16, 1024, (('CUSTOM_GPU', 3),))}
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': theirs}})
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 13
+    gpus(racks, 'big', 'g8')
+    assert planned('big') == [{'h2': 1}]
+    with pytest.raises(NoCapacity, match='hold 1 of 2 VMs at most|not on single hosts'):
+        gpus(racks, 'no', 'g6', vms=2, start=3, end=4)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
+    survey(racks)
+    gpus(racks, 'yes', 'g6', vms=2, start=3, end=4)
+
+
+def test_servers_of_ours_are_nobody_elses(racks, monkeypatch):
+    gpus(racks, 'mine', 'g2', image='cirros')
+    racks.at(1.5)
+    uid = cmres.rows('SELECT uid FROM server')[0].uid
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': {uid: cmres.Amount(0, 32, 2**18, (('CUSTOM_GPU', 2),))}}})
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_a_host_that_placement_does_not_know_is_named_and_nothing_changes(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 0}, {'h2': {'state': 'unknown'}})
+    with pytest.raises(Conflict, match="Placement has no resource provider for the host 'h2' of the aggregate 'gpu'"):
+        racks.service.resource_sync('simulated', ['gpu'])
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+
+
+def test_a_look_that_finds_nothing_else_writes_nothing(racks):
+    survey(racks)
+    before = cmres.db.state()
+    survey(racks)
+    assert cmres.db.state() == before
+
+
+def test_a_host_that_is_closed_for_a_while_is_planned_around(racks):
+    gpus(racks, 'runs', 'g2', start=1, end=6)
+    gpus(racks, 'comes', 'g4', start=3, end=5)
+    gpus(racks, 'after', 'g8', start=5, end=6)
+    racks.at(2)
+    assert planned('comes') == [{'h1': 1}]
+    with pytest.raises(NotFound, match="host: 'h3' is no known host of this resource"):
+        racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h3')
+    would = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1', dry_run=True)
+    made = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1', reason='fan')
+    assert [each['label'] for each in would['affected']] == [each['label'] for each in made['affected']] == ['runs']
+    assert planned('comes') == [{'h2': 1}] and planned('runs') == [{'h1': 1}]
+    told, = [each['sentence'] for each in racks.service.events('runs') if each['code'] == 'maintenance']
+    assert told.startswith("The host h1 of 'gpu' is closed from") and ': fan' in told
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g5', start=3, end=4)
+    assert racks.service.check()['differences'] == 0
+    line, = racks.service.maintenance_list()
+    assert (line['host'], line['resource']) == ('h1', 'gpu')
+    racks.service.maintenance_delete(line['id'])
+    gpus(racks, 'yes', 'g5', start=3, end=4)
+    assert racks.service.check()['differences'] == 0
+
+
+def test_what_finds_no_host_but_the_one_that_is_closed_is_moved_to_later(racks):
+    gpus(racks, 'big', 'g8', vms=2, start=3, end=5)
+    affected, = racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(4), host='h1', affected='move')['affected']
+    assert affected['outcome'].startswith('moved to gpu from') and racks.service.show('big')['start'] == NOON + hours(4)
+    assert racks.service.check()['differences'] == 0
+
+
+def test_amounts_of_a_closed_host_may_change(racks, monkeypatch):
+    racks.service.maintenance_add('gpu', NOON + hours(3), NOON + hours(5), host='h1')
+    told_hosts(monkeypatch, {'h1': 6, 'h2': 8})
+    racks.service.resource_sync('simulated', ['gpu'])
+    assert racks.service.check()['differences'] == 0
+    racks.service.maintenance_delete(racks.service.maintenance_list()[0]['id'])
+    assert not [each for each in cmres.rows('SELECT * FROM step') if each.track.startswith('@')]
+
+
+def test_spare_hosts_are_promised_to_nobody_and_taken_when_others_fail(world, monkeypatch):
+    rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8})
+    gpus(world, 'old', 'g8', vms=3, start=5, end=6)
+    assert world.service.resource_update('gpu', spare=1)['spare'] == 1
+    assert planned('old') == [{'h1': 1, 'h2': 1, 'h3': 1}]
+    with pytest.raises(NoCapacity, match='hold 2 of 3 VMs at most'):
+        gpus(world, 'no', 'g8', vms=3)
+    gpus(world, 'lab', 'g8', vms=2, start=1, end=4)
+    assert planned('lab') == [{'h1': 1, 'h2': 1}]
+    world.at(1)
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8}, {'h1': {'state': 'down'}})
+    survey(world)
+    assert planned('lab') == [{'h1': 1, 'h2': 1}]  # it may be up again soon
+    world.now += 20
+    survey(world)
+    assert planned('lab') == [{'h2': 1, 'h3': 1}] and world.service.check()['differences'] == 0
+    world.service.update('lab', vms=1)
+    world.service.extend('lab', hours(1))
+
+
+def test_vms_of_a_host_that_is_down_are_made_anew_at_once(racks, monkeypatch):
+    gpus(racks, 'lab', 'g4', vms=2, start=1, end=4, image='cirros')
+    racks.at(1)
+    racks.at(1.5)
+    before = {each.uid for each in cmres.rows('SELECT uid FROM server')}
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'state': 'down'}})
+    monkeypatch.setattr(cmres.Simulated, 'states', lambda self: {'h1': ('down', [*before]), 'h2': ('', [])})
+    survey(racks)
+    assert {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")} == before
+    racks.now += 20
+    survey(racks)
+    for _ in range(4):
+        racks.now += 10
+        racks.cycle.settle()
+    after = {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")}
+    assert len(after) == 2 and not after & before and planned('lab') == [{'h2': 2}]
+    told = [each['sentence'] for each in racks.service.events('lab') if each['code'] == 'vanished']
+    assert told == ['the host h1 is down, so these VMs and everything on them are lost; cmres creates them again: lab-1-1, lab-1-2']
+    survey(racks)
+    assert {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")} == after
+
+
+def test_free_slots_are_those_in_which_hosts_are_free(racks):
+    gpus(racks, 'a', 'g5', vms=2, start=0, end=3)
+    gpus(racks, 'b', 'g5', vms=1, start=3, end=6)
+    slot = racks.service.find('gpu', timedelta(hours=1), vms=1, flavor='g4')[0]
+    assert (slot['start'], slot['until']) > (NOON + hours(3), NOON + hours(6)) and slot['start'] == NOON + hours(3)
+    assert racks.service.find('gpu', timedelta(hours=1), vms=2, flavor='g3')[0]['start'] == NOON
+    assert racks.service.find('gpu', timedelta(hours=1), vms=3, flavor='g4')[0]['start'] == NOON + hours(6)
+    slot = racks.service.find('gpu', timedelta(hours=1), vms=1, flavor='g8')[0]
+    assert slot['start'] == NOON + hours(3)
+
+
+def test_the_longest_that_is_offered_has_a_host(racks):
+    gpus(racks, 'a', 'g5', vms=2, start=3, end=6)
+    with pytest.raises(NoCapacity) as no:
+        gpus(racks, 'long', 'g4', start=1, end=5)
+    assert no.value.details['longest'] == '2h' and no.value.details['latest_end'] == NOON + hours(3)
+    assert no.value.details['next_start'] == NOON + hours(6)
+
+
+def crowded(racks):
+    """What lets in 8 more GPUs on one host from 15 to 16 o'clock only by a move."""
+    gpus(racks, 'a', 'g8', start=1, end=2)
+    gpus(racks, 'b', 'g3', start=1, end=4)
+    gpus(racks, 'c', 'g5', start=2, end=4)
+
+
+def test_who_waits_is_let_in_by_a_move(racks):
+    gpus(racks, 'all', 'g8', vms=2, start=3, end=4)
+    gpus(racks, 'big', 'g8', start=3, end=4, wait=True)
+    assert racks.state('big') == 'waiting'
+    racks.service.delete('all')
+    crowded(racks)
+    assert racks.state('big') == 'waiting'
+    racks.cycle.settle()
+    assert racks.state('big') == 'reserved' and racks.service.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('partial', [False, True])
+def test_lines_are_taken_by_moves(racks, partial):
+    crowded(racks)
+    line = {'label': 'big', 'resource': 'gpu', 'start': '2026-12-01T15:00Z', 'end': '2026-12-01T16:00Z', 'flavor': 'g8', 'vms': '1'}
+    told = racks.as_user().load([line], partial=partial)
+    assert [each['label'] for each in told['taken']] == ['big'] and racks.service.check()['differences'] == 0
+
+
+def test_what_was_planned_on_hosts_is_forgotten_and_what_is_stays(racks):
+    for n in range(6):
+        gpus(racks, f'r{n}', 'g2', start=n, end=n + 1)
+    gpus(racks, 'stays', 'g2', start=1, end=100)
+    steps = lambda: cmres.run(f"SELECT count(*) FROM step WHERE {cmres.ON_HOSTS}").fetchone()[0]  # noqa: E731
+    before = steps()
+    racks.at(40)
+    racks.cycle.tidied = 0
+    racks.cycle.settle()
+    assert steps() < before and racks.service.check()['differences'] == 0
+
+
+def test_a_search_ends_after_a_number_of_looks_and_asks_no_clock(racks, monkeypatch):
+    crowded(racks)
+    monkeypatch.setattr(cmres, 'SEARCHED', ((8, 3),))
+    with pytest.raises(NoCapacity, match='no plan was found'):
+        gpus(racks, 'big', 'g8', start=3, end=4)
+    text = inspect.getsource(cmres.Scene) + inspect.getsource(cmres.replan)
+    assert 'time.' not in text
 
 
 # Service: who may what #######################################################
@@ -16829,7 +17088,7 @@ def test_hosts_are_taken_in_and_out(hosts, nova):
     assert (host['hypervisor_hostname'], host['vcpus'], host['memory_mb'], host['gpu']) == ('gpu-1', 64, 64512, 'a100')
     assert host['id'].isdigit() and host['reservable'] and hosts.call('GET', '/os-hosts')['hosts'] == [host]
     assert hosts.call('GET', f"/os-hosts/{host['id']}")['host'] == host
-    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
+    assert nova.aggregates[0]['metadata']['cmres'] == 'gpu'
     hosts.call('POST', '/os-hosts', {'name': 'gpu-1'}, 409)
     assert 'has a host' in hosts.call('POST', '/os-hosts', {'name': 'gpu-3'}, 404)['error_message']
     hosts.call('POST', '/os-hosts', {'name': 'gpu-2'}, 201)
@@ -24328,6 +24587,7 @@ class StandIn(Proxy):
         self.groups = [self.network(name, project) for project in ('lab', 'bio', 'admin') for name in ('default', 'web')]
         self.keys = {'lab': ['lab-key', 'course'], 'bio': ['bio-key']}
         self.aggregates = [{'id': 1, 'name': 'gpu', 'hosts': ['gpu-1'], 'metadata': {}}]
+        self.states, self.used, self.traits = {}, collections.defaultdict(dict), {}  # of hosts, of providers
         self.inventories = {'gpu-1': {'VCPU': (16, 0, 4.0), 'MEMORY_MB': (65536, 1024, 1.0)},
                             'gpu-1-cards': {'CUSTOM_GPU': (4, 0, 1.0)}}
 
@@ -24562,6 +24822,17 @@ class StandIn(Proxy):
         return (200, {'aggregates': self.aggregates}) if user == self.ADMIN else (
             403, self.refusal(403, "Policy doesn't allow os_compute_api:os-aggregates:index to be performed."))
 
+    def list_hypervisors(self, user, query, said):
+        return 200, {'hypervisors': [{'id': host, 'hypervisor_hostname': f'{host}.example', 'service': {'host': host}} | dict(
+            zip(('state', 'status'), self.states.get(host, ('up', 'enabled')))) for host in self.inventories if host.count('-') == 1]}
+
+    def list_allocations(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'allocations': {
+            uid: {'resources': takes} for uid, takes in self.used[id].items()}}
+
+    def list_traits(self, user, query, said, id):
+        return 200, {'resource_provider_generation': 0, 'traits': self.traits.get(id, [])}
+
     def change_aggregate(self, user, query, said, id):
         found = next((each for each in self.aggregates if each['id'] == int(id)), None)
         if not found:
@@ -24650,6 +24921,9 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('GET /v3/OS-TRUST/trusts/([^/]+)', 'show_trust'),
     ('GET /v2.0/(networks|security-groups)', 'list_nets'), ('GET /v2.0/(networks|security-groups)/([^/]+)', 'list_nets'),
     ('GET /placement/resource_providers', 'list_providers'),
+    ('GET /v2.1/os-hypervisors/detail', 'list_hypervisors'),
+    ('GET /placement/resource_providers/([^/]+)/allocations', 'list_allocations'),
+    ('GET /placement/resource_providers/([^/]+)/traits', 'list_traits'),
     ('GET /placement/resource_providers/([^/]+)/inventories', 'list_inventories'))]
 
 
@@ -25117,9 +25391,9 @@ def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
     far.service.resource_sync('admin', ['gpu'], mode='exclusive')
     found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
     assert (found['vcpus'], found['ram'], found['classes']) == (64, 64512, {'CUSTOM_GPU': 4})
-    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu'}
-    verbs(nova, 'admin').mark('gpu', '')
-    assert nova.aggregates[0]['metadata'] == {'cmres': None}
+    assert nova.aggregates[0]['metadata'] == {'cmres': 'gpu', 'cmres_store': far.clouds.store}
+    verbs(nova, 'admin').mark(cmres.Aggregate('gpu', {}, ''), '')
+    assert nova.aggregates[0]['metadata'] == {'cmres': None, 'cmres_store': None}
     with pytest.raises(cmres.CloudError, match="could not list aggregates: Policy doesn't allow"):
         far.service.resource_sync('lab')
 
@@ -25488,6 +25762,19 @@ def test_of_several_cmres_that_one_is_asked_whose_mark_a_host_has(scheduler, wor
         other.server_close()
 
 
+def test_what_is_inside_stays_inside_when_it_moves_and_what_is_outside_stays_outside(scheduler, world):
+    """Migrated, resized and evacuated: Nova says from which host, which is none of those that it may take."""
+    guarded(world, 'gpu', vms=2)
+    world.now += 1
+    moved = functools.partial(spec_of, hints={})
+    assert passing(scheduler, HOSTS[:2], moved()) == ['gpu-1', 'gpu-2']  # all else was full
+    for name in ('s1', 's2'):
+        spec = moved(name)
+        spec.ignore_hosts = ['gpu-9']
+        assert passing(scheduler, HOSTS, spec) == (['gpu-1', 'gpu-2'] if name == 's1' else ['plain', 'bare'])
+    assert [each.server for each in cmres.rows('SELECT server FROM claim')] == ['s1']
+
+
 @pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
 def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
     scheduler.conf.update(when_down=when_down, token=['wrong'], without_hint='reserved')
@@ -25675,11 +25962,12 @@ class Guarded:
         return sorted('refused' if each.status == 'ERROR' else 'guarded' if each.compute_host in self.hosts else 'elsewhere'
                       for each in self.booted(user, number, label, multi, flavor))
 
-    def booted(self, user='lab-user', number=1, label='', multi=1, flavor='m1.tiny') -> list:
+    def booted(self, user='lab-user', number=1, label='', multi=1, flavor='m1.tiny', group='') -> list:
         compute, flavor = sdk(user).compute, sdk(user).compute.find_flavor(flavor, ignore_missing=False).id
         image, name = sdk(user).image.find_image('tiny', ignore_missing=False).id, unique('by-hand-')
         wish = {'name': name, 'flavor_id': flavor, 'image_id': image, 'networks': 'none', 'min_count': multi,
-                'max_count': multi} | ({'scheduler_hints': {'cmres': label}} if label else {})
+                'max_count': multi} | ({'scheduler_hints': {'cmres': label}} if label else {'scheduler_hints': {'group': group}}
+                                       if group else {})
         with ThreadPoolExecutor(number) as pool:
             list(pool.map(lambda _: compute.create_server(**wish), range(number)))
         admin = sdk('lab-admin').compute
@@ -25858,6 +26146,174 @@ class TestNovaAsks:
         assert only.boots() == [boots]
         only.serve()
         only.schedule()
+
+
+@openstack
+@real
+@inlab
+class TestWaysRound:
+    """What somebody may try who has a reservation, or none: in all cases each who has reserved finds a host."""
+
+    #: Two hosts of four such VMs each.
+    QUARTER = {'vcpus': 1, 'ram': 32000, 'disk': 1}
+
+    @pytest.fixture(scope='class')
+    def guarded(self, tmp_path_factory):
+        guarded, admin = Guarded(tmp_path_factory.mktemp('ways')), sdk('lab-admin').compute
+        guarded.flavor = admin.create_flavor(name=unique('quarter-'), **self.QUARTER)
+        try:
+            guarded.sync = functools.partial(guarded.service.resource_sync, 'lab-admin', [guarded.name])
+            guarded.sync(mode='exclusive')
+            guarded.schedule()
+            yield guarded
+        finally:
+            guarded.end()
+            admin.delete_flavor(guarded.flavor)
+
+    @pytest.fixture
+    def only(self, guarded):
+        guarded.others_enabled(False)
+        yield guarded
+        guarded.others_enabled(True)
+        for each in guarded.service.list(resource=guarded.name):
+            guarded.service.delete(each['label'], project=each['project'])
+        guarded.clear()
+
+    def boots(self, only, number=1, user='lab-user', **more):
+        return only.booted(user, number, flavor=only.flavor.name, **more)
+
+    def where(self, only, number=1, **more):
+        """Where VMs came up, '' for those that did not."""
+        return sorted('' if each.status == 'ERROR' else each.compute_host for each in self.boots(only, number, **more))
+
+    def server(self, only, status='ACTIVE'):
+        """The one VM of bio that is there, once it is in a state again."""
+        admin = sdk('lab-admin').compute
+        one, = [each for each in sdk('lab-user').compute.servers() if each.status != 'ERROR']
+
+        def settled():
+            found = admin.get_server(one.id)
+            return found.status == status and not found.task_state and found
+        return until(settled)
+
+    def keeps(self, only, number, seen=True):
+        """That who has reserved still finds a host for each: the rest boots, and no more."""
+        until(lambda: not cmres.rows("SELECT id FROM claim WHERE due IS NOT NULL AND host = ''"))
+        assert ('' in self.where(only, number)) != seen
+        assert self.where(only) == [''], 'there is more than was reserved'
+
+    def test_other_projects_and_admins_find_no_host(self, only):
+        only.reserve(vms=8, flavor=only.flavor.name)
+        assert only.boots('lab-user2', flavor=only.flavor.name) == ['refused']
+        assert self.where(only, multi=8) == ['lab-compute-1'] * 4 + ['lab-compute-2'] * 4
+        assert self.where(only) == ['']
+
+    def test_a_resize_beyond_what_is_reserved_is_refused_and_changes_nothing(self, only):
+        only.reserve(vms=1)
+        self_server, = only.booted()
+        sdk('lab-user').compute.resize_server(self_server, only.flavor.id)
+        after = self.server(only)
+        assert after.flavor.original_name == 'm1.tiny' and after.compute_host == self_server.compute_host
+        assert only.boots() == ['refused']
+
+    def test_a_resize_down_and_back_counts_both_until_it_is_settled(self, only):
+        """Four times: nothing is left over, and nothing is counted twice afterwards."""
+        only.reserve(vms=3, flavor=only.flavor.name)
+        self.boots(only)
+        tiny, compute = sdk('lab-user').compute.find_flavor('m1.tiny').id, sdk('lab-user').compute
+        for _ in range(4):
+            compute.resize_server(self.server(only), tiny)
+            server = self.server(only, 'VERIFY_RESIZE')
+            compute.revert_server_resize(server)
+            assert self.server(only).flavor.original_name == only.flavor.name
+        self.keeps(only, 2)
+
+    def test_a_resize_that_is_not_confirmed_leaves_the_others_what_is_theirs(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=6, flavor=only.flavor.name, project='chem')
+        self.boots(only)
+        sdk('lab-user').compute.resize_server(self.server(only), sdk('lab-user').compute.find_flavor('m1.tiny').id)
+        self.server(only, 'VERIFY_RESIZE')
+        assert '' not in self.where(only, 6, user='lab-user2')
+
+    def test_a_rebuild_stays_where_it_is_and_takes_no_more(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        before, = self.boots(only)
+        sdk('lab-user').compute.rebuild_server(before, sdk('lab-user').image.find_image('tiny').id)
+        assert self.server(only).compute_host == before.compute_host
+        self.keeps(only, 1)
+
+    def test_what_is_shelved_gives_its_host_back_and_unshelves_only_into_what_is_left(self, only):
+        only.reserve(vms=1, flavor=only.flavor.name)
+        before, = self.boots(only)
+        admin, user = sdk('lab-admin').compute, sdk('lab-user').compute
+        admin.shelve_offload_server(before) if before.status == 'SHELVED' else user.shelve_server(before)
+        until(lambda: admin.get_server(before.id).status == 'SHELVED_OFFLOADED')
+        other, = self.boots(only)
+        assert other.status == 'ACTIVE'
+        user.unshelve_server(before)
+        until(lambda: not admin.get_server(before.id).task_state)
+        assert admin.get_server(before.id).status == 'SHELVED_OFFLOADED'
+        user.delete_server(other)
+        until(lambda: not cmres.rows('SELECT id FROM claim WHERE due IS NOT NULL AND server = ?', other.id))
+        user.unshelve_server(before)
+        assert until(lambda: admin.get_server(before.id).status == 'ACTIVE')
+
+    @pytest.mark.parametrize('how', ['cold', 'live'])
+    def test_a_migration_stays_inside_and_others_keep_theirs(self, only, how):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=5, flavor=only.flavor.name, project='chem')
+        before, = self.boots(only)
+        only.others_enabled(True)
+        admin = sdk('lab-admin').compute
+        if how == 'cold':
+            admin.migrate_server(before)
+            self.server(only, 'VERIFY_RESIZE')
+            admin.confirm_server_resize(before)
+        else:
+            admin.live_migrate_server(before, block_migration='auto')
+            until(lambda: admin.get_server(before.id).compute_host != before.compute_host)
+        after = self.server(only)
+        assert {before.compute_host, after.compute_host} == {*only.hosts}
+        only.others_enabled(False)
+        assert '' not in self.where(only, 5, user='lab-user2')
+        self.keeps(only, 1)
+
+    def test_from_a_host_that_fails_a_vm_is_evacuated_into_its_reservation(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        before, = self.boots(only)
+        admin, svc = sdk('lab-admin').compute, [SVC, 'kill', f'nova-compute-{before.compute_host[-1]}']
+        service = next(each for each in admin.services(host=before.compute_host))
+        subprocess.run(svc, check=True, capture_output=True)
+        try:
+            admin.update_service_forced_down(service, before.compute_host, 'nova-compute', True)
+            admin.evacuate_server(before)
+            until(lambda: admin.get_server(before.id).compute_host != before.compute_host)
+            assert self.server(only).compute_host in only.hosts
+        finally:
+            admin.update_service_forced_down(service, before.compute_host, 'nova-compute', False)
+            subprocess.run([SVC, 'start', svc[2]], check=True, capture_output=True)
+            until(lambda: all(each.state == 'up' for each in admin.services(binary='nova-compute')))
+
+    def test_server_groups_and_reservations_are_apart_alike(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name, affinity='apart')
+        compute = sdk('lab-user').compute
+        group = compute.create_server_group(name=unique('apart-'), policy='anti-affinity')
+        try:
+            assert self.where(only, 2, group=group.id) == [*only.hosts]
+            assert self.where(only, group=group.id) == ['']
+        finally:
+            compute.delete_server_group(group)
+
+    def test_a_host_that_is_disabled_gets_none_and_the_rest_goes_on_the_other(self, only):
+        only.reserve(vms=4, flavor=only.flavor.name)
+        admin = sdk('lab-admin').compute
+        service = next(each for each in admin.services(host='lab-compute-1'))
+        admin.disable_service(service, 'lab-compute-1', 'nova-compute')
+        try:
+            assert self.where(only, 4) == ['lab-compute-2'] * 4
+        finally:
+            admin.enable_service(service, 'lab-compute-1', 'nova-compute')
 
 
 # OpenStack: its own tools ####################################################
@@ -27026,7 +27482,7 @@ def bench_filter(folder: Path) -> None:
     try:
         fill(guarded.world, 10**5, 1)
         guarded.service.resource_update('place-0', cloud='lab-admin', mode='exclusive')
-        guarded.world.clouds.open('lab-admin').mark(guarded.name, 'place-0')
+        guarded.world.clouds.open('lab-admin').mark(cmres.Aggregate(guarded.name, {}, ''), 'place-0')
         guarded.service.add('mine', 'place-0', guarded.service.here.now, hours(2), vms=1000, project='bio')
         guarded.others_enabled(False)
         guarded.schedule(name='timed.TimedFilter', timed=TIMED)
