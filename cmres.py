@@ -19476,9 +19476,12 @@ class Document:
         """What is said of one verb at one address."""
         fields = {name: each for name, each in operation.parameters.items()
                   if f'<{name}>' not in path and name not in fixed}
+        there = [(name, 'path') for name in re.findall(r'<(\w+)>', path)]
+        if verb not in WITH_BODY or takes_calendar(operation):
+            there += [(name, 'query') for name in fields]
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                 'parameters': [*(self.parameter(operation, *each) for each in there), *(
                      {'$ref': f'#/components/parameters/{name}'}
                      for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
@@ -19487,14 +19490,6 @@ class Document:
         if verb == 'GET':
             entry['security'] = TO_READ
         return entry | ({'deprecated': True} if path.startswith(SEED) else {})
-
-    def in_address(self, operation: Operation, verb: str, path: str,
-                   fields: dict) -> Iterator[dict]:
-        """The arguments in an address, as parts of it or behind it."""
-        for name in re.findall(r'<(\w+)>', path):
-            yield self.parameter(operation, name, 'path')
-        for name in fields if verb not in WITH_BODY or takes_calendar(operation) else ():
-            yield self.parameter(operation, name, 'query')
 
     def parameter(self, operation: Operation, name: str, place: str) -> dict:
         """An argument in an address; lists come as several, or as one with commas."""
@@ -22508,8 +22503,9 @@ def item_of(found) -> Item:
     return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
 
 
-def read_xml(data: bytes):
+def read_xml(request):
     """The root of a body; None of an empty one, Invalid for more than is read here."""
+    data = whole_body(request)
     if not data.strip():
         return None
     try:
@@ -22796,9 +22792,6 @@ class Dav:
             return False
         return self.acting.actor.role != READER
 
-    def body(self):
-        return read_xml(whole_body(self.request))
-
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
@@ -22904,7 +22897,7 @@ class Dav:
             raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
         if depth not in ('0', '1'):
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
-        root = self.body()
+        root = read_xml(self.request)
         wanted = wanted_in(root, 'D:propfind')
         names = root is not None and root.find('D:propname', NAMESPACES) is not None
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
@@ -22921,25 +22914,23 @@ class Dav:
 
     def proppatch(self):
         """Keeps properties with a calendar."""
-        root = self.body()
+        root = read_xml(self.request)
         if root is None or short_name(root.tag) != 'D:propertyupdate':
             raise Invalid('the body should be a D:propertyupdate')
-        kept, refused = [], []
+        told: dict = {True: [], False: []}
         with self.acting.writing():
-            for deed in root:
-                for each in deed.iterfind('D:prop/*', NAMESPACES):
-                    done = self.keep_property(each, short_name(deed.tag) == 'D:set')
-                    (kept if done else refused).append(empty_element(each.tag))
+            for deed, each in ((deed, each) for deed in root
+                               for each in deed.iterfind('D:prop/*', NAMESPACES)):
+                name, value = short_name(each.tag), ''.join(each.itertext())
+                is_kept = (len(self.names) == 2 and name in STORED_PROPERTIES
+                           and len(value) <= MOST_PROPERTY)
+                if is_kept:
+                    self.folder.keep_property(
+                        name, value if short_name(deed.tag) == 'D:set' else None)
+                told[is_kept].append(empty_element(each.tag))
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
-        return multistatus([response_text(here, (kept, '200 OK'), (refused, '403 Forbidden'))])
-
-    def keep_property(self, element, sets: bool) -> bool:
-        """Keeps a property with the calendar, if that may be."""
-        name, value = short_name(element.tag), ''.join(element.itertext())
-        if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
-            return False
-        self.folder.keep_property(name, value if sets else None)
-        return True
+        return multistatus([response_text(here, (told[True], '200 OK'),
+                                          (told[False], '403 Forbidden'))])
 
     def get(self):
         """The text of an event."""
@@ -22981,7 +22972,7 @@ class Dav:
 
     def report(self):
         """Answers one of REPORTS."""
-        root = self.body()
+        root = read_xml(self.request)
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
