@@ -459,7 +459,7 @@ def test_promises_are_made_in_one_place():
     assert makers['Policy'].keys() == {'hold_if_allowed'}
     # What asks no rule: what is given back, what is there already, and what a rule has let pass before.
     assert {name for name, found in makers['Bookings'].items() if found & {'hold', 'take'}} == {
-        'stays', 'keep_stopped', 'stopped_aside', 'propose', 'hold_capacity'}
+        'stays', 'keep_stopped', 'stopped_aside', 'write_proposal', 'hold_capacity'}
     bookings = next(each for each in syntax().body if getattr(each, 'name', '') == 'Bookings')
     users = {name: {each.name for each in bookings.body if isinstance(each, ast.FunctionDef) and name in calls_in(each)}
              for name in ('hold_if_allowed', 'decide_all', 'write_occurrences', 'make_true', 'stays')}
@@ -720,7 +720,7 @@ def folder(tmp_path, monkeypatch):
 OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names': 'key:course',
          'metrics': 'open', 'log_format': 'json', 'trusted_proxies': '10.0.0.0/8',
          'connections': '99', 'keystone_roles': 'boss:admin', 'identity_proxies': '10.0.0.0/8',
-         'caldav_refusal': '403'}
+         'caldav_refusal': '403', 'at_end_stop': 'shelve', 'sync_every': '90'}
 
 
 def test_without_anything_every_setting_has_its_default(folder):
@@ -5446,7 +5446,7 @@ def test_a_look_at_a_cloud_costs_nothing_for_servers_that_are_gone(world, servic
                 "snapshot, snapshot_id, fault, planned, deleted) VALUES (1, ?, 'old', 'simulated', 'delete', 'deleted', 0, 1, 0, "
                 "?, '[]', '', '', '', 1, 1)", [(n + 10, f'old-{n}') for n in range(gone)])
             cmres.run("UPDATE server SET due = ? WHERE state <> 'deleted'", world.now)
-        look = cmres.Job(('look', 'simulated'), 'look', 'simulated', None, began=world.now, ended=world.now,
+        look = cmres.Job(('look', 'simulated'), 'look', 'simulated', None, 'simulated', began=world.now, ended=world.now,
                          answer=([], set()))
         with world.cycle.leader.acting():
             costs.append(effort(lambda: world.cycle.reconciler.record_look(look, world.now)))
