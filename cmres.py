@@ -610,7 +610,6 @@ REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, 
 
 class Stretch(NamedTuple):
     """A stretch of a series; wall times as ISO text, lengths in seconds of wall time, but `exact`.
-
     A slot is the wall time at which the rule puts an occurrence: its key, wherever it is moved to.
     """
     start: str
@@ -1374,10 +1373,8 @@ def setting(default, least=None, most=10**9):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; config.example.ini says what each setting is for.
-
-    Once read, only what `read_again` takes is ever changed.
-    """
+    """Everything that can be set; config.example.ini says what each setting is for. Once read, only
+    what `read_again` takes is ever changed."""
     # the store, and how `serve` is reached
     database: str = setting('cmres.db')
     key: str = setting('')
@@ -2033,11 +2030,9 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes, who may call it, what it takes and answers.
-
-    A route is a verb, a path and fixed arguments. What makes something says in `made` at which
-    path that is found: its answer is 201.
-    """
+    """A published method: its routes, who may call it, what it takes and answers. A route is a
+    verb, a path and fixed arguments. What makes something says in `made` at which path that is
+    found: its answer is 201."""
     name: str
     method: Callable
     role: str
@@ -2082,13 +2077,9 @@ API: dict[str, Operation] = {}
 
 
 def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
-    """Publishes a method; the topmost of several marks is the address that clients use.
-
-    Args:
-      role: the least role that may call it; reader for a GET, else user
-      made: where that is found which it makes, its parts named as fields of the answer
-      fixed: arguments that this address stands for
-    """
+    """Publishes a method for who has at least a role (a reader for a GET, else a user); of several
+    marks the topmost is the address that clients use. What it makes is found at `made`, whose parts
+    are fields of the answer; an address stands for its `fixed` arguments."""
     def publish(method):
         known = API.get(method.__name__)
         if known:
@@ -2111,10 +2102,8 @@ def refuse_to(actor: Actor, operation: Operation) -> None:
 
 
 def guarded_by_role(method):
-    """Refuses before a call an actor whose role is too small, and one too many that takes long.
-
-    A method that has the parameter `asked` gets there all its arguments by name.
-    """
+    """Refuses before a call an actor whose role is too small, and one too many that takes long. A
+    method that has the parameter `asked` gets there all its arguments by name."""
     takes = functools.cache(lambda: {name: each.default for name, each in inspect.signature(
         method).parameters.items() if name != 'self'})  # when it is called first: few are
 
@@ -2143,10 +2132,8 @@ LONG_BY = ('repeat', 'holidays')
 
 class Here(NamedTuple):
     """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
-
     What names no day or no year is the first `after` that instant, or after `now` where it is None;
-    with `past` the last before now.
-    """
+    with `past` the last before now."""
     zone: ZoneInfo
     now: datetime
     after: datetime | None = None
@@ -8958,10 +8945,8 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None,
 
 @contextmanager
 def cut_off(seconds: float) -> Iterator[Callable]:
-    """A `create_connection` whose connections end after so many seconds, however slow they are.
-
-    A socket's own time-out is for each piece; this one is for all, a handshake of TLS included.
-    """
+    """A `create_connection` whose connections end after so many seconds, however slow they are. A
+    socket's own time-out is for each piece; this one is for all, a handshake of TLS included."""
     lines, over = [], threading.Event()
 
     def connect(*asked) -> socket.socket:
@@ -9530,8 +9515,7 @@ class Frame:
 
     def zone(self, name: str) -> tzinfo:
         """The zone of a name, of the zone table rather than of the calendar; Invalid if neither
-        knows it, or it would be none in silence.
-        """
+        knows it, or it would be none in silence."""
         name = name.strip(' "')
         if name not in self.known:
             self.known[name] = table_zone(name) or described_zone(self.described.get(name, []))
@@ -9581,8 +9565,7 @@ def described_zone(parts: list[Entry]) -> ZoneInfo | None:
 
 def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
     """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
-    before it: a part is a series by the clock.
-    """
+    before it: a part is a series by the clock."""
     before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
     stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
     # Its UNTIL is an instant; by the clock a day more holds no other change.
@@ -9794,8 +9777,7 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
 
 def guarded_text(text: str, what: str) -> bytes:
     """What may be a calendar with each property on a line, FOLD where it had a fold (RFC 5545,
-    3.1); what is no UTF-8 only spoils its own text.
-    """
+    3.1); what is no UTF-8 only spoils its own text."""
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
     if len(data) > MOST_ICS or data.count(b'\n') > MOST_LINES:
         raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes or {MOST_LINES} lines.')
@@ -9864,10 +9846,8 @@ class Reader:
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
-    """The events by UID, each series before its exceptions; of versions of one the newest.
-
-    Two of one UID that are no versions of each other are told apart by a number: both are wanted.
-    """
+    """The events by UID, each series before its exceptions; of versions of one the newest. Two of
+    one UID that are no versions of each other are told apart by a number: both are wanted."""
     groups: dict = defaultdict(list)
     for entry in entries:
         groups[entry.uid].append(entry)
@@ -10100,10 +10080,8 @@ def may_repeat(group: list[Entry]) -> bool:
 
 
 class Budget:
-    """What the events of a calendar may cost in steps: each by itself, and all together.
-
-    What doesn't repeat has steps of its own, that nothing else can use up.
-    """
+    """What the events of a calendar may cost in steps: each by itself, and all together. What
+    doesn't repeat has steps of its own, that nothing else can use up."""
 
     def __init__(self):
         self.left = {False: 5 * MOST_STEPS, True: MOST_STEPS}
@@ -16066,10 +16044,8 @@ class Calendars(Operations):
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
-        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`.
-
-        What is booked is one, whatever became of its flavor; and so is all while a cloud is silent.
-        """
+        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`. What is
+        booked is one, whatever became of its flavor; and so is all while a cloud is silent."""
         if all(not each.guess for each in wanted):
             return wanted
         booked = {each.uid for each in rows(
@@ -19910,11 +19886,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
 
 
 class Once:
-    """What a request with an Idempotency-Key does is done once: its key is written with it.
-
-    The answer is kept for a day, unless it is long or holds a secret. A refusal is not: the
-    request may be sent again.
-    """
+    """What a request with an Idempotency-Key does is done once: its key is written with it. The
+    answer is kept for a day, unless it is long or holds a secret. A refusal is not: the request may
+    be sent again."""
     LASTS = 86400  # seconds
     MOST = 65536   # characters of an answer
 
@@ -20015,11 +19989,9 @@ class Written(NamedTuple):
 
 
 class WrittenFeeds:
-    """The feeds that were asked for last, each written once for all who ask.
-
-    One is written at a time: a long one takes memory. While half of the threads wait for that,
-    others are told to come again.
-    """
+    """The feeds that were asked for last, each written once for all who ask. One is written at a
+    time: a long one takes memory. While half of the threads wait for that, others are told to come
+    again."""
     MOST = 2**26  # bytes of all that are kept
 
     def __init__(self, service: Reservations):
@@ -20097,17 +20069,11 @@ def health(service: Reservations):
 
 
 class Line:
-    """Requests that wait for a thread: next is one of whom the fewest are being answered.
-
-    Nobody has more than an equal share of the threads, counted with one who may come next. So who
-    sends many at once waits for their own, and who sends the first finds a thread free.
-
-    Args:
-      threads: how many there are
-      call: wakes one of them; `waitress` calls all of this under a lock of its own
-      is_new: whether Keystone is still to be asked for a token. All such have one share together,
-        so that a flood of made-up ones slows nobody else
-    """
+    """Requests that wait for a thread: next is one of whom the fewest are being answered. Nobody
+    has more than an equal share of the threads, counted with one who may come next. So who sends
+    many at once waits for their own, and who sends the first finds a thread free. `waitress` calls
+    all of this under a lock of its own; `call` wakes a thread, `is_new` tells of a token whether
+    Keystone must be asked for it."""
 
     def __init__(self, threads: int, call: Callable[[], None],
                  is_new: Callable[[str], bool] = lambda said: False):
@@ -20176,10 +20142,8 @@ def disk_free(path: str) -> int:
 
 
 class Readiness:
-    """Tells whether the store can be written and is whole, and the life cycle makes its passes.
-
-    It needs no token; whoever asks often gets the answer of the second before.
-    """
+    """Tells whether the store can be written and is whole, and the life cycle makes its passes. It
+    needs no token; whoever asks often gets the answer of the second before."""
 
     def __init__(self, service: Reservations):
         self.service, self.lock = service, threading.Lock()
@@ -27445,9 +27409,7 @@ SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 class Connections:
     """The open connections, the oldest first. Where there are too many, the oldest idle one goes.
-
-    Whoever comes last is let in: so an address that opens thousands of them loses only its own.
-    """
+    Whoever comes last is let in: so an address that opens thousands of them loses only its own."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -27482,8 +27444,7 @@ class Connections:
 
 class Watch:
     """Waits for sockets by epoll. waitress asks each of them at every turn whether it has anything
-    to do, which thousands of idle connections make slow; here those at rest are not asked.
-    """
+    to do, which thousands of idle connections make slow; here those at rest are not asked."""
 
     def __init__(self, sockets: dict):
         self.sockets, self.epoll = sockets, select.epoll()
@@ -29504,10 +29465,8 @@ def offered(details: dict, zone: ZoneInfo) -> list[str]:
 
 
 def run_program() -> None:
-    """Runs the command line of this process, and ends it.
-
-    Workers may wait for a cloud that hangs: what became of their calls, the next pass finds out.
-    """
+    """Runs the command line of this process, and ends it. Workers may wait for a cloud that hangs:
+    what became of their calls, the next pass finds out."""
     code = main()
     sys.stdout.flush()
     store_file.leave()
