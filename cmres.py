@@ -20072,8 +20072,8 @@ class Line:
     """Requests that wait for a thread: next is one of whom the fewest are being answered. Nobody
     has more than an equal share of the threads, counted with one who may come next. So who sends
     many at once waits for their own, and who sends the first finds a thread free. `waitress` calls
-    all of this under a lock of its own; `call` wakes a thread, `is_new` tells of a token whether
-    Keystone must be asked for it."""
+    all of this under a lock of its own; `call` wakes a thread. Tokens that are new
+    to Keystone (`is_new`) share one turn, so that a flood of made-up ones slows nobody else."""
 
     def __init__(self, threads: int, call: Callable[[], None],
                  is_new: Callable[[str], bool] = lambda said: False):
