@@ -57,9 +57,7 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import difflib
 import functools
 import gc
 import getpass
@@ -74,11 +72,7 @@ import logging
 import math
 import operator
 import os
-import queue
-import random
 import re
-import secrets
-import signal
 import socket
 import sqlite3
 import struct
@@ -86,10 +80,8 @@ import sys
 import textwrap
 import threading
 import time
-import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import escape, unescape
@@ -115,12 +107,14 @@ class Module:
         return getattr(importlib.import_module(self.__name__), name)
 
 
-base64, bottle, configparser, fire, gzip, hmac, ipaddress, select, shlex, shutil, smtplib, string, \
-    traceback, unicodedata, uuid, waitress, yaml = map(Module, (
-        'base64 bottle configparser fire gzip hmac ipaddress select shlex shutil smtplib string '
-        'traceback unicodedata uuid waitress yaml'.split()))
-email_message, email_utils, http_client, ElementTree = map(Module, (
-    'email.message', 'email.utils', 'http.client', 'xml.etree.ElementTree'))
+base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
+    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
+    zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
+        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
+        'zlib'.split()))
+email_message, email_utils, futures, http_client, ElementTree = map(Module, (
+    'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 
 __version__ = '0.1'
 
@@ -616,7 +610,6 @@ REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, 
 
 class Stretch(NamedTuple):
     """A stretch of a series; wall times as ISO text, lengths in seconds of wall time, but `exact`.
-
     A slot is the wall time at which the rule puts an occurrence: its key, wherever it is moved to.
     """
     start: str
@@ -1380,10 +1373,8 @@ def setting(default, least=None, most=10**9):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; config.example.ini says what each setting is for.
-
-    Once read, only what `read_again` takes is ever changed.
-    """
+    """Everything that can be set; config.example.ini says what each setting is for. Once read, only
+    what `read_again` takes is ever changed."""
     # the store, and how `serve` is reached
     database: str = setting('cmres.db')
     key: str = setting('')
@@ -2042,11 +2033,9 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes, who may call it, what it takes and answers.
-
-    A route is a verb, a path and fixed arguments. What makes something says in `made` at which
-    path that is found: its answer is 201.
-    """
+    """A published method: its routes, who may call it, what it takes and answers. A route is a
+    verb, a path and fixed arguments. What makes something says in `made` at which path that is
+    found: its answer is 201."""
     name: str
     method: Callable
     role: str
@@ -2091,13 +2080,9 @@ API: dict[str, Operation] = {}
 
 
 def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
-    """Publishes a method; the topmost of several marks is the address that clients use.
-
-    Args:
-      role: the least role that may call it; reader for a GET, else user
-      made: where that is found which it makes, its parts named as fields of the answer
-      fixed: arguments that this address stands for
-    """
+    """Publishes a method for who has at least a role (a reader for a GET, else a user); of several
+    marks the topmost is the address that clients use. What it makes is found at `made`, whose parts
+    are fields of the answer; an address stands for its `fixed` arguments."""
     def publish(method):
         known = API.get(method.__name__)
         if known:
@@ -2120,10 +2105,8 @@ def refuse_to(actor: Actor, operation: Operation) -> None:
 
 
 def guarded_by_role(method):
-    """Refuses before a call an actor whose role is too small, and one too many that takes long.
-
-    A method that has the parameter `asked` gets there all its arguments by name.
-    """
+    """Refuses before a call an actor whose role is too small, and one too many that takes long. A
+    method that has the parameter `asked` gets there all its arguments by name."""
     takes = functools.cache(lambda: {name: each.default for name, each in inspect.signature(
         method).parameters.items() if name != 'self'})  # when it is called first: few are
 
@@ -2152,10 +2135,8 @@ LONG_BY = ('repeat', 'holidays')
 
 class Here(NamedTuple):
     """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
-
     What names no day or no year is the first `after` that instant, or after `now` where it is None;
-    with `past` the last before now.
-    """
+    with `past` the last before now."""
     zone: ZoneInfo
     now: datetime
     after: datetime | None = None
@@ -9005,10 +8986,8 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None,
 
 @contextmanager
 def cut_off(seconds: float) -> Iterator[Callable]:
-    """A `create_connection` whose connections end after so many seconds, however slow they are.
-
-    A socket's own time-out is for each piece; this one is for all, a handshake of TLS included.
-    """
+    """A `create_connection` whose connections end after so many seconds, however slow they are. A
+    socket's own time-out is for each piece; this one is for all, a handshake of TLS included."""
     lines, over = [], threading.Event()
 
     def connect(*asked) -> socket.socket:
@@ -9577,8 +9556,7 @@ class Frame:
 
     def zone(self, name: str) -> tzinfo:
         """The zone of a name, of the zone table rather than of the calendar; Invalid if neither
-        knows it, or it would be none in silence.
-        """
+        knows it, or it would be none in silence."""
         name = name.strip(' "')
         if name not in self.known:
             self.known[name] = table_zone(name) or described_zone(self.described.get(name, []))
@@ -9628,8 +9606,7 @@ def described_zone(parts: list[Entry]) -> ZoneInfo | None:
 
 def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
     """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
-    before it: a part is a series by the clock.
-    """
+    before it: a part is a series by the clock."""
     before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
     stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
     # Its UNTIL is an instant; by the clock a day more holds no other change.
@@ -9841,8 +9818,7 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
 
 def guarded_text(text: str, what: str) -> bytes:
     """What may be a calendar with each property on a line, FOLD where it had a fold (RFC 5545,
-    3.1); what is no UTF-8 only spoils its own text.
-    """
+    3.1); what is no UTF-8 only spoils its own text."""
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
     if len(data) > MOST_ICS or data.count(b'\n') > MOST_LINES:
         raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes or {MOST_LINES} lines.')
@@ -9911,10 +9887,8 @@ class Reader:
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
-    """The events by UID, each series before its exceptions; of versions of one the newest.
-
-    Two of one UID that are no versions of each other are told apart by a number: both are wanted.
-    """
+    """The events by UID, each series before its exceptions; of versions of one the newest. Two of
+    one UID that are no versions of each other are told apart by a number: both are wanted."""
     groups: dict = defaultdict(list)
     for entry in entries:
         groups[entry.uid].append(entry)
@@ -10147,10 +10121,8 @@ def may_repeat(group: list[Entry]) -> bool:
 
 
 class Budget:
-    """What the events of a calendar may cost in steps: each by itself, and all together.
-
-    What doesn't repeat has steps of its own, that nothing else can use up.
-    """
+    """What the events of a calendar may cost in steps: each by itself, and all together. What
+    doesn't repeat has steps of its own, that nothing else can use up."""
 
     def __init__(self):
         self.left = {False: 5 * MOST_STEPS, True: MOST_STEPS}
@@ -16115,10 +16087,8 @@ class Calendars(Operations):
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
-        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`.
-
-        What is booked is one, whatever became of its flavor; and so is all while a cloud is silent.
-        """
+        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`. What is
+        booked is one, whatever became of its flavor; and so is all while a cloud is silent."""
         if all(not each.guess for each in wanted):
             return wanted
         booked = {each.uid for each in rows(
@@ -17628,7 +17598,7 @@ class Workers:
         self.fence = threading.Lock()
         self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
-        self.pools: dict[str, ThreadPoolExecutor] = {}
+        self.pools: dict[str, futures.ThreadPoolExecutor] = {}
         self.deeds = {
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
             **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
@@ -17646,8 +17616,8 @@ class Workers:
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
-                self.pools[account] = ThreadPoolExecutor(self.config.workers,
-                                                         thread_name_prefix=account)
+                self.pools[account] = futures.ThreadPoolExecutor(
+                    self.config.workers, thread_name_prefix=account)
             self.pools[account].submit(self.work, call)
         except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
             del self.flying[key]
@@ -19525,9 +19495,12 @@ class Document:
         """What is said of one verb at one address."""
         fields = {name: each for name, each in operation.parameters.items()
                   if f'<{name}>' not in path and name not in fixed}
+        there = [(name, 'path') for name in re.findall(r'<(\w+)>', path)]
+        if verb not in WITH_BODY or takes_calendar(operation):
+            there += [(name, 'query') for name in fields]
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                 'parameters': [*(self.parameter(operation, *each) for each in there), *(
                      {'$ref': f'#/components/parameters/{name}'}
                      for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
@@ -19536,14 +19509,6 @@ class Document:
         if verb == 'GET':
             entry['security'] = TO_READ
         return entry | ({'deprecated': True} if path.startswith(SEED) else {})
-
-    def in_address(self, operation: Operation, verb: str, path: str,
-                   fields: dict) -> Iterator[dict]:
-        """The arguments in an address, as parts of it or behind it."""
-        for name in re.findall(r'<(\w+)>', path):
-            yield self.parameter(operation, name, 'path')
-        for name in fields if verb not in WITH_BODY or takes_calendar(operation) else ():
-            yield self.parameter(operation, name, 'query')
 
     def parameter(self, operation: Operation, name: str, place: str) -> dict:
         """An argument in an address; lists come as several, or as one with commas."""
@@ -19964,11 +19929,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
 
 
 class Once:
-    """What a request with an Idempotency-Key does is done once: its key is written with it.
-
-    The answer is kept for a day, unless it is long or holds a secret. A refusal is not: the
-    request may be sent again.
-    """
+    """What a request with an Idempotency-Key does is done once: its key is written with it. The
+    answer is kept for a day, unless it is long or holds a secret. A refusal is not: the request may
+    be sent again."""
     LASTS = 86400  # seconds
     MOST = 65536   # characters of an answer
 
@@ -20069,11 +20032,9 @@ class Written(NamedTuple):
 
 
 class WrittenFeeds:
-    """The feeds that were asked for last, each written once for all who ask.
-
-    One is written at a time: a long one takes memory. While half of the threads wait for that,
-    others are told to come again.
-    """
+    """The feeds that were asked for last, each written once for all who ask. One is written at a
+    time: a long one takes memory. While half of the threads wait for that, others are told to come
+    again."""
     MOST = 2**26  # bytes of all that are kept
 
     def __init__(self, service: Reservations):
@@ -20151,17 +20112,11 @@ def health(service: Reservations):
 
 
 class Line:
-    """Requests that wait for a thread: next is one of whom the fewest are being answered.
-
-    Nobody has more than an equal share of the threads, counted with one who may come next. So who
-    sends many at once waits for their own, and who sends the first finds a thread free.
-
-    Args:
-      threads: how many there are
-      call: wakes one of them; `waitress` calls all of this under a lock of its own
-      is_new: whether Keystone is still to be asked for a token. All such have one share together,
-        so that a flood of made-up ones slows nobody else
-    """
+    """Requests that wait for a thread: next is one of whom the fewest are being answered. Nobody
+    has more than an equal share of the threads, counted with one who may come next. So who sends
+    many at once waits for their own, and who sends the first finds a thread free. `waitress` calls
+    all of this under a lock of its own; `call` wakes a thread. Tokens that are new
+    to Keystone (`is_new`) share one turn, so that a flood of made-up ones slows nobody else."""
 
     def __init__(self, threads: int, call: Callable[[], None],
                  is_new: Callable[[str], bool] = lambda said: False):
@@ -20230,10 +20185,8 @@ def disk_free(path: str) -> int:
 
 
 class Readiness:
-    """Tells whether the store can be written and is whole, and the life cycle makes its passes.
-
-    It needs no token; whoever asks often gets the answer of the second before.
-    """
+    """Tells whether the store can be written and is whole, and the life cycle makes its passes. It
+    needs no token; whoever asks often gets the answer of the second before."""
 
     def __init__(self, service: Reservations):
         self.service, self.lock = service, threading.Lock()
@@ -22531,8 +22484,9 @@ def item_of(found) -> Item:
     return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
 
 
-def read_xml(data: bytes):
+def read_xml(request):
     """The root of a body; None of an empty one, Invalid for more than is read here."""
+    data = whole_body(request)
     if not data.strip():
         return None
     try:
@@ -22819,9 +22773,6 @@ class Dav:
             return False
         return self.acting.actor.role != READER
 
-    def body(self):
-        return read_xml(whole_body(self.request))
-
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
@@ -22927,7 +22878,7 @@ class Dav:
             raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
         if depth not in ('0', '1'):
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
-        root = self.body()
+        root = read_xml(self.request)
         wanted = wanted_in(root, 'D:propfind')
         names = root is not None and root.find('D:propname', NAMESPACES) is not None
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
@@ -22944,25 +22895,23 @@ class Dav:
 
     def proppatch(self):
         """Keeps properties with a calendar."""
-        root = self.body()
+        root = read_xml(self.request)
         if root is None or short_name(root.tag) != 'D:propertyupdate':
             raise Invalid('the body should be a D:propertyupdate')
-        kept, refused = [], []
+        told: dict = {True: [], False: []}
         with self.acting.writing():
-            for deed in root:
-                for each in deed.iterfind('D:prop/*', NAMESPACES):
-                    done = self.keep_property(each, short_name(deed.tag) == 'D:set')
-                    (kept if done else refused).append(empty_element(each.tag))
+            for deed, each in ((deed, each) for deed in root
+                               for each in deed.iterfind('D:prop/*', NAMESPACES)):
+                name, value = short_name(each.tag), ''.join(each.itertext())
+                is_kept = (len(self.names) == 2 and name in STORED_PROPERTIES
+                           and len(value) <= MOST_PROPERTY)
+                if is_kept:
+                    self.folder.keep_property(
+                        name, value if short_name(deed.tag) == 'D:set' else None)
+                told[is_kept].append(empty_element(each.tag))
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
-        return multistatus([response_text(here, (kept, '200 OK'), (refused, '403 Forbidden'))])
-
-    def keep_property(self, element, sets: bool) -> bool:
-        """Keeps a property with the calendar, if that may be."""
-        name, value = short_name(element.tag), ''.join(element.itertext())
-        if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
-            return False
-        self.folder.keep_property(name, value if sets else None)
-        return True
+        return multistatus([response_text(here, (told[True], '200 OK'),
+                                          (told[False], '403 Forbidden'))])
 
     def get(self):
         """The text of an event."""
@@ -23004,7 +22953,7 @@ class Dav:
 
     def report(self):
         """Answers one of REPORTS."""
-        root = self.body()
+        root = read_xml(self.request)
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
@@ -27417,9 +27366,7 @@ SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 class Connections:
     """The open connections, the oldest first. Where there are too many, the oldest idle one goes.
-
-    Whoever comes last is let in: so an address that opens thousands of them loses only its own.
-    """
+    Whoever comes last is let in: so an address that opens thousands of them loses only its own."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -27454,8 +27401,7 @@ class Connections:
 
 class Watch:
     """Waits for sockets by epoll. waitress asks each of them at every turn whether it has anything
-    to do, which thousands of idle connections make slow; here those at rest are not asked.
-    """
+    to do, which thousands of idle connections make slow; here those at rest are not asked."""
 
     def __init__(self, sockets: dict):
         self.sockets, self.epoll = sockets, select.epoll()
@@ -29477,10 +29423,8 @@ def offered(details: dict, zone: ZoneInfo) -> list[str]:
 
 
 def run_program() -> None:
-    """Runs the command line of this process, and ends it.
-
-    Workers may wait for a cloud that hangs: what became of their calls, the next pass finds out.
-    """
+    """Runs the command line of this process, and ends it. Workers may wait for a cloud that hangs:
+    what became of their calls, the next pass finds out."""
     code = main()
     sys.stdout.flush()
     store_file.leave()
