@@ -19946,7 +19946,7 @@ class Once:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error and self.row():
+        if error and not self.text and self.row():  # else it may be done
             self.run('DELETE FROM once')
 
     def row(self):

@@ -2883,7 +2883,7 @@ def writing(at_once, *on, deed=lambda: None):
         assert writer.result() is None, writer.result()
 
 
-def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once):
+def test_on_postgresql_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once):
     first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
     with writing(at_once, (cmres.On.RESOURCE, first)):
         same = at_once(lambda: house.reserve_there('lab', 'a'))
@@ -2908,7 +2908,7 @@ LOCKED_KINDS = {
 
 @pytest.mark.parametrize('removed', [False, True])
 @pytest.mark.parametrize('kind', LOCKED_KINDS)
-def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
+def test_on_postgresql_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
     name, adds, more = LOCKED_KINDS[kind]
     rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
 
@@ -2938,7 +2938,7 @@ def test_locks_are_taken_in_one_order():
 
 
 @pytest.mark.parametrize('marked', [True, False])
-def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_once, monkeypatch, marked):
+def test_on_postgresql_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_once, monkeypatch, marked):
     if not marked:
         monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
     last, seen = house.events(limit=1)[-1]['id'], []
@@ -2956,7 +2956,7 @@ def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_o
     assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
 
 
-def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
+def test_on_postgresql_what_was_not_locked_is_locked_when_it_is_come_to(house):
     tried = []
 
     def deed(*names):
@@ -2988,6 +2988,83 @@ def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
     cmres.persist(deed(), lambda: many)
     cmres.persist(deed(*many[:6]), frozenset)
     assert tried[0] is None and tried[-1] is None and len(tried) == 6
+
+
+# Lost connections.
+
+
+class Losing:
+    """Loses the connection to PostgreSQL where it is told to: each answers to a statement, or to COMMIT before or after it."""
+
+    def __init__(self, monkeypatch, server):
+        self.when, self.server, self.lost = None, server, 0
+        run, commit = cmres.PostgreSQL.run, peewee.PostgresqlDatabase.commit
+
+        def losing_run(db, sql, values):
+            if self.when and self.when != 'COMMIT' and self.when in sql:
+                self.lose()
+            return run(db, sql, values)
+
+        def losing_commit(db):
+            when = self.when
+            if when == 'saved':
+                commit(db)
+            if when in ('saved', 'COMMIT'):
+                self.lose()
+            return commit(db)
+        monkeypatch.setattr(cmres.PostgreSQL, 'run', losing_run)
+        monkeypatch.setattr(peewee.PostgresqlDatabase, 'commit', losing_commit)
+
+    def lose(self):
+        self.when, self.lost = None, self.lost + 1
+        end_connections(self.server)
+
+
+@pytest.fixture
+def losing(monkeypatch, server):
+    return Losing(monkeypatch, server)
+
+
+@pytest.mark.parametrize('when', ['SELECT', 'INSERT INTO reservation', 'INSERT INTO event', 'INSERT INTO step'])
+def test_what_postgresql_lost_before_it_was_saved_is_done_again(house, losing, when):
+    losing.when = when
+    assert house.reserve_there('lab', 'a')['state'] == 'reserved'
+    losing.when = 'UPDATE reservation'
+    house.extend('lab', by=hours(1))
+    losing.when = 'UPDATE occurrence'
+    house.delete('lab')
+    assert losing.lost == 3 and len(house.events('lab')) == 3 and house.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('when', ['COMMIT', 'saved'])
+def test_where_nobody_knows_whether_postgresql_saved_it_a_key_tells(house, losing, when):
+    """With the key of the first attempt, the second gets its answer, or does it."""
+    token = house.token_add('root', 'default', 'admin')['token']
+    app = Rest(types.SimpleNamespace(service=house), token)
+    body = {'label': 'lab', 'resource': 'a', 'start': '+1h', 'end': '+1h'}
+    losing.when = when
+    refusal = app.call('POST', '/reservation/', body, 503, Idempotency_Key='k')
+    assert 'while it saved' in refusal.json['error'] and 'Idempotency-Key' in refusal.json['error']
+    again = app.call('POST', '/reservation/', body, 201, Idempotency_Key='k')
+    assert again.json['label'] == 'lab' and ('Idempotency-Replayed' in again.headers) == (when == 'saved')
+    assert again.body == app.call('POST', '/reservation/', body, 201, Idempotency_Key='k').body
+    assert len(house.list()) == 1 and house.check()['differences'] == 0
+
+
+def test_a_request_during_a_restart_of_postgresql_waits_for_it(house, at_once, server, monkeypatch):
+    server.stop('immediate')
+    read, added = at_once(house.list), at_once(lambda: house.reserve_there('lab', 'a'))
+    server.start()
+    assert labels(read.result()) in ([], ['lab']) and added.result()['state'] == 'reserved'
+    monkeypatch.setattr(cmres, 'RESTARTS', 0)
+    server.stop('immediate')
+    try:
+        with pytest.raises((peewee.OperationalError, Unavailable)) as refusal:
+            house.list()
+        sentence = str(cmres.trouble(refusal.value))
+    finally:
+        server.start()
+    assert 'connection to the database was lost' in sentence and house.list(label='lab')
 
 
 # Capacity ####################################################################
@@ -28308,6 +28385,79 @@ def bench_anger(folder: Path) -> None:
     process.wait()
     silent.close()
     cmres.close_store()
+
+
+#: Sends additions, each to one of some servers, from eight threads at a time; prints how many had which status.
+ASKER = """
+import http.client, json, sys, threading
+from collections import Counter
+token, number, first, step, resources, *servers = sys.argv[1:]
+left, seen = iter(range(int(first), int(number), int(step))), Counter()
+def ask(thread):
+    lines = [http.client.HTTPConnection(each, timeout=300) for each in servers]
+    head = {'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'}
+    while (n := next(left, None)) is not None:
+        body = {'label': f'r-{n}', 'resource': f'place-{n % int(resources)}', 'start': '2199-01-01T10:00Z', 'end': '1h'}
+        line = lines[(n // int(resources) + thread) % len(lines)]
+        line.request('POST', 'BASE/reservation/', json.dumps(body), head | {'Idempotency-Key': f'k-{n}'})
+        answer = line.getresponse()
+        answer.read()
+        seen[answer.status] += 1
+threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+for each in threads: each.start()
+for each in threads: each.join()
+print(json.dumps(seen))
+""".replace('BASE', cmres.BASE)
+
+
+def stress(folder: Path, adds: int, resources: int, **settings) -> tuple[collections.Counter, float]:
+    """Lets 8 x 8 clients of 3 API processes add so many into resources with room for half; what was answered, in what time."""
+    folder.mkdir()
+    servers = []
+    try:
+        for first in True, False, False:
+            servers.append(Serving(folder, '--noscheduler', *['--demo'] * first, **settings))
+            servers[-1].token = servers[0].token
+        for n in range(resources):
+            assert servers[0].add(f'place-{n}', vms=adds // resources // 2)[0] == 201
+        names, began = [urlsplit(each.url).netloc for each in servers], time.monotonic()
+        crowd = [subprocess.Popen([sys.executable, '-c', ASKER, servers[0].token, *map(str, (adds, n, 8, resources)), *names],
+                                  stdout=subprocess.PIPE, text=True) for n in range(8)]
+        answers = [each.communicate()[0] for each in crowd]
+        took = time.monotonic() - began
+        checked = servers[0].ask('GET', '/check/')
+        assert checked[0] == 200 and checked[1]['differences'] == 0, checked
+        return sum((collections.Counter(json.loads(each)) for each in answers), collections.Counter()), took
+    finally:
+        for each in servers:
+            each.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize('adds, resources', [(2000, 100), (400, 1)])
+@pytest.mark.parametrize('engine', ['sqlite', 'postgresql'])
+@pytest.mark.skipif(not STRESS, reason='it takes long: CI runs it, with CMRES_STRESS; `make stress` does fifty times as much')
+def test_clients_of_three_processes_never_overbook(tmp_path, request, engine, adds, resources):
+    settings = {}
+    if engine == 'postgresql':
+        server = request.getfixturevalue('server')
+        settings = {'database': server.url(server.make()), 'key': tmp_path / 'key'}
+    assert stress(tmp_path / 'served', adds, resources, **settings)[0] == {'201': adds // 2, '409': adds - adds // 2}
+
+
+def bench_stress(folder: Path) -> None:
+    """`make stress`: never one more than there is room for, no deadlock, no 5xx, on either engine."""
+    server = Server()
+    try:
+        for adds, resources in (10**5, 100), (20, 1), (2000, 1):
+            for engine in 'sqlite', 'postgresql':
+                settings = {'database': server.url(server.make()), 'key': folder / f'{adds}-{resources}.key'} if engine == 'postgresql' else {}
+                seen, took = stress(folder / f'{engine}-{adds}-{resources}', adds, resources, **settings)
+                assert seen == {'201': adds // 2, '409': adds - adds // 2}, seen
+                print(f'{engine:10} {adds:6} additions to {resources:3} resources: {adds // 2} admitted, all others refused; '
+                      f'{adds / took:.0f} a second', flush=True)
+    finally:
+        server.stop()
+        shutil.rmtree(server.folder)
 
 
 def bench_hosts(folder: Path) -> None:
