@@ -7039,7 +7039,7 @@ def read_where(text: str) -> list[tuple[str, str, str]]:
 def said_of_hosts() -> dict[int, dict[str, str]]:
     """What admins say of hosts, by their numbers; of 0, which of that nobody is shown."""
     said = defaultdict(dict)
-    for host, name, value in run('SELECT host, name, value FROM host_property'):
+    for host, name, value in run('SELECT * FROM host_property WHERE host >= 0'):
         said[host][name] = value
     return said
 
