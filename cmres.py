@@ -24227,16 +24227,17 @@ href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</
 {{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
 % for day in days:
 <a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
-% dx = 4 if view == 'month' else 8
+% dx, hourly = 4 if view == 'month' else 8, view in ('day', 'hours')
 <rect
 x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
 width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
-y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
-y="37">{{day.number}}</text></svg></a>
+y="17">{{'' if hourly else day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
+y="{{20 if hourly else 37}}">{{day.number}}</text></svg></a>
 % end
 % if now is not None and view != 'month':
-<svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
-width="38" height="16" rx="8"/><text class="now-t" y="41"
+% beside = 0 if hourly else max(0, 52 - min(10 * (now - day.x) for day in days if day.x <= now))
+<svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag"
+x="{{beside - 19}}" y="29" width="38" height="16" rx="8"/><text class="now-t" x="{{beside}}" y="41"
 text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 % end
 </svg></div>
