@@ -29360,14 +29360,18 @@ def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -
 def pieces_of(cell: str, width: int) -> Iterator[str]:
     """The lines of a cell, cut where they are too wide, between words if there are any."""
     for part in cell.split('\n'):
-        while wide(part) > width:
-            taken = itertools.accumulate(map(wide, part))
-            end = max(sum(each <= width for each in taken), 1)  # at least one letter
+        while (end := fitting_end(part, width)) < len(part):
             space = part.rfind(' ', 1, end + 1)
             end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
             part = part[end:].lstrip()
         yield part
+
+
+def fitting_end(text: str, width: int) -> int:
+    """How many letters of a text fit; at least one."""
+    taken = itertools.accumulate(map(wide, text))
+    return max(sum(1 for _ in itertools.takewhile(lambda each: each <= width, taken)), 1)
 
 
 def wide(text: str) -> int:
