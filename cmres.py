@@ -19132,6 +19132,7 @@ class LifeCycle:
         patience = self.config.leader_timeout / 2
         if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
             self.hand_over({leader.leaving})
+            leader.spare = 0  # until the next look
 
     def hear(self, stop: threading.Event) -> None:
         """Looks at once when another process has changed something; else the next beat does."""
@@ -19143,8 +19144,11 @@ class LifeCycle:
         import select
         with db.ear() as (ear, empty):
             self.wake.set()  # nobody told of what was before
+            poll = select.poll()  # files may have high numbers
+            if ear:
+                poll.register(ear, select.POLLIN)
             while ear and not stop.is_set():
-                if select.select([ear], [], [], 5)[0]:
+                if poll.poll(5000):
                     empty()
                     self.wake.set()
                     stop.wait(0.02)  # where much is written, not each of it
