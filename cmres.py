@@ -17602,10 +17602,13 @@ class Workers:
         self.deeds = {
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
             **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
-            'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
-            'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
+            'integrity': lambda call: look_for_damage(call.target), 'look': self.do_look,
+            'notice': self.do_notice, 'time': self.do_time, 'poll': self.do_poll,
             'ahead': self.do_ahead,
+            'clear': lambda call: self.clouds.open(call.account).delete(call.target),
+            'trace': lambda call: self.clouds.open(call.account).hosts(call.target),
+            'lend': lambda call: self.clouds.open(call.account).lend(call.target),
+            'verify': lambda call: self.clouds.open(call.account).saved(call.target.snapshot_id),
             'hosts': lambda call: self.clouds.open(call.target).aggregates(),
             'states': lambda call: self.clouds.open(call.target).states()}
 
@@ -17684,12 +17687,6 @@ class Workers:
         name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
         return name, self.clouds.open(call.account).snapshot(server.uid, name)
 
-    def do_integrity(self, call: Job) -> str:
-        return look_for_damage(call.target)
-
-    def do_verify(self, call: Job) -> bool | None:
-        return self.clouds.open(call.account).saved(call.target.snapshot_id)
-
     def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
         """The servers with our marks, and those of the known ones that are gone for sure.
 
@@ -17703,12 +17700,6 @@ class Workers:
         found = {uid: cloud.server(uid) for uid in unseen}
         gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
         return seen + [found[uid] for uid in unseen if uid not in gone], gone
-
-    def do_clear(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target)
-
-    def do_lend(self, call: Job) -> dict[str, str]:
-        return self.clouds.open(call.account).lend(call.target)
 
     def do_ahead(self, call: Job) -> list[str]:
         """What would fail if something started now, each in a sentence."""
@@ -17769,9 +17760,6 @@ class Workers:
         send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
                         '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
                         method, event, stop_link(self.config, notice.target))
-
-    def do_trace(self, call: Job) -> dict[str, Seat | None]:
-        return self.clouds.open(call.account).hosts(call.target)
 
     def do_time(self, call: Job) -> float | None:
         """By how much the clock of a cloud is ahead of the uptime."""
@@ -19137,6 +19125,7 @@ class LifeCycle:
         patience = self.config.leader_timeout / 2
         if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
             self.hand_over({leader.leaving})
+            leader.spare = 0  # until the next look
 
     def hear(self, stop: threading.Event) -> None:
         """Looks at once when another process has changed something; else the next beat does."""
@@ -19148,8 +19137,11 @@ class LifeCycle:
         import select
         with db.ear() as (ear, empty):
             self.wake.set()  # nobody told of what was before
+            poll = select.poll()  # files may have high numbers
+            if ear:
+                poll.register(ear, select.POLLIN)
             while ear and not stop.is_set():
-                if select.select([ear], [], [], 5)[0]:
+                if poll.poll(5000):
                     empty()
                     self.wake.set()
                     stop.wait(0.02)  # where much is written, not each of it

@@ -2794,7 +2794,7 @@ def test_postgresql_tells_schedulers_of_what_is_due_and_only_when_it_is_so(serve
     try:
         assert cycle.wake.wait(30)
         assert told_of(lambda: service.add('lab', 'demo', timedelta(0), timedelta(hours=1)))
-        assert not told_of(lambda: service.add('later', 'demo', timedelta(hours=1), timedelta(hours=1)), 0.2)
+        assert not told_of(lambda: service.add('later', 'demo', timedelta(hours=9), timedelta(hours=1)), 0.2)
         assert not told_of(half, 0.2)
         assert told_of(lambda: service.delete('lab'))
         assert told_of(lambda: end_connections(server)), 'it listens again'
