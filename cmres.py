@@ -3479,6 +3479,7 @@ class SQLite(peewee.SqliteDatabase):
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
     settled_event = 2**62  # all before this one are there, or never come
+    one_of_several = '{}'  # of queries that are merged in order
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3584,6 +3585,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    one_of_several = 'SELECT * FROM ({} {}) one'  # each by itself in that order, no more than are asked for
     until: float | None = 0.0  # when it is away for too long; None: it is there
 
     def id_of(self, cursor) -> int:
@@ -3595,9 +3597,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
 
     def connect(self, reuse_if_open: bool = False) -> bool:
-        """Takes a connection for this thread, and waits for one while all are in use, or while
-        the server is started again.
-        """
+        """Takes a connection for this thread, and waits where there is none for a while."""
         while True:
             try:
                 found = super().connect(reuse_if_open)
@@ -3627,11 +3627,10 @@ class PostgreSQL(PooledPostgresqlDatabase):
         try:
             return connection.execute(self.spell(sql), values)
         except psycopg().Error as error:
-            if not connection.closed or self.in_transaction():
+            reads = sql.lstrip().startswith('SELECT')
+            if not connection.closed or self.in_transaction() or not reads:
                 raise of_peewee(error) from error
             self.leave_lost()
-            if not sql.lstrip().startswith('SELECT'):
-                raise of_peewee(error) from error
         with peewee.__exception_wrapper__:
             return self.connection().execute(self.spell(sql), values)
 
@@ -3669,9 +3668,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
     @property
     def settled_event(self) -> int:
-        """Events up to this id are there, or never come: who still writes has marked a later one,
-        and marked it before. So what is drawn last must be asked first.
-        """
+        """Events up to this id are there, or never come; what is drawn last is asked first."""
         last, = run('SELECT last_value FROM event_id_seq').fetchone()
         mark, = run("SELECT min(CAST(CAST(objid AS text) AS int)) FROM pg_locks "
                     f"WHERE locktype = 'advisory' AND classid = {On.EVENTS} AND objsubid = 2 AND "
@@ -3832,12 +3829,12 @@ db.initialize(SQLITE)
 #   labels < the waiting list
 #
 # The store is shared by those who name their locks. Who names none has it alone: maintenance,
-# hosts, limits, passes of the life cycle. A reservation is changed under the locks of all resources
-# that it is on. Nobody waits in a circle: all locks are taken at the beginning, in one order, and a
-# row that two may write is written under one of them, but for two that each writes one of: first a
-# key of `once`, later the texts of its project. Whoever comes to something that is not locked
-# begins anew with that as well: `persist`. Ids of events are drawn before others see them, so who
-# writes marks how far they were: `settled_event`.
+# limits, passes of the life cycle. A reservation is changed under the locks of all resources that
+# it is on. Nobody waits in a circle: all locks are taken at the beginning, in one order, and a row
+# that two may write is written under one of them, but for two that each writes one of: first a key
+# of `once`, later the texts of its project. Who comes to what is not locked begins anew with that
+# as well (`persist`). Ids of events are drawn before others see them, so who writes marks how far
+# they were (`settled_event`).
 
 class On:
     """What a lock is on; the last is only marked."""
@@ -3859,10 +3856,7 @@ locked = Locked()
 
 
 class Lacking(Exception):
-    """A transaction decides on what it has not locked: on this; None: on the whole store."""
-
-    def __init__(self, on: frozenset | None):
-        self.on = on
+    """A transaction decides on what it has not locked: on these; None: on the whole store."""
 
 
 def locks_on(names: Iterable[tuple[int, int | str]]) -> frozenset[tuple[int, int]]:
@@ -3877,9 +3871,7 @@ def decide_on(*names: tuple[int, int | str], also: Iterable[tuple[int, int | str
 
 
 def persist(deed: Callable[[frozenset | None], Any], on: Callable[[], Iterable] | None) -> Any:
-    """Does something in one transaction with some locks; again where it lacked some, or where
-    the connection was lost before anything was saved.
-    """
+    """Does something in a transaction; again where it lacked locks, or lost its connection."""
     if db.in_files or db.in_transaction():
         return deed(None)
     locks = on and locks_on(on())
@@ -3887,7 +3879,7 @@ def persist(deed: Callable[[frozenset | None], Any], on: Callable[[], Iterable] 
         try:
             return deed(locks if locks is not None and len(locks) <= MOST_LOCKS else None)
         except Lacking as lack:
-            locks = locks | lack.on if lack.on is not None and left > 1 else None
+            locks = locks | lack.args[0] if lack.args[0] is not None and left > 1 else None
         except STORE_ERRORS as error:
             if not left or not is_lost(error):
                 raise
@@ -4847,19 +4839,15 @@ def read_key(file: str) -> bytes:
     return key
 
 
-def read_keys(file: str) -> list[bytes]:
-    """The key, and those before it that are still good: whose cookies have not ended yet."""
+def read_keys(file: str, ended: bool = False) -> list[bytes]:
+    """The key, and those before it that are still good: whose cookies have not ended yet; or
+    all that the file still has.
+    """
     with open(file, encoding='ascii') as lines:
         older = [line.split() for line in lines.read().splitlines()[2:]]
-    good = [bytes.fromhex(key) for key, until in older if int(until) > time.time()]
+    good = [bytes.fromhex(key) for key, until in older
+            if ended or int(until) > time.time()]
     return [read_key(file), *good]
-
-
-def all_keys(file: str) -> list[bytes]:
-    """The key and all those before it that its file still has."""
-    with open(file, encoding='ascii') as lines:
-        older = [line.split()[0] for line in lines.read().splitlines()[2:]]
-    return [read_key(file), *map(bytes.fromhex, older)]
 
 
 def rotate_key(file: str, until: int) -> int:
@@ -5138,7 +5126,8 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
     with alone_with(path):
         part = f'{path}.restored-{stamp()}'
         copy_store(copy, part)
-        note_restored(part)
+        with closing(connect(part)) as connection:
+            note_restored(connection.execute)
         aside = set_aside(path)
         os.rename(part, path)
         remember(key_file(path, key), found['store'])
@@ -5158,7 +5147,7 @@ def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
             run('CREATE SCHEMA public')
     copy_rows(copy, url)
     with opened(url):
-        note_restored_in(execute)
+        note_restored(execute)
     remember(key, found['store'])
     answer = {'database': without_password(url), 'from': copy,
               'reservations': found['reservations']}
@@ -5174,12 +5163,7 @@ def set_aside(path: str) -> str:
     return aside
 
 
-def note_restored(path: str) -> None:
-    with closing(connect(path)) as connection:
-        note_restored_in(connection.execute)
-
-
-def note_restored_in(execute: Callable) -> None:
+def note_restored(execute: Callable) -> None:
     """Notes it by what runs a statement."""
     last = execute('SELECT coalesce(max(id), 0) FROM server', ()).fetchone()[0]
     for fact in ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}'):
@@ -6352,10 +6336,12 @@ def walk(now: float, ways: Iterable[tuple[str, str]], where: list, limit: int,
     common = all_of(where)
     # they stand in the text once for each way
     common = re.sub(r'\?(?!1\b)', lambda _: f'?{next(count)}', common)
-    ones = ' UNION '.join(f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} '
-                          f'WHERE {condition}{common}' for way, condition in ways)
     order = 'DESC' if latest else 'ASC'
-    return run(f'{ones} ORDER BY 1 {order}, 2 {order} LIMIT {limit}', int(now),
+    tail = f'ORDER BY 1 {order}, 2 {order} LIMIT {limit}'
+    ones = ' UNION '.join(db.one_of_several.format(
+        f'SELECT o.start, o.id FROM occurrence o INDEXED BY occurrence_{way} '
+        f'WHERE {condition}{common}', tail) for way, condition in ways)
+    return run(f'{ones} {tail}', int(now),
                *given(where)).fetchall()
 
 
@@ -8629,7 +8615,7 @@ def cipher(config: Config):
     """What encrypts with the key of the store, and reads what was so with those before it."""
     from base64 import urlsafe_b64encode
     from cryptography.fernet import Fernet, MultiFernet
-    keys = all_keys(key_file(config.database, config.key))
+    keys = read_keys(key_file(config.database, config.key), ended=True)
     return MultiFernet([Fernet(urlsafe_b64encode(hashlib.sha256(b'credential ' + key).digest()))
                         for key in keys])
 
@@ -10947,8 +10933,7 @@ class Service:
         """
         def done(locks: frozenset | None) -> Any:
             with self.writing(on=locks) as now:
-                answer = deed(now)
-                self.answered(answer)
+                self.answered(answer := deed(now))
                 return answer
         replans.found, replans.searches = {}, SEARCHES
         if dry_run:
@@ -19979,16 +19964,16 @@ class Once:
     def write(self, status: int, answer) -> None:
         """Keeps an answer with what it tells of, unless more is made of it: of a group, say."""
         self.text = json_text(answer) if isinstance(answer, dict) else ''
-        self.change('UPDATE once SET status = ?, answer = ?', status, self.kept_of(self.text))
+        if self.may_keep(self.text):
+            self.change('UPDATE once SET status = ?, answer = ?', status, self.text)
 
     def keep(self, status: int, text: str) -> None:
         """Keeps an answer for who asks again, if it is not kept already."""
-        if text != self.text and self.kept_of(text):
+        if text != self.text and self.may_keep(text):
             self.run('UPDATE once SET status = ?, answer = ?', status, text)
 
-    def kept_of(self, text: str) -> str:
-        """As much as may be kept of an answer."""
-        return text if self.keeps and len(text) <= self.MOST else ''
+    def may_keep(self, text: str) -> bool:
+        return self.keeps and len(text) <= self.MOST
 
     def run(self, deed: str, *values) -> None:
         """Does something to the row that this request has written."""
@@ -28244,7 +28229,7 @@ def store_copy(config: Config, target: Name) -> dict:
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
-    keys = all_keys(key_file(config.database, config.key))
+    keys = read_keys(key_file(config.database, config.key), ended=True)
     found = copy_rows(config.database, target, progress_bar)
     if not os.path.exists(file):
         write_key(file, keys[0].hex(), verify_store(target)['store'])

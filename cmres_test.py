@@ -219,7 +219,8 @@ OTHER: dict = {}  # of a folder, its database that is no file in it, and the key
 class Server:
     """PostgreSQL in a folder of its own, reached by a socket there; never started as root."""
 
-    def __init__(self):
+    def __init__(self, fsync='off'):
+        self.fsync = fsync
         found = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb')) or [Path(shutil.which('initdb') or 'initdb')]
         self.programs, self.folder = found[-1].parent, Path(tempfile.mkdtemp(prefix='cmres-pg-'))
         self.who = {}
@@ -237,7 +238,7 @@ class Server:
 
     def start(self):
         self.run('pg_ctl', '-D', 'data', '-w', '-l', 'log', 'start', '-o',
-                 f"-k {self.folder} -c listen_addresses='' -c fsync=off -c full_page_writes=off -c max_connections=300 "
+                 f"-k {self.folder} -c listen_addresses='' -c fsync={self.fsync} -c full_page_writes=off -c max_connections=300 "
                  '-c shared_buffers=64MB -c autovacuum=off')
 
     def stop(self, mode='immediate'):
@@ -384,6 +385,11 @@ def dump(connection=None):
                 for each in cmres.rows(f'SELECT * FROM {model._meta.table_name} ORDER BY 1, 2')]
     everything = (connection or cmres.db.connection()).iterdump()
     return [line for line in everything if not line.startswith(count)]
+
+
+def write_all(sql, lines):
+    """Runs a statement for each of many lines of values, past cmres."""
+    cmres.db.connection().cursor().executemany(cmres.db.spell(sql), [*lines])
 
 
 def trace(heard=None):
@@ -1402,6 +1408,7 @@ def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwri
             reader.execute('COMMIT')
 
 
+@pytest.mark.sqlite
 def test_a_transaction_that_writes_nothing_looks_once_at_each_file(world, monkeypatch):
     cmres.fact('store')  # else this thread has no connection yet
     asked, run, stat = [], [], os.stat
@@ -3140,6 +3147,7 @@ def kept_by_name() -> None:
               "WHERE id = json_extract(defaults, '$.resource')), ''))")
 
 
+@pytest.mark.sqlite
 def test_a_store_that_kept_resources_by_name_keeps_them_by_id(lan):
     world, service = lan, lan.service
     service.resource_add('gone', cloud='simulated', vms=4)
@@ -4386,9 +4394,9 @@ def test_a_delete_by_filter_counts_all_that_it_hits(service):
     held = [(n, n, 1, begin, end, begin, end, 1, 0, 0, begin) for n in many]
     with cmres.transaction():
         names = ', '.join(f'"{name}"' for name in columns)
-        cmres.db.connection().executemany(f'INSERT INTO reservation (id, label, over, {names}) SELECT ?, ?, ?, {names} '
+        write_all(f'INSERT INTO reservation (id, label, over, {names}) SELECT ?, ?, ?, {names} '
                                           'FROM reservation WHERE id = 1', [(n, f'r{n}', end) for n in many])
-        cmres.db.connection().executemany(
+        write_all(
             'INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until, vms, '
             f"vcpus, ram, due, told, slot, altered, revision, revised, classes) VALUES ({','.join('?' * 11)}, "
             "0, '', 0, 0, 0, '')", held)
@@ -5167,7 +5175,7 @@ def spread_out(world, number: int, statistics: bool) -> None:
         cmres.run('UPDATE reservation SET over = (SELECT "end" FROM occurrence o WHERE reservation_id = reservation.id)')
         cmres.run('DELETE FROM step')
         for place in cmres.rows('SELECT id FROM resource'):
-            cmres.db.connection().executemany('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)', (
+            write_all('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)', (
                 (place.id, *step, *held) for step, held in cmres.held_steps(place.id)))
         cmres.run("UPDATE reservation SET user = 'few', project = 'small' WHERE id % 50 = 0")
         cmres.run('UPDATE occurrence SET cancelled = start, told = 128 * (id % 2) WHERE due IS NULL AND id % 7 = 0')
@@ -5554,7 +5562,7 @@ def test_a_look_at_a_cloud_costs_nothing_for_servers_that_are_gone(world, servic
     costs = []
     for gone in (0, 2000):
         with cmres.transaction():
-            cmres.db.connection().executemany(
+            write_all(
                 "INSERT INTO server (occurrence_id, n, name, account, goal, state, borrowed, tries, failures, uid, addresses, "
                 "snapshot, snapshot_id, fault, planned, deleted) VALUES (1, ?, 'old', 'simulated', 'delete', 'deleted', 0, 1, 0, "
                 "?, '[]', '', '', '', 1, 1)", [(n + 10, f'old-{n}') for n in range(gone)])
@@ -28447,6 +28455,73 @@ def test_clients_of_three_processes_never_overbook(tmp_path, request, engine, ad
     assert stress(tmp_path / 'served', adds, resources, **settings)[0] == {'201': adds // 2, '409': adds - adds // 2}
 
 
+#: Reserves, or only inserts and commits a row, again and again for some seconds; prints how often. It begins when it is told to.
+CLIENT = """
+import random, sys, time
+import cmres
+path, key, number, resources, seconds, what = *sys.argv[1:5], float(sys.argv[5]), sys.argv[6]
+cmres.open_store(path, key)
+config, chance, done = cmres.Config(database=path, key=key), random.Random(number), 0
+service = cmres.Reservations(config, cmres.Clouds(config), cmres.Actor('u', 'p', 'admin'))
+first = service.here.now + cmres.timedelta(days=1)
+def add():
+    start = first + cmres.timedelta(minutes=chance.randrange(150 * 1440))
+    service.add(f'{number}-{time.monotonic()}', f'place-{chance.randrange(int(resources))}', start, cmres.timedelta(hours=1))
+def bare():
+    with cmres.db.atomic():
+        cmres.run("INSERT INTO bare VALUES (?, 'p', ?)", f'{number}-{done}', done)
+deed = add if what == 'add' else bare
+deed()
+print(flush=True)
+sys.stdin.readline()
+until = time.monotonic() + seconds
+while time.monotonic() < until:
+    deed()
+    done += 1
+print(done)
+"""
+
+
+def rate(path: str, key: str, clients: int, resources: int, what: str, seconds: float = 3) -> float:
+    """How often a second some clients, each a process, do something at once."""
+    crowd = [subprocess.Popen([sys.executable, '-c', CLIENT, path, key, f'{clients}-{n}', str(resources), str(seconds), what],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(MODULE.parent)})
+             for n in range(clients)]
+    assert [each.stdout.readline() for each in crowd] == ['\n'] * clients
+    return sum(int(each.communicate('\n')[0]) for each in crowd) / seconds
+
+
+def bench_clients(folder: Path) -> None:
+    """How many reservations a second 1, 4 and 8 processes make, against bare rows of the same engine and as many processes."""
+    server = Server(fsync='on')
+    try:
+        for engine, path in ('sqlite', str(folder / 'cmres.db')), ('postgresql', server.url(server.make())):
+            key = str(folder / f'{engine}.key')
+            cmres.open_store(path, key)
+            service = cmres.Reservations(Config(database=path, key=key), cmres.Clouds(Config()), Actor('u', 'p', 'admin'))
+            for n in range(100):
+                service.resource_add(f'place-{n}', vms=10**6)
+            cmres.run('CREATE TABLE bare (label TEXT, project TEXT, number BIGINT)')
+            cmres.run('CREATE INDEX bare_label ON bare (project, label)')
+            cmres.close_store()
+            for resources in 1, 100:
+                seen = {(what, clients): [] for clients in (1, 4, 8) for what in ('add', 'bare')}
+                for _ in range(3):
+                    for (what, clients), rates in seen.items():
+                        rates.append(rate(path, key, clients, resources, what))
+                found = {each: sorted(rates)[1] for each, rates in seen.items()}
+                one = found['bare', 1]
+                for clients in 1, 4, 8:
+                    adds, bare = found['add', clients], found['bare', clients]
+                    print(f'{engine:10} {resources:3} resources, {clients} clients: {adds:6.0f} reservations a second, '
+                          f"{adds / found['add', 1]:.2f} x one client; a bare row of as many {bare / adds:.1f} x, of one {one / adds:.1f} x",
+                          flush=True)
+    finally:
+        cmres.close_store()
+        server.stop()
+        shutil.rmtree(server.folder)
+
+
 def bench_stress(folder: Path) -> None:
     """`make stress`: never one more than there is room for, no deadlock, no 5xx, on either engine."""
     server = Server()
@@ -28482,7 +28557,7 @@ def bench() -> None:
     for operation in API.values():  # without what tests ask of each answer
         setattr(cmres.Reservations, operation.name, getattr(cmres.Reservations, operation.name).__wrapped__)
     all_of_them = ('start rest keystone page pages lists rehearsals waiting load memory calendar caldav add series claim '
-                   'filter hosts starts idle anger').split()
+                   'filter hosts starts idle anger clients').split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
