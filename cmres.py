@@ -8426,12 +8426,13 @@ class OpenStack(Cloud):
 
     def refuse_any_network(self, sight):
         with self.calling('list networks', sure=True) as cloud:
-            found = [each for each in cloud.network.networks(is_admin_state_up=True)
-                     if each.is_shared or each.project_id == cloud.current_project_id]
+            mine = cloud.current_project_id if sight.all_own else ''
+            found = [each.name for each in cloud.network.networks(is_admin_state_up=True)
+                     if (each.is_shared or each.project_id == mine)
+                     and not each.is_router_external]
         if found[1:]:
-            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
             raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
-                          f'them: {names}.')
+                          f"them: {', '.join(found)}.")
 
     def left(self):
         with self.calling('tell the quota', sure=True) as cloud:
@@ -11529,11 +11530,11 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            found = self.service.shares.ask(f'the cloud {account}',
+                                            lambda: cloud.check(named, sight))
             if asked.get('image') and asked.get('network') in ('', 'auto'):
                 self.service.shares.ask(f'the cloud {account}',
                                         lambda: cloud.refuse_any_network(sight))
-            found = self.service.shares.ask(f'the cloud {account}',
-                                            lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
