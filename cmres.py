@@ -15818,9 +15818,9 @@ class Claims(Operations):
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
                 if seat.host not in ('', claim.host):
-                    self.follow(claim, seat.host, now)
+                    self.follow_seat(claim, seat.host, now)
 
-    def follow(self, claim, host: str, now: float) -> None:
+    def follow_seat(self, claim, host: str, now: float) -> None:
         """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
         found = row('SELECT * FROM occurrence WHERE id = ?', claim.occurrence)
         here = row('SELECT id FROM host WHERE resource_id = ? AND name = ?', claim.resource_id,
