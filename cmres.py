@@ -8433,12 +8433,13 @@ class OpenStack(Cloud):
 
     def refuse_any_network(self, sight):
         with self.calling('list networks', sure=True) as cloud:
-            found = [each for each in cloud.network.networks(is_admin_state_up=True)
-                     if each.is_shared or each.project_id == cloud.current_project_id]
+            mine = cloud.current_project_id if sight.all_own else ''
+            found = [each.name for each in cloud.network.networks(is_admin_state_up=True)
+                     if (each.is_shared or each.project_id == mine)
+                     and not each.is_router_external]
         if found[1:]:
-            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
             raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
-                          f'them: {names}.')
+                          f"them: {', '.join(found)}.")
 
     def left(self):
         with self.calling('tell the quota', sure=True) as cloud:
@@ -11532,11 +11533,11 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            found = self.service.shares.ask(f'the cloud {account}',
+                                            lambda: cloud.check(named, sight))
             if asked.get('image') and asked.get('network') in ('', 'auto'):
                 self.service.shares.ask(f'the cloud {account}',
                                         lambda: cloud.refuse_any_network(sight))
-            found = self.service.shares.ask(f'the cloud {account}',
-                                            lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
@@ -15802,9 +15803,9 @@ class Claims(Operations):
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
                 if seat.host not in ('', claim.host):
-                    self.follow(claim, seat.host, now)
+                    self.follow_seat(claim, seat.host, now)
 
-    def follow(self, claim, host: str, now: float) -> None:
+    def follow_seat(self, claim, host: str, now: float) -> None:
         """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
         found = row('SELECT * FROM occurrence WHERE id = ?', claim.occurrence)
         here = row('SELECT id FROM host WHERE resource_id = ? AND name = ?', claim.resource_id,
