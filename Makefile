@@ -24,6 +24,9 @@ test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py
 
+stress: $(VENV)/cmres_test $(VENV)/psycopg   ## let 64 clients reserve 100000 times on three processes, on both engines
+	$(BIN)/python cmres_test.py stress
+
 bench: $(VENV)/cmres_test $(VENV)-clients/caldav/done   ## print how fast it is, as ratios measured side by side
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(BIN)/python cmres_test.py
 
@@ -72,4 +75,4 @@ $(VENV)-clients/tempest/done: | $(VENV)-clients/done   # OpenStack's own tests, 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-.PHONY: help serve test test-postgres test-openstack test-clients bench clean FORCE
+.PHONY: help serve test test-postgres test-openstack test-clients bench stress clean FORCE

@@ -57,9 +57,7 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import difflib
 import functools
 import gc
 import getpass
@@ -74,11 +72,7 @@ import logging
 import math
 import operator
 import os
-import queue
-import random
 import re
-import secrets
-import signal
 import socket
 import sqlite3
 import struct
@@ -86,10 +80,8 @@ import sys
 import textwrap
 import threading
 import time
-import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from html import escape, unescape
@@ -115,12 +107,14 @@ class Module:
         return getattr(importlib.import_module(self.__name__), name)
 
 
-base64, bottle, configparser, fire, gzip, hmac, ipaddress, select, shlex, shutil, smtplib, string, \
-    traceback, unicodedata, uuid, waitress, yaml = map(Module, (
-        'base64 bottle configparser fire gzip hmac ipaddress select shlex shutil smtplib string '
-        'traceback unicodedata uuid waitress yaml'.split()))
-email_message, email_utils, http_client, ElementTree = map(Module, (
-    'email.message', 'email.utils', 'http.client', 'xml.etree.ElementTree'))
+base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
+    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
+    zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
+        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
+        'zlib'.split()))
+email_message, email_utils, futures, http_client, ElementTree = map(Module, (
+    'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 
 __version__ = '0.1'
 
@@ -616,7 +610,6 @@ REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, 
 
 class Stretch(NamedTuple):
     """A stretch of a series; wall times as ISO text, lengths in seconds of wall time, but `exact`.
-
     A slot is the wall time at which the rule puts an occurrence: its key, wherever it is moved to.
     """
     start: str
@@ -1380,10 +1373,8 @@ def setting(default, least=None, most=10**9):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that can be set; config.example.ini says what each setting is for.
-
-    Once read, only what `read_again` takes is ever changed.
-    """
+    """Everything that can be set; config.example.ini says what each setting is for. Once read, only
+    what `read_again` takes is ever changed."""
     # the store, and how `serve` is reached
     database: str = setting('cmres.db')
     key: str = setting('')
@@ -1949,6 +1940,8 @@ WORDS = {
     'label': 'your name for the reservation: 1 to 64 letters, digits, . _ -',
     'lead': 'start the VMs this long before START (the time counts as reserved)',
     'maintenance_add.host': 'close only this host',
+    'host_set.name': 'name of the host',
+    'properties': 'what it is like: k=v,k=v; k= takes one away', 'private': 'nobody is shown them',
     'find.lead': 'lead time before the start, which must be free too',
     'find.resource': 'name of the resource, or - for all of them',
     'spare': 'so many hosts are kept for VMs whose own host fails (not the last one)',
@@ -1997,6 +1990,7 @@ WORDS = {
     'max_vcpu_hours': 'maximum of reserved future vCPU-hours',
     'wait': 'if it does not fit, join the waiting list',
     'max_waiting': 'maximum number of requests on the waiting list',
+    'where': 'only on hosts that are so, such as gpu_count>=2 and arch==x86_64',
     'affinity': 'whether its VMs are apart, each on a host of its own, or together on one',
     'personal': 'only you may start VMs in it through Nova, not your whole project',
     'rows': 'CSV, JSON or YAML file with one reservation a line, fields named as in `add`',
@@ -2040,11 +2034,9 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclasses.dataclass
 class Operation:
-    """A published method: its routes, who may call it, what it takes and answers.
-
-    A route is a verb, a path and fixed arguments. What makes something says in `made` at which
-    path that is found: its answer is 201.
-    """
+    """A published method: its routes, who may call it, what it takes and answers. A route is a
+    verb, a path and fixed arguments. What makes something says in `made` at which path that is
+    found: its answer is 201."""
     name: str
     method: Callable
     role: str
@@ -2089,13 +2081,9 @@ API: dict[str, Operation] = {}
 
 
 def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
-    """Publishes a method; the topmost of several marks is the address that clients use.
-
-    Args:
-      role: the least role that may call it; reader for a GET, else user
-      made: where that is found which it makes, its parts named as fields of the answer
-      fixed: arguments that this address stands for
-    """
+    """Publishes a method for who has at least a role (a reader for a GET, else a user); of several
+    marks the topmost is the address that clients use. What it makes is found at `made`, whose parts
+    are fields of the answer; an address stands for its `fixed` arguments."""
     def publish(method):
         known = API.get(method.__name__)
         if known:
@@ -2118,10 +2106,8 @@ def refuse_to(actor: Actor, operation: Operation) -> None:
 
 
 def guarded_by_role(method):
-    """Refuses before a call an actor whose role is too small, and one too many that takes long.
-
-    A method that has the parameter `asked` gets there all its arguments by name.
-    """
+    """Refuses before a call an actor whose role is too small, and one too many that takes long. A
+    method that has the parameter `asked` gets there all its arguments by name."""
     takes = functools.cache(lambda: {name: each.default for name, each in inspect.signature(
         method).parameters.items() if name != 'self'})  # when it is called first: few are
 
@@ -2150,10 +2136,8 @@ LONG_BY = ('repeat', 'holidays')
 
 class Here(NamedTuple):
     """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
-
     What names no day or no year is the first `after` that instant, or after `now` where it is None;
-    with `past` the last before now.
-    """
+    with `past` the last before now."""
     zone: ZoneInfo
     now: datetime
     after: datetime | None = None
@@ -2576,6 +2560,7 @@ class ReservationAnswer(Answer):
     description: str
     personal: bool
     affinity: str
+    where: str
     repeat: str
     tz: str
     start: datetime
@@ -2783,6 +2768,12 @@ class ResourceChangedAnswer(ResourceAnswer):
     """A resource that was changed, and what no longer fits."""
     no_longer_fit: list[ReservationAnswer]
     warnings: NotRequired[list[str]]
+
+
+class HostAnswer(Answer):
+    """A host, and what is known of it."""
+    name: str
+    properties: dict[str, str]
 
 
 class DifferenceAnswer(Answer):
@@ -4079,7 +4070,7 @@ class Reservation(Table):
     # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
     affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     # what their hosts must be like, as it was typed
-    demands = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    where = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
     trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
@@ -5323,7 +5314,7 @@ def run_all(statements: str) -> None:
 def add_columns(table: str, columns: dict[str, str]) -> None:
     """Gives a table the columns, name by type, that it has not yet."""
     for name in columns.keys() - columns_of(table):
-        run(f'ALTER TABLE {table} ADD COLUMN {name} {columns[name]}')
+        run(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
 
 
 def add_tracks() -> None:
@@ -5663,7 +5654,7 @@ def add_host_states() -> None:
     add_columns('host', {'state': name, 'spare': number,
                          'properties': "TEXT NOT NULL DEFAULT '{}'"})
     add_columns('capacity', {'host': name})
-    add_columns('reservation', {'demands': "TEXT NOT NULL DEFAULT ''"})
+    add_columns('reservation', {'where': "TEXT NOT NULL DEFAULT ''"})
 
 
 def add_user_started() -> None:
@@ -6299,7 +6290,7 @@ LISTING = '''
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
          o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
          r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
-         r.affinity,
+         r.affinity, r."where",
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
            WHERE v.occurrence_id = o.id AND v.goal = 'up' AND v.state = 'active') AS up,
@@ -6741,8 +6732,10 @@ RAISE_STEPS = of_list(f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
    WHERE {OF_ITS} AND at > p.begun AND at < p.until""",
                       'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
-DROP_STEPS = of_list('DELETE FROM step WHERE (resource_id, track, at) IN '
-                     '(SELECT resource, track, at FROM p)', 'resource', 'track', 'at')
+DROP_STEPS = of_list('''
+  DELETE FROM step WHERE resource_id IN (SELECT resource FROM p) AND track IN (SELECT track FROM p)
+     AND at IN (SELECT at FROM p) AND (resource_id, track, at) IN (SELECT resource, track, at
+    FROM p)''', 'resource', 'track', 'at')  # by itself, the last condition does not choose rows
 
 
 def step_of(text: str | None) -> tuple | None:
@@ -6915,15 +6908,14 @@ def free_windows(resource, amount: Amount, after: float,
                  before: float) -> Iterator[tuple[float, float]]:
     """The longest [begin, until) within [after, before) in which an amount fits, in order."""
     most = capacity(resource)
-    rooms = {'': [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])],
-             CLOSED: [0]}
-    rooms |= {name: [2**62 if most.most(name) is None else most.most(name) - need]
-              for name, need in amount.classes}
-    begin = None
+    limits = [(CLOSED, 0, 0), *((name, most.most(name), need) for name, need in amount.classes)]
+    rooms = {name: [2**62 if limit is None else limit - need] for name, limit, need in limits}
+    rooms[''] = [2**62 if limit is None else limit - each for limit, each in zip(most, amount[:3])]
+    begin, ahead = None, 5
     while after < before:  # read in pieces, as the first window may be all that is wanted
         later = run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at > ? "
-                    'AND at < ? ORDER BY at LIMIT 1 OFFSET 20', resource.id, after, before)
-        until = (later.fetchone() or (before,))[0]
+                    'AND at < ? ORDER BY at LIMIT 1 OFFSET ?', resource.id, after, before, ahead)
+        until, ahead = (later.fetchone() or (before,))[0], 2 * ahead
         for at, levels in steps_of(resource.id, [*rooms], after, until):
             fits = all(each <= room for track, left in rooms.items()
                        for each, room in zip(levels[track], left))
@@ -6932,6 +6924,10 @@ def free_windows(resource, amount: Amount, after: float,
             elif begin is not None and not fits:
                 yield begin, at
                 begin = None
+        if begin is None and not ledger.entries:  # it may be full for long
+            until = (run("SELECT at FROM step WHERE resource_id = ? AND track = '' AND at >= ? AND "
+                         'vms <= ? AND vcpus <= ? AND ram <= ? ORDER BY at LIMIT 1', resource.id,
+                         until, *rooms['']).fetchone() or (before,))[0]
         after = until
     if begin is not None:
         yield begin, before
@@ -6998,6 +6994,7 @@ class Need(NamedTuple):
     affinity: str = ''  # or APART, or TOGETHER
     host: str = ''      # on this one alone, by its name
     heals: bool = False  # also on hosts that are kept for when others fail
+    able: frozenset | None = None  # only on these, by id
 
     @property
     def figures(self) -> tuple:
@@ -7010,25 +7007,81 @@ class Need(NamedTuple):
         return self.host != '' or any(self.figures)
 
 
-def need_of(held: Hold, affinity: str = '') -> Need:
-    """What a hold needs of hosts; of one that is reserved by its name it needs all, once."""
+def need_of(held: Hold, of=None) -> Need:
+    """What a hold `of` a wish or a row needs of hosts; of one reserved by its name all, once."""
     amount = held.amount
     for name in amount.names:
         if name.startswith(HOST):
             whole = amount - Amount(classes=((name, 1),))
             return Need(*held[:3], whole, 1, host=name.removeprefix(HOST))
-    return Need(*held[:3], amount // max(amount.vms, 1), amount.vms, affinity)
+    able = able_hosts(held.resource, of.where) if of and of.where else None
+    return Need(*held[:3], amount // max(amount.vms, 1), amount.vms, of.affinity if of else '',
+                able=able)
 
 
-def planned_by_host(resource: int) -> bool:
-    """Whether the hosts of a resource are known."""
-    return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = ?) AS known',
-                     resource)[0].known)
+def host_id(cloud: str, name: str) -> int:
+    """The number of a host: clients take nothing else for an id."""
+    return int(hashlib.sha256(f'{cloud}/{name}'.encode()).hexdigest()[:12], 16)
 
 
-def any_hosts() -> bool:
-    """Whether the hosts of any resource are known."""
-    return bool(once('SELECT EXISTS (SELECT 1 FROM host) AS known')[0].known)
+def is_compared(comparison: str, there: str, value: str) -> bool:
+    """Whether a comparison holds: of numbers, else of texts."""
+    try:
+        return COMPARED[comparison](float(there), float(value))
+    except ValueError:
+        return COMPARED[comparison](there, value)
+
+
+CONDITION = Pattern(r'\s*([\w.:-]+?)\s*(?:(==|!=|>=|<=|=|<|>)\s*([^\s=<>!]+)\s*)?')
+COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
+            '<=': operator.le, '>': operator.gt, '<': operator.lt}
+
+
+def read_where(text: str) -> list[tuple[str, str, str]]:
+    """Conditions on hosts: each a property, and a comparison and a value, or that it is there."""
+    found = [CONDITION.fullmatch(each) for each in re.split(r'\band\b', text)]
+    if not all(found):
+        raise Invalid(f"where: '{text}' is not like gpu_count>=2 and arch==x86_64")
+    return [(each[1], each[2] or '', each[3] or '') for each in found]
+
+
+def said_of_hosts() -> dict[int, dict[str, str]]:
+    """What admins say of hosts, by their numbers; of 0, which of that nobody is shown."""
+    said = defaultdict(dict)
+    for host, name, value in run('SELECT host, name, value FROM host_property'):
+        said[host][name] = value
+    return said
+
+
+def properties_of(resource: int) -> dict[int, dict[str, str]]:
+    """What is known of each host: what it has, what its cloud says, what an admin has said."""
+    said = said_of_hosts()
+    return {each.id: {'name': each.name, 'vcpus': f'{each.vcpus}', 'ram': f'{each.ram}',
+                      **{name: f'{most}' for name, most in json.loads(each.classes).items()},
+                      **json.loads(each.properties), **said[host_id(each.cloud, each.name)]}
+            for each in rows('SELECT h.*, s.cloud FROM host h JOIN resource s ON '
+                             's.id = h.resource_id WHERE h.resource_id = ?', resource)}
+
+
+def say_of_host(host: int, said: dict) -> None:
+    """Writes properties of a host, by its number; what has no value goes."""
+    for name, value in said.items():
+        run('DELETE FROM host_property WHERE host = ? AND name = ?', host, name)
+        if value:
+            run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)', host, name, value)
+
+
+def able_hosts(resource: int, where: str) -> frozenset[int]:
+    """The hosts that meet some conditions."""
+    return frozenset(host for host, has in properties_of(resource).items() if all(
+        name in has and (not sign or is_compared(sign, has[name], value))
+        for name, sign, value in read_where(where)))
+
+
+def planned_by_host(resource: int | None = None) -> bool:
+    """Whether the hosts of a resource are known; without one, of any."""
+    return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = '
+                     'coalesce(CAST(? AS BIGINT), resource_id)) AS known', resource)[0].known)
 
 
 def read_placed(text: str | None) -> dict[int, int]:
@@ -7095,9 +7148,9 @@ def rooms(need: Need, among: Iterable[int] | None = None,
                   int(need.heals), *enough)
     return heapq.merge(
         ((host, tuple(room)) for host, units, *room in written
-         if host not in changed and suits(units, need)),
+         if host not in changed and suits(host, units, need)),
         ((host, room) for host in changed for units, room in room_of(need, host)
-         if all(map(operator.ge, room, enough)) and suits(units, need)))
+         if all(map(operator.ge, room, enough)) and suits(host, units, need)))
 
 
 def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
@@ -7121,8 +7174,12 @@ def amount_of_host(found) -> Amount:
     return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
-def suits(units: str, need: Need) -> bool:
-    """Whether a host gives out amounts of such a size: at least, at most and in steps, by class."""
+def suits(host: int, units: str, need: Need) -> bool:
+    """Whether a host is such as is wanted, and gives out amounts of such a size: at least, at most
+    and in steps, by class.
+    """
+    if need.able is not None and host not in need.able:
+        return False
     asked = dict(need.each.classes) | {'VCPU': need.each.vcpus, 'MEMORY_MB': need.each.ram}
     return not units or need.host != '' or all(
         least <= asked[name] <= most and asked[name] % step == 0
@@ -7162,12 +7219,12 @@ def first_fit(need: Need, had: dict[int, int] = {}, stay: bool = False) -> dict[
 MOST_STARTS = 200  # so many instants at which something could begin are looked at
 
 
-def free_slots(place, amount: Amount, affinity: str, after: int, before: float,
+def free_slots(place, amount: Amount, of, after: int, before: float,
                length: float) -> Iterator[tuple[float, float]]:
     """The windows of a length at least within [after, before) in which an amount fits, in order; by
     hosts, as all is planned now: from when each VM finds one, and until when at the longest.
     """
-    need, latest = need_of(Hold(place.id, after, int(before), amount), affinity), 0
+    need, latest = need_of(Hold(place.id, after, int(before), amount), of), 0
     free = (each for each in free_windows(place, amount, after, before)
             if each[1] - each[0] >= length)
     if need.host or not need.takes or not planned_by_host(place.id):
@@ -7187,18 +7244,16 @@ def free_slots(place, amount: Amount, affinity: str, after: int, before: float,
                 yield at, latest
 
 
-#: When what is planned on any host of a resource changes within a window.
-HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resource_id = h.resource_id
-                AND step.track = '@' || h.id || ':' AND step.at > ?2 AND step.at < ?3
-               WHERE h.resource_id = ?1 ORDER BY step.at LIMIT ?4"""
+HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_id = h.resource_id
+                AND s.track = '@' || h.id || ':' AND s.at > ?2 AND s.at < ?3
+               WHERE h.resource_id = ?1 ORDER BY s.at LIMIT ?4"""
 
 
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
-# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is, on
-# few hosts, the last one on more: as often as a VM is without a host, it pushes out those that
-# failed least so far to find one; whoever fails is in the way the less, and has to be placed the
-# more.
+# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is,
+# on few hosts, the last on more: as often as a VM is without a host, it pushes out those that have
+# failed least to find one; whoever fails is in the way the less, and has to be placed the more.
 #
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
@@ -7206,10 +7261,7 @@ HOST_CUTS = """SELECT DISTINCT step.at FROM host h CROSS JOIN step ON step.resou
 SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
-
-
-class TooMuch(Exception):
-    """A search has taken what it may."""
+FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
 
 
 class Unit:
@@ -7272,7 +7324,7 @@ class Scene:
         made = [Unit(owner, need, figures, host, share) for _ in range(number)]
         for unit in made:
             unit.first, unit.last = (bisect_left(self.cuts, at) for at in need[1:3])
-            self.may[unit] = {id for id, each in self.hosts.items() if suits(each.units, need)}
+            self.may[unit] = {id for id, each in self.hosts.items() if suits(id, each.units, need)}
             if host:
                 self.on[host][unit] = True
         return made
@@ -7295,16 +7347,10 @@ class Scene:
                 row[begin:end] = [each + sign * figure for each in row[begin:end]]
 
     def fits(self, unit: Unit, host: int) -> bool:
-        self.look()
+        self.looks -= 1
         return host in self.may[unit] and not self.siblings(unit, host) and all(
             min(row[unit.first:unit.last]) >= figure
             for row, figure in zip(self.free[host], unit.figures) if figure)
-
-    def look(self) -> None:
-        """Counts a look at a VM on a host."""
-        self.looks -= 1
-        if self.looks < 0:
-            raise TooMuch
 
     def siblings(self, unit: Unit, host: int) -> list[Unit]:
         """The others on a host from which a VM is to be apart."""
@@ -7323,10 +7369,9 @@ class Scene:
 
     def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
         """A few VMs without which another would fit on a host; None if they are not enough."""
-        self.look()
+        self.looks -= 1
         free = [row[unit.first:unit.last] for row in self.free[host]]
         pushed = self.siblings(unit, host)
-        must = len(pushed)
         left = [each for each in self.on[host] if each not in pushed
                 and each.first < unit.last and each.last > unit.first]
         for each in pushed:
@@ -7338,12 +7383,6 @@ class Scene:
             left.remove(each)
             pushed.append(each)
             self.give(free, each, 1, unit.first)
-        for each in pushed[must:-1]:  # it may not be needed any more, since larger ones went
-            self.give(free, each, -1, unit.first)
-            if self.lack(free, unit):
-                self.give(free, each, 1, unit.first)
-            else:
-                pushed.remove(each)
         return pushed
 
     def lack(self, free: list[list], unit: Unit) -> set[int]:
@@ -7368,6 +7407,8 @@ class Scene:
         out, left = [*self.new], {}
         self.looks = looks
         for _ in range(PUSHES):
+            if self.looks < 0:
+                return False
             out.sort(key=lambda each: (each.failures, each.share))
             unit, pushed = out.pop(), []
             host = self.best(unit)
@@ -7407,13 +7448,13 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {need.resource} '
                  f'AND o.start > {int(now)} AND o.start < {until} + {LONGEST_LEAD}')
         near = ids_by(overlapping([('place_live', f'TRUE{there}')], begin, there))
-        planned = rows(f"""SELECT o.*, r.affinity FROM occurrence o
+        planned = rows(f"""SELECT o.*, r.affinity, r."where" FROM occurrence o
                              JOIN reservation r ON r.id = o.reservation_id
                             WHERE o.id IN ({near}) AND o.held_from > ? AND o.held_from < ?
                               AND o.held_until > ? AND o.held_until > o.held_from
                               AND o.placed <> '' AND r.id <> ? AND r.host = '' AND r.affinity <> ?
                             ORDER BY o.id""", int(now), until, begin, own, TOGETHER)
-        found = [(each, need_of(hold_of(each), each.affinity)) for each in planned
+        found = [(each, need_of(hold_of(each), each)) for each in planned
                  if not read_placed(each.placed).keys().isdisjoint(hosts)]
         begin = min([begin, *(other.begin for _, other in found)])
         until = max([until, *(other.until for _, other in found)])
@@ -7439,9 +7480,8 @@ def replan(need: Need, had: dict[int, int], now: float,
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
-        with suppress(TooMuch):
-            if scene.solve(looks, turn):
-                return dict(Counter(unit.host for unit in scene.new)), scene.moves()
+        if scene.solve(looks, turn):
+            return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
 
 
@@ -7469,23 +7509,24 @@ def most_on_hosts(need: Need) -> int:
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
                                 "?3 IN ('', name) AND spare = 0",
                                 need.resource, need.until, need.host)
-               for classes in [json.loads(each.classes)] if suits(each.units, need))
+               for classes in [json.loads(each.classes)]
+               if suits(each.id, each.units, need))
 
 
-def on_hosts(found, now: float) -> tuple[Need, dict[int, int]]:
+def on_hosts(found, now: float, of=None) -> tuple[Need, dict[int, int]]:
     """What the row of an occurrence holds on which hosts, from now on."""
-    need = need_of(hold_of(found))
+    need = need_of(hold_of(found), of)
     return need._replace(begin=max(need.begin, int(now))), read_placed(found.placed)
 
 
-def closings(resource: int, now: float, host: str = '') -> Iterator[tuple[Need, int]]:
-    """When single hosts are closed, as if all of each was held, from now on: the need, the host."""
-    for each in rows('SELECT c.start, c."end" AS ended, h.* FROM capacity c JOIN host h ON '
-                     'h.resource_id = c.resource_id AND h.name = c.host WHERE c.resource_id = ? '
-                     'AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
-        if host in ('', each.name):
-            yield Need(resource, max(each.start, int(now)), each.ended, amount_of_host(each),
-                       1), each.id
+def closings(resource: int, now: float) -> Iterator[tuple]:
+    """When hosts are closed, from now on: what closes one, all that it may have, and its id."""
+    for each in rows('SELECT c.start, c."end", c.id AS closing, h.id FROM capacity c '
+                     'JOIN host h ON h.resource_id = c.resource_id AND h.name = c.host WHERE '
+                     'c.resource_id = ? AND c.removed IS NULL AND c."end" > ?', resource, int(now)):
+        begin = max(each.start, int(now))
+        much = Amount(0, 5 * 10**8, 5 * 10**8)  # four times that is a number in any store
+        yield each.closing, Need(resource, begin, each.end, much, 1), each.id
 
 
 def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
@@ -7496,7 +7537,8 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
         need, placed = on_hosts(found, now)
         for host, number in placed.items() if need.begin < need.until else ():
             planned.append((need._replace(each=need.each * number), host))
-    for need, host in itertools.chain(planned, closings(resource, now)):
+    planned += [each[1:] for each in closings(resource, now)]
+    for need, host in planned:
         for track, figures in need.each.tracks:
             right[on_host(host, track)].add(need.begin, need.until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
@@ -7513,18 +7555,10 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
 def forget_past(now: float) -> int:
     """Forgets what was planned on hosts until a day ago; how much. Only the future is checked."""
     hosts = rows('SELECT id, resource_id, classes FROM host')
-    tracks = [(each.resource_id, on_host(each.id, name), int(now) - DAY)
-              for each in hosts for name in ('', *json.loads(each.classes))]
-    return run(DROP_PAST, json.dumps(tracks)).rowcount if tracks else 0
-
-
-DROP_PAST = of_list("""
-  DELETE FROM step WHERE (resource_id, track, at) IN (
-    SELECT s.resource_id, s.track, s.at FROM p CROSS JOIN step s
-        ON s.resource_id = p.resource AND s.track = p.track AND s.at < (
-           SELECT max(at) FROM step e
-            WHERE e.resource_id = p.resource AND e.track = p.track AND e.at <= p.at))""",
-                    'resource', 'track', 'at')
+    return sum(run('DELETE FROM step WHERE resource_id = ?1 AND track = ?2 AND at < (SELECT '
+                   'max(at) FROM step WHERE resource_id = ?1 AND track = ?2 AND at <= ?3)',
+                   each.resource_id, on_host(each.id, name), int(now) - DAY).rowcount
+               for each in hosts for name in ('', *json.loads(each.classes)))
 
 
 def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
@@ -7639,8 +7673,8 @@ class HostTold(NamedTuple):
     properties: dict[str, str] = {}
 
 
-DISABLED, FAILING, GONE_AWAY = 'disabled', 'down', 'gone'  # why nothing is planned on a host
-UNKNOWN_HOST = 'unknown'  # Placement has no such host
+# Why nothing is planned on a host; of one that is unknown, Placement tells nothing.
+DISABLED, FAILING, GONE_AWAY, UNKNOWN_HOST = 'disabled', 'down', 'gone', 'unknown'
 
 
 class Aggregate(NamedTuple):
@@ -7671,13 +7705,14 @@ def host_state(nodes: list) -> str:
     return DISABLED if all(each.status == 'disabled' for each in nodes) else ''
 
 
-def known_servers(now: float) -> set[str]:
-    """The ids of servers that take what is held for them: ours, and those of reservations."""
-    return {uid for uid, in run(
-        "SELECT uid FROM server WHERE uid IS NOT NULL AND state <> 'deleted' AND due IS NOT NULL "
-        "UNION SELECT uid FROM server WHERE uid IS NOT NULL AND state = 'kept' "
+def not_ours(uids: Iterable[str], now: float) -> set[str]:
+    """The servers, by ids, for which nothing is held: not ours, and not of a reservation."""
+    names = json.dumps([*uids])
+    return {*uids} - {uid for uid, in run(
+        "SELECT uid FROM server WHERE uid IN names(?1) AND state <> 'deleted' "
         'UNION SELECT c.server FROM claim c LEFT JOIN occurrence o ON o.id = c.occurrence '
-        'WHERE c.due IS NOT NULL AND coalesce(o.held_until, ?) >= ?', now, now)}
+        'WHERE c.resource_id IN (SELECT id FROM resource) AND c.server IN names(?1) '
+        'AND c.due IS NOT NULL AND coalesce(o.held_until, ?2) >= ?2', names, now)}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -7792,7 +7827,6 @@ class Cloud:
 
     def things(self, kind: str, name: str = '') -> list[Thing]:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
-        raise NotImplementedError
 
     def find(self, kind: str, name: str, sight: Sight = EVERYTHING) -> Thing | None:
         """The one thing in sight of that name or id; None if there is none.
@@ -7818,49 +7852,39 @@ class Cloud:
         Calls the machine's `fence` just before the one request that makes it, and lets through what
         that raises.
         """
-        raise NotImplementedError
 
     def servers(self) -> list[Seen]:
         """All servers that carry this store's marks, in whatever state."""
-        raise NotImplementedError
 
     def delete(self, uid: str) -> None:
         """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
         already is fine.
         """
-        raise NotImplementedError
 
     def server(self, uid: str) -> Seen | None:
         """One server by its id, with our mark or without; None if it is not there."""
-        raise NotImplementedError
 
     def start(self, uid: str) -> None:
         """Begins to make a server active that is at rest, in rescue or resized; one that is active
         is fine.
         """
-        raise NotImplementedError
 
     def stop(self, uid: str) -> None:
         """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
-        raise NotImplementedError
 
     def shelve(self, uid: str) -> None:
         """Begins to shelve a server; it frees its host then. One that is so already is fine."""
-        raise NotImplementedError
 
     def snapshot(self, uid: str, name: str) -> str:
         """Begins to make an image of a server, unless there is one of that name, and tells the
         image's id.
         """
-        raise NotImplementedError
 
     def saved(self, image: str) -> bool | None:
         """Whether an image is complete; None if it never will be."""
-        raise NotImplementedError
 
     def aggregates(self, host: str = '') -> list[Aggregate]:
         """All host aggregates, or those that have a host, with it alone; for a cloud's operator."""
-        raise NotImplementedError
 
     def lend(self, wanted: dict[str, dict[str, Lent]]) -> dict[str, dict]:
         """Has just these things of ours, by kinds and names; tells the ids of those it has then."""
@@ -7874,7 +7898,6 @@ class Cloud:
 
     def trust(self, id: str) -> tuple[str, str, bool] | None:
         """Who lets the account act in which project, and whether under their name."""
-        raise NotImplementedError
 
     def subnet(self, network: str, address: str) -> str:
         """The id of the subnet of a network that has an address; '' if it knows none."""
@@ -7884,17 +7907,14 @@ class Cloud:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
         store, so that no other one takes it; '' takes the marks away.
         """
-        raise NotImplementedError
 
     def states(self) -> dict[str, tuple[str, list[str]]]:
-        """What Nova says of each host, as a HostTold has it; of those that are down, which servers
-        are there.
-        """
-        return {}
+        """What Nova says of each host, as HostTold has it; of one that is down, its servers."""
+        return {host: (told.state, []) for each in self.aggregates()
+                for host, told in each.told.items()}
 
     def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
         """Where each server is; None if it is gone, has failed or takes nothing of any host."""
-        raise NotImplementedError
 
     def time(self) -> float | None:
         """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
@@ -8252,9 +8272,9 @@ class OpenStack(Cloud):
             found = [each for each in cloud.compute.aggregates()
                      if (not host or host in (each.hosts or []))
                      and LENT_BY not in (each.metadata or {})]
-        nodes, ours = self.nodes(), known_servers(time.time())
+        nodes = self.nodes()
         names = {one for each in found for one in each.hosts or [] if host in ('', one)}
-        read = {one: self.host_holds(one, nodes[one], ours) for one in sorted(names)}
+        read = {one: self.host_holds(one, nodes[one]) for one in sorted(names)}
         return [self.aggregate_of(each, read) for each in found]
 
     def aggregate_of(self, found, read: dict[str, tuple[Amount, HostTold]]) -> Aggregate:
@@ -8284,9 +8304,9 @@ class OpenStack(Cloud):
     def servers_on(self, host: str) -> list:
         """All servers on a host, whose they may be."""
         with self.calling('list the servers of a host', sure=True) as cloud:
-            return [*cloud.compute.servers(all_projects=True, host=host)]
+            return [*cloud.compute.servers(all_projects=True, compute_host=host)]
 
-    def host_holds(self, host: str, nodes: list, ours: set[str]) -> tuple[Amount, HostTold]:
+    def host_holds(self, host: str, nodes: list) -> tuple[Amount, HostTold]:
         """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
         which class only some amounts, what is in use there, and its traits.
         """
@@ -8306,9 +8326,10 @@ class OpenStack(Cloud):
                 at = f'/resource_providers/{provider.id}'
                 for uid, takes in self.placed(f'{at}/allocations').get('allocations', {}).items():
                     used[uid].update(takes['resources'])
-                traits |= dict.fromkeys(self.placed(f'{at}/traits').get('traits', ()), 'yes')
+                traits |= {each: 'yes' for each in self.placed(f'{at}/traits').get('traits', ())
+                           if not each.startswith('COMPUTE_')}  # what Nova can do
         others = {}
-        if used.keys() - ours:
+        if not_ours(used, time.time()):
             there = [each for each in self.servers_on(host) if self.store not in (each.tags or ())]
             others = {each.id: in_classes(used[each.id]) for each in there if each.id in used}
         return in_classes(found), HostTold(units, host_state(nodes) if inside else UNKNOWN_HOST,
@@ -8542,10 +8563,6 @@ class Simulated(Cloud):
                 for each in self.AGGREGATES if not host or host in each.hosts
                 for mark in [marks.get(each.name, '')]]
 
-    def states(self):
-        return {host: (told.state, []) for each in self.AGGREGATES
-                for host, told in each.told.items()}
-
     def mark(self, aggregate, resource):
         with transaction():
             note_fact(f'mark-{aggregate.name}', resource)
@@ -8697,6 +8714,11 @@ class Clouds:
                for each in rows('SELECT id, cloud FROM credential') if each.cloud in clouds}
         return clouds | own | {entry for key, entry in known.items()
                                if key.rpartition('@')[2] in clouds}
+
+    def prepare(self) -> None:
+        """Loads what calls need, before this process has any part in them: it takes a while."""
+        if not all(map(is_simulated, self.names() - {''})):
+            import openstack.connection  # noqa: F401
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -8974,10 +8996,8 @@ def exchange(config: Config, verb: str, url: str, body: bytes | None,
 
 @contextmanager
 def cut_off(seconds: float) -> Iterator[Callable]:
-    """A `create_connection` whose connections end after so many seconds, however slow they are.
-
-    A socket's own time-out is for each piece; this one is for all, a handshake of TLS included.
-    """
+    """A `create_connection` whose connections end after so many seconds, however slow they are. A
+    socket's own time-out is for each piece; this one is for all, a handshake of TLS included."""
     lines, over = [], threading.Event()
 
     def connect(*asked) -> socket.socket:
@@ -9546,8 +9566,7 @@ class Frame:
 
     def zone(self, name: str) -> tzinfo:
         """The zone of a name, of the zone table rather than of the calendar; Invalid if neither
-        knows it, or it would be none in silence.
-        """
+        knows it, or it would be none in silence."""
         name = name.strip(' "')
         if name not in self.known:
             self.known[name] = table_zone(name) or described_zone(self.described.get(name, []))
@@ -9597,8 +9616,7 @@ def described_zone(parts: list[Entry]) -> ZoneInfo | None:
 
 def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
     """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
-    before it: a part is a series by the clock.
-    """
+    before it: a part is a series by the clock."""
     before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
     stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
     # Its UNTIL is an instant; by the clock a day more holds no other change.
@@ -9810,8 +9828,7 @@ def read_calendar(text: str, what: str = 'this') -> list[Entry]:
 
 def guarded_text(text: str, what: str) -> bytes:
     """What may be a calendar with each property on a line, FOLD where it had a fold (RFC 5545,
-    3.1); what is no UTF-8 only spoils its own text.
-    """
+    3.1); what is no UTF-8 only spoils its own text."""
     data = text.encode('utf8', 'surrogateescape').removeprefix(b'\xef\xbb\xbf').strip()
     if len(data) > MOST_ICS or data.count(b'\n') > MOST_LINES:
         raise BadCalendar(f'{what} is larger than {MOST_ICS} bytes or {MOST_LINES} lines.')
@@ -9880,10 +9897,8 @@ class Reader:
 
 
 def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
-    """The events by UID, each series before its exceptions; of versions of one the newest.
-
-    Two of one UID that are no versions of each other are told apart by a number: both are wanted.
-    """
+    """The events by UID, each series before its exceptions; of versions of one the newest. Two of
+    one UID that are no versions of each other are told apart by a number: both are wanted."""
     groups: dict = defaultdict(list)
     for entry in entries:
         groups[entry.uid].append(entry)
@@ -10116,10 +10131,8 @@ def may_repeat(group: list[Entry]) -> bool:
 
 
 class Budget:
-    """What the events of a calendar may cost in steps: each by itself, and all together.
-
-    What doesn't repeat has steps of its own, that nothing else can use up.
-    """
+    """What the events of a calendar may cost in steps: each by itself, and all together. What
+    doesn't repeat has steps of its own, that nothing else can use up."""
 
     def __init__(self):
         self.left = {False: 5 * MOST_STEPS, True: MOST_STEPS}
@@ -10471,6 +10484,7 @@ class Wish(NamedTuple):
     trusted: list = []           # KIND:NAME that an admin gave it
     invite: list = []            # mail addresses
     affinity: str = ''           # whether its VMs are to be on one host or on several
+    where: str = ''              # what their hosts must be like
 
     @property
     def amount(self) -> Amount:
@@ -10620,20 +10634,21 @@ SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 1
 #: The fields that only the cloud can judge.
 CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
-FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host', 'affinity')
+FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host', 'affinity',
+         'where')
 #: What a wish has as it is asked for.
 SAME = frozenset(('label', 'vms', 'flavor', 'image', 'network', 'key', 'user_data', 'description',
                   'repeat', 'on_conflict'))
 STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
           'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite',
-          'affinity')
+          'affinity', 'where')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
-               'affinity', 'lead', 'on_conflict', 'at_end', 'calendar'}
+               'affinity', 'where', 'lead', 'on_conflict', 'at_end', 'calendar'}
 BACK = 'put back'  # the code of a proposal to have an occurrence again that was left out
 UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
@@ -10805,7 +10820,6 @@ def lowered(before: Amount, after: Amount) -> bool:
     return any(most is not None and (was is None or most < was) for was, most in pairs)
 
 
-#: The hosts on which VMs of a cloud are planned.
 PLANNED_HOSTS = f"""SELECT h.* FROM host h JOIN resource s ON s.id = h.resource_id
                      WHERE s.cloud = ? AND s.removed IS NULL AND h.state <> '{GONE_AWAY}'
                      ORDER BY h.id"""
@@ -11410,7 +11424,7 @@ class Wishes:
             security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
             at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
-            affinity=asked.get('affinity') or '',
+            affinity=asked.get('affinity') or '', where=asked.get('where') or '',
             stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
             **made_of)
         if stretches and 'repeat' not in changes:
@@ -11518,6 +11532,10 @@ class Wishes:
         if has and asked['vms'] != 1:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         refuse_unknown_word('affinity', asked.get('affinity') or '', (APART, TOGETHER), '')
+        if (where := asked.get('where')) and not able_hosts(place.id, where):
+            known = set().union(*properties_of(place.id).values()) - said_of_hosts()[0].keys()
+            raise Invalid(f"where: no host of '{place.name}' meets {where}. What is known of its "
+                          f"hosts: {', '.join(sorted(known)) or 'nothing'}.")
         ends = ENDS[1:3] if has else ENDS
         refuse_unknown_word('at_end', asked['at_end'], ends, '')
 
@@ -11821,6 +11839,7 @@ class Reasons:
         name, number = wish.resource.name, counted(need.number, 'VM')
         when = self.service.config.told_window(*wish.held, wish.tz)
         takes, most = amount_in_words(need.each._replace(vms=0)), most_on_hosts(need)
+        takes += f' and only where {wish.where}' if wish.where else ''
         if need.host:
             is_so = f'is already reserved from {when}' if most else f"is no longer one of '{name}'"
             return NoCapacity(f"Host '{need.host}' {is_so}. Choose another host or time.",
@@ -11833,11 +11852,9 @@ class Reasons:
                 f"The hosts of '{name}' hold {most} of {number} at most, when they are empty: each "
                 f'takes {takes} of one host. The largest host has {largest}. Reserve fewer or '
                 'smaller VMs.', cause='too_large')
-        refusal = NoCapacity(
+        return NoCapacity(
             f"'{name}' has enough free in all from {when}, but not on single hosts: no plan was "
             f'found for {number} that each take {takes} of one host.', cause='host')
-        refusal.others = {need.resource}
-        return refusal
 
     def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
@@ -11890,7 +11907,7 @@ class Reasons:
         """As many VMs as there is room for in that window."""
         begin, until = self.to_come(wish)
         if not lack and planned_by_host(wish.resource.id) and not wish.whole:
-            need = need_of(Hold(wish.resource.id, begin, until, wish.amount), wish.affinity)
+            need = need_of(Hold(wish.resource.id, begin, until, wish.amount), wish)
             many = min(sum(how_many(room, need) for _, room in rooms(need)), wish.vms - 1)
             if many > (old.vms if old else 0):
                 yield many, with_vms(wish, many)
@@ -12235,7 +12252,7 @@ class Policy:
         change.columns['placed'], wish, now = '', change.after, view.now
         if not change.wants or not planned_by_host(wish.resource.id):
             return
-        need = need_of(change.wants[0], wish.affinity)
+        need = need_of(change.wants[0], wish)
         need = need._replace(begin=max(need.begin, int(now)))
         same = change.had and change.had[0].resource == need.resource
         had = read_placed(change.before.placed) if same else {}
@@ -12277,7 +12294,7 @@ class Policy:
         if not change.wants and not change.after.amount.within(self.most_ever(change.after)):
             raise NoCapacity('')
         wish = change.after
-        need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish.affinity)
+        need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish)
         waits = not change.wants and planned_by_host(need.resource) and need.takes
         if waits and most_on_hosts(need) < need.number:
             raise self.reasons.without_hosts(need, wish)
@@ -13736,7 +13753,7 @@ class Offers:
         """The same later: where there is room, and when something ends that was in the way."""
         begin, need = max(wish.held[0], int(self.service.clock())), wish.held[1] - wish.held[0]
         ends = self.ends_after(wish, begin, others)
-        for first, last in free_slots(wish.resource, wish.amount, wish.affinity, begin,
+        for first, last in free_slots(wish.resource, wish.amount, wish, begin,
                                       LAST.timestamp(), need):
             inside = [at for at in ends if first < at <= last - need]
             for at in [int(first), *inside]:
@@ -13763,7 +13780,7 @@ class Offers:
     def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
         """The same as long as there is room, if that is longer than what it has already."""
         begin, _ = self.reasons.to_come(wish)
-        first, last = next(free_slots(wish.resource, wish.amount, wish.affinity, begin, wish.end,
+        first, last = next(free_slots(wish.resource, wish.amount, wish, begin, wish.end,
                                       1), (None, 0))
         length, before = int(last) - wish.start, old.end - old.start if old else 0
         if first == begin and before < length < wish.end - wish.start:
@@ -13873,6 +13890,7 @@ class Approvals(Operations):
                 if not found:
                     raise Conflict(TOO_LATE)
                 old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                self.look.mine(old.label, old.project, live=False)  # of whoever may change it
                 with self.offers.explaining(wish, old):
                     self.admission.grant(found, now)
                 asked = dict.fromkeys(json.loads(found.asked))
@@ -14035,8 +14053,8 @@ class Requests(Operations):
             security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
             server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
             lead: Span = None, description: Text = '', personal: bool = False,
-            affinity: Name = '', repeat: Repeat = '', tz: Zone = '', until: Day = None,
-            count: Count = None, skip_dates: Names = (), holidays: Source = '',
+            affinity: Name = '', where: Text = '', repeat: Repeat = '', tz: Zone = '',
+            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
             on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
             cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
             host: Hosts = (), classes: Classes = None, wait: bool = False, priority: int = 0,
@@ -14164,7 +14182,7 @@ class Requests(Operations):
                                'reserved.', refused=refused)
             return {'taken': taken, 'refused': refused}
         only_asks = dry_run or unread and not partial
-        if only_asks or any_hosts():  # a search takes no lock
+        if only_asks or planned_by_host():  # a search takes no lock
             answer = self.carry_out(deed, dry_run=True)
         if only_asks:
             return answer
@@ -14368,7 +14386,7 @@ class Requests(Operations):
                key: Name = None, security_groups: Names = None, user_data: File = None,
                metadata: Pairs = None, at_end: Name = None, notify: Names = None,
                invite: Names = None, lead: Span = None, description: Text = None,
-               personal: bool = None, host: Name = None, affinity: Name = None,
+               personal: bool = None, host: Name = None, affinity: Name = None, where: Text = None,
                repeat: Repeat = None, until: Day = None,
                count: Count = None, skip_dates: Names = None, holidays: Source = None,
                on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
@@ -14809,7 +14827,7 @@ class Requests(Operations):
                 continue
             by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
             amount = (self.wishes.each_takes(known, place) + by_hand) * vms
-            slots = free_slots(place, amount, '', begin - ahead, until, need + ahead)
+            slots = free_slots(place, amount, None, begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
                       for (first, last), _ in zip(slots, range(limit))]
         if len(refusals) == len(places):
@@ -14926,8 +14944,8 @@ class Plan(Operations):
             self.policy.refuse_taken_resource(name)
             figures = {figure: None if most == UNLIMITED else most
                        for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            lengths = self.read_seconds(hold=min_free_time, approval=approval, no_show=no_show,
-                                        lock=lock)
+            lengths = {'hold': seconds_of(min_free_time), 'approval': seconds_of(approval),
+                       'no_show': seconds_of(no_show), 'lock': seconds_of(lock)}
             self.refuse_idle(self.read_mode(mode), lengths)
             drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
                                       cloud, default_flavor=default_flavor or None,
@@ -15015,8 +15033,9 @@ class Plan(Operations):
             self.rehold_changes(found, now)
             if spare is not None:
                 self.keep_spare(found, now)
-            homeless = (self.no_longer_fitting(found, now)
-                        if lowered(capacity(before), capacity(found)) else [])
+            gone = (self.must_go(found, int(now), int(LAST.timestamp()))
+                    if lowered(capacity(before), capacity(found)) else [])
+            homeless = [*map(public, self.look.in_order(gone, fields=SLIM)[:1000])]
             self.refuse_homeless(name, [] if force else homeless)
             self.journal(now, 'resource',
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
@@ -15055,10 +15074,6 @@ class Plan(Operations):
         """A resource as answers show it."""
         shown = {name: value for name, value in public(found).items() if name != 'removed'}
         return with_twins(shown, {'hold': 'min_free_time'})
-
-    def read_seconds(self, **lengths: timedelta | None) -> dict[str, int]:
-        """Lengths as the store has them; none is 0."""
-        return {name: seconds_of(length) for name, length in lengths.items()}
 
     def read_default(self, before: dict, cloud: str, **asked) -> dict:
         """The VMs that an event without words gets, as far as they are to be otherwise."""
@@ -15129,8 +15144,7 @@ class Plan(Operations):
         lines = [line for _, found in synced for line in found]
         for each, (name, _) in zip(chosen, synced):
             if (each.mark, each.owner) != (name, self.clouds.store):
-                lines.append({'resource': name, 'what': 'mark', 'before': each.mark or None,
-                              'after': name})
+                lines += [dict(resource=name, what='mark', before=each.mark or None, after=name)]
                 if not dry_run:  # outside the transaction: it is a call to the cloud
                     self.shares.ask(target, functools.partial(opened.mark, each, name))
         return lines
@@ -15144,11 +15158,12 @@ class Plan(Operations):
                     f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
                     f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
 
-    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False) -> list:
+    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False,
+                     searches: int = SEARCHES) -> list:
         """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
         end with lines, and without any line there is nothing to do.
         """
-        replans.found, replans.searches = {}, 10 * SEARCHES
+        replans.found, replans.searches = {}, searches
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
                 done = deed(now)
@@ -15163,18 +15178,18 @@ class Plan(Operations):
             if not found or each.owner not in ('', self.clouds.store):
                 continue
             if found.named:  # what can be reserved by its name, an admin decides
-                known = json.loads(found.hosts)
-                each = each._replace(hosts={name: holds for name, holds in each.hosts.items()
-                                            if name in known})
+                there = each.hosts.items()
+                each = each._replace(hosts={name: holds for name, holds in there
+                                            if name in json.loads(found.hosts)})
             try:
-                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)])
+                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)],
+                                  searches=FEW_SEARCHES)
             except Conflict as error:
                 log.warning('%s', error)
 
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
-        """Plans on other hosts what has begun on those that have been down for long enough: first on
-        those with room, in their order, where spare ones come last; then where what has not begun
-        makes way. Tells their names.
+        """Plans elsewhere what has begun on hosts that are down for long enough: on those with room,
+        in their order, spare ones last; then where what has not begun makes way. Their names.
         """
         lost = [each for each in rows(PLANNED_HOSTS, cloud)
                 if each.state == FAILING and each.until <= now - self.config.heal_after]
@@ -15184,7 +15199,8 @@ class Plan(Operations):
                         'held_until > ? AND placed LIKE ?', place.id, now, f'%"{each.id}":%')
             if there:
                 self.after_search(lambda now: [(
-                    self.see_whom_it_affects(place, gone, False, False, True, now), True)])
+                    self.see_whom_it_affects(place, gone, [], True, now), True)],
+                    searches=FEW_SEARCHES)
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
@@ -15223,8 +15239,7 @@ class Plan(Operations):
             self.report_others(place, aggregate, now)
         lines += [{'resource': name, 'what': f'host {host}', 'before': before, 'after': after}
                   for host, before, after in other if found]
-        first = any(before is None for _, before, _ in other)  # what was a sum may have no hosts
-        lines += self.see_whom_it_affects(place, suspects, bool(other), first, force, now)
+        lines += self.see_whom_it_affects(place, suspects, other, force, now)
         if found and lines:
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
@@ -15244,12 +15259,8 @@ class Plan(Operations):
                          f"reserved: {', '.join(new)}")
 
     def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
-        """An aggregate with what its hosts have besides what servers take that are not ours.
-
-        Raises:
-          Conflict: Placement knows nothing of a host.
-        """
-        left, ours = {}, known_servers(now)
+        """An aggregate with what its hosts have besides what servers take that are not ours."""
+        left = {}
         for name, holds in aggregate.hosts.items():
             told = aggregate.told.get(name, HostTold())
             if told.state == UNKNOWN_HOST:
@@ -15257,35 +15268,35 @@ class Plan(Operations):
                     f"Placement has no resource provider for the host '{name}' of the aggregate "
                     f"'{aggregate.name}', so what it holds is not known. Look whether its "
                     'nova-compute runs, or take it out of the aggregate. Nothing was changed.')
-            others = [takes for uid, takes in told.others.items() if uid not in ours]
+            others = map(told.others.get, not_ours(told.others, now))
             left[name] = holds.beyond(sum(others, NOTHING))
         return aggregate._replace(hosts=left)
 
-    def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: bool, first: bool,
+    def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: list[tuple],
                             force: bool, now: float) -> list[dict]:
         """Plans anew what must be after its resource has changed, and refuses that, or with
         `force` tells whom it affects; a line if these are others than before.
         """
-        key, keep = f'affected {place.id}', int(now)
+        key = f'affected {place.id}'
         before = [*map(int, json.loads(fact(key) or '[]'))]
         if not (changed or suspects or before):
             return []
-        homeless = self.rehouse(place.id, suspects, now, None if first else before)
-        homeless += self.must_go(place, keep, int(LAST.timestamp())) if changed else []
+        added = any(was is None for _, was, _ in changed)  # what was a sum may have no hosts
+        homeless = self.rehouse(place.id, suspects, now, None if added else before)
+        homeless += self.must_go(place, int(now), int(LAST.timestamp())) if changed else []
         new = [id for id in dict.fromkeys(homeless) if id not in before]
         if not force:
             self.refuse_homeless(place.name, list(map(public, self.look.in_order(
                 new[:1000], fields=SLIM))))
         if sorted({*homeless}) == sorted(before):
             return []
-        for each in self.look.in_order(new) if not rehearsal.on else ():
-            self.tell(now, 'affected', f"the hosts of '{place.name}' have changed, and no host has "
-                      f'room for all of its VMs ({quantity("vms", each.vms)} from '
-                      f'{self.config.told_window(each.start, each.end, each.tz)}). If nothing '
-                      'becomes free, not all of them can start: choose another time or fewer VMs',
-                      each, each.id, admins=True)
         if not rehearsal.on:
             note_fact(key, json.dumps(sorted({*homeless})))
+        for each in self.look.in_order([] if rehearsal.on else new):
+            when = self.config.told_window(each.start, each.end, each.tz)
+            self.tell(now, 'affected', f"the hosts of '{place.name}' no longer have room for all "
+                      f'of its VMs ({quantity("vms", each.vms)} from {when}). Choose another time '
+                      'or fewer VMs', each, each.id, admins=True)
         return [{'resource': place.name, 'what': 'reservations without a host',
                  'before': len(before), 'after': len({*homeless})}]
 
@@ -15307,7 +15318,7 @@ class Plan(Operations):
             if name not in known:
                 insert(Host, resource=place.id, name=name, **columns)
             elif was != columns:
-                self.change_host(known[name], columns, now)
+                change(Host, known[name].id, **columns)
                 suspects[known[name].id] = columns['state'] == GONE_AWAY
             if was != columns:
                 other.append((name, was if name in known else None, columns))
@@ -15323,13 +15334,6 @@ class Plan(Operations):
                 'units': json.dumps(told.units) if told.units else '', 'until': until,
                 'state': told.state, 'properties': json.dumps(told.properties, sort_keys=True)}
 
-    def change_host(self, found, columns: dict, now: float) -> None:
-        """Writes what is otherwise of a host; where it is closed for a while, all of it stays so."""
-        for sign, deed in ((-1, lambda: change(Host, found.id, **columns)), (1, lambda: None)):
-            for need, id in closings(found.resource_id, now, found.name):
-                hold_on(need, {id: sign})
-            deed()
-
     def keep_spare(self, place, now: float) -> None:
         """Keeps some hosts, the last in their order and never all, for when others fail: what has
         not begun there is planned elsewhere, if it can be.
@@ -15344,9 +15348,9 @@ class Plan(Operations):
 
     def rehouse(self, resource: int, suspects: dict[int, bool], now: float,
                 those: Iterable[int] | None = ()) -> list[int]:
-        """Plans anew what is on one of `suspects` that is gone (True), has too little (False), or
-        is kept (None), and those of some ids, or without any list all that have no host; the ids of
-        what finds none. What has begun comes first, then the priority, then the start.
+        """Plans anew what is on a suspect that is gone (True), has too little (False), or is kept
+        (None), and those of some ids, None: all; the ids of what finds no host. What has begun
+        comes first, then the priority, then the start.
         """
         on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
         live = rows(f"""
@@ -15375,12 +15379,12 @@ class Plan(Operations):
 
     def finds_hosts(self, id: int, now: float) -> bool:
         """Plans those VMs of an occurrence that have no host; whether all have one then."""
-        found = row('SELECT o.*, r.affinity FROM occurrence o JOIN reservation r '
+        found = row('SELECT o.*, r.affinity, r."where" FROM occurrence o JOIN reservation r '
                     'ON r.id = o.reservation_id WHERE o.id = ?', id)
-        need, had = on_hosts(found, now)
+        need, had = on_hosts(found, now, found)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(affinity=found.affinity, heals=True), had,
-                            found.held_from <= now, now, found.reservation_id)
+        placed = find_hosts(need._replace(heals=True), had, found.held_from <= now, now,
+                            found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
@@ -15410,6 +15414,28 @@ class Plan(Operations):
                             'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
                      f"'{new['aggregate']}'")
+
+    @api('PATCH', '/host/<name>', role=ADMIN)
+    def host_set(self, name: Name, properties: Pairs, private: bool = False,
+                 dry_run: bool = False) -> HostAnswer:
+        """Says what a host is like, so that people can choose: add ... --where gpu_count>=2.
+
+        An empty value takes a property away. With --private, nobody is shown these properties.
+
+        Example:
+          python cmres.py host set lab-compute-1 gpu_count=2,arch=x86_64
+        """
+        found = rows('SELECT h.id, h.resource_id, s.cloud FROM host h JOIN resource s ON '
+                     's.id = h.resource_id WHERE h.name = ? AND s.removed IS NULL', name)
+        if not found:
+            raise NotFound(f"No resource has a host '{name}'. `resource sync` takes hosts in.")
+        with self.writing(dry_run) as now:
+            for place in found if not dry_run else ():
+                say_of_host(host_id(place.cloud, name), properties)
+                say_of_host(0, dict.fromkeys(properties, 'private') if private else {})
+            self.journal(now, 'resource', f"said of the host '{name}': {', '.join(properties)}")
+            shown = properties_of(found[0].resource_id)[found[0].id]
+            return {'name': name, 'properties': shown | properties}
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
@@ -15457,9 +15483,9 @@ class Plan(Operations):
           python cmres.py maintenance list
         """
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
-                     'c.classes, c.host, c.reason FROM capacity c JOIN resource s ON s.id = c.resource_id '
-                     'WHERE c.removed IS NULL AND c.end > ? '
-                     f"{'AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
+                     'c.classes, c.host, c.reason FROM capacity c '
+                     'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ?'
+                     f"{' AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
                      *([resource] if resource else []))
         lines = [public(each) for each in found]
         for line in lines:
@@ -15479,7 +15505,7 @@ class Plan(Operations):
                 raise NotFound(f'There is no maintenance {id}.')
             self.bookings.hold_capacity(found.resource_id, found.start, found.end,
                                         NOTHING - amount_of(found, 'held_'))
-            self.hold_closing(found, now, -1)
+            self.hold_closing(id, found.resource_id, now, -1)
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
             self.journal(now, 'resource', f'cancelled {found.reason} {id}')
@@ -15489,7 +15515,7 @@ class Plan(Operations):
                         dry_run: bool, host: str = '') -> dict:
         """Gives a resource another capacity for a while, without `most` none, or closes a host."""
         refuse_unknown_word('affected', then, THEN)
-        replans.found, replans.searches = {}, 10 * SEARCHES
+        replans.found, replans.searches = {}, SEARCHES
         if host and not dry_run:  # a search takes no lock
             self.change_capacity(name, start, end, most, reason, then, True, host)
         with self.writing(dry_run) as now:
@@ -15498,8 +15524,8 @@ class Plan(Operations):
             if until <= now:
                 raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
             classes = (CLOSED, *capacity(place).names)
-            always = Amount(*[None] * 3)
-            most = always if host else most or Amount(0, 0, 0, tuple((each, 0) for each in classes))
+            closed = Amount(0, 0, 0, tuple((each, 0) for each in classes))
+            most = Amount(None, None, None) if host else most or closed
             held = self.difference(place, most)
             if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
@@ -15525,29 +15551,24 @@ class Plan(Operations):
         return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                 'reason': reason, 'hit': hit, 'affected': hit}
 
-    def hold_closing(self, closing, now: float, sign: int) -> int | None:
+    def hold_closing(self, closing: int, resource: int, now: float, sign: int) -> list[int]:
         """Holds all of the host that a change of capacity closes, or gives it back; its id."""
-        found = closing.host and row('SELECT * FROM host WHERE resource_id = ? AND name = ?',
-                                     closing.resource_id, closing.host)
-        if found and closing.end > now:
-            hold_on(Need(found.resource_id, max(closing.start, int(now)), closing.end,
-                         amount_of_host(found), 1), {found.id: sign})
-        return found and found.id
+        found = [each for each in closings(resource, now) if each[0] == closing]
+        for _, need, host in found:
+            hold_on(need, {host: sign})
+        return [host for *_, host in found]
 
     def on_closed_host(self, closing, now: float) -> list[int]:
         """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
         stays there, or has no host.
         """
-        host = self.hold_closing(closing, now, 1)
-        if not host:
-            names = [name for name, in run('SELECT name FROM host WHERE resource_id = ?',
-                                           closing.resource_id)]
-            raise NotFound(f"host: '{closing.host}' is no known host of this resource"
-                           f'{nearest(closing.host, names)}')
-        stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
-                    'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
-                    int(now), closing.start, f'%"{host}":%')
-        return [each.id for each in stay] + self.rehouse(closing.resource_id, {host: False}, now)
+        for host in self.hold_closing(closing.id, closing.resource_id, now, 1):
+            stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
+                        'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
+                        int(now), closing.start, f'%"{host}":%')
+            return [each.id for each in stay] + self.rehouse(closing.resource_id, {host: False},
+                                                             now)
+        raise NotFound(f"host: '{closing.host}' is no known host of this resource.")
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
@@ -15622,7 +15643,7 @@ class Plan(Operations):
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
             first = next((int(first) for first, _ in free_slots(
-                here, amount_of(found), found.affinity, found.held_from, LAST.timestamp(), need)),
+                here, amount_of(found), found, found.held_from, LAST.timestamp(), need)),
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
@@ -15648,12 +15669,6 @@ class Plan(Operations):
         if found:
             raise Conflict(f"{counted(len(found), 'occurrence')} on '{name}' would no longer fit. "
                            'Nothing was changed.', hint=FORCE, occurrences=found)
-
-    def no_longer_fitting(self, place, now: float) -> list[dict]:
-        """The occurrences for which there is no room any more, as answers show them."""
-        found = self.look.in_order(self.must_go(place, int(now), int(LAST.timestamp())),
-                                   fields=SLIM)
-        return list(map(public, found[:1000]))
 
     def must_go(self, place, begin: int, until: int) -> list[int]:
         """The ids of as many of the latest added as must go where more is held than there is. What
@@ -15832,9 +15847,9 @@ class Claims(Operations):
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
                 if seat.host not in ('', claim.host):
-                    self.follow(claim, seat.host, now)
+                    self.follow_seat(claim, seat.host, now)
 
-    def follow(self, claim, host: str, now: float) -> None:
+    def follow_seat(self, claim, host: str, now: float) -> None:
         """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
         found = row('SELECT * FROM occurrence WHERE id = ?', claim.occurrence)
         here = row('SELECT id FROM host WHERE resource_id = ? AND name = ?', claim.resource_id,
@@ -16112,10 +16127,8 @@ class Calendars(Operations):
 
     def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
                            subscription) -> list[Booking]:
-        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`.
-
-        What is booked is one, whatever became of its flavor; and so is all while a cloud is silent.
-        """
+        """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`. What is
+        booked is one, whatever became of its flavor; and so is all while a cloud is silent."""
         if all(not each.guess for each in wanted):
             return wanted
         booked = {each.uid for each in rows(
@@ -17471,7 +17484,7 @@ class Leadership:
         self.spare = 0  # how many of them another scheduler is to have
         self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
         self.leased_until = 0.0
-        self.calm_until, self.seen = 0.0, None  # nothing is free so long, in that state of all
+        self.calm_until = 0.0  # nothing is free until then, unless the store changes
 
     def has_time(self, now: float, cloud: str) -> bool:
         """Whether a lease is this process' at an instant, as it knows by itself."""
@@ -17494,9 +17507,8 @@ class Leadership:
         """
         lasts = self.config.leader_timeout
         fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
-        if fresh and now < self.calm_until and self.seen == db.state():
+        if fresh and self.held and now < self.calm_until:
             return set()
-        self.seen = db.state()
         if not self.free(now) and (fresh or not (self.held or self.shares)):
             return set()
         with transaction(first=True):
@@ -17511,7 +17523,7 @@ class Leadership:
             if taken:
                 run('DELETE FROM lease WHERE name = holder AND until < ?', now - 60 * lasts)
                 inherit(taken)
-        self.seen, self.leased_until = None, until
+        self.leased_until = until
         self.held = (held | taken) - {self.name}
         return taken - {self.name}
 
@@ -17626,7 +17638,7 @@ class Workers:
         self.fence = threading.Lock()
         self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
-        self.pools: dict[str, ThreadPoolExecutor] = {}
+        self.pools: dict[str, futures.ThreadPoolExecutor] = {}
         self.deeds = {
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
             **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
@@ -17644,8 +17656,8 @@ class Workers:
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
-                self.pools[account] = ThreadPoolExecutor(self.config.workers,
-                                                         thread_name_prefix=account)
+                self.pools[account] = futures.ThreadPoolExecutor(
+                    self.config.workers, thread_name_prefix=account)
             self.pools[account].submit(self.work, call)
         except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
             del self.flying[key]
@@ -18598,7 +18610,6 @@ class HostWatch:
     def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
         self.service, self.leader, self.workers = service, leader, workers
         self.told: list[Job] = []  # what clouds have told and nobody has looked at
-        self.silent: dict[tuple, str] = {}  # why one tells nothing
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
@@ -18610,12 +18621,10 @@ class HostWatch:
             self.workers.submit((verb, cloud), verb, f' hosts of {cloud}', cloud, cloud)
 
     def record(self, result: Job, now: float) -> None:
-        fault = result.error and fault_of(result.error)
-        if fault and fault != self.silent.get(result.key):
-            log.warning('the hosts of %s were not looked at: %s', result.target, fault)
-        self.silent[result.key] = fault
-        if not fault:
+        if not result.error:
             self.told.append(result)
+        elif result.verb == 'hosts':  # asked seldom
+            log.warning('cmres could not read the hosts of %s: %s', result.target, result.error)
 
     def follow(self, now: float) -> None:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
@@ -19063,6 +19072,8 @@ class LifeCycle:
         """Whether anything is due; asked anew only where somebody has written since."""
         state = db.state()
         if state != self.seen:
+            self.leader.calm_until = 0.0  # a cloud may be new, or given back
+            self.lead(now)
             self.seen, self.soonest = state, self.next_due()
         return min(self.soonest, self.lender.again) <= now
 
@@ -19081,6 +19092,7 @@ class LifeCycle:
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
         for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
             beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
+        self.guarded(self.clouds.prepare)
         self.leader.shares = True
         threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
@@ -19312,8 +19324,8 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            replans.found, replans.searches = {}, 2  # in a pass: VMs wait to be started
-            if any_hosts():
+            replans.found, replans.searches = {}, FEW_SEARCHES
+            if planned_by_host():
                 with self.service.writing(dry_run=True):  # a search takes no lock
                     self.service.waiting.admit_waiting(now)
             with self.leader.acting():
@@ -19476,6 +19488,7 @@ TAGS = {
     'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
     'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
     'maintenance': 'capacity changes and maintenance', 'limit': 'how much anybody may reserve',
+    'host': 'what hosts are like',
     'calendar': 'calendar feeds, imports and subscriptions',
     'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
     'punctuality': 'how late VMs were', 'report': 'start delays of VMs',
@@ -19532,9 +19545,12 @@ class Document:
         """What is said of one verb at one address."""
         fields = {name: each for name, each in operation.parameters.items()
                   if f'<{name}>' not in path and name not in fixed}
+        there = [(name, 'path') for name in re.findall(r'<(\w+)>', path)]
+        if verb not in WITH_BODY or takes_calendar(operation):
+            there += [(name, 'query') for name in fields]
         entry = {'operationId': operation.name.strip('_'), 'tags': [path.split('/')[1]],
                  **said_of(operation),
-                 'parameters': [*self.in_address(operation, verb, path, fields), *(
+                 'parameters': [*(self.parameter(operation, *each) for each in there), *(
                      {'$ref': f'#/components/parameters/{name}'}
                      for name in conditions(operation, verb))],
                  'responses': self.responses(operation, verb, path)}
@@ -19543,14 +19559,6 @@ class Document:
         if verb == 'GET':
             entry['security'] = TO_READ
         return entry | ({'deprecated': True} if path.startswith(SEED) else {})
-
-    def in_address(self, operation: Operation, verb: str, path: str,
-                   fields: dict) -> Iterator[dict]:
-        """The arguments in an address, as parts of it or behind it."""
-        for name in re.findall(r'<(\w+)>', path):
-            yield self.parameter(operation, name, 'path')
-        for name in fields if verb not in WITH_BODY or takes_calendar(operation) else ():
-            yield self.parameter(operation, name, 'query')
 
     def parameter(self, operation: Operation, name: str, place: str) -> dict:
         """An argument in an address; lists come as several, or as one with commas."""
@@ -19971,11 +19979,9 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
 
 
 class Once:
-    """What a request with an Idempotency-Key does is done once: its key is written with it.
-
-    The answer is kept for a day, unless it is long or holds a secret. A refusal is not: the
-    request may be sent again.
-    """
+    """What a request with an Idempotency-Key does is done once: its key is written with it. The
+    answer is kept for a day, unless it is long or holds a secret. A refusal is not: the request may
+    be sent again."""
     LASTS = 86400  # seconds
     MOST = 65536   # characters of an answer
 
@@ -19990,7 +19996,7 @@ class Once:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error and self.row():
+        if error and not self.text and self.row():  # else it may be done
             self.run('DELETE FROM once')
 
     def row(self):
@@ -20076,11 +20082,9 @@ class Written(NamedTuple):
 
 
 class WrittenFeeds:
-    """The feeds that were asked for last, each written once for all who ask.
-
-    One is written at a time: a long one takes memory. While half of the threads wait for that,
-    others are told to come again.
-    """
+    """The feeds that were asked for last, each written once for all who ask. One is written at a
+    time: a long one takes memory. While half of the threads wait for that, others are told to come
+    again."""
     MOST = 2**26  # bytes of all that are kept
 
     def __init__(self, service: Reservations):
@@ -20158,17 +20162,11 @@ def health(service: Reservations):
 
 
 class Line:
-    """Requests that wait for a thread: next is one of whom the fewest are being answered.
-
-    Nobody has more than an equal share of the threads, counted with one who may come next. So who
-    sends many at once waits for their own, and who sends the first finds a thread free.
-
-    Args:
-      threads: how many there are
-      call: wakes one of them; `waitress` calls all of this under a lock of its own
-      is_new: whether Keystone is still to be asked for a token. All such have one share together,
-        so that a flood of made-up ones slows nobody else
-    """
+    """Requests that wait for a thread: next is one of whom the fewest are being answered. Nobody
+    has more than an equal share of the threads, counted with one who may come next. So who sends
+    many at once waits for their own, and who sends the first finds a thread free. `waitress` calls
+    all of this under a lock of its own; `call` wakes a thread. Tokens that are new
+    to Keystone (`is_new`) share one turn, so that a flood of made-up ones slows nobody else."""
 
     def __init__(self, threads: int, call: Callable[[], None],
                  is_new: Callable[[str], bool] = lambda said: False):
@@ -20237,10 +20235,8 @@ def disk_free(path: str) -> int:
 
 
 class Readiness:
-    """Tells whether the store can be written and is whole, and the life cycle makes its passes.
-
-    It needs no token; whoever asks often gets the answer of the second before.
-    """
+    """Tells whether the store can be written and is whole, and the life cycle makes its passes. It
+    needs no token; whoever asks often gets the answer of the second before."""
 
     def __init__(self, service: Reservations):
         self.service, self.lock = service, threading.Lock()
@@ -20883,8 +20879,6 @@ ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
-COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operator.ge,
-            '<=': operator.le, '>': operator.gt, '<': operator.lt}
 MOST_LEASES = 10_000  # that one list has
 
 
@@ -21083,7 +21077,7 @@ class Blazar:
 
     def list_properties(self, view: LeaseView, given: dict) -> dict:
         """What can be asked of hosts; with `detail` also which values there are."""
-        hidden, values = view.hidden(), defaultdict(set)
+        hidden, values = said_of_hosts()[0], defaultdict(set)
         for host in view.hosts():
             for name, value in host.extras.items():
                 values[name].add(value)
@@ -21331,10 +21325,7 @@ class LeaseView:
         """All hosts that can be reserved by their names; of resources without such, themselves; or
         all floating IPs.
         """
-        extras = defaultdict(dict)
-        for each in rows('SELECT * FROM host_property WHERE host > 0'):
-            extras[each.host][each.name] = each.value
-        found = []
+        extras, found = said_of_hosts(), []
         for place in self.acting.look.places():
             named, network = json.loads(place.named or '{}'), network_behind(place)[2]
             if bool(network) != addresses:
@@ -21382,18 +21373,10 @@ class LeaseView:
                 return cloud, found
         raise NotFound(f"none of the clouds {', '.join(sorted(clouds))} {what}")
 
-    def hidden(self) -> set[str]:
-        """The properties that lists leave out."""
-        return {each.name for each in rows('SELECT name FROM host_property WHERE host = 0')}
-
     def set_extras(self, id: int, extras: dict) -> None:
         """Writes properties of a host; None takes one away."""
         with self.acting.writing():
-            for name, value in extras.items():
-                run('DELETE FROM host_property WHERE host = ? AND name = ?', id, name)
-                if value is not None:
-                    run('INSERT INTO host_property (host, name, value) VALUES (?, ?, ?)',
-                        id, name, value)
+            say_of_host(id, extras)
 
     def allocations(self, given: dict) -> list[dict]:
         """Which host is reserved when, from now on; of a certain lease or reservation, ever."""
@@ -21543,11 +21526,6 @@ def derived_uuid(text: str) -> str:
     return f'{uuid.uuid5(uuid.NAMESPACE_OID, f"{store_file.store} {text}")}'
 
 
-def host_id(cloud: str, name: str) -> int:
-    """The number of a host: clients take nothing else for an id."""
-    return int(hashed(f'{cloud}/{name}')[:12], 16)
-
-
 def date_out(at: int) -> str:
     return f'{instant(at):{DATE_OUT}}'
 
@@ -21559,14 +21537,6 @@ def made_at(at: int | None) -> str | None:
 def first_state(held: list) -> str:
     """The state that tells most of several occurrences; of what is forgotten, that it has ended."""
     return min((each.state for each in held), key=LEASE_ORDER.index, default='ended')
-
-
-def is_compared(comparison: str, there: str, value: str) -> bool:
-    """Whether a comparison holds: of numbers, else of texts."""
-    try:
-        return COMPARED[comparison](float(there), float(value))
-    except ValueError:
-        return COMPARED[comparison](there, value)
 
 
 def read_properties(text: str) -> list[tuple[str, str, str]]:
@@ -22564,8 +22534,9 @@ def item_of(found) -> Item:
     return Item(found.name, found.etag, found.shown or found.text, found.gone is not None)
 
 
-def read_xml(data: bytes):
+def read_xml(request):
     """The root of a body; None of an empty one, Invalid for more than is read here."""
+    data = whole_body(request)
     if not data.strip():
         return None
     try:
@@ -22852,9 +22823,6 @@ class Dav:
             return False
         return self.acting.actor.role != READER
 
-    def body(self):
-        return read_xml(whole_body(self.request))
-
     # What there is.
 
     def told(self, wanted: list[str] | None, at, names: bool = False) -> str:
@@ -22960,7 +22928,7 @@ class Dav:
             raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
         if depth not in ('0', '1'):
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
-        root = self.body()
+        root = read_xml(self.request)
         wanted = wanted_in(root, 'D:propfind')
         names = root is not None and root.find('D:propname', NAMESPACES) is not None
         return multistatus(self.told(wanted, each, names) for each in self.listed(depth == '1'))
@@ -22977,25 +22945,23 @@ class Dav:
 
     def proppatch(self):
         """Keeps properties with a calendar."""
-        root = self.body()
+        root = read_xml(self.request)
         if root is None or short_name(root.tag) != 'D:propertyupdate':
             raise Invalid('the body should be a D:propertyupdate')
-        kept, refused = [], []
+        told: dict = {True: [], False: []}
         with self.acting.writing():
-            for deed in root:
-                for each in deed.iterfind('D:prop/*', NAMESPACES):
-                    done = self.keep_property(each, short_name(deed.tag) == 'D:set')
-                    (kept if done else refused).append(empty_element(each.tag))
+            for deed, each in ((deed, each) for deed in root
+                               for each in deed.iterfind('D:prop/*', NAMESPACES)):
+                name, value = short_name(each.tag), ''.join(each.itertext())
+                is_kept = (len(self.names) == 2 and name in STORED_PROPERTIES
+                           and len(value) <= MOST_PROPERTY)
+                if is_kept:
+                    self.folder.keep_property(
+                        name, value if short_name(deed.tag) == 'D:set' else None)
+                told[is_kept].append(empty_element(each.tag))
         here = href_of(*self.names) + '/' * (len(self.names) < 3)
-        return multistatus([response_text(here, (kept, '200 OK'), (refused, '403 Forbidden'))])
-
-    def keep_property(self, element, sets: bool) -> bool:
-        """Keeps a property with the calendar, if that may be."""
-        name, value = short_name(element.tag), ''.join(element.itertext())
-        if len(self.names) != 2 or name not in STORED_PROPERTIES or len(value) > MOST_PROPERTY:
-            return False
-        self.folder.keep_property(name, value if sets else None)
-        return True
+        return multistatus([response_text(here, (told[True], '200 OK'),
+                                          (told[False], '403 Forbidden'))])
 
     def get(self):
         """The text of an event."""
@@ -23037,7 +23003,7 @@ class Dav:
 
     def report(self):
         """Answers one of REPORTS."""
-        root = self.body()
+        root = read_xml(self.request)
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
             raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
@@ -23288,27 +23254,24 @@ class QuickLine:
         self.left = ' '.join(text.lower().replace(',', ' , ').split())[:400]
         self.today = here.now.astimezone(here.zone).date()
         self.fields: dict[str, str] = {}
-        self.said: dict[str, str] = {}
+        self.said: dict[str, Any] = {}
         self.read()
 
-    def take(self, name: str) -> re.Match | None:
-        """Takes a part out of the line."""
-        found = PHRASES[name].search(self.left)
-        if found:
-            self.left = f'{self.left[:found.start()]} {self.left[found.end():]}'
-        return found
+    def take(self, *names: str) -> None:
+        """Takes parts out of the line."""
+        for name in names:
+            if found := PHRASES[name].search(self.left):
+                self.left = f'{self.left[:found.start()]} {self.left[found.end():]}'
+                self.said[name] = found.groups() if name == 'span' else found[1].strip(' ,')
 
     def read(self) -> None:
         """Reads it part by part; what is left has not been understood."""
-        self.said = {name: found[1].strip(' ,') for name in ('label', 'skip_dates')
-                     if (found := self.take(name))}
+        first, last = ('label', 'skip_dates'), ('span', 'at')
+        self.take(*first)
         self.read_repeat()
-        self.said |= {name: found[1].strip(' ,') for name in PHRASES
-                      if name not in ('label', 'skip_dates', 'span') and name != 'at'
-                      and (found := self.take(name))} | (
-            {'span': found.groups()} if (found := self.take('span')) else {})
-        if 'span' not in self.said and (found := self.take('at')):
-            self.said['at'] = found[1]
+        self.take(*(name for name in PHRASES if name not in first + last), 'span')
+        if 'span' not in self.said:
+            self.take('at')
         self.read_dates()
         self.read_times()
         self.read_words()
@@ -23326,16 +23289,12 @@ class QuickLine:
 
     def dates(self, text: str) -> list[date]:
         """The dates that some words name; none if they name none."""
-        found = []
-        for each in re.split(' ?, ?| and ', text):
-            try:
-                days = dates_of(each.strip().removeprefix('the '), self.today)
-            except ValueError:
-                return []
-            found += days[:1]
-            if not days:
-                return []
-        return found
+        try:
+            found = [dates_of(each.strip().removeprefix('the '), self.today)[:1]
+                     for each in re.split(' ?, ?| and ', text)]
+        except ValueError:
+            return []
+        return sum(found, []) if all(found) else []
 
     def read_dates(self) -> None:
         """The day of the first, the last one, and those that are left out."""
@@ -23348,8 +23307,7 @@ class QuickLine:
             elif name in self.said:
                 self.left += f' {self.said[name]}'
         words = self.left.split()
-        runs = ((n, m) for size in range(4, 0, -1) for n in range(len(words) - size + 1)
-                for m in [n + size])
+        runs = ((n, n + size) for size in range(4, 0, -1) for n in range(len(words) - size + 1))
         first, last = next((run for run in runs if words[run[0]] not in FILLERS | {','}
                             and self.dates(' '.join(words[slice(*run)]))), (0, 0))
         self.day = self.dates(' '.join(words[first:last]))[:1] if last else []
@@ -23477,7 +23435,8 @@ svg { display: block }
 .nav a { padding: 6px 12px; border-radius: 8px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .nav a:hover, .bell:hover { background: var(--sunk) }
-.nav a[aria-current] { background: var(--wash); color: var(--accent) } .nav .i { display: none }
+.nav .i { display: none } .nav a[aria-current], .seg a[aria-current], .chip[aria-current] {
+  background: var(--wash); color: var(--accent) }
 .me { display: flex; gap: 12px; align-items: center } .me details { position: relative }
 .me summary { list-style: none; cursor: pointer; display: flex; gap: 8px; align-items: center }
 .me summary::-webkit-details-marker { display: none }
@@ -23526,7 +23485,6 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
 .seg a { padding: 0 14px; line-height: 34px; text-decoration: none; color: var(--soft);
   font-weight: 550 }
 .seg a + a { border-left: 1px solid var(--line) }
-.seg a[aria-current] { background: var(--wash); color: var(--accent) }
 .seg a:focus-visible { outline-offset: -3px }
 .ask { display: flex; align-items: center; gap: 8px; padding: 6px 6px 6px 16px;
   border: 1.5px solid var(--edge); border-radius: 14px; background: var(--card);
@@ -23539,8 +23497,7 @@ label > span { display: block; font-size: var(--t2); font-weight: 550; color: va
 .chip { display: inline-flex; gap: 6px; align-items: center; min-height: 28px; padding: 0 12px;
   border-radius: 14px; border: 1px solid var(--line); background: var(--card);
   font-size: var(--t2); text-decoration: none; color: var(--text) }
-.chip[aria-current] { background: var(--wash); border-color: var(--accent); color: var(--accent);
-  font-weight: 600 }
+.chip[aria-current] { border-color: var(--accent); font-weight: 600 }
 .fields { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(8.5rem, 100%), 1fr)) }
 .roomy { grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
@@ -23755,7 +23712,8 @@ legend { font-weight: 650; padding: 0 8px 0 0 }
     border-bottom: 1px solid var(--line); align-items: center }
   .flat td { display: block; height: auto; border: 0; padding: 1px 0; min-width: 0 }
   .flat td[data-head]::before { content: attr(data-head) ' '; color: var(--soft);
-    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] { flex: 1 }
+    font-size: var(--t1) } .flat td:empty { display: none } .flat td[data-name=label] {
+    flex: 1 0 auto }
   .flat td:is([data-name=label], [data-name=state], [data-name=change])::before { content: none }
   .seg { flex-wrap: wrap }
   .pick input { width: 24px; height: 24px }
@@ -23820,15 +23778,10 @@ class Plot {
   constructor(svg) {
     this.svg = svg;
     this.shade = $('.drag', svg);
-    const said = svg.dataset;
-    this.first = Date.parse(said.first + 'Z');
-    this.length = +said.length;
-    this.thin = +said.thin;
-    this.snap = +said.snap;
+    this.first = Date.parse(svg.dataset.first + 'Z');
+    for (const name of ['length', 'thin', 'snap', 'caps', 'steps', 'shut'])
+      this[name] = JSON.parse(svg.dataset[name]);
     this.whole = dusk - dawn + this.thin * (1440 - dusk + dawn);
-    this.caps = JSON.parse(said.caps);
-    this.steps = JSON.parse(said.steps);
-    this.shut = JSON.parse(said.shut);
     const start = new Date(this.first);
     this.offset = start.getUTCHours() * 60 + start.getUTCMinutes();
     this.zero = this.run(this.offset);
@@ -24291,7 +24244,7 @@ class="state {{state}}">{{!sign(state)}}</span>{{head}}</h2>
 % end
 </section>
 % end
-% at, view, number = span.at(span.first), span.view, VIEWS.index(span.view)
+% at, view, level = span.at(span.first), span.view, VIEWS.index(span.view)
 <div class="bar-top"><a class="btn sq" aria-label="Earlier"
 href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 <a class="btn" href="{{way()}}" data-key="t">Today</a>
@@ -24304,7 +24257,7 @@ href="{{way(at=span.at(span.first - (span.after - span.first)))}}">‹</a>
 {{!mark('aria-current="true"', each == view)}}>{{each.capitalize()}}</a>
 % end
 </div><span class="line wide">
-% for way_on, key, to in (('out', '−', number - 1), ('in', '+', number + 1)):
+% for way_on, key, to in (('out', '−', level - 1), ('in', '+', level + 1)):
 % if 0 <= to < len(VIEWS):
 <a class="btn sq" id="zoom-{{way_on}}" data-key="{{key.replace('−', '-')}}"
 href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</a>
@@ -24375,8 +24328,8 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 % end
 </svg>full</li></ul>
 <p class="small">
-{{!when('<a href="{1}">Resources before</a>', page, way(at=at, page=page - 1))}}
-{{!when('<a href="{1}">More resources</a>', more, way(at=at, page=page + 1))}}
+{{!when('<a href="{1}">Resources before</a>', number, way(at=at, page=number - 1))}}
+{{!when('<a href="{1}">More resources</a>', goes_on, way(at=at, page=number + 1))}}
 % if most:
 Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has them all.
 % end
@@ -24392,7 +24345,8 @@ data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
 % for x, width, words in row.closed:
 <rect class="shut" x="{{x}}%" width="{{width}}%" height="{{row.height}}"><title>{{words}}</title>
-</rect><text class="shut-t" x="{{x}}%" dx="4" y="13">{{words if line.view != 'month' else ''}}</text>
+</rect><text class="shut-t" x="{{x}}%" dx="4"
+y="13">{{words if line.view != 'month' else ''}}</text>
 % end
 % if now is not None:
 <rect class="past" width="{{now}}%" height="{{row.height}}"/>
@@ -24471,6 +24425,14 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 % end
 {{!when('<small class="soft">{}</small>', help)}}</label>
 {{!'' if was is None else hidden({f'was_{name}': was})}}
+''', 'button': '''
+{{!post(action, fields, 'deed')}}<button class="tiny{{mark('bad', bad)}}"
+aria-label="{{about}}">{{words}}</button>
+% if argument:
+<input name="{{argument}}" value="{{value}}" placeholder="{{shown}}"
+aria-label="{{about}} {{shown}}">
+% end
+</form>
 ''', 'verdict': '''
 % if not verdict.kind:
 <p class="soft">{{verdict.head}}</p>
@@ -24614,7 +24576,7 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 % if vms:
 <section><div class="line between"><h2>VMs</h2>
 <button class="tiny" data-copy="">Copy all lines</button></div>
-{{!visit.table('VMs', ['name', 'state', 'log_in', 'ready'], vms)}}</section>
+{{!visit.table('VMs', vms, None)}}</section>
 % end
 {{!occurrences}}</div>
 <div class="stack"><section class="card pad"><h2>Facts</h2>{{!facts}}</section>
@@ -24631,11 +24593,11 @@ height="24" rx="4"/><rect class="done" x="2%" width="{{track[1]}}%" y="26" heigh
 </nav>{{!body}}
 ''', 'decide': '''
 <section class="gap"><h2>Waiting for your approval</h2>
-{{!post('/admin/decide', kind='stack')}}{{!alert(refusal)}}
+{{!post('/admin/decide', kind='stack')}}{{!alert(visit.refusal)}}
 {{!table}}
 % if some:
 <div class="sel card line"><span><b class="count">{{picked}}</b> selected</span><label><span
-class="off">Reason</span><input name="reason" value="{{reason}}"
+class="off">Reason</span><input name="reason" value="{{visit.typed.get('reason', '')}}"
 placeholder="Reason, sent to the owners (needed to reject)"></label>
 <button class="main" name="do" value="approve">Approve</button>
 <button class="bad" name="do" value="reject">Reject</button></div>
@@ -24643,7 +24605,8 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 </form></section>
 ''', 'form': '''
 <details class="card pad gap" id="{{id}}"{{!mark('open', opened)}}><summary>{{title}}</summary>
-{{!post(action, more, 'stack gap')}}{{!alert(refusal)}}<div class="fields roomy">{{!fields}}</div>
+{{!post(action, more, 'stack gap')}}{{!alert(visit.refusal * bool(mine))}}
+<div class="fields roomy">{{!fields}}</div>
 % if rare:
 <details><summary>More options</summary><div class="fields roomy gap">{{!rare}}</div></details>
 % end
@@ -24651,6 +24614,8 @@ placeholder="Reason, sent to the owners (needed to reject)"></label>
 {{!when('<button name="check" value="yes">Show what it affects</button>', previews)}}</p>
 <p class="small soft">{{note}}</p></form></details>
 ''', 'heat': '''
+% days, at = range(1, month.length // 1440 + 1), month.first.date()
+% before, after = (month.first - DAY_LONG).date(), month.after.date()
 <section class="gap"><div class="line between"><h2>Used in {{month}}, percent of the capacity</h2>
 <p class="line noprint"><a class="btn tiny" href="?at={{before}}">‹ Before</a>
 <a class="btn tiny" href="?at={{after}}">After ›</a> <a class="btn tiny"
@@ -24718,7 +24683,7 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'user_end': Act('End all access of a person', 'has no access any more', bad=True),
         'credential_add': Act('Let VMs be yours', 'is kept'),
         'credential_delete': Act('Delete', 'is deleted', bad=True),
-        'end': Act('End now', 'ends now', bad=True),
+        'undo': Act('Undo', 'is undone'), 'end': Act('End now', 'ends now', bad=True),
         'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
         'calendar_feed': Act('Make an address', 'is made')}
 ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
@@ -24752,9 +24717,27 @@ FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms v
          'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
          'user_end': ('/admin/people', 'user project'),
          'credential_add': ('/tokens', 'cloud application secret | trust')}
-#: Where else the button of an act of operators leads back to.
-ACT_PAGES = {'resource_delete': '/admin/resources', 'maintenance_delete': '/admin/maintenance',
-             'limit_delete': '/admin/people', 'token_revoke': '/admin/people'}
+#: The tables: their columns, and what stands there instead of an empty one.
+PANELS = {
+    'Reservations': ('label state resource vms start end addresses', 'Nothing is reserved.'),
+    'Occurrences': ('label start end vms state', ''), 'VMs': ('name state log_in ready', ''),
+    'Requests': ('label resource vms start end description', 'Nothing awaits approval.'),
+    'Waiting for capacity': ('label resource vms start end', 'Nothing waits.'),
+    'Maintenance': ('id resource start end vms vcpus ram reason', 'No maintenance is planned.'),
+    'Affected': ('label resource vms start end outcome', 'It affects nobody.'),
+    'Resources': ('name cloud region aggregate vms vcpus ram classes mode approval',
+                  'There is no resource yet.'),
+    'Limits': ('id project user resource max_vms max_duration max_advance min_notice '
+               'max_vcpu_hours max_waiting exempt_within lock', 'There are no limits.'),
+    **dict.fromkeys(('Tokens', 'Your tokens'), (
+        'id user project role purpose scopes resource added ends last_used', 'None.')),
+    'Clouds on which VMs are yours': ('id user cloud application trust added', ''),
+    'Report of this month': ('project reserved_hours used_hours unused_hours refused late_worst',
+                             'None.'),
+    'How late VMs were in the last 30 days, in seconds': (
+        'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
+        'tried_again', 'None.'),
+    'VMs that did not start': ('cloud label name tries planned fault', 'None.')}
 #: What stands above a column, or a field, where it is not its name.
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
          'max_vms': 'Most VMs', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
@@ -24765,7 +24748,7 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
          'notify': 'Send notices to', 'key': 'SSH key pair', 'server': 'Use an existing server',
          'user_data': 'User data (cloud-init)', 'personal': 'Who can start VMs in it',
-         'host': 'Whole host', 'affinity': 'Hosts of its VMs',
+         'host': 'Whole host', 'affinity': 'Hosts of its VMs', 'where': 'Hosts that are',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
          'accept_within': 'Time to accept what became free', 'classes': 'Other classes',
@@ -24806,7 +24789,6 @@ TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
          'at_end': 'At the end', 'notify': 'Notices go to', 'invite': 'Invited',
          'request': 'Part of', 'description': 'Description'}
-TOKEN_COLUMNS = 'id user project role purpose scopes resource added ends last_used change'.split()
 MOST_PEOPLE = 500   # tokens that are made at once
 MOST_LATELY = 300   # events of a project that are looked through for notices
 FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
@@ -24916,19 +24898,16 @@ def head_of(name: str) -> str:
     return HEADS.get(name, name.replace('_', ' ').capitalize())
 
 
-def offer_of(place) -> str:
-    """A resource with how much it has."""
-    limits = {name: n for name, n in in_figures(capacity(place)).items() if n is not None}
-    return ' · '.join([place.name, *(f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
-                                     for name, n in limits.items())])
-
-
 def sentence(text: str) -> str:
     """A text as a sentence: with a capital letter and a full stop."""
     name, colon, rest = text.partition(': ')
     text = f'{head_of(name)}: {rest}' if colon and name.isidentifier() else (
         text[:1].upper() + text[1:])
     return text if not text or text[-1] in '.!?' else f'{text}.'
+
+
+def in_length(seconds: float | None) -> str:
+    return format_duration(seconds) if seconds else ''
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
@@ -24938,14 +24917,13 @@ NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or 
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
     sentence, counted, urlencode)} | {
-    'ATTRIBUTES': ATTRIBUTES, 'TO_ALERT': TO_ALERT, 'DAYS': DAYS, 'PICK': PICK,
-    'NOTHING_FREE': NOTHING_FREE}
+    'ATTRIBUTES': ATTRIBUTES, 'DAY_LONG': timedelta(days=1), 'TO_ALERT': TO_ALERT, 'DAYS': DAYS,
+    'PICK': PICK, 'NOTHING_FREE': NOTHING_FREE}
 
 
 # Time line ###################################################################
 #
-# What stands where on the plan: times, how full resources are, bars and labels that never touch. It
-# draws values alone.
+# What stands where on the plan: times, how full resources are, bars and labels that never touch.
 
 VIEWS = ('month', 'week', 'day', 'hours')  # from the longest to the shortest
 SNAPS = {'month': 1440, 'week': 15, 'day': 15, 'hours': 5}  # minutes to which a drag keeps
@@ -25237,64 +25215,46 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
         yield found
 
 
-class Use(NamedTuple):
-    """What is drawn of a resource."""
-    place: Any
-    limits: dict
-    levels: list[Level]
-    at_now: Level
-    found: list
-    changes: list[dict]
-
-
-def use_of(place, line: TimeLine, days: list, found: list, changes: list, now: float) -> Use:
-    """What the store has of a resource, to be drawn."""
-    most = capacity(place)
-    limits = {name: n for name, n in in_figures(most).items() if n is not None}
-    there = level(place.id, now, (CLOSED, *most.names))
-    return Use(place, limits, levels_of(place, line, days),
-               levelled([(0, there)], in_figures(most))[0],
-               [each for each in found if each.resource_id == place.id],
-               [each for each in changes if each['resource'] == place.name])
-
-
 class Drawing:
-    """Draws the plan for somebody: of values alone, so that the same ones give the same plan."""
+    """Draws the plan for somebody."""
 
     def __init__(self, visit: Visit, line: TimeLine, href: Callable[..., str]):
         self.visit, self.line, self.href = visit, line, href
-        now = visit.here.now.astimezone(visit.zone)
-        self.now, self.days = line.minute(now.timestamp()), line.days(now.date())
+        self.instant = visit.here.now.timestamp()
+        self.now, self.days = line.minute(self.instant), line.days(visit.today.date())
 
-    def row(self, use: Use, hint: int) -> SimpleNamespace:
+    def row(self, place, found: list, changes: list[dict], hint: int) -> SimpleNamespace:
         """All that stands in the row of a resource; `hint`: where it says how to begin."""
-        line, limits, month = self.line, use.limits, self.line.view == 'month'
+        line, month, most = self.line, self.line.view == 'month', capacity(place)
+        limits = {name: n for name, n in in_figures(most).items() if n is not None}
         units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
         names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
         caps = [(n, '' if unit == 'VMs' else f'{unit} ')
                 for n, unit in zip(limits.values(), units)]
-        changes, closed = [*self.changes(use.changes)], []
+        changes = [*self.changes(each for each in changes if each['resource'] == place.name)]
         closed = [(*line.extent(*edges), words) for *edges, words in changes]
-        figures = drawn_figures(use.levels, line, self.now, bool(limits))
-        bars, more, height = self.bars(use.found)
-        now, least = use.at_now, max(use.levels, key=lambda each: each.share).free
+        levels = levels_of(place, line, self.days)
+        there = level(place.id, self.instant, (CLOSED, *most.names))
+        now, = levelled([(0, there)], in_figures(most))
+        bars, more, height = self.bars([each for each in found if each.resource_id == place.id])
+        least = max(levels, key=lambda each: each.share).free
         most, unit = caps[now.unit] if caps else ('', '')
         return SimpleNamespace(
-            name=use.place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · approval' * bool(use.place.approval),
-            now=f'{now.free} of {most}' if caps else now.free,
-            unit=f'{unit}free' if caps else 'used', bars=bars, more=more,
+            name=place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
+            holds=(names or 'no limit') + ' · approval' * bool(place.approval), levels=levels,
+            now=f'{now.free} of {most}' if caps else now.free, bars=bars, more=more,
+            unit=f'{unit}free' if caps else 'used', height=height,
             summary=f'at least {least} free at any time' if caps else 'nothing limits it',
-            caps=json.dumps(caps), used=drawn_use(use.levels, line, month),
-            steps=json.dumps([[round(each.at), each.free, each.unit] for each in use.levels],
+            caps=json.dumps(caps), used=drawn_use(levels, line, month),
+            steps=json.dumps([[round(each.at), each.free, each.unit] for each in levels],
                              separators=(',', ':')),
             shut=json.dumps([[round(first), round(last), words]
                              for first, last, words in changes]),
-            figures=[each for each in figures if month or not any(
-                x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE for x, _, words in closed)],
-            height=height)
+            figures=[each for each in drawn_figures(levels, line, self.now, bool(limits))
+                     if month or not any(
+                x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE for x, _, words in closed)])
 
-    def changes(self, changes: list[dict]) -> Iterator[tuple]:
+    def changes(self, changes: Iterable[dict]) -> Iterator[tuple]:
         """When capacity is another, in minutes, and what is said of it."""
         for each in changes:
             first, last = (self.line.minute(each[name].timestamp()) for name in ('start', 'end'))
@@ -25302,10 +25262,10 @@ class Drawing:
                 none = not any(each[name] for name in ('vms', 'vcpus', 'ram'))
                 yield first, last, f"{'closed' if none else 'less'}: {each['reason']}"
 
-    def with_shares(self, uses: list[Use]) -> list[HeadPart]:
+    def with_shares(self, shown: list) -> list[HeadPart]:
         """The days, with how full the fullest resource is in each."""
         shares: dict[int, float] = defaultdict(float)
-        for each in uses:
+        for each in shown:
             for day, level, _ in day_parts(each.levels, self.line):
                 shares[day] = max(shares[day], level.share)
         return [day._replace(share=shares[n]) for n, day in enumerate(self.days)]
@@ -25400,8 +25360,8 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
-CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project FROM proposal p
-  JOIN reservation r ON r.id = p.reservation_id
+CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project
+  FROM proposal p INDEXED BY proposal_until CROSS JOIN reservation r ON r.id = p.reservation_id
   WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
 SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
                                    "connect-src 'self'; "
@@ -25415,11 +25375,6 @@ def answered(text: str, status: int = 200, headers: dict | None = None):
     """An answer of the page, with the headers that guard it."""
     import bottle
     return bottle.HTTPResponse(text, status, SAFE | (headers or {}))
-
-
-def read_form(request) -> dict:
-    """The fields of a form (application/x-www-form-urlencoded), each once."""
-    return fields_of(whole_body(request), 'form')
 
 
 def local(href: str | None) -> str:
@@ -25442,6 +25397,9 @@ class Visit:
     zone: ZoneInfo
     guard: str              # what a form of theirs must carry
     back: str = '/list'     # where the buttons of a table lead back to
+    typed: dict = dataclasses.field(default_factory=dict)  # into a form that is shown again
+    refusal: str = ''       # why it is
+    status: int = 200
 
     @property
     def config(self) -> Config:
@@ -25463,6 +25421,11 @@ class Visit:
     def here(self) -> Here:
         """Where and when what they type is read."""
         return self.service.here
+
+    @property
+    def today(self) -> datetime:
+        """What clocks show now."""
+        return to_wall(self.here.now, self.zone)
 
     def named(self, id: str) -> str:
         """What people call whom OpenStack knows under an id."""
@@ -25517,15 +25480,15 @@ class Visit:
         start = instant(found.start) if found.repeats else None
         return self.href(found.label, found.project, start)
 
-    def page(self, title: str, body: str, status: int = 200, headed: bool = True):
+    def page(self, title: str, body: str, status: int = 0, headed: bool = True):
         """A whole page, under its title if it has no heading; says what the last form did."""
         import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
         back = request.path + f'?{request.query_string}'.rstrip('?')
         stays = request.method == 'GET' and self.actor
-        made = answered(self.laid_out(title, body, json.loads(note) if note else None,
-                                      request.path, back if stays else '/', headed), status)
+        made = answered(self.laid_out(title, body, json.loads(note) if note else None, request.path,
+                                      back if stays else '/', headed), status or self.status)
         if note:
             made.delete_cookie('note', path='/')
         return made
@@ -25538,7 +25501,11 @@ class Visit:
                            headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
                            unread=unread)
 
-    def refusal(self, error: Error, back: str, again: str = ''):
+    def note_refusal(self, typed: dict, words: str, status: int = 400) -> None:
+        """Lets a page show a form again, as it was typed, and why."""
+        self.typed, self.refusal, self.status = typed, words, status
+
+    def refused_page(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
         import bottle
         note_wait(bottle.request.environ, error)
@@ -25585,22 +25552,31 @@ class Visit:
 
     # Tables
 
-    def table(self, name: str, columns: list[str], lines: list[dict], given: dict | None = None,
-              empty: str = 'None.', picks: str = '', picked: Iterable[str] = ()) -> str:
+    def panel(self, name: str, lines: list[dict], given: dict | None, acts: list = ()) -> str:
+        """A table with its heading."""
+        return headed(name, self.table(name, lines, given, acts))
+
+    def table(self, name: str, lines: list[dict], given: dict | None, acts: list | None = None,
+              picks: str = '', picked: Iterable[str] = (), empty: str = '') -> str:
         """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
-        columns = [key for key in columns if any(self.cell(key, line) for line in lines)]
+        columns, nothing = PANELS[name]
+        if acts is not None:
+            lines = [each | {'acts': acts} for each in lines]
         if not lines:
-            return f'<p class="card pad gap soft">{empty}</p>' if given is not None else ''
+            words = empty or nothing
+            return f'<p class="card pad gap soft">{words}</p>' if given is not None else ''
         sort = (given or {}).get('sort', '')
         by, down = sort.lstrip('-'), sort.startswith('-')
-        if by in columns:
+        if by in columns.split():
             lines = sorted(lines, key=lambda line: sort_key(line.get(by)), reverse=down)
-        heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by))
-                 for key in columns]
-        cells = [(line.get('label') or line.get('id'), [self.cell(key, line) for key in columns])
+        cells = [{key: self.cell(key, line) for key in (*columns.split(), 'change')}
                  for line in lines]
-        return self.render('table', name=name, id=name.split()[0].lower(), heads=heads,
-                           lines=cells, picks=picks, picked=picked)
+        shown = [key for key in cells[0] if any(each[key] for each in cells)]
+        heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by)) for key in shown]
+        return self.render(
+            'table', name=name, id=name.split()[0].lower(), heads=heads, picks=picks,
+            picked=picked, lines=[(line.get('label') or line.get('id'), map(each.get, shown))
+                                  for line, each in zip(lines, cells)])
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -25615,11 +25591,11 @@ class Visit:
 
     def cell(self, key: str, line: dict) -> str:
         """What a table shows of a line."""
-        value = line.get(key)
-        if key == 'state' and value in STATES:
-            more = ''.join(f'<br><span class="small">{in_html(line[each])}</span>'
+        value = in_length(line[key]) if key == 'approval' else line.get(key)
+        if key == 'state' and value:
+            more = ''.join(f'<br><span class="small">{in_html(cut_short(line[each]))}</span>'
                            for each in ('fault', 'late') if line.get(each))
-            return f'<div>{state(value)}{cut_short(more)}</div>'
+            return f'<div>{state(value) if value in STATES else in_html(value)}{more}</div>'
         if key == 'label' and 'project' in line:
             user, project = (self.named(line.get(each, '')) for each in ('user', 'project'))
             of = (f'<br><span class="soft small of"><bdi>{in_html(user)}</bdi> in '
@@ -25650,8 +25626,10 @@ class Visit:
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
         if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
-            choices = [('', '')] * (not needed) + [(each.name, offer_of(each))
-                                                   for each in self.places()]
+            choices = [('', '')] * (not needed) + [(each.name, ' · '.join([each.name, *(
+                f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
+                for name, n in in_figures(capacity(each)).items() if n is not None)]))
+                for each in self.places()]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
@@ -25668,29 +25646,21 @@ class Visit:
     def act(self, name: str, line: dict, wide: bool = False, occurrence: str = '') -> str:
         """The button that does something to what a line is about; `wide`: on its own page."""
         if name == 'edit':
-            about = in_html(line['name'])
-            query = in_html(urlencode({'edit': line['name']}))
-            return (f'<a class="btn tiny" href="/admin/resources?{query}#resource_update">Edit'
-                    f'<span class="off"> {about}</span></a> ')
-        if name == 'undo':
-            onward = self.href(line['label'], line['project']) if wide else self.back
-            return self.post('/undo', {'act': line['undo'], 'next': onward}, 'deed') + (
-                '<button class="tiny">Undo</button></form>')
+            return (f'<a class="btn tiny" href="/admin/resources?{urlencode({name: line["name"]})}'
+                    f'#resource_update">Edit<span class="off"> {in_html(line["name"])}</span></a>')
         words, _, typed, bad = ACTS[name]
-        occurrence = occurrence or (to_plain(line['which']) if line.get('which') else '')
-        undo = name == 'skip' and line.get('state') == 'cancelled'
-        if 'label' in line and 'project' in line:
-            fields = {'label': line['label'], 'project': line['project']}
-            stays = line.get('which') or wide and (occurrence or not bad)
-            onward = self.href(*fields.values()) if stays else self.back
-            fields |= {'occurrence': occurrence} if occurrence else {}
+        fields = next(({key: line[key]} for key in ('label', 'name', 'id') if line.get(key)), {})
+        onward, which = self.back, occurrence or to_plain(line.get('which') or '')
+        if 'label' in fields:
+            fields |= {'project': line['project']}
+            if line.get('which') or wide and (which or not bad):
+                onward = self.href(*fields.values())
+            fields |= {'occurrence': which} if which else {}
             if name == 'delete':
-                words += ' this one' if occurrence else ' all' if line.get('tz') else ''
-        else:
-            fields = {key: line[key] for key in ('name', 'id') if key in line}
-            fields = dict([next(iter(fields.items()))])
-            onward = ACT_PAGES.get(name, '/tokens') if self.actor.role == ADMIN else '/tokens'
-        if undo:
+                words += ' this one' if which else ' all' if line.get('tz') else ''
+        if name == 'undo':
+            fields = {'act': line['undo']}
+        elif name == 'skip' and line.get('state') == 'cancelled':
             words, bad, fields = 'Put back', False, fields | {'undo': 'true'}
         typed = typed if wide or name in ('extend', 'keep') else None
         return self.button(name, fields | {'next': onward}, words, bad, typed)
@@ -25698,16 +25668,12 @@ class Visit:
     def button(self, name: str, fields: dict, words: str, bad: bool,
                typed: tuple[str, str] | None) -> str:
         """A form with one button, and perhaps a field beside it."""
-        about = in_html(f'{words} {next(iter(fields.values()))}')
-        beside = ''
-        if typed:
-            argument, value = typed
-            shown = {'reason': 'because', 'until': 'for'}.get(argument, argument)
-            beside = (f'<input name="{argument}" value="{in_html(value)}" placeholder="{shown}" '
-                      f'aria-label="{about} {shown}">')
-        return self.post(f'/do/{name}', fields, 'deed') + (
-            f'<button class="tiny{mark("bad", bad)}" aria-label="{about}">{words}</button>'
-            f'{beside}</form>')
+        argument, value = typed or ('', '')
+        shown = {'reason': 'because', 'until': 'for'}.get(argument, argument)
+        about = words if name == 'undo' else f'{words} {next(iter(fields.values()))}'
+        return self.render('button', action='/undo' if name == 'undo' else f'/do/{name}', bad=bad,
+                           about=about, words=words, argument=argument, value=value, shown=shown,
+                           fields=fields)
 
     def acts(self, found: dict, only: Iterable[str] = ()) -> list[str]:
         """What this person can do to a reservation, or what of that is asked for."""
@@ -25728,29 +25694,28 @@ class Visit:
 
     @functools.cached_property
     def undoable(self) -> list[tuple]:
-        """What can be taken back: label, project, occurrence or 0; how; whether it cancels."""
+        """What can be undone: label, project, occurrence or 0; how; until when; if it cancels."""
         me, now = [self.actor.user, self.actor.project], self.service.clock()
-        later = [(each.name, json.loads(each.value.partition(' ')[2]))
+        later = [(each.name, *each.value.partition(' ')[::2])
                  for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
         changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
-        return [(*about, name * (said['by'][:2] == me), True)
-                for name, said in later for about in said['about']] + [
-            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]), False)
-            for each in reversed(changed)]
+        return [(*about, name * (said['by'][:2] == me), float(until), True)
+                for name, until, said in ((*each, json.loads(text)) for *each, text in later)
+                for about in said['about']] + [
+            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]),
+             each.until, False) for each in reversed(changed)]
 
     def way_back(self, answer: dict) -> tuple[str, float]:
         """What takes back what has just been changed, and for how many seconds."""
-        now, parts = self.service.clock(), answer.get('parts', [answer])
-        labels = {(each['label'], each['project']) for each in parts}
-        made = {each.label: each for each in rows(
-            CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
-            if each.user == self.actor.user and (each.label, each.project) in labels}
-        ids = ','.join(f'{each.id}' for each in made.values())
-        return ids, min((each.until for each in made.values()), default=now) - now
+        of = {(each['label'], each['project']) for each in answer.get('parts', [answer])}
+        made = {each[:2]: each for each in reversed(self.undoable)
+                if each[:2] in of and each[3] and not each[-1]}
+        left = min((each[4] for each in made.values()), default=0) - self.service.clock()
+        return ','.join(each[3] for each in made.values()), left
 
     def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
         """What takes back what was done to an occurrence, and whether that cancels it."""
-        return next(((name, gone) for *about, which, name, gone in self.undoable
+        return next(((name, gone) for *about, which, name, _, gone in self.undoable
                      if about == [label, project] and which in (0, id)), ('', False))
 
     def as_left(self, line: dict) -> dict:
@@ -25764,36 +25729,36 @@ class CloudNames:
 
     def __init__(self, clouds: Clouds):
         self.clouds, self.lock = clouds, threading.Lock()
-        # By account and what of it is in sight: until when, names by kind, why there are none.
-        self.found: dict[tuple[str, Sight], tuple[float, dict, str]] = {}
-        self.asking: dict[tuple[str, Sight], threading.Thread] = {}
+        # By account and what of it is in sight: until when; names by kind, and why there are none.
+        self.found: dict[tuple, tuple[float, tuple[dict, str]]] = {}
+        self.asking: dict[tuple, threading.Thread] = {}
 
-    def of(self, account: str, sight: Sight,
-           patience: float = 1) -> tuple[dict[str, list[tuple]], str]:
+    def of(self, account: str, sight: Sight, patience: float = 1) -> tuple[dict, str]:
         """The names in sight, by kind; and why, if the cloud does not answer in time."""
-        nothing = (0.0, {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet')
+        nothing = {'flavor': [], 'image': []}, f'the cloud {account} does not answer yet'
         key = account, sight._replace(project='')  # that is for servers only
         with self.lock:
             thread = self.asking.get(key)
-            under_way = thread and thread.is_alive()
-            asks = time.monotonic() >= self.found.get(key, nothing)[0] and not under_way
+            asks = not (thread and thread.is_alive()) and (
+                time.monotonic() >= self.found.get(key, (0,))[0])
             if asks:
                 thread = self.asking[key] = threading.Thread(target=self.ask, args=key, daemon=True)
                 thread.start()
         if asks and key not in self.found:  # who comes later does not wait as well
             thread.join(patience)
-        return self.found.get(key, nothing)[1:]
+        return self.found.get(key, (0, nothing))[1]
 
     def ask(self, account: str, sight: Sight) -> None:
         """Looks the names up, however long that takes."""
+        names, why = {'flavor': [], 'image': []}, ''
         try:
             cloud = self.clouds.open(account)
-            names, why = {kind: sorted(self.told(each) for each in cloud.things(kind)
-                                       if each.name and sight.shows(kind, each))[:500]
-                          for kind in ('flavor', 'image')}, ''
+            for kind in names:
+                names[kind] = sorted(self.told(each) for each in cloud.things(kind)
+                                     if each.name and sight.shows(kind, each))[:500]
         except CloudError as error:
             names, why = {'flavor': [], 'image': []}, str(error)
-        self.found[account, sight] = time.monotonic() + (10 if why else 60), names, why
+        self.found[account, sight] = time.monotonic() + (10 if why else 60), (names, why)
 
     @staticmethod
     def told(thing: Thing) -> tuple[str, str]:
@@ -25950,7 +25915,7 @@ class Pages:
             visit = self.visit(request, kind)
             try:
                 given = read_query(request) | (
-                    read_form(request) if request.method == 'POST' else {})
+                    fields_of(whole_body(request), 'form') if request.method == 'POST' else {})
                 if signed_in and not visit.actor:
                     return self.visit(request, SignIn).asking(request, given)
                 if request.method == 'POST':
@@ -25958,7 +25923,7 @@ class Pages:
                 with visit.service.shares.answering(visit.service.actor.user):
                     return getattr(visit, name)(**path, given=given)
             except Error as error:
-                return visit.refusal(error, local(given.get('next')))
+                return visit.refused_page(error, local(given.get('next')))
         return handler
 
     def refuse_foreign(self, request, given: dict, visit: Visit, signed_in: bool) -> None:
@@ -26163,13 +26128,8 @@ class PlanPage(Visit):
         first = page * MOST_PLACES
         return self.page('Plan', self.drawn(
             TimeLine(view, read_at(given.get('at')) or self.today, self.zone),
-            places[first:first + MOST_PLACES], way, kept['mine'], page=page,
-            more=len(places) > first + MOST_PLACES), headed=False)
-
-    @property
-    def today(self) -> datetime:
-        """What clocks show now."""
-        return to_wall(self.here.now, self.zone)
+            places[first:first + MOST_PLACES], way, kept['mine'], number=page,
+            goes_on=len(places) > first + MOST_PLACES), headed=False)
 
     def drawn(self, line: TimeLine, places: list, way: Callable[..., str], mine: str,
               **values) -> str:
@@ -26177,19 +26137,18 @@ class PlanPage(Visit):
         drawing, most, coming = Drawing(self, line, way), MOST_BARS[line.view], self.coming()
         found, changes = self.on_plan(places, line, mine), self.service.maintenance_list()
         first = not coming and not found and self.writes and not self.service.over('', 1)
-        uses = [use_of(each, line, drawing.days, found[:most], changes,
-                       self.here.now.timestamp()) for each in places]
-        groups = defaultdict(list)
-        for n, each in enumerate(uses):
-            name = each.place.cloud or 'no cloud', each.place.region
-            hint = (60 if line.x(drawing.now) < 45 else 10) * (first and not n)
-            groups[', '.join(filter(None, name))].append(drawing.row(each, hint))
+        hint, groups = (60 if line.x(drawing.now) < 45 else 10) * first, defaultdict(list)
+        for place in places:
+            name = ', '.join(filter(None, (place.cloud or 'no cloud', place.region)))
+            groups[name].append(drawing.row(place, found[:most], changes, hint))
+            hint = 0
         inside = line.first <= self.today < line.after
         middle = self.today if inside else line.first + (line.after - line.first) / 2
         return self.render(
             'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
             line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
-            middle=f'{middle:%Y-%m-%dT%H}', days=drawing.with_shares(uses), groups=groups.items(),
+            middle=f'{middle:%Y-%m-%dT%H}', groups=groups.items(),
+            days=drawing.with_shares(sum(groups.values(), [])),
             grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
             corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
             legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
@@ -26229,9 +26188,9 @@ class PlanPage(Visit):
                 return (f'{each.up} of {each.vms} ready' if each.runs else vms,
                         f'ends {until}, in {left}')
             at = self.plain(instant(each.start - each.lead))[-5:]
+            image = f', {each.image} starts at {at}' if each.image else ''
             return (self.brief(instant(each.start), instant(each.end)) if head == 'Next'
-                    else each.state,
-                    f'{vms} on {each.resource}' + f', {each.image} starts at {at}' * bool(each.image))
+                    else each.state, f'{vms} on {each.resource}{image}')
         kinds = {'Running now': ('active', 'starting'), 'Next': ('reserved',),
                  'Needs you': ('degraded', 'pending')}
         firsts = [(head, next((each for each in coming if each.state in states and (
@@ -26275,7 +26234,7 @@ class Lists(Visit):
                     else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
         found = lines(after, MOST_LINES_SHOWN)
         last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
-        empty = 'Nothing is finished yet.' if over else 'Nothing is reserved.'
+        empty = 'Nothing is finished yet.' if over else ''
         kept = {'state': wanted} if wanted else {'over': 1} if over else {}
         return self.page('Reservations', self.render(
             'list', over=over, state=wanted, table=self.listed(found, given, empty),
@@ -26297,8 +26256,7 @@ class Lists(Visit):
                 'addresses': sum((json.loads(server.addresses) for server in own), []),
                 'late': ready_after(max(late)) if late else '',
                 'acts': [act for act in self.acts(each) if act != 'keep']})
-        columns = 'label state resource vms start end addresses'.split()
-        return self.table('Reservations', columns + ['change'] * self.writes, lines, given, empty)
+        return self.table('Reservations', lines, given, empty=empty)
 
     def reservation(self, label: str, given: dict):
         """All of one reservation; what is live in it is loaded again and again."""
@@ -26349,9 +26307,8 @@ class Lists(Visit):
     def vms(self, found: dict) -> list[dict]:
         """The VMs of a reservation, each with how to log in and when it was ready."""
         login = self.config.login_command
-        return [{'name': each['name'], 'fault': each['fault'], 'log_in': [
+        return [{'name': each['name'], 'fault': each['fault'], 'state': each['state'], 'log_in': [
             login.replace('{address}', address) for address in each['addresses']],
-            'state': f"{each['state']} {each['fault'] or ''}",
             'ready': each['ready'] and ready_after(
                 (each['ready'] - each['planned']).total_seconds()).removeprefix('ready ')}
             for each in found['servers']]
@@ -26366,9 +26323,8 @@ class Lists(Visit):
         lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
-        columns = ['label', 'start', 'end', 'vms', 'state'] + ['change'] * self.writes
         more = f'<p class="soft">and {len(coming) - 60} more</p>' if len(coming) > 60 else ''
-        return headed('Occurrences', self.table('Occurrences', columns, lines) + more)
+        return headed('Occurrences', self.table('Occurrences', lines, None) + more)
 
     # Sharing
 
@@ -26898,82 +26854,67 @@ class BookForm(Visit):
         said |= {name: value for name, value in asked.items() if value} | {'tz': self.zone.key}
         return self.service.update(**bind(API['update'], said, self.here), dry_run=dry_run)
 
-    def change_to(self, label: str, given: dict, focus: bool = False) -> Verdict:
-        """What would become of a reservation."""
+    def change_to(self, label: str, given: dict, dry_run: bool = True, focus: bool = False):
+        """What becomes of a reservation: the answer, a verdict of it, and the status of a page."""
         try:
-            answer = self.changed(label, given, True)
+            answer = self.changed(label, given, dry_run)
         except Error as error:
-            return cannot_change(error, focus)
-        return Verdict('ok', 'It fits', [what_starts(self, answer)], go='Change')
+            return {}, Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
+                               go='Change', focus=focus), error.status
+        return answer, Verdict('ok', 'It fits', [what_starts(self, answer)], go='Change'), 200
 
     def change_check(self, label: str, given: dict):
         """Whether a change would fit."""
-        return answered(self.told(self.change_to(label, given)))
+        return answered(self.told(self.change_to(label, given)[1]))
 
     def try_change(self, label: str, given: dict):
         """In a few words whether a reservation could be moved, for who drags it."""
-        try:
-            answer = self.changed(label, given, True)
-        except Error as error:
-            return answered(f'does not fit: {error}'[:160], headers=PLAIN_TEXT)
+        answer, verdict, _ = self.change_to(label, given)
+        if not answer:
+            return answered(f'does not fit: {verdict.words[0]}'[:160], headers=PLAIN_TEXT)
         free = self.free_in(answer)
         words = 'fits' if free is None else f'fits, {free} VMs free there now'
         return answered(words, headers=PLAIN_TEXT)
 
     def do_change(self, label: str, given: dict):
         """Changes a reservation, or says in the same form why not."""
-        if 'check' in given:
-            return self.changing(label, given, given, self.change_to(label, given, True))
-        try:
-            answer = self.changed(label, given, False)
-        except Error as error:
-            return self.changing(label, given, given, cannot_change(error, True), error.status)
+        checks = 'check' in given
+        answer, verdict, status = self.change_to(label, given, checks, True)
+        if checks or not answer:
+            return self.changing(label, given, given, verdict, 200 if checks else status)
         words = f"'{answer['label']}' is changed"
         return self.onward(self.href(answer['label'], answer['project']), words,
                            self.way_back(answer))
 
 
-def cannot_change(error: Error, focus: bool) -> Verdict:
-    """Why a reservation can't be changed so."""
-    return Verdict('no', 'It can’t be changed like this', [sentence(str(error))], go='Change',
-                   focus=focus)
-
-
 class Admin(Visit):
     """What operators look after, and all forms that name an operation."""
 
-    def admin(self, given: dict, tab: str = '', typed: dict | None = None, refusal: str = '',
-              status: int = 200):
-        """A page of operators; `typed`: the form that was refused, or shows what it would do."""
+    def admin(self, given: dict, tab: str = ''):
+        """A page of operators."""
         self.refuse_others()
         if tab not in ADMIN_TABS:
             raise NotFound(f"there is no page '/admin/{tab}'")
         waiting = len(self.service.awaiting_approval())
         tabs = [(f'/admin/{path}'.rstrip('/'), name, '' if path else waiting)
                 for path, name in ADMIN_TABS.items()]
-        body = getattr(self, tab or 'requests')(given, typed or {}, refusal)
-        return self.page('Admin', self.render('admin', tabs=tabs, body=body,
-                                              here=f'/admin/{tab}'.rstrip('/')), status)
+        self.back = f'/admin/{tab}'.rstrip('/')
+        body = getattr(self, tab or 'requests')(given)
+        return self.page('Admin', self.render('admin', tabs=tabs, body=body, here=self.back))
 
     def refuse_others(self) -> None:
         if self.actor.role != ADMIN:
             raise Forbidden(f'Only an admin can see this page. Your role is {self.actor.role}.')
 
-    def requests(self, given: dict, typed: dict, refusal: str) -> str:
+    def requests(self, given: dict) -> str:
         """What awaits an approval, and what waits for capacity."""
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
-                   if not each.get('leaves')]
-        columns = 'label resource vms start end description change'.split()
-        picked = [each for each in typed if each.startswith('pick ')]
-        table = self.table('Requests', columns, pending, given, 'Nothing awaits approval.', 'pick ',
-                           picked)
-        waiting = [each | {'acts': ['delete']} for each in self.service.list(state=['waiting'])]
-        return self.render('decide', table=table, some=pending, refusal=refusal,
-                           picked=len(picked),
-                           reason=typed.get('reason', '')) + headed(
-            'Waiting for capacity', self.table(
-                'Waiting', 'label resource vms start end change'.split(), waiting, {},
-                'Nothing waits.'))
+                   if not each['leaves']]
+        picked = [each for each in self.typed if each.startswith('pick ')]
+        return self.render(
+            'decide', table=self.table('Requests', pending, given, picks='pick ', picked=picked),
+            some=pending, picked=len(picked)) + self.panel(
+                'Waiting for capacity', self.service.list(state=['waiting']), given, ['delete'])
 
     def decide(self, given: dict):
         """Approves or rejects all that is selected, each by itself."""
@@ -26982,83 +26923,60 @@ class Admin(Visit):
         picked = [each.removeprefix('pick ') for each in given if each.startswith('pick ')]
         known = {each['label']: each['project'] for each in self.service.awaiting_approval()}
         if name not in ('approve', 'reject') or not picked or name == 'reject' and not reason:
-            words = ('Select at least one.' if not picked else
-                     'Write a reason. The owners get it.')
-            return self.admin({}, '', given, words, 400)
-        asked = [{'label': each, 'project': known.get(each, '')} for each in picked]
-        if name == 'reject':
-            asked = [each | {'reason': reason} for each in asked]
-        done, refused, undo = self.each_done(name, asked)
-        words = f"{counted(done, 'request')} {name}{'d' if name == 'approve' else 'ed'}"
+            self.note_refusal(given, 'Write a reason. The owners get it.' if picked else
+                              'Select at least one.')
+            return self.admin({})
+        because = {'reason': reason} if name == 'reject' else {}
+        puts_off = {'dry_run': True} if name in PUT_OFF and self.config.undo_time else {}
+        done, refused, undo = [], [], ('', 0)
+        for each in picked:
+            asked = {'label': each, 'project': known.get(each, '')} | because
+            try:
+                getattr(self.service, name)(**asked, **puts_off)
+                done.append((name, asked))
+            except Error as error:
+                refused.append(f'{each}: {error}')
+        if puts_off and done:
+            undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done])
+        words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
-    def each_done(self, name: str, asked: list[dict]) -> tuple[int, list[str], tuple[str, float]]:
-        """Does something to each of several: how many, why not others, what takes it back."""
-        done, refused, puts_off = [], [], name in PUT_OFF and self.config.undo_time
-        for each in asked:
-            try:
-                more = {'dry_run': True} if puts_off else {}
-                getattr(self.service, name)(**each, **more)
-                done.append((name, each))
-            except Error as error:
-                refused.append(f"{each['label']}: {error}")
-        undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done]
-                          ) if puts_off and done else ('', 0)
-        return len(done), refused, undo
-
-    def maintenance(self, given: dict, typed: dict, refusal: str) -> str:
+    def maintenance(self, given: dict) -> str:
         """When resources are closed; and whom a maintenance would affect, before it is made."""
-        there = [each | {'acts': ['maintenance_delete']}
-                 for each in self.service.maintenance_list()]
-        columns = 'id resource start end vms vcpus ram reason change'.split()
-        affects, affected = '', typed.get('affects')
+        affects, affected = '', self.typed.get('affects')
         if affected is not None:
             people = counted(len({each['user'] for each in affected}), 'person', 'people')
             affects = headed(
                 f"It would affect {counted(len(affected), 'reservation')} of {people}. Nothing is "
-                'changed yet.', self.table('Affected', 'label resource vms start end outcome'
-                                           .split(), affected, {}, 'It affects nobody.'))
-        return headed('Maintenance', self.table(
-            'Maintenance', columns, there, given, 'No maintenance is planned.')) + self.op_form(
-                'maintenance_add', typed, refusal) + self.op_form(
-                    'resource_capacity', typed, refusal) + affects
+                'changed yet.', self.table('Affected', affected, {}))
+        return self.panel('Maintenance', self.service.maintenance_list(), given,
+                          ['maintenance_delete']) + self.forms(
+                              'maintenance_add', 'resource_capacity') + affects
 
-    def resources(self, given: dict, typed: dict, refusal: str) -> str:
+    def resources(self, given: dict) -> str:
         """The resources, each with how to change it."""
         there = self.service.resource_list()
-        lines = [each | {'acts': ['edit', 'resource_delete'],
-                         'approval': in_length(each['approval'])} for each in there]
-        columns = 'name cloud region aggregate vms vcpus ram classes mode approval change'.split()
         found = next((each for each in there if each['name'] == given.get('edit')), None)
-        edits = found or typed.get('operation') == 'resource_update'
-        return headed('Resources', self.table(
-            'Resources', columns, lines, given, 'There is no resource yet.')) + (
-                self.op_form('resource_update', typed, refusal, found) if edits else '') + ''.join(
-                    self.op_form(each, typed, refusal) for each in ('resource_add',
-                                                                    'resource_sync'))
+        edits = found or self.typed.get('operation') == 'resource_update'
+        return self.panel('Resources', there, given, ['edit', 'resource_delete']) + (
+            self.op_form('resource_update', found) if edits else '') + self.forms(
+                'resource_add', 'resource_sync')
 
-    def use(self, given: dict, typed: dict, refusal: str) -> str:
+    def use(self, given: dict) -> str:
         """How much of each resource was used day by day, by whom, and how late VMs were."""
         late, line = self.service.punctuality(), self.month(given)
-        tables = (
-            ('Report of this month', 'project reserved_hours used_hours unused_hours refused '
-             'late_worst', self.reported(line)),
-            ('How late VMs were in the last 30 days, in seconds', 'cloud servers begun_median '
-             'begun_95 begun_worst ready_median ready_95 ready_worst tried_again', late['clouds']),
-            ('VMs that did not start', 'cloud label name tries planned fault', [
-                each | {'label': ''} | {'id': each['name']} for each in late['failed']]))
-        return self.render(
-            'heat', month=line, days=range(1, line.length // 1440 + 1), at=line.first.date(),
-            lines=[(each.name, [(min(round(share * 5 + .3), 5), round(100 * share))
-                                for share in self.used(each, line)]) for each in self.places()],
-            after=line.after.date(), before=(line.first - timedelta(days=1)).date(),
-        ) + ''.join(headed(name, self.table(name, columns.split(), lines, given))
-                    for name, columns, lines in tables)
+        failed = [each | {'label': '', 'id': each['name']} for each in late['failed']]
+        lines = [(each.name, [(min(round(share * 5 + .3), 5), round(100 * share))
+                              for share in self.used(each, line)]) for each in self.places()]
+        return self.render('heat', month=line, lines=lines) + ''.join(
+            self.panel(name, found, given) for name, found in (
+                ('Report of this month', self.reported(line)),
+                ('How late VMs were in the last 30 days, in seconds', late['clouds']),
+                ('VMs that did not start', failed)))
 
     def month(self, given: dict) -> TimeLine:
         """The month that is looked at."""
-        return TimeLine('month', read_at(given.get('at')) or to_wall(self.here.now, self.zone),
-                        self.zone)
+        return TimeLine('month', read_at(given.get('at')) or self.today, self.zone)
 
     def reported(self, line: TimeLine) -> list[dict]:
         return self.service.report(instant(line.begin), instant(line.end))
@@ -27080,28 +26998,24 @@ class Admin(Visit):
         line = self.month(given)
         found = self.reported(line)
         return csv_answer([[*found[0]] if found else [], *(each.values() for each in found)],
-                      f'report-{line.first:%Y-%m}.csv')
+                          f'report-{line.first:%Y-%m}.csv')
 
-    def people(self, given: dict, typed: dict, refusal: str) -> str:
+    def people(self, given: dict) -> str:
         """Who can sign in, and how much people may have."""
-        tokens = [each | {'acts': ['token_revoke']} for each in self.service.token_list()
-                  if not each['revoked']]
-        limits = [each | {'acts': ['limit_delete']} for each in self.service.limit_list()]
-        columns = f"id {FORMS['limit_add'][1]} change".replace('|', '').split()
-        many = typed if typed.get('operation') == 'many' else {}
+        tokens = [each for each in self.service.token_list() if not each['revoked']]
+        many = self.typed if self.typed.get('operation') == 'many' else {}
         fields = field('people', 'One person a line: the name, and a project if it is another',
                        many.get('people', ''), 'area', 'ana\nbo, physics') + ''.join(
             self.input(API['token_add'], name, many.get(name, value))
             for name, value in (('project', ''), ('role', ''), ('lasts', '90d')))
         return ''.join((
-            headed('Tokens', self.table('Tokens', TOKEN_COLUMNS, tokens, given)),
-            self.op_form('token_add', typed, refusal),
+            self.panel('Tokens', tokens, given, ['token_revoke']), self.op_form('token_add'),
             self.render('form', id='many', title='Make tokens for many people', more={},
-                        action='/admin/people', refusal=refusal * bool(many), opened=many,
-                        fields=fields, rare='', previews=False, note='You get a CSV file with a '
-                        'link to sign in for each. It is made only now, so keep it safe.'),
-            headed('Limits', self.table('Limits', columns, limits, {}, 'There are no limits.')),
-            self.op_form('limit_add', typed, refusal), self.op_form('user_end', typed, refusal)))
+                        action='/admin/people', mine=many, opened=many, fields=fields, rare='',
+                        previews=False, note='You get a CSV file with a link to sign in for each. '
+                        'It is made only now, so keep it safe.'),
+            self.panel('Limits', self.service.limit_list(), given, ['limit_delete']),
+            self.forms('limit_add', 'user_end')))
 
     def make_tokens(self, given: dict):
         """Makes a token for each of many people: a file with a line for each, made only now."""
@@ -27121,34 +27035,34 @@ class Admin(Visit):
                     link = f'{self.pages.service.config.served}/sign-in#{token}'
                     made.append((each['user'], each['project'], token, link))
         except Error as error:
-            return self.admin({}, 'people', given | {'operation': 'many'}, sentence(str(error)),
-                              error.status)
+            self.note_refusal(given | {'operation': 'many'}, sentence(str(error)), error.status)
+            return self.admin({}, 'people')
         return csv_answer(made, 'tokens.csv')
 
-    def tokens(self, given: dict, typed: dict | None = None, refusal: str = '', status: int = 200):
+    def tokens(self, given: dict):
         """One's own tokens; and the clouds on which VMs are one's own."""
         me, can = (self.actor.user, self.actor.project), not self.actor.scopes
-        own = [each | {'acts': ['token_renew', 'token_revoke'] * can}
-               for each in self.service.token_list()
+        own = [each for each in self.service.token_list()
                if not each['revoked'] and (each['user'], each['project']) == me]
         makes = {'next': '/tokens', 'once': secrets.token_hex(8), 'scopes': 'calendar',
                  'purpose': 'calendar program'}
-        address = f'{self.pages.service.config.served}{DAV}/'
-        clouds = [each | {'acts': ['credential_delete'] * can}
-                  for each in self.service.credential_list()]
-        forms = [self.op_form(each, typed or {}, refusal) for each in
-                 ('token_add', *['credential_add'] * self.writes)] if can else []
-        return self.page('Tokens', self.table('Your tokens', TOKEN_COLUMNS, own, given) + ''.join(
-            forms) + self.table('Clouds on which VMs are yours',
-                                'id user cloud application trust added change'.split(), clouds) +
-            self.render('programs', address=address, makes=makes if can else {}, ways=HOW_TO_ADD),
-            status)
+        self.back = '/tokens'
+        return self.page('Tokens', ''.join((
+            self.table('Your tokens', own, given, ['token_renew', 'token_revoke'] * can),
+            self.forms('token_add', *['credential_add'] * self.writes) if can else '',
+            self.table('Clouds on which VMs are yours', self.service.credential_list(), None,
+                       ['credential_delete'] * can),
+            self.render('programs', address=f'{self.pages.service.config.served}{DAV}/',
+                        makes=makes if can else {}, ways=HOW_TO_ADD))))
 
     # Forms that name an operation
 
-    def op_form(self, name: str, typed: dict, refusal: str, found: dict | None = None) -> str:
+    def forms(self, *names: str) -> str:
+        return ''.join(map(self.op_form, names))
+
+    def op_form(self, name: str, found: dict | None = None) -> str:
         """The form of an operation, with what was typed into it, or with what is there now."""
-        mine, (page, names) = typed if typed.get('operation') == name else {}, FORMS[name]
+        mine, names = self.typed if self.typed.get('operation') == name else {}, FORMS[name][1]
         now, operation = found and found | {'rename': found['name']} or {}, API[name]
         was = {each: in_length(now[each]) if operation.parameters[each].annotation is Span
                else in_field(now[each]) for each in names.split() if each in now}
@@ -27159,9 +27073,8 @@ class Admin(Visit):
         about = {'name': found['name']} if found else {}
         return self.render(
             'form', id=name, title=ACTS[name].words, action=f'/do/{name}', fields=fields, note='',
-            rare=rare, opened=mine or found, refusal=refusal * bool(mine),
-            more=about | {'next': page if self.actor.role == ADMIN else '/tokens',
-                          'once': secrets.token_hex(8)}, previews='affected' in names)
+            rare=rare, mine=mine, opened=mine or found, previews='affected' in names,
+            more=about | {'next': self.back, 'once': secrets.token_hex(8)})
 
     def do(self, name: str, given: dict):
         """Whatever a form asks for: an operation, whose fields are read as those of REST are."""
@@ -27188,7 +27101,8 @@ class Admin(Visit):
             return self.refused(name, said, error, onward)
         if checks:
             affects = [each | {'resource': answer['resource']} for each in answer['hit']]
-            return self.admin({}, 'maintenance', said | {'operation': name, 'affects': affects})
+            self.note_refusal(said | {'operation': name, 'affects': affects}, '', 200)
+            return self.admin({}, 'maintenance')
         words = told_done(name, asked, answer)
         undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
         if puts_off:
@@ -27263,17 +27177,15 @@ class Admin(Visit):
 
     def refused(self, name: str, said: dict, error: Error, back: str):
         """The form that was refused, with what was typed, and why."""
-        typed, words = said | {'operation': name}, sentence(str(error))
-        if name in FORMS and back == '/tokens':
-            return self.tokens({}, typed, words, error.status)
-        if name in FORMS and FORMS[name][0] == back:
-            return self.admin({'edit': said.get('name', '')}, back.rpartition('/')[2], typed, words,
-                              error.status)
+        if name in FORMS and back in (FORMS[name][0], '/tokens'):
+            self.note_refusal(said | {'operation': name}, sentence(str(error)), error.status)
+            return self.tokens({}) if back == '/tokens' else self.admin(
+                {'edit': said.get('name', '')}, back.rpartition('/')[2])
         words, _, typed, bad = ACTS.get(name, Act(name, ''))
         if not typed or typed[0] not in said:
             raise error
         kept = {key: value for key, value in said.items() if key != typed[0]} | {'next': back}
-        return self.refusal(error, back, self.button(name, kept, words, bad,
+        return self.refused_page(error, back, self.button(name, kept, words, bad,
                                                      (typed[0], said[typed[0]])))
 
 
@@ -27400,10 +27312,6 @@ def in_field(value) -> str:
     return '' if value is None or value is False else 'true' if value is True else str(value)
 
 
-def in_length(seconds: float | None) -> str:
-    return format_duration(seconds) if seconds else ''
-
-
 def ready_after(seconds: float) -> str:
     """How late something was ready, in words."""
     return f'ready {format_duration(round(max(seconds, 0)))} after the start'
@@ -27420,19 +27328,18 @@ def csv_answer(lines: list, name: str):
 
 def operation_told(verb: str, path: str, entry: dict) -> tuple:
     """An operation for people: id, verb, address, what it does, in full, arguments and answers."""
-    body = entry.get('requestBody', {'content': {'application/json': {'schema': {}}}})
-    shape = body['content']['application/json']['schema']
-    needed = shape.get('required', ())
+    body = entry.get('requestBody', {}).get('content', {}).get('application/json', {})
+    shape = body.get('schema', {})
     lines = [(each['name'], f"{kind_told(each['schema'])}: {each['description']} ({each['in']})")
              for each in entry['parameters'] if 'in' in each]
-    lines += [(f"{name}{' (needed)' if name in needed else ''}", schema_told(each))
+    lines += [(name + ' (needed)' * (name in shape.get('required', ())), schema_told(each))
               for name, each in shape.get('properties', {}).items()]
     for status, answer in entry['responses'].items():
         kinds = [kind_told(each['schema']) for each in answer.get('content', {}).values()]
-        lines.append((status, ' '.join([answer.get('description') or REFUSALS[int(status)],
-                                        *kinds[:1]])))
-    summary = f"{'(old form) ' if entry.get('deprecated') else ''}{entry['summary']}"
-    return entry['operationId'], verb, path, summary, entry['description'], lines
+        said = answer.get('description') or REFUSALS[int(status)]
+        lines.append((status, ' '.join([said, *kinds[:1]])))
+    old = '(old form) ' if entry.get('deprecated') else ''
+    return entry['operationId'], verb, path, old + entry['summary'], entry['description'], lines
 
 
 def schema_told(schema: dict) -> str:
@@ -27442,15 +27349,14 @@ def schema_told(schema: dict) -> str:
 
 def kind_told(schema: dict) -> str:
     """A schema in a few words: the name of a kind, or what it is of."""
-    if '$ref' in schema:
-        return schema['$ref'].rpartition('/')[2]
     if 'anyOf' in schema:
-        return ' or '.join(dict.fromkeys(kind_told(each) for each in schema['anyOf']))
+        return ' or '.join(dict.fromkeys(map(kind_told, schema['anyOf'])))
     if 'enum' in schema:
-        return ', '.join(each for each in schema['enum'] if each)
+        return ', '.join(filter(None, schema['enum']))
     if schema.get('type') == 'array':
         return f"list of {kind_told(schema['items'])}"
-    found = schema.get('format') or schema.get('pattern') or schema.get('type', 'anything')
+    found = schema.get('$ref', '').rpartition('/')[2] or schema.get('format') or (
+        schema.get('pattern') or schema.get('type', 'anything'))
     return found if isinstance(found, str) else ' or '.join(found)
 
 
@@ -27510,9 +27416,7 @@ SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 class Connections:
     """The open connections, the oldest first. Where there are too many, the oldest idle one goes.
-
-    Whoever comes last is let in: so an address that opens thousands of them loses only its own.
-    """
+    Whoever comes last is let in: so an address that opens thousands of them loses only its own."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -27547,8 +27451,7 @@ class Connections:
 
 class Watch:
     """Waits for sockets by epoll. waitress asks each of them at every turn whether it has anything
-    to do, which thousands of idle connections make slow; here those at rest are not asked.
-    """
+    to do, which thousands of idle connections make slow; here those at rest are not asked."""
 
     def __init__(self, sockets: dict):
         self.sockets, self.epoll = sockets, select.epoll()
@@ -28210,6 +28113,7 @@ GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
     ('catalog', "Where OpenStack's own tools find cmres.", 'add chameleon --dry-run'),
     ('user', 'People who leave.', 'end eva'),
     ('limit', 'What projects and users may reserve at most.', 'add --project biology --max-vms 20'),
+    ('host', 'What hosts are like.', 'set lab-compute-1 gpu_count=2,arch=x86_64'),
     ('maintenance', 'Maintenances and other capacity changes.',
      "add demo 2027-03-01T08:00 +4h --reason 'new disks'"),
     ('calendar', 'Calendars that show reservations, and calendars that reserve.', 'feed'),
@@ -29571,10 +29475,8 @@ def offered(details: dict, zone: ZoneInfo) -> list[str]:
 
 
 def run_program() -> None:
-    """Runs the command line of this process, and ends it.
-
-    Workers may wait for a cloud that hangs: what became of their calls, the next pass finds out.
-    """
+    """Runs the command line of this process, and ends it. Workers may wait for a cloud that hangs:
+    what became of their calls, the next pass finds out."""
     code = main()
     sys.stdout.flush()
     store_file.leave()

@@ -2772,6 +2772,38 @@ def test_threads_wait_for_a_connection_while_all_are_in_use(server_run):
         assert len(cmres.db.obj._connections) == 1
 
 
+def test_postgresql_tells_schedulers_of_what_is_due_and_only_when_it_is_so(server_run, server):
+    """Also after the connection was lost; what is due later is left to the beat."""
+    server_run('resource', 'add', 'demo', '--vms', '4')
+    service = cmres.local_service(load_config())
+    cycle, stop = cmres.LifeCycle(service.config, service.clouds), threading.Event()
+    thread = threading.Thread(target=cycle.hear, args=(stop,))
+
+    def told_of(deed, seconds=30.0):
+        time.sleep(0.1)  # what was told before has come
+        cycle.wake.clear()
+        deed()
+        return cycle.wake.wait(seconds)
+
+    def half():
+        with contextlib.suppress(ZeroDivisionError), cmres.transaction():
+            service.add('half', 'demo', timedelta(0), timedelta(hours=1))
+            assert not cycle.wake.wait(0.2), 'it is not so yet'
+            raise ZeroDivisionError
+    thread.start()
+    try:
+        assert cycle.wake.wait(30)
+        assert told_of(lambda: service.add('lab', 'demo', timedelta(0), timedelta(hours=1)))
+        assert not told_of(lambda: service.add('later', 'demo', timedelta(hours=1), timedelta(hours=1)), 0.2)
+        assert not told_of(half, 0.2)
+        assert told_of(lambda: service.delete('lab'))
+        assert told_of(lambda: end_connections(server)), 'it listens again'
+        assert told_of(lambda: service.add('next', 'demo', timedelta(0), timedelta(hours=1)))
+    finally:
+        stop.set()
+        thread.join(30)
+
+
 def test_a_dry_run_on_postgresql_waits_for_nobody(server_run, server):
     server_run('resource', 'add', 'demo', '--vms', '4')
     service = cmres.local_service(load_config())
@@ -2851,7 +2883,7 @@ def writing(at_once, *on, deed=lambda: None):
         assert writer.result() is None, writer.result()
 
 
-def test_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once):
+def test_on_postgresql_writers_wait_only_for_those_who_decide_on_the_same_thing(house, at_once):
     first = cmres.row("SELECT id FROM resource WHERE name = 'a'").id
     with writing(at_once, (cmres.On.RESOURCE, first)):
         same = at_once(lambda: house.reserve_there('lab', 'a'))
@@ -2876,7 +2908,7 @@ LOCKED_KINDS = {
 
 @pytest.mark.parametrize('removed', [False, True])
 @pytest.mark.parametrize('kind', LOCKED_KINDS)
-def test_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
+def test_on_postgresql_each_lock_keeps_two_from_the_same_at_once(house, at_once, monkeypatch, kind, removed):
     name, adds, more = LOCKED_KINDS[kind]
     rule, here, number = getattr(cmres.Policy, name), [], getattr(cmres.On, kind)
 
@@ -2906,7 +2938,7 @@ def test_locks_are_taken_in_one_order():
 
 
 @pytest.mark.parametrize('marked', [True, False])
-def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_once, monkeypatch, marked):
+def test_on_postgresql_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_once, monkeypatch, marked):
     if not marked:
         monkeypatch.setattr(cmres.PostgreSQL, 'settled_event', 2**62)
     last, seen = house.events(limit=1)[-1]['id'], []
@@ -2924,7 +2956,7 @@ def test_who_follows_the_event_log_misses_nothing_that_is_saved_late(house, at_o
     assert follow() == (2 if marked else 1) and marked == ('drawn first, saved last' in seen)
 
 
-def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
+def test_on_postgresql_what_was_not_locked_is_locked_when_it_is_come_to(house):
     tried = []
 
     def deed(*names):
@@ -2956,6 +2988,83 @@ def test_what_was_not_locked_is_locked_when_it_is_come_to(house):
     cmres.persist(deed(), lambda: many)
     cmres.persist(deed(*many[:6]), frozenset)
     assert tried[0] is None and tried[-1] is None and len(tried) == 6
+
+
+# Lost connections.
+
+
+class Losing:
+    """Loses the connection to PostgreSQL where it is told to: each answers to a statement, or to COMMIT before or after it."""
+
+    def __init__(self, monkeypatch, server):
+        self.when, self.server, self.lost = None, server, 0
+        run, commit = cmres.PostgreSQL.run, peewee.PostgresqlDatabase.commit
+
+        def losing_run(db, sql, values):
+            if self.when and self.when != 'COMMIT' and self.when in sql:
+                self.lose()
+            return run(db, sql, values)
+
+        def losing_commit(db):
+            when = self.when
+            if when == 'saved':
+                commit(db)
+            if when in ('saved', 'COMMIT'):
+                self.lose()
+            return commit(db)
+        monkeypatch.setattr(cmres.PostgreSQL, 'run', losing_run)
+        monkeypatch.setattr(peewee.PostgresqlDatabase, 'commit', losing_commit)
+
+    def lose(self):
+        self.when, self.lost = None, self.lost + 1
+        end_connections(self.server)
+
+
+@pytest.fixture
+def losing(monkeypatch, server):
+    return Losing(monkeypatch, server)
+
+
+@pytest.mark.parametrize('when', ['SELECT', 'INSERT INTO reservation', 'INSERT INTO event', 'INSERT INTO step'])
+def test_what_postgresql_lost_before_it_was_saved_is_done_again(house, losing, when):
+    losing.when = when
+    assert house.reserve_there('lab', 'a')['state'] == 'reserved'
+    losing.when = 'UPDATE reservation'
+    house.extend('lab', by=hours(1))
+    losing.when = 'UPDATE occurrence'
+    house.delete('lab')
+    assert losing.lost == 3 and len(house.events('lab')) == 3 and house.check()['differences'] == 0
+
+
+@pytest.mark.parametrize('when', ['COMMIT', 'saved'])
+def test_where_nobody_knows_whether_postgresql_saved_it_a_key_tells(house, losing, when):
+    """With the key of the first attempt, the second gets its answer, or does it."""
+    token = house.token_add('root', 'default', 'admin')['token']
+    app = Rest(types.SimpleNamespace(service=house), token)
+    body = {'label': 'lab', 'resource': 'a', 'start': '+1h', 'end': '+1h'}
+    losing.when = when
+    refusal = app.call('POST', '/reservation/', body, 503, Idempotency_Key='k')
+    assert 'while it saved' in refusal.json['error'] and 'Idempotency-Key' in refusal.json['error']
+    again = app.call('POST', '/reservation/', body, 201, Idempotency_Key='k')
+    assert again.json['label'] == 'lab' and ('Idempotency-Replayed' in again.headers) == (when == 'saved')
+    assert again.body == app.call('POST', '/reservation/', body, 201, Idempotency_Key='k').body
+    assert len(house.list()) == 1 and house.check()['differences'] == 0
+
+
+def test_a_request_during_a_restart_of_postgresql_waits_for_it(house, at_once, server, monkeypatch):
+    server.stop('immediate')
+    read, added = at_once(house.list), at_once(lambda: house.reserve_there('lab', 'a'))
+    server.start()
+    assert labels(read.result()) in ([], ['lab']) and added.result()['state'] == 'reserved'
+    monkeypatch.setattr(cmres, 'RESTARTS', 0)
+    server.stop('immediate')
+    try:
+        with pytest.raises((peewee.OperationalError, Unavailable)) as refusal:
+            house.list()
+        sentence = str(cmres.trouble(refusal.value))
+    finally:
+        server.start()
+    assert 'connection to the database was lost' in sentence and house.list(label='lab')
 
 
 # Capacity ####################################################################
@@ -4489,6 +4598,7 @@ WRITES = {
         'DTSTART:20261202T090000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.tiny on demo')).decode()}, 'calendar_feed': {},
     'calendar_revoke': {'id': 1}, 'calendar_subscribe': {'url': 'http://127.0.0.1:9/bob.ics', 'resource': 'demo'},
     'calendar_unsubscribe': {'id': 1}, 'calendar_confirm': {'id': 1},
+    'host_set': {'name': 'gpu-1', 'properties': 'fast=yes'},
     'resource_sync': {'cloud': 'simulated', 'aggregates': ['gpu'], 'mode': 'exclusive'},
     'limit_add': {'project': 'bio', 'most_vms': 3}, 'limit_delete': {'id': 1}, 'approve': {'label': 'asked'},
     'reject': {'label': 'asked', 'reason': 'no'}, 'accept': {'label': 'offered'},
@@ -11449,6 +11559,7 @@ def random_deeds(world, monkeypatch, seed, number):
     for each in (eva.offers, root.offers):  # what would fit instead is tested elsewhere
         each.explaining = lambda *args, **more: contextlib.nullcontext()
     monkeypatch.setattr(cmres.Offers, 'explaining', lambda *args, **more: contextlib.nullcontext())
+    monkeypatch.setattr(cmres, 'SEARCHED', ((8, 300),) * 2)  # the rule is to hold, however long it is looked for
     for step in range(number):
         start = int(world.now - NOON.timestamp()) // 3600 + dice.randrange(0, 12)
         label = dice.choice(eva.list(limit=30) or [{'label': 'none'}])['label']
@@ -11670,7 +11781,7 @@ def test_what_is_planned_on_a_host_that_nova_lets_nothing_start_on_moves_and_wha
     survey(racks)
     assert planned('runs') == [{'h1': 1}] and planned('comes') == [{}] or planned('later') == [{}]
     short = 'comes' if planned('comes') == [{}] else 'later'
-    assert len(affected(racks, short)) == 1 and 'no host has room for all of its VMs (1 VM from' in affected(racks, short)[0]
+    assert len(affected(racks, short)) == 1 and 'no longer have room for all of its VMs (1 VM from' in affected(racks, short)[0]
     survey(racks)
     assert len(affected(racks, short)) == 1 and racks.service.check()['differences'] == 0
     with pytest.raises(NoCapacity):
@@ -11867,6 +11978,42 @@ def test_a_search_ends_after_a_number_of_looks_and_asks_no_clock(racks, monkeypa
     assert 'time.' not in text
 
 
+def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
+    rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 4}, told={'h2': {'properties': {'HW_CPU_X86_AVX2': 'yes', 'arch': 'x86_64'}}})
+    world.service.host_set('h3', {'gpu_count': '2', 'arch': 'x86_64'})
+    shown = world.service.host_set('h3', {'owner': 'bio'}, private=True)
+    assert shown['properties']['gpu_count'] == '2' and shown['properties']['CUSTOM_GPU'] == '4'
+    gpus(world, 'a', 'g2', where='gpu_count>=2 and arch==x86_64')
+    gpus(world, 'b', 'g2', where='HW_CPU_X86_AVX2')
+    gpus(world, 'c', 'g2', vms=2, where='arch=x86_64', affinity='apart')
+    assert [planned(each) for each in 'abc'] == [[{'h3': 1}], [{'h2': 1}], [{'h2': 1, 'h3': 1}]]
+    assert world.service.show('a')['where'] == 'gpu_count>=2 and arch==x86_64'
+    with pytest.raises(NoCapacity, match='each take .* 2 CUSTOM_GPU of one host and only where gpu_count>=2|and only where gpu_count>=2') as no:
+        gpus(world, 'd', 'g2', where='gpu_count>=2')
+    assert no.value.details['next_start'] == NOON + hours(2)
+    with pytest.raises(Invalid, match=r"where: no host of 'gpu' meets gpu_count>9. What is known of its hosts: CUSTOM_GPU, DISK_GB, "
+                                      'HW_CPU_X86_AVX2, arch, gpu_count, name, ram, vcpus'):
+        gpus(world, 'd', 'g2', where='gpu_count>9')
+    with pytest.raises(Invalid, match="where: 'gpu_count >> 2' is not like gpu_count>=2 and arch==x86_64"):
+        gpus(world, 'd', 'g2', where='gpu_count >> 2')
+    world.service.host_set('h3', {'gpu_count': ''})
+    with pytest.raises(Invalid, match='no host'):
+        gpus(world, 'd', 'g2', where='gpu_count>=2')
+    with pytest.raises(NotFound, match="No resource has a host 'h9'"):
+        world.service.host_set('h9', {'a': 'b'})
+
+
+def test_what_moves_goes_only_to_hosts_that_are_as_it_asked(racks):
+    racks.service.host_set('h1', {'fast': 'yes'})
+    gpus(racks, 'a', 'g3', where='fast', start=1, end=4)
+    gpus(racks, 'b', 'g8', start=2, end=4)
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'c', 'g8', start=3, end=4)
+    assert planned('a') == [{'h1': 1}] and racks.service.check()['differences'] == 0
+    racks.as_user().update('a', where='')
+    assert planned('a') == [{'h1': 1}]
+
+
 # Service: who may what #######################################################
 
 
@@ -11933,7 +12080,7 @@ def test_only_an_admin_reserves_for_others(world, service):
 
 
 ADMINS = {'limit_add', 'limit_delete', 'approve', 'reject', 'resource_capacity', 'maintenance_add',
-          'maintenance_delete', 'claim', 'resource_sync', 'resource_add', 'resource_update',
+          'maintenance_delete', 'claim', 'host_set', 'resource_sync', 'resource_add', 'resource_update',
           'resource_delete', 'user_end', 'check'}
 READERS = {'list', 'show', 'servers', 'duration', 'find', 'usage', 'events', 'resource_list', 'resource_show',
            'punctuality', 'calendar_list', 'calendar_feed', 'limit_list', 'maintenance_list',
@@ -13295,7 +13442,7 @@ class Flaky(cmres.Simulated):
     cycle, calls = None, None
 
     def note(self, verb, what):
-        os.write(self.calls, (json.dumps([self.cycle.here.began, self.cycle.leader.name, verb, what]) + '\n').encode())
+        os.write(self.calls, (json.dumps([self.cycle.here.began, self.cycle.leader.name, verb, what, self.account]) + '\n').encode())
 
     def boot(self, machine):
         self.note('boot', machine.mark)
@@ -13323,13 +13470,15 @@ class Flaky(cmres.Simulated):
 
 class Chaos:
     """A store in whose schedulers' way is put what can be; runs in a process of its own."""
+    PLACES = {'demo': 'simulated', 'other': 'simulated-2'}
 
     def __init__(self, path: str, seed: int, number: int, command: bool):
         self.path, self.chance, self.number, self.command = Path(path), random.Random(seed), number, command
         self.config = Config(database=f'{path}/cmres.db', **HASTY)
         cmres.open_store(self.config.database)
         self.service = cmres.Reservations(self.config, cmres.Clouds(self.config), Actor('root', 'default', 'admin'))
-        self.service.resource_add('demo', cloud='simulated', vms=10**6)
+        for place, cloud in self.PLACES.items():
+            self.service.resource_add(place, cloud=cloud, vms=10**6)
         cmres.db.execute_sql('CREATE TABLE lease_log (at, name, holder, until)')
         for verb in ('INSERT', 'UPDATE'):
             cmres.db.execute_sql(f'CREATE TRIGGER log_{verb} AFTER {verb} ON lease WHEN new.name <> new.holder BEGIN '
@@ -13355,9 +13504,10 @@ class Chaos:
             logging.basicConfig(filename=self.path / 'log', level=logging.WARNING)
             clouds, stop = cmres.Clouds(self.config), threading.Event()
             cycle = Watched(self.config, clouds)
-            cloud = (Flaky if flaky else cmres.Simulated)('simulated', clouds.store, self.config, time.time)
-            cloud.cycle, cloud.calls = cycle, os.open(self.path / 'calls', os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            clouds.opened['simulated'] = cloud
+            for name in self.PLACES.values():
+                cloud = (Flaky if flaky else cmres.Simulated)(name, clouds.store, self.config, time.time)
+                cloud.cycle, cloud.calls = cycle, os.open(self.path / 'calls', os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                clouds.opened[name] = cloud
             signal.signal(signal.SIGTERM, lambda *_: (stop.set(), cycle.wake.set()))
             cycle.run(stop)
         finally:
@@ -13385,7 +13535,7 @@ class Chaos:
             verb = chance.choice(['add', 'add', 'delete', 'extend', 'vms'])
             if verb == 'add':
                 label = f'r{len(self.labels)}'
-                self.service.add(label, 'demo', now + timedelta(seconds=chance.randrange(3)),
+                self.service.add(label, chance.choice([*self.PLACES]), now + timedelta(seconds=chance.randrange(3)),
                                  timedelta(seconds=chance.randrange(2, 7)), vms=chance.randrange(1, 5), flavor='m1.tiny',
                                  image='cirros', at_end=chance.choice(['delete', 'snapshot']))
                 self.labels.append(label)
@@ -13464,7 +13614,7 @@ class Chaos:
 
     def doubles(self) -> list[str]:
         """Servers that were there at once for one row, unless a call was frozen on its way to the cloud."""
-        began = {what: at for at, _, verb, what in self.calls() if verb == 'boot'}
+        began = {what: at for at, _, verb, what, _ in self.calls() if verb == 'boot'}
         spans, wrong = {}, []
         for each in cmres.rows('SELECT mark, made, gone FROM simulated_server ORDER BY made'):
             spans.setdefault(each.mark.rpartition('-')[0], []).append(each)
@@ -13478,15 +13628,16 @@ class Chaos:
     def trespasses(self, figures: dict) -> list[str]:
         """Calls by who had no lease, leases of two at once; the longest time that nobody acted goes to the figures."""
         wrong, longest = [], 0
-        for name in ('', 'simulated'):
+        for name in ('', *self.PLACES.values()):
             log = cmres.rows('SELECT * FROM lease_log WHERE name = ? ORDER BY rowid', name)
             for one, next_one in zip(log, log[1:]):
                 if next_one.holder not in (one.holder, '-') and next_one.at < one.until - 0.02:  # '-': it was given back
                     wrong.append(f'leases overlap: {one} {next_one}')
             longest = max(longest, *(b.at - max(a.until, a.at) for a, b in zip(log, log[1:])))
         figures['longest without a lease'] = round(longest, 2)
-        for began, holder, verb, what in self.calls():
-            if not any(each.holder == holder and each.at - 0.1 <= began <= each.until + 0.02 for each in log):
+        log = cmres.rows('SELECT * FROM lease_log')
+        for began, holder, verb, what, cloud in self.calls():
+            if not any(each.holder == holder and each.name == cloud and each.at - 0.1 <= began <= each.until + 0.02 for each in log):
                 wrong.append(f'{holder} had no lease at {began}: {verb} {what}')
         return wrong
 
@@ -13527,7 +13678,7 @@ def test_schedulers_killed_at_random_instants_make_each_server_once_and_leave_no
     assert all(each['kills'] for each in found)
 
 
-def test_of_two_schedulers_that_are_killed_and_frozen_only_one_acts(chaos):
+def test_of_schedulers_that_are_killed_and_frozen_only_one_acts_for_a_cloud(chaos):
     found = chaos[5 if STRESS else 2:]
     assert not any(each['wrong'] for each in found), found
     assert all(each['kills'] + each['freezes'] for each in found)
@@ -13603,7 +13754,7 @@ def hurry(world):
 
 
 def made_twice():
-    return cmres.rows('SELECT mark, count(*) AS n FROM simulated_server GROUP BY mark HAVING n > 1')
+    return cmres.rows('SELECT mark FROM simulated_server GROUP BY mark HAVING count(*) > 1')
 
 
 def wait_for(condition, world=None, seconds=10):
@@ -14821,6 +14972,7 @@ def test_a_cloud_is_given_when_its_calls_have_ended_or_after_a_while(world, busy
     assert len(cloud.instants('boot')) == 1 and schedulers.numbers() == [1, 1]
 
 
+@pytest.mark.sqlite
 def test_what_is_asked_for_elsewhere_wakes_a_scheduler(world):
     cycle, stop = world.cycle, threading.Event()
     thread = threading.Thread(target=cycle.hear, args=(stop,))
@@ -14837,6 +14989,7 @@ def test_what_is_asked_for_elsewhere_wakes_a_scheduler(world):
         stop.set()
 
 
+@pytest.mark.sqlite
 def test_where_nothing_tells_of_changes_the_beat_finds_them(world, monkeypatch):
     monkeypatch.setattr('ctypes.CDLL', lambda name: object())
     cycle, stop = world.cycle, threading.Event()
@@ -14850,6 +15003,142 @@ def test_a_store_of_one_lease_gets_one_for_each_cloud(world):
     cmres.run("INSERT INTO lease VALUES ('scheduler', 'old', ?)", world.now + 5)
     cmres.divide_lease()
     assert not world.cycle.leader.free(world.now).count('') and 'simulated' in world.cycle.leader.free(world.now)
+
+
+class Ruin:
+    """Two servers and some schedulers on one database and two clouds, any of which is killed while people go on."""
+    LEASE = 6
+    SETTINGS = {'leader_timeout': LEASE, 'poll_changing': 0.5, 'poll_running': 2, 'retry_first': 0.5, 'retry_max': 2,
+                'lost_answer_wait': 2, 'call_timeout': 8, 'orphan_grace': 20, 'workers': 4, 'mail_server': ''}
+
+    def __init__(self, folder, database, seed, schedulers=3):
+        self.folder, self.chance, self.numbers = folder, random.Random(seed), itertools.count(1)
+        self.cloud = StandIn()
+        self.cloud.now = time.time
+        self.cloud.write_clouds(folder / 'clouds.yaml')
+        self.env = environment() | {f'CMRES_{name.upper()}': str(value) for name, value in self.SETTINGS.items()} | {
+            'OS_CLIENT_CONFIG_FILE': str(folder / 'clouds.yaml'), 'HOME': str(folder),
+            'CMRES_DATABASE': database, 'CMRES_KEY': str(folder / 'ruin.key')}
+        for name in 'lab', 'bio':
+            assert cli(folder, 'resource', 'add', name, f'--cloud={name}', '--vms=1000', **self.env).returncode == 0
+        made = cli(folder, 'token', 'add', 'eva', '--role=admin', '--format=json', **self.env)
+        self.token = json.loads(made.stdout)['token']
+        self.urls, self.there = {}, {}
+        self.names = ['serve 1', 'serve 2', *(f'scheduler {n}' for n in range(schedulers))]
+        for name in self.names:
+            self.begin(name)
+        for name in self.names[:2]:
+            self.wait_for_server(name)
+        self.said, self.late = {}, {}  # by label: when what was acknowledged is due, and by how much it was begun late
+
+    def begin(self, name):
+        port = urlsplit(self.urls.get(name, '')).port or 0
+        argv = ['serve', '--noscheduler', '--port', str(port)] if name in self.names[:2] else ['scheduler']
+        with open(self.folder / name, 'a') as out:
+            self.there[name] = subprocess.Popen([*PROGRAM, *argv], cwd=self.folder, env=self.env, stdout=out, stderr=out)
+
+    def wait_for_server(self, name):
+        soon(lambda: 'serves http' in (self.folder / name).read_text())
+        self.urls[name] = re.search(r'http://[\d.]+:\d+', (self.folder / name).read_text())[0]
+
+    def kill(self, name):
+        self.there[name].kill()
+        self.there[name].wait(60)
+
+    def ask(self, url, path, body, key):
+        parts = urlsplit(url)
+        with contextlib.closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)) as line:
+            line.request('POST', cmres.BASE + path, json.dumps(body), {
+                'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json', 'Idempotency-Key': key})
+            answer = line.getresponse()
+            return answer.status, answer.read()
+
+    def add(self, ahead, length=120):
+        """Reserves, on whichever server answers, until it is answered with 201."""
+        label, key, start = f'r{next(self.numbers)}', secrets.token_hex(8), int(time.time()) + ahead
+        body = {'label': label, 'resource': self.chance.choice(['lab', 'bio']), 'vms': 1, 'flavor': 'm1.tiny', 'image': 'tiny',
+                'start': cmres.to_plain(cmres.instant(start)), 'end': cmres.to_plain(cmres.instant(start + length))}
+        until, last = time.monotonic() + 60, None
+        for name in itertools.cycle(self.chance.sample(self.names[:2], 2)):
+            assert time.monotonic() < until, (label, last)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status, text = self.ask(self.urls[name], '/reservation/', body, key)
+                if status == 201:
+                    self.said[label] = max(start, time.time())
+                    return
+                last = status, text
+                assert status in (503, 409, 429), last
+            time.sleep(0.1)
+
+    def round(self, deed=None):
+        """People reserve, and in the middle some parts die; all begin anew a little later."""
+        for name in self.names:  # as systemd does with what could not begin
+            if self.there[name].poll() is not None:
+                self.begin(name)
+        victims = self.chance.sample(self.names[:2], self.chance.randrange(2)) + self.chance.sample(
+            self.names[2:], self.chance.randrange(len(self.names) - 2))
+        began = time.time()
+        crowd = [threading.Thread(target=self.add, args=(self.chance.choice([0, 0, 1, 2]),)) for _ in range(3)]
+        for each in crowd:
+            each.start()
+        time.sleep(self.chance.uniform(0, 1))
+        for name in victims:
+            self.kill(name)
+        if deed:
+            deed()
+        for each in crowd:
+            each.join()
+        for name in victims:
+            self.begin(name)
+        due = {label for label, at in self.said.items() if at >= began}
+        end = time.monotonic() + 60
+        while not due <= {name.partition('-')[0] for name in [*self.cloud.made]} and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def end(self) -> list[str]:
+        """What is wrong when all is over; by how much starts were begun late goes to `late`."""
+        wrong, service = [], cmres.Client(self.urls['serve 1'], self.token)
+        soon(lambda: self.there['serve 1'].poll() is None and self.answers(service))
+        known = {each['label'] for each in service.list(start='2020-01-01', end='2100-01-01')}
+        wrong += [f'acknowledged and lost: {label}' for label in self.said.keys() - known]
+        for label in self.said.keys() & known:
+            server, = service.servers(label)
+            # who was killed between its intent and its call has begun, but nobody knows it for sure
+            self.late[label] = server['begun'].timestamp() - self.said[label] if server['tries'] == 1 else None
+            service.delete(label)
+        end = time.monotonic() + 90
+        while self.cloud.servers and time.monotonic() < end:
+            time.sleep(0.2)
+        wrong += [f'left over: {each["name"]}' for each in self.cloud.servers.values()]
+        wrong += [f'made {n} times: {name}' for name, n in self.cloud.made.items() if n > 1]
+        wrong += [f'never made: {label}' for label in self.said.keys() - {
+            name.partition('-')[0] for name in self.cloud.made}]
+        differences = service.check()['differences']
+        logs = ''.join((self.folder / name).read_text() for name in self.names)
+        return wrong + re.findall(r'Traceback[\s\S]{0,1500}', logs)[:3] + [f'{differences} differences'] * bool(differences)
+
+    def answers(self, service):
+        with contextlib.suppress(Unavailable):
+            return service.resource_list()
+
+    def stop(self):
+        for name in self.there:
+            self.kill(name)
+        self.cloud.stop()
+
+
+def test_servers_schedulers_and_postgresql_that_are_killed_lose_and_double_nothing(server, tmp_path):
+    ruin = Ruin(tmp_path, server.url(server.make()), random.randrange(10**6), schedulers=2 + STRESS)
+
+    def revive():
+        server.stop('immediate')
+        server.start()
+    try:
+        for n in range(100 if STRESS else 2):
+            ruin.round(revive if n % 3 == 1 else None)
+        assert ruin.end() == [] and ruin.late.keys() == ruin.said.keys()
+    finally:
+        ruin.stop()
 
 
 # What is repeated
@@ -16179,7 +16468,7 @@ def test_people_look_after_their_tokens_on_the_page(world):
     assert world.service.token_list()[1]['ends'] == NOON + timedelta(days=90)
     form = [each for each in page.forms.values() if each.action == '/do/token_revoke'][-1]
     form_of(form.submit(), '/do/token_revoke').submit(status=303)
-    assert len(someone.get('/tokens').html.select('td[data-name=purpose]')) == 1
+    assert len(someone.get('/tokens').html.select('td[data-name=id]')) == 1
     assert not as_visitor(world, role='reader').get('/admin', status=403).html.select('table')
 
 
@@ -18740,7 +19029,7 @@ def test_for_ten_seconds_a_deed_is_done_for_its_owner_alone_and_undo_always_work
         return page.follow()
     page = do()
     for path in ('/list', '/r/lab?project=biology', '/'):
-        assert visitor.get(path).html.select('td .state.active, #live > p .state.active, a.b') == [], path
+        assert visitor.get(path).html.select('[data-name=label] ~ td .state.active, #live > p .state.active, a.b') == [], path
     assert 'Undo is possible until' in world.service.events('lab')[-1]['sentence'] and "'lab' is" in page.html.text
     world.now += 9
     world.cycle.settle()
@@ -19286,6 +19575,8 @@ def test_a_change_on_the_page_can_be_taken_back_for_ten_seconds_whatever_others_
     world.now += 9
     world.cycle.settle()
     assert world.state('waits') == 'waiting' and world.service.awaiting_approval() == []
+    other, act = as_visitor(world, 'eva', 'maths'), undo_form(page)['act'].value  # of the same name
+    other.post('/undo', {'act': act, 'form': form_of(other.get('/'), '/sign-out')['form'].value}, status=404)
     if how not in ('made longer', 'extended'):
         with pytest.raises(NoCapacity):
             book(tom, 'other', start=4.5, end=5.5)
@@ -20715,7 +21006,7 @@ def test_a_list_imports_only_what_it_uses(tmp_path, empty):
     assert ended.returncode == 0 and ended.stdout.startswith('nothing found\n')
     loaded = set(ended.stdout.split())
     assert not loaded & {'fire', 'openstack', 'bottle', 'waitress', 'schedule', 'yaml', 'rich', 'configparser', 'urllib3',
-                         'keystoneauth1'}
+                         'keystoneauth1', 'csv', 'difflib', 'concurrent', 'signal'}
 
 
 def on_terminal(tmp_path, *argv, columns=80, **env):
@@ -25387,6 +25678,31 @@ def test_a_snapshot_is_the_projects_own_and_is_made_once(nova):
     assert cloud.saved(str(uuid.uuid4())) is None
 
 
+def test_hosts_are_read_through_their_hypervisors_with_all_that_is_said_of_them(far, nova):
+    theirs, ours = nova.server('theirs', 'admin'), nova.server('ours', 'admin', [far.clouds.store])
+    for uid in (theirs, ours, 'a-migration'):
+        nova.used['gpu-1'][uid], nova.used['gpu-1-cards'][uid] = {'VCPU': 4, 'MEMORY_MB': 1024}, {'CUSTOM_GPU': 1}
+    nova.traits['gpu-1'], nova.states['gpu-1'] = ['HW_CPU_X86_AVX2', 'COMPUTE_NODE'], ('up', 'disabled')
+    nova.aggregates[0]['metadata']['rack'] = '7'
+    aggregate, = far.clouds.open('admin').aggregates()
+    told = aggregate.told['gpu-1']
+    assert (aggregate.id, told.state, told.properties) == ('1', 'disabled', {'rack': '7', 'HW_CPU_X86_AVX2': 'yes'})
+    assert told.others == {theirs: cmres.Amount(0, 4, 1024, (('CUSTOM_GPU', 1),))}
+    far.service.resource_sync('admin', ['gpu'], mode='exclusive')
+    assert far.service.resource_show('gpu')['classes'] == {'CUSTOM_GPU': 3}
+    nova.states['gpu-1'] = 'down', 'enabled'
+    assert far.clouds.open('admin').states() == {'gpu-1': ('down', [theirs, ours])}
+    nova.aggregates[0]['hosts'].append('gpu-9')
+    with pytest.raises(Conflict, match="Placement has no resource provider for the host 'gpu-9' of the aggregate 'gpu'"):
+        far.service.resource_sync('admin')
+    nova.aggregates[0] |= {'name': 'renamed', 'hosts': ['gpu-1']}
+    assert 'aggregate' in [each['what'] for each in far.service.resource_sync('admin')]
+    assert far.service.resource_show('gpu')['aggregate'] == 'renamed'
+    nova.aggregates[0]['metadata']['cmres_store'] = 'cmres-another'
+    with pytest.raises(Conflict, match='belongs to another cmres'):
+        far.service.resource_sync('admin', ['renamed'])
+
+
 def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
     far.service.resource_sync('admin', ['gpu'], mode='exclusive')
     found = next(each for each in far.service.resource_list() if each['name'] == 'gpu')
@@ -26389,6 +26705,64 @@ class TestWaysRound:
 #: Where the programs are that `make test-clients` has installed.
 CLIENTS = os.environ.get('CLIENTS', '')
 installed = pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
+
+
+@openstack
+@real
+@inlab
+class TestHostsFollowNova:
+    """What becomes of plans and VMs when Nova lets nothing start on a host, or calls it down."""
+
+    @pytest.fixture
+    def guarded(self, tmp_path):
+        guarded = Guarded(tmp_path)
+        try:
+            guarded.service.resource_sync('lab-admin', [guarded.name], mode='exclusive')
+            guarded.schedule()
+            guarded.world.config.take(heal_after=1.0)
+            yield guarded
+        finally:
+            guarded.end()
+
+    def test_a_disabled_host_is_planned_around(self, guarded):
+        admin = sdk('lab-admin').compute
+        label = guarded.reserve(start=guarded.service.here.now + hours(2))
+        assert planned(label) == [{'lab-compute-1': 3}]
+        service = next(each for each in admin.services(binary='nova-compute') if each.host == 'lab-compute-1')
+        admin.disable_service(service)
+        try:
+            guarded.world.cycle.look_at_hosts('states')
+            until(lambda: planned(label) == [{'lab-compute-2': 3}])
+        finally:
+            admin.enable_service(service)
+
+    def test_what_others_take_is_not_promised(self, guarded):
+        before = guarded.service.resource_show(guarded.name)['vcpus']
+        compute = sdk('lab-admin').compute
+        server = compute.create_server(name=unique('others-'), flavor_id=compute.find_flavor('m1.large').id, networks='none',
+                                       image_id=sdk('lab-admin').image.find_image('tiny').id, availability_zone='nova:lab-compute-1')
+        try:
+            until(lambda: compute.get_server(server.id).status == 'ACTIVE')
+            guarded.world.cycle.look_at_hosts('hosts')
+            until(lambda: guarded.service.resource_show(guarded.name)['vcpus'] == before - 4)
+        finally:
+            compute.delete_server(server)
+
+    def test_vms_of_a_host_that_is_down_are_made_anew_on_another(self, guarded):
+        label = guarded.reserve(vms=2, image='tiny', network='none')
+        until(lambda: guarded.world.state(label) == 'active')
+        there = lambda: {each.id: each.compute_host for each in sdk('lab-user').compute.servers() if each.status == 'ACTIVE'}  # noqa: E731
+        hosts = lambda: {each.id: each.compute_host for each in sdk('lab-admin').compute.servers(all_projects=True) if each.id in there()}  # noqa: E731
+        before = hosts()
+        assert set(before.values()) == {'lab-compute-1'} and planned(label) == [{'lab-compute-1': 2}]
+        subprocess.run([SVC, 'kill', 'nova-compute-1'], check=True)
+        try:
+            after = until(lambda: len(now := hosts()) == 2 and not now.keys() & before.keys() and now, 200)
+            assert set(after.values()) == {'lab-compute-2'} and planned(label) == [{'lab-compute-2': 2}]
+            assert any('the host lab-compute-1 is down' in each['sentence'] for each in guarded.service.events(label))
+            until(lambda: guarded.world.state(label) == 'active')
+        finally:
+            subprocess.run([SVC, 'start', 'nova-compute-1'], check=True)
 
 
 class Hypervisors(Relay):
@@ -28079,6 +28453,79 @@ def bench_anger(folder: Path) -> None:
     process.wait()
     silent.close()
     cmres.close_store()
+
+
+#: Sends additions, each to one of some servers, from eight threads at a time; prints how many had which status.
+ASKER = """
+import http.client, json, sys, threading
+from collections import Counter
+token, number, first, step, resources, *servers = sys.argv[1:]
+left, seen = iter(range(int(first), int(number), int(step))), Counter()
+def ask(thread):
+    lines = [http.client.HTTPConnection(each, timeout=300) for each in servers]
+    head = {'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'}
+    while (n := next(left, None)) is not None:
+        body = {'label': f'r-{n}', 'resource': f'place-{n % int(resources)}', 'start': '2199-01-01T10:00Z', 'end': '1h'}
+        line = lines[(n // int(resources) + thread) % len(lines)]
+        line.request('POST', 'BASE/reservation/', json.dumps(body), head | {'Idempotency-Key': f'k-{n}'})
+        answer = line.getresponse()
+        answer.read()
+        seen[answer.status] += 1
+threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+for each in threads: each.start()
+for each in threads: each.join()
+print(json.dumps(seen))
+""".replace('BASE', cmres.BASE)
+
+
+def stress(folder: Path, adds: int, resources: int, **settings) -> tuple[collections.Counter, float]:
+    """Lets 8 x 8 clients of 3 API processes add so many into resources with room for half; what was answered, in what time."""
+    folder.mkdir()
+    servers = []
+    try:
+        for first in True, False, False:
+            servers.append(Serving(folder, '--noscheduler', *['--demo'] * first, **settings))
+            servers[-1].token = servers[0].token
+        for n in range(resources):
+            assert servers[0].add(f'place-{n}', vms=adds // resources // 2)[0] == 201
+        names, began = [urlsplit(each.url).netloc for each in servers], time.monotonic()
+        crowd = [subprocess.Popen([sys.executable, '-c', ASKER, servers[0].token, *map(str, (adds, n, 8, resources)), *names],
+                                  stdout=subprocess.PIPE, text=True) for n in range(8)]
+        answers = [each.communicate()[0] for each in crowd]
+        took = time.monotonic() - began
+        checked = servers[0].ask('GET', '/check/')
+        assert checked[0] == 200 and checked[1]['differences'] == 0, checked
+        return sum((collections.Counter(json.loads(each)) for each in answers), collections.Counter()), took
+    finally:
+        for each in servers:
+            each.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize('adds, resources', [(2000, 100), (400, 1)])
+@pytest.mark.parametrize('engine', ['sqlite', 'postgresql'])
+@pytest.mark.skipif(not STRESS, reason='it takes long: CI runs it, with CMRES_STRESS; `make stress` does fifty times as much')
+def test_clients_of_three_processes_never_overbook(tmp_path, request, engine, adds, resources):
+    settings = {}
+    if engine == 'postgresql':
+        server = request.getfixturevalue('server')
+        settings = {'database': server.url(server.make()), 'key': tmp_path / 'key'}
+    assert stress(tmp_path / 'served', adds, resources, **settings)[0] == {'201': adds // 2, '409': adds - adds // 2}
+
+
+def bench_stress(folder: Path) -> None:
+    """`make stress`: never one more than there is room for, no deadlock, no 5xx, on either engine."""
+    server = Server()
+    try:
+        for adds, resources in (10**5, 100), (20, 1), (2000, 1):
+            for engine in 'sqlite', 'postgresql':
+                settings = {'database': server.url(server.make()), 'key': folder / f'{adds}-{resources}.key'} if engine == 'postgresql' else {}
+                seen, took = stress(folder / f'{engine}-{adds}-{resources}', adds, resources, **settings)
+                assert seen == {'201': adds // 2, '409': adds - adds // 2}, seen
+                print(f'{engine:10} {adds:6} additions to {resources:3} resources: {adds // 2} admitted, all others refused; '
+                      f'{adds / took:.0f} a second', flush=True)
+    finally:
+        server.stop()
+        shutil.rmtree(server.folder)
 
 
 def bench_hosts(folder: Path) -> None:
