@@ -15248,7 +15248,7 @@ class Plan(Operations):
     def report_others(self, place, aggregate: Aggregate, now: float) -> None:
         """Writes down which servers have come onto hosts without a reservation: az:HOST, say."""
         key, told = f'others {place.id}', aggregate.told.values()
-        there = sorted({uid for each in told for uid in each.others} - known_servers(now))
+        there = sorted({uid for each in told for uid in not_ours(each.others, now)})
         before = json.loads(fact(key) or '[]')
         new = [uid for uid in there if uid not in before]
         if there != before:
