@@ -15118,7 +15118,7 @@ class Plan(Operations):
         With --reservable-hosts, people can reserve single hosts: add ... --host NAME. With
         --flavors, `openstack server create --flavor RESERVATION_ID` works for leases of VMs there,
         as with Blazar. On a new exclusive resource, VMs that users started themselves are deleted
-        when their reservation ends; --user-started keep lets them go on.
+        when their reservation ends; with --user-started keep they stay.
 
         Example:
           python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
