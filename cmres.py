@@ -1331,8 +1331,8 @@ TEXTS = {
     'failed': 'Could not start: {label}\nNo VM of {label} was running from {when}.\n{message}.\n\n'
               'Nothing is left in the cloud. If it fails again, send this mail to your admin '
               '(reservation {id}).',
-    'ending': '{label} ends at {end}\n{message}.\n\nThen: {then}\nTo keep the VMs longer, extend the reservation '
-              '{label}: {link}',
+    'ending': '{label} ends at {end}\n{message}.\n\nThen: {then}\n'
+              'To keep the VMs longer, extend the reservation {label}: {link}',
     'ended': '{label} has ended\n{label}, {when}: {message}.',
     'updated': '{label} was changed\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'kept': '{label} continues until {end}\n{message}.',
