@@ -1331,8 +1331,8 @@ TEXTS = {
     'failed': 'Could not start: {label}\nNo VM of {label} was running from {when}.\n{message}.\n\n'
               'Nothing is left in the cloud. If it fails again, send this mail to your admin '
               '(reservation {id}).',
-    'ending': '{label} ends at {end}\nThen: {then}\nTo keep the VMs longer, extend the reservation '
-              '{label}: {link}',
+    'ending': '{label} ends at {end}\n{message}.\n\nThen: {then}\n'
+              'To keep the VMs longer, extend the reservation {label}: {link}',
     'ended': '{label} has ended\n{label}, {when}: {message}.',
     'updated': '{label} was changed\n{message}.\n\nWhen:  {when}\nWhat:  {what}\n\n{link}',
     'kept': '{label} continues until {end}\n{message}.',
@@ -2001,6 +2001,7 @@ WORDS = {
     'application': 'id of an application credential: openstack application credential create cmres',
     'secret': 'the secret of that application credential',
     'shell': 'bash, zsh or fish',
+    'user_started': 'what becomes of VMs that users started themselves, at the end: delete or keep',
     'store': 'whose resources these are, as their second mark says',
     'moves': 'only a server passes that counts there already',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
@@ -4018,6 +4019,9 @@ class Resource(Table):
     spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     # whether Nova has a flavor for each lease that is active there
     flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
+    # what becomes of VMs that people started at the end of their reservation: delete or keep; '':
+    # as the setting `delete_user_started` says
+    user_started = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     # what an event of a calendar program gets that says nothing; without any, no calendar
     default_flavor = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     default_image = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
@@ -4571,7 +4575,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states()]
+    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started()]
 
 
 def long_texts(row: str) -> str:
@@ -5635,6 +5639,11 @@ def add_host_states() -> None:
                          'properties': "TEXT NOT NULL DEFAULT '{}'"})
     add_columns('capacity', {'host': name})
     add_columns('reservation', {'where': "TEXT NOT NULL DEFAULT ''"})
+
+
+def add_user_started() -> None:
+    """Version 24: what becomes of VMs that people started themselves is said for each resource."""
+    add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -10638,7 +10647,7 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset("""
   now resource_id held_from held_until placed over due reservation user_data existing ever runs told
   slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
-  pending priority choices named trusted flavors aggregate_id""".split())
+  pending priority choices named trusted flavors aggregate_id user_started""".split())
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -15074,7 +15083,7 @@ class Plan(Operations):
     @api('POST', '/resource/sync', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '',
                       min_free_time: Span = None, reservable_hosts: bool = None,
-                      flavors: bool = None, force: bool = False,
+                      flavors: bool = None, user_started: Name = '', force: bool = False,
                       dry_run: bool = False) -> list[DifferenceAnswer]:
         """Creates or updates resources from host aggregates of a cloud.
 
@@ -15085,7 +15094,8 @@ class Plan(Operations):
         with --dry-run nothing changes. Without --aggregates, all marked aggregates are updated.
         With --reservable-hosts, people can reserve single hosts: add ... --host NAME. With
         --flavors, `openstack server create --flavor RESERVATION_ID` works for leases of VMs there,
-        as with Blazar.
+        as with Blazar. On a new exclusive resource, VMs that users started themselves are deleted
+        when their reservation ends; with --user-started keep they stay.
 
         Example: python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
@@ -15102,6 +15112,8 @@ class Plan(Operations):
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
         wanted |= {'flavors': flavors} if flavors is not None else {}
+        refuse_unknown_word('user_started', user_started, ('delete', 'keep'), '')
+        wanted |= {'user_started': user_started} if user_started else {}
         how = wanted, reservable_hosts, force
         synced = self.after_search(
             lambda now: [self.sync_one(cloud, each, *how, now) for each in chosen], dry_run)
@@ -15184,6 +15196,8 @@ class Plan(Operations):
         if wanted:
             self.refuse_idle((before | wanted)['mode'], before | wanted)
         aggregate = self.left_by_others(aggregate, now)
+        if not found and wanted.get('mode') == 'exclusive':
+            wanted = {'user_started': 'delete'} | wanted
         new = self.synced(aggregate, before, named) | wanted
         name = found.name if found else calendar_name(aggregate.name)
         lines = [{'resource': name, 'what': field, 'before': in_brief(field, was),
@@ -15197,6 +15211,8 @@ class Plan(Operations):
             self.rehold_changes(self.look.resource_row(name), now)
         place = self.look.resource_row(name)
         other, suspects = self.sync_hosts(place, aggregate, now)
+        if not rehearsal.on:
+            self.report_others(place, aggregate, now)
         lines += [{'resource': name, 'what': f'host {host}', 'before': before, 'after': after}
                   for host, before, after in other if found]
         lines += self.see_whom_it_affects(place, suspects, other, force, now)
@@ -15204,6 +15220,19 @@ class Plan(Operations):
             fields = ', '.join(each['what'] for each in lines)
             self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
         return name, lines
+
+    def report_others(self, place, aggregate: Aggregate, now: float) -> None:
+        """Writes down which servers have come onto hosts without a reservation: az:HOST, say."""
+        key, told = f'others {place.id}', aggregate.told.values()
+        there = sorted({uid for each in told for uid in not_ours(each.others, now)})
+        before = json.loads(fact(key) or '[]')
+        new = [uid for uid in there if uid not in before]
+        if there != before:
+            note_fact(key, json.dumps(there))
+        if new and place.mode == 'exclusive':
+            self.journal(now, 'orphan', f"{counted(len(new), 'server')} on hosts of "
+                         f"'{place.name}' without a reservation, so that less of it can be "
+                         f"reserved: {', '.join(new)}")
 
     def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
         """An aggregate with what its hosts have besides what servers take that are not ours."""
@@ -15837,22 +15866,27 @@ class Claims(Operations):
         if moves and not there:
             return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
-        resized = there and there.host and had != need
-        if resized:  # until that is confirmed, Nova holds both
-            need = had if there.twice else (had + need)._replace(vms=1)
-        found, why = self.may_boot(place, server, projects, users, need, label, now)
+        moved, both = there and there.host and hosts and there.host not in hosts, None
+        if there and there.host and (moved or had != need):  # until that is settled, Nova holds both
+            both = had if there.twice else (had + need)._replace(vms=1)
+        found, why = self.may_boot(place, server, projects, users, both or need, label, now)
+        if not found and both and had == need:  # an operator must be able to move it also then
+            both = None
+            found, why = self.may_boot(place, server, projects, users, need, label, now)
         walks_in = False
         if not found and not label and place.mode == 'shared':
             walks_in, why = self.walk_in(place, server, need, now), (
                 f"'{name}' is not free for {format_duration(place.hold)}")
         if not (found or walks_in):
             return {'passes': False, 'why': why, 'hosts': None}
-        chosen = self.host_for(place, found, server, need, hosts, there.host if there else '', now)
+        chosen = self.host_for(place, found, server, need, hosts, there.host if there else '',
+                               had if both else NOTHING, now)
         if chosen == []:
             why = (f"'{found.host}' is no longer a host of '{name}'" if found and found.host else
                    f"no host of '{name}' has room for it until then")
             return {'passes': False, 'why': why, 'hosts': None}
-        columns = stored(need) | {'twice': bool(resized), 'occurrence': found.id if found else None,
+        columns = stored(both or need) | {'twice': bool(both),
+                                          'occurrence': found.id if found else None,
                                   'due': now + self.config.lost_answer_wait,
                                   'host': chosen[0] if chosen and not chosen[1:] else ''}
         del columns['vms']
@@ -15865,9 +15899,12 @@ class Claims(Operations):
         return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
 
     def host_for(self, place, found, server: str, need: Amount, hosts: list[str], before: str,
-                 now: float) -> list[str] | None:
+                 stays: Amount, now: float) -> list[str] | None:
         """The host on which a server may boot, [] if there is none, None for any. Where Nova may
         use none of those that are planned, another that has room until the end is planned instead.
+
+        Args:
+          before, stays: where it is by now, and what it holds there until it has moved for good
         """
         if not planned_by_host(place.id):
             return self.hosts_left(place, found, now)
@@ -15879,6 +15916,8 @@ class Claims(Operations):
         placed = read_placed(found.placed) if found else {}
         each = amount_of(found) // found.vms if placed else need
         taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
+        if placed:
+            taken[before] += stays
         planned = [names[host] for host in placed if host in names
                    and (taken[names[host]] + need).within(no_more(each * placed[host]))]
         if planned or not need.within(no_more(each)):
@@ -17932,7 +17971,7 @@ class Planner:
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
-               's.cloud, '
+               's.cloud, s.user_started, '
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
@@ -18106,21 +18145,29 @@ class Planner:
         return False
 
     def end_foreign(self, occurrence, now: float) -> None:
-        """Reports, and if that is set deletes, machines that people booted on what is over now."""
-        foreign = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
-                       'AND c.server NOT IN '
-                       '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
-                       occurrence.id, occurrence.id)
+        """Reports machines that people booted by themselves on what is over now; deletes them if
+        that is set.
+        """
+        foreign, ends = self.foreign(occurrence)
         if foreign:
-            one = len(foreign) == 1
-            ends, stays = ('is deleted', 'goes on') if one else ('are deleted', 'go on')
-            deed = ends if self.config.delete_user_started else stays
-            tell_of(self.config, now, 'foreign',
-                    f"{counted(len(foreign), 'VM')} that users started themselves {deed}: "
-                    f"{', '.join(each.server for each in foreign)}", occurrence)
-        for each in foreign if self.config.delete_user_started else ():
-            self.workers.submit(('clear', each.server), 'clear', occurrence.cloud, each.server,
-                                occurrence.cloud)
+            tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
+        for each in foreign if ends else ():
+            self.workers.submit(('clear', each), 'clear', occurrence.cloud, each)
+
+    def foreign(self, occurrence) -> tuple[list[str], bool]:
+        """The VMs that people booted by themselves in an occurrence, and whether they end with it."""
+        found = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
+                     'AND c.server NOT IN '
+                     '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
+                     occurrence.id, occurrence.id)
+        said = occurrence.user_started or ('delete' if self.config.delete_user_started else 'keep')
+        return [each.server for each in found], said == 'delete'
+
+    def what_becomes(self, foreign: list[str], ends: bool) -> str:
+        one = len(foreign) == 1
+        deletes, stays = ('is deleted', 'goes on') if one else ('are deleted', 'go on')
+        return (f"{counted(len(foreign), 'VM')} that users started themselves "
+                f"{deletes if ends else stays}: {', '.join(foreign)}")
 
     def tell_up(self, occurrence, now: float):
         """Tells how many servers are up, if that was not told yet; the occurrence with what was.
@@ -18204,8 +18251,10 @@ class Planner:
                     f'starts in {format_duration(occurrence.start - now)}', occurrence)
             return occurrence.told | SOON
         if not over and not occurrence.told & ENDING and ending <= now:
-            tell_of(self.config, now, 'ending', f'ends in {format_duration(occurrence.end - now)}',
-                         occurrence)
+            foreign, ends = self.foreign(occurrence)
+            also = f'; then {self.what_becomes(foreign, ends)}' if foreign else ''
+            tell_of(self.config, now, 'ending', f'ends in {format_duration(occurrence.end - now)}'
+                                                f'{also}', occurrence)
             return occurrence.told | ENDING
         return occurrence.told
 
@@ -27907,12 +27956,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        moves = bool(spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts) and not label
-        if asks and not label and outside and not moves:
-            verdicts = dict.fromkeys(resources, False)
-        else:
-            verdicts = self.ask_all(resources, spec, label, inside, moves and outside) if asks else {}
-        stays = label or moves and outside and any(verdicts.values())
+        moves = spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts and not label
+        verdicts = (self.ask_all(resources, spec, label, inside, True) if asks and moves
+                    else dict.fromkeys(resources, False))
+        stays = label or any(verdicts.values())
+        if not asks:
+            verdicts = {}
+        elif label or not stays and not outside:
+            verdicts = self.ask_all(resources, spec, label, inside, False)
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
             if passes and (names or not stays):
