@@ -7025,7 +7025,7 @@ def read_where(text: str) -> list[tuple[str, str, str]]:
 def said_of_hosts() -> dict[int, dict[str, str]]:
     """What admins say of hosts, by their numbers; of 0, which of that nobody is shown."""
     said = defaultdict(dict)
-    for host, name, value in run('SELECT host, name, value FROM host_property'):
+    for host, name, value in run('SELECT * FROM host_property WHERE host >= 0'):
         said[host][name] = value
     return said
 
@@ -8155,7 +8155,6 @@ class OpenStack(Cloud):
 
     def create(self, machine: Machine) -> str:
         """Makes a server of what the names stand for."""
-        import base64
         named, found = named_by(machine._asdict()), defaultdict(list)
         for (kind, _), thing in zip(named, self.check(named, machine.sight)):
             found[kind].append(thing.id)
@@ -8433,12 +8432,13 @@ class OpenStack(Cloud):
 
     def refuse_any_network(self, sight):
         with self.calling('list networks', sure=True) as cloud:
-            found = [each for each in cloud.network.networks(is_admin_state_up=True)
-                     if each.is_shared or each.project_id == cloud.current_project_id]
+            mine = cloud.current_project_id if sight.all_own else ''
+            found = [each.name for each in cloud.network.networks(is_admin_state_up=True)
+                     if (each.is_shared or each.project_id == mine)
+                     and not each.is_router_external]
         if found[1:]:
-            names = ', '.join(each.name for each in found if each.is_shared or sight.all_own)
             raise Invalid(f'The cloud {self.account} has {len(found)} networks, so choose one of '
-                          f'them: {names}.')
+                          f"them: {', '.join(found)}.")
 
     def left(self):
         with self.calling('tell the quota', sure=True) as cloud:
@@ -8694,7 +8694,7 @@ class Clouds:
     def prepare(self) -> None:
         """Loads what calls need, before this process has any part in them: it takes a while."""
         if not all(map(is_simulated, self.names() - {''})):
-            import openstack.connection  # noqa: F401
+            importlib.import_module('openstack.connection')
 
     def open(self, account: str) -> Cloud:
         with self.lock:
@@ -11532,11 +11532,11 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
+            found = self.service.shares.ask(f'the cloud {account}',
+                                            lambda: cloud.check(named, sight))
             if asked.get('image') and asked.get('network') in ('', 'auto'):
                 self.service.shares.ask(f'the cloud {account}',
                                         lambda: cloud.refuse_any_network(sight))
-            found = self.service.shares.ask(f'the cloud {account}',
-                                            lambda: cloud.check(named, sight))
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
@@ -14848,8 +14848,7 @@ class Plan(Operations):
         --resource it applies to that resource; otherwise to all resources together. Reservations
         that start within --exempt-within and take at most a day (`exempt_longest`) have no limit.
 
-        Example:
-          python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
+        Example: python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
         """
         figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
                    'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
@@ -14869,8 +14868,7 @@ class Plan(Operations):
     def limit_list(self) -> list[LimitAnswer]:
         """Lists the limits; only admins see the limits of others.
 
-        Example:
-          python cmres.py limit list
+        Example: python cmres.py limit list
         """
         found = rows(f'{LIMITS} ORDER BY l.id')
         return [self.limit_public(each) for each in found if self.actor.role == ADMIN
@@ -14880,8 +14878,7 @@ class Plan(Operations):
     def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
         """Removes a limit.
 
-        Example:
-          python cmres.py limit delete 1
+        Example: python cmres.py limit delete 1
         """
         with self.writing(dry_run) as now:
             found = row(f'{LIMITS} WHERE l.id = ?', id)
@@ -14946,8 +14943,7 @@ class Plan(Operations):
                       aggregate: Name = '') -> list[ResourceAnswer]:
         """Lists the resources with their locations and capacities.
 
-        Example:
-          python cmres.py resource list --cloud simulated
+        Example: python cmres.py resource list --cloud simulated
         """
         return [self.resource_public(each)
                 for each in self.look.places(cell, cloud, region, aggregate)]
@@ -14956,8 +14952,7 @@ class Plan(Operations):
     def resource_show(self, name: Label) -> ResourceNowAnswer:
         """Shows a resource, and how much of it is reserved now.
 
-        Example:
-          python cmres.py resource show demo
+        Example: python cmres.py resource show demo
         """
         found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
@@ -14981,8 +14976,7 @@ class Plan(Operations):
         existing reservations no longer fit, the change needs --force. It cancels nothing; the
         answer lists the affected occurrences, the newest first.
 
-        Example:
-          python cmres.py resource update demo --vms 8 --dry-run
+        Example: python cmres.py resource update demo --vms 8 --dry-run
         """
         new = {'name': rename} if rename else {}
         new |= {field: None if asked[field] == UNLIMITED else asked[field]
@@ -15021,8 +15015,7 @@ class Plan(Operations):
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
         """Removes a resource without current or future reservations. Its history stays.
 
-        Example:
-          python cmres.py resource delete demo
+        Example: python cmres.py resource delete demo
         """
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
@@ -15094,8 +15087,7 @@ class Plan(Operations):
         --flavors, `openstack server create --flavor RESERVATION_ID` works for leases of VMs there,
         as with Blazar.
 
-        Example:
-          python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
+        Example: python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
         there = self.shares.ask(target, opened.aggregates)
@@ -15377,8 +15369,7 @@ class Plan(Operations):
 
         An empty value takes a property away. With --private, nobody is shown these properties.
 
-        Example:
-          python cmres.py host set lab-compute-1 gpu_count=2,arch=x86_64
+        Example: python cmres.py host set lab-compute-1 gpu_count=2,arch=x86_64
         """
         found = rows('SELECT h.id, h.resource_id, s.cloud FROM host h JOIN resource s ON '
                      's.id = h.resource_id WHERE h.name = ? AND s.removed IS NULL', name)
@@ -15434,8 +15425,7 @@ class Plan(Operations):
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
         """Lists current and future maintenances and other capacity changes.
 
-        Example:
-          python cmres.py maintenance list
+        Example: python cmres.py maintenance list
         """
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
                      'c.classes, c.host, c.reason FROM capacity c '
@@ -15451,8 +15441,7 @@ class Plan(Operations):
     def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
         """Cancels a maintenance or another capacity change.
 
-        Example:
-          python cmres.py maintenance delete 1
+        Example: python cmres.py maintenance delete 1
         """
         with self.writing(dry_run) as now:
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
@@ -15696,8 +15685,7 @@ class Plan(Operations):
     def check(self) -> CheckAnswer:
         """Checks the stored usage against all reservations. Exit code 1 if they differ.
 
-        Example:
-          python cmres.py check
+        Example: python cmres.py check
         """
         differences, steps_seen = [], 0
         with db.atomic(db.snapshot):  # one snapshot of all tables; nobody waits for it
@@ -15746,8 +15734,7 @@ class Claims(Operations):
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
         With --moves, only a server passes that counts there already.
 
-        Example:
-          python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
+        Example: python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
         if store not in ('', self.clouds.store):
             raise NotFound(f'these resources are of the cmres {store}; this is '
@@ -15802,9 +15789,9 @@ class Claims(Operations):
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
                 if seat.host not in ('', claim.host):
-                    self.follow(claim, seat.host, now)
+                    self.follow_seat(claim, seat.host, now)
 
-    def follow(self, claim, host: str, now: float) -> None:
+    def follow_seat(self, claim, host: str, now: float) -> None:
         """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
         found = row('SELECT * FROM occurrence WHERE id = ?', claim.occurrence)
         here = row('SELECT id FROM host WHERE resource_id = ? AND name = ?', claim.resource_id,
@@ -17175,7 +17162,6 @@ def stop_link(config: Config, address: str) -> str:
 
     What signs it is in the store, as it is good for nothing else, and mails are kept for years.
     """
-    import hmac
     if not fact(STOPS):
         with transaction():
             note_fact(STOPS, fact(STOPS) or secrets.token_hex(16))
@@ -17587,10 +17573,13 @@ class Workers:
         self.deeds = {
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
             **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
-            'integrity': self.do_integrity, 'verify': self.do_verify, 'look': self.do_look,
-            'clear': self.do_clear, 'notice': self.do_notice, 'trace': self.do_trace,
-            'time': self.do_time, 'poll': self.do_poll, 'lend': self.do_lend,
+            'integrity': lambda call: look_for_damage(call.target), 'look': self.do_look,
+            'notice': self.do_notice, 'time': self.do_time, 'poll': self.do_poll,
             'ahead': self.do_ahead,
+            'clear': lambda call: self.clouds.open(call.account).delete(call.target),
+            'trace': lambda call: self.clouds.open(call.account).hosts(call.target),
+            'lend': lambda call: self.clouds.open(call.account).lend(call.target),
+            'verify': lambda call: self.clouds.open(call.account).saved(call.target.snapshot_id),
             'hosts': lambda call: self.clouds.open(call.target).aggregates(),
             'states': lambda call: self.clouds.open(call.target).states()}
 
@@ -17669,12 +17658,6 @@ class Workers:
         name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
         return name, self.clouds.open(call.account).snapshot(server.uid, name)
 
-    def do_integrity(self, call: Job) -> str:
-        return look_for_damage(call.target)
-
-    def do_verify(self, call: Job) -> bool | None:
-        return self.clouds.open(call.account).saved(call.target.snapshot_id)
-
     def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
         """The servers with our marks, and those of the known ones that are gone for sure.
 
@@ -17688,12 +17671,6 @@ class Workers:
         found = {uid: cloud.server(uid) for uid in unseen}
         gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
         return seen + [found[uid] for uid in unseen if uid not in gone], gone
-
-    def do_clear(self, call: Job) -> None:
-        self.clouds.open(call.account).delete(call.target)
-
-    def do_lend(self, call: Job) -> dict[str, str]:
-        return self.clouds.open(call.account).lend(call.target)
 
     def do_ahead(self, call: Job) -> list[str]:
         """What would fail if something started now, each in a sentence."""
@@ -17754,9 +17731,6 @@ class Workers:
         send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
                         '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
                         method, event, stop_link(self.config, notice.target))
-
-    def do_trace(self, call: Job) -> dict[str, Seat | None]:
-        return self.clouds.open(call.account).hosts(call.target)
 
     def do_time(self, call: Job) -> float | None:
         """By how much the clock of a cloud is ahead of the uptime."""
@@ -19122,6 +19096,7 @@ class LifeCycle:
         patience = self.config.leader_timeout / 2
         if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
             self.hand_over({leader.leaving})
+            leader.spare = 0  # until the next look
 
     def hear(self, stop: threading.Event) -> None:
         """Looks at once when another process has changed something; else the next beat does."""
@@ -19130,11 +19105,13 @@ class LifeCycle:
 
     def listen(self, stop: threading.Event) -> float:
         """The same until the connection is lost; how long to wait until there can be another."""
-        import select
         with db.ear() as (ear, empty):
             self.wake.set()  # nobody told of what was before
+            poll = select.poll()  # files may have high numbers
+            if ear:
+                poll.register(ear, select.POLLIN)
             while ear and not stop.is_set():
-                if select.select([ear], [], [], 5)[0]:
+                if poll.poll(5000):
                     empty()
                     self.wake.set()
                     stop.wait(0.02)  # where much is written, not each of it
@@ -20859,8 +20836,6 @@ class Blazar:
         """A handler for who may call the operation that is needed: the answer, or what Blazar's
         clients read of none.
         """
-        import bottle
-
         def handler(**path):
             request = bottle.request
             try:
@@ -20885,7 +20860,6 @@ class Blazar:
         return handler
 
     def versions(self):
-        import bottle
         there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
             bottle.request.urlparts)
         return sent(json_text({'versions': [{
@@ -20903,7 +20877,6 @@ class Blazar:
 
     def make_lease(self, view: LeaseView, given: dict) -> dict:
         """Reserves all parts of a lease, or none."""
-        import uuid
         start, end = read_lease_dates(given, view.acting.clock())
         parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
                  for each in lease_list(given.get('reservations'), 'reservations')]
@@ -21457,7 +21430,6 @@ def in_blazars_words(body: dict, status: int) -> dict:
 
 def derived_uuid(text: str) -> str:
     """A UUID that is the same whenever it is asked for."""
-    import uuid
     return f'{uuid.uuid5(uuid.NAMESPACE_OID, f"{store_file.store} {text}")}'
 
 
@@ -24212,16 +24184,17 @@ href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</
 {{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
 % for day in days:
 <a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
-% dx = 4 if view == 'month' else 8
+% dx, hourly = 4 if view == 'month' else 8, view in ('day', 'hours')
 <rect
 x="{{day.x}}%" width="{{day.width}}%" height="46" fill="transparent"/><svg x="{{day.x}}%"
 width="{{day.width}}%" height="46" aria-hidden="true"><text class="{{day.today}}" x="{{dx}}"
-y="17">{{day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
-y="37">{{day.number}}</text></svg></a>
+y="17">{{'' if hourly else day.name}}</text><text class="dom {{day.today}}" x="{{dx}}"
+y="{{20 if hourly else 37}}">{{day.number}}</text></svg></a>
 % end
 % if now is not None and view != 'month':
-<svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag" x="-19" y="29"
-width="38" height="16" rx="8"/><text class="now-t" y="41"
+% beside = 0 if hourly else max(0, 52 - min(10 * (now - day.x) for day in days if day.x <= now))
+<svg x="{{now}}%" width="60" height="46" overflow="visible"><rect class="now-tag"
+x="{{beside - 19}}" y="29" width="38" height="16" rx="8"/><text class="now-t" x="{{beside}}" y="41"
 text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 % end
 </svg></div>
@@ -24743,13 +24716,11 @@ def render_page(template: str, /, **values) -> str:
 
 @functools.lru_cache
 def template_of(name: str):
-    import bottle
     return bottle.SimpleTemplate(TEMPLATES[name], escape_func=in_html)
 
 
 def in_html(value) -> str:
     """A value as the text of a page."""
-    import bottle
     return bottle.html_escape(legible(str(value)))
 
 
@@ -25308,7 +25279,6 @@ SAFE = {'Content-Security-Policy': "default-src 'none'; style-src 'self'; script
 
 def answered(text: str, status: int = 200, headers: dict | None = None):
     """An answer of the page, with the headers that guard it."""
-    import bottle
     return bottle.HTTPResponse(text, status, SAFE | (headers or {}))
 
 
@@ -25417,7 +25387,6 @@ class Visit:
 
     def page(self, title: str, body: str, status: int = 0, headed: bool = True):
         """A whole page, under its title if it has no heading; says what the last form did."""
-        import bottle
         request = bottle.request
         note = self.pages.unsigned('note', unquote(request.get_cookie('note') or ''))
         back = request.path + f'?{request.query_string}'.rstrip('?')
@@ -25442,7 +25411,6 @@ class Visit:
 
     def refused_page(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
-        import bottle
         note_wait(bottle.request.environ, error)
         body = self.render('refused', words=sentence(str(error)), back=back, again=again)
         return self.page('Refused', body, error.status)
@@ -25463,7 +25431,6 @@ class Visit:
 
     def unless_same(self, text: str):
         """A part of a page, if it is another than the browser has."""
-        import bottle
         tag = f'"{hashed(text)[:20]}"'
         same = tag == header(bottle.request, 'If-None-Match')
         return answered('' if same else text, 304 if same else 200, {'ETag': tag})
@@ -25548,7 +25515,6 @@ class Visit:
 
     def shown(self, value) -> str:
         """Any value of an answer."""
-        import bottle
         if value in (None, '', {}, []):
             return ''
         text = (self.at(value) if isinstance(value, datetime)
@@ -25800,7 +25766,6 @@ class Pages:
 
     def sign(self, purpose: str, text: str, key: bytes = b'') -> str:
         """What only we can know of a text, for one purpose."""
-        import hmac
         return hmac.new(key or self.keys[0], f'{purpose}\0{text}'.encode(), 'sha256').hexdigest()
 
     def signed(self, purpose: str, text: str) -> str:
@@ -25843,8 +25808,6 @@ class Pages:
 
     def visited(self, kind: type, name: str, signed_in: bool) -> Callable:
         """A handler of a page: who visits, what a form says, and what becomes of an error."""
-        import bottle
-
         def handler(**path):
             request, given = bottle.request, {}
             visit = self.visit(request, kind)
@@ -25899,7 +25862,6 @@ class SignIn(Visit):
 
     def refused(self, given: dict, error: Error):
         """The form to sign in, and why that was not done."""
-        import bottle
         if isinstance(error, Unauthorized):
             note_wrong(self.service, bottle.request.environ)
         return self.form(str(error), local(given.get('next')), 401)
@@ -25938,7 +25900,6 @@ class SignIn(Visit):
 
     def back_here(self) -> str:
         """The address to which a provider sends people back."""
-        import bottle
         here = '{0.scheme}://{0.netloc}'.format(bottle.request.urlparts)
         return f"{self.config.public_url.rstrip('/') or here}/sign-in/oidc"
 
@@ -25956,7 +25917,6 @@ class SignIn(Visit):
 
     def end_oidc(self, given: dict):
         """Signs in who comes back from the provider."""
-        import bottle
         known = self.pages.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
         try:
             if not known:
@@ -26002,7 +25962,6 @@ class SignIn(Visit):
 
     def signed_in(self, actor: Actor, token: str, lasts: float, given: dict):
         """Begins a session of somebody, by the hash of a token."""
-        import bottle
         session, made = secrets.token_urlsafe(24), self.onward(local(given.get('next')))
         now, where = self.service.clock(), bottle.request.environ.get('cmres.address')
         with transaction():
@@ -26018,7 +25977,6 @@ class SignIn(Visit):
 
     def sign_out(self, given: dict):
         """Ends the session, also for whoever has a copy of its cookie."""
-        import bottle
         session = self.pages.unsigned('session', bottle.request.get_cookie('cmres') or '')
         with transaction():
             run('DELETE FROM session WHERE hash = ?', hashed(session or ''))
@@ -27310,7 +27268,6 @@ def mount_pages(pages: Pages, app) -> None:
 
 def web(service: Reservations):
     """The WSGI application of a service: REST and the page."""
-    import bottle
     pages = Pages(service)
 
     def told(failure):
@@ -29344,14 +29301,18 @@ def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -
 def pieces_of(cell: str, width: int) -> Iterator[str]:
     """The lines of a cell, cut where they are too wide, between words if there are any."""
     for part in cell.split('\n'):
-        while wide(part) > width:
-            taken = itertools.accumulate(map(wide, part))
-            end = max(sum(each <= width for each in taken), 1)  # at least one letter
+        while (end := fitting_end(part, width)) < len(part):
             space = part.rfind(' ', 1, end + 1)
             end = space if space > 0 and part[:space].strip() else end
             yield part[:end].rstrip()
             part = part[end:].lstrip()
         yield part
+
+
+def fitting_end(text: str, width: int) -> int:
+    """How many letters of a text fit; at least one."""
+    taken = itertools.accumulate(map(wide, text))
+    return max(sum(1 for _ in itertools.takewhile(lambda each: each <= width, taken)), 1)
 
 
 def wide(text: str) -> int:
