@@ -28556,7 +28556,10 @@ def rate(path: str, key: str, clients: int, resources: int, what: str, seconds: 
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(MODULE.parent)})
              for n in range(clients)]
     assert [each.stdout.readline() for each in crowd] == ['\n'] * clients
-    return sum(int(each.communicate('\n')[0]) for each in crowd) / seconds
+    for each in crowd:
+        each.stdin.write('\n')
+        each.stdin.flush()
+    return sum(int(each.communicate()[0]) for each in crowd) / seconds
 
 
 def bench_clients(folder: Path) -> None:
