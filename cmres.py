@@ -1364,7 +1364,7 @@ TEXT_FIELDS = frozenset((
     'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
     'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
     'description personal affinity repeat tz start end cancelled added changed up fault request '
-    'host state when what then link').split())
+    'host state when what then link where').split())
 
 
 def setting(default, least=None, most=10**9):
@@ -24717,7 +24717,7 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
          'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
-         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
+         'where': 'gpu_count>=2', 'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
 INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
@@ -24752,7 +24752,7 @@ FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host affinity holidays classes part')
+             'personal host affinity where holidays classes part')
 FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
            f'lead notify invite description {BOOK_MORE}{FOR_OTHERS} wait').split()
@@ -28083,8 +28083,8 @@ SHELVES = {
     'Reserve': 'add find update extend keep end skip delete accept',
     'Look': 'list show servers events duration usage',
     'Many at once': 'load import occurrences generate calendar',
-    'For admins': 'approve reject resource maintenance limit token user credential catalog report '
-                  'punctuality check',
+    'For admins': 'approve reject resource host maintenance limit token user credential catalog '
+                  'report punctuality check',
     'Run cmres': 'serve scheduler tick config store key event claim alerts dashboard container '
                  'completion'}
 #: The options of a command as its help lists them; what is in none of these comes last.
@@ -28094,7 +28094,8 @@ KINDS_OF_OPTIONS = {
     'Start and end': 'start end lead at_end after before by duration',
     'Series': 'repeat until count skip_dates holidays on_conflict occurrence following',
     'If the capacity is not free': 'wait accept_within priority partial force affected',
-    'Several resources, whole hosts': 'part host resource cell cloud region aggregate',
+    'Several resources, whole hosts': 'part host where affinity resource cell cloud region '
+                                      'aggregate',
     'Who': 'user project notify reason description'}
 #: What stands for the value of an argument in help, by its type.
 SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
