@@ -23626,7 +23626,8 @@ legend { font-weight: 650; padding: 0 8px 0 0 }
 .seat { display: grid; grid-template-columns: 36px minmax(0, 1fr) auto; gap: 0 12px;
   align-items: center; padding: 10px 12px }
 .seat > b { font-size: var(--t4); color: var(--accent); text-align: center }
-.qr { width: 148px; height: 148px; background: #fff; border-radius: 8px; padding: 8px }
+.qr { display: block; width: 148px; height: 148px; margin-bottom: 12px; padding: 8px;
+      background: #fff; border-radius: 8px }
 .qr path { stroke: #000; stroke-width: 1 }
 /* the first day */
 .hero { text-align: center; padding: 40px 24px; border-radius: 14px;
@@ -24496,7 +24497,7 @@ nothing else of cmres.</p>
 <p id="told" class="off" role="status"></p>
 % if drawn:
 % size = drawn[0] + 2
-<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{size}} {{size}}" role="img"
+<figure><svg class="qr" viewBox="-1 -1 {{size}} {{size}}" role="img"
 aria-label="QR code of the address of this page"><path d="{{drawn[1]}}"/></svg></figure>
 % end
 <p class="line noprint"><button class="main" data-copy="">Copy all lines</button>
@@ -26393,7 +26394,7 @@ USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every
                'monthly on first mon')
 #: Fields that a change can make empty, and those that can change while VMs run, or of one alone.
 CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
-                          'notify', 'invite', 'lead', 'description'))
+                          'notify', 'invite', 'lead', 'description', 'where'))
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
 OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
