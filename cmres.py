@@ -1364,7 +1364,7 @@ TEXT_FIELDS = frozenset((
     'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
     'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
     'description personal affinity repeat tz start end cancelled added changed up fault request '
-    'host state when what then link').split())
+    'host state when what then link where').split())
 
 
 def setting(default, least=None, most=10**9):
@@ -23626,7 +23626,8 @@ legend { font-weight: 650; padding: 0 8px 0 0 }
 .seat { display: grid; grid-template-columns: 36px minmax(0, 1fr) auto; gap: 0 12px;
   align-items: center; padding: 10px 12px }
 .seat > b { font-size: var(--t4); color: var(--accent); text-align: center }
-.qr { width: 148px; height: 148px; background: #fff; border-radius: 8px; padding: 8px }
+.qr { display: block; width: 148px; height: 148px; margin-bottom: 12px; padding: 8px;
+      background: #fff; border-radius: 8px }
 .qr path { stroke: #000; stroke-width: 1 }
 /* the first day */
 .hero { text-align: center; padding: 40px 24px; border-radius: 14px;
@@ -24496,7 +24497,7 @@ nothing else of cmres.</p>
 <p id="told" class="off" role="status"></p>
 % if drawn:
 % size = drawn[0] + 2
-<figure class="noscreen"><svg class="qr" viewBox="-1 -1 {{size}} {{size}}" role="img"
+<figure><svg class="qr" viewBox="-1 -1 {{size}} {{size}}" role="img"
 aria-label="QR code of the address of this page"><path d="{{drawn[1]}}"/></svg></figure>
 % end
 <p class="line noprint"><button class="main" data-copy="">Copy all lines</button>
@@ -24717,7 +24718,7 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
          'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
-         'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
+         'where': 'gpu_count>=2', 'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
 INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
@@ -24752,7 +24753,7 @@ FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
 BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
-             'personal host affinity holidays classes part')
+             'personal host affinity where holidays classes part')
 FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
            f'lead notify invite description {BOOK_MORE}{FOR_OTHERS} wait').split()
@@ -26393,7 +26394,7 @@ USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every
                'monthly on first mon')
 #: Fields that a change can make empty, and those that can change while VMs run, or of one alone.
 CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
-                          'notify', 'invite', 'lead', 'description'))
+                          'notify', 'invite', 'lead', 'description', 'where'))
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
 OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
@@ -28094,8 +28095,8 @@ SHELVES = {
     'Reserve': 'add find update extend keep end skip delete accept',
     'Look': 'list show servers events duration usage',
     'Many at once': 'load import occurrences generate calendar',
-    'For admins': 'approve reject resource maintenance limit token user credential catalog report '
-                  'punctuality check',
+    'For admins': 'approve reject resource host maintenance limit token user credential catalog '
+                  'report punctuality check',
     'Run cmres': 'serve scheduler tick config store key event claim alerts dashboard container '
                  'completion'}
 #: The options of a command as its help lists them; what is in none of these comes last.
@@ -28105,7 +28106,8 @@ KINDS_OF_OPTIONS = {
     'Start and end': 'start end lead at_end after before by duration',
     'Series': 'repeat until count skip_dates holidays on_conflict occurrence following',
     'If the capacity is not free': 'wait accept_within priority partial force affected',
-    'Several resources, whole hosts': 'part host resource cell cloud region aggregate',
+    'Several resources, whole hosts': 'part host where affinity resource cell cloud region '
+                                      'aggregate',
     'Who': 'user project notify reason description'}
 #: What stands for the value of an argument in help, by its type.
 SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
