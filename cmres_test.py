@@ -26705,6 +26705,7 @@ class TestWaysRound:
             subprocess.run([SVC, 'start', svc[2]], capture_output=True)  # what fails here shows in the last line
             until(lambda: can_be_up(admin, service, before.compute_host))
             until(lambda: all(each.state == 'up' for each in admin.services(binary='nova-compute')))
+            until(lambda: not only.sync())  # cmres may have seen it down
 
     def test_server_groups_and_reservations_are_apart_alike(self, only):
         only.reserve(vms=2, flavor=only.flavor.name, affinity='apart')
@@ -26725,6 +26726,7 @@ class TestWaysRound:
             assert self.where(only, 4) == ['lab-compute-2'] * 4
         finally:
             admin.enable_service(service, 'lab-compute-1', 'nova-compute')
+            until(lambda: not only.sync())
 
 
 # OpenStack: its own tools ####################################################
