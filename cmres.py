@@ -3586,7 +3586,8 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
-    one_of_several = 'SELECT * FROM ({} {}) one'  # each by itself in that order, no more than are asked for
+    # each by itself in that order, no more than are asked for
+    one_of_several = 'SELECT * FROM ({} {}) one'
     until: float | None = 0.0  # when it is away for too long; None: it is there
 
     def id_of(self, cursor) -> int:
@@ -3664,7 +3665,8 @@ class PostgreSQL(PooledPostgresqlDatabase):
         if on is None:
             return f'; SELECT pg_advisory_xact_lock({OURS})'
         each = [f'pg_advisory_xact_lock({kind}, {number})' for kind, number in sorted(on)]
-        mark = f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) FROM event_id_seq'
+        mark = (f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) '
+                'FROM event_id_seq')
         return '; SELECT '.join(['', f'pg_advisory_xact_lock_shared({OURS})', *each, mark])
 
     @property
@@ -15164,7 +15166,7 @@ class Plan(Operations):
                 log.warning('%s', error)
 
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
-        """Plans elsewhere what has begun on hosts that are down for long enough: on those with room,
+        """Plans elsewhere what has begun on hosts that are down for long enough: where there is room,
         in their order, spare ones last; then where what has not begun makes way. Their names.
         """
         lost = [each for each in rows(PLANNED_HOSTS, cloud)
@@ -15867,7 +15869,8 @@ class Claims(Operations):
             return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         moved, both = there and there.host and hosts and there.host not in hosts, None
-        if there and there.host and (moved or had != need):  # until that is settled, Nova holds both
+        # until that is settled, Nova holds both
+        if there and there.host and (moved or had != need):
             both = had if there.twice else (had + need)._replace(vms=1)
         found, why = self.may_boot(place, server, projects, users, both or need, label, now)
         if not found and both and had == need:  # an operator must be able to move it also then
@@ -18155,7 +18158,8 @@ class Planner:
             self.workers.submit(('clear', each), 'clear', occurrence.cloud, each)
 
     def foreign(self, occurrence) -> tuple[list[str], bool]:
-        """The VMs that people booted by themselves in an occurrence, and whether they end with it."""
+        """The VMs that people booted in an occurrence by themselves, and whether they end with it.
+        """
         found = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
                      'AND c.server NOT IN '
                      '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
@@ -18278,7 +18282,8 @@ class Planner:
         return AHEAD
 
     def needed_at(self, at: int, account: str, now: float) -> Amount:
-        """What an account must be allowed more than it has now, for all that is up at an instant."""
+        """What an account must be allowed besides what it has, for all that is up at an instant.
+        """
         found = rows(f"""
             SELECT o.*, r.project, s.cloud,
                    (SELECT count(*) FROM server v WHERE v.occurrence_id = o.id
@@ -24718,7 +24723,8 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
          'skip_dates': '22 dec, 29 dec', 'lead': '10m',
          'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
-         'where': 'gpu_count>=2', 'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20', 'until': '23 feb',
+         'where': 'gpu_count>=2', 'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20',
+         'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
 #: How a field is typed, by the type of its argument.
 INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Span: 'span'}
