@@ -27958,7 +27958,9 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         With the hint `cmres` it goes to hosts of cmres alone; without it, it uses up no reservation
         where there are other hosts, unless `without_hint` says so, or it has moved in before.
         """
-        marks = [(host, self.marks(host)) for host in hosts]
+        lost = vars(spec).setdefault('cmres_lost', [])
+        marks = [(host, self.marks(host)) for host in self.with_lost(hosts, lost, spec)]
+        lost.clear()
         inside, label = [host.host for host, names in marks if names], self.hint(spec)
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
@@ -27975,6 +27977,15 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
             if passes and (names or not stays):
                 yield host
+            else:
+                lost.append(host)
+
+    def with_lost(self, hosts: list, lost: list, spec) -> list:
+        """The hosts of a request, and those that it lost here before: of several servers at once,
+        Nova asks for each with what the one before has left.
+        """
+        grouped = spec.obj_attr_is_set('instance_group') and spec.instance_group
+        return [*hosts, *([] if grouped else [each for each in lost if each not in hosts])]
 
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
