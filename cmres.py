@@ -11543,11 +11543,13 @@ class Wishes:
         sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
             cloud = self.service.clouds.open(account)
-            found = self.service.shares.ask(f'the cloud {account}',
-                                            lambda: cloud.check(named, sight))
-            if asked.get('image') and asked.get('network') in ('', 'auto'):
-                self.service.shares.ask(f'the cloud {account}',
-                                        lambda: cloud.refuse_any_network(sight))
+
+            def looked_up() -> list:  # at once: between two calls others may take the place
+                found = cloud.check(named, sight)
+                if asked.get('image') and asked.get('network') in ('', 'auto'):
+                    cloud.refuse_any_network(sight)
+                return found
+            found = self.service.shares.ask(f'the cloud {account}', looked_up)
             return dict(zip((kind for kind, _ in named), found))
         except CloudError as error:
             if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
