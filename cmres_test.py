@@ -96,7 +96,7 @@ sys.dont_write_bytecode = False
 #: Each test's REST compiles its routes: the patterns are the same, and more than `re` keeps by itself.
 re._MAXCACHE = 10**5
 #: Whether what is left to chance is tried at length.
-STRESS = 'CMRES_STRESS' in os.environ
+STRESS = 'STRESS' in os.environ
 
 import cmres
 from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
@@ -211,8 +211,8 @@ def quick_disk(request):
     cmres.SQLITE._pragmas = [(name, 'off' if name == 'synchronous' else value) for name, value in cmres.SQLITE._pragmas]
 
 
-#: On which engine the tests run that ask no file for anything: CMRES_TEST_ENGINE=postgresql.
-ENGINE = os.environ.pop('CMRES_TEST_ENGINE', 'sqlite')
+#: On which engine the tests run that ask no file for anything: STORE_ENGINE=postgresql.
+ENGINE = os.environ.pop('STORE_ENGINE', 'sqlite')
 OTHER: dict = {}  # of a folder, its database that is no file in it, and the key
 
 
@@ -28534,7 +28534,7 @@ def stress(folder: Path, adds: int, resources: int, **settings) -> tuple[collect
 
 @pytest.mark.parametrize('adds, resources', [(2000, 100), (400, 1)])
 @pytest.mark.parametrize('engine', ['sqlite', 'postgresql'])
-@pytest.mark.skipif(not STRESS, reason='it takes long: CI runs it, with CMRES_STRESS; `make stress` does fifty times as much')
+@pytest.mark.skipif(not STRESS, reason='it takes long: CI runs it, with STRESS; `make stress` does fifty times as much')
 def test_clients_of_three_processes_never_overbook(tmp_path, request, engine, adds, resources):
     settings = {}
     if engine == 'postgresql':
