@@ -11518,7 +11518,11 @@ class Wishes:
         if has and asked['vms'] != 1:
             raise Invalid(f"vms: an existing server is 1 VM, not {asked['vms']}.")
         refuse_unknown_word('affinity', asked.get('affinity') or '', (APART, TOGETHER), '')
-        if (where := asked.get('where')) and not able_hosts(place.id, where):
+        where = asked.get('where') or ''
+        if where and read_where(where) and not planned_by_host(place.id):
+            raise Invalid(f"where: cmres knows no hosts of '{place.name}'. Choose a resource that "
+                          'comes from `resource sync`.')
+        if where and not able_hosts(place.id, where):
             known = set().union(*properties_of(place.id).values()) - said_of_hosts()[0].keys()
             raise Invalid(f"where: no host of '{place.name}' meets {where}. What is known of its "
                           f"hosts: {', '.join(sorted(known)) or 'nothing'}.")
@@ -15013,6 +15017,9 @@ class Plan(Operations):
                 change(Resource, found.id, **new)
             before, found = found, self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
+            if spare and not planned_by_host(found.id):
+                raise Invalid(f"spare: cmres knows no hosts of '{found.name}'. `resource sync` "
+                              'takes hosts in.')
             if spare is not None:
                 self.keep_spare(found, now)
             gone = (self.must_go(found, int(now), int(LAST.timestamp()))

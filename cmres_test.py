@@ -4387,6 +4387,18 @@ def test_a_delete_of_nothing_in_particular_is_refused(four):
         four.delete(count=4)
 
 
+@pytest.mark.parametrize('name, given, sentence', [
+    ('add', {'label': 'lab', 'resource': 'demo', 'start': hours(1), 'end': hours(1), 'where': 'gpus>=2'}, 'knows no hosts of'),
+    ('add', {'label': 'lab', 'resource': 'demo', 'start': hours(1), 'end': hours(1), 'where': 'gpus=>2 and'}, 'is not like gpu_count>=2'),
+    ('resource_update', {'name': 'demo', 'spare': 1}, 'knows no hosts of')])
+def test_what_asks_for_hosts_where_none_are_known_is_refused(service, name, given, sentence):
+    before = dump()
+    with pytest.raises(Invalid, match=sentence):
+        getattr(service, name)(**given)
+    assert dump() == before
+    service.resource_update('demo', spare=0)
+
+
 def test_a_delete_by_filter_counts_all_that_it_hits(service):
     begin, end, many = 1_900_000_000, 2_000_000_000, range(2, 10_002)
     book(service, user='eva', project='bio')
@@ -28198,7 +28210,8 @@ def bench_waiting(folder: Path) -> None:
         if waits:
             world.service.load([{'label': f'w{n}', 'resource': 'full', 'start': cmres.to_plain(NOON + hours(2 + n % 5000)), 'end': '+1h',
                                  'wait': True} for n in range(waits)])
-            world.cycle.settle()
+            for _ in range(100):  # all of them have been looked at once
+                world.cycle.converge(world.now)
     seen = collections.defaultdict(list)
     for turn, waits in itertools.product(range(60), worlds):
         world = worlds[waits]
