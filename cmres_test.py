@@ -28260,7 +28260,8 @@ def bench_memory(folder: Path) -> None:
     for _ in range(20):
         assert serving.ask('GET', '/reservation?limit=100')[0] == 200
     status = Path(f'/proc/{serving.process.pid}/status').read_text()
-    print(f"{'memory of `serve` at 1e6 reservations':58} {int(re.search('VmRSS: *([0-9]+)', status)[1]) / 1024:9.0f} MiB")
+    resident = int(re.search(r'VmRSS:\s*([0-9]+)', status)[1]) / 1024
+    print(f"{'memory of `serve` at 1e6 reservations':58} {resident:9.0f} MiB")
     serving.stop()
 
 
