@@ -84,11 +84,9 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
-from html import escape, unescape
 from types import SimpleNamespace, UnionType
 from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
                     get_args, get_origin, get_type_hints)
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
@@ -107,6 +105,18 @@ class Module:
         return getattr(importlib.import_module(self.__name__), name)
 
 
+class Function:
+    """A function of such a module; from its first call on, it stands here itself."""
+
+    def __init__(self, name: str):
+        self.module, _, self.__name__ = name.rpartition('.')
+
+    def __call__(self, *args, **kwargs):
+        found = getattr(importlib.import_module(self.module), self.__name__)
+        globals()[self.__name__] = found
+        return found(*args, **kwargs)
+
+
 base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
     select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
     zlib = map(Module, (
@@ -115,6 +125,9 @@ base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, 
         'zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
+escape, unescape = map(Function, ('html.escape', 'html.unescape'))
+parse_qsl, quote, unquote, urlencode, urljoin, urlsplit = map(Function, map(
+    'urllib.parse.{}'.format, 'parse_qsl quote unquote urlencode urljoin urlsplit'.split()))
 
 __version__ = '0.1'
 
@@ -217,7 +230,8 @@ UNSEEN = Pattern(
 
 def legible(text: str) -> str:
     """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays valid."""
-    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return text if text.isprintable() else UNSEEN.sub(
+        lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def shown(value) -> str:
@@ -1371,7 +1385,7 @@ def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1477,6 +1491,17 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+
+    def __init__(self, **given):
+        known = self.__dataclass_fields__
+        if unknown := given.keys() - known.keys():
+            raise TypeError(f'there is no setting {min(unknown)}')
+        self.take(**{name: each.default_factory() for name, each in known.items()
+                     if each.default is dataclasses.MISSING} | given)
+
+    def __eq__(self, other) -> bool:
+        return all(getattr(self, each.name) == getattr(other, each.name)
+                   for each in dataclasses.fields(self) if each.compare)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1603,7 +1628,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.roles
-    for name in ('trusted_proxies', 'identity_proxies'):
+    for name in {'trusted_proxies', 'identity_proxies'} & settings.keys():
         read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
@@ -2032,7 +2057,7 @@ WORDS = {
 REQUIRED = inspect.Parameter.empty
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Operation:
     """A published method: its routes, who may call it, what it takes and answers. A route is a
     verb, a path and fixed arguments. What makes something says in `made` at which path that is
@@ -3418,8 +3443,9 @@ def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[in
 
 
 def file_uri(path: str) -> str:
-    """The name under which SQLite opens a file that must be there: it makes none."""
-    return f'file:{quote(os.path.abspath(path))}?mode=rw'
+    """The name under which SQLite opens a file that must be there (sqlite.org/uri.html, 3.1)."""
+    apart = {ord(each): f'%{ord(each):02x}' for each in '%?#'}
+    return f'file:{os.path.abspath(path).translate(apart)}?mode=rw'
 
 
 def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
@@ -3564,8 +3590,8 @@ class SQLite(peewee.SqliteDatabase):
 MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
-IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
-OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
+IN_LIST = Pattern(r'\b(numbers|names)\(\?(\d*)\)')
+OTHERWISE = [(Pattern(pattern), text) for pattern, text in (
     (r'\bnumbers\((\?\d*)\)', r'(SELECT CAST(value AS bigint) FROM '
                               r'jsonb_array_elements_text(CAST(\1 AS jsonb)) AS list (value))'),
     (r'\bnames\((\?\d*)\)', r'(SELECT jsonb_array_elements_text(CAST(\1 AS jsonb)))'),
@@ -3578,7 +3604,7 @@ OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
     (r'\s+INDEXED BY \w+', ''), (r'\bCROSS\s+JOIN\b', 'JOIN'), (r'\bmain\.', ''),
     (r'(\S*\btold & 128)', r'(\1) <> 0'), (r'\bIS NOT (?=\?)', 'IS DISTINCT FROM '),
     (r'\bIS (?=\?)', 'IS NOT DISTINCT FROM '), (r'\bLIMIT -1\b', ''))]
-TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
+TOKENS = Pattern(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
 
 
 class PostgreSQL(PooledPostgresqlDatabase):
@@ -3790,14 +3816,14 @@ def psycopg():
 
 
 #: How PostgreSQL writes what peewee's models say.
-OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
+OF_SCHEMA = [(Pattern(pattern), text) for pattern, text in (
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
 
 
-TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
-                     r'\s+BEGIN\s(.*)END', flags=re.S)
-OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+TRIGGER = Pattern(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                  r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(Pattern(pattern), text) for pattern, text in (
     (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
     (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
     (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
@@ -17581,7 +17607,7 @@ def returned(sql: str, *values) -> set[str]:
 # goes by before a look is believed.
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(repr=False, eq=False)
 class Job:
     """What a worker is to do, and once that ended, when, and its answer or its error."""
     key: tuple
@@ -25358,7 +25384,7 @@ def sort_key(value) -> tuple:
             else value if value is not None else 0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Visit:
     """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
@@ -29103,16 +29129,13 @@ def from_file(value: str, kind):
     return text if kind is File else loadable(file_rows(text, value))
 
 
-#: What `list` shows of a reservation and `add` takes.
-LOADABLE = frozenset(API['add'].parameters) | {'line'}
-
-
 def loadable(lines: list[dict]) -> list[dict]:
     """Lines without columns that `add` does not know, which are named, and without blank ones."""
     if not all(isinstance(each, dict) for each in lines):
         return lines  # the service says what is wrong with them
     listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
-    unknown = {name for each in lines for name in each if name not in LOADABLE} if listed else set()
+    known = API['add'].parameters.keys() | {'line'}
+    unknown = {name for each in lines for name in each if name not in known} if listed else set()
     if unknown:
         print(f"Ignored columns: {', '.join(sorted(unknown))}", file=sys.stderr)
     lines = [{name: as_typed(name, value) for name, value in each.items() if name not in unknown}
