@@ -1893,6 +1893,8 @@ Page = NewType('Page', int)        # 1 to 10000 lines of a list
 Cursor = NewType('Cursor', str)    # where a list goes on: START/ID of the last line seen, or its id
 Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
+Memory = NewType('Memory', int)    # a Figure of MiB; text may have a unit: 64G
+MostMemory = NewType('MostMemory', int)  # the same, or UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
 # that, or a date: the whole of it, in the zone of what it is about
@@ -1986,7 +1988,9 @@ WORDS = {
     'token_add.project': 'project of the token',
     'user_end.project': 'only in this project',
     'purpose': 'what the token is for, for example laptop',
-    'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
+    'ram': 'maximum memory in MiB, or like 64G; default, or `unlimited`: no limit',
+    'find.ram': 'memory of each VM in MiB, or like 4G',
+    'find.vcpus': 'vCPUs of each VM',
     'region': 'region of the resource',
     'rename': 'the new name',
     'repeat': 'daily, weekdays, every tue, weekly on tue,thu, monthly on last fri, or an RRULE',
@@ -2308,11 +2312,24 @@ def read_cursor(value, here: Here) -> str:
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
 
 
-def read_most(value, here=None) -> int:
+#: How many MiB a unit of memory has: Nova counts in powers of two, whatever the unit is called.
+MEMORY = {'m': 1, 'g': 1024, 't': 1024**2}
+
+
+def read_memory(value, here=None) -> int:
+    if found := re.fullmatch(r' *([0-9]{1,9}) *([mgt])(i?b)? *', str(value).lower()):
+        return read_figure(int(found[1]) * MEMORY[found[2]])
+    try:
+        return read_figure(value)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}. Write MiB, or for example 64G.") from None
+
+
+def read_most(value, here=None, figure: Callable = read_figure) -> int:
     if value == 'unlimited':
         return UNLIMITED
     try:
-        return read_figure(value)
+        return figure(value)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
@@ -2481,7 +2498,8 @@ READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
     Place: lambda value, here=None: value if value == ANY else read_label(value), Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page,
-    Cursor: read_cursor, Figure: read_figure, Most: read_most,
+    Cursor: read_cursor, Figure: read_figure, Most: read_most, Memory: read_memory,
+    MostMemory: functools.partial(read_most, figure=read_memory),
     Span: lambda value, here=None: (value if isinstance(value, timedelta)
                                     else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
@@ -14943,7 +14961,7 @@ class Plan(Operations):
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
-                     ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
+                     ram: MostMemory = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
                      lock: Span = None, default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
@@ -14953,7 +14971,7 @@ class Plan(Operations):
         extra specs, for example resources:CUSTOM_GPU=1.
 
         Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
+          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
@@ -15006,7 +15024,7 @@ class Plan(Operations):
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
                         cloud: Name = None, region: Name = None, aggregate: Name = None,
-                        vms: Most = None, vcpus: Most = None, ram: Most = None,
+                        vms: Most = None, vcpus: Most = None, ram: MostMemory = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, lock: Span = None,
@@ -15451,7 +15469,7 @@ class Plan(Operations):
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
-                          vcpus: Most = None, ram: Most = None, classes: Classes = None,
+                          vcpus: Most = None, ram: MostMemory = None, classes: Classes = None,
                           reason: Text = '', affected: Name = 'notify',
                           dry_run: bool = False) -> CapacityChangeAnswer:
         """Changes the capacity of a resource from START to END, for example for borrowed nodes.
@@ -15790,7 +15808,7 @@ class Claims(Operations):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
-              vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
+              vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
               hosts: Names = (), store: Name = '', moves: bool = False,
               dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
@@ -19372,6 +19390,7 @@ WITH_BODY = ('POST', 'PATCH')
 #: A text without unseen characters, as far as all dialects of patterns can say it.
 SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
 DIGITS = ' *[+-]?[0-9]{1,12} *'
+SIZE = ' *[0-9]{1,9} *[MGTmgt]([iI]?[bB])? *'
 POSITIVE = ' *[+]?0*[1-9][0-9]{0,11} *'
 SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
                 r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
@@ -19427,6 +19446,9 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
     Figure: ('Amount', number_schema(0, 10**12)),
     Most: ('Capacity', CAPACITY),
+    Memory: ('Memory', number_schema(0, 10**12, pattern=f'^({DIGITS}|{SIZE})$')),
+    MostMemory: ('MemoryCapacity', number_schema(
+        0, 10**12, pattern=f'^({DIGITS}|{SIZE}|unlimited)$')),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
     NewLabel: ('NewLabel', LABEL | {'not': {'enum': [*NO_LABELS, *TAKEN]},
                                     'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
@@ -28151,7 +28173,8 @@ KINDS_OF_OPTIONS = {
                                       'aggregate',
     'Who': 'user project notify reason description'}
 #: What stands for the value of an argument in help, by its type.
-SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
+SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N',
+            Memory: 'SIZE', MostMemory: 'SIZE', Span: '2h', When: 'TIME',
             Day: 'DATE', Names: 'A,B', Pairs: 'K=V', Classes: 'K=N', Hosts: 'HOST', Zone: 'ZONE',
             Parts: 'RESOURCE:VMS', File: 'FILE', Ics: 'FILE', Source: 'FILE', Rows: 'FILE',
             Repeat: 'RULE', Clash: 'ACTION', Text: 'TEXT', Url: 'URL', Cursor: 'LINE', bool: ''}
