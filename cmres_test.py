@@ -172,7 +172,7 @@ class World:
 
     def __init__(self, path, **settings):
         settings = {'mail_server': '127.0.0.1:9'} | cmres.with_new_names('setting', settings)
-        if ENGINE != 'sqlite' and not (path in OTHER or (path / 'cmres.db').exists()):
+        if not (path in OTHER or (path / 'cmres.db').exists()):
             new_store(path, OTHER[''])
         database, key = OTHER.get(path, (str(path / 'cmres.db'), ''))
         self.config = cmres.Config(database=database, **{'key': key} | settings)
@@ -206,14 +206,14 @@ class World:
 @pytest.fixture(scope='session', autouse=True)
 def quick_disk(request):
     """Only programs that tests start wait for the disk: that is most of what a commit costs."""
-    if ENGINE != 'sqlite':
-        request.getfixturevalue('empty')
+    OTHER[''] = request.getfixturevalue('empty')
     cmres.SQLITE._pragmas = [(name, 'off' if name == 'synchronous' else value) for name, value in cmres.SQLITE._pragmas]
 
 
 #: On which engine the tests run that ask no file for anything: STORE_ENGINE=postgresql.
 ENGINE = os.environ.pop('STORE_ENGINE', 'sqlite')
-OTHER: dict = {}  # of a folder, its database that is no file in it, and the key
+#: Of a folder, its database that is no file in it, and the key; of '', the empty store.
+OTHER: dict = {}
 
 
 class Server:
@@ -284,8 +284,7 @@ def empty(tmp_path_factory, request):
     name = server.make()
     cmres.open_store(server.url(name), str(path / 'cmres.key'))
     cmres.close_store()
-    OTHER[''] = server, name, path / 'cmres.key'
-    return OTHER['']
+    return server, name, path / 'cmres.key'
 
 
 def new_store(path, empty):
