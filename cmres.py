@@ -14722,34 +14722,52 @@ class Requests(Operations):
                           hint='for example --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
-        begin, until = self.resolve(start or FIRST, end or LAST)
-        exact = [('o.vms = ?', vms), ('o.start = ?', start and begin),
-                 ('o."end" = ?', end and until)]
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
+        if occurrence:
+            with self.shares.resting():  # changes of others don't wait
+                return self.carry_out(lambda now: self.cancel_occurrence(
+                    label, project, occurrence, following, now), dry_run, frozenset)
+        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run,
+                               frozenset if label else None)
+
+    def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
+                          now: float) -> list[dict]:
+        """Cancels an occurrence, of a group that of each part, or that and all after it."""
+        labels = [part.label for part in self.look.parts_of(label, project)] or [label]
+        found = [self.look.mine(each, project, occurrence=occurrence) for each in labels]
+        for each in found:
+            self.admission.cancel(self.look.live(each, each.slot) if following else [each],
+                                  now, ends=following)
+        return self.as_cancelled(found)
+
+    def next_to_cancel(self, asked: dict) -> list:
+        """The next occurrences of the reservations that a label or filters meet; Conflict where
+        that many were not expected."""
+        start, end, state = asked['start'], asked['end'], asked['state']
+        begin, until = self.resolve(start or FIRST, end or LAST)
+        exact = [('o.vms = ?', asked['vms']), ('o.start = ?', start and begin),
+                 ('o."end" = ?', end and until)]
+        found = self.next_that_meet(asked['label'], asked, [each for each in exact if each[1]])
+        found = [each for each in found if not state or each.state in state]
+        self.refuse_uncounted(found, asked)
+        return found
+
+    def cancel_all(self, which: Callable[[], list], dry_run: bool, locks) -> list[dict]:
+        """Cancels reservations: the first at once, others in pieces, between which others write."""
         left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
         noted = ''
 
         def deed(now: float) -> list[dict]:
             nonlocal noted
             left.clear()
-            if occurrence:
-                found = [self.look.mine(each, project, occurrence=occurrence) for each in (
-                    [part.label for part in self.look.parts_of(label, project)] or [label])]
-                for each in found:
-                    self.admission.cancel(self.look.live(each, each.slot) if following else [each],
-                                          now, ends=following)
-            else:
-                found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
-                found = [each for each in found if not state or each.state in state]
-                self.refuse_uncounted(found, asked)
-                left.extend(found)
-                self.cancel_some(left, now, whole)
-                noted = left and self.note_rest(left, now)
+            left.extend(found := which())
+            self.cancel_some(left, now, whole)
+            noted = left and self.note_rest(left, now)
             return self.as_cancelled(found)
         with self.shares.resting():  # changes of others don't wait
-            done = self.carry_out(deed, dry_run, frozenset if label else None)
+            done = self.carry_out(deed, dry_run, locks)
         if left:
             self.cancel_rest(left, noted)
         return done
@@ -15039,27 +15057,14 @@ class Plan(Operations):
 
         Example: python cmres.py resource update demo --vms 8 --dry-run
         """
-        new = {'name': rename} if rename else {}
-        new |= {field: None if asked[field] == UNLIMITED else asked[field]
-                for field in (*PLACE, *FIGURES) if asked[field] is not None}
-        new |= {} if mode is None else {'mode': self.read_mode(mode)}
-        new |= {} if spare is None else {'spare': spare}
-        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
-        new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
-            found = self.look.resource_row(name)
-            if new.keys() & {'mode', *ASKED_BY_NOVA}:
-                self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
-            new |= self.read_default(found._asdict(), new.get('cloud', found.cloud),
-                                     default_flavor=default_flavor, default_image=default_image,
-                                     default_vms=default_vms)
+            before = self.look.resource_row(name)
+            new = self.read_changes(before, asked)
             if rename and rename != name:
                 self.policy.refuse_taken_resource(rename)
-            if classes:
-                new['classes'] = known_classes(found.classes, classes)
             if new:
-                change(Resource, found.id, **new)
-            before, found = found, self.look.resource_row(rename or name)
+                change(Resource, before.id, **new)
+            found = self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
             if spare and not planned_by_host(found.id):
                 raise Invalid(f"spare: cmres knows no hosts of '{found.name}'. `resource sync` "
@@ -15074,6 +15079,25 @@ class Plan(Operations):
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {
                 'no_longer_fit': homeless} | self.unknown_cloud(cloud)
+
+    def read_changes(self, found, asked: dict) -> dict:
+        """The columns that `resource update` gives a resource; Invalid where one has no use."""
+        given = {name: value for name, value in asked.items() if value is not None}
+        new = {name: None if given[name] == UNLIMITED else given[name]
+               for name in (*PLACE, *FIGURES, 'spare') if name in given}
+        new |= {name: seconds_of(given[said]) for name, said in (
+            ('hold', 'min_free_time'), ('approval', 'approval'), ('no_show', 'no_show'),
+            ('lock', 'lock')) if said in given}
+        if asked['rename']:
+            new['name'] = asked['rename']
+        if 'mode' in given:
+            new['mode'] = self.read_mode(given['mode'])
+        if new.keys() & {'mode', *ASKED_BY_NOVA}:
+            self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
+        if asked['classes']:
+            new['classes'] = known_classes(found.classes, asked['classes'])
+        return new | self.read_default(found._asdict(), new.get('cloud', found.cloud), **{
+            name: asked[name] for name in ('default_flavor', 'default_image', 'default_vms')})
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
