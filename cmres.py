@@ -84,11 +84,9 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
-from html import escape, unescape
 from types import SimpleNamespace, UnionType
 from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, Union, get_args,
                     get_origin)
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 from zoneinfo import ZoneInfo
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
@@ -107,6 +105,18 @@ class Module:
         return getattr(importlib.import_module(self.__name__), name)
 
 
+class Function:
+    """A function of such a module; from its first call on, it stands here itself."""
+
+    def __init__(self, name: str):
+        self.module, _, self.__name__ = name.rpartition('.')
+
+    def __call__(self, *args, **kwargs):
+        found = getattr(importlib.import_module(self.module), self.__name__)
+        globals()[self.__name__] = found
+        return found(*args, **kwargs)
+
+
 base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
     select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
     zlib = map(Module, (
@@ -115,6 +125,9 @@ base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, 
         'zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
+escape, unescape = map(Function, ('html.escape', 'html.unescape'))
+parse_qsl, quote, unquote, urlencode, urljoin, urlsplit = map(Function, map(
+    'urllib.parse.{}'.format, 'parse_qsl quote unquote urlencode urljoin urlsplit'.split()))
 
 __version__ = '0.1'
 
@@ -217,7 +230,8 @@ UNSEEN = Pattern(
 
 def legible(text: str) -> str:
     """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays valid."""
-    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return text if text.isprintable() else UNSEEN.sub(
+        lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def shown(value) -> str:
@@ -1371,7 +1385,7 @@ def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1477,6 +1491,17 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+
+    def __init__(self, **given):
+        known = self.__dataclass_fields__
+        if unknown := given.keys() - known.keys():
+            raise TypeError(f'there is no setting {min(unknown)}')
+        self.take(**{name: each.default_factory() for name, each in known.items()
+                     if each.default is dataclasses.MISSING} | given)
+
+    def __eq__(self, other) -> bool:
+        return all(getattr(self, each.name) == getattr(other, each.name)
+                   for each in dataclasses.fields(self) if each.compare)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1603,7 +1628,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.roles
-    for name in ('trusted_proxies', 'identity_proxies'):
+    for name in {'trusted_proxies', 'identity_proxies'} & settings.keys():
         read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
@@ -1868,6 +1893,8 @@ Page = NewType('Page', int)        # 1 to 10000 lines of a list
 Cursor = NewType('Cursor', str)    # where a list goes on: START/ID of the last line seen, or its id
 Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
+Memory = NewType('Memory', int)    # a Figure of MiB; text may have a unit: 64G
+MostMemory = NewType('MostMemory', int)  # the same, or UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
 # that, or a date: the whole of it, in the zone of what it is about
@@ -1961,7 +1988,9 @@ WORDS = {
     'token_add.project': 'project of the token',
     'user_end.project': 'only in this project',
     'purpose': 'what the token is for, for example laptop',
-    'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
+    'ram': 'maximum memory in MiB, or like 64G; default, or `unlimited`: no limit',
+    'find.ram': 'memory of each VM in MiB, or like 4G',
+    'find.vcpus': 'vCPUs of each VM',
     'region': 'region of the resource',
     'rename': 'the new name',
     'repeat': 'daily, weekdays, every tue, weekly on tue,thu, monthly on last fri, or an RRULE',
@@ -2032,7 +2061,7 @@ WORDS = {
 REQUIRED = inspect.Parameter.empty
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Operation:
     """A published method: its routes, who may call it, what it takes and answers. A route is a
     verb, a path and fixed arguments. What makes something says in `made` at which path that is
@@ -2283,11 +2312,24 @@ def read_cursor(value, here: Here) -> str:
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
 
 
-def read_most(value, here=None) -> int:
+#: How many MiB a unit of memory has: Nova counts in powers of two, whatever the unit is called.
+MEMORY = {'m': 1, 'g': 1024, 't': 1024**2}
+
+
+def read_memory(value, here=None) -> int:
+    if found := re.fullmatch(r' *([0-9]{1,9}) *([mgt])(i?b)? *', str(value).lower()):
+        return read_figure(int(found[1]) * MEMORY[found[2]])
+    try:
+        return read_figure(value)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}. Write MiB, or for example 64G.") from None
+
+
+def read_most(value, here=None, figure: Callable = read_figure) -> int:
     if value == 'unlimited':
         return UNLIMITED
     try:
-        return read_figure(value)
+        return figure(value)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
@@ -2456,7 +2498,8 @@ READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
     Place: lambda value, here=None: value if value == ANY else read_label(value), Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page,
-    Cursor: read_cursor, Figure: read_figure, Most: read_most,
+    Cursor: read_cursor, Figure: read_figure, Most: read_most, Memory: read_memory,
+    MostMemory: functools.partial(read_most, figure=read_memory),
     Span: lambda value, here=None: (value if isinstance(value, timedelta)
                                     else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
@@ -3138,8 +3181,9 @@ def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[in
 
 
 def file_uri(path: str) -> str:
-    """The name under which SQLite opens a file that must be there: it makes none."""
-    return f'file:{quote(os.path.abspath(path))}?mode=rw'
+    """The name under which SQLite opens a file that must be there (sqlite.org/uri.html, 3.1)."""
+    apart = {ord(each): f'%{ord(each):02x}' for each in '%?#'}
+    return f'file:{os.path.abspath(path).translate(apart)}?mode=rw'
 
 
 def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
@@ -3284,8 +3328,8 @@ class SQLite(peewee.SqliteDatabase):
 MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
-IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
-OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
+IN_LIST = Pattern(r'\b(numbers|names)\(\?(\d*)\)')
+OTHERWISE = [(Pattern(pattern), text) for pattern, text in (
     (r'\bnumbers\((\?\d*)\)', r'(SELECT CAST(value AS bigint) FROM '
                               r'jsonb_array_elements_text(CAST(\1 AS jsonb)) AS list (value))'),
     (r'\bnames\((\?\d*)\)', r'(SELECT jsonb_array_elements_text(CAST(\1 AS jsonb)))'),
@@ -3298,7 +3342,7 @@ OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
     (r'\s+INDEXED BY \w+', ''), (r'\bCROSS\s+JOIN\b', 'JOIN'), (r'\bmain\.', ''),
     (r'(\S*\btold & 128)', r'(\1) <> 0'), (r'\bIS NOT (?=\?)', 'IS DISTINCT FROM '),
     (r'\bIS (?=\?)', 'IS NOT DISTINCT FROM '), (r'\bLIMIT -1\b', ''))]
-TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
+TOKENS = Pattern(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
 
 
 class PostgreSQL(PooledPostgresqlDatabase):
@@ -3510,14 +3554,14 @@ def psycopg():
 
 
 #: How PostgreSQL writes what peewee's models say.
-OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
+OF_SCHEMA = [(Pattern(pattern), text) for pattern, text in (
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
 
 
-TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
-                     r'\s+BEGIN\s(.*)END', flags=re.S)
-OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+TRIGGER = Pattern(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                  r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(Pattern(pattern), text) for pattern, text in (
     (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
     (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
     (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
@@ -14637,7 +14681,7 @@ class Plan(Operations):
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
-                     ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
+                     ram: MostMemory = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
                      lock: Span = None, default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
@@ -14647,7 +14691,7 @@ class Plan(Operations):
         extra specs, for example resources:CUSTOM_GPU=1.
 
         Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
+          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
@@ -14700,7 +14744,7 @@ class Plan(Operations):
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
                         cloud: Name = None, region: Name = None, aggregate: Name = None,
-                        vms: Most = None, vcpus: Most = None, ram: Most = None,
+                        vms: Most = None, vcpus: Most = None, ram: MostMemory = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, lock: Span = None,
@@ -15145,7 +15189,7 @@ class Plan(Operations):
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
-                          vcpus: Most = None, ram: Most = None, classes: Classes = None,
+                          vcpus: Most = None, ram: MostMemory = None, classes: Classes = None,
                           reason: Text = '', affected: Name = 'notify',
                           dry_run: bool = False) -> CapacityChangeAnswer:
         """Changes the capacity of a resource from START to END, for example for borrowed nodes.
@@ -15484,7 +15528,7 @@ class Claims(Operations):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
-              vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
+              vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
               hosts: Names = (), store: Name = '', moves: bool = False,
               dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
@@ -17301,7 +17345,7 @@ def returned(sql: str, *values) -> set[str]:
 # goes by before a look is believed.
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(repr=False, eq=False)
 class Job:
     """What a worker is to do, and once that ended, when, and its answer or its error."""
     key: tuple
@@ -19066,6 +19110,7 @@ WITH_BODY = ('POST', 'PATCH')
 #: A text without unseen characters, as far as all dialects of patterns can say it.
 SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
 DIGITS = ' *[+-]?[0-9]{1,12} *'
+SIZE = ' *[0-9]{1,9} *[MGTmgt]([iI]?[bB])? *'
 POSITIVE = ' *[+]?0*[1-9][0-9]{0,11} *'
 SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
                 r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
@@ -19121,6 +19166,9 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
     Figure: ('Amount', number_schema(0, 10**12)),
     Most: ('Capacity', CAPACITY),
+    Memory: ('Memory', number_schema(0, 10**12, pattern=f'^({DIGITS}|{SIZE})$')),
+    MostMemory: ('MemoryCapacity', number_schema(
+        0, 10**12, pattern=f'^({DIGITS}|{SIZE}|unlimited)$')),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
     NewLabel: ('NewLabel', LABEL | {'not': {'enum': [*NO_LABELS, *TAKEN]},
                                     'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
@@ -25078,7 +25126,7 @@ def sort_key(value) -> tuple:
             else value if value is not None else 0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Visit:
     """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
@@ -27845,7 +27893,8 @@ KINDS_OF_OPTIONS = {
                                       'aggregate',
     'Who': 'user project notify reason description'}
 #: What stands for the value of an argument in help, by its type.
-SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
+SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N',
+            Memory: 'SIZE', MostMemory: 'SIZE', Span: '2h', When: 'TIME',
             Day: 'DATE', Names: 'A,B', Pairs: 'K=V', Classes: 'K=N', Hosts: 'HOST', Zone: 'ZONE',
             Parts: 'RESOURCE:VMS', File: 'FILE', Ics: 'FILE', Source: 'FILE', Rows: 'FILE',
             Repeat: 'RULE', Clash: 'ACTION', Text: 'TEXT', Url: 'URL', Cursor: 'LINE', bool: ''}
@@ -28823,16 +28872,13 @@ def from_file(value: str, kind):
     return text if kind is File else loadable(file_rows(text, value))
 
 
-#: What `list` shows of a reservation and `add` takes.
-LOADABLE = frozenset(API['add'].parameters) | {'line'}
-
-
 def loadable(lines: list[dict]) -> list[dict]:
     """Lines without columns that `add` does not know, which are named, and without blank ones."""
     if not all(isinstance(each, dict) for each in lines):
         return lines  # the service says what is wrong with them
     listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
-    unknown = {name for each in lines for name in each if name not in LOADABLE} if listed else set()
+    known = API['add'].parameters.keys() | {'line'}
+    unknown = {name for each in lines for name in each if name not in known} if listed else set()
     if unknown:
         print(f"Ignored columns: {', '.join(sorted(unknown))}", file=sys.stderr)
     lines = [{name: as_typed(name, value) for name, value in each.items() if name not in unknown}

@@ -172,7 +172,7 @@ class World:
 
     def __init__(self, path, **settings):
         settings = {'mail_server': '127.0.0.1:9'} | cmres.with_new_names('setting', settings)
-        if ENGINE != 'sqlite' and not (path in OTHER or (path / 'cmres.db').exists()):
+        if not (path in OTHER or (path / 'cmres.db').exists()):
             new_store(path, OTHER[''])
         database, key = OTHER.get(path, (str(path / 'cmres.db'), ''))
         self.config = cmres.Config(database=database, **{'key': key} | settings)
@@ -206,14 +206,14 @@ class World:
 @pytest.fixture(scope='session', autouse=True)
 def quick_disk(request):
     """Only programs that tests start wait for the disk: that is most of what a commit costs."""
-    if ENGINE != 'sqlite':
-        request.getfixturevalue('empty')
+    OTHER[''] = request.getfixturevalue('empty')
     cmres.SQLITE._pragmas = [(name, 'off' if name == 'synchronous' else value) for name, value in cmres.SQLITE._pragmas]
 
 
 #: On which engine the tests run that ask no file for anything: STORE_ENGINE=postgresql.
 ENGINE = os.environ.pop('STORE_ENGINE', 'sqlite')
-OTHER: dict = {}  # of a folder, its database that is no file in it, and the key
+#: Of a folder, its database that is no file in it, and the key; of '', the empty store.
+OTHER: dict = {}
 
 
 class Server:
@@ -284,8 +284,7 @@ def empty(tmp_path_factory, request):
     name = server.make()
     cmres.open_store(server.url(name), str(path / 'cmres.key'))
     cmres.close_store()
-    OTHER[''] = server, name, path / 'cmres.key'
-    return OTHER['']
+    return server, name, path / 'cmres.key'
 
 
 def new_store(path, empty):
@@ -15711,12 +15710,19 @@ def fits(value, schema, kinds) -> bool:
     return not isinstance(value, list) or all(fits(each, schema['items'], kinds) for each in value)
 
 
+@pytest.mark.parametrize('said, mib', [('64G', 65536), ('64 GiB', 65536), ('512MB', 512), ('1t', 2**20), ('2048', 2048)])
+def test_memory_is_said_in_mib_or_with_a_unit(world, said, mib):
+    world.service.resource_update(**cmres.bind(API['resource_update'], {'name': 'demo', 'ram': said}, Here(PARIS, NOON)))
+    assert world.service.resource_show('demo')['ram'] == mib
+
+
 @pytest.mark.parametrize('kind, values', [
     (cmres.When, ['2026-12-01T09:00:00+01:00', '2026-12-01', '2026-12-01 09:00', 'now', 'tomorrow 9:00', '+2h', '17:00',
                   'next tue 14:00', 'PT2H']),
     (cmres.Day, ['2026-12-01', 'mon 9:00', '+1d']), (cmres.Span, ['2h', '+1d12h', '90m', 'PT2H', '1:30', '2 hours', 'P1DT2H']),
     (int, [5, '5', '-5', ' 7']), (bool, [True, 'true', 'No', '0']), (cmres.Count, [1, '1', 1_000_000]),
-    (cmres.Most, [0, '7', 'unlimited']), (cmres.Label, ['lab', '-x', 'a.b_c']), (cmres.NewLabel, ['lab']),
+    (cmres.Most, [0, '7', 'unlimited']), (cmres.Memory, [0, '512', '64G', '1 TiB']),
+    (cmres.MostMemory, ['64gb', '512M', 7, 'unlimited']), (cmres.Label, ['lab', '-x', 'a.b_c']), (cmres.NewLabel, ['lab']),
     (cmres.Place, ['demo', '-']), (cmres.Name, ['', 'Ève', 'a b']), (cmres.Names, ['a,b', ['a', 'b'], []]),
     (cmres.Pairs, ['k=v,l=w', '', {'k': 'v'}]), (cmres.Classes, ['CUSTOM_GPU=2', {'CUSTOM_GPU': 2, 'X': 'unlimited'}]),
     (cmres.Hosts, ['m[01-05]', ['m01', 'm02']]), (cmres.Parts, ['gpu:2,cpu:20', [{'resource': 'gpu', 'vms': 2}], ['gpu:2']]),
@@ -15732,6 +15738,7 @@ def test_what_a_kind_is_said_to_take_is_taken(kind, values):
 
 @pytest.mark.parametrize('kind, values', [
     (int, ['x', 1.5, None, True, '']), (bool, [1, 'maybe', '']), (cmres.Count, [0, 'x', 1_000_001]), (cmres.Most, [-2, 'none']),
+    (cmres.Memory, ['64K', '1.5G', 'unlimited', -1, '']), (cmres.MostMemory, ['G', '-1G', 'none']),
     (cmres.Label, ['add', 'delete', '', 'a/b', '-', 'é', 'x' * 65]), (cmres.NewLabel, ['-x']), (cmres.Place, ['', 'add']),
     (cmres.Name, ['a\u202eb', 'x' * 256, 5, 'a\nb']), (cmres.Span, ['2', 'x', '', 'P', '+']), (cmres.When, ['', 'x', 5, 'T']),
     (cmres.Names, [5, [1], {}]), (cmres.Pairs, [5, 'x', {'k': 1}, {'é': 'x'}]), (cmres.Classes, ['X', {'VCPU': 1}]),
