@@ -85,8 +85,8 @@ from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from types import SimpleNamespace, UnionType
-from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
-                    get_args, get_origin, get_type_hints)
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, Union, get_args,
+                    get_origin)
 from zoneinfo import ZoneInfo
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
@@ -2560,12 +2560,9 @@ Secret = NewType('Secret', str)  # what is shown once and kept nowhere
 
 
 class Answer(dict):
-    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    """Fields that are read as a['label'] and as a.label; `fields` of a kind says which."""
+    fields: dict[str, Field] = {}
     more = None  # the type of further fields, whose names are known to nobody before
-
-    def __init_subclass__(cls, more=None, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls.more = more or cls.more
 
     def __getattr__(self, name: str):
         try:
@@ -2574,469 +2571,207 @@ class Answer(dict):
             raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
 
 
-class ReservationAnswer(Answer):
-    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
-    id: int
-    label: Label
-    user: str
-    project: str
-    resource: str
-    cell: str
-    cloud: str
-    region: str
-    aggregate: str
-    vms: int
-    flavor: str
-    image: str
-    network: str
-    key: str
-    security_groups: list[str]
-    metadata: dict[str, str]
-    server: str
-    at_end: str
-    notify: list[str]
-    invite: list[str]
-    vcpus: int
-    ram: int
-    classes: dict[str, int]
-    lead: int
-    description: str
-    personal: bool
-    affinity: str
-    where: str
-    repeat: str
-    tz: str
-    start: datetime
-    end: datetime
-    cancelled: datetime | None
-    added: datetime
-    changed: datetime | None
-    up: int
-    fault: str | None
-    request: str
-    host: str
-    state: State
-    change: NotRequired[dict]
-
-
-class OutcomeAnswer(Answer):
-    """What became of one occurrence of a series."""
-    start: datetime
-    end: datetime
-    vms: int
-    outcome: str
-    why: NotRequired[str]
-
-
-class BookedAnswer(ReservationAnswer):
-    """A reservation that was made or changed; of a series, what became of each occurrence."""
-    message: NotRequired[str]
-    booked_until: NotRequired[datetime | None]
-    occurrences: NotRequired[list[OutcomeAnswer]]
-    warnings: NotRequired[list[str]]
-
-
-class GroupAnswer(Answer):
-    """Several reservations that were made together, or not at all."""
-    label: Label
-    parts: list[BookedAnswer]
-
-
-class CancelledAnswer(ReservationAnswer):
-    """A reservation that was cancelled, and what becomes of its VMs."""
-    ends_with: NotRequired[str]
-    warnings: NotRequired[list[str]]
-
-
-class ServerAnswer(Answer):
-    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
-    n: int
-    name: str
-    state: str
-    addresses: list[str]
-    planned: datetime
-    begun: datetime | None
-    ready: datetime | None
-    deleted: datetime | None
-    snapshot: str
-    tries: int
-    fault: str
-    account: str
-    uid: str | None
-    login: str
-
-
-class KeptAnswer(Answer):
-    """A VM that was stopped or shelved at the end of its reservation and stays."""
-    id: int
-    name: str
-    label: Label
-    project: str
-    user: str
-    state: str
-    addresses: list[str]
-    end: datetime
-    account: str
-    uid: str | None
-
-
-class ComingAnswer(Answer):
-    """A current or future occurrence of a series."""
-    start: datetime
-    end: datetime
-    vms: int
-    resource: str
-    state: State
-
-
-class DetailAnswer(ReservationAnswer):
-    """All of a reservation, with its VMs, and what comes of a series."""
-    user_data: str
-    servers: list[ServerAnswer]
-    on_conflict: NotRequired[str]
-    booked_until: NotRequired[datetime | None]
-    occurrences: NotRequired[list[ComingAnswer]]
-
-
-class DetailGroupAnswer(Answer):
-    """All of several reservations that were made together."""
-    label: Label
-    parts: list[DetailAnswer]
-
-
-class DurationAnswer(Answer):
-    """How long a reservation is."""
-    label: Label
-    duration: Lasts
-    seconds: int
-
-
-class DurationGroupAnswer(Answer):
-    """How long the parts of a group are."""
-    label: Label
-    parts: list[DurationAnswer]
-
-
-class RefusedLineAnswer(Answer):
-    """A line of many that was refused, and why."""
-    line: int
-    label: Any
-    error: str
-
-
-class LoadedAnswer(Answer):
-    """What became of many reservations."""
-    taken: list[BookedAnswer | GroupAnswer]
-    refused: list[RefusedLineAnswer]
-
-
-class SlotAnswer(Answer):
-    """A time window in which a resource has so many VMs free."""
-    resource: str
-    start: datetime
-    until: datetime
-    duration: Lasts
-    vms: int
-
-
-class UsageAnswer(Answer, more=int):
-    """How much of a resource is used in a time window; further fields are resource classes."""
-    start: datetime
-    end: datetime
-    vms: int
-    vcpus: int
-    ram: int
-    free_vms: int | None
-
-
-class LimitAnswer(Answer):
-    """What a project or a user may reserve at most."""
-    id: int
-    project: str
-    user: str
-    resource: str
-    most_vms: int | None
-    longest: Lasts | None
-    ahead: Lasts | None
-    least_notice: Lasts | None
-    vcpu_hours: int | None
-    waiting: int | None
-    exempt: Lasts
-    lock: Lasts
-    added: datetime
-    max_vms: int | None
-    max_duration: Lasts | None
-    max_advance: Lasts | None
-    min_notice: Lasts | None
-    max_vcpu_hours: int | None
-    max_waiting: int | None
-    exempt_within: Lasts
-
-
-class ResourceAnswer(Answer):
-    """A resource: its location and its capacity, without a number where that is unlimited."""
-    id: int
-    name: str
-    cell: str
-    cloud: str
-    region: str
-    aggregate: str
-    vms: int | None
-    vcpus: int | None
-    ram: int | None
-    classes: dict[str, int]
-    mode: str
-    hold: int
-    approval: int
-    no_show: int
-    lock: int
-    default_flavor: str
-    default_image: str
-    default_vms: int
-    hosts: list[str]
-    spare: int
-    added: datetime
-    min_free_time: int
-
-
-class ResourceNowAnswer(ResourceAnswer):
-    """A resource, and how much of it is used now."""
-    planned_by: str
-    held_now: dict[str, int]
-    used_now: dict[str, int]
-    warnings: NotRequired[list[str]]
-
-
-class ResourceChangedAnswer(ResourceAnswer):
-    """A resource that was changed, and what no longer fits."""
-    no_longer_fit: list[ReservationAnswer]
-    warnings: NotRequired[list[str]]
-
-
-class HostAnswer(Answer):
-    """A host, and what is known of it."""
-    name: str
-    properties: dict[str, str]
-
-
-class DifferenceAnswer(Answer):
-    """A field of a resource that a cloud has otherwise."""
-    resource: str
-    what: str
-    before: Any
-    after: Any
-
-
-class AffectedAnswer(Answer):
-    """An occurrence that no longer fits after a capacity change, and what became of it."""
-    label: Label
-    user: str
-    project: str
-    vms: int
-    start: datetime
-    end: datetime
-    outcome: str
-
-
-class CapacityChangeAnswer(Answer):
-    """A capacity change or a maintenance that was made, and whom it affects."""
-    id: int
-    resource: str
-    start: datetime
-    end: datetime
-    reason: str
-    hit: list[AffectedAnswer]
-    affected: list[AffectedAnswer]
-
-
-class MaintenanceAnswer(Answer):
-    """A capacity change or a maintenance."""
-    id: int
-    resource: str
-    start: datetime
-    end: datetime
-    vms: int | None
-    vcpus: int | None
-    ram: int | None
-    classes: dict[str, int]
-    host: str
-    reason: str
-
-
-class CalledOffAnswer(Answer):
-    """A capacity change or a maintenance that was called off."""
-    id: int
-    reason: str
-
-
-class CheckAnswer(Answer):
-    """How many steps of usage were compared, and in how many they differed."""
-    steps: int
-    differences: int
-
-
-class ClaimAnswer(Answer):
-    """Whether a server may start on a resource, why, and on which hosts (no list: on any)."""
-    resource: str
-    passes: bool
-    why: str
-    hosts: list[str] | None
-
-
-class EventOutcomeAnswer(Answer):
-    """What became of an event of a calendar."""
-    uid: str
-    summary: str
-    outcome: str
-    why: NotRequired[str]
-    label: NotRequired[Label]
-    start: NotRequired[datetime]
-    vms: NotRequired[int]
-    flavor: NotRequired[str]
-    count: NotRequired[int]
-    occurrences: NotRequired[list[OutcomeAnswer]]
-
-
-class ImportAnswer(Answer):
-    """What became of the events of a calendar, and how many ask for nothing."""
-    events: list[EventOutcomeAnswer]
-    ignored: int
-    held: NotRequired[str]
-    needs_confirmation: NotRequired[str]
-
-
-class CalendarAnswer(Answer):
-    """A feed that shows reservations, or a subscription that makes them."""
-    id: int
-    kind: str
-    user: str
-    project: str
-    shows: NotRequired[str | None]
-    added: NotRequired[datetime]
-    revoked: NotRequired[datetime]
-    polled: NotRequired[datetime | None]
-    fault: NotRequired[str]
-    held: NotRequired[str]
-    needs_confirmation: NotRequired[str]
-
-
-class FeedAnswer(Answer):
-    """The address of a feed; of a dry run, whose it would be."""
-    feed: NotRequired[Secret]
-    user: NotRequired[str]
-    project: NotRequired[str]
-
-
-class EventAnswer(Answer):
-    """A line of the event log."""
-    id: int
-    at: datetime
-    actor: str
-    code: str
-    label: Label | None
-    project: str | None
-    sentence: str
-
-
-class LatenessAnswer(Answer):
-    """How late the VMs of a cloud were, in seconds."""
-    cloud: str
-    servers: int
-    begun_median: float | None
-    begun_95: float | None
-    begun_worst: float | None
-    ready_median: float | None
-    ready_95: float | None
-    ready_worst: float | None
-    tried_again: int
-
-
-class FailedAnswer(Answer):
-    """A VM that did not start."""
-    cloud: str
-    label: Label
-    name: str
-    tries: int
-    planned: datetime
-    fault: str
-
-
-class PunctualityAnswer(Answer):
-    """How late VMs were, and which failed."""
-    clouds: list[LatenessAnswer]
-    failed: list[FailedAnswer]
-
-
-class ReportAnswer(Answer):
-    """The sums of a project, a user or a resource."""
-    project: NotRequired[str]
-    user: NotRequired[str]
-    resource: NotRequired[str]
-    reserved_hours: float
-    used_hours: float
-    unused_hours: float
-    refused: int
-    late_worst: float
-
-
-class TokenAnswer(Answer):
-    """Whose a token is and what for; not the token itself, of which only a hash is kept."""
-    id: int
-    user: str
-    project: str
-    role: str
-    purpose: str
-    scopes: list[str]
-    resource: str | None
-    added: datetime
-    ends: datetime | None
-    last_used: datetime | None
-    revoked: datetime | None
-
-
-class CredentialAnswer(Answer):
-    """Whose VMs are made in their own name on which cloud; not the secret."""
-    id: int
-    user: str
-    project: str
-    cloud: str
-    application: str
-    trust: str
-    added: datetime
-
-
-class NewTokenAnswer(Answer):
-    """A token that was made; of a dry run, whose it would be."""
-    token: NotRequired[Secret]
-    user: NotRequired[str]
-    project: NotRequired[str]
-    role: NotRequired[str]
-    ends: NotRequired[datetime]
-
-
-class EndedAnswer(Answer):
-    """How many tokens of a person have ended."""
-    user: str
-    tokens: int
-
-
-class RefusalAnswer(Answer):
-    """Why a request was refused, in a sentence; `details` say more to programs."""
-    error: str
-    kind: str
-    details: NotRequired[dict]
-
-
-class HealthAnswer(Answer):
-    """Whether the store can be read, and seconds since VMs were looked after."""
-    status: NotRequired[str]
-    last_pass: NotRequired[float]
-    error: NotRequired[str]
-
-
-class ReadyAnswer(Answer, more=dict):
-    """Whether requests can be answered; further fields are the parts that were looked at."""
-    status: str
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+#: Of which type a field is whose answer says no other.
+FIELD_TYPES = {name: kind for kind, names in (
+    (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
+          'min_free_time steps differences count ignored tried_again tokens'),
+    (Label, 'label'),
+    (str, 'user project resource cell cloud region aggregate flavor image network key server '
+          'at_end description affinity where repeat tz fault request host outcome why message '
+          'ends_with name snapshot account login user_data on_conflict error mode default_flavor '
+          'default_image planned_by what reason summary held needs_confirmation kind actor code '
+          'sentence role purpose application trust status'),
+    (list[str], 'security_groups notify invite warnings addresses hosts scopes'),
+    (dict[str, str], 'metadata properties'),
+    (dict[str, int], 'classes held_now used_now'),
+    (bool, 'personal passes'),
+    (datetime, 'start end added planned until at'),
+    (datetime | None, 'cancelled changed booked_until begun ready deleted revoked polled ends '
+                      'last_used'),
+    (State, 'state'),
+    (dict, 'change details'),
+    (str | None, 'uid shows'),
+    (Lasts, 'duration exempt lock exempt_within'),
+    (int | None, 'free_vms most_vms vcpu_hours waiting max_vms max_vcpu_hours max_waiting'),
+    (Lasts | None, 'longest ahead least_notice max_duration max_advance min_notice'),
+    (Any, 'before after'),
+    (Secret, 'feed token'),
+    (float | None, 'begun_median begun_95 begun_worst ready_median ready_95 ready_worst'),
+    (float, 'reserved_hours used_hours unused_hours late_worst last_pass'),
+    ) for name in names.split()}
+
+
+def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None, **kinds) -> type:
+    """A kind of answer: what it is about and its fields, with ? those that may be missing; `kinds`
+    are types that fields have only here."""
+    named = {each.rstrip('?'): not each.endswith('?') for each in fields.split()}
+    own = {each: Field(kinds.get(each) or FIELD_TYPES[each], always)
+           for each, always in named.items()}
+    return type(f'{name}Answer', (of,), {
+        '__doc__': about, 'fields': of.fields | own, 'more': more or of.more})
+
+
+ReservationAnswer = answer_kind(
+    'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
+    'state.',
+    'id label user project resource cell cloud region aggregate vms flavor image network key '
+    'security_groups metadata server at_end notify invite vcpus ram classes lead description '
+    'personal affinity where repeat tz start end cancelled added changed up fault request host '
+    'state change?', fault=str | None)
+OutcomeAnswer = answer_kind(
+    'Outcome', 'What became of one occurrence of a series.',
+    'start end vms outcome why?')
+BookedAnswer = answer_kind(
+    'Booked', 'A reservation that was made or changed; of a series, what became of each '
+    'occurrence.',
+    'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
+    occurrences=list[OutcomeAnswer])
+GroupAnswer = answer_kind(
+    'Group', 'Several reservations that were made together, or not at all.',
+    'label parts', parts=list[BookedAnswer])
+CancelledAnswer = answer_kind(
+    'Cancelled', 'A reservation that was cancelled, and what becomes of its VMs.',
+    'ends_with? warnings?', of=ReservationAnswer)
+ServerAnswer = answer_kind(
+    'Server', 'A VM of a reservation: when it was planned, begun, ready and deleted, and what '
+    'went wrong.',
+    'n name state addresses planned begun ready deleted snapshot tries fault account uid login',
+    state=str)
+KeptAnswer = answer_kind(
+    'Kept', 'A VM that was stopped or shelved at the end of its reservation and stays.',
+    'id name label project user state addresses end account uid', state=str)
+ComingAnswer = answer_kind(
+    'Coming', 'A current or future occurrence of a series.',
+    'start end vms resource state')
+DetailAnswer = answer_kind(
+    'Detail', 'All of a reservation, with its VMs, and what comes of a series.',
+    'user_data servers on_conflict? booked_until? occurrences?', of=ReservationAnswer,
+    servers=list[ServerAnswer], occurrences=list[ComingAnswer])
+DetailGroupAnswer = answer_kind(
+    'DetailGroup', 'All of several reservations that were made together.',
+    'label parts', parts=list[DetailAnswer])
+DurationAnswer = answer_kind(
+    'Duration', 'How long a reservation is.',
+    'label duration seconds')
+DurationGroupAnswer = answer_kind(
+    'DurationGroup', 'How long the parts of a group are.',
+    'label parts', parts=list[DurationAnswer])
+RefusedLineAnswer = answer_kind(
+    'RefusedLine', 'A line of many that was refused, and why.',
+    'line label error', label=Any)
+LoadedAnswer = answer_kind(
+    'Loaded', 'What became of many reservations.',
+    'taken refused', taken=list[BookedAnswer | GroupAnswer], refused=list[RefusedLineAnswer])
+SlotAnswer = answer_kind(
+    'Slot', 'A time window in which a resource has so many VMs free.',
+    'resource start until duration vms')
+UsageAnswer = answer_kind(
+    'Usage', 'How much of a resource is used in a time window; further fields are resource '
+    'classes.',
+    'start end vms vcpus ram free_vms', more=int)
+LimitAnswer = answer_kind(
+    'Limit', 'What a project or a user may reserve at most.',
+    'id project user resource most_vms longest ahead least_notice vcpu_hours waiting exempt lock '
+    'added max_vms max_duration max_advance min_notice max_vcpu_hours max_waiting exempt_within')
+ResourceAnswer = answer_kind(
+    'Resource', 'A resource: its location and its capacity, without a number where that is '
+    'unlimited.',
+    'id name cell cloud region aggregate vms vcpus ram classes mode hold approval no_show lock '
+    'default_flavor default_image default_vms hosts spare added min_free_time', vms=int | None,
+    vcpus=int | None, ram=int | None, lock=int)
+ResourceNowAnswer = answer_kind(
+    'ResourceNow', 'A resource, and how much of it is used now.',
+    'planned_by held_now used_now warnings?', of=ResourceAnswer)
+ResourceChangedAnswer = answer_kind(
+    'ResourceChanged', 'A resource that was changed, and what no longer fits.',
+    'no_longer_fit warnings?', of=ResourceAnswer, no_longer_fit=list[ReservationAnswer])
+HostAnswer = answer_kind(
+    'Host', 'A host, and what is known of it.',
+    'name properties')
+DifferenceAnswer = answer_kind(
+    'Difference', 'A field of a resource that a cloud has otherwise.',
+    'resource what before after')
+AffectedAnswer = answer_kind(
+    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of '
+    'it.',
+    'label user project vms start end outcome')
+CapacityChangeAnswer = answer_kind(
+    'CapacityChange', 'A capacity change or a maintenance that was made, and whom it affects.',
+    'id resource start end reason hit affected', hit=list[AffectedAnswer],
+    affected=list[AffectedAnswer])
+MaintenanceAnswer = answer_kind(
+    'Maintenance', 'A capacity change or a maintenance.',
+    'id resource start end vms vcpus ram classes host reason', vms=int | None, vcpus=int | None,
+    ram=int | None)
+CalledOffAnswer = answer_kind(
+    'CalledOff', 'A capacity change or a maintenance that was called off.',
+    'id reason')
+CheckAnswer = answer_kind(
+    'Check', 'How many steps of usage were compared, and in how many they differed.',
+    'steps differences')
+ClaimAnswer = answer_kind(
+    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on '
+    'any).',
+    'resource passes why hosts', hosts=list[str] | None)
+EventOutcomeAnswer = answer_kind(
+    'EventOutcome', 'What became of an event of a calendar.',
+    'uid summary outcome why? label? start? vms? flavor? count? occurrences?', uid=str,
+    occurrences=list[OutcomeAnswer])
+ImportAnswer = answer_kind(
+    'Import', 'What became of the events of a calendar, and how many ask for nothing.',
+    'events ignored held? needs_confirmation?', events=list[EventOutcomeAnswer])
+CalendarAnswer = answer_kind(
+    'Calendar', 'A feed that shows reservations, or a subscription that makes them.',
+    'id kind user project shows? added? revoked? polled? fault? held? needs_confirmation?',
+    revoked=datetime)
+FeedAnswer = answer_kind(
+    'Feed', 'The address of a feed; of a dry run, whose it would be.',
+    'feed? user? project?')
+EventAnswer = answer_kind(
+    'Event', 'A line of the event log.',
+    'id at actor code label project sentence', label=Label | None, project=str | None)
+LatenessAnswer = answer_kind(
+    'Lateness', 'How late the VMs of a cloud were, in seconds.',
+    'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
+    'tried_again', servers=int)
+FailedAnswer = answer_kind(
+    'Failed', 'A VM that did not start.',
+    'cloud label name tries planned fault')
+PunctualityAnswer = answer_kind(
+    'Punctuality', 'How late VMs were, and which failed.',
+    'clouds failed', clouds=list[LatenessAnswer], failed=list[FailedAnswer])
+ReportAnswer = answer_kind(
+    'Report', 'The sums of a project, a user or a resource.',
+    'project? user? resource? reserved_hours used_hours unused_hours refused late_worst',
+    refused=int)
+TokenAnswer = answer_kind(
+    'Token', 'Whose a token is and what for; not the token itself, of which only a hash is kept.',
+    'id user project role purpose scopes resource added ends last_used revoked',
+    resource=str | None)
+CredentialAnswer = answer_kind(
+    'Credential', 'Whose VMs are made in their own name on which cloud; not the secret.',
+    'id user project cloud application trust added')
+NewTokenAnswer = answer_kind(
+    'NewToken', 'A token that was made; of a dry run, whose it would be.',
+    'token? user? project? role? ends?', ends=datetime)
+EndedAnswer = answer_kind(
+    'Ended', 'How many tokens of a person have ended.',
+    'user tokens')
+RefusalAnswer = answer_kind(
+    'Refusal', 'Why a request was refused, in a sentence; `details` say more to programs.',
+    'error kind details?')
+HealthAnswer = answer_kind(
+    'Health', 'Whether the store can be read, and seconds since VMs were looked after.',
+    'status? last_pass? error?')
+ReadyAnswer = answer_kind(
+    'Ready', 'Whether requests can be answered; further fields are the parts that were looked at.',
+    'status', more=dict)
 
 
 #: What a field means that is no argument, or means more than what may be typed there.
@@ -3044,22 +2779,21 @@ MEANS = WORDS | {
     'account': 'the entry of clouds.yaml under which the VM was made', 'addresses': 'IP addresses',
     'added': 'when it was made', 'at': 'when it happened', 'actor': 'who did it',
     'begun': 'when the cloud was asked for it', 'booked_until': 'until when a series is reserved',
-    'cancelled': 'the change that waits for an '
-                 'approval', 'change': 'what of it waits for an approval',
+    'cancelled': 'when it was cancelled', 'change': 'what of it waits for an approval',
     'changed': 'when it was last changed', 'code': 'what kind of event it is',
-    'deleted': 'when the VM was gone', 'details': 'when the VM was gone',
+    'deleted': 'when the VM was gone', 'details': 'what the sentence says, for programs',
     'end': 'when it ends; that instant is not part of it', 'ends': 'when the token ends',
     'ends_with': 'what happens to its VMs', 'error': 'why, in a sentence',
-    'fault': 'what went wrong last', 'free_vms': 'the last error',
-    'held_now': 'the affected reservations', 'hit': 'whom it affects',
-    'used_now': 'the affected reservations',
+    'fault': 'what went wrong last', 'free_vms': 'how many VMs are free; null: any number',
+    'held_now': 'how much is used now', 'hit': 'whom it affects',
+    'used_now': 'how much is used now',
     'needs_confirmation': 'what its owner must confirm', 'held': 'what its owner must confirm',
     'id': 'its number, which never changes', 'ignored': 'how many events ask for nothing',
     'kind': 'which kind it is of', 'last_pass': 'seconds since VMs were started and ended',
     'last_used': 'when the token was used last', 'lead': 'seconds before the start',
     'message': 'what starts when, and what happens to it, in a sentence',
     'n': 'which of the VMs of a reservation it is', 'outcome': 'what became of it',
-    'passes': 'planned start', 'planned': 'when it was to begin',
+    'passes': 'whether the server may start', 'planned': 'when it was to begin',
     'polled': 'when the calendar was last read', 'ready': 'when the VM was active',
     'refused': 'what was refused', 'request': 'the group that it is a part of',
     'revoked': 'since when it is invalid', 'seconds': 'its length in seconds',
@@ -3068,21 +2802,7 @@ MEANS = WORDS | {
     'state': 'what it is doing now', 'taken': 'what was reserved', 'token': 'the token itself',
     'tries': 'how often the cloud was asked for it', 'uid': 'its id at the cloud or in a calendar',
     'until': 'until when it is free', 'up': 'how many of its VMs are active',
-    'warnings': 'for what reason', 'why': 'for what reason'}
-
-
-class Field(NamedTuple):
-    """A field of an answer: the type of its value, and whether it is always there."""
-    kind: Any
-    always: bool
-
-
-@functools.cache
-def declared(answer: type[Answer]) -> dict[str, Field]:
-    """The fields that an answer declares."""
-    hints = get_type_hints(answer, include_extras=True)
-    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
-            else Field(kind, True) for name, kind in hints.items()}
+    'warnings': 'what may be otherwise than meant', 'why': 'for what reason'}
 
 
 def choices_of(kind) -> tuple:
@@ -3106,7 +2826,7 @@ def as_object(value: dict, kinds: tuple):
     for each in kinds:
         if get_origin(each) is dict:
             return {name: as_answer(one, get_args(each)[1]) for name, one in value.items()}
-        fields = declared(each) if is_answer(each) else {}
+        fields = each.fields if is_answer(each) else {}
         if fields and all(name in value for name, field in fields.items() if field.always):
             more = Field(each.more or Any, False)
             return each({name: as_answer(one, fields.get(name, more).kind)
@@ -19538,8 +19258,8 @@ TAGS = {
     'host': 'what hosts are like',
     'calendar': 'calendar feeds, imports and subscriptions',
     'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
-    'punctuality': 'how late VMs were', 'report': 'start delays of VMs',
-    'check': 'tokens', 'token': 'who may ask',
+    'punctuality': 'how late VMs were', 'report': 'sums for operators',
+    'check': 'the proof that all adds up', 'token': 'who may ask',
     'credential': 'in whose name VMs are made',
     'user': 'people who leave', 'service': 'the server itself'}
 
@@ -19666,10 +19386,10 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        fields = declared(kind)
+        fields = kind.fields
         always = [name for name, each in fields.items() if each.always]
         means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
-        return {'type': 'object', 'description': inspect.getdoc(kind),
+        return {'type': 'object', 'description': kind.__doc__,
                 'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
@@ -20020,7 +19740,7 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    fields = operation.answers.fields.values() if is_answer(operation.answers) else ()
     has_secret = any(each.kind is Secret for each in fields)
     return Once(acting, key, hashed(asked), not has_secret)
 
