@@ -7496,7 +7496,8 @@ def replan(need: Need, had: dict[int, int], now: float,
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
+    possible = nearest and had.keys() <= lacking.keys()
+    for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
@@ -15455,17 +15456,14 @@ class Plan(Operations):
              ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""",
                     resource, int(now), *[None if those is None else json.dumps([*those])] * 2, now)
         short = [each for each in live[::-1] if self.lacks_hosts(each, suspects, now)][::-1]
-        stopped = {each.reservation_id: {} for each in short
-                   if self.bookings.leave_stopped(each.reservation_id)}
         beside = rows('SELECT DISTINCT p.* FROM extra_hold x JOIN proposal p ON p.id = '
                       'x.proposal_id WHERE x.resource_id = ? AND x.host_id IN numbers(?)', resource,
                       json.dumps([*suspects]))
         for each in beside:
             self.bookings.leave_hosts_of(each)
+        stay_on: dict = defaultdict(dict)
         homeless = [each.id for each in short
-                    if not self.finds_hosts(each.id, stopped.get(each.reservation_id), now)]
-        for each in stopped:
-            self.bookings.count_stopped(each, now)
+                    if not self.finds_hosts(each.id, stay_on[each.reservation_id], now)]
         for each in beside:
             self.admission.propose_anew(each, now)
         return homeless
@@ -15484,24 +15482,29 @@ class Plan(Operations):
             self.note_plan(found.id, placed)
         return sum(placed.values()) < need.number and need.takes
 
-    def finds_hosts(self, id: int, stay_on: dict | None, now: float) -> bool:
+    def finds_hosts(self, id: int, stay_on: dict, now: float) -> bool:
         """Plans those VMs of an occurrence that have no host; whether all have one then.
 
         Args:
-          stay_on: of one whose VMs stay after it, where those of the one before it are
+          stay_on: where VMs of the same reservation are that stay stopped until they start again
         """
-        found = row('SELECT o.*, r.affinity, r."where" FROM occurrence o JOIN reservation r '
-                    'ON r.id = o.reservation_id WHERE o.id = ?', id)
+        found = row('SELECT o.*, r.affinity, r."where", (SELECT min(n.held_from) FROM occurrence n '
+                    'WHERE n.reservation_id = r.id AND n.held_from >= o.held_until AND '
+                    "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now, found)
+        stays = self.bookings.leave_stopped(found.reservation_id)
         hold_on(need, had, -1)
-        until = need.until if stay_on is None else int(LAST.timestamp())
-        placed = find_hosts(need._replace(heals=True, until=until), stay_on or had,
-                            bool(stay_on) or found.held_from <= now, now, found.reservation_id)
+        until = found.next if stays and found.next else int(LAST.timestamp())
+        placed = find_hosts(need._replace(heals=True, until=until if stays else need.until),
+                            stay_on or had, bool(stay_on) or found.held_from <= now, now,
+                            found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
-            if stay_on is not None:
-                stay_on |= placed
+        if stays:
+            self.bookings.count_stopped(found.reservation_id, now)
+            stay_on |= placed or {}
         return placed is not None
 
     def note_plan(self, id: int, placed: dict[int, int]) -> None:
