@@ -3951,6 +3951,7 @@ class ExtraHold(Table):
     reservation = peewee.ForeignKeyField(Reservation)
     proposal = peewee.ForeignKeyField(Proposal, null=True)  # NULL: for VMs that stay
     resource = peewee.ForeignKeyField(Resource)
+    host = peewee.ForeignKeyField(Host, null=True, index=False)  # NULL: of the sum of all hosts
     held_from = peewee.IntegerField()
     held_until = peewee.IntegerField()
     vms = peewee.IntegerField()
@@ -4341,7 +4342,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started()]
+    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
+    lambda: add_hosts_of_extra()]
 
 
 def long_texts(row: str) -> str:
@@ -5412,6 +5414,11 @@ def add_user_started() -> None:
     add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
 
 
+def add_hosts_of_extra() -> None:
+    """Version 25: what is held beside occurrences is held on hosts as well."""
+    add_columns('extra_hold', {'host_id': 'INTEGER REFERENCES host (id)'})
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -6255,24 +6262,34 @@ def added(one: Amount, other: Amount, sign: int) -> tuple:
 
 
 class Hold(NamedTuple):
-    """An amount of a resource that is held during [begin, until)."""
+    """An amount of a resource, or of one of its hosts, that is held during [begin, until)."""
     resource: int  # id
     begin: int
     until: int
     amount: Amount
+    host: int = 0  # its id; 0: of the sum of all
 
 
 def hold_of(row) -> Hold:
     """What the row of an occurrence, or another one with its columns, holds."""
-    return Hold(row.resource_id, row.held_from, row.held_until, amount_of(row))
+    return Hold(row.resource_id, row.held_from, row.held_until, amount_of(row),
+                getattr(row, 'host_id', None) or 0)
+
+
+def on_host(host: int, track: str) -> str:
+    """The track of a host, or of the sum."""
+    return f'@{host}:{track}' if host else track
+
+
+ON_HOSTS = "track LIKE '@%'"
 
 
 def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
     """What some holds have in all that others have not, in pieces that don't overlap."""
     if not others and len(some) == 1 and some[0].begin < some[0].until:  # as most are
         return some
-    return [piece for resource in dict.fromkeys(each.resource for each in some)
-            for piece in beyond_at(resource, some, others)]
+    return [piece for place in dict.fromkeys((each.resource, each.host) for each in some)
+            for piece in beyond_at(*place, some, others)]
 
 
 def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
@@ -6280,12 +6297,12 @@ def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
     return [each for each in pieces if each.until > now]
 
 
-def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
-    """The pieces of one resource, in order: what the first side has more of than the second."""
+def beyond_at(resource: int, host: int, *sides: list[Hold]) -> Iterator[Hold]:
+    """The pieces of one place, in order: what the first side has more of than the second."""
     changes: dict[int, list] = defaultdict(lambda: [NOTHING, NOTHING])
     for side, holds in enumerate(sides):
         for each in holds:
-            if each.resource == resource:
+            if (each.resource, each.host) == (resource, host):
                 changes[each.begin][side] += each.amount
                 changes[each.until][side] -= each.amount
     has = had = NOTHING
@@ -6293,7 +6310,7 @@ def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
         more, there = changes[begin]
         has, had = has + more, had + there
         if (growth := has.beyond(had)) != NOTHING:
-            yield Hold(resource, begin, until, growth)
+            yield Hold(resource, begin, until, growth, host)
 
 
 def amount_of(row, prefix: str = '') -> Amount:
@@ -6312,6 +6329,11 @@ def capacity(resource) -> Amount:
     """What the row of a resource holds; of what Placement has not told for its hosts, nothing."""
     most = amount_of(resource)
     return most if resource.hosts in ('', '[]') else no_more(most)
+
+
+def amount_of_host(found) -> Amount:
+    """What the row of a host has in all."""
+    return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
 def stored(amount: Amount, prefix: str = '') -> dict:
@@ -6533,12 +6555,13 @@ def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
                'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
 
 
-def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
+def peak(resource: int, begin: float, until: float, classes: Iterable[str] = (),
+         host: int = 0) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    tracks = ('', CLOSED, *classes)
-    ledger.read((resource, track, *piece[:2]) for track in tracks
+    tracks = {name: on_host(host, name) for name in ('', CLOSED, *classes)}
+    ledger.read((resource, track, *piece[:2]) for track in tracks.values()
                 for piece in ledger.within(resource, track, begin, until))
-    found = {track: ledger.peak(resource, track, begin, until) for track in tracks}
+    found = {name: ledger.peak(resource, track, begin, until) for name, track in tracks.items()}
     closed = found[CLOSED][0]
     if not db.in_transaction():
         ledger.forget()
@@ -6554,12 +6577,12 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
                                            each.until))
 
 
-def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
+def hold(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
     decide_on((On.RESOURCE, resource))
     tracks = [*amount.tracks] if begin < until else []
     for track, figures in tracks:
-        ledger.add(resource, track, begin, until, figures)
+        ledger.add(resource, on_host(host, track), begin, until, figures)
     # At once: who is first of those that wait must not be passed in this very transaction.
     if any(each < 0 for _, figures in tracks for each in figures):
         call_waiting(resource, begin, until)
@@ -6580,13 +6603,25 @@ def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
         remembered.change()
 
 
-def release(resource: int, begin: int, until: int, amount: Amount) -> None:
-    hold(resource, begin, until, NOTHING - amount)
+def release(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
+    hold(resource, begin, until, NOTHING - amount, host)
 
 
-def fits(resource, begin: float, until: float, amount: Amount) -> bool:
-    """Whether a resource row has room for an amount during all of a window."""
-    return (peak(resource.id, begin, until, amount.names) + amount).within(capacity(resource))
+def fits(each: Hold, now: float, more: Amount | None = None) -> bool:
+    """Whether there is room for a hold from now on; or, if it is there, for so much `more`."""
+    begin, more = max(each.begin, int(now)), each.amount if more is None else more
+    return begin >= each.until or (
+        peak(each.resource, begin, each.until, each.amount.names, each.host) + more).within(
+            most_of(each))
+
+
+def most_of(each: Hold) -> Amount:
+    """What there is in all where something is held."""
+    if not each.host:
+        return capacity(resource_of(each.resource, removed=True))
+    found = once('SELECT * FROM host WHERE id = ?', each.host)[0]
+    most = amount_of_host(found) if found.until >= each.until else NOTHING
+    return no_more(most._replace(vms=None))
 
 
 def give(pieces: Iterable[Hold]) -> None:
@@ -6608,10 +6643,8 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 
 def refuse_without_room(pieces: Iterable[Hold], now: float) -> None:
     """NoCapacity if one of some pieces, which don't overlap, doesn't fit from now on."""
-    for each in pieces:
-        place = resource_of(each.resource, removed=True)
-        if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
-            raise NoCapacity('')
+    if not all(fits(each, now) for each in pieces):
+        raise NoCapacity('')
 
 
 def steps(resource: int, begin: float, until: float,
@@ -6691,9 +6724,9 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
     held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS '
                 'vcpus, held_ram AS ram, held_classes AS classes FROM capacity WHERE resource_id = '
                 '? AND removed IS NULL', resource)
-    for table in ('occurrence', 'extra_hold'):
+    for table, where in ('occurrence', ''), ('extra_hold', ' AND host_id IS NULL'):
         held += rows(f'SELECT held_from, held_until, vms, vcpus, ram, classes FROM {table} '
-                     'WHERE resource_id = ? AND held_from < held_until', resource)
+                     f'WHERE resource_id = ? AND held_from < held_until{where}', resource)
     for each in held:
         changes[each.held_from] += amount_of(each)
         changes[each.held_until] -= amount_of(each)
@@ -6847,18 +6880,15 @@ def stored_placed(placed: dict[int, int]) -> str:
 
 def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
     """Holds, or gives back, what some VMs take of their hosts."""
-    if need.begin < need.until:
-        for host, number in placed.items():
-            for track, figures in (need.each * (sign * number)).tracks:
-                ledger.add(need.resource, on_host(host, track), need.begin, need.until, figures)
+    for *place, amount, host in host_holds(need, placed):
+        for track, figures in (amount * sign).tracks:
+            ledger.add(place[0], on_host(host, track), *place[1:], figures)
 
 
-def on_host(host: int, track: str) -> str:
-    """The track of a host."""
-    return f'@{host}:{track}'
-
-
-ON_HOSTS = "track LIKE '@%'"
+def host_holds(need: Need, placed: dict[int, int]) -> list[Hold]:
+    """What some VMs take of each of their hosts."""
+    return [Hold(*need[:3], need.each * number, host) for host, number in placed.items()
+            if number and need.begin < need.until]
 
 
 @functools.lru_cache
@@ -6919,11 +6949,6 @@ def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     classes = dict(most.classes)
     yield found.units, (*(classes.get(name, 0) - level[0] for name, level in zip(names, held[1:])),
                         most.vcpus - held[0][1], most.ram - held[0][2])
-
-
-def amount_of_host(found) -> Amount:
-    """What the row of a host has in all."""
-    return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
 def suits(host: int, units: str, need: Need) -> bool:
@@ -7205,6 +7230,7 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
                             WHERE o.id IN ({near}) AND o.held_from > ? AND o.held_from < ?
                               AND o.held_until > ? AND o.held_until > o.held_from
                               AND o.placed <> '' AND r.id <> ? AND r.host = '' AND r.affinity <> ?
+                              AND {MOVES_ALONE}
                             ORDER BY o.id""", int(now), until, begin, own, TOGETHER)
         found = [(each, need_of(hold_of(each), each)) for each in planned
                  if not read_placed(each.placed).keys().isdisjoint(hosts)]
@@ -7213,9 +7239,15 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
     return found
 
 
+#: Of an occurrence o, that no more is held on hosts for its reservation.
+MOVES_ALONE = ('NOT EXISTS (SELECT 1 FROM extra_hold x WHERE x.reservation_id = o.reservation_id '
+               'AND x.host_id IS NOT NULL)')
+
+
 class Replans(threading.local):
     """What this thread's rehearsals found, by need, for the transaction after them."""
     found: dict = {}
+    made: list = []  # the moves that have made room for what is decided now
     searches = 0  # so many may still be made; none where a quick answer is wanted
 
 
@@ -7228,7 +7260,8 @@ def replan(need: Need, had: dict[int, int], now: float,
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
+    possible = nearest and had.keys() <= lacking.keys()
+    for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
@@ -7241,8 +7274,8 @@ def make_moves(moves: list[tuple], now: float) -> bool:
     """Makes some moves, unless one can't be made any more; then the caller undoes them."""
     made = []
     for id, before, after in moves:
-        found = row('SELECT * FROM occurrence WHERE id = ? AND placed = ? AND held_from > ? '
-                    'AND held_until > held_from', id, before, now)
+        found = row('SELECT o.* FROM occurrence o WHERE id = ? AND placed = ? AND held_from > ? '
+                    f'AND held_until > held_from AND {MOVES_ALONE}', id, before, now)
         if not found:
             return False
         need, placed = on_hosts(found, now)
@@ -7286,13 +7319,15 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
     right, kept, planned = defaultdict(Profile), defaultdict(Profile), []
     for found in rows("SELECT * FROM occurrence WHERE resource_id = ? AND due IS NOT NULL "
                       "AND held_until > ? AND placed <> ''", resource, now):
-        need, placed = on_hosts(found, now)
-        for host, number in placed.items() if need.begin < need.until else ():
-            planned.append((need._replace(each=need.each * number), host))
-    planned += [each[1:] for each in closings(resource, now)]
-    for need, host in planned:
-        for track, figures in need.each.tracks:
-            right[on_host(host, track)].add(need.begin, need.until, figures)
+        planned += host_holds(*on_hosts(found, now))
+    planned += [each for _, need, host in closings(resource, now)
+                for each in host_holds(need, {host: 1})]
+    planned += [each._replace(begin=max(each.begin, now)) for each in map(hold_of, rows(
+        'SELECT * FROM extra_hold WHERE resource_id = ? AND host_id IS NOT NULL '
+        'AND held_until > ?', resource, now))]
+    for _, begin, until, amount, host in planned:
+        for track, figures in amount.tracks:
+            right[on_host(host, track)].add(begin, until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
                                    f'= ? AND {ON_HOSTS} ORDER BY track, at', resource):
         kept[track].ats.append(at)
@@ -7329,6 +7364,7 @@ def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
     placed, moves = replans.found.get(key) or (None, [])
     with Attempt() as attempt:
         if placed and make_moves(moves, now) and first_fit(need, placed, stay) == placed:
+            replans.made += moves
             return placed
         attempt.undo()
     return None
@@ -10249,6 +10285,11 @@ class Wish(NamedTuple):
     def held(self) -> tuple[int, int]:
         return self.start - self.lead, self.end
 
+    @property
+    def stays(self) -> bool:
+        """Whether its VMs are stopped at the end, and go on to be somewhere."""
+        return self.image != '' and self.at_end == 'stop'
+
     def columns(self, *names) -> dict:
         return {name: json.dumps(value) if isinstance(value, (list, dict)) else value
                 for name in names for value in (getattr(self, name),)}
@@ -10594,7 +10635,7 @@ THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
+FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
               'x.reservation_id AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
@@ -11643,7 +11684,7 @@ class Reasons:
                  AND held_from < ? AND held_until > ? AND held_until > held_from AND {where}
                    UNION ALL
               SELECT reservation_id, vms, held_from, held_until FROM extra_hold
-                WHERE resource_id = ?
+                WHERE host_id IS NULL AND resource_id = ?
                  AND held_from < ? AND held_until > ? AND {where}) h CROSS
                    JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
@@ -11935,6 +11976,7 @@ class View(NamedTuple):
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
     returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
+    seats: dict = {}  # of a series that starts stopped VMs again, the hosts on which they are
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
@@ -12015,13 +12057,29 @@ class Policy:
         self.hold_kept_hosts(change, now, -1)
         if not need.takes:
             return
-        placed = (find_hosts(need, had, bool(had) and change.before.held_from <= now, now, view.own)
-                  if change.growth else Counter([*Counter(had).elements()][:need.number]))
+        begun = bool(had) and change.before.held_from <= now
+        placed = (self.seats_for(need, had, begun, wish, view) if change.growth
+                  else Counter([*Counter(had).elements()][:need.number]))
         if placed is None:
             self.hold_kept_hosts(change, now, 1)
             raise self.reasons.without_hosts(need, wish)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
+
+    def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
+                  view: View) -> dict[int, int] | None:
+        """The hosts of what a change wants. VMs that stay after it are, if they can be, where there
+        is room for good, and where those that are started again have been.
+        """
+        if not wish.stays:
+            return find_hosts(need, had, stay, view.now, view.own)
+        stay, had = stay or bool(view.seats and not had), had or view.seats
+        placed = (had and first_fit(need, had, True)
+                  or first_fit(need._replace(until=int(LAST.timestamp())), had, stay)
+                  or find_hosts(need, had, stay, view.now, view.own))
+        view.seats.clear()
+        view.seats.update(placed or {})
+        return placed
 
     def refuse_shared_server(self, change: Change, view: View) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
@@ -12251,12 +12309,14 @@ class Bookings:
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
         ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+        replans.made = []
         with Attempt() as attempt:
             made = self.make_true(deal, now)
             runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
             growth = still_to_come(beyond(runs + stands, ran + stood), now)
             # VMs that run take more than those that only stay stopped
-            more = still_to_come(beyond(runs, ran), now) + growth
+            more = [each for each in still_to_come(beyond(runs, ran), now) + growth
+                    if not each.host]
             span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
             if not more or not span and not self.proposes_all:
@@ -12266,8 +12326,17 @@ class Bookings:
                 return made
             attempt.undo()
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
+        self.make_way(growth, now)
         self.propose(deal, until, growth, now)
         return None
+
+    def make_way(self, growth: list[Hold], now: float) -> None:
+        """Moves what makes way for a change that is proposed, where that doesn't need what the change
+        gives up.
+        """
+        if not make_moves(replans.made, now):
+            raise NoCapacity('')
+        refuse_without_room(growth, now)
 
     def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
         """On what a deal decides, beside what its rules name."""
@@ -12320,7 +12389,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line, deal.code == UNDO)
+        view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12338,6 +12407,13 @@ class Bookings:
         if refused:
             raise self.refusal_of(refused, sum(bool(each.after) for each in deal.changes), wish)
         return decided
+
+    def last_hosts(self, own: int, wish: Wish) -> dict[int, int]:
+        """The hosts of the last occurrence of a reservation whose VMs stay stopped."""
+        last = wish.stays and own and row(
+            "SELECT placed FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND "
+            "placed <> '' AND held_until > held_from ORDER BY start DESC LIMIT 1", own)
+        return read_placed(last.placed) if last else {}
 
     def decide(self, change: Change, view: View, clash: str) -> tuple[dict, Any, dict]:
         """Holds what one change wants, or what `clash` says is done instead."""
@@ -12521,16 +12597,18 @@ class Bookings:
 
     def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
-        return [hold_of(each) for each in rows(
-            'SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-            'WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from', reservation)
-            ] + (self.stopped_held(reservation) if stopped else [])
+        found = rows('SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes, placed '
+                     'FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+                     'AND held_until > held_from', reservation)
+        on = itertools.chain(*(host_holds(*on_hosts(each, 0)) for each in found))
+        return [*map(hold_of, found), *on] + (self.stopped_held(reservation) if stopped else [])
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
         for each in holds:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
-                   held_from=each.begin, held_until=each.until, **stored(each.amount))
+                   host=each.host or None, held_from=each.begin, held_until=each.until,
+                   **stored(each.amount))
 
     def drop_proposals(self, reservation: int, occurrence: int | None = None,
                        code: str | None = None) -> int:
@@ -12566,8 +12644,7 @@ class Bookings:
         for each in wants:
             hold(*each)
         growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
-        if not all(fits(resource_of(each.resource, removed=True), max(each.begin, int(now)),
-                        each.until, NOTHING) for each in still_to_come(growth, now)):
+        if not all(fits(each, now, NOTHING) for each in growth):
             raise NoCapacity(STOPPED_KEEP)
         self.write_stopped(reservation, had, wants)
 
@@ -12601,6 +12678,19 @@ class Bookings:
             raise NoCapacity(STOPPED_KEEP) from None
         self.write_stopped(reservation, had, wants)
 
+    def leave_stopped(self, reservation: int) -> bool:
+        """Gives back what is held for stopped VMs, until they are counted again; whether any is."""
+        had = self.stopped_held(reservation)
+        give(had)
+        self.write_stopped(reservation, had, [])
+        return bool(had)
+
+    def leave_hosts_of(self, proposal) -> None:
+        """Gives back what a proposal takes more of hosts."""
+        those = 'extra_hold WHERE proposal_id = ? AND host_id IS NOT NULL'
+        give(map(hold_of, rows(f'SELECT * FROM {those}', proposal.id)))
+        run(f'DELETE FROM {those}', proposal.id)
+
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
         self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
@@ -12616,12 +12706,15 @@ class Bookings:
             again = min(there, lacks[after.id]) if starts_them else 0
             if again:
                 lacks[after.id] -= again
-            one = amount_of(each) if each.host else amount_of(each) // each.vms
-            for number, until in ((again, after.held_from if again else 0),
-                                  (there - again, int(LAST.timestamp()))):
-                if number and each.held_until < until:
-                    amount = one if each.host else one * number
-                    yield Hold(each.resource_id, each.held_until, until, amount)
+            amount, seats = amount_of(each), [*Counter(read_placed(each.placed)).elements()]
+            for some, until in (range(again), after.held_from if again else 0), (
+                    range(again, there), int(LAST.timestamp())):
+                if some and each.held_until < until:
+                    stay = Hold(each.resource_id, each.held_until, until,
+                                amount if each.host else amount // each.vms * len(some))
+                    yield stay
+                    yield from host_holds(need_of(stay), Counter(
+                        seats[n] for n in some if n < len(seats)))
 
     def erase(self, reservation: int) -> None:
         """Erases a reservation as if it had never been."""
@@ -12682,23 +12775,23 @@ class Bookings:
         """
         until = min(int(now + self.service.undo_for), last_of(deal))
         gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
-        self.write_proposal(deal, until, gave, now, {})
+        # what has moved to make way may be there now
+        self.write_proposal(deal, until, [each for each in gave if fits(each, now)], {})
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        self.write_proposal(deal, until, growth, now, shown)
+        self.write_proposal(deal, until, growth, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
 
-    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
-                       shown: dict) -> None:
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(holds, now)
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], shown: dict) -> None:
+        for each in holds:
+            hold(*each)
         old = deal.old
         id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
                     named=deal.named, user=self.service.actor.user, code=deal.code,
@@ -13201,6 +13294,21 @@ class Admission:
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
+
+    def propose_anew(self, proposal, now: float) -> None:
+        """Holds what a proposal takes more on hosts, as these are by now; if there are any."""
+        reservation, replans.made = proposal.reservation_id, []
+        had = self.bookings.holds(reservation)
+        with suppress(Conflict):
+            with undone():
+                self.grant(proposal, now)
+                growth = still_to_come(beyond(self.bookings.holds(reservation), had), now)
+            growth = [each for each in growth if each.host]
+            with Attempt():
+                self.bookings.make_way(growth, now)
+                for each in growth:
+                    hold(*each)
+                self.bookings.hold_beside(reservation, proposal.id, growth)
 
     def commit_back(self, old, wish: Wish, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
@@ -15135,8 +15243,18 @@ class Plan(Operations):
                AND (CAST(? AS TEXT) IS NULL OR o.id IN numbers(?) {on})
              ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""",
                     resource, int(now), *[None if those is None else json.dumps([*those])] * 2, now)
-        short = [each.id for each in live[::-1] if self.lacks_hosts(each, suspects, now)]
-        return [id for id in short[::-1] if not self.finds_hosts(id, now)]
+        short = [each for each in live[::-1] if self.lacks_hosts(each, suspects, now)][::-1]
+        beside = rows('SELECT DISTINCT p.* FROM extra_hold x JOIN proposal p ON p.id = '
+                      'x.proposal_id WHERE x.resource_id = ? AND x.host_id IN numbers(?)', resource,
+                      json.dumps([*suspects]))
+        for each in beside:
+            self.bookings.leave_hosts_of(each)
+        stay_on: dict = defaultdict(dict)
+        homeless = [each.id for each in short
+                    if not self.finds_hosts(each.id, stay_on[each.reservation_id], now)]
+        for each in beside:
+            self.admission.propose_anew(each, now)
+        return homeless
 
     def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
         """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
@@ -15152,17 +15270,29 @@ class Plan(Operations):
             self.note_plan(found.id, placed)
         return sum(placed.values()) < need.number and need.takes
 
-    def finds_hosts(self, id: int, now: float) -> bool:
-        """Plans those VMs of an occurrence that have no host; whether all have one then."""
-        found = row('SELECT o.*, r.affinity, r."where" FROM occurrence o JOIN reservation r '
-                    'ON r.id = o.reservation_id WHERE o.id = ?', id)
+    def finds_hosts(self, id: int, stay_on: dict, now: float) -> bool:
+        """Plans those VMs of an occurrence that have no host; whether all have one then.
+
+        Args:
+          stay_on: where VMs of the same reservation are that stay stopped until they start again
+        """
+        found = row('SELECT o.*, r.affinity, r."where", (SELECT min(n.held_from) FROM occurrence n '
+                    'WHERE n.reservation_id = r.id AND n.held_from >= o.held_until AND '
+                    "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now, found)
+        stays = self.bookings.leave_stopped(found.reservation_id)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(heals=True), had, found.held_from <= now, now,
+        until = found.next if stays and found.next else int(LAST.timestamp())
+        placed = find_hosts(need._replace(heals=True, until=until if stays else need.until),
+                            stay_on or had, bool(stay_on) or found.held_from <= now, now,
                             found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
+        if stays:
+            self.bookings.count_stopped(found.reservation_id, now)
+            stay_on |= placed or {}
         return placed is not None
 
     def note_plan(self, id: int, placed: dict[int, int]) -> None:
@@ -15477,7 +15607,7 @@ class Plan(Operations):
         """What holds something in a window: proposals, then occurrences, the latest added first."""
         fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
-                    'AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
+                    'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
                     resource, begin, until) + rows(
             f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
@@ -15644,6 +15774,7 @@ class Claims(Operations):
                 hold_on(need, {spare: -1, host: 1})
                 placed = Counter(placed) + Counter({host: 1}) - Counter({spare: 1})
                 self.note_plan(found.id, placed)
+                self.bookings.count_stopped(found.reservation_id, now)
                 break
         return need
 
