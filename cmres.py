@@ -15055,10 +15055,19 @@ class Plan(Operations):
         return done
 
     def follow(self, cloud: str, told: list[Aggregate]) -> None:
-        """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
-        for each in told:
-            found = self.synced_before(cloud, each)
-            if not found or each.owner not in ('', self.clouds.store):
+        """Lets the resources of a cloud be as it tells by now. Who has no host any more is told.
+
+        If an aggregate was deleted, nothing more is planned on its hosts; what runs there stays. One
+        that is made anew with its name and our mark takes its place.
+        """
+        pairs = [(self.synced_before(cloud, each), each) for each in told]
+        there = {found.id for found, _ in pairs if found}
+        gone = [found for found in rows('SELECT * FROM resource WHERE cloud = ? AND removed IS NULL '
+                                        'AND id IN (SELECT resource_id FROM host)', cloud)
+                if found.id not in there]
+        for found, each in [*pairs, *map(self.deleted_aggregate, gone)]:
+            if not found or each.owner not in ('', self.clouds.store) or not (
+                    each.mark or each.id == found.aggregate_id):
                 continue
             if found.named:  # what can be reserved by its name, an admin decides
                 there = each.hosts.items()
@@ -15069,6 +15078,64 @@ class Plan(Operations):
                                   searches=FEW_SEARCHES)
             except Conflict as error:
                 log.warning('%s', error)
+
+    def deleted_aggregate(self, found) -> tuple[Any, Aggregate]:
+        """A resource whose aggregate is gone, and that as if all of its hosts were disabled."""
+        hosts = rows('SELECT * FROM host WHERE resource_id = ?', found.id)
+        if found.aggregate_id:
+            with self.writing() as now:
+                change(Resource, found.id, aggregate_id='')
+                self.journal(now, 'trouble', f"the aggregate '{found.aggregate}' of {found.cloud} "
+                             f"was deleted, so nothing more is planned on the hosts of "
+                             f"'{found.name}'. Create it again and run `resource sync "
+                             f"{found.cloud} --aggregate {found.aggregate}`, or delete the resource")
+        return found._replace(aggregate_id=''), Aggregate(
+            found.aggregate, {each.name: amount_of_host(each) for each in hosts}, '',
+            {each.name: HostTold(json.loads(each.units or '{}'), each.state or DISABLED,
+                                 properties=json.loads(each.properties)) for each in hosts})
+
+    def follow_flavors(self, cloud: str, told: list[Thing]) -> None:
+        """Lets what has not begun take what its flavor takes by now, where that is otherwise than at
+        the last look; who finds no room for it is told.
+        """
+        key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
+                                          for name in (each.name, each.id)}
+        before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
+        if text == fact(key):
+            return
+        as_read = json.loads(text)
+        other = {name: (Flavor(*before[name][:2], (*map(tuple, before[name][2]),), before[name][3]),
+                        sizes[name]) for name in sizes if before.get(name, 0) not in (
+                            0, as_read[name])}
+        self.after_search(lambda now: [(self.resize(cloud, other, now),)], searches=FEW_SEARCHES)
+        with self.writing():
+            note_fact(key, text)
+
+    def resize(self, cloud: str, other: dict[str, tuple[Flavor, Flavor]], now: float) -> int:
+        """Plans what has not begun with other sizes, of flavors before and now; of how many."""
+        found = [id for id, in run(
+            'SELECT o.id FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id '
+            'JOIN reservation r ON r.id = o.reservation_id WHERE s.cloud = ? AND s.removed IS NULL '
+            "AND o.due IS NOT NULL AND o.held_from > ? AND o.start > ? AND r.host = '' "
+            'AND r.flavor IN names(?)', cloud, int(now), int(now), json.dumps([*other]))]
+        for each in self.look.in_order(found):
+            wish = self.wishes.carried_on(each)._replace(resource=resource_of(each.resource_id))
+            had, has = (self.wishes.each_takes({'flavor': Thing('', '', True, flavor=flavor)},
+                                               wish.resource) for flavor in other[each.flavor])
+            if wish.each == has:  # it was reserved since
+                continue
+            fits = self.moved_to(each, wish._replace(each=wish.each + (has - had)), now)
+            said = f"the flavor '{each.flavor}' has another size now: {amount_in_words(has._replace(vms=0))}"
+            if rehearsal.on:
+                continue
+            if fits:
+                self.tell(now, 'updated', f'{said}. It is planned with that', each, each.id)
+                continue
+            when = self.config.told_window(each.start, each.end, each.tz)
+            self.tell(now, 'affected', f"{said}, and there is no room for {quantity('vms', each.vms)} "
+                      f'of that from {when}. Choose another time, fewer VMs or another flavor',
+                      each, each.id, admins=True)
+        return len(found)
 
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
         """Plans elsewhere what has begun on hosts that are down for long enough: where there is room,
@@ -15540,7 +15607,7 @@ class Plan(Operations):
                   and not found.host and not each.approval and each.mode == here.mode]
         wish = self.wishes.carried_on(found)
         for place in others:
-            if self.moved_to(found, wish._replace(resource=place), now):
+            if self.moved_to(found, wish._replace(resource=place), now, alone=True):
                 return place.name, found.start
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
@@ -15549,15 +15616,18 @@ class Plan(Operations):
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
-        if first is not None and self.moved_to(found, later, now):
+        if first is not None and self.moved_to(found, later, now, alone=True):
             return here.name, start
         return None
 
-    def moved_to(self, found, wish: Wish, now: float) -> bool:
-        """Moves an occurrence to where it is wished to be, if every rule lets it."""
+    def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
+        """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise than
+        the others of its series.
+        """
+        altered = bool(found.repeats and alone or found.altered)
         deal = Deal('maintenance', wish, [change_to(
-            found, wish._replace(stretches=[]), now, found.slot, told=0,
-            altered=bool(found.repeats))], found, stretches=None if found.repeats else [])
+            found, wish._replace(stretches=[]), now, found.slot, found.waiting is not None, told=0,
+            altered=altered)], found, stretches=None if found.repeats else [])
         try:
             with Attempt():
                 self.bookings.commit(deal, now)
@@ -17551,6 +17621,7 @@ class Workers:
             'lend': lambda call: self.clouds.open(call.account).lend(call.target),
             'verify': lambda call: self.clouds.open(call.account).saved(call.target.snapshot_id),
             'hosts': lambda call: self.clouds.open(call.target).aggregates(),
+            'flavors': lambda call: self.clouds.open(call.target).things('flavor'),
             'states': lambda call: self.clouds.open(call.target).states()}
 
     def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
@@ -18504,7 +18575,7 @@ class HostWatch:
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
-        them, 'states' whether they take VMs.
+        them, 'states' whether they take VMs, 'flavors' what VMs take.
         """
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
@@ -18521,9 +18592,11 @@ class HostWatch:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
         told, self.told = self.told, []
         for each in told:
-            if each.verb == 'hosts' and each.target in self.leader.held:
-                self.service.follow(each.target, each.answer)
-            if each.verb == 'hosts' or each.target not in self.leader.held:
+            if each.target not in self.leader.held:
+                continue
+            if each.verb != 'states':
+                follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors}
+                follow[each.verb](each.target, each.answer)
                 continue
             if any(each.answer.get(host.name, (host.state,))[0] != host.state
                    for host in rows(PLANNED_HOSTS, each.target)):
@@ -18572,7 +18645,7 @@ class Reconciler:
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
             'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
-            'hosts': watch.record, 'states': watch.record}
+            **dict.fromkeys(('hosts', 'states', 'flavors'), watch.record)}
 
     def record(self, now: float) -> None:
         """Writes down what calls came to since the last pass; that waits until it has worked."""
@@ -18981,7 +19054,8 @@ class LifeCycle:
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
-        for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
+        for verb, often in (('hosts', self.config.sync_every), ('flavors', self.config.sync_every),
+                            ('states', self.config.hosts_every)):
             beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
         self.guarded(self.clouds.prepare)
         self.leader.shares = True
@@ -27916,8 +27990,20 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         """The hosts of a request, and those that it lost here before: of several servers at once,
         Nova asks for each with what the one before has left.
         """
-        grouped = spec.obj_attr_is_set('instance_group') and spec.instance_group
-        return [*hosts, *([] if grouped else [each for each in lost if each not in hosts])]
+        hosts = [*hosts]
+        there = hosts + [each for each in lost if each not in hosts]
+        return [each for each in there if self.may_join(each, spec)]
+
+    def may_join(self, host, spec) -> bool:
+        """Whether a host is as the server group of a request wants it, by those that are there."""
+        group = spec.obj_attr_is_set('instance_group') and spec.instance_group
+        policy = group.policy if group else ''
+        if policy == 'affinity':
+            return not group.hosts or host.host in group.hosts
+        if policy == 'anti-affinity' and spec.instance_uuid not in host.instances:
+            most = (group.rules or {}).get('max_server_per_host', 1)
+            return len(host.instances.keys() & {*group.members}) < most
+        return True
 
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if

@@ -172,7 +172,7 @@ class World:
 
     def __init__(self, path, **settings):
         settings = {'mail_server': '127.0.0.1:9'} | cmres.with_new_names('setting', settings)
-        if not (path in OTHER or (path / 'cmres.db').exists()):
+        if '' in OTHER and not (path in OTHER or (path / 'cmres.db').exists()):  # else `open_store` makes one
             new_store(path, OTHER[''])
         database, key = OTHER.get(path, (str(path / 'cmres.db'), ''))
         self.config = cmres.Config(database=database, **{'key': key} | settings)
@@ -11800,10 +11800,10 @@ def test_few_are_refused_for_whom_there_is_a_plan(world):
     assert found['moved'] and found['hosts'] and found['wrong'] <= found['asked'] // 50
 
 
-def survey(world):
+def survey(world, *verbs):
     """What the life cycle does every few minutes: asks the clouds for their hosts, and follows."""
     world.cycle.settle()
-    for verb in ('hosts', 'states'):
+    for verb in verbs or ('hosts', 'states'):
         world.cycle.watch.ask(verb)
         world.cycle.settle()
 
@@ -12082,6 +12082,195 @@ def test_what_moves_goes_only_to_hosts_that_are_as_it_asked(racks):
     assert planned('a') == [{'h1': 1}] and racks.service.check()['differences'] == 0
     racks.as_user().update('a', where='')
     assert planned('a') == [{'h1': 1}]
+
+
+def held_on_hosts(racks, label):
+    """What is held beside the occurrences of a label, by the names of hosts: (host, GPUs, hours from noon on)."""
+    names = dict(cmres.run('SELECT id, name FROM host').fetchall())
+    return sorted((names[each.host_id], json.loads(each.classes or '{}').get('CUSTOM_GPU', 0),
+                   (each.held_from - NOON.timestamp()) / 3600, (each.held_until - NOON.timestamp()) / 3600)
+                  for each in cmres.rows('SELECT x.* FROM extra_hold x JOIN reservation r ON r.id = x.reservation_id '
+                                         'WHERE r.label = ? AND x.host_id IS NOT NULL', label))
+
+
+def test_stopped_vms_hold_the_host_on_which_they_are(racks):
+    gpus(racks, 'later', 'g8', start=5, end=6)
+    gpus(racks, 'lab', 'g5', image='cirros', at_end='stop')
+    assert planned('lab') == [{'h2': 1}]  # where it can stay
+    assert [each[:3] for each in held_on_hosts(racks, 'lab')] == [('h2', 5, 2)]
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g4', 3, start=7, end=8)
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g4', image='cirros', at_end='stop', start=3, end=4)  # on h1 until 5 o'clock at most
+    gpus(racks, 'yes', 'g3', image='cirros', at_end='stop', start=3, end=4)
+    assert planned('yes') == [{'h2': 1}] and racks.service.check()['differences'] == 0
+    for hour in (1, 1.5, 2, 2.1):
+        racks.at(hour)
+    assert racks.state('lab') == 'ended' and [each[:3] for each in held_on_hosts(racks, 'lab')] == [('h2', 5, 2)]
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g4', 3, start=7, end=8)
+    racks.as_user().delete('lab', kept=True)
+    racks.at(2.2)
+    racks.at(2.3)
+    assert held_on_hosts(racks, 'lab') == [] and racks.service.check()['differences'] == 0
+    gpus(racks, 'both', 'g4', 3, start=7, end=8)
+
+
+def test_a_series_starts_its_stopped_vms_on_their_hosts(racks):
+    gpus(racks, 'full', 'g8', start=1, end=2)
+    book(racks.as_user(), 'ser', start=1, end=2, resource='gpu', flavor='g5', repeat='daily', count=3, image='cirros', at_end='stop')
+    assert planned('ser') == [{'h2': 1}] * 3
+    assert [each[:1] + each[2:] for each in held_on_hosts(racks, 'ser')][:2] == [('h2', 2, 25), ('h2', 26, 49)]
+    racks.as_user().update('ser', end=timedelta(hours=2))
+    assert planned('ser') == [{'h2': 1}] * 3 and racks.service.check()['differences'] == 0
+
+
+def test_what_stays_stopped_moves_with_its_reservation_if_a_host_is_lost(racks, monkeypatch):
+    rack(racks, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8})
+    gpus(racks, 'later', 'g4', start=9, end=10)
+    book(racks.as_user(), 'ser', start=1, end=2, resource='gpu', flavor='g5', repeat='daily', count=3, image='cirros', at_end='stop')
+    assert planned('ser') == [{'h2': 1}] * 3
+    told_hosts(monkeypatch, {'h1': 8, 'h3': 8})
+    survey(racks)
+    assert planned('ser') == [{'h3': 1}] * 3 and {each[0] for each in held_on_hosts(racks, 'ser')} == {'h3'}
+    assert racks.service.check()['differences'] == 0
+
+
+@pytest.fixture
+def approved(racks):
+    racks.service.resource_update('gpu', approval=timedelta(hours=9))
+    return racks
+
+
+def test_what_awaits_approval_holds_its_host(approved):
+    gpus(approved, 'lab', 'g5')
+    approved.service.approve('lab', project='biology')
+    approved.as_user().extend('lab', hours(2))
+    assert held_on_hosts(approved, 'lab') == [('h1', 5, 2, 4)]
+    book(approved.service, 'other', start=2, end=3, resource='gpu', flavor='g4')
+    assert planned('other') == [{'h2': 1}]
+    with pytest.raises(NoCapacity):
+        book(approved.service, 'no', start=2, end=3, resource='gpu', flavor='g4', vms=2)
+    approved.service.approve('lab', project='biology')
+    assert planned('lab') == [{'h1': 1}] and held_on_hosts(approved, 'lab') == []
+    assert approved.service.check()['differences'] == 0
+
+
+def test_what_is_rejected_gives_its_host_back(approved):
+    gpus(approved, 'lab', 'g5')
+    approved.service.approve('lab', project='biology')
+    approved.as_user().update('lab', vms=2)
+    assert held_on_hosts(approved, 'lab') == [('h2', 5, 1, 2)]
+    approved.service.reject('lab', project='biology')
+    book(approved.service, 'big', start=1, end=2, resource='gpu', flavor='g8')
+    assert planned('big') == [{'h2': 1}] and approved.service.check()['differences'] == 0
+
+
+def test_others_move_for_what_is_proposed(approved):
+    book(approved.service, 'a', start=1, end=2, resource='gpu', flavor='g8')
+    book(approved.service, 'b', start=1, end=4, resource='gpu', flavor='g3')
+    book(approved.service, 'c', start=2, end=4, resource='gpu', flavor='g5')
+    assert [planned(each) for each in 'abc'] == [[{'h1': 1}], [{'h2': 1}], [{'h1': 1}]]
+    gpus(approved, 'mine', 'g1', start=5, end=6)
+    approved.service.approve('mine', project='biology')
+    approved.as_user().update('mine', flavor='g8', start=NOON + hours(3), end=NOON + hours(4))
+    held = held_on_hosts(approved, 'mine')
+    assert planned('b') == planned('c') == [{'h2': 1}] and held == [('h1', 8, 3, 4)]
+    approved.service.approve('mine', project='biology')
+    assert planned('mine') == [{'h1': 1}] and approved.service.check()['differences'] == 0
+
+
+def test_a_proposal_is_planned_anew_if_its_host_is_lost(approved, monkeypatch):
+    gpus(approved, 'lab', 'g5')
+    approved.service.approve('lab', project='biology')
+    approved.as_user().update('lab', vms=2)
+    assert held_on_hosts(approved, 'lab') == [('h2', 5, 1, 2)]
+    told_hosts(monkeypatch, {'h1': 8, 'h3': 8})
+    survey(approved)
+    assert held_on_hosts(approved, 'lab') == [('h3', 5, 1, 2)]
+    told_hosts(monkeypatch, {'h1': 8})
+    survey(approved)
+    assert held_on_hosts(approved, 'lab') == [] and approved.service.check()['differences'] == 0
+    with pytest.raises(NoCapacity):
+        approved.service.approve('lab', project='biology')
+    told_hosts(monkeypatch, {'h1': 8, 'h3': 8})
+    survey(approved)
+    approved.service.approve('lab', project='biology')
+    assert planned('lab') == [{'h1': 1, 'h3': 1}] and approved.service.check()['differences'] == 0
+
+
+def test_what_a_change_gave_up_is_kept_on_its_host_for_undo(racks):
+    gpus(racks, 'lab', 'g5')
+    gpus(racks, 'other', 'g8', start=4, end=5)
+    page = racks.as_user()
+    page.undo_for = 10
+    page.update('lab', start=NOON + hours(4), end=NOON + hours(5))
+    assert planned('lab') == [{'h2': 1}] and held_on_hosts(racks, 'lab') == [('h1', 5, 1, 2)]
+    with pytest.raises(NoCapacity):
+        gpus(racks, 'no', 'g4', 3)
+    gpus(racks, 'yes', 'g4', 2)
+    assert planned('yes') == [{'h2': 2}]
+    page.take_back([cmres.rows('SELECT id FROM proposal')[0].id])
+    assert planned('lab') == [{'h1': 1}] and racks.service.check()['differences'] == 0
+
+
+def test_what_has_not_begun_is_planned_with_what_its_flavor_takes_by_now(racks, monkeypatch):
+    gpus(racks, 'runs', 'g2', start=0, end=9)
+    gpus(racks, 'comes', 'g2', 3, start=1, end=3)
+    book(racks.as_user(), 'ser', start=1, end=3, resource='gpu', flavor='g2', repeat='daily', count=2)
+    gpus(racks, 'other', 'g4', start=1, end=3)
+    racks.at(0.5)
+    survey(racks, 'flavors')
+    monkeypatch.setitem(cmres.Simulated.FLAVORS, 'g2', cmres.Flavor(16, 2**17, (('CUSTOM_GPU', 1),)))
+    survey(racks, 'flavors')
+    took = lambda label: {each.classes for each in cmres.rows(  # noqa: E731
+        'SELECT o.classes FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE r.label = ?', label)}
+    assert took('comes') == {'{"CUSTOM_GPU": 3}'} and took('runs') == {'{"CUSTOM_GPU": 2}'} and took('ser') == {'{"CUSTOM_GPU": 1}'}
+    assert not any(each['altered'] for each in map(dict, [each._asdict() for each in cmres.rows('SELECT altered FROM occurrence')]))
+    told, = [each['sentence'] for each in racks.service.events('comes') if each['code'] == 'updated']
+    assert told == "the flavor 'g2' has another size now: 16 vCPUs, 131072 MiB of RAM, 1 CUSTOM_GPU. It is planned with that"
+    monkeypatch.setitem(cmres.Simulated.FLAVORS, 'g2', cmres.Flavor(80, 2**17, (('CUSTOM_GPU', 5),)))
+    survey(racks, 'flavors')
+    assert took('comes') == {'{"CUSTOM_GPU": 3}'} and len(affected(racks, 'comes')) == 1
+    assert 'and there is no room for 3 VMs of that from' in affected(racks, 'comes')[0]
+    before = cmres.db.state()
+    survey(racks, 'flavors')
+    assert cmres.db.state() == before and racks.service.check()['differences'] == 0
+
+
+def test_a_flavor_that_has_grown_is_given_room_by_a_move(racks, monkeypatch):
+    gpus(racks, 'a', 'g3', start=1, end=3)
+    gpus(racks, 'b', 'g5', start=1, end=3)
+    gpus(racks, 'c', 'g2', start=1, end=3)
+    gpus(racks, 'd', 'g1', 3, start=1, end=3)
+    assert [planned(each) for each in 'abcd'] == [[{'h1': 1}], [{'h1': 1}], [{'h2': 1}], [{'h2': 3}]]
+    survey(racks, 'flavors')
+    monkeypatch.setitem(cmres.Simulated.FLAVORS, 'g3', cmres.Flavor(64, 2**17, (('CUSTOM_GPU', 4),)))
+    survey(racks, 'flavors')
+    assert affected(racks, 'a') == [] and racks.service.check()['differences'] == 0 and planned('a') == [{'h2': 1}]
+
+
+def test_a_deleted_aggregate_is_as_if_all_its_hosts_were_disabled(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='7')
+    racks.service.resource_sync('simulated')
+    gpus(racks, 'runs', 'g4', start=1, end=6)
+    gpus(racks, 'comes', 'g4', start=3, end=5)
+    racks.at(2)
+    monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', ())
+    survey(racks)
+    assert planned('runs') == [{'h1': 1}] and planned('comes') == [{}] and len(affected(racks, 'comes')) == 1
+    told = [each['sentence'] for each in racks.service.events() if each['code'] == 'trouble']
+    assert len(told) == 1 and told[0].startswith("the aggregate 'gpu' of simulated was deleted, so nothing more is planned on the hosts of 'gpu'")
+    with pytest.raises(NoCapacity, match='hold 0 of 1 VM'):
+        gpus(racks, 'no', 'g1', start=7, end=8)
+    before = cmres.db.state()
+    survey(racks)
+    assert cmres.db.state() == before and racks.service.check()['differences'] == 0
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, id='9')
+    survey(racks)
+    assert planned('comes') == [{'h1': 1}] and racks.service.check()['differences'] == 0
+    gpus(racks, 'yes', 'g1', start=7, end=8)
+    assert racks.service.resource_sync('simulated') == []
 
 
 # Service: who may what #######################################################
@@ -26344,13 +26533,17 @@ def test_of_several_servers_at_once_each_may_go_where_the_others_may_not(schedul
     rack(world, monkeypatch, {'gpu-1': 8, 'gpu-2': 8})
     gpus(world, 'lab', 'g4', 4, start=0)
     wish = {'vcpus': 16, 'ram': 2**17, 'specs': {'resources:CUSTOM_GPU': '4'}, 'hints': {'cmres': ['lab']}}
-    for group, went in (None, ['gpu-1', 'gpu-1', 'gpu-2', 'gpu-2', None]), (Handed(), ['gpu-1', 'gpu-1', None]):
-        spec, hosts, found = spec_of(**wish), HOSTS[:3], []
-        spec.instance_group = group
+    for policy, rules, went in ((None, {}, ['gpu-1', 'gpu-1', 'gpu-2', 'gpu-2', None]), ('affinity', {}, ['gpu-1', 'gpu-1', None]),
+                                ('anti-affinity', {}, ['gpu-1', 'gpu-2', None]), ('soft-affinity', {}, ['gpu-1', 'gpu-1', 'gpu-2']),
+                                ('anti-affinity', {'max_server_per_host': 2}, ['gpu-1', 'gpu-1', 'gpu-2', 'gpu-2', None])):
+        spec, hosts, found = spec_of(**wish), [Handed(**vars(each), instances={}) for each in HOSTS[:3]], []
+        group = spec.instance_group = policy and Handed(policy=policy, rules=rules, hosts=[], members=[f's{n}' for n in range(5)])
         for n in range(len(went)):
             spec.instance_uuid = f's{n}'
             hosts = [*scheduler.filter_all(hosts, spec)]
             found.append(hosts[0].host if hosts else None)
+            for each in hosts[:1] if group else ():  # as Nova notes it
+                each.instances[f's{n}'] = group.hosts.append(each.host)
         assert found == went
         cmres.run('DELETE FROM claim')
 
@@ -28698,18 +28891,115 @@ def bench_stress(folder: Path) -> None:
         shutil.rmtree(server.folder)
 
 
+@contextlib.contextmanager
+def timing_searches():
+    """The processor seconds of each search for hosts; none may be made while others can't write."""
+    seconds, search = [], cmres.replan
+
+    def timed(*args):
+        assert cmres.rehearsal.on, 'a search under the write lock'
+        began = time.thread_time()
+        try:
+            return search(*args)
+        finally:
+            seconds.append(time.thread_time() - began)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cmres, 'replan', timed)
+        yield seconds
+
+
 def bench_hosts(folder: Path) -> None:
     """Of requests for 2.5 times the capacity, those refused though there is a plan; what is used; what it costs."""
-    for kind, hosts, days in (('plain', 2, 56), ('plain', 4, 56), ('odd', 4, 56), ('skewed', 4, 56), ('plain', 10, 28)):
+    for kind, hosts, days in (('plain', 2, 56), ('plain', 4, 56), ('odd', 4, 56), ('skewed', 4, 56), ('plain', 10, 42)):
         for moves in (True, False):
             (made := folder / f'{kind}-{hosts}-{moves}').mkdir()
-            found = demand(World(made), kind, hosts, days, seed=1, moves=moves)
+            with timing_searches() as seconds:
+                found = demand(World(made), kind, hosts, days, seed=1, moves=moves)
             possible = found['direct'] + found['moved'] + found['wrong']
             costs = ', '.join(f"{name} {1e3 * found[f'{name} s'] / found[name]:.0f} ms" for name in ('direct', 'moved', 'hosts')
                               if found[name])
             print(f"{kind} VMs, {hosts} hosts, {'with' if moves else 'without'} moves: {100 * found['wrong'] / possible:.1f} % of "
-                  f"{possible} refused wrongly, {100 * found['used']:.0f} % used; {costs}", flush=True)
+                  f"{possible} refused wrongly, {100 * found['used']:.0f} % used; {costs}; "
+                  f'the longest search {1e3 * max(seconds, default=0):.0f} ms', flush=True)
             cmres.close_store()
+
+
+def crowd(world, patch, hosts: int, number: int) -> int:
+    """Fills `gpu`, a resource of hosts of 8 GPUs, and `sum`, one without hosts, with so many reservations of 1 GPU each, to about
+    four fifths; until when, in hours from noon on.
+    """
+    dice, begin, one = random.Random(1), int(NOON.timestamp()), cmres.Amount(1, 16, 2**17, (('CUSTOM_GPU', 1),))
+    rack(world, patch, {f'h{n}': 8 for n in range(hosts)})
+    world.service.resource_add('sum', cloud='simulated', vcpus=128 * hosts, ram=2**20 * hosts, classes={'CUSTOM_GPU': 8 * hosts})
+    places = [each.id for each in cmres.rows("SELECT id FROM resource WHERE name IN ('gpu', 'sum') ORDER BY name")]
+    ids = [id for id, in cmres.run('SELECT id FROM host ORDER BY id')]
+    ends, lines, changes = {}, [], collections.defaultdict(collections.Counter)
+    for n in range(number):
+        lane = dice.choice(ids), dice.randrange(8)
+        start = ends.get(lane, begin) + 3600 * dice.choice((0, 0, 0, 1, 3))
+        ends[lane] = end = start + 3600 * dice.choice((1, 2, 4, 8, 24, 48))
+        lines.append((start, end, lane[0]))
+        for host in (0, lane[0]):
+            changes[host].update({start: 1})
+            changes[host].subtract({end: 1})
+    def write(table, like, rows):
+        marks = ', '.join('?' * len(like))
+        cmres.db.connection().executemany(f'INSERT INTO {table} VALUES ({marks})', ((*(like | each).values(),) for each in rows))
+    world.as_user('u', 'p').add('like', 'gpu', NOON + hours(10**5), hours(1), 1, 'g1')
+    with cmres.transaction():
+        like = [cmres.rows(f'SELECT * FROM {table}')[0]._asdict() for table in ('reservation', 'occurrence')]
+        for place, among in zip(places, (changes, {0: changes[0]})):
+            told = [*enumerate(lines, cmres.rows('SELECT max(id) AS id FROM reservation')[0].id + 1)]
+            write('reservation', like[0], [{'id': n, 'label': f'r{n}', 'over': end} for n, (_, end, _) in told])
+            write('occurrence', like[1], [
+                {'id': n, 'reservation_id': n, 'resource_id': place, 'start': start, 'end': end, 'held_from': start, 'held_until': end,
+                 'due': start, 'placed': json.dumps({host: 1}) if len(among) > 1 else ''} for n, (start, end, host) in told])
+            for host, each in among.items():
+                levels = [*zip(sorted(each), itertools.accumulate(each[at] for at in sorted(each)))]
+                for track, figures in ('', (1, 16, 2**17)), ('CUSTOM_GPU', (1, 0, 0)):
+                    write('step', dict.fromkeys(range(6)), [dict(enumerate(
+                        (place, cmres.on_host(host, track), at, *(level * figure for figure in figures)))) for at, level in levels if each[at]])
+    cmres.db.execute_sql('ANALYZE')
+    assert world.service.check()['differences'] == 0
+    return (sorted(ends.values())[len(ends) // 4] - begin) // 3600
+
+
+def bench_admission(folder: Path) -> None:
+    """What finds a host at once against what is admitted by the sum, among as many rows; the filter's question; long searches."""
+    for hosts, number in ((10, 10**4), (10, 10**5), (100, 10**4), (100, 10**5), (1000, 10**5)):
+        (made := folder / f'{hosts}-{number}').mkdir()
+        world, dice = World(made), random.Random(2)
+        with pytest.MonkeyPatch.context() as patch, timing_searches() as seconds:
+            patch.setattr(cmres.Offers, 'explaining', lambda *args, **more: contextlib.nullcontext())
+            until, eva, spent = crowd(world, patch, hosts, number), world.as_user(), {'gpu': [], 'sum': []}
+
+            def add(place, vms, flavor, length) -> bool:
+                start, began = NOON + hours(dice.randrange(1, max(until - length, 2))), time.thread_time()
+                try:
+                    eva.add(f'new{len(seconds)}-{dice.random()}', place, start, start + hours(length), vms, flavor)
+                except NoCapacity:
+                    return False
+                spent[place].append(time.thread_time() - began)
+                return True
+            patch.setattr(cmres, 'SEARCHES', 0)
+            for _ in range(300):
+                for place in ('sum', 'gpu'):
+                    add(place, 2, 'g1', dice.choice((1, 2, 4, 8, 24)))
+            ours, theirs = (sorted(spent[place])[len(spent[place]) // 2] for place in ('gpu', 'sum'))
+            show(f'add on {hosts} hosts, {number} reservations, as by the sum', ours, theirs)
+            eva.add('now', 'gpu', NOON + hours(until + 999), hours(9), 64, 'g1')
+            world.now = (NOON + hours(until + 1000)).timestamp()
+            names, began = [f'h{n}' for n in range(hosts)], time.thread_time()
+            for n in range(64):
+                answer, = world.service.claim(f's{n}', ['gpu'], 'biology', 'eva', 16, 2**17, {'CUSTOM_GPU': 1}, hosts=names)
+                assert answer['passes']
+            print(f"{'':20} the question of Nova's filter: {1e3 * (time.thread_time() - began) / 64:.1f} ms", flush=True)
+            world.now = NOON.timestamp()
+            patch.setattr(cmres, 'SEARCHES', 20)
+            found = sum(add('gpu', 1, 'g8', dice.choice((1, 2, 4, 8, 24, 48))) for _ in range(100))
+            print(f'{"":20} whole hosts for up to two days: {found} of 100 found; {len(seconds)} searches, '
+                  f'{1e3 * sum(seconds) / max(len(seconds), 1):.0f} ms, the longest {1e3 * max(seconds, default=0):.0f} ms', flush=True)
+        cmres.close_store()
 
 
 def bench() -> None:
@@ -28717,7 +29007,7 @@ def bench() -> None:
     for operation in API.values():  # without what tests ask of each answer
         setattr(cmres.Reservations, operation.name, getattr(cmres.Reservations, operation.name).__wrapped__)
     all_of_them = ('start rest keystone page pages lists rehearsals waiting load memory calendar caldav add series claim '
-                   'filter hosts starts idle anger clients').split()
+                   'filter hosts admission starts idle anger clients').split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
