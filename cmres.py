@@ -6783,13 +6783,19 @@ class Need(NamedTuple):
 
     @property
     def figures(self) -> tuple:
-        """What one of them takes of a host: classes first, which are scarce."""
-        return (*(each for _, each in self.each.classes), self.each.vcpus, self.each.ram)
+        """What one of them takes of a host."""
+        return in_order(self.each, self.each.names)
 
     @property
     def takes(self) -> bool:
         """Whether it takes anything of hosts; VMs of whatever size are on what is free."""
         return self.host != '' or any(self.figures)
+
+
+def in_order(amount: Amount, names: Iterable[str]) -> tuple:
+    """The figures of an amount: some classes first, which are scarce."""
+    classes = dict(amount.classes)
+    return (*(classes.get(name, 0) for name in names), amount.vcpus, amount.ram)
 
 
 def need_of(held: Hold, of=None) -> Need:
@@ -6885,6 +6891,11 @@ def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
             ledger.add(place[0], on_host(host, track), *place[1:], figures)
 
 
+def held_by(found, now: float) -> list[Hold]:
+    """What the row of an occurrence holds, of its resource and from now on of hosts."""
+    return [hold_of(found), *host_holds(*on_hosts(found, now))]
+
+
 def host_holds(need: Need, placed: dict[int, int]) -> list[Hold]:
     """What some VMs take of each of their hosts."""
     return [Hold(*need[:3], need.each * number, host) for host, number in placed.items()
@@ -6940,15 +6951,8 @@ def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     found = once('SELECT * FROM host WHERE id = ?', host)[0]
     if found.until < need.until or found.spare and not need.heals:
         return
-    most = amount_of_host(found)
-    names = [name for name, _ in need.each.classes]
-    tracks = [on_host(host, name) for name in ('', *names)]
-    ledger.read((need.resource, track, *piece[:2]) for track in tracks
-                for piece in ledger.within(need.resource, track, need.begin, need.until))
-    held = [ledger.peak(need.resource, track, need.begin, need.until) for track in tracks]
-    classes = dict(most.classes)
-    yield found.units, (*(classes.get(name, 0) - level[0] for name, level in zip(names, held[1:])),
-                        most.vcpus - held[0][1], most.ram - held[0][2])
+    held = peak(need.resource, need.begin, need.until, need.each.names, host)
+    yield found.units, in_order(amount_of_host(found) - held, need.each.names)
 
 
 def suits(host: int, units: str, need: Need) -> bool:
@@ -7063,7 +7067,7 @@ class Scene:
         needs = [need, *(other for _, other in others)]
         self.names = sorted({name for each in needs for name in each.each.names})
         self.most = [max(each) or 1 for each in zip(*(
-            self.in_order(amount_of_host(host)) for host in hosts))]
+            in_order(amount_of_host(host), self.names) for host in hosts))]
         self.read_free(need.resource, {at for each in needs for at in (each.begin, each.until)})
         self.on: dict[int, dict[Unit, bool]] = {host: {} for host in self.hosts}
         self.may: dict[Unit, set[int]] = {}
@@ -7076,27 +7080,23 @@ class Scene:
         stay = (host for host, number in had.items() for _ in range(number))
         self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
 
-    def in_order(self, amount: Amount) -> tuple:
-        """The figures of an amount: classes first, which are scarce."""
-        classes = dict(amount.classes)
-        return (*(classes.get(name, 0) for name in self.names), amount.vcpus, amount.ram)
-
     def read_free(self, resource: int, cuts: set[int]) -> None:
         """Reads what is free on the hosts, a row a figure, between any two cuts."""
         tracks = [on_host(host, name) for host in self.hosts for name in ('', *self.names)]
         levels = dict(steps_of(resource, tracks, min(cuts), max(cuts)))
         self.cuts, held, columns = sorted(cuts | levels.keys()), {}, defaultdict(list)
+        has = {host: in_order(amount_of_host(each), self.names) for host, each in self.hosts.items()}
         for at in self.cuts[:-1]:
             held = levels.get(at, held)
-            for host, found in self.hosts.items():
+            for host in self.hosts:
                 taken = (*(held[on_host(host, name)][0] for name in self.names),
                          *held[on_host(host, '')][1:])
-                columns[host].append(map(operator.sub, self.in_order(amount_of_host(found)), taken))
+                columns[host].append(map(operator.sub, has[host], taken))
         self.free = {host: [*map(list, zip(*columns[host]))] for host in self.hosts}
 
     def add(self, owner: int, need: Need, host: int | None, number: int) -> list[Unit]:
         """Adds so many VMs of an occurrence, on a host or on none yet."""
-        figures = self.in_order(need.each)
+        figures = in_order(need.each, self.names)
         share = max(map(operator.truediv, figures, self.most))
         made = [Unit(owner, need, figures, host, share) for _ in range(number)]
         for unit in made:
@@ -7289,12 +7289,10 @@ def make_moves(moves: list[tuple], now: float) -> bool:
 
 def most_on_hosts(need: Need) -> int:
     """How many of some VMs the hosts of their resource take if nothing else is there."""
-    names = [name for name, _ in need.each.classes]
-    return sum(how_many((*(classes.get(name, 0) for name in names), each.vcpus, each.ram), need)
+    return sum(how_many(in_order(amount_of_host(each), need.each.names), need)
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
                                 "?3 IN ('', name) AND spare = 0",
                                 need.resource, need.until, need.host)
-               for classes in [json.loads(each.classes)]
                if suits(each.id, each.units, need))
 
 
@@ -11745,7 +11743,7 @@ class Others:
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
         self.count(slot, -1)
-        self.holds[slot] = [(each, start) for each in holds]
+        self.holds[slot] = [(each, start) for each in holds if not each.host]
         self.count(slot, 1)
 
     def count(self, slot: str, sign: int) -> None:
@@ -11940,12 +11938,15 @@ class Change(NamedTuple):
 def change_to(before, after: Wish, now: float, key: str = '', waits: bool = False,
               **columns) -> Change:
     """The change of an occurrence to a wish; one that has begun keeps the lead that it had."""
-    had = [hold_of(before)] if before and before.cancelled is None else []
+    had = held_by(before, now) if before and before.cancelled is None else []
     begin, _ = after.held
     if before and before.start == after.start and before.start <= now:
         begin = min(before.held_from, after.start)
     wants = [] if waits else [Hold(after.resource.id, begin, after.end, after.amount)]
-    return Change(before, after, key, had, wants, beyond(had, wants), beyond(wants, had),
+    keeps = wants + [each._replace(begin=max(each.begin, begin), until=min(each.until, after.end))
+                     for each in had if wants and each.host and each.resource == wants[0].resource
+                     and each.begin < after.end and each.until > begin]
+    return Change(before, after, key, had, wants, beyond(had, keeps), beyond(wants, had),
                   {'held_from': begin, 'held_until': begin if waits else after.end,
                    'placed': '' if waits or not before else before.placed} | columns)
 
@@ -11953,9 +11954,9 @@ def change_to(before, after: Wish, now: float, key: str = '', waits: bool = Fals
 def given_up(before, now: float, **columns) -> Change:
     """The change of an occurrence that ends now, or never begins."""
     until = min(max(int(now), before.held_from), before.held_until)
-    had = hold_of(before)
-    gives = [had._replace(begin=until)] if until < had.until else []
-    return Change(before, None, before.slot, [had], [], gives, [],
+    had = held_by(before, now)
+    gives = [each._replace(begin=until) for each in had if until < each.until]
+    return Change(before, None, before.slot, had, [], gives, [],
                   {'cancelled': int(now), 'held_until': until, 'due': now} | columns)
 
 
@@ -12030,21 +12031,6 @@ class Policy:
         for each in change.growth:
             hold(*each)
 
-    def leave_hosts(self, change: Change, now: float) -> None:
-        """Gives back what a change has on hosts outside of the window that it wants."""
-        if change.had:
-            hold_on(*on_hosts(change.before, now), -1)
-            self.hold_kept_hosts(change, now, 1)
-
-    def hold_kept_hosts(self, change: Change, now: float, sign: int) -> None:
-        """Holds, or gives back, what a change has on hosts inside of it."""
-        if change.had:
-            need, placed = on_hosts(change.before, now)
-            for wants in change.wants:
-                if wants.resource == need.resource:
-                    hold_on(need._replace(begin=max(need.begin, wants.begin),
-                                          until=min(need.until, wants.until)), placed, sign)
-
     def take_hosts(self, change: Change, view: View) -> None:
         """THE RULE OF HOSTS: holds what a change wants on hosts, where its resource has any."""
         change.columns['placed'], wish, now = '', change.after, view.now
@@ -12054,14 +12040,16 @@ class Policy:
         need = need._replace(begin=max(need.begin, int(now)))
         same = change.had and change.had[0].resource == need.resource
         had = read_placed(change.before.placed) if same else {}
-        self.hold_kept_hosts(change, now, -1)
+        kept = [each for each in change.kept if each.host]
+        give(kept)
         if not need.takes:
             return
         begun = bool(had) and change.before.held_from <= now
         placed = (self.seats_for(need, had, begun, wish, view) if change.growth
                   else Counter([*Counter(had).elements()][:need.number]))
         if placed is None:
-            self.hold_kept_hosts(change, now, 1)
+            for each in kept:
+                hold(*each)
             raise self.reasons.without_hosts(need, wish)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
@@ -12366,7 +12354,7 @@ class Bookings:
         old, wish = deal.old, deal.wish
         self.policy.refuse_deal(deal, now)
         stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
-        gone = [each.had[0] for each in deal.changes if not each.after]
+        gone = [piece for each in deal.changes if not each.after for piece in each.had]
         with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
             decided = self.decide_all(deal, now)
             reservation = old.reservation if old else self.write_new(deal, decided, now)
@@ -12374,7 +12362,8 @@ class Bookings:
             if old:
                 self.write_old(deal, now)
         if stops and not old:
-            self.keep_stopped(reservation, now)
+            with self.stopped_aside(reservation, now, []):
+                pass
         if wish.resource and (not old or deal.asked):
             self.policy.refuse_many_texts(wish, old)
         if deal.columns.get('waiting') or old and old.waiting is not None:
@@ -12392,7 +12381,6 @@ class Bookings:
         view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
-            self.policy.leave_hosts(each, now)
             if others and each.after:
                 others.put(each.key, each.kept, each.after.start)
         if others:
@@ -12450,7 +12438,6 @@ class Bookings:
                                        default=0)
             raise refusal
         give(change.kept)
-        self.policy.hold_kept_hosts(change, view.now, -1)
         if clash.startswith('shift') and isinstance(error, NoCapacity) and (
                 other := self.shifted(change, view, clash)):
             return told(other.after, 'shifted', why), old, self.columns_of(other, view.now)
@@ -12484,14 +12471,10 @@ class Bookings:
         if not change.had:
             return False
         begun = change.before.held_from <= view.now
-        need, placed = on_hosts(change.before, view.now)
-        if not begun and placed and first_fit(need, placed, stay=True) != placed:
-            return False
         try:
             take(change.had, view.now, given=change.had if begun else change.kept)
         except NoCapacity:
             return False
-        hold_on(need, placed)
         if view.others:
             view.others.put(change.key, change.had, change.before.start)
         return True
@@ -12600,8 +12583,8 @@ class Bookings:
         found = rows('SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes, placed '
                      'FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                      'AND held_until > held_from', reservation)
-        on = itertools.chain(*(host_holds(*on_hosts(each, 0)) for each in found))
-        return [*map(hold_of, found), *on] + (self.stopped_held(reservation) if stopped else [])
+        return [*itertools.chain(*(held_by(each, 0) for each in found)),
+                *(self.stopped_held(reservation) if stopped else ())]
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -12623,67 +12606,38 @@ class Bookings:
         return sum(each.code != UNDO for each in found)
 
     @contextmanager
-    def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
+    def stopped_aside(self, reservation: int, now: float,
+                      gone: list[Hold] | None = None) -> Iterator[list[Hold]]:
         """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
-        in its way, since it starts them again. Afterwards what stays of them is held.
+        in its way, since it starts them again. Afterwards what stays of them is held: until the
+        next occurrence, or for good.
 
         Args:
-          gone: what else the change gives back
+          gone: what else the change gives back; None: it is held also where others have it
 
         Raises:
           NoCapacity: others have that capacity.
         """
         had = self.stopped_held(reservation)
-        before = self.holds(reservation) if had else []
+        before = [] if gone is None else [*self.holds(reservation), *gone]
         give(had)
-        yield
-        if not had:
-            self.keep_stopped(reservation, now, gone)
-            return
+        yield had
         wants = sorted(self.stopped_holds(reservation, now))
         for each in wants:
             hold(*each)
-        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
-        if not all(fits(each, now, NOTHING) for each in growth):
+        growth = beyond([*self.holds(reservation, False), *wants], before) if wants else []
+        if gone is not None and not all(fits(each, now, NOTHING) for each in growth):
             raise NoCapacity(STOPPED_KEEP)
-        self.write_stopped(reservation, had, wants)
+        if wants != sorted(had):
+            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+                reservation)
+            self.hold_beside(reservation, None, wants)
 
     def stopped_held(self, reservation: int) -> list[Hold]:
         """What is held for VMs of a reservation that are stopped at its ends."""
         return [hold_of(each) for each in rows(
             'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
             reservation)]
-
-    def write_stopped(self, reservation: int, had: list[Hold], wants: list[Hold]) -> None:
-        """Writes down what is held for stopped VMs, where that is otherwise than before."""
-        if wants != sorted(had):
-            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
-                reservation)
-            self.hold_beside(reservation, None, wants)
-
-    def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
-        """Holds what VMs take that stay, stopped: until the next occurrence, or for good.
-
-        Args:
-          given: what the same change has given back
-        """
-        had = self.stopped_held(reservation)
-        wants = sorted(self.stopped_holds(reservation, now))
-        if wants == sorted(had):
-            return
-        give(beyond(had, wants))
-        try:
-            take(beyond(wants, had), now, given)
-        except NoCapacity:
-            raise NoCapacity(STOPPED_KEEP) from None
-        self.write_stopped(reservation, had, wants)
-
-    def leave_stopped(self, reservation: int) -> bool:
-        """Gives back what is held for stopped VMs, until they are counted again; whether any is."""
-        had = self.stopped_held(reservation)
-        give(had)
-        self.write_stopped(reservation, had, [])
-        return bool(had)
 
     def leave_hosts_of(self, proposal) -> None:
         """Gives back what a proposal takes more of hosts."""
@@ -12693,7 +12647,10 @@ class Bookings:
 
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
-        self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
+        wants = [*self.stopped_holds(reservation, now)]
+        if sorted(wants) != sorted(self.stopped_held(reservation)):
+            with self.stopped_aside(reservation, now):
+                pass
 
     def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
         """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
@@ -12721,9 +12678,8 @@ class Bookings:
         self.drop_proposals(reservation)
         for table in ('occurrence', 'extra_hold'):
             there = rows(f'SELECT * FROM {table} WHERE reservation_id = ?', reservation)
-            give(each for each in map(hold_of, there) if each.begin < each.until)
-            for each in there if table == 'occurrence' else ():
-                hold_on(*on_hosts(each, self.service.clock()), -1)
+            holds = held_by if table == 'occurrence' else lambda each, now: [hold_of(each)]
+            give(piece for each in there for piece in holds(each, self.service.clock()))
         run('DELETE FROM outbox WHERE event_id IN '
             '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
         for table in ('extra_hold', 'wait', 'event', 'occurrence'):
@@ -12739,8 +12695,7 @@ class Bookings:
         """Looks at what there would be if an occurrence and its stopped VMs held nothing."""
         with undone():
             if old:
-                give([hold_of(old), *self.stopped_held(old.reservation)])
-                hold_on(*on_hosts(old, self.service.clock()), -1)
+                give([*held_by(old, self.service.clock()), *self.stopped_held(old.reservation)])
             yield
 
     def stand_in_line(self, reservation: int) -> None:
@@ -15348,18 +15303,15 @@ class Plan(Operations):
                     "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
                     'JOIN reservation r ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now, found)
-        stays = self.bookings.leave_stopped(found.reservation_id)
-        hold_on(need, had, -1)
-        until = found.next if stays and found.next else int(LAST.timestamp())
-        placed = find_hosts(need._replace(heals=True, until=until if stays else need.until),
-                            stay_on or had, bool(stay_on) or found.held_from <= now, now,
-                            found.reservation_id)
-        hold_on(need, had if placed is None else placed)
-        if placed is not None:
-            self.note_plan(id, placed)
-        if stays:
-            self.bookings.count_stopped(found.reservation_id, now)
-            stay_on |= placed or {}
+        with self.bookings.stopped_aside(found.reservation_id, now) as stopped:
+            hold_on(need, had, -1)
+            until = (found.next or int(LAST.timestamp())) if stopped else need.until
+            placed = find_hosts(need._replace(heals=True, until=until), stay_on or had,
+                                bool(stay_on) or found.held_from <= now, now, found.reservation_id)
+            hold_on(need, had if placed is None else placed)
+            if placed is not None:
+                self.note_plan(id, placed)
+        stay_on |= placed if placed and stopped else {}
         return placed is not None
 
     def note_plan(self, id: int, placed: dict[int, int]) -> None:
@@ -15625,6 +15577,9 @@ class Plan(Operations):
         the others of its series.
         """
         altered = bool(found.repeats and alone or found.altered)
+        # what was moved before this may have moved it to another host
+        found = found._replace(placed=row('SELECT placed FROM occurrence WHERE id = ?',
+                                          found.id).placed)
         deal = Deal('maintenance', wish, [change_to(
             found, wish._replace(stretches=[]), now, found.slot, found.waiting is not None, told=0,
             altered=altered)], found, stretches=None if found.repeats else [])
