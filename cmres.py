@@ -2074,13 +2074,12 @@ class Operation:
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        signature = inspect.signature(self.method, eval_str=True)
-        return {name: each for name, each in signature.parameters.items()
+        return {name: each for name, each in signature_of(self.method).parameters.items()
                 if name not in ('self', 'config', 'asked')}
 
-    @functools.cached_property
+    @property
     def answers(self):
-        return inspect.signature(self.method, eval_str=True).return_annotation
+        return signature_of(self.method).return_annotation
 
     @property
     def changes(self) -> bool:
@@ -2095,6 +2094,22 @@ class Operation:
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
+
+
+@functools.cache
+def signature_of(method: Callable) -> inspect.Signature:
+    """What an operation takes, in the order in which people type it. A table of arguments, each
+    with its type and what it is if nobody gives it, stands as `**these: TABLE`: before those behind
+    it."""
+    plain, found = inspect.signature(method, eval_str=True), {}
+    for each in sorted(plain.parameters.values(), key=lambda each: each.kind is each.KEYWORD_ONLY):
+        table = each.annotation if each.kind is each.VAR_KEYWORD else {
+            each.name: (each.annotation, each.default)}
+        found |= {name: inspect.Parameter(name, each.POSITIONAL_OR_KEYWORD, annotation=kind,
+                                          default=default)
+                  for name, (kind, default) in table.items()}
+    return plain.replace(parameters=[*found.values()])
+
 
 def split_help(text: str) -> tuple[str, str]:
     about, *examples = re.split(r'\n\nExample:\s+', text.strip())
@@ -2136,16 +2151,19 @@ def refuse_to(actor: Actor, operation: Operation) -> None:
 
 def guarded_by_role(method):
     """Refuses before a call an actor whose role is too small, and one too many that takes long. A
-    method that has the parameter `asked` gets there all its arguments by name."""
-    takes = functools.cache(lambda: {name: each.default for name, each in inspect.signature(
+    method gets its arguments by name; in `asked`, where it has that, all of them."""
+    takes = functools.cache(lambda: {name: each.default for name, each in signature_of(
         method).parameters.items() if name != 'self'})  # when it is called first: few are
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         kwargs = with_new_names(method.__name__, kwargs)
+        if args:
+            kwargs = signature_of(method).bind_partial(self, *args, **kwargs).arguments
+            del kwargs['self']
         if 'asked' in takes():
             usual = {name: default for name, default in takes().items() if name != 'asked'}
-            kwargs['asked'] = usual | dict(zip(usual, args)) | kwargs
+            kwargs['asked'] = usual | kwargs
         refuse_to(self.actor, API[method.__name__])
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
@@ -2153,7 +2171,7 @@ def guarded_by_role(method):
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
               self.shares.computing() if takes_long else nullcontext()):
-            return method(self, *args, **kwargs)
+            return method(self, **kwargs)
     return checked
 
 
@@ -2747,30 +2765,6 @@ class UsageAnswer(Answer, more=int):
     vcpus: int
     ram: int
     free_vms: int | None
-
-
-class LimitAnswer(Answer):
-    """What a project or a user may reserve at most."""
-    id: int
-    project: str
-    user: str
-    resource: str
-    most_vms: int | None
-    longest: Lasts | None
-    ahead: Lasts | None
-    least_notice: Lasts | None
-    vcpu_hours: int | None
-    waiting: int | None
-    exempt: Lasts
-    lock: Lasts
-    added: datetime
-    max_vms: int | None
-    max_duration: Lasts | None
-    max_advance: Lasts | None
-    min_notice: Lasts | None
-    max_vcpu_hours: int | None
-    max_waiting: int | None
-    exempt_within: Lasts
 
 
 class ResourceAnswer(Answer):
@@ -4255,13 +4249,8 @@ class Limit(Table):
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all together
-    most_vms = peewee.IntegerField(null=True)
-    longest = peewee.IntegerField(null=True)       # seconds
-    ahead = peewee.IntegerField(null=True)         # seconds
-    least_notice = peewee.IntegerField(null=True)  # seconds
-    vcpu_hours = peewee.IntegerField(null=True)
-    waiting = peewee.IntegerField(null=True)
-    exempt = peewee.IntegerField()                 # seconds
+    figures = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])  # JSON
+    exempt = peewee.IntegerField()  # seconds
     lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     added = peewee.IntegerField()
 
@@ -4621,7 +4610,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started()]
+    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
+    lambda: gather_figures()]
 
 
 def long_texts(row: str) -> str:
@@ -5690,6 +5680,19 @@ def add_host_states() -> None:
 def add_user_started() -> None:
     """Version 24: what becomes of VMs that people started themselves is said for each resource."""
     add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
+
+
+def gather_figures() -> None:
+    """Version 25: the figures of a limit stand in one column, so that others need none."""
+    add_columns('limits', {'figures': "TEXT NOT NULL DEFAULT '{}'"})
+    names = {'most_vms': 'max_vms', 'longest': 'max_duration', 'ahead': 'max_advance',
+             'least_notice': 'min_notice', 'vcpu_hours': 'max_vcpu_hours', 'waiting': 'max_waiting'}
+    for each in rows('SELECT * FROM limits'):
+        said = {new: getattr(each, old) for old, new in names.items()}
+        run('UPDATE limits SET figures = ? WHERE id = ?', json.dumps(
+            {name: value for name, value in said.items() if value is not None}), each.id)
+    for name in names:
+        run(f'ALTER TABLE limits DROP COLUMN {name}')
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -10613,11 +10616,10 @@ class Request(NamedTuple):
 def for_each_part(method):
     """Lets an operation act on each part of a request of a label: on all of them, or on none."""
     @functools.wraps(method)
-    def acting(self, *args, **kwargs):
-        given = inspect.signature(method).bind(self, *args, **kwargs).arguments
+    def acting(self, **given):
         parts = self.look.parts_of(given['label'], given.get('project', ''))
         if not parts:
-            return method(**given)
+            return method(self, **given)
         refuse_apart(parts, given)
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
         if API[method.__name__].changes:
@@ -10625,7 +10627,7 @@ def for_each_part(method):
             answers = self.carry_out(lambda now: changed_together(self, method, each_given),
                                      given.get('dry_run', False))
         else:
-            answers = [method(**each) for each in each_given]
+            answers = [method(self, **each) for each in each_given]
         return (sum(answers, []) if isinstance(answers[0], list)
                 else {'label': given['label'], 'parts': answers})
     return acting
@@ -10643,14 +10645,14 @@ def refuse_apart(parts: list, given: dict) -> None:
 def changed_together(service: Service, method: Callable, given: list[dict]) -> list:
     """What a change answers for each part; if one needs approval, that of all waits for it."""
     with Attempt() as attempt:
-        answers = [method(**each) for each in given]
+        answers = [method(service, **each) for each in given]
         waits = ['change' in each for each in answers if isinstance(each, dict)]
         if all(waits) or not any(waits):
             return answers
         attempt.undo()
     acting = service.acting(service.actor)
     acting.bookings.proposes_all = True
-    return [method(**each | {'self': acting}) for each in given]
+    return [method(acting, **each) for each in given]
 
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is
@@ -10693,7 +10695,8 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset("""
   now resource_id held_from held_until placed over due reservation user_data existing ever runs told
   slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
-  pending priority choices named trusted flavors aggregate_id user_started""".split())
+  pending priority choices named trusted flavors aggregate_id user_started
+  figures""".split())
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -12010,6 +12013,168 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 
 
 LIMIT_FIELDS = RENAMED['limit_add']
+OLD_FIGURES = {new: old for old, new in LIMIT_FIELDS.items()}
+
+
+class Bounded(NamedTuple):
+    """A limit, and a wish that it may refuse. Of each figure it says whether the wish is within,
+    and what a sentence says of whom is not.
+
+    Args:
+      old: its occurrence as it was, which doesn't count; what it had already, it may keep
+      others: the other occurrences of its series as they will be
+      own: its reservation
+      at: how a sentence tells an instant
+    """
+    limit: Any
+    wish: Wish
+    now: int
+    old: Any
+    others: Others | None
+    own: int
+    at: Callable
+
+    def duration(self, most: int) -> tuple[bool, str]:
+        length = self.wish.end - self.wish.start
+        before = self.old.end - self.old.start if self.old else 0
+        return length <= max(most, before), (
+            f'can reserve for at most {format_duration(most)}. You asked for '
+            f'{format_duration(length)}.')
+
+    @property
+    def stays(self) -> bool:
+        """Whether it starts when it did before."""
+        return bool(self.old) and self.wish.start == self.old.start
+
+    def advance(self, most: int) -> tuple[bool, str]:
+        last = self.now + most
+        return self.stays or self.wish.start <= last, (
+            f'can reserve at most {format_duration(most)} ahead. Choose a start before '
+            f'{self.at(last, self.wish.tz)}.')
+
+    def notice(self, least: int) -> tuple[bool, str]:
+        nearest = self.now + least
+        return self.stays or self.wish.start >= nearest, (
+            f'must reserve at least {format_duration(least)} before the start. '
+            f'Choose a start after {self.at(nearest, self.wish.tz)}.')
+
+    @property
+    def within(self) -> bool:
+        """Whether it has no more time than before, nor other."""
+        wish, old = self.wish, self.old
+        if not old or self.limit.resource_id and old.resource_id != wish.resource.id:
+            return False
+        return old.start <= wish.start and wish.end <= old.end and (
+            old.start <= self.now or old.held_from <= wish.held[0])
+
+    def vms(self, most: int) -> tuple[bool, str]:
+        asked, used = self.wish.vms, self.most_at_once()
+        less = self.within and asked <= self.old.vms
+        return less or used + asked <= most, (
+            f"can use {counted(most, 'VM')} at the same time and already uses {used} then. You "
+            f'asked for {asked}.')
+
+    def vcpu_hours(self, most: int) -> tuple[bool, str]:
+        wish, used = self.wish, self.future_hours()
+        need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
+        less = self.within and wish.amount.vcpus <= self.old.vcpus
+        return less or used + need <= most, (
+            f'has {max(most - used, 0):.0f} of {most} vCPU-hours left. This reservation needs '
+            f'{need:.0f}.')
+
+    def counted(self, user: str, project: str, reservation: str, resource: str) -> tuple[str, list]:
+        """What counts against it, by columns: a condition and its values."""
+        limit, others = self.limit, self.others
+        wanted = {user: limit.user and self.wish.user,
+                  project: limit.project or not limit.user and self.wish.project,
+                  resource: limit.resource_id}
+        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
+        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
+        return ' AND '.join(conditions), [*conditions.values()]
+
+    def most_at_once(self) -> int:
+        """How many VMs the limited have at most at the same time in the window of the wish."""
+        (begin, until), old = self.wish.held, self.old
+        where, values = self.counted(*OF_OCCURRENCE)
+        found = run('SELECT held_from, held_until, vms FROM occurrence o '
+                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
+                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
+                    *values, until, old.id if old else 0, until, begin).fetchall()
+        where, values = self.counted(*OF_EXTRA)
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
+                     'AND held_from < ? AND held_until > ? '
+                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
+                     self.own).fetchall()
+        if self.others:
+            found += self.others.holding(self.limit.resource_id, begin, until)
+        changes = [change for first, last, vms in found
+                   for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
+        return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
+
+    def future_hours(self) -> float:
+        """The vcpu-hours that the limited have reserved from now on."""
+        where, values = self.counted(*OF_OCCURRENCE)
+        seconds = self.others.seconds[self.limit.resource_id] if self.others else 0
+        seconds += run(
+            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
+            f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
+            self.now, *values, self.old.id if self.old else 0, self.now).fetchone()[0]
+        where, values = self.counted(*OF_EXTRA)
+        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?', self.now, *values, self.now)
+        return (seconds + sum(each for each, in extra)) / 3600
+
+
+class LimitFigure(NamedTuple):
+    """A figure that a limit may have: its type as an argument, the head of its column, and what
+    says whether a wish is within; None: that is looked at when it is to wait."""
+    kind: Any
+    head: str
+    allows: Callable | None
+
+
+#: All there are; a limit keeps them by these names, as JSON.
+LIMIT_FIGURES = {
+    'max_vms': LimitFigure(Count, 'Most VMs', Bounded.vms),
+    'max_duration': LimitFigure(Span, 'Longest', Bounded.duration),
+    'max_advance': LimitFigure(Span, 'How far ahead', Bounded.advance),
+    'min_notice': LimitFigure(Span, 'Shortest notice', Bounded.notice),
+    'max_vcpu_hours': LimitFigure(Count, 'Most vCPU-hours', Bounded.vcpu_hours),
+    'max_waiting': LimitFigure(int, 'Most waiting', None)}
+LIMIT_ARGUMENTS = {name: (each.kind, None) for name, each in LIMIT_FIGURES.items()}
+LIMIT_COLUMNS = f"id project user resource {' '.join(LIMIT_FIGURES)} exempt_within lock"
+
+
+class LimitAnswer(Answer):
+    """What a project or a user may reserve at most."""
+    id: int
+    project: str
+    user: str
+    resource: str
+    exempt: Lasts
+    exempt_within: Lasts
+    lock: Lasts
+    added: datetime
+
+
+LimitAnswer.__annotations__ |= {
+    name: Lasts | None if each.kind is Span else int | None
+    for new, each in LIMIT_FIGURES.items() for name in (new, OLD_FIGURES.get(new)) if name}
+
+
+def figures_of(limit) -> dict:
+    """What a limit says, by the names of figures."""
+    return json.loads(limit.figures)
+
+
+def shown_limit(found) -> dict:
+    """A limit as answers show it, under the old names as well: lengths in words."""
+    values = dict.fromkeys(LIMIT_FIGURES) | figures_of(found) | {
+        'exempt_within': found.exempt, 'lock': found.lock}
+    lengths = {name for name, each in LIMIT_FIGURES.items() if each.kind is Span}
+    shown = {name: format_duration(each) if each is not None and name in {
+        *lengths, 'exempt_within', 'lock'} else each for name, each in values.items()}
+    return public(found) | shown | {old: shown[new] for old, new in LIMIT_FIELDS.items()}
 
 
 class Limits:
@@ -12026,6 +12191,11 @@ class Limits:
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
+    def ahead(self, wish: Wish) -> list[int]:
+        """How far ahead the limits of a wish let it begin, each that says so."""
+        said = (figures_of(limit).get('max_advance') for limit in self.limits_for(wish))
+        return [each for each in said if each is not None]
+
     def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
         """The locks of whom the limits of a wish count."""
         for limit in self.limits_for(wish):
@@ -12034,116 +12204,42 @@ class Limits:
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0) -> None:
-        """Refuses what goes beyond a limit; inside the transaction that would admit it.
-
-        Args:
-          old: its occurrence as it was, which doesn't count; what it had already, it may keep
-          others: the other occurrences of its series as they will be
-          own: its reservation
-        """
+        """Refuses what goes beyond a limit; inside the transaction that would admit it; what else
+        it is given says Bounded."""
         decide_on(also=self.counted_for(wish))
+        config = self.service.config
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
-                wish.end - wish.start <= self.service.config.exempt_longest)
+                wish.end - wish.start <= config.exempt_longest)
             if not near or old and old.start <= now:
-                for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others, own):
-                    if value is not None and not fits_it:
+                bounded = Bounded(limit, wish, int(now), old, others, own, config.told_time)
+                for name, value in figures_of(limit).items():
+                    allows = LIMIT_FIGURES[name].allows
+                    fits_it, passes = allows(bounded, value) if allows else (True, '')
+                    if not fits_it:
                         whose = (f"User '{limit.user}'" if limit.user else
                                  f"Project '{limit.project or wish.project}'")
-                        raise Conflict(f'{whose} {passes}', cause='limit', limit=name,
-                                       value=value, passes=passes)
-
-    def beyond(self, limit, wish: Wish, now: float, old, others: Others | None,
-               own: int) -> Iterator[tuple]:
-        """Of each figure of a limit: name, value, whether a wish is within, what would be."""
-        length, before = wish.end - wish.start, old.end - old.start if old else 0
-        stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
-        within = stays and old.start <= wish.start and wish.end <= old.end and (
-            old.start <= now or old.held_from <= wish.held[0])
-        less = within and wish.vms <= old.vms
-        cheaper = within and wish.amount.vcpus <= old.vcpus
-        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), (
-            f'can reserve for at most {format_duration(limit.longest or 0)}. You asked for '
-            f'{format_duration(length)}.')
-        moved, at = not old or wish.start != old.start, self.service.config.told_time
-        last = int(now) + (limit.ahead or 0)
-        yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
-            f'can reserve at most {format_duration(limit.ahead or 0)} ahead. Choose a start before '
-            f'{at(last, wish.tz)}.')
-        nearest = now + (limit.least_notice or 0)
-        yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
-            f'must reserve at least {format_duration(limit.least_notice or 0)} before the start. '
-            f'Choose a start after {at(nearest, wish.tz)}.')
-        if limit.most_vms is not None:
-            most = self.most_at_once(limit, wish, old, others, own)
-            yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
-                f"can use {counted(limit.most_vms, 'VM')} at the same time and already uses {most} "
-                f'then. You asked for {wish.vms}.')
-        if limit.vcpu_hours is not None:
-            used = self.future_hours(limit, wish, now, old, others)
-            need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
-            yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
-                f'has {max(limit.vcpu_hours - used, 0):.0f} of {limit.vcpu_hours} vCPU-hours left. '
-                f'This reservation needs {need:.0f}.')
-
-    def counted(self, limit, wish: Wish, others: Others | None,
-                of: tuple[str, ...]) -> tuple[str, list]:
-        """What counts against a limit: columns of user, project, reservation and resource."""
-        user, project, reservation, resource = of
-        wanted = {user: limit.user and wish.user,
-                  project: limit.project or not limit.user and wish.project,
-                  resource: limit.resource_id}
-        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
-        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
-        return ' AND '.join(conditions), [*conditions.values()]
-
-    def most_at_once(self, limit, wish: Wish, old, others: Others | None, own: int) -> int:
-        """How many machines the limited have at most at the same time in the window of a wish."""
-        begin, until = wish.held
-        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
-        found = run('SELECT held_from, held_until, vms FROM occurrence o '
-                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
-                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
-                    *values, until, old.id if old else 0, until, begin).fetchall()
-        where, values = self.counted(limit, wish, others, OF_EXTRA)
-        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
-                     'AND held_from < ? AND held_until > ? '
-                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     own).fetchall()
-        found += others.holding(limit.resource_id, begin, until) if others else []
-        changes = [change for first, last, vms in found
-                   for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
-        return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
-
-    def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
-        """The vcpu-hours that the limited have reserved from now on."""
-        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
-        seconds = others.seconds[limit.resource_id] if others else 0
-        seconds += run(
-            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
-            f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
-            int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
-        where, values = self.counted(limit, wish, others, OF_EXTRA)
-        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
-                    'AND proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
-        return (seconds + sum(each for each, in extra)) / 3600
+                        raise Conflict(f'{whose} {passes}', cause='limit',
+                                       limit=OLD_FIGURES.get(name, name), value=value,
+                                       passes=passes)
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
         decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
-            if limit.waiting is None:
+            most = figures_of(limit).get('max_waiting')
+            if most is None:
                 continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
             waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, "
                          'CAST(id AS TEXT))) '
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
-            if waits >= limit.waiting:
+            if waits >= most:
                 raise Conflict(f"{who.capitalize()} '{name}' can have "
-                               f"{counted(limit.waiting, 'request')} on the waiting list and "
+                               f"{counted(most, 'request')} on the waiting list and "
                                f'already has {waits}. '
-                               'Cancel one first.', limit='waiting', value=limit.waiting, passes=0)
+                               'Cancel one first.', limit='waiting', value=most, passes=0)
 
 
 # Policy ######################################################################
@@ -13061,10 +13157,10 @@ class Series:
     def reach(self, wish: Wish, now: float) -> float:
         """Until when the limits of a wish let anything begin."""
         places = filter(None, {resource_of(each.resource) for each in wish.stretches})
-        limits_for = self.bookings.policy.limits.limits_for
-        ahead = [limit.ahead for place in places for limit in limits_for(
-            wish._replace(resource=place)) if limit.ahead is not None]
-        return min([now + each for each in ahead], default=LAST.timestamp())
+        limits = self.bookings.policy.limits
+        return min((now + each for place in places
+                    for each in limits.ahead(wish._replace(resource=place))),
+                   default=LAST.timestamp())
 
     def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
         """The change that makes an occurrence be at a slot."""
@@ -14898,11 +14994,9 @@ class Plan(Operations):
     """The operations on resources, their capacity over time, and limits."""
 
     @api('POST', '/limit/', role=ADMIN, made='/limit/')
-    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
-                  max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
-                  min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
-                  exempt_within: Span = None, lock: Span = None,
-                  dry_run: bool = False) -> LimitAnswer:
+    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', *,
+                  exempt_within: Span = None, lock: Span = None, dry_run: bool = False,
+                  **figures: LIMIT_ARGUMENTS) -> LimitAnswer:
         """Sets a limit for a user or a project.
 
         Without both, the limit applies to every project that has no limit of its own. With
@@ -14911,19 +15005,17 @@ class Plan(Operations):
 
         Example: python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
         """
-        figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
-                   'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
-                   'waiting': max_waiting}
-        if all(each is None for each in (lock, *figures.values())):
-            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}, lock.")
-        seconds = {name: seconds_of(each) if isinstance(each, timedelta) else each
-                   for name, each in figures.items()}
+        said = {name: seconds_of(each) if isinstance(each, timedelta) else each
+                for name, each in figures.items() if each is not None}
+        if not said and lock is None:
+            names = ', '.join([*LIMIT_FIGURES, 'exempt_within', 'lock'])
+            raise Invalid(f'Choose what to limit: {names}.')
         with self.writing(dry_run) as now:
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
-                        **seconds, added=int(now), exempt=seconds_of(exempt_within),
-                        lock=seconds_of(lock))
+                        figures=json.dumps(said), added=int(now),
+                        exempt=seconds_of(exempt_within), lock=seconds_of(lock))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
-            return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
+            return shown_limit(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
     def limit_list(self) -> list[LimitAnswer]:
@@ -14932,7 +15024,7 @@ class Plan(Operations):
         Example: python cmres.py limit list
         """
         found = rows(f'{LIMITS} ORDER BY l.id')
-        return [self.limit_public(each) for each in found if self.actor.role == ADMIN
+        return [shown_limit(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
@@ -14949,14 +15041,7 @@ class Plan(Operations):
             remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'removed limit {id}')
-            return self.limit_public(found)
-
-    def limit_public(self, found) -> dict:
-        """A limit as answers show it: lengths in words."""
-        lengths = ('longest', 'ahead', 'least_notice', 'exempt', 'lock')
-        return with_twins({
-            name: format_duration(value) if name in lengths and value is not None else value
-            for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
+            return shown_limit(found)
 
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
@@ -24732,8 +24817,8 @@ FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms v
          'maintenance_add': ('/admin/maintenance', 'resource start end affected reason'),
          'resource_capacity': ('/admin/maintenance', 'name start end vms vcpus ram affected reason '
                                '| classes'),
-         'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
-                       'min_notice max_vcpu_hours | max_waiting exempt_within lock'),
+         'limit_add': ('/admin/people',
+                       LIMIT_COLUMNS.removeprefix('id ').replace('exempt', '| exempt')),
          'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
          'user_end': ('/admin/people', 'user project'),
          'credential_add': ('/tokens', 'cloud application secret | trust')}
@@ -24747,8 +24832,7 @@ PANELS = {
     'Affected': ('label resource vms start end outcome', 'It affects nobody.'),
     'Resources': ('name cloud region aggregate vms vcpus ram classes mode approval',
                   'There is no resource yet.'),
-    'Limits': ('id project user resource max_vms max_duration max_advance min_notice '
-               'max_vcpu_hours max_waiting exempt_within lock', 'There are no limits.'),
+    'Limits': (LIMIT_COLUMNS, 'There are no limits.'),
     **dict.fromkeys(('Tokens', 'Your tokens'), (
         'id user project role purpose scopes resource added ends last_used', 'None.')),
     'Clouds on which VMs are yours': ('id user cloud application trust added', ''),
@@ -24760,9 +24844,8 @@ PANELS = {
     'VMs that did not start': ('cloud label name tries planned fault', 'None.')}
 #: What stands above a column, or a field, where it is not its name.
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
-         'max_vms': 'Most VMs', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
-         'min_notice': 'Shortest notice', 'max_vcpu_hours': 'Most vCPU-hours',
-         'max_waiting': 'Most waiting', 'label': 'Name', 'at_end': 'At the end',
+         **{name: each.head for name, each in LIMIT_FIGURES.items()},
+         'label': 'Name', 'at_end': 'At the end',
          'affected': 'Affected reservations', 'min_free_time': 'Free for at least',
          'rename': 'Name', 'repeat': 'Repeats',
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
@@ -27956,7 +28039,7 @@ def server_address(url: str) -> str:
 def client_method(operation: Operation) -> Callable:
     @functools.wraps(operation.method)
     def method(self, *args, **kwargs):
-        given = inspect.signature(operation.method).bind(
+        given = signature_of(operation.method).bind(
             self, *args, **with_new_names(operation.name, kwargs)).arguments
         if operation.name == 'list' and not {'limit', 'after'} & given.keys():
             given.pop('self')
@@ -28196,8 +28279,7 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'delete': 'id label user project resource vms start end state ends_with warnings',
            'calendar_list': 'id kind user project shows added polled fault needs_confirmation',
            'affected': 'label user project vms start end outcome',
-           'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
-                         'max_vcpu_hours max_waiting exempt_within lock',
+           'limit_list': LIMIT_COLUMNS,
            'resource_sync': 'resource what before after',
            'servers': 'n name state addresses login planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
