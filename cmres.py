@@ -37,7 +37,8 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
+  Config, Metrics, Calls              settings; what is counted; what becomes arguments
+  VMs, Answers                        what VMs are made of; what is answered
   Store, Capacity, Hosts              what is on disk; the rules that admit: sums, and hosts
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar
   Service, Lookup, Wishes, Limits     who asks; what is there; what is asked; what anybody may have
@@ -1375,8 +1376,8 @@ TEXTS = {
 }
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
-    'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
-    'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
+    'sentence message actor id label user project resource cell cloud region aggregate vms '
+    'at_end notify invite vcpus ram classes lead '
     'description personal affinity repeat tz start end cancelled added changed up fault request '
     'host state when what then link where').split())
 
@@ -2566,6 +2567,85 @@ def from_plain(value):
     return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
+# VMs #########################################################################
+#
+# What VMs are made of. All else that is said of that follows from here: arguments, answers, what
+# a reservation keeps and what of it may change, what clouds are asked, the page, the command line.
+
+
+class Making(NamedTuple):
+    """Something that VMs are made of.
+
+    Args:
+      kind: its type as an argument
+      thing: what it names on a cloud, one of KINDS; '': nothing
+      ask: puts it into the request that makes a server, from its value and the ids of what it names
+      tend: looks after what servers have of it on a cloud, whenever they are listed: the
+        connection, the tag of the store, and the servers as the SDK has them
+      head, hint: what stands on the page above its field, if not its name, and in it
+    """
+    kind: Any
+    thing: str = ''
+    ask: Callable[[dict, Any, list], None] | None = None
+    tend: Callable[[Any, str, list], None] | None = None
+    head: str = ''
+    hint: str = ''
+
+    def held(self, value):
+        """A value as a reservation holds it."""
+        kind = {Names: list, Pairs: dict}.get(self.kind, str)
+        return kind(value) if value else kind()
+
+
+MADE_OF = {
+    'flavor': Making(Name, 'flavor', lambda request, _, ids: request.update(flavor_id=ids[0])),
+    'image': Making(Name, 'image', lambda request, _, ids: request.update(image_id=ids[0])),
+    'network': Making(Name, 'network', lambda request, name, ids: request.update(
+        networks=[{'uuid': id} for id in ids] or name)),
+    'key': Making(Name, 'key', lambda request, name, _: request.update(key_name=name),
+                  head='SSH key pair'),
+    'security_groups': Making(Names, 'security_group', lambda request, _, ids: request.update(
+        security_groups=[{'name': id} for id in ids]), hint='web, ssh'),
+    'user_data': Making(File, '', lambda request, text, _: request.update(
+        user_data=base64.b64encode(text.encode()).decode()), head='User data (cloud-init)'),
+    'metadata': Making(Pairs, '', lambda request, pairs, _: request['metadata'].update(pairs),
+                       hint='k=v'),
+    'server': Making(Name, 'server', head='Use an existing server')}
+#: As arguments: of a reservation that is made, and of one that is changed.
+MADE_ANEW = {name: (each.kind, {Names: (), Pairs: None}.get(each.kind, ''))
+             for name, each in MADE_OF.items()}
+MADE_OTHERWISE = {name: (each.kind, None) for name, each in MADE_OF.items() if each.ask}
+MADE_SHOWN = [name for name, each in MADE_OF.items() if each.kind is not File]
+MADE_COLUMNS = ', '.join(f'r.{name}' for name in MADE_OF)
+#: What only the cloud can judge.
+CLOUDY = tuple(name for name, each in MADE_OF.items() if each.thing)
+TEXT_FIELDS |= {*MADE_SHOWN}
+
+
+def made_as(asked: dict) -> dict:
+    """What is asked of all that VMs are made of, as a reservation holds it."""
+    return {name: each.held(asked.get(name)) for name, each in MADE_OF.items()}
+
+
+def made_in(row) -> dict:
+    """The same of a row, where lists and pairs are JSON."""
+    return {name: getattr(row, name) if isinstance(each.held(''), str)
+            else json.loads(getattr(row, name)) for name, each in MADE_OF.items()}
+
+
+def cloudy_names(made: dict) -> list[tuple[str, str, str]]:
+    """What a cloud must know of it: which it is, the kind of thing, its name."""
+    found = [(name, each.thing, word) for name, each in MADE_OF.items()
+             if each.thing and made.get(name)
+             for word in (made[name] if each.kind is Names else [made[name]])]
+    return [each for each in found if each[1:] not in (('network', 'auto'), ('network', 'none'))]
+
+
+def named_by(made: dict) -> list[tuple[str, str]]:
+    """The kinds and names alone."""
+    return [(kind, word) for _, kind, word in cloudy_names(made)]
+
+
 # Answers #####################################################################
 #
 # What operations answer, each kind declared once. The service makes plain dicts of these fields,
@@ -2600,13 +2680,13 @@ FIELD_TYPES = {name: kind for kind, names in (
     (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
           'min_free_time steps differences count ignored tried_again tokens'),
     (Label, 'label'),
-    (str, 'user project resource cell cloud region aggregate flavor image network key server '
+    (str, 'user project resource cell cloud region aggregate flavor '
           'at_end description affinity where repeat tz fault request host outcome why message '
-          'ends_with name snapshot account login user_data on_conflict error mode default_flavor '
+          'ends_with name snapshot account login on_conflict error mode default_flavor '
           'default_image planned_by what reason summary held needs_confirmation kind actor code '
           'sentence role purpose application trust status'),
-    (list[str], 'security_groups notify invite warnings addresses hosts scopes'),
-    (dict[str, str], 'metadata properties'),
+    (list[str], 'notify invite warnings addresses hosts scopes'),
+    (dict[str, str], 'properties'),
     (dict[str, int], 'classes held_now used_now'),
     (bool, 'personal passes'),
     (datetime, 'start end added planned until at'),
@@ -2621,7 +2701,9 @@ FIELD_TYPES = {name: kind for kind, names in (
     (Secret, 'feed token'),
     (float | None, 'begun_median begun_95 begun_worst ready_median ready_95 ready_worst'),
     (float, 'reserved_hours used_hours unused_hours late_worst last_pass'),
-    ) for name in names.split()}
+    ) for name in names.split()} | {
+        name: {Names: list[str], Pairs: dict[str, str]}.get(each.kind, str)
+        for name, each in MADE_OF.items()}
 
 
 def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None, **kinds) -> type:
@@ -2637,8 +2719,8 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
 ReservationAnswer = answer_kind(
     'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
     'state.',
-    'id label user project resource cell cloud region aggregate vms flavor image network key '
-    'security_groups metadata server at_end notify invite vcpus ram classes lead description '
+    f"id label user project resource cell cloud region aggregate vms {' '.join(MADE_SHOWN)} "
+    'at_end notify invite vcpus ram classes lead description '
     'personal affinity where repeat tz start end cancelled added changed up fault request host '
     'state change?', fault=str | None)
 OutcomeAnswer = answer_kind(
@@ -6063,11 +6145,10 @@ def send_later(event: int, targets: list[str], owner: str, at: float) -> None:
 # them. A state is never stored, so it can't be stale: it follows from the clock and from what was
 # seen of the servers. The parameter ?1 is the instant for which the state is asked.
 
-LISTING = '''
+LISTING = f'''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
-         o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         o.vms, {MADE_COLUMNS}, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
          r.affinity, r."where",
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
@@ -7449,28 +7530,19 @@ def made_for(uid: str, project: str) -> bool:
                     'WHERE v.uid = ? AND NOT v.borrowed AND r.project = ?', uid, project))
 
 
-def named_by(wish: dict) -> list[tuple[str, str]]:
-    """What a cloud must know of a wish: kinds and names, without the networks `auto` and `none`."""
-    named = [(kind, wish[kind]) for kind in KINDS if wish.get(kind)]
-    named += [('security_group', name) for name in wish.get('security_groups') or ()]
-    return [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
+BOOTED = {name: each.held('') for name, each in MADE_OF.items() if each.ask}
 
 
-class Machine(NamedTuple):
-    """One machine to boot, in the words of the person who asked for it."""
-    name: str
-    mark: str
-    flavor: str
-    image: str
-    network: str = ''
-    key: str = ''
-    security_groups: tuple = ()
-    user_data: str = ''
-    metadata: dict = {}
-    hint: str = ''  # the label under which Nova's scheduler is to let it boot
-    sight: Sight = EVERYTHING  # what it may be made of
-    #: Called just before the request that makes it; raises if it is too late for that.
-    fence: Callable[[], None] = lambda: None
+class Machine(namedtuple('Machine', ('name', 'mark', *BOOTED, 'hint', 'sight', 'fence'),
+                         defaults=(*BOOTED.values(), '', EVERYTHING, lambda: None))):
+    """One machine to boot, in the words of the person who asked for it.
+
+    Args:
+      hint: the label under which Nova's scheduler is to let it boot
+      sight: what it may be made of
+      fence: called just before the request that makes it; raises if it is too late for that
+    """
+    __slots__ = ()
 
 
 class HostTold(NamedTuple):
@@ -7987,28 +8059,27 @@ class OpenStack(Cloud):
 
     def create(self, machine: Machine) -> str:
         """Makes a server of what the names stand for."""
-        named, found = named_by(machine._asdict()), defaultdict(list)
-        for (kind, _), thing in zip(named, self.check(named, machine.sight)):
-            found[kind].append(thing.id)
-        wish = {'name': machine.name, 'metadata': machine.metadata,
-                'flavor_id': found['flavor'][0], 'image_id': found['image'][0],
-                'tags': [self.store, machine.mark],
-                'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
-        if machine.key:
-            wish['key_name'] = machine.key
-        if machine.security_groups:
-            wish['security_groups'] = [{'name': id} for id in found['security_group']]
+        made, found = machine._asdict(), defaultdict(list)
+        named = self.check(named_by(made), machine.sight)
+        for (name, _, _), thing in zip(cloudy_names(made), named):
+            found[name].append(thing.id)
+        wish = {'name': machine.name, 'metadata': {}, 'tags': [self.store, machine.mark],
+                'networks': 'auto'}
+        for name in BOOTED:
+            if made[name]:
+                MADE_OF[name].ask(wish, made[name], found[name])
         if machine.hint:
             wish['scheduler_hints'] = {'cmres': machine.hint}
-        if machine.user_data:
-            wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
         machine.fence()
         with self.calling('make a server') as cloud:
             return cloud.compute.create_server(**wish).id
 
     def servers(self):
         with self.calling('list servers', sure=True) as cloud:
-            return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
+            found = [*cloud.compute.servers(tags=self.store)]
+            for tend in filter(None, (each.tend for each in MADE_OF.values())):
+                tend(cloud, self.store, found)
+            return [self.seen(server) for server in found]
 
     def seen(self, server) -> Seen:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
@@ -10259,40 +10330,24 @@ class Actor(NamedTuple):
             raise Forbidden(f"This token is only for one resource, not for '{operation.words}'.")
 
 
-class Wish(NamedTuple):
-    """A reservation that somebody asks for, read and resolved; seconds since 1970, MiB."""
-    label: str
-    user: str
-    project: str
-    resource: Any  # its row
-    start: int
-    end: int
-    vms: int
-    flavor: str
-    image: str
-    network: str
-    key: str
-    security_groups: list
-    user_data: str
-    metadata: dict
-    server: str
-    at_end: str
-    notify: list
-    lead: int
-    description: str
-    personal: bool
-    repeat: str
-    tz: str
-    on_conflict: str
-    stretches: list   # of a series; none for a plain reservation
-    each: Amount  # what one machine takes
-    warnings: list
-    host: str = ''               # all of it is reserved, by its name
-    whole: Amount | None = None  # what it holds
-    trusted: list = []           # KIND:NAME that an admin gave it
-    invite: list = []            # mail addresses
-    affinity: str = ''           # whether its VMs are to be on one host or on several
-    where: str = ''              # what their hosts must be like
+class Wish(namedtuple('Wish', (
+        'label', 'user', 'project', 'resource', 'start', 'end', 'vms', *MADE_OF, 'at_end', 'notify',
+        'lead', 'description', 'personal', 'repeat', 'tz', 'on_conflict', 'stretches', 'each',
+        'warnings', 'host', 'whole', 'trusted', 'invite', 'affinity', 'where'),
+        defaults=('', None, [], [], '', ''))):
+    """A reservation that somebody asks for, read and resolved; seconds since 1970, MiB.
+
+    Args:
+      resource: its row
+      stretches: of a series; none for a plain reservation
+      each: what one machine takes
+      host: all of it is reserved, by its name; `whole` is what it holds
+      trusted: KIND:NAME that an admin gave it
+      invite: mail addresses
+      affinity: whether its VMs are to be on one host or on several
+      where: what their hosts must be like
+    """
+    __slots__ = ()
 
     @property
     def amount(self) -> Amount:
@@ -10329,7 +10384,7 @@ def restored_wish(text: str) -> Wish:
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
     stretches = [Stretch(**each) for each in values['stretches']]
-    return Wish(**values | {'resource': resource_of(values['resource'], removed=True),
+    return Wish(**made_as(values) | values | {'resource': resource_of(values['resource'], removed=True),
                             'stretches': stretches})
 
 
@@ -10443,17 +10498,13 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
 SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
-#: The fields that only the cloud can judge.
-CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
-FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host', 'affinity',
-         'where')
+FIXED = (*MADE_OF, 'resource', 'start', 'lead', 'host', 'affinity', 'where')
 #: What a wish has as it is asked for.
-SAME = frozenset(('label', 'vms', 'flavor', 'image', 'network', 'key', 'user_data', 'description',
-                  'repeat', 'on_conflict'))
-STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
-          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite',
-          'affinity', 'where')
+SAME = ('label', 'vms', 'description', 'repeat', 'on_conflict')
+STORED = ('label', 'user', 'project', *MADE_OF, 'at_end', 'notify', 'lead', 'description',
+          'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite', 'affinity',
+          'where')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
@@ -10465,8 +10516,8 @@ BACK = 'put back'  # the code of a proposal to have an occurrence again that was
 UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
-                  'classes', 'named', 'trusted'))
+JSON = frozenset((*(name for name, each in MADE_OF.items() if each.kind in (Names, Pairs)),
+                  'notify', 'invite', 'addresses', 'hosts', 'classes', 'named', 'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
 OVER = ('ended', 'cancelled', 'failed')
@@ -11230,15 +11281,13 @@ class Wishes:
                 self.refuse_untellable(name, asked.get(name) or (), most, web)
         whose = {'user': user, 'project': project}
         each, made_of = self.made_of(asked | whose, old, place, changes, warnings)
-        same = {name: asked[name] for name in Wish._fields if name in SAME}
+        same = {name: asked[name] for name in SAME} | made_as(asked) | made_of
         wish = Wish(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
-            security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
             at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '', where=asked.get('where') or '',
-            stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
-            **made_of)
+            stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())])
         if stretches and 'repeat' not in changes:
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
@@ -11394,10 +11443,9 @@ class Wishes:
 
     def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
         """The names that an admin gave a reservation, now or before, as KIND:NAME."""
-        fields = {'security_group': 'security_groups'}
-        return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
-                self.service.actor.role == ADMIN
-                and {'resource', fields.get(kind, kind)} & changes)]
+        return [f'{kind}:{name}' for field, kind, name in cloudy_names(asked)
+                if f'{kind}:{name}' in kept or (self.service.actor.role == ADMIN
+                                                and {'resource', field} & changes)]
 
     def unheld_classes(self, place, each: Amount) -> list[str]:
         """That a resource has more than a reservation asks for: GPUs, say."""
@@ -14016,18 +14064,16 @@ class Requests(Operations):
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
          resource=ANY)
-    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1,
-            flavor: Name = '', image: Name = '', network: Name = '', key: Name = '',
-            security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
-            server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
-            lead: Span = None, description: Text = '', personal: bool = False,
-            affinity: Name = '', where: Text = '', repeat: Repeat = '', tz: Zone = '',
-            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
-            on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
-            cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
-            host: Hosts = (), classes: Classes = None, wait: bool = False, priority: int = 0,
-            accept_within: Span = None, dry_run: bool = False,
-            asked: dict = None) -> BookedAnswer | GroupAnswer:
+    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, *,
+            at_end: Name = '', notify: Names = (), invite: Names = (), lead: Span = None,
+            description: Text = '', personal: bool = False, affinity: Name = '', where: Text = '',
+            repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse',
+            user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '',
+            region: Name = '', aggregate: Name = '', part: Parts = (), host: Hosts = (),
+            classes: Classes = None, wait: bool = False, priority: int = 0,
+            accept_within: Span = None, dry_run: bool = False, asked: dict = None,
+            **made: MADE_ANEW) -> BookedAnswer | GroupAnswer:
         """Reserves virtual machines (VMs) from START to END, once or in a series.
 
         cmres starts the VMs at START and deletes them at END, or does what --at-end says. Without
@@ -14350,17 +14396,15 @@ class Requests(Operations):
     @api('PATCH', '/reservation/<label>')
     @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
-               vms: Count = None, flavor: Name = None, image: Name = None, network: Name = None,
-               key: Name = None, security_groups: Names = None, user_data: File = None,
-               metadata: Pairs = None, at_end: Name = None, notify: Names = None,
+               vms: Count = None, *, at_end: Name = None, notify: Names = None,
                invite: Names = None, lead: Span = None, description: Text = None,
                personal: bool = None, host: Name = None, affinity: Name = None, where: Text = None,
-               repeat: Repeat = None, until: Day = None,
-               count: Count = None, skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
-               occurrence: Day = None, following: bool = False, tz: Zone = '', project: Name = '',
-               reason: Text = '',
-               dry_run: bool = False, asked: dict = None) -> BookedAnswer | GroupAnswer:
+               repeat: Repeat = None, until: Day = None, count: Count = None,
+               skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
+               user: Name = None, rename: NewLabel = None, occurrence: Day = None,
+               following: bool = False, tz: Zone = '', project: Name = '', reason: Text = '',
+               dry_run: bool = False, asked: dict = None,
+               **made: MADE_OTHERWISE) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start moves the reservation; a new end makes it longer or shorter. A reservation that
@@ -16207,9 +16251,8 @@ class Calendars(Operations):
             return None, []
         wanted = {name: value for name, value in want._asdict().items()
                   if value or name not in ('network', 'key')}
-        asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                 'personal': False, 'lead': None, 'description': booking.summary[:1000]}
-        asked |= said | wanted
+        asked = made_as({}) | {'personal': False, 'lead': None,
+                               'description': booking.summary[:1000]} | said | wanted
         asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
                   'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
@@ -17204,8 +17247,7 @@ SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
     for table, column, which in DUE.values()))
 
-SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data,
-                    r.metadata, r.label, r.project, r.trusted, r.notify, o.reservation_id,
+SERVERS = f'''SELECT v.*, {MADE_COLUMNS}, r.label, r.project, r.trusted, r.notify, o.reservation_id,
                     o."end", o.resource_id, s.mode, s.cloud
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
@@ -17705,13 +17747,12 @@ class Workers:
 
     def do_boot(self, call: Job) -> str:
         server = call.target
+        made = made_in(server)
         return self.clouds.open(call.account).boot(Machine(
-            server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
-            tuple(json.loads(server.security_groups)), server.user_data,
-            json.loads(server.metadata),
-            server.label if server.mode else '',
-            self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
-            lambda: self.go_on(call)))
+            server.name, self.mark(server), **{name: made[name] for name in BOOTED},
+            hint=server.label if server.mode else '',
+            sight=self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
+            fence=lambda: self.go_on(call)))
 
     def do_verb(self, call: Job) -> None:
         getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
@@ -18295,11 +18336,10 @@ class Planner:
                     'JOIN reservation r ON r.id = o.reservation_id '
                     'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
         account = self.clouds.account(about.cloud, about.project, about.of_user)
-        asked = about._asdict() | {'security_groups': json.loads(about.security_groups)}
         sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
         needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
         self.workers.submit(('ahead', occurrence.id), 'ahead', account,
-                            Ahead(occurrence.id, asked, sight, needs, self.homeless(occurrence)))
+                            Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence)))
         return AHEAD
 
     def needed_at(self, at: int, account: str, now: float) -> Amount:
@@ -24727,13 +24767,12 @@ PANELS = {
     'VMs that did not start': ('cloud label name tries planned fault', 'None.')}
 #: What stands above a column, or a field, where it is not its name.
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
-         **{name: each.head for name, each in LIMIT_FIGURES.items()},
+         **{name: each.head for name, each in (MADE_OF | LIMIT_FIGURES).items() if each.head},
          'label': 'Name', 'at_end': 'At the end',
          'affected': 'Affected reservations', 'min_free_time': 'Free for at least',
          'rename': 'Name', 'repeat': 'Repeats',
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
-         'notify': 'Send notices to', 'key': 'SSH key pair', 'server': 'Use an existing server',
-         'user_data': 'User data (cloud-init)', 'personal': 'Who can start VMs in it',
+         'notify': 'Send notices to', 'personal': 'Who can start VMs in it',
          'host': 'Whole host', 'affinity': 'Hosts of its VMs', 'where': 'Hosts that are',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
@@ -24745,7 +24784,8 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
          'skip_dates': '22 dec, 29 dec', 'lead': '10m',
-         'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'notify': 'eva@example.org',
+         **{name: each.hint for name, each in MADE_OF.items() if each.hint},
          'where': 'gpu_count>=2', 'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20',
          'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
@@ -24772,8 +24812,12 @@ CHOICE_WORDS = {
        if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
+#: What VMs are made of besides what everybody says.
+MADE_MORE = [name for name in MADE_OF if name not in ('flavor', 'image')]
 #: What of a reservation stands on its page, and what it is called.
-FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
+FACTS = {'resource': 'Resource', 'host': 'Host',
+         **{name: MADE_OF[name].head or name.replace('_', ' ').capitalize() for name in MADE_MORE
+            if name in MADE_OTHERWISE and name in CLOUDY},
          'at_end': 'At the end', 'notify': 'Notices go to', 'invite': 'Invited',
          'request': 'Part of', 'description': 'Description'}
 MOST_PEOPLE = 500   # tokens that are made at once
@@ -24781,7 +24825,7 @@ MOST_LATELY = 300   # events of a project that are looked through for notices
 FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
-BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
+BOOK_MORE = (f"on_conflict accept_within {' '.join(MADE_MORE)} "
              'personal host affinity where holidays classes part')
 FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
@@ -26422,8 +26466,8 @@ MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
 USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
                'monthly on first mon')
 #: Fields that a change can make empty, and those that can change while VMs run, or of one alone.
-CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
-                          'notify', 'invite', 'lead', 'description', 'where'))
+CAN_BE_EMPTY = MADE_OTHERWISE.keys() - {'flavor'} | {'notify', 'invite', 'lead', 'description',
+                                                     'where'}
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
 OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
@@ -28130,8 +28174,7 @@ SHELVES = {
                  'completion'}
 #: The options of a command as its help lists them; what is in none of these comes last.
 KINDS_OF_OPTIONS = {
-    'VMs': 'vms flavor image server network key security_groups user_data metadata classes '
-           'personal',
+    'VMs': f"vms {' '.join(MADE_OF)} classes personal",
     'Start and end': 'start end lead at_end after before by duration',
     'Series': 'repeat until count skip_dates holidays on_conflict occurrence following',
     'If the capacity is not free': 'wait accept_within priority partial force affected',
@@ -29134,8 +29177,7 @@ def loadable(lines: list[dict]) -> list[dict]:
 
 def as_typed(name: str, value):
     """A cell of `list --format csv` as `add` takes it: lists as JSON, the lead in seconds."""
-    if isinstance(value, str) and value[:1] in ('[', '{') and name in (
-            'security_groups', 'notify', 'invite', 'metadata', 'classes'):
+    if isinstance(value, str) and value[:1] in ('[', '{') and name in JSON:
         with suppress(ValueError):
             return json.loads(value) or ''
     if name == 'lead' and isinstance(value, str) and value.isdecimal():
