@@ -9395,10 +9395,30 @@ MAYBE_MARKED = Pattern('#vm|&#|&num', re.I)
 FEED_UID = Pattern(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 PROPERTY = Pattern(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
-PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
+
+
+class EventProperty(NamedTuple):
+    """In what an event says something of what it wants: the field of a reservation, what reads it,
+    and who is told it: calendar programs of what they have not written, and feeds."""
+    field: str
+    read: Callable = read_name
+    default: Any = ''
+    in_events: bool = False
+    in_feeds: bool = False
+
+
+PROGRAMMED = {
+    'X-VM-COUNT': EventProperty('vms', read_count, 1, in_events=True),
+    'X-VM-FLAVOR': EventProperty('flavor', in_events=True),
+    'X-VM-IMAGE': EventProperty('image', in_events=True),
+    'X-VM-RESOURCE': EventProperty('resource'),
+    'X-VM-NETWORK': EventProperty('network'),
+    'X-VM-KEY': EventProperty('key')}
+#: What words can say as well, as in 2 x m1.small cirros on demo.
+IN_WORDS = ('vms', 'flavor', 'image', 'resource')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
-                  'X-VM-COUNT', *(f'X-VM-{name}' for name in PROGRAMMED)))
+                  *PROGRAMMED))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = Pattern(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
@@ -9409,14 +9429,9 @@ MOMENT = Pattern(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
-class Want(NamedTuple):
-    """What an event of a calendar asks for; '' is for the defaults of the import."""
-    vms: int = 1
-    flavor: str = ''
-    image: str = ''
-    resource: str = ''
-    network: str = ''
-    key: str = ''
+#: What an event of a calendar asks for; '' is for the defaults of the import.
+Want = namedtuple('Want', [each.field for each in PROGRAMMED.values()],
+                  defaults=[each.default for each in PROGRAMMED.values()])
 
 
 class Booking(NamedTuple):
@@ -10174,20 +10189,26 @@ def guessed(entry: Entry) -> str:
 
 def want_of(entry: Entry, defaults: Want) -> Want | None:
     """What an event says that it wants; None if it wants no machines."""
+    want = worded_want(entry, defaults)
+    words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
+    if not want and not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
+        return None
+    said = {each.field: each.read(entry.text(name)) for name, each in PROGRAMMED.items()
+            if name in entry.said and not (want and each.field in IN_WORDS)
+            and (entry.text(name) or not each.default)}
+    return (want or defaults)._replace(**said)
+
+
+def worded_want(entry: Entry, defaults: Want) -> Want | None:
+    """What its title, its description or its place says that it wants."""
     for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
             raise Invalid(f'{shown(match[0][:80])} is not valid. Write for example: #vm 2 x '
                           'm1.small')
         return spoken_want(said, defaults) if said else defaults
-    if said := spoken(entry):
-        return spoken_want(said, defaults)
-    words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
-    if not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
-        return None
-    said = {name.lower(): read_name(entry.text(f'X-VM-{name}')) for name in PROGRAMMED
-            if f'X-VM-{name}' in entry.said}
-    return defaults._replace(vms=read_count(entry.text('X-VM-COUNT') or defaults.vms), **said)
+    said = spoken(entry)
+    return spoken_want(said, defaults) if said else None
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -10228,6 +10249,14 @@ class Shown(NamedTuple):
     description: str
     location: str
     status: str
+    more: tuple = ()  # further properties with their values
+
+
+def programmed(found, who: str) -> dict[str, str]:
+    """The properties in which some are told what a row has, as text."""
+    said = {name: getattr(found, each.field) for name, each in PROGRAMMED.items()
+            if getattr(each, who)}
+    return {name: escaped(str(value)) for name, value in said.items()}
 
 
 @functools.lru_cache(20_000)
@@ -10238,7 +10267,7 @@ def event_text(shown: Shown) -> str:
             'SEQUENCE': f'{shown.revision}', 'DTSTART': start, 'DTEND': end,
             'STATUS': shown.status, 'SUMMARY': escaped(shown.summary),
             'DESCRIPTION': escaped(shown.description), 'LOCATION': escaped(shown.location),
-            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', 'END': 'VEVENT'}
+            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', **dict(shown.more), 'END': 'VEVENT'}
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
@@ -16144,7 +16173,7 @@ class Calendars(Operations):
         owner, entries = self.owner(said), read_calendar(text, 'the calendar')
         groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)))
+                          Want(**{name: said[name] for name in Want._fields if name in said}))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
         lines = self.read_bookings(wanted, said, zone)
@@ -16250,7 +16279,7 @@ class Calendars(Operations):
         if booking.cancelled or not coming:
             return None, []
         wanted = {name: value for name, value in want._asdict().items()
-                  if value or name not in ('network', 'key')}
+                  if value or name in IN_WORDS}
         asked = made_as({}) | {'personal': False, 'lead': None,
                                'description': booking.summary[:1000]} | said | wanted
         asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
@@ -16635,7 +16664,8 @@ class Calendars(Operations):
         status = dict.fromkeys(('cancelled', 'failed'), 'CANCELLED') | dict.fromkeys(
             ('waiting', 'pending'), 'TENTATIVE')
         return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
-                     status.get(found.state, 'CONFIRMED'))
+                     status.get(found.state, 'CONFIRMED'),
+                     tuple(programmed(found, 'in_feeds').items()))
 
 
 # Tokens ######################################################################
@@ -19410,10 +19440,10 @@ ISO_DATE = '(19[7-9][0-9]|2[01][0-9][0-9])[-/](0[1-9]|1[0-2])[-/](0[1-9]|[12][0-
 ISO_TIME = {'type': 'string', 'examples': ['2026-12-01T09:00+01:00', '2026-12-01 09:00'], 'pattern':
             f'^{ISO_DATE}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?'
             '(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])?)?$'}
-SPOKEN_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
-SPOKEN_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
+IN_WORDS_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
+IN_WORDS_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
                '^(now|((today|tomorrow|((next|this) )?(mon|tue|wed|thu|fri|sat|sun)) )?'
-               f'{SPOKEN_CLOCK})$'}
+               f'{IN_WORDS_CLOCK})$'}
 NAME = {'type': 'string', 'maxLength': 255, 'pattern': SEEN.format(r'\n\t')}
 TEXT = {'type': 'string', 'maxLength': 65535, 'pattern': SEEN.format('')}
 LABEL = {'type': 'string', 'not': {'enum': [*NO_LABELS]}, 'examples': ['lab']}
@@ -19468,8 +19498,8 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
         'type': ['string', 'integer'], 'minimum': 0, 'examples': ['2026-12-01T12:00Z/7'],
         'pattern': f'^(([0-9]{{1,10}}[-/])?[0-9]{{1,18}}|{ISO_DATE}.*/[0-9]{{1,18}})$'}),
     Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
-    When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
-    Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    When: ('Time', {'anyOf': [ISO_TIME, IN_WORDS_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Day: ('Day', {'anyOf': [ISO_TIME, IN_WORDS_TIME, SHORT_LENGTH, ISO_LENGTH]}),
     Names: ('Names', list_schema(NAME, maxItems=100)),
     Pairs: ('Pairs', pairs_schema('[a-zA-Z0-9_:. -]', TEXT | {'maxLength': 255}, 128, 'k=v,k=v')),
     Classes: ('ResourceClasses', pairs_schema('[A-Z0-9_]', CAPACITY, 50, 'CUSTOM_GPU=2', PLAIN)),
@@ -22294,13 +22324,13 @@ def reservation_text(folder: Folder, id: int) -> str:
 
 def want_lines(found, vms: int) -> list[str]:
     """What of an event says which VMs a reservation has, and its description."""
-    said = {'COUNT': vms, 'FLAVOR': found.flavor, 'IMAGE': found.image}
     plain = f"{vms} x {' '.join(filter(None, (found.flavor, found.image)))}"
     match = WANT.fullmatch(plain)
     text = found.description
     if match and match.group(2, 3) == (found.flavor, found.image):  # it says all of it
         text = '\n'.join(filter(None, (plain, text)))
-    return ['CATEGORIES:VM', *(f'X-VM-{name}:{escaped(str(each))}' for name, each in said.items()),
+    said = programmed(found._replace(vms=vms), 'in_events')
+    return ['CATEGORIES:VM', *(f'{name}:{value}' for name, value in said.items()),
             f'DESCRIPTION:{escaped(text)}']
 
 
