@@ -19482,10 +19482,10 @@ ISO_DATE = '(19[7-9][0-9]|2[01][0-9][0-9])[-/](0[1-9]|1[0-2])[-/](0[1-9]|[12][0-
 ISO_TIME = {'type': 'string', 'examples': ['2026-12-01T09:00+01:00', '2026-12-01 09:00'], 'pattern':
             f'^{ISO_DATE}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?'
             '(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])?)?$'}
-IN_WORDS_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
-IN_WORDS_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
+SPOKEN_CLOCK = '([01]?[0-9]|2[0-3]):[0-5][0-9]'
+SPOKEN_TIME = {'type': 'string', 'examples': ['tomorrow 9:00', '17:00', 'now'], 'pattern':
                '^(now|((today|tomorrow|((next|this) )?(mon|tue|wed|thu|fri|sat|sun)) )?'
-               f'{IN_WORDS_CLOCK})$'}
+               f'{SPOKEN_CLOCK})$'}
 NAME = {'type': 'string', 'maxLength': 255, 'pattern': SEEN.format(r'\n\t')}
 TEXT = {'type': 'string', 'maxLength': 65535, 'pattern': SEEN.format('')}
 LABEL = {'type': 'string', 'not': {'enum': [*NO_LABELS]}, 'examples': ['lab']}
@@ -19540,8 +19540,8 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
         'type': ['string', 'integer'], 'minimum': 0, 'examples': ['2026-12-01T12:00Z/7'],
         'pattern': f'^(([0-9]{{1,10}}[-/])?[0-9]{{1,18}}|{ISO_DATE}.*/[0-9]{{1,18}})$'}),
     Span: ('Length', {'anyOf': [SHORT_LENGTH, ISO_LENGTH, LONG_LENGTH]}),
-    When: ('Time', {'anyOf': [ISO_TIME, IN_WORDS_TIME, SHORT_LENGTH, ISO_LENGTH]}),
-    Day: ('Day', {'anyOf': [ISO_TIME, IN_WORDS_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    When: ('Time', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
+    Day: ('Day', {'anyOf': [ISO_TIME, SPOKEN_TIME, SHORT_LENGTH, ISO_LENGTH]}),
     Names: ('Names', list_schema(NAME, maxItems=100)),
     Pairs: ('Pairs', pairs_schema('[a-zA-Z0-9_:. -]', TEXT | {'maxLength': 255}, 128, 'k=v,k=v')),
     Classes: ('ResourceClasses', pairs_schema('[A-Z0-9_]', CAPACITY, 50, 'CUSTOM_GPU=2', PLAIN)),
