@@ -11884,7 +11884,6 @@ class Bounded(NamedTuple):
       old: its occurrence as it was, which doesn't count; what it had already, it may keep
       others: the other occurrences of its series as they will be
       own: its reservation
-      at: how a sentence tells an instant
     """
     limit: Any
     wish: Wish
@@ -11892,7 +11891,7 @@ class Bounded(NamedTuple):
     old: Any
     others: Others | None
     own: int
-    at: Callable
+    config: Config
 
     def duration(self, most: int) -> tuple[bool, str]:
         length = self.wish.end - self.wish.start
@@ -11910,13 +11909,13 @@ class Bounded(NamedTuple):
         last = self.now + most
         return self.stays or self.wish.start <= last, (
             f'can reserve at most {format_duration(most)} ahead. Choose a start before '
-            f'{self.at(last, self.wish.tz)}.')
+            f'{self.config.told_time(last, self.wish.tz)}.')
 
     def notice(self, least: int) -> tuple[bool, str]:
         nearest = self.now + least
         return self.stays or self.wish.start >= nearest, (
             f'must reserve at least {format_duration(least)} before the start. '
-            f'Choose a start after {self.at(nearest, self.wish.tz)}.')
+            f'Choose a start after {self.config.told_time(nearest, self.wish.tz)}.')
 
     @property
     def within(self) -> bool:
@@ -12062,7 +12061,7 @@ class Limits:
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= config.exempt_longest)
             if not near or old and old.start <= now:
-                bounded = Bounded(limit, wish, int(now), old, others, own, config.told_time)
+                bounded = Bounded(limit, wish, int(now), old, others, own, config)
                 for name, value in figures_of(limit).items():
                     allows = LIMIT_FIGURES[name].allows
                     fits_it, passes = allows(bounded, value) if allows else (True, '')
