@@ -15124,13 +15124,14 @@ class Plan(Operations):
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
-        """The resource of an aggregate: by Nova's id, as names change; where none is known or that one
-        is gone, by the name.
+        """The resource of an aggregate: by Nova's id, as names change; where none is known or that
+        one is gone, by the name.
         """
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
                         OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
-                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
+                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""",
+                   cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
@@ -15760,7 +15761,7 @@ class Claims(Operations):
             place = self.look.resource_row(name)
             uids = [each.server for each in rows(
                 'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND at < ? '
-                'LIMIT 100', place.id, self.clock() - 5)]  # Nova may not show the newest yet
+                'LIMIT 100', place.id, self.clock() - 2)]  # Nova may not show the newest yet
             opened = self.clouds.open(place.cloud)
             try:
                 seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
