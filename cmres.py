@@ -3789,8 +3789,10 @@ def psycopg():
     return found
 
 
-#: How PostgreSQL writes what peewee's models say.
+#: How PostgreSQL writes what peewee's models say, and migrations.
 OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
+    (r'\bid INTEGER NOT NULL PRIMARY', 'id BIGSERIAL NOT NULL PRIMARY'),
+    (r'\bINTEGER\b', 'BIGINT'), (r'\bREAL\b', 'DOUBLE PRECISION'),
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
 
@@ -5013,6 +5015,7 @@ def opened(path: str) -> Iterator[None]:
 @contextmanager
 def alone_on_server(url: str) -> Iterator[None]:
     """The same, while no other process of cmres is connected to it."""
+    close_store()
     with opened(url):
         if run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
                "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
@@ -5040,7 +5043,7 @@ def migrate_store(path: str) -> dict | None:
     if is_server(path):
         with alone_on_server(path):
             run_migrations(before)
-        return {'database': path, 'before': before, 'after': latest_version(), 'copy': ''}
+        return {'database': without_password(path), 'before': before, 'after': latest_version()}
     with alone_with(path):
         copy = f'{path}.version-{before}-{stamp()}'
         copy_store(path, copy)
@@ -5287,20 +5290,20 @@ GOALS_OF_2 = """
 
 
 def columns_of(table: str) -> set[str]:
-    """The columns that a table has in the file; none if there is no such table."""
-    return {each[1] for each in run(f'PRAGMA table_info({table})')}
+    """The columns that a table has in the store; none if there is no such table."""
+    return {each.name for each in db.get_columns(table)}
 
 
 def run_all(statements: str) -> None:
-    """Runs statements with semicolons between, within the present transaction."""
+    """Runs statements of the schema, with semicolons between, within the present transaction."""
     for each in statements.split(';'):
-        run(each)
+        db.execute_sql(each)
 
 
 def add_columns(table: str, columns: dict[str, str]) -> None:
     """Gives a table the columns, name by type, that it has not yet."""
     for name in columns.keys() - columns_of(table):
-        run(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
+        run_all(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
 
 
 def add_tracks() -> None:
@@ -5670,15 +5673,15 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
-LOST = '08'
+LOST, LACKING, READ_ONLY = '08', '53', '25006'
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
     LOST: 'The connection to the database was lost: {}. Try again.',
     '57P': 'The database stops or starts: {}. Try again in a minute.',
-    '53': 'The database has too little of something: {}. Nothing was changed. An operator must '
+    LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
           'look at the server.',
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
-    '25006': 'The database is read-only: {}. Nothing was changed. An operator must name the '
+    READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
     '28': 'The database does not let cmres in: {}. An operator must look at its settings.',
     '3D': 'There is no such database: {}. Create it with `createdb`.'}
@@ -5719,9 +5722,7 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     cause = engine_error(error)
     code = code_of(cause)
     if isinstance(code, str):
-        code = next((each for each in SERVER_TROUBLES if code.startswith(each)), None)
-        name = cause.sqlstate or 'no connection'
-        return code and Unavailable(SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})'))
+        return server_in_trouble(cause, code)
     if code not in TROUBLES:
         return None
     store_file.troubles += 1
@@ -5729,6 +5730,19 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
     elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
+    return Unavailable(sentence)
+
+
+def server_in_trouble(cause: BaseException, state: str) -> Unavailable | None:
+    """The same of PostgreSQL's error, by its code."""
+    code = next((each for each in SERVER_TROUBLES if state.startswith(each)), None)
+    if not code:
+        return None
+    store_file.troubles += 1
+    name = cause.sqlstate or 'no connection'
+    sentence = SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})')
+    if code in (LACKING, READ_ONLY):
         store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
@@ -5757,6 +5771,7 @@ def note_check(now: float, damage: str) -> None:
 
 def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
+    failed = store_file.failed  # where much can't be written, this little may be
     try:
         store_file.check()
         if db.in_files:
@@ -5764,6 +5779,7 @@ def probe(path: str) -> str:
         else:
             with transaction(on=frozenset()):
                 db.run(COUNT_WRITE, ())
+            store_file.failed = failed
     except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
@@ -5837,6 +5853,7 @@ def watched() -> Iterator[None]:
     if not db.in_files:
         with db.atomic():
             yield
+        store_file.failed = '', 0.0
         return
     store_file.check()
     number = 0
@@ -13939,6 +13956,9 @@ AT_ONCE = 20
 STAGED = "name > 'staged-' AND name < 'staged.'"
 #: What people have asked for on the page and can still take back: facts that begin in that way.
 LATER = "name > 'later-' AND name < 'later.'"
+#: The instant that the values of these facts begin with; NULL of others.
+FROM_WHEN = (f"CASE WHEN {STAGED} OR {LATER} THEN "
+          "CAST(substr(value, 1, instr(value, ' ') - 1) AS DOUBLE PRECISION) END")
 
 
 def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
@@ -17185,8 +17205,7 @@ DUE = {'occurrence': ('occurrence o', 'o.due', 'TRUE'), 'server': ('server v', '
        'subscription': ('subscription u', 'u.due', 'TRUE'), 'claim': ('claim c', 'c.due', 'TRUE'),
        'wait': ('wait w', 'w.due', 'TRUE'), 'pending': ('reservation r', 'r.pending', 'TRUE'),
        'proposal': ('proposal p', 'p.until', 'TRUE'),
-       'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED),
-       'later': ('fact f', 'CAST(f.value AS REAL)', LATER)}
+       'staged': ('fact f', FROM_WHEN, STAGED), 'later': ('fact f', FROM_WHEN, LATER)}
 #: The soonest instant of all of these that is after another one.
 SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
@@ -20245,7 +20264,10 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
+        """How much space is left for the file; PostgreSQL looks after its own disk."""
         config = self.service.config
+        if is_server(config.database):
+            return {}
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
                  'be free. (setting min_disk)')
@@ -27100,7 +27122,7 @@ class Admin(Visit):
         """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
-                        'AND CAST(value AS REAL) > ?', act, now)
+                        f'AND {FROM_WHEN} > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
                 raise Conflict(TOO_LATE)
@@ -28312,7 +28334,7 @@ def store_migrate(config: Config) -> dict:
     refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
-    return done or {'database': config.database, 'version': latest_version(),
+    return done or {'database': without_password(config.database), 'version': latest_version(),
                     'result': 'nothing to do'}
 
 
@@ -28454,8 +28476,9 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [f"Updated the database from version {done['before']} to {done['after']}. "
-            f"'{done['copy']}' is a copy of before."] if done else []
+    said = done and f"Updated the database from version {done['before']} to {done['after']}."
+    copy = f" '{done['copy']}' is a copy of before." if done and 'copy' in done else ''
+    return [said + copy] if done else []
 
 
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
