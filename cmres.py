@@ -84,11 +84,9 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
-from html import escape, unescape
 from types import SimpleNamespace, UnionType
-from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
-                    get_args, get_origin, get_type_hints)
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, Union, get_args,
+                    get_origin)
 from zoneinfo import ZoneInfo
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
@@ -107,6 +105,18 @@ class Module:
         return getattr(importlib.import_module(self.__name__), name)
 
 
+class Function:
+    """A function of such a module; from its first call on, it stands here itself."""
+
+    def __init__(self, name: str):
+        self.module, _, self.__name__ = name.rpartition('.')
+
+    def __call__(self, *args, **kwargs):
+        found = getattr(importlib.import_module(self.module), self.__name__)
+        globals()[self.__name__] = found
+        return found(*args, **kwargs)
+
+
 base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
     select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
     zlib = map(Module, (
@@ -115,6 +125,9 @@ base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, 
         'zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
+escape, unescape = map(Function, ('html.escape', 'html.unescape'))
+parse_qsl, quote, unquote, urlencode, urljoin, urlsplit = map(Function, map(
+    'urllib.parse.{}'.format, 'parse_qsl quote unquote urlencode urljoin urlsplit'.split()))
 
 __version__ = '0.1'
 
@@ -217,7 +230,8 @@ UNSEEN = Pattern(
 
 def legible(text: str) -> str:
     """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays valid."""
-    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return text if text.isprintable() else UNSEEN.sub(
+        lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def shown(value) -> str:
@@ -1371,7 +1385,7 @@ def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1477,6 +1491,17 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+
+    def __init__(self, **given):
+        known = self.__dataclass_fields__
+        if unknown := given.keys() - known.keys():
+            raise TypeError(f'there is no setting {min(unknown)}')
+        self.take(**{name: each.default_factory() for name, each in known.items()
+                     if each.default is dataclasses.MISSING} | given)
+
+    def __eq__(self, other) -> bool:
+        return all(getattr(self, each.name) == getattr(other, each.name)
+                   for each in dataclasses.fields(self) if each.compare)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1603,7 +1628,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.roles
-    for name in ('trusted_proxies', 'identity_proxies'):
+    for name in {'trusted_proxies', 'identity_proxies'} & settings.keys():
         read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
@@ -1868,6 +1893,8 @@ Page = NewType('Page', int)        # 1 to 10000 lines of a list
 Cursor = NewType('Cursor', str)    # where a list goes on: START/ID of the last line seen, or its id
 Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
+Memory = NewType('Memory', int)    # a Figure of MiB; text may have a unit: 64G
+MostMemory = NewType('MostMemory', int)  # the same, or UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
 # that, or a date: the whole of it, in the zone of what it is about
@@ -1961,7 +1988,9 @@ WORDS = {
     'token_add.project': 'project of the token',
     'user_end.project': 'only in this project',
     'purpose': 'what the token is for, for example laptop',
-    'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
+    'ram': 'maximum memory in MiB, or like 64G; default, or `unlimited`: no limit',
+    'find.ram': 'memory of each VM in MiB, or like 4G',
+    'find.vcpus': 'vCPUs of each VM',
     'region': 'region of the resource',
     'rename': 'the new name',
     'repeat': 'daily, weekdays, every tue, weekly on tue,thu, monthly on last fri, or an RRULE',
@@ -2032,7 +2061,7 @@ WORDS = {
 REQUIRED = inspect.Parameter.empty
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Operation:
     """A published method: its routes, who may call it, what it takes and answers. A route is a
     verb, a path and fixed arguments. What makes something says in `made` at which path that is
@@ -2283,11 +2312,24 @@ def read_cursor(value, here: Here) -> str:
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
 
 
-def read_most(value, here=None) -> int:
+#: How many MiB a unit of memory has: Nova counts in powers of two, whatever the unit is called.
+MEMORY = {'m': 1, 'g': 1024, 't': 1024**2}
+
+
+def read_memory(value, here=None) -> int:
+    if found := re.fullmatch(r' *([0-9]{1,9}) *([mgt])(i?b)? *', str(value).lower()):
+        return read_figure(int(found[1]) * MEMORY[found[2]])
+    try:
+        return read_figure(value)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}. Write MiB, or for example 64G.") from None
+
+
+def read_most(value, here=None, figure: Callable = read_figure) -> int:
     if value == 'unlimited':
         return UNLIMITED
     try:
-        return read_figure(value)
+        return figure(value)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
@@ -2456,7 +2498,8 @@ READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
     Place: lambda value, here=None: value if value == ANY else read_label(value), Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page,
-    Cursor: read_cursor, Figure: read_figure, Most: read_most,
+    Cursor: read_cursor, Figure: read_figure, Most: read_most, Memory: read_memory,
+    MostMemory: functools.partial(read_most, figure=read_memory),
     Span: lambda value, here=None: (value if isinstance(value, timedelta)
                                     else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
@@ -2517,12 +2560,9 @@ Secret = NewType('Secret', str)  # what is shown once and kept nowhere
 
 
 class Answer(dict):
-    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    """Fields that are read as a['label'] and as a.label; `fields` of a kind says which."""
+    fields: dict[str, Field] = {}
     more = None  # the type of further fields, whose names are known to nobody before
-
-    def __init_subclass__(cls, more=None, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls.more = more or cls.more
 
     def __getattr__(self, name: str):
         try:
@@ -2531,469 +2571,207 @@ class Answer(dict):
             raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
 
 
-class ReservationAnswer(Answer):
-    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
-    id: int
-    label: Label
-    user: str
-    project: str
-    resource: str
-    cell: str
-    cloud: str
-    region: str
-    aggregate: str
-    vms: int
-    flavor: str
-    image: str
-    network: str
-    key: str
-    security_groups: list[str]
-    metadata: dict[str, str]
-    server: str
-    at_end: str
-    notify: list[str]
-    invite: list[str]
-    vcpus: int
-    ram: int
-    classes: dict[str, int]
-    lead: int
-    description: str
-    personal: bool
-    affinity: str
-    where: str
-    repeat: str
-    tz: str
-    start: datetime
-    end: datetime
-    cancelled: datetime | None
-    added: datetime
-    changed: datetime | None
-    up: int
-    fault: str | None
-    request: str
-    host: str
-    state: State
-    change: NotRequired[dict]
-
-
-class OutcomeAnswer(Answer):
-    """What became of one occurrence of a series."""
-    start: datetime
-    end: datetime
-    vms: int
-    outcome: str
-    why: NotRequired[str]
-
-
-class BookedAnswer(ReservationAnswer):
-    """A reservation that was made or changed; of a series, what became of each occurrence."""
-    message: NotRequired[str]
-    booked_until: NotRequired[datetime | None]
-    occurrences: NotRequired[list[OutcomeAnswer]]
-    warnings: NotRequired[list[str]]
-
-
-class GroupAnswer(Answer):
-    """Several reservations that were made together, or not at all."""
-    label: Label
-    parts: list[BookedAnswer]
-
-
-class CancelledAnswer(ReservationAnswer):
-    """A reservation that was cancelled, and what becomes of its VMs."""
-    ends_with: NotRequired[str]
-    warnings: NotRequired[list[str]]
-
-
-class ServerAnswer(Answer):
-    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
-    n: int
-    name: str
-    state: str
-    addresses: list[str]
-    planned: datetime
-    begun: datetime | None
-    ready: datetime | None
-    deleted: datetime | None
-    snapshot: str
-    tries: int
-    fault: str
-    account: str
-    uid: str | None
-    login: str
-
-
-class KeptAnswer(Answer):
-    """A VM that was stopped or shelved at the end of its reservation and stays."""
-    id: int
-    name: str
-    label: Label
-    project: str
-    user: str
-    state: str
-    addresses: list[str]
-    end: datetime
-    account: str
-    uid: str | None
-
-
-class ComingAnswer(Answer):
-    """A current or future occurrence of a series."""
-    start: datetime
-    end: datetime
-    vms: int
-    resource: str
-    state: State
-
-
-class DetailAnswer(ReservationAnswer):
-    """All of a reservation, with its VMs, and what comes of a series."""
-    user_data: str
-    servers: list[ServerAnswer]
-    on_conflict: NotRequired[str]
-    booked_until: NotRequired[datetime | None]
-    occurrences: NotRequired[list[ComingAnswer]]
-
-
-class DetailGroupAnswer(Answer):
-    """All of several reservations that were made together."""
-    label: Label
-    parts: list[DetailAnswer]
-
-
-class DurationAnswer(Answer):
-    """How long a reservation is."""
-    label: Label
-    duration: Lasts
-    seconds: int
-
-
-class DurationGroupAnswer(Answer):
-    """How long the parts of a group are."""
-    label: Label
-    parts: list[DurationAnswer]
-
-
-class RefusedLineAnswer(Answer):
-    """A line of many that was refused, and why."""
-    line: int
-    label: Any
-    error: str
-
-
-class LoadedAnswer(Answer):
-    """What became of many reservations."""
-    taken: list[BookedAnswer | GroupAnswer]
-    refused: list[RefusedLineAnswer]
-
-
-class SlotAnswer(Answer):
-    """A time window in which a resource has so many VMs free."""
-    resource: str
-    start: datetime
-    until: datetime
-    duration: Lasts
-    vms: int
-
-
-class UsageAnswer(Answer, more=int):
-    """How much of a resource is used in a time window; further fields are resource classes."""
-    start: datetime
-    end: datetime
-    vms: int
-    vcpus: int
-    ram: int
-    free_vms: int | None
-
-
-class LimitAnswer(Answer):
-    """What a project or a user may reserve at most."""
-    id: int
-    project: str
-    user: str
-    resource: str
-    most_vms: int | None
-    longest: Lasts | None
-    ahead: Lasts | None
-    least_notice: Lasts | None
-    vcpu_hours: int | None
-    waiting: int | None
-    exempt: Lasts
-    lock: Lasts
-    added: datetime
-    max_vms: int | None
-    max_duration: Lasts | None
-    max_advance: Lasts | None
-    min_notice: Lasts | None
-    max_vcpu_hours: int | None
-    max_waiting: int | None
-    exempt_within: Lasts
-
-
-class ResourceAnswer(Answer):
-    """A resource: its location and its capacity, without a number where that is unlimited."""
-    id: int
-    name: str
-    cell: str
-    cloud: str
-    region: str
-    aggregate: str
-    vms: int | None
-    vcpus: int | None
-    ram: int | None
-    classes: dict[str, int]
-    mode: str
-    hold: int
-    approval: int
-    no_show: int
-    lock: int
-    default_flavor: str
-    default_image: str
-    default_vms: int
-    hosts: list[str]
-    spare: int
-    added: datetime
-    min_free_time: int
-
-
-class ResourceNowAnswer(ResourceAnswer):
-    """A resource, and how much of it is used now."""
-    planned_by: str
-    held_now: dict[str, int]
-    used_now: dict[str, int]
-    warnings: NotRequired[list[str]]
-
-
-class ResourceChangedAnswer(ResourceAnswer):
-    """A resource that was changed, and what no longer fits."""
-    no_longer_fit: list[ReservationAnswer]
-    warnings: NotRequired[list[str]]
-
-
-class HostAnswer(Answer):
-    """A host, and what is known of it."""
-    name: str
-    properties: dict[str, str]
-
-
-class DifferenceAnswer(Answer):
-    """A field of a resource that a cloud has otherwise."""
-    resource: str
-    what: str
-    before: Any
-    after: Any
-
-
-class AffectedAnswer(Answer):
-    """An occurrence that no longer fits after a capacity change, and what became of it."""
-    label: Label
-    user: str
-    project: str
-    vms: int
-    start: datetime
-    end: datetime
-    outcome: str
-
-
-class CapacityChangeAnswer(Answer):
-    """A capacity change or a maintenance that was made, and whom it affects."""
-    id: int
-    resource: str
-    start: datetime
-    end: datetime
-    reason: str
-    hit: list[AffectedAnswer]
-    affected: list[AffectedAnswer]
-
-
-class MaintenanceAnswer(Answer):
-    """A capacity change or a maintenance."""
-    id: int
-    resource: str
-    start: datetime
-    end: datetime
-    vms: int | None
-    vcpus: int | None
-    ram: int | None
-    classes: dict[str, int]
-    host: str
-    reason: str
-
-
-class CalledOffAnswer(Answer):
-    """A capacity change or a maintenance that was called off."""
-    id: int
-    reason: str
-
-
-class CheckAnswer(Answer):
-    """How many steps of usage were compared, and in how many they differed."""
-    steps: int
-    differences: int
-
-
-class ClaimAnswer(Answer):
-    """Whether a server may start on a resource, why, and on which hosts (no list: on any)."""
-    resource: str
-    passes: bool
-    why: str
-    hosts: list[str] | None
-
-
-class EventOutcomeAnswer(Answer):
-    """What became of an event of a calendar."""
-    uid: str
-    summary: str
-    outcome: str
-    why: NotRequired[str]
-    label: NotRequired[Label]
-    start: NotRequired[datetime]
-    vms: NotRequired[int]
-    flavor: NotRequired[str]
-    count: NotRequired[int]
-    occurrences: NotRequired[list[OutcomeAnswer]]
-
-
-class ImportAnswer(Answer):
-    """What became of the events of a calendar, and how many ask for nothing."""
-    events: list[EventOutcomeAnswer]
-    ignored: int
-    held: NotRequired[str]
-    needs_confirmation: NotRequired[str]
-
-
-class CalendarAnswer(Answer):
-    """A feed that shows reservations, or a subscription that makes them."""
-    id: int
-    kind: str
-    user: str
-    project: str
-    shows: NotRequired[str | None]
-    added: NotRequired[datetime]
-    revoked: NotRequired[datetime]
-    polled: NotRequired[datetime | None]
-    fault: NotRequired[str]
-    held: NotRequired[str]
-    needs_confirmation: NotRequired[str]
-
-
-class FeedAnswer(Answer):
-    """The address of a feed; of a dry run, whose it would be."""
-    feed: NotRequired[Secret]
-    user: NotRequired[str]
-    project: NotRequired[str]
-
-
-class EventAnswer(Answer):
-    """A line of the event log."""
-    id: int
-    at: datetime
-    actor: str
-    code: str
-    label: Label | None
-    project: str | None
-    sentence: str
-
-
-class LatenessAnswer(Answer):
-    """How late the VMs of a cloud were, in seconds."""
-    cloud: str
-    servers: int
-    begun_median: float | None
-    begun_95: float | None
-    begun_worst: float | None
-    ready_median: float | None
-    ready_95: float | None
-    ready_worst: float | None
-    tried_again: int
-
-
-class FailedAnswer(Answer):
-    """A VM that did not start."""
-    cloud: str
-    label: Label
-    name: str
-    tries: int
-    planned: datetime
-    fault: str
-
-
-class PunctualityAnswer(Answer):
-    """How late VMs were, and which failed."""
-    clouds: list[LatenessAnswer]
-    failed: list[FailedAnswer]
-
-
-class ReportAnswer(Answer):
-    """The sums of a project, a user or a resource."""
-    project: NotRequired[str]
-    user: NotRequired[str]
-    resource: NotRequired[str]
-    reserved_hours: float
-    used_hours: float
-    unused_hours: float
-    refused: int
-    late_worst: float
-
-
-class TokenAnswer(Answer):
-    """Whose a token is and what for; not the token itself, of which only a hash is kept."""
-    id: int
-    user: str
-    project: str
-    role: str
-    purpose: str
-    scopes: list[str]
-    resource: str | None
-    added: datetime
-    ends: datetime | None
-    last_used: datetime | None
-    revoked: datetime | None
-
-
-class CredentialAnswer(Answer):
-    """Whose VMs are made in their own name on which cloud; not the secret."""
-    id: int
-    user: str
-    project: str
-    cloud: str
-    application: str
-    trust: str
-    added: datetime
-
-
-class NewTokenAnswer(Answer):
-    """A token that was made; of a dry run, whose it would be."""
-    token: NotRequired[Secret]
-    user: NotRequired[str]
-    project: NotRequired[str]
-    role: NotRequired[str]
-    ends: NotRequired[datetime]
-
-
-class EndedAnswer(Answer):
-    """How many tokens of a person have ended."""
-    user: str
-    tokens: int
-
-
-class RefusalAnswer(Answer):
-    """Why a request was refused, in a sentence; `details` say more to programs."""
-    error: str
-    kind: str
-    details: NotRequired[dict]
-
-
-class HealthAnswer(Answer):
-    """Whether the store can be read, and seconds since VMs were looked after."""
-    status: NotRequired[str]
-    last_pass: NotRequired[float]
-    error: NotRequired[str]
-
-
-class ReadyAnswer(Answer, more=dict):
-    """Whether requests can be answered; further fields are the parts that were looked at."""
-    status: str
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+#: Of which type a field is whose answer says no other.
+FIELD_TYPES = {name: kind for kind, names in (
+    (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
+          'min_free_time steps differences count ignored tried_again tokens'),
+    (Label, 'label'),
+    (str, 'user project resource cell cloud region aggregate flavor image network key server '
+          'at_end description affinity where repeat tz fault request host outcome why message '
+          'ends_with name snapshot account login user_data on_conflict error mode default_flavor '
+          'default_image planned_by what reason summary held needs_confirmation kind actor code '
+          'sentence role purpose application trust status'),
+    (list[str], 'security_groups notify invite warnings addresses hosts scopes'),
+    (dict[str, str], 'metadata properties'),
+    (dict[str, int], 'classes held_now used_now'),
+    (bool, 'personal passes'),
+    (datetime, 'start end added planned until at'),
+    (datetime | None, 'cancelled changed booked_until begun ready deleted revoked polled ends '
+                      'last_used'),
+    (State, 'state'),
+    (dict, 'change details'),
+    (str | None, 'uid shows'),
+    (Lasts, 'duration exempt lock exempt_within'),
+    (int | None, 'free_vms most_vms vcpu_hours waiting max_vms max_vcpu_hours max_waiting'),
+    (Lasts | None, 'longest ahead least_notice max_duration max_advance min_notice'),
+    (Any, 'before after'),
+    (Secret, 'feed token'),
+    (float | None, 'begun_median begun_95 begun_worst ready_median ready_95 ready_worst'),
+    (float, 'reserved_hours used_hours unused_hours late_worst last_pass'),
+    ) for name in names.split()}
+
+
+def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None, **kinds) -> type:
+    """A kind of answer: what it is about and its fields, with ? those that may be missing; `kinds`
+    are types that fields have only here."""
+    named = {each.rstrip('?'): not each.endswith('?') for each in fields.split()}
+    own = {each: Field(kinds.get(each) or FIELD_TYPES[each], always)
+           for each, always in named.items()}
+    return type(f'{name}Answer', (of,), {
+        '__doc__': about, 'fields': of.fields | own, 'more': more or of.more})
+
+
+ReservationAnswer = answer_kind(
+    'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
+    'state.',
+    'id label user project resource cell cloud region aggregate vms flavor image network key '
+    'security_groups metadata server at_end notify invite vcpus ram classes lead description '
+    'personal affinity where repeat tz start end cancelled added changed up fault request host '
+    'state change?', fault=str | None)
+OutcomeAnswer = answer_kind(
+    'Outcome', 'What became of one occurrence of a series.',
+    'start end vms outcome why?')
+BookedAnswer = answer_kind(
+    'Booked', 'A reservation that was made or changed; of a series, what became of each '
+    'occurrence.',
+    'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
+    occurrences=list[OutcomeAnswer])
+GroupAnswer = answer_kind(
+    'Group', 'Several reservations that were made together, or not at all.',
+    'label parts', parts=list[BookedAnswer])
+CancelledAnswer = answer_kind(
+    'Cancelled', 'A reservation that was cancelled, and what becomes of its VMs.',
+    'ends_with? warnings?', of=ReservationAnswer)
+ServerAnswer = answer_kind(
+    'Server', 'A VM of a reservation: when it was planned, begun, ready and deleted, and what '
+    'went wrong.',
+    'n name state addresses planned begun ready deleted snapshot tries fault account uid login',
+    state=str)
+KeptAnswer = answer_kind(
+    'Kept', 'A VM that was stopped or shelved at the end of its reservation and stays.',
+    'id name label project user state addresses end account uid', state=str)
+ComingAnswer = answer_kind(
+    'Coming', 'A current or future occurrence of a series.',
+    'start end vms resource state')
+DetailAnswer = answer_kind(
+    'Detail', 'All of a reservation, with its VMs, and what comes of a series.',
+    'user_data servers on_conflict? booked_until? occurrences?', of=ReservationAnswer,
+    servers=list[ServerAnswer], occurrences=list[ComingAnswer])
+DetailGroupAnswer = answer_kind(
+    'DetailGroup', 'All of several reservations that were made together.',
+    'label parts', parts=list[DetailAnswer])
+DurationAnswer = answer_kind(
+    'Duration', 'How long a reservation is.',
+    'label duration seconds')
+DurationGroupAnswer = answer_kind(
+    'DurationGroup', 'How long the parts of a group are.',
+    'label parts', parts=list[DurationAnswer])
+RefusedLineAnswer = answer_kind(
+    'RefusedLine', 'A line of many that was refused, and why.',
+    'line label error', label=Any)
+LoadedAnswer = answer_kind(
+    'Loaded', 'What became of many reservations.',
+    'taken refused', taken=list[BookedAnswer | GroupAnswer], refused=list[RefusedLineAnswer])
+SlotAnswer = answer_kind(
+    'Slot', 'A time window in which a resource has so many VMs free.',
+    'resource start until duration vms')
+UsageAnswer = answer_kind(
+    'Usage', 'How much of a resource is used in a time window; further fields are resource '
+    'classes.',
+    'start end vms vcpus ram free_vms', more=int)
+LimitAnswer = answer_kind(
+    'Limit', 'What a project or a user may reserve at most.',
+    'id project user resource most_vms longest ahead least_notice vcpu_hours waiting exempt lock '
+    'added max_vms max_duration max_advance min_notice max_vcpu_hours max_waiting exempt_within')
+ResourceAnswer = answer_kind(
+    'Resource', 'A resource: its location and its capacity, without a number where that is '
+    'unlimited.',
+    'id name cell cloud region aggregate vms vcpus ram classes mode hold approval no_show lock '
+    'default_flavor default_image default_vms hosts spare added min_free_time', vms=int | None,
+    vcpus=int | None, ram=int | None, lock=int)
+ResourceNowAnswer = answer_kind(
+    'ResourceNow', 'A resource, and how much of it is used now.',
+    'planned_by held_now used_now warnings?', of=ResourceAnswer)
+ResourceChangedAnswer = answer_kind(
+    'ResourceChanged', 'A resource that was changed, and what no longer fits.',
+    'no_longer_fit warnings?', of=ResourceAnswer, no_longer_fit=list[ReservationAnswer])
+HostAnswer = answer_kind(
+    'Host', 'A host, and what is known of it.',
+    'name properties')
+DifferenceAnswer = answer_kind(
+    'Difference', 'A field of a resource that a cloud has otherwise.',
+    'resource what before after')
+AffectedAnswer = answer_kind(
+    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of '
+    'it.',
+    'label user project vms start end outcome')
+CapacityChangeAnswer = answer_kind(
+    'CapacityChange', 'A capacity change or a maintenance that was made, and whom it affects.',
+    'id resource start end reason hit affected', hit=list[AffectedAnswer],
+    affected=list[AffectedAnswer])
+MaintenanceAnswer = answer_kind(
+    'Maintenance', 'A capacity change or a maintenance.',
+    'id resource start end vms vcpus ram classes host reason', vms=int | None, vcpus=int | None,
+    ram=int | None)
+CalledOffAnswer = answer_kind(
+    'CalledOff', 'A capacity change or a maintenance that was called off.',
+    'id reason')
+CheckAnswer = answer_kind(
+    'Check', 'How many steps of usage were compared, and in how many they differed.',
+    'steps differences')
+ClaimAnswer = answer_kind(
+    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on '
+    'any).',
+    'resource passes why hosts', hosts=list[str] | None)
+EventOutcomeAnswer = answer_kind(
+    'EventOutcome', 'What became of an event of a calendar.',
+    'uid summary outcome why? label? start? vms? flavor? count? occurrences?', uid=str,
+    occurrences=list[OutcomeAnswer])
+ImportAnswer = answer_kind(
+    'Import', 'What became of the events of a calendar, and how many ask for nothing.',
+    'events ignored held? needs_confirmation?', events=list[EventOutcomeAnswer])
+CalendarAnswer = answer_kind(
+    'Calendar', 'A feed that shows reservations, or a subscription that makes them.',
+    'id kind user project shows? added? revoked? polled? fault? held? needs_confirmation?',
+    revoked=datetime)
+FeedAnswer = answer_kind(
+    'Feed', 'The address of a feed; of a dry run, whose it would be.',
+    'feed? user? project?')
+EventAnswer = answer_kind(
+    'Event', 'A line of the event log.',
+    'id at actor code label project sentence', label=Label | None, project=str | None)
+LatenessAnswer = answer_kind(
+    'Lateness', 'How late the VMs of a cloud were, in seconds.',
+    'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
+    'tried_again', servers=int)
+FailedAnswer = answer_kind(
+    'Failed', 'A VM that did not start.',
+    'cloud label name tries planned fault')
+PunctualityAnswer = answer_kind(
+    'Punctuality', 'How late VMs were, and which failed.',
+    'clouds failed', clouds=list[LatenessAnswer], failed=list[FailedAnswer])
+ReportAnswer = answer_kind(
+    'Report', 'The sums of a project, a user or a resource.',
+    'project? user? resource? reserved_hours used_hours unused_hours refused late_worst',
+    refused=int)
+TokenAnswer = answer_kind(
+    'Token', 'Whose a token is and what for; not the token itself, of which only a hash is kept.',
+    'id user project role purpose scopes resource added ends last_used revoked',
+    resource=str | None)
+CredentialAnswer = answer_kind(
+    'Credential', 'Whose VMs are made in their own name on which cloud; not the secret.',
+    'id user project cloud application trust added')
+NewTokenAnswer = answer_kind(
+    'NewToken', 'A token that was made; of a dry run, whose it would be.',
+    'token? user? project? role? ends?', ends=datetime)
+EndedAnswer = answer_kind(
+    'Ended', 'How many tokens of a person have ended.',
+    'user tokens')
+RefusalAnswer = answer_kind(
+    'Refusal', 'Why a request was refused, in a sentence; `details` say more to programs.',
+    'error kind details?')
+HealthAnswer = answer_kind(
+    'Health', 'Whether the store can be read, and seconds since VMs were looked after.',
+    'status? last_pass? error?')
+ReadyAnswer = answer_kind(
+    'Ready', 'Whether requests can be answered; further fields are the parts that were looked at.',
+    'status', more=dict)
 
 
 #: What a field means that is no argument, or means more than what may be typed there.
@@ -3001,22 +2779,21 @@ MEANS = WORDS | {
     'account': 'the entry of clouds.yaml under which the VM was made', 'addresses': 'IP addresses',
     'added': 'when it was made', 'at': 'when it happened', 'actor': 'who did it',
     'begun': 'when the cloud was asked for it', 'booked_until': 'until when a series is reserved',
-    'cancelled': 'the change that waits for an '
-                 'approval', 'change': 'what of it waits for an approval',
+    'cancelled': 'when it was cancelled', 'change': 'what of it waits for an approval',
     'changed': 'when it was last changed', 'code': 'what kind of event it is',
-    'deleted': 'when the VM was gone', 'details': 'when the VM was gone',
+    'deleted': 'when the VM was gone', 'details': 'what the sentence says, for programs',
     'end': 'when it ends; that instant is not part of it', 'ends': 'when the token ends',
     'ends_with': 'what happens to its VMs', 'error': 'why, in a sentence',
-    'fault': 'what went wrong last', 'free_vms': 'the last error',
-    'held_now': 'the affected reservations', 'hit': 'whom it affects',
-    'used_now': 'the affected reservations',
+    'fault': 'what went wrong last', 'free_vms': 'how many VMs are free; null: any number',
+    'held_now': 'how much is used now', 'hit': 'whom it affects',
+    'used_now': 'how much is used now',
     'needs_confirmation': 'what its owner must confirm', 'held': 'what its owner must confirm',
     'id': 'its number, which never changes', 'ignored': 'how many events ask for nothing',
     'kind': 'which kind it is of', 'last_pass': 'seconds since VMs were started and ended',
     'last_used': 'when the token was used last', 'lead': 'seconds before the start',
     'message': 'what starts when, and what happens to it, in a sentence',
     'n': 'which of the VMs of a reservation it is', 'outcome': 'what became of it',
-    'passes': 'planned start', 'planned': 'when it was to begin',
+    'passes': 'whether the server may start', 'planned': 'when it was to begin',
     'polled': 'when the calendar was last read', 'ready': 'when the VM was active',
     'refused': 'what was refused', 'request': 'the group that it is a part of',
     'revoked': 'since when it is invalid', 'seconds': 'its length in seconds',
@@ -3025,21 +2802,7 @@ MEANS = WORDS | {
     'state': 'what it is doing now', 'taken': 'what was reserved', 'token': 'the token itself',
     'tries': 'how often the cloud was asked for it', 'uid': 'its id at the cloud or in a calendar',
     'until': 'until when it is free', 'up': 'how many of its VMs are active',
-    'warnings': 'for what reason', 'why': 'for what reason'}
-
-
-class Field(NamedTuple):
-    """A field of an answer: the type of its value, and whether it is always there."""
-    kind: Any
-    always: bool
-
-
-@functools.cache
-def declared(answer: type[Answer]) -> dict[str, Field]:
-    """The fields that an answer declares."""
-    hints = get_type_hints(answer, include_extras=True)
-    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
-            else Field(kind, True) for name, kind in hints.items()}
+    'warnings': 'what may be otherwise than meant', 'why': 'for what reason'}
 
 
 def choices_of(kind) -> tuple:
@@ -3063,7 +2826,7 @@ def as_object(value: dict, kinds: tuple):
     for each in kinds:
         if get_origin(each) is dict:
             return {name: as_answer(one, get_args(each)[1]) for name, one in value.items()}
-        fields = declared(each) if is_answer(each) else {}
+        fields = each.fields if is_answer(each) else {}
         if fields and all(name in value for name, field in fields.items() if field.always):
             more = Field(each.more or Any, False)
             return each({name: as_answer(one, fields.get(name, more).kind)
@@ -3418,8 +3181,9 @@ def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[in
 
 
 def file_uri(path: str) -> str:
-    """The name under which SQLite opens a file that must be there: it makes none."""
-    return f'file:{quote(os.path.abspath(path))}?mode=rw'
+    """The name under which SQLite opens a file that must be there (sqlite.org/uri.html, 3.1)."""
+    apart = {ord(each): f'%{ord(each):02x}' for each in '%?#'}
+    return f'file:{os.path.abspath(path).translate(apart)}?mode=rw'
 
 
 def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
@@ -3564,8 +3328,8 @@ class SQLite(peewee.SqliteDatabase):
 MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
-IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
-OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
+IN_LIST = Pattern(r'\b(numbers|names)\(\?(\d*)\)')
+OTHERWISE = [(Pattern(pattern), text) for pattern, text in (
     (r'\bnumbers\((\?\d*)\)', r'(SELECT CAST(value AS bigint) FROM '
                               r'jsonb_array_elements_text(CAST(\1 AS jsonb)) AS list (value))'),
     (r'\bnames\((\?\d*)\)', r'(SELECT jsonb_array_elements_text(CAST(\1 AS jsonb)))'),
@@ -3578,7 +3342,7 @@ OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
     (r'\s+INDEXED BY \w+', ''), (r'\bCROSS\s+JOIN\b', 'JOIN'), (r'\bmain\.', ''),
     (r'(\S*\btold & 128)', r'(\1) <> 0'), (r'\bIS NOT (?=\?)', 'IS DISTINCT FROM '),
     (r'\bIS (?=\?)', 'IS NOT DISTINCT FROM '), (r'\bLIMIT -1\b', ''))]
-TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
+TOKENS = Pattern(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
 
 
 class PostgreSQL(PooledPostgresqlDatabase):
@@ -3790,16 +3554,16 @@ def psycopg():
 
 
 #: How PostgreSQL writes what peewee's models say, and migrations.
-OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
+OF_SCHEMA = [(Pattern(pattern), text) for pattern, text in (
     (r'\bid INTEGER NOT NULL PRIMARY', 'id BIGSERIAL NOT NULL PRIMARY'),
     (r'\bINTEGER\b', 'BIGINT'), (r'\bREAL\b', 'DOUBLE PRECISION'),
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
 
 
-TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
-                     r'\s+BEGIN\s(.*)END', flags=re.S)
-OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+TRIGGER = Pattern(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                  r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(Pattern(pattern), text) for pattern, text in (
     (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
     (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
     (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
@@ -4189,6 +3953,7 @@ class ExtraHold(Table):
     reservation = peewee.ForeignKeyField(Reservation)
     proposal = peewee.ForeignKeyField(Proposal, null=True)  # NULL: for VMs that stay
     resource = peewee.ForeignKeyField(Resource)
+    host = peewee.ForeignKeyField(Host, null=True, index=False)  # NULL: of the sum of all hosts
     held_from = peewee.IntegerField()
     held_until = peewee.IntegerField()
     vms = peewee.IntegerField()
@@ -4579,7 +4344,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started()]
+    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
+    lambda: add_hosts_of_extra()]
 
 
 def long_texts(row: str) -> str:
@@ -5651,6 +5417,11 @@ def add_user_started() -> None:
     add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
 
 
+def add_hosts_of_extra() -> None:
+    """Version 25: what is held beside occurrences is held on hosts as well."""
+    add_columns('extra_hold', {'host_id': 'INTEGER REFERENCES host (id)'})
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -6508,24 +6279,34 @@ def added(one: Amount, other: Amount, sign: int) -> tuple:
 
 
 class Hold(NamedTuple):
-    """An amount of a resource that is held during [begin, until)."""
+    """An amount of a resource, or of one of its hosts, that is held during [begin, until)."""
     resource: int  # id
     begin: int
     until: int
     amount: Amount
+    host: int = 0  # its id; 0: of the sum of all
 
 
 def hold_of(row) -> Hold:
     """What the row of an occurrence, or another one with its columns, holds."""
-    return Hold(row.resource_id, row.held_from, row.held_until, amount_of(row))
+    return Hold(row.resource_id, row.held_from, row.held_until, amount_of(row),
+                getattr(row, 'host_id', None) or 0)
+
+
+def on_host(host: int, track: str) -> str:
+    """The track of a host, or of the sum."""
+    return f'@{host}:{track}' if host else track
+
+
+ON_HOSTS = "track LIKE '@%'"
 
 
 def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
     """What some holds have in all that others have not, in pieces that don't overlap."""
     if not others and len(some) == 1 and some[0].begin < some[0].until:  # as most are
         return some
-    return [piece for resource in dict.fromkeys(each.resource for each in some)
-            for piece in beyond_at(resource, some, others)]
+    return [piece for place in dict.fromkeys((each.resource, each.host) for each in some)
+            for piece in beyond_at(*place, some, others)]
 
 
 def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
@@ -6533,12 +6314,12 @@ def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
     return [each for each in pieces if each.until > now]
 
 
-def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
-    """The pieces of one resource, in order: what the first side has more of than the second."""
+def beyond_at(resource: int, host: int, *sides: list[Hold]) -> Iterator[Hold]:
+    """The pieces of one place, in order: what the first side has more of than the second."""
     changes: dict[int, list] = defaultdict(lambda: [NOTHING, NOTHING])
     for side, holds in enumerate(sides):
         for each in holds:
-            if each.resource == resource:
+            if (each.resource, each.host) == (resource, host):
                 changes[each.begin][side] += each.amount
                 changes[each.until][side] -= each.amount
     has = had = NOTHING
@@ -6546,7 +6327,7 @@ def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
         more, there = changes[begin]
         has, had = has + more, had + there
         if (growth := has.beyond(had)) != NOTHING:
-            yield Hold(resource, begin, until, growth)
+            yield Hold(resource, begin, until, growth, host)
 
 
 def amount_of(row, prefix: str = '') -> Amount:
@@ -6565,6 +6346,11 @@ def capacity(resource) -> Amount:
     """What the row of a resource holds; of what Placement has not told for its hosts, nothing."""
     most = amount_of(resource)
     return most if resource.hosts in ('', '[]') else no_more(most)
+
+
+def amount_of_host(found) -> Amount:
+    """What the row of a host has in all."""
+    return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
 def stored(amount: Amount, prefix: str = '') -> dict:
@@ -6786,12 +6572,13 @@ def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
                'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
 
 
-def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
+def peak(resource: int, begin: float, until: float, classes: Iterable[str] = (),
+         host: int = 0) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    tracks = ('', CLOSED, *classes)
-    ledger.read((resource, track, *piece[:2]) for track in tracks
+    tracks = {name: on_host(host, name) for name in ('', CLOSED, *classes)}
+    ledger.read((resource, track, *piece[:2]) for track in tracks.values()
                 for piece in ledger.within(resource, track, begin, until))
-    found = {track: ledger.peak(resource, track, begin, until) for track in tracks}
+    found = {name: ledger.peak(resource, track, begin, until) for name, track in tracks.items()}
     closed = found[CLOSED][0]
     if not db.in_transaction():
         ledger.forget()
@@ -6807,12 +6594,12 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
                                            each.until))
 
 
-def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
+def hold(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
     decide_on((On.RESOURCE, resource))
     tracks = [*amount.tracks] if begin < until else []
     for track, figures in tracks:
-        ledger.add(resource, track, begin, until, figures)
+        ledger.add(resource, on_host(host, track), begin, until, figures)
     # At once: who is first of those that wait must not be passed in this very transaction.
     if any(each < 0 for _, figures in tracks for each in figures):
         call_waiting(resource, begin, until)
@@ -6833,13 +6620,25 @@ def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
         remembered.change()
 
 
-def release(resource: int, begin: int, until: int, amount: Amount) -> None:
-    hold(resource, begin, until, NOTHING - amount)
+def release(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
+    hold(resource, begin, until, NOTHING - amount, host)
 
 
-def fits(resource, begin: float, until: float, amount: Amount) -> bool:
-    """Whether a resource row has room for an amount during all of a window."""
-    return (peak(resource.id, begin, until, amount.names) + amount).within(capacity(resource))
+def fits(each: Hold, now: float, more: Amount | None = None) -> bool:
+    """Whether there is room for a hold from now on; or, if it is there, for so much `more`."""
+    begin, more = max(each.begin, int(now)), each.amount if more is None else more
+    return begin >= each.until or (
+        peak(each.resource, begin, each.until, each.amount.names, each.host) + more).within(
+            most_of(each))
+
+
+def most_of(each: Hold) -> Amount:
+    """What there is in all where something is held."""
+    if not each.host:
+        return capacity(resource_of(each.resource, removed=True))
+    found = once('SELECT * FROM host WHERE id = ?', each.host)[0]
+    most = amount_of_host(found) if found.until >= each.until else NOTHING
+    return no_more(most._replace(vms=None))
 
 
 def give(pieces: Iterable[Hold]) -> None:
@@ -6861,10 +6660,8 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 
 def refuse_without_room(pieces: Iterable[Hold], now: float) -> None:
     """NoCapacity if one of some pieces, which don't overlap, doesn't fit from now on."""
-    for each in pieces:
-        place = resource_of(each.resource, removed=True)
-        if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
-            raise NoCapacity('')
+    if not all(fits(each, now) for each in pieces):
+        raise NoCapacity('')
 
 
 def steps(resource: int, begin: float, until: float,
@@ -6944,9 +6741,9 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
     held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS '
                 'vcpus, held_ram AS ram, held_classes AS classes FROM capacity WHERE resource_id = '
                 '? AND removed IS NULL', resource)
-    for table in ('occurrence', 'extra_hold'):
+    for table, where in ('occurrence', ''), ('extra_hold', ' AND host_id IS NULL'):
         held += rows(f'SELECT held_from, held_until, vms, vcpus, ram, classes FROM {table} '
-                     'WHERE resource_id = ? AND held_from < held_until', resource)
+                     f'WHERE resource_id = ? AND held_from < held_until{where}', resource)
     for each in held:
         changes[each.held_from] += amount_of(each)
         changes[each.held_until] -= amount_of(each)
@@ -7100,18 +6897,15 @@ def stored_placed(placed: dict[int, int]) -> str:
 
 def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
     """Holds, or gives back, what some VMs take of their hosts."""
-    if need.begin < need.until:
-        for host, number in placed.items():
-            for track, figures in (need.each * (sign * number)).tracks:
-                ledger.add(need.resource, on_host(host, track), need.begin, need.until, figures)
+    for *place, amount, host in host_holds(need, placed):
+        for track, figures in (amount * sign).tracks:
+            ledger.add(place[0], on_host(host, track), *place[1:], figures)
 
 
-def on_host(host: int, track: str) -> str:
-    """The track of a host."""
-    return f'@{host}:{track}'
-
-
-ON_HOSTS = "track LIKE '@%'"
+def host_holds(need: Need, placed: dict[int, int]) -> list[Hold]:
+    """What some VMs take of each of their hosts."""
+    return [Hold(*need[:3], need.each * number, host) for host, number in placed.items()
+            if number and need.begin < need.until]
 
 
 @functools.lru_cache
@@ -7172,11 +6966,6 @@ def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     classes = dict(most.classes)
     yield found.units, (*(classes.get(name, 0) - level[0] for name, level in zip(names, held[1:])),
                         most.vcpus - held[0][1], most.ram - held[0][2])
-
-
-def amount_of_host(found) -> Amount:
-    """What the row of a host has in all."""
-    return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
 def suits(host: int, units: str, need: Need) -> bool:
@@ -7458,6 +7247,7 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
                             WHERE o.id IN ({near}) AND o.held_from > ? AND o.held_from < ?
                               AND o.held_until > ? AND o.held_until > o.held_from
                               AND o.placed <> '' AND r.id <> ? AND r.host = '' AND r.affinity <> ?
+                              AND {MOVES_ALONE}
                             ORDER BY o.id""", int(now), until, begin, own, TOGETHER)
         found = [(each, need_of(hold_of(each), each)) for each in planned
                  if not read_placed(each.placed).keys().isdisjoint(hosts)]
@@ -7466,9 +7256,15 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
     return found
 
 
+#: Of an occurrence o, that no more is held on hosts for its reservation.
+MOVES_ALONE = ('NOT EXISTS (SELECT 1 FROM extra_hold x WHERE x.reservation_id = o.reservation_id '
+               'AND x.host_id IS NOT NULL)')
+
+
 class Replans(threading.local):
     """What this thread's rehearsals found, by need, for the transaction after them."""
     found: dict = {}
+    made: list = []  # the moves that have made room for what is decided now
     searches = 0  # so many may still be made; none where a quick answer is wanted
 
 
@@ -7481,7 +7277,8 @@ def replan(need: Need, had: dict[int, int], now: float,
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
+    possible = nearest and had.keys() <= lacking.keys()
+    for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
@@ -7494,8 +7291,8 @@ def make_moves(moves: list[tuple], now: float) -> bool:
     """Makes some moves, unless one can't be made any more; then the caller undoes them."""
     made = []
     for id, before, after in moves:
-        found = row('SELECT * FROM occurrence WHERE id = ? AND placed = ? AND held_from > ? '
-                    'AND held_until > held_from', id, before, now)
+        found = row('SELECT o.* FROM occurrence o WHERE id = ? AND placed = ? AND held_from > ? '
+                    f'AND held_until > held_from AND {MOVES_ALONE}', id, before, now)
         if not found:
             return False
         need, placed = on_hosts(found, now)
@@ -7539,13 +7336,15 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
     right, kept, planned = defaultdict(Profile), defaultdict(Profile), []
     for found in rows("SELECT * FROM occurrence WHERE resource_id = ? AND due IS NOT NULL "
                       "AND held_until > ? AND placed <> ''", resource, now):
-        need, placed = on_hosts(found, now)
-        for host, number in placed.items() if need.begin < need.until else ():
-            planned.append((need._replace(each=need.each * number), host))
-    planned += [each[1:] for each in closings(resource, now)]
-    for need, host in planned:
-        for track, figures in need.each.tracks:
-            right[on_host(host, track)].add(need.begin, need.until, figures)
+        planned += host_holds(*on_hosts(found, now))
+    planned += [each for _, need, host in closings(resource, now)
+                for each in host_holds(need, {host: 1})]
+    planned += [each._replace(begin=max(each.begin, now)) for each in map(hold_of, rows(
+        'SELECT * FROM extra_hold WHERE resource_id = ? AND host_id IS NOT NULL '
+        'AND held_until > ?', resource, now))]
+    for _, begin, until, amount, host in planned:
+        for track, figures in amount.tracks:
+            right[on_host(host, track)].add(begin, until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
                                    f'= ? AND {ON_HOSTS} ORDER BY track, at', resource):
         kept[track].ats.append(at)
@@ -7582,6 +7381,7 @@ def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
     placed, moves = replans.found.get(key) or (None, [])
     with Attempt() as attempt:
         if placed and make_moves(moves, now) and first_fit(need, placed, stay) == placed:
+            replans.made += moves
             return placed
         attempt.undo()
     return None
@@ -10502,6 +10302,11 @@ class Wish(NamedTuple):
     def held(self) -> tuple[int, int]:
         return self.start - self.lead, self.end
 
+    @property
+    def stays(self) -> bool:
+        """Whether its VMs are stopped at the end, and go on to be somewhere."""
+        return self.image != '' and self.at_end == 'stop'
+
     def columns(self, *names) -> dict:
         return {name: json.dumps(value) if isinstance(value, (list, dict)) else value
                 for name in names for value in (getattr(self, name),)}
@@ -10847,7 +10652,7 @@ THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
+FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
               'x.reservation_id AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
@@ -11896,7 +11701,7 @@ class Reasons:
                  AND held_from < ? AND held_until > ? AND held_until > held_from AND {where}
                    UNION ALL
               SELECT reservation_id, vms, held_from, held_until FROM extra_hold
-                WHERE resource_id = ?
+                WHERE host_id IS NULL AND resource_id = ?
                  AND held_from < ? AND held_until > ? AND {where}) h CROSS
                    JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
@@ -12188,6 +11993,7 @@ class View(NamedTuple):
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
     returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
+    seats: dict = {}  # of a series that starts stopped VMs again, the hosts on which they are
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
@@ -12268,13 +12074,29 @@ class Policy:
         self.hold_kept_hosts(change, now, -1)
         if not need.takes:
             return
-        placed = (find_hosts(need, had, bool(had) and change.before.held_from <= now, now, view.own)
-                  if change.growth else Counter([*Counter(had).elements()][:need.number]))
+        begun = bool(had) and change.before.held_from <= now
+        placed = (self.seats_for(need, had, begun, wish, view) if change.growth
+                  else Counter([*Counter(had).elements()][:need.number]))
         if placed is None:
             self.hold_kept_hosts(change, now, 1)
             raise self.reasons.without_hosts(need, wish)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
+
+    def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
+                  view: View) -> dict[int, int] | None:
+        """The hosts of what a change wants. VMs that stay after it are, if they can be, where there
+        is room for good, and where those that are started again have been.
+        """
+        if not wish.stays:
+            return find_hosts(need, had, stay, view.now, view.own)
+        stay, had = stay or bool(view.seats and not had), had or view.seats
+        placed = (had and first_fit(need, had, True)
+                  or first_fit(need._replace(until=int(LAST.timestamp())), had, stay)
+                  or find_hosts(need, had, stay, view.now, view.own))
+        view.seats.clear()
+        view.seats.update(placed or {})
+        return placed
 
     def refuse_shared_server(self, change: Change, view: View) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
@@ -12504,12 +12326,14 @@ class Bookings:
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
         ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+        replans.made = []
         with Attempt() as attempt:
             made = self.make_true(deal, now)
             runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
             growth = still_to_come(beyond(runs + stands, ran + stood), now)
             # VMs that run take more than those that only stay stopped
-            more = still_to_come(beyond(runs, ran), now) + growth
+            more = [each for each in still_to_come(beyond(runs, ran), now) + growth
+                    if not each.host]
             span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
             if not more or not span and not self.proposes_all:
@@ -12519,8 +12343,17 @@ class Bookings:
                 return made
             attempt.undo()
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
+        self.make_way(growth, now)
         self.propose(deal, until, growth, now)
         return None
+
+    def make_way(self, growth: list[Hold], now: float) -> None:
+        """Moves what makes way for a change that is proposed, where that doesn't need what the change
+        gives up.
+        """
+        if not make_moves(replans.made, now):
+            raise NoCapacity('')
+        refuse_without_room(growth, now)
 
     def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
         """On what a deal decides, beside what its rules name."""
@@ -12573,7 +12406,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line, deal.code == UNDO)
+        view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12591,6 +12424,13 @@ class Bookings:
         if refused:
             raise self.refusal_of(refused, sum(bool(each.after) for each in deal.changes), wish)
         return decided
+
+    def last_hosts(self, own: int, wish: Wish) -> dict[int, int]:
+        """The hosts of the last occurrence of a reservation whose VMs stay stopped."""
+        last = wish.stays and own and row(
+            "SELECT placed FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND "
+            "placed <> '' AND held_until > held_from ORDER BY start DESC LIMIT 1", own)
+        return read_placed(last.placed) if last else {}
 
     def decide(self, change: Change, view: View, clash: str) -> tuple[dict, Any, dict]:
         """Holds what one change wants, or what `clash` says is done instead."""
@@ -12774,16 +12614,18 @@ class Bookings:
 
     def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
-        return [hold_of(each) for each in rows(
-            'SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-            'WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from', reservation)
-            ] + (self.stopped_held(reservation) if stopped else [])
+        found = rows('SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes, placed '
+                     'FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+                     'AND held_until > held_from', reservation)
+        on = itertools.chain(*(host_holds(*on_hosts(each, 0)) for each in found))
+        return [*map(hold_of, found), *on] + (self.stopped_held(reservation) if stopped else [])
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
         for each in holds:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
-                   held_from=each.begin, held_until=each.until, **stored(each.amount))
+                   host=each.host or None, held_from=each.begin, held_until=each.until,
+                   **stored(each.amount))
 
     def drop_proposals(self, reservation: int, occurrence: int | None = None,
                        code: str | None = None) -> int:
@@ -12819,8 +12661,7 @@ class Bookings:
         for each in wants:
             hold(*each)
         growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
-        if not all(fits(resource_of(each.resource, removed=True), max(each.begin, int(now)),
-                        each.until, NOTHING) for each in still_to_come(growth, now)):
+        if not all(fits(each, now, NOTHING) for each in growth):
             raise NoCapacity(STOPPED_KEEP)
         self.write_stopped(reservation, had, wants)
 
@@ -12854,6 +12695,19 @@ class Bookings:
             raise NoCapacity(STOPPED_KEEP) from None
         self.write_stopped(reservation, had, wants)
 
+    def leave_stopped(self, reservation: int) -> bool:
+        """Gives back what is held for stopped VMs, until they are counted again; whether any is."""
+        had = self.stopped_held(reservation)
+        give(had)
+        self.write_stopped(reservation, had, [])
+        return bool(had)
+
+    def leave_hosts_of(self, proposal) -> None:
+        """Gives back what a proposal takes more of hosts."""
+        those = 'extra_hold WHERE proposal_id = ? AND host_id IS NOT NULL'
+        give(map(hold_of, rows(f'SELECT * FROM {those}', proposal.id)))
+        run(f'DELETE FROM {those}', proposal.id)
+
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
         self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
@@ -12869,12 +12723,15 @@ class Bookings:
             again = min(there, lacks[after.id]) if starts_them else 0
             if again:
                 lacks[after.id] -= again
-            one = amount_of(each) if each.host else amount_of(each) // each.vms
-            for number, until in ((again, after.held_from if again else 0),
-                                  (there - again, int(LAST.timestamp()))):
-                if number and each.held_until < until:
-                    amount = one if each.host else one * number
-                    yield Hold(each.resource_id, each.held_until, until, amount)
+            amount, seats = amount_of(each), [*Counter(read_placed(each.placed)).elements()]
+            for some, until in (range(again), after.held_from if again else 0), (
+                    range(again, there), int(LAST.timestamp())):
+                if some and each.held_until < until:
+                    stay = Hold(each.resource_id, each.held_until, until,
+                                amount if each.host else amount // each.vms * len(some))
+                    yield stay
+                    yield from host_holds(need_of(stay), Counter(
+                        seats[n] for n in some if n < len(seats)))
 
     def erase(self, reservation: int) -> None:
         """Erases a reservation as if it had never been."""
@@ -12935,23 +12792,23 @@ class Bookings:
         """
         until = min(int(now + self.service.undo_for), last_of(deal))
         gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
-        self.write_proposal(deal, until, gave, now, {})
+        # what has moved to make way may be there now
+        self.write_proposal(deal, until, [each for each in gave if fits(each, now)], {})
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        self.write_proposal(deal, until, growth, now, shown)
+        self.write_proposal(deal, until, growth, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
 
-    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
-                       shown: dict) -> None:
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(holds, now)
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], shown: dict) -> None:
+        for each in holds:
+            hold(*each)
         old = deal.old
         id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
                     named=deal.named, user=self.service.actor.user, code=deal.code,
@@ -13454,6 +13311,21 @@ class Admission:
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
+
+    def propose_anew(self, proposal, now: float) -> None:
+        """Holds what a proposal takes more on hosts, as these are by now; if there are any."""
+        reservation, replans.made = proposal.reservation_id, []
+        had = self.bookings.holds(reservation)
+        with suppress(Conflict):
+            with undone():
+                self.grant(proposal, now)
+                growth = still_to_come(beyond(self.bookings.holds(reservation), had), now)
+            growth = [each for each in growth if each.host]
+            with Attempt():
+                self.bookings.make_way(growth, now)
+                for each in growth:
+                    hold(*each)
+                self.bookings.hold_beside(reservation, proposal.id, growth)
 
     def commit_back(self, old, wish: Wish, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
@@ -14698,34 +14570,52 @@ class Requests(Operations):
                           hint='for example --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
-        begin, until = self.resolve(start or FIRST, end or LAST)
-        exact = [('o.vms = ?', vms), ('o.start = ?', start and begin),
-                 ('o."end" = ?', end and until)]
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
+        if occurrence:
+            with self.shares.resting():  # changes of others don't wait
+                return self.carry_out(lambda now: self.cancel_occurrence(
+                    label, project, occurrence, following, now), dry_run, frozenset)
+        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run,
+                               frozenset if label else None)
+
+    def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
+                          now: float) -> list[dict]:
+        """Cancels an occurrence, of a group that of each part, or that and all after it."""
+        labels = [part.label for part in self.look.parts_of(label, project)] or [label]
+        found = [self.look.mine(each, project, occurrence=occurrence) for each in labels]
+        for each in found:
+            self.admission.cancel(self.look.live(each, each.slot) if following else [each],
+                                  now, ends=following)
+        return self.as_cancelled(found)
+
+    def next_to_cancel(self, asked: dict) -> list:
+        """The next occurrences of the reservations that a label or filters meet; Conflict where
+        that many were not expected."""
+        start, end, state = asked['start'], asked['end'], asked['state']
+        begin, until = self.resolve(start or FIRST, end or LAST)
+        exact = [('o.vms = ?', asked['vms']), ('o.start = ?', start and begin),
+                 ('o."end" = ?', end and until)]
+        found = self.next_that_meet(asked['label'], asked, [each for each in exact if each[1]])
+        found = [each for each in found if not state or each.state in state]
+        self.refuse_uncounted(found, asked)
+        return found
+
+    def cancel_all(self, which: Callable[[], list], dry_run: bool, locks) -> list[dict]:
+        """Cancels reservations: the first at once, others in pieces, between which others write."""
         left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
         noted = ''
 
         def deed(now: float) -> list[dict]:
             nonlocal noted
             left.clear()
-            if occurrence:
-                found = [self.look.mine(each, project, occurrence=occurrence) for each in (
-                    [part.label for part in self.look.parts_of(label, project)] or [label])]
-                for each in found:
-                    self.admission.cancel(self.look.live(each, each.slot) if following else [each],
-                                          now, ends=following)
-            else:
-                found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
-                found = [each for each in found if not state or each.state in state]
-                self.refuse_uncounted(found, asked)
-                left.extend(found)
-                self.cancel_some(left, now, whole)
-                noted = left and self.note_rest(left, now)
+            left.extend(found := which())
+            self.cancel_some(left, now, whole)
+            noted = left and self.note_rest(left, now)
             return self.as_cancelled(found)
         with self.shares.resting():  # changes of others don't wait
-            done = self.carry_out(deed, dry_run, frozenset if label else None)
+            done = self.carry_out(deed, dry_run, locks)
         if left:
             self.cancel_rest(left, noted)
         return done
@@ -14937,7 +14827,7 @@ class Plan(Operations):
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
-                     ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
+                     ram: MostMemory = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
                      lock: Span = None, default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
@@ -14947,7 +14837,7 @@ class Plan(Operations):
         extra specs, for example resources:CUSTOM_GPU=1.
 
         Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
+          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
@@ -15000,7 +14890,7 @@ class Plan(Operations):
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
                         cloud: Name = None, region: Name = None, aggregate: Name = None,
-                        vms: Most = None, vcpus: Most = None, ram: Most = None,
+                        vms: Most = None, vcpus: Most = None, ram: MostMemory = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, lock: Span = None,
@@ -15015,27 +14905,14 @@ class Plan(Operations):
 
         Example: python cmres.py resource update demo --vms 8 --dry-run
         """
-        new = {'name': rename} if rename else {}
-        new |= {field: None if asked[field] == UNLIMITED else asked[field]
-                for field in (*PLACE, *FIGURES) if asked[field] is not None}
-        new |= {} if mode is None else {'mode': self.read_mode(mode)}
-        new |= {} if spare is None else {'spare': spare}
-        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
-        new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
-            found = self.look.resource_row(name)
-            if new.keys() & {'mode', *ASKED_BY_NOVA}:
-                self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
-            new |= self.read_default(found._asdict(), new.get('cloud', found.cloud),
-                                     default_flavor=default_flavor, default_image=default_image,
-                                     default_vms=default_vms)
+            before = self.look.resource_row(name)
+            new = self.read_changes(before, asked)
             if rename and rename != name:
                 self.policy.refuse_taken_resource(rename)
-            if classes:
-                new['classes'] = known_classes(found.classes, classes)
             if new:
-                change(Resource, found.id, **new)
-            before, found = found, self.look.resource_row(rename or name)
+                change(Resource, before.id, **new)
+            found = self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
             if spare and not planned_by_host(found.id):
                 raise Invalid(f"spare: cmres knows no hosts of '{found.name}'. `resource sync` "
@@ -15050,6 +14927,25 @@ class Plan(Operations):
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {
                 'no_longer_fit': homeless} | self.unknown_cloud(cloud)
+
+    def read_changes(self, found, asked: dict) -> dict:
+        """The columns that `resource update` gives a resource; Invalid where one has no use."""
+        given = {name: value for name, value in asked.items() if value is not None}
+        new = {name: None if given[name] == UNLIMITED else given[name]
+               for name in (*PLACE, *FIGURES, 'spare') if name in given}
+        new |= {name: seconds_of(given[said]) for name, said in (
+            ('hold', 'min_free_time'), ('approval', 'approval'), ('no_show', 'no_show'),
+            ('lock', 'lock')) if said in given}
+        if asked['rename']:
+            new['name'] = asked['rename']
+        if 'mode' in given:
+            new['mode'] = self.read_mode(given['mode'])
+        if new.keys() & {'mode', *ASKED_BY_NOVA}:
+            self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
+        if asked['classes']:
+            new['classes'] = known_classes(found.classes, asked['classes'])
+        return new | self.read_default(found._asdict(), new.get('cloud', found.cloud), **{
+            name: asked[name] for name in ('default_flavor', 'default_image', 'default_vms')})
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
@@ -15367,8 +15263,18 @@ class Plan(Operations):
                AND (CAST(? AS TEXT) IS NULL OR o.id IN numbers(?) {on})
              ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""",
                     resource, int(now), *[None if those is None else json.dumps([*those])] * 2, now)
-        short = [each.id for each in live[::-1] if self.lacks_hosts(each, suspects, now)]
-        return [id for id in short[::-1] if not self.finds_hosts(id, now)]
+        short = [each for each in live[::-1] if self.lacks_hosts(each, suspects, now)][::-1]
+        beside = rows('SELECT DISTINCT p.* FROM extra_hold x JOIN proposal p ON p.id = '
+                      'x.proposal_id WHERE x.resource_id = ? AND x.host_id IN numbers(?)', resource,
+                      json.dumps([*suspects]))
+        for each in beside:
+            self.bookings.leave_hosts_of(each)
+        stay_on: dict = defaultdict(dict)
+        homeless = [each.id for each in short
+                    if not self.finds_hosts(each.id, stay_on[each.reservation_id], now)]
+        for each in beside:
+            self.admission.propose_anew(each, now)
+        return homeless
 
     def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
         """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
@@ -15384,17 +15290,29 @@ class Plan(Operations):
             self.note_plan(found.id, placed)
         return sum(placed.values()) < need.number and need.takes
 
-    def finds_hosts(self, id: int, now: float) -> bool:
-        """Plans those VMs of an occurrence that have no host; whether all have one then."""
-        found = row('SELECT o.*, r.affinity, r."where" FROM occurrence o JOIN reservation r '
-                    'ON r.id = o.reservation_id WHERE o.id = ?', id)
+    def finds_hosts(self, id: int, stay_on: dict, now: float) -> bool:
+        """Plans those VMs of an occurrence that have no host; whether all have one then.
+
+        Args:
+          stay_on: where VMs of the same reservation are that stay stopped until they start again
+        """
+        found = row('SELECT o.*, r.affinity, r."where", (SELECT min(n.held_from) FROM occurrence n '
+                    'WHERE n.reservation_id = r.id AND n.held_from >= o.held_until AND '
+                    "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now, found)
+        stays = self.bookings.leave_stopped(found.reservation_id)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(heals=True), had, found.held_from <= now, now,
+        until = found.next if stays and found.next else int(LAST.timestamp())
+        placed = find_hosts(need._replace(heals=True, until=until if stays else need.until),
+                            stay_on or had, bool(stay_on) or found.held_from <= now, now,
                             found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
+        if stays:
+            self.bookings.count_stopped(found.reservation_id, now)
+            stay_on |= placed or {}
         return placed is not None
 
     def note_plan(self, id: int, placed: dict[int, int]) -> None:
@@ -15445,7 +15363,7 @@ class Plan(Operations):
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
-                          vcpus: Most = None, ram: Most = None, classes: Classes = None,
+                          vcpus: Most = None, ram: MostMemory = None, classes: Classes = None,
                           reason: Text = '', affected: Name = 'notify',
                           dry_run: bool = False) -> CapacityChangeAnswer:
         """Changes the capacity of a resource from START to END, for example for borrowed nodes.
@@ -15709,7 +15627,7 @@ class Plan(Operations):
         """What holds something in a window: proposals, then occurrences, the latest added first."""
         fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
-                    'AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
+                    'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
                     resource, begin, until) + rows(
             f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
@@ -15784,7 +15702,7 @@ class Claims(Operations):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
-              vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
+              vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
               hosts: Names = (), store: Name = '', moves: bool = False,
               dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
@@ -15876,6 +15794,7 @@ class Claims(Operations):
                 hold_on(need, {spare: -1, host: 1})
                 placed = Counter(placed) + Counter({host: 1}) - Counter({spare: 1})
                 self.note_plan(found.id, placed)
+                self.bookings.count_stopped(found.reservation_id, now)
                 break
         return need
 
@@ -17600,7 +17519,7 @@ def returned(sql: str, *values) -> set[str]:
 # goes by before a look is believed.
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(repr=False, eq=False)
 class Job:
     """What a worker is to do, and once that ended, when, and its answer or its error."""
     key: tuple
@@ -19365,6 +19284,7 @@ WITH_BODY = ('POST', 'PATCH')
 #: A text without unseen characters, as far as all dialects of patterns can say it.
 SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
 DIGITS = ' *[+-]?[0-9]{1,12} *'
+SIZE = ' *[0-9]{1,9} *[MGTmgt]([iI]?[bB])? *'
 POSITIVE = ' *[+]?0*[1-9][0-9]{0,11} *'
 SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
                 r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
@@ -19420,6 +19340,9 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
     Figure: ('Amount', number_schema(0, 10**12)),
     Most: ('Capacity', CAPACITY),
+    Memory: ('Memory', number_schema(0, 10**12, pattern=f'^({DIGITS}|{SIZE})$')),
+    MostMemory: ('MemoryCapacity', number_schema(
+        0, 10**12, pattern=f'^({DIGITS}|{SIZE}|unlimited)$')),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
     NewLabel: ('NewLabel', LABEL | {'not': {'enum': [*NO_LABELS, *TAKEN]},
                                     'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
@@ -19485,8 +19408,8 @@ TAGS = {
     'host': 'what hosts are like',
     'calendar': 'calendar feeds, imports and subscriptions',
     'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
-    'punctuality': 'how late VMs were', 'report': 'start delays of VMs',
-    'check': 'tokens', 'token': 'who may ask',
+    'punctuality': 'how late VMs were', 'report': 'sums for operators',
+    'check': 'the proof that all adds up', 'token': 'who may ask',
     'credential': 'in whose name VMs are made',
     'user': 'people who leave', 'service': 'the server itself'}
 
@@ -19613,10 +19536,10 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        fields = declared(kind)
+        fields = kind.fields
         always = [name for name, each in fields.items() if each.always]
         means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
-        return {'type': 'object', 'description': inspect.getdoc(kind),
+        return {'type': 'object', 'description': kind.__doc__,
                 'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
@@ -19967,7 +19890,7 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    fields = operation.answers.fields.values() if is_answer(operation.answers) else ()
     has_secret = any(each.kind is Secret for each in fields)
     return Once(acting, key, hashed(asked), not has_secret)
 
@@ -25380,7 +25303,7 @@ def sort_key(value) -> tuple:
             else value if value is not None else 0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Visit:
     """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
@@ -28147,7 +28070,8 @@ KINDS_OF_OPTIONS = {
                                       'aggregate',
     'Who': 'user project notify reason description'}
 #: What stands for the value of an argument in help, by its type.
-SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
+SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N',
+            Memory: 'SIZE', MostMemory: 'SIZE', Span: '2h', When: 'TIME',
             Day: 'DATE', Names: 'A,B', Pairs: 'K=V', Classes: 'K=N', Hosts: 'HOST', Zone: 'ZONE',
             Parts: 'RESOURCE:VMS', File: 'FILE', Ics: 'FILE', Source: 'FILE', Rows: 'FILE',
             Repeat: 'RULE', Clash: 'ACTION', Text: 'TEXT', Url: 'URL', Cursor: 'LINE', bool: ''}
@@ -29126,16 +29050,13 @@ def from_file(value: str, kind):
     return text if kind is File else loadable(file_rows(text, value))
 
 
-#: What `list` shows of a reservation and `add` takes.
-LOADABLE = frozenset(API['add'].parameters) | {'line'}
-
-
 def loadable(lines: list[dict]) -> list[dict]:
     """Lines without columns that `add` does not know, which are named, and without blank ones."""
     if not all(isinstance(each, dict) for each in lines):
         return lines  # the service says what is wrong with them
     listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
-    unknown = {name for each in lines for name in each if name not in LOADABLE} if listed else set()
+    known = API['add'].parameters.keys() | {'line'}
+    unknown = {name for each in lines for name in each if name not in known} if listed else set()
     if unknown:
         print(f"Ignored columns: {', '.join(sorted(unknown))}", file=sys.stderr)
     lines = [{name: as_typed(name, value) for name, value in each.items() if name not in unknown}
