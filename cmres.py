@@ -3243,6 +3243,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
     one_of_several = '{}'  # of queries that are merged in order
 
@@ -3350,6 +3351,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    last_id = 'SELECT last_value - CAST(NOT is_called AS int) FROM {}_id_seq'
     # each by itself in that order, no more than are asked for
     one_of_several = 'SELECT * FROM ({} {}) one'
     until: float | None = 0.0  # when it is away for too long; None: it is there
@@ -3411,8 +3413,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
     def begin(self, isolation_level: str = '') -> None:
         """Begins a snapshot, or what writes, with its locks."""
-        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}' + (
-            '' if isolation_level else self.locks(locked.on))
+        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}'
+        if not isolation_level:
+            text += f"; SET LOCAL lock_timeout = '{PATIENT}s'{self.locks(locked.on)}"
         with peewee.__exception_wrapper__:
             try:
                 self.connection().execute(text)
@@ -3527,8 +3530,7 @@ MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
 RESTARTS = 5  # seconds that it may be away while it is started again
 UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
           'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
-OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
-                  'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
+OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10}
 
 
 @functools.cache
@@ -4683,9 +4685,10 @@ def copy_store(source: str, target: str) -> None:
 def reading(path: str) -> Iterator[Callable]:
     """Reads a database of any engine as it is at one instant, beside the one that is open."""
     if is_server(path):
-        with closing(psycopg().connect(path, **OF_CONNECTIONS)) as source:
+        with closing(psycopg().connect(path, autocommit=True, **OF_CONNECTIONS)) as source:
             source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
-            yield source.execute
+            # a cursor with a name leaves the rows on the server until they are fetched
+            yield lambda sql: source.cursor(f'read_{secrets.token_hex(4)}').execute(sql)
     else:
         with closing(connect(path)) as source:
             source.execute('BEGIN')
@@ -4698,6 +4701,7 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
     Args:
       watch: shows to people how far it is, of a list that it goes through
     """
+    refuse_version(source)
     part = target
     if not is_server(target):
         if os.path.exists(target):
@@ -4721,6 +4725,13 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
             with suppress(FileNotFoundError):
                 os.remove(part + side)
     return {'rows': number}
+
+
+def refuse_version(path: str) -> None:
+    """Unavailable if a database is not of this version: what would be copied is not known."""
+    if (version := version_of(path)) != latest_version():
+        refusal = STORE_OLDER if version < latest_version() else STORE_NEWER
+        raise Unavailable(refusal.format(without_password(path), version, latest_version()))
 
 
 def fill_tables(read: Callable, watch: Callable) -> int:
@@ -5778,7 +5789,7 @@ def rehearsed_text(sql: str, tables: frozenset) -> str:
 def rehearsed_id(table: str) -> int:
     """The id that the next new row of a table would have."""
     if table not in rehearsal.ids:
-        rehearsal.ids[table] = run(f'SELECT coalesce(max(id), 0) FROM main.{table}').fetchone()[0]
+        rehearsal.ids[table] = run(db.last_id.format(table)).fetchone()[0]
     rehearsal.ids[table] += 1
     return rehearsal.ids[table]
 
@@ -5794,7 +5805,8 @@ class Attempt:
     def undo(self) -> None:
         """Makes all as it was before; what comes then is a part of the attempt as well."""
         run('ROLLBACK TO attempt')
-        rehearsal.ids = self.ids.copy()
+        if db.in_files:  # PostgreSQL gives no id twice
+            rehearsal.ids = self.ids.copy()
         for memory, mark in zip(MEMORIES, self.marks):
             memory.back(mark)
 
@@ -12362,8 +12374,11 @@ class Bookings:
         yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
         if old and old.project != wish.project:  # it writes the texts of both
             raise Lacking(None)
-        for place, in old and run('SELECT DISTINCT resource_id FROM occurrence WHERE '
-                                  'reservation_id = ?', old.reservation) or ():
+        if old and not old.repeats:
+            yield On.RESOURCE, old.resource_id
+        for place, in old and old.repeats and run(
+                'SELECT DISTINCT resource_id FROM occurrence WHERE reservation_id = ?',
+                old.reservation) or ():
             yield On.RESOURCE, place
 
     def may_need_approval(self, deal: Deal) -> bool:
@@ -14365,7 +14380,16 @@ class Requests(Operations):
                                          place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
-        return self.carry_out(deed, dry_run, frozenset)
+        return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
+
+    def places_of(self, label: str, project: str) -> Iterator[tuple[int, int | str]]:
+        """What a change of a reservation locks, as far as its name tells."""
+        project = project or self.actor.project
+        yield On.LABEL, f'{project}/{label}'
+        for each in rows('SELECT DISTINCT o.resource_id FROM reservation r JOIN occurrence o ON '
+                         'o.reservation_id = r.id WHERE r.label = ? AND r.project = ? AND '
+                         'o.due IS NOT NULL', label, project):
+            yield On.RESOURCE, each.resource_id
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -14394,7 +14418,7 @@ class Requests(Operations):
                                hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
-        return self.carry_out(deed, dry_run, frozenset)
+        return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
@@ -14462,7 +14486,7 @@ class Requests(Operations):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
             with self.shares.paced():
-                answer = self.carry_out(deed, dry_run, frozenset)
+                answer = self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
@@ -14573,12 +14597,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
+        locks = (lambda: self.places_of(label, project)) if label else None
         if occurrence:
             with self.shares.resting():  # changes of others don't wait
                 return self.carry_out(lambda now: self.cancel_occurrence(
-                    label, project, occurrence, following, now), dry_run, frozenset)
-        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run,
-                               frozenset if label else None)
+                    label, project, occurrence, following, now), dry_run, locks)
+        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run, locks)
 
     def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
                           now: float) -> list[dict]:

@@ -289,11 +289,10 @@ class Stores:
     """
 
     def __init__(self, server, template, key):
-        import psycopg
         self.server, self.template, self.key, self.free = server, template, key, []
         self.kept = {}  # of those that are lent, the connections that are at rest
         self.likeness = server.tell(LIKENESS, template).fetchone()
-        self.psycopg, self.usual = psycopg, (peewee.PostgresqlDatabase._connect, peewee.PostgresqlDatabase._close)
+        self.psycopg, self.usual = cmres.psycopg(), (peewee.PostgresqlDatabase._connect, peewee.PostgresqlDatabase._close)
         peewee.PostgresqlDatabase._connect = lambda db: self.connect(db)
         peewee.PostgresqlDatabase._close = lambda db, connection: self.close(db, connection)
 
@@ -315,7 +314,9 @@ class Stores:
         self.usual[1](db, connection)
 
     def lend(self) -> str:
-        """The address of a store that is as new."""
+        """The address of a store that is as new; what was in a folder that is gone is nobody's any more."""
+        for path in [path for path in ELSEWHERE if not path.exists()]:
+            self.take_back(ELSEWHERE.pop(path)[0])
         url, connection = self.free.pop() if self.free else (self.server.url(self.server.make(self.template)), None)
         self.kept[url] = connection
         return url
@@ -324,7 +325,7 @@ class Stores:
         """Empties a store, to be lent again; unless it can't be as a new one."""
         connection = self.kept.pop(url)
         try:
-            connection = connection or self.psycopg.connect(url, autocommit=True, **cmres.OF_CONNECTIONS)
+            connection = connection or self.psycopg.connect(url, autocommit=True, cursor_factory=self.psycopg.RawCursor)
             connection.execute('SELECT pg_terminate_backend(pid) FROM pg_stat_activity '
                                'WHERE datname = current_database() AND pid <> pg_backend_pid()')
             connection.execute(CLEARING)
@@ -351,7 +352,8 @@ def lent():
 @pytest.fixture(scope='session')
 def server():
     """PostgreSQL for the tests of a session; `make test-postgres` installs what is needed."""
-    if ENGINE == 'sqlite' and not (importlib.util.find_spec('psycopg') and [*Path('/usr/lib/postgresql').glob('*/bin/initdb')]):
+    there = [*Path('/usr/lib/postgresql').glob('*/bin/initdb')] or shutil.which('initdb')
+    if not (there and importlib.util.find_spec('psycopg')) and (ENGINE == 'sqlite' or 'CI' not in os.environ):
         pytest.skip('needs PostgreSQL and psycopg')
     started = Server()
     yield started
@@ -1199,14 +1201,22 @@ def goes_on_with_what_was_frozen(config):
 
 def test_a_store_of_a_newer_version_is_refused_and_left_as_it_is(run, tmp_path):
     run('resource', 'add', 'demo')
-    cmres.SQLITE.user_version = cmres.latest_version() + 1
+    database = cmres.store_file.path
+    if ENGINE == 'sqlite':
+        cmres.SQLITE.user_version = cmres.latest_version() + 1
+    else:
+        cmres.note_fact('version', f'{cmres.latest_version() + 1}')
     before = dump()
-    for command in (['list'], ['tick'], ['store', 'migrate'], ['serve', '--port=0']):
+    for command in (['list'], ['tick'], ['store', 'migrate'], ['serve', '--port=0'], ['store', 'copy', 'there.db']):
         code, _, err = run(*command)
         assert code == 1 and 'A newer cmres wrote the database' in err, command
-    newer = run('store', 'backup', 'newer.db')
-    assert newer[0] == 0 and 'A newer cmres' in run('store', 'restore', 'newer.db')[2]
-    assert dump(sqlite3.connect('cmres.db')) == before
+    code, _, err = run('store', 'backup', 'newer.db')
+    if ENGINE == 'sqlite':  # a copy of the file; on PostgreSQL, what is copied must be known
+        assert code == 0 and 'A newer cmres' in run('store', 'restore', 'newer.db')[2]
+    else:
+        assert code == 1 and 'A newer cmres' in err and not Path('newer.db').exists()
+    with cmres.opened(database):
+        assert dump() == before
 
 
 def test_the_next_version_is_reached_from_the_first_whatever_the_models_say_by_then(tmp_path, monkeypatch):
@@ -1243,6 +1253,7 @@ sys.stdin.read()
 '''
 
 
+@pytest.mark.sqlite  # an older program has the file open
 def test_nothing_migrates_a_store_that_an_older_program_serves(run, tmp_path):
     """An older one knows no lock beside the database, but has it open."""
     path = from_dump(tmp_path / 'cmres.db', FROZEN['parts'])
@@ -1261,6 +1272,7 @@ def test_nothing_migrates_a_store_that_an_older_program_serves(run, tmp_path):
     assert 'nothing to do' in run('store', 'migrate')[1]
 
 
+@pytest.mark.sqlite  # a copy of the file is made; on PostgreSQL its first version is tried with it
 def test_tick_migrates_and_says_so(run, tmp_path):
     from_dump(tmp_path / 'cmres.db', FROZEN['plan'])
     code, _, err = run('tick')
@@ -1281,6 +1293,7 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     assert "Created the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
 
 
+@pytest.mark.sqlite  # there is no file; on PostgreSQL, no tables
 @pytest.mark.parametrize('command', [
     'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'check', 'tick', 'scheduler',
     'store orphans', 'store backup b.db', 'store migrate', 'resource add demo --dry-run'])
@@ -1293,6 +1306,7 @@ def test_what_does_not_begin_anything_makes_no_store(run, tmp_path, command):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.sqlite  # the file that is made is named
 @pytest.mark.parametrize('command', ['resource add demo --vms 4', 'token add eva'])
 def test_what_an_operator_begins_with_makes_a_store_and_says_so(run, tmp_path, command):
     os.remove('cmres.db')
@@ -1416,6 +1430,7 @@ def copied_into_it(path, truncate: bool = True) -> bytes:
 OVERWRITTEN = ['older', 'backup', 'another', 'empty', 'half', 'newer', 'zeros', 'a byte']
 
 
+@pytest.mark.sqlite  # its file is written to
 @pytest.mark.parametrize('before, what', [
     *itertools.product(['all is copied', 'some is in the log'], OVERWRITTEN),
     *itertools.product(['nobody has seen the copying'], OVERWRITTEN[:5])])
@@ -1465,6 +1480,7 @@ def another_store(path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.sqlite  # its file
 @pytest.mark.parametrize('size', [None, 0], ids=['small', 'large'])
 def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(
         app, world, monkeypatch, size):
@@ -1480,6 +1496,7 @@ def test_what_sqlite_does_to_the_file_is_no_overwriting_nor_is_a_new_date(
     app.call('POST', '/resource', {'name': 'late'}, 503 if size == 0 else 201)
 
 
+@pytest.mark.sqlite  # SQLite's log
 def test_while_somebody_reads_a_part_of_the_log_is_copied_and_that_is_no_overwriting(app, world):
     """Of a page that was written again since, the file has neither what it was nor what it is."""
     path = Path(world.config.database)
@@ -1512,6 +1529,7 @@ def test_a_transaction_that_writes_nothing_looks_once_at_each_file(world, monkey
     assert run == ['BEGIN IMMEDIATE', 'COMMIT']
 
 
+@pytest.mark.sqlite  # SQLite's log
 def test_a_log_or_an_index_that_is_an_older_one_is_noticed(app, world):
     path = Path(world.config.database)
     index, log = (path.with_name(path.name + side) for side in ('-shm', '-wal'))
@@ -1614,6 +1632,7 @@ def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     assert serve.names() == {'demo', 'early'}
 
 
+@pytest.mark.sqlite  # another file in its place
 def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run, tmp_path):
     run('resource', 'add', 'demo')
     cmres.close_store()
@@ -1627,6 +1646,7 @@ def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run
     assert 'Put the right file back' in run('list')[2]
 
 
+@pytest.mark.sqlite  # a file that is gone is remembered
 def test_the_key_can_be_anywhere_and_be_there_before_the_store(run, tmp_path, monkeypatch):
     monkeypatch.setenv('CMRES_KEY', 'secrets.txt')
     Path('secrets.txt').write_text('0f' * 32 + '\n')
@@ -1771,6 +1791,7 @@ def test_a_mistake_of_ours_is_500_with_a_number_that_is_in_the_log(app, monkeypa
         assert any(number in each.getMessage() and 'vms' in each.exc_text for each in caplog.records)
 
 
+@pytest.mark.sqlite  # SQLite alone undoes all of it by itself
 def test_the_first_cause_of_a_failed_transaction_is_told(world):
     """An inner transaction finds nothing to undo once SQLite has undone all of it."""
     def full():
@@ -1797,7 +1818,8 @@ def test_a_scheduler_of_its_own_tells_what_it_counts_and_how_it_is(world, tmp_pa
     """On its own port; nothing else is there."""
     token = world.service.token_add('root', 'default', 'admin', scopes=['read'])['token']
     process = subprocess.Popen([*PROGRAM, 'scheduler', '--port', '0'], cwd=tmp_path,
-                               env=environment() | {'CMRES_DATABASE': world.config.database, 'CMRES_SWEEP': '0.2'},
+                               env=environment() | {'CMRES_DATABASE': world.config.database, 'CMRES_KEY': world.config.key,
+                                                    'CMRES_SWEEP': '0.2'},
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         lines = [process.stdout.readline() for _ in range(2)]
@@ -1837,7 +1859,7 @@ def test_copies_made_under_four_writers_are_whole_and_have_all_that_was_acknowle
     world.service.resource_update('demo', vms=cmres.UNLIMITED)
     said = [open(tmp_path / f'said-{n}', 'w') for n in range(4)]
     writers = [subprocess.Popen([sys.executable, '-c', WRITER, world.config.database, f'w{n}'],
-                                cwd=MODULE.parent, stdout=said[n]) for n in range(4)]
+                                **beside(world), stdout=said[n]) for n in range(4)]
     try:
         soon(lambda: all((tmp_path / f'said-{n}').stat().st_size for n in range(4)))
         for n in range(copies):
@@ -1856,7 +1878,8 @@ def test_copies_made_under_four_writers_are_whole_and_have_all_that_was_acknowle
 
 def ini(folder, world) -> str:
     """A configuration for the command line in the store of a world."""
-    (folder / 'w.ini').write_text(f'[cmres]\ndatabase = {world.config.database}\n')
+    key = f'key = {world.config.key}\n' if world.config.key else ''
+    (folder / 'w.ini').write_text(f'[cmres]\ndatabase = {world.config.database}\n{key}')
     return str(folder / 'w.ini')
 
 
@@ -1873,11 +1896,12 @@ def test_a_copy_replaces_nothing_and_a_damaged_one_is_not_restored(run, tmp_path
     data = bytearray(Path('copy.db').read_bytes())
     data[4096:40960] = os.urandom(36864)
     Path('copy.db').write_bytes(data)
-    before = Path('cmres.db').read_bytes()
+    before = run('resource', 'list'), ENGINE == 'sqlite' and Path('cmres.db').read_bytes()
     for command in ('verify', 'restore'):
         code, _, err = run('store', command, 'copy.db')
         assert code == 1 and "'copy.db' is damaged" in err
-    assert Path('cmres.db').read_bytes() == before and "There is no file 'none.db'" in run('store', 'restore', 'none.db')[2]
+    assert (run('resource', 'list'), ENGINE == 'sqlite' and Path('cmres.db').read_bytes()) == before
+    assert "There is no file 'none.db'" in run('store', 'restore', 'none.db')[2]
     Path('text').write_text('this is no database ' * 300)
     assert 'damaged or not a database' in run('store', 'verify', 'text')[2]
 
@@ -1912,8 +1936,8 @@ def restored_world(world, tmp_path):
     for each in world.cycle.workers.pools.values():
         each.shutdown()
     gc.collect()  # with the connections of those threads
-    cmres.restore_store(world.config.database, str(tmp_path / 'copy.db'))
-    cmres.open_store(world.config.database)
+    cmres.restore_store(world.config.database, str(tmp_path / 'copy.db'), world.config.key)
+    cmres.open_store(world.config.database, world.config.key)
     with cmres.transaction():
         cmres.run('DELETE FROM simulated_server')
         for each in there:  # a cloud forgets nothing when a database is restored
@@ -3003,8 +3027,11 @@ def test_a_store_of_the_first_version_on_postgresql_is_brought_up_to_this_one(se
     url = server.url(names[1]).replace('//cmres@', '//cmres:secret@')
     with pytest.raises(Unavailable, match='run `store migrate`'):
         cmres.open_store(url, key)
-    assert cmres.migrate_store(url) == {
-        'database': server.url(names[1]), 'before': 21, 'after': cmres.latest_version()}
+    with contextlib.closing(cmres.psycopg().connect(url, **cmres.OF_CONNECTIONS)), \
+            pytest.raises(Unavailable, match='Other processes use'):
+        cmres.migrate_store(url)
+    assert cmres.prepared(Config(database=url, key=key)) == [
+        f'Updated the database from version 21 to {cmres.latest_version()}.']
     cmres.open_store(url, key)
     assert schema_there() == new
     goes_on_with_what_was_frozen(Config(database=url, key=key))
@@ -3116,13 +3143,14 @@ def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_
 
 def test_a_copy_that_fails_leaves_nothing(server_run, server, monkeypatch):
     server_run('resource', 'add', 'demo')
+    cmres.open_store('first.db')
     cmres.close_store()
     monkeypatch.setattr(cmres, 'finish_tables', lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cmres.copy_rows(os.environ['CMRES_DATABASE'], 'there.db')
     assert not [*Path().glob('there.db*')]
     with pytest.raises(ZeroDivisionError):
-        cmres.copy_rows('cmres.db', server.url(name := server.make()))
+        cmres.copy_rows('first.db', server.url(name := server.make()))
     assert server.tell(f"SELECT 1 FROM pg_database WHERE datname = '{name}'") and cmres.version_of(server.url(name)) == 0
 
 
@@ -3142,7 +3170,11 @@ def test_a_backup_of_postgresql_is_a_file_that_is_verified_and_restored(server_r
 
 
 def test_a_database_of_another_program_or_without_its_key_is_refused(server_run, server, tmp_path, monkeypatch):
-    assert 'There are no tables of cmres' in server_run('list')[2]
+    for command in ('list', 'add lab demo +1h +1h', 'check', 'tick', 'scheduler', 'store orphans', 'store migrate',
+                    'resource add demo --dry-run'):
+        code, out, err = server_run(*command.split())
+        assert code == 1 and not out and 'There are no tables of cmres' in err, command
+    assert cmres.version_of(os.environ['CMRES_DATABASE']) == 0 and not Path(os.environ['CMRES_KEY']).exists()
     assert server_run('resource', 'add', 'demo')[0] == 0
     cmres.close_store()
     monkeypatch.setenv('CMRES_KEY', 'other.key')
@@ -5133,19 +5165,17 @@ def furnished(world) -> World:
 @contextlib.contextmanager
 def others_writing():
     """Another process has the lock of the store and keeps it; who wanted it would be refused at once."""
-    if ENGINE != 'sqlite':
-        with contextlib.closing(cmres.psycopg().connect(cmres.store_file.path)) as other:
-            other.execute(f'SELECT pg_advisory_xact_lock({cmres.OURS})')
-            cmres.run("SET lock_timeout = '1ms'")
-            yield
-        cmres.run(f"SET lock_timeout = '{cmres.PATIENT}s'")
-        return
-    cmres.run('PRAGMA busy_timeout = 0')
-    with contextlib.closing(cmres.connect(cmres.store_file.path)) as other:
-        other.execute('BEGIN IMMEDIATE')
+    if ENGINE == 'sqlite':
+        cmres.run('PRAGMA busy_timeout = 0')
+    patient, cmres.PATIENT = cmres.PATIENT, 0.001
+    with contextlib.closing(cmres.connect(cmres.store_file.path) if ENGINE == 'sqlite' else
+                            cmres.psycopg().connect(cmres.store_file.path)) as other:
+        other.execute('BEGIN IMMEDIATE' if ENGINE == 'sqlite' else f'SELECT pg_advisory_xact_lock({cmres.OURS})')
         yield
         other.execute('ROLLBACK')
-    cmres.run(f'PRAGMA busy_timeout = {1000 * cmres.PATIENT}')
+    cmres.PATIENT = patient
+    if ENGINE == 'sqlite':
+        cmres.run(f'PRAGMA busy_timeout = {1000 * cmres.PATIENT}')
 
 
 @pytest.mark.parametrize('name', WRITES)
@@ -10311,7 +10341,7 @@ def test_eight_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(worl
     """The journal is replayed: whoever was let in came before all that waited and would have fitted."""
     world.service.resource_add('ten', vms=10)
     crowd = [subprocess.Popen([sys.executable, '-c', LINER, world.config.database, str(n), str(patience), str(world.now)],
-                              cwd=MODULE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                              **beside(world), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
              for n in range(8)]
     for each in crowd:
         out, err = each.communicate(timeout=120)
@@ -14541,21 +14571,16 @@ def test_an_answer_that_can_not_be_recorded_costs_no_other_cloud_anything(tmp_pa
 
 
 def test_while_the_store_is_locked_the_life_cycle_waits_and_then_goes_on(world):
-    cmres.close_store()
-    cmres.db.init(world.config.database, timeout=0.05)
     boot(world)
     world.at(0.9)
-    other = sqlite3.connect(world.config.database, isolation_level=None)
     for moment in (1, 2):
-        other.execute('BEGIN IMMEDIATE')
         world.now = NOON.timestamp() + 3600 * moment
-        for _ in range(3):
-            assert world.cycle.guarded_pass() == 1
-            world.now += 1
-        other.execute('ROLLBACK')
+        with others_writing():
+            for _ in range(3):
+                assert world.cycle.guarded_pass() == 1
+                world.now += 1
         live(world, 100)
         assert world.state('lab') == {1: 'active', 2: 'ended'}[moment]
-    other.close()
 
 
 class Crash(BaseException):
@@ -14567,10 +14592,10 @@ class Points:
 
     def __init__(self, monkeypatch, chosen, crash):
         self.chosen, self.crash, self.count, self.main, self.crashed = chosen, crash, 0, threading.get_ident(), False
-        self.execute, self.on = cmres.db.execute_sql, True
-        monkeypatch.setattr(cmres.SQLITE, 'execute_sql', self.write)
+        self.run, self.on = cmres.db.run, True
+        monkeypatch.setattr(cmres.db.obj, 'run', self.write)
         self.commit = cmres.db.commit
-        monkeypatch.setattr(cmres.SQLITE, 'commit', lambda: (self.here('commit'), self.commit()))
+        monkeypatch.setattr(cmres.db.obj, 'commit', lambda: (self.here('commit'), self.commit()))
 
     def here(self, what):
         if threading.get_ident() == self.main and self.on:
@@ -14578,10 +14603,10 @@ class Points:
             if self.count == self.chosen:
                 raise Crash(what) if self.crash else peewee.OperationalError('database or disk is full')
 
-    def write(self, sql, *rest):
+    def write(self, sql, values):
         if not sql.lstrip().startswith(('SELECT', 'PRAGMA', 'ROLLBACK')):
             self.here(sql)
-        return self.execute(sql, *rest)
+        return self.run(sql, values)
 
     def wrap(self, cycle):
         """Before a call and between a call and its record: only a crash can be there."""
@@ -14646,9 +14671,9 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
 @pytest.mark.parametrize('crash', [False, True])
 def test_whichever_write_fails_and_wherever_it_crashes_later_passes_reach_what_is_wanted(tmp_path, monkeypatch, crash):
     number = a_life(tmp_path / 'smooth', monkeypatch, 0, crash)
-    assert number > 15
+    assert number > 150
     print(number, 'points')
-    for chosen in range(1, number + 1):
+    for chosen in range(1, number + 1, 1 if STRESS else 9):
         a_life(tmp_path / str(chosen), monkeypatch, chosen, crash)
 
 
@@ -15534,6 +15559,8 @@ def test_where_nothing_tells_of_changes_the_beat_finds_them(world, monkeypatch):
 
 def test_a_store_of_one_lease_gets_one_for_each_cloud(world):
     cmres.run("INSERT INTO lease VALUES ('scheduler', 'old', ?)", world.now + 5)
+    if ENGINE != 'sqlite':  # that version made it
+        cmres.run('DROP FUNCTION tell_due CASCADE')
     cmres.divide_lease()
     assert not world.cycle.leader.free(world.now).count('') and 'simulated' in world.cycle.leader.free(world.now)
 
