@@ -2033,6 +2033,7 @@ WORDS = {
     'user_started': 'what becomes of VMs that users started themselves, at the end: delete or keep',
     'store': 'whose resources these are, as their second mark says',
     'moves': 'only a server passes that counts there already',
+    'disk': 'GB of disk of its host',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -7416,6 +7417,13 @@ class Flavor(NamedTuple):
     disk: int = 0
 
 
+def takes_of(flavor: Flavor, place) -> Amount:
+    """What one machine takes of a resource: disk, where its hosts have some of their own."""
+    *figures, disk = flavor
+    counts = disk and DISK in capacity(place).names
+    return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
+
+
 class Thing(NamedTuple):
     """Something on a cloud that goes by a name, and who may use it."""
     id: str
@@ -7710,6 +7718,9 @@ class Cloud:
     def refuse_any_network(self, sight: Sight) -> None:
         """Refuses what names no network where Nova could not tell which one it is to have."""
 
+    def forget(self, named: list[tuple[str, str]]) -> None:
+        """Lets names be looked up anew: one of them may stand for something else by now."""
+
     def left(self) -> Amount | None:
         """How much more the quota of the account's project allows; None where that is not told."""
 
@@ -7846,8 +7857,7 @@ class OpenStack(Cloud):
             way, auth = 'v3password', {'trust_id': found.name} | {
                 name: each for name, each in ours.items() if not name.startswith('project')}
         kept = ('region_name', 'verify', 'cacert', 'interface')
-        same = {name: entry.config[name] for name in kept
-                if entry.config.get(name) is not None}
+        same = {name: entry.config[name] for name in kept if entry.config.get(name) is not None}
         return same | {'auth': auth, 'auth_type': way,
                        'load_yaml_config': False, 'load_envvars': False}
 
@@ -7894,8 +7904,7 @@ class OpenStack(Cloud):
             self.found[key] = time.monotonic(), thing
         return thing
 
-    def forget(self, named: list[tuple[str, str]]) -> None:
-        """Lets names be looked up anew: one of them stands for something else by now."""
+    def forget(self, named):
         for key in [*self.found]:
             if key[:2] in named:
                 self.found.pop(key, None)
@@ -7948,9 +7957,10 @@ class OpenStack(Cloud):
     def flavor_thing(self, cloud, found) -> Thing:
         return Thing(found.id, found.name, own=True, open=True, flavor=self.takes(found))
 
-    def takes(self, flavor) -> Flavor:
-        """What a VM of a flavor takes, be it that of a server."""
-        disk = flavor.disk + (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+    def takes(self, flavor, root: bool = True) -> Flavor:
+        """What a VM of a flavor takes, be it that of a server, which may have a volume as root."""
+        disk = (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+        disk += flavor.disk if root else 0
         return Flavor(flavor.vcpus, flavor.ram, classes_of(flavor.extra_specs or {}), disk)
 
     def key_thing(self, cloud, found) -> Thing:
@@ -8318,13 +8328,13 @@ class OpenStack(Cloud):
             if not server:
                 return None
             host = server.compute_host or server.hypervisor_hostname or ''
-            gone = server.status.lower() in (*GONE, 'shelved_offloaded')
-            if gone or server.status == 'ERROR' and not host:
-                return None
+            offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
+            if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
+                return None  # what is deleted softly can come back without a question
             twice = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
             has = server.flavor if server.flavor and server.flavor.vcpus else None
-            return Seat(host, None if twice or not has else Flavor(
-                has.vcpus, has.ram, classes_of(has.extra_specs or {})), twice)
+            root = bool(server.image and server.image.id)
+            return Seat(host, self.takes(has, root) if has and not twice else None, twice)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -8340,8 +8350,7 @@ class Simulated(Cloud):
                'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384),
                'g1.medium': Flavor(2, 4096, (('CUSTOM_GPU', 1),))}
     NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'),
-             'network': ('private', 'public'),
-             'key': ('default',), 'security_group': ('default',)}
+             'network': ('private', 'public'), 'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
         super().__init__(account)
@@ -11415,14 +11424,9 @@ class Wishes:
                 'them.'] if names else []
 
     def each_takes(self, found: dict, place) -> Amount:
-        """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
-        """
+        """What one machine takes, of what the cloud told."""
         sized = found.get('flavor') or found.get('server')
-        if not (sized and sized.flavor):
-            return Amount(1)
-        *figures, disk = sized.flavor
-        counts = disk and DISK in capacity(place).names
-        return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
+        return takes_of(sized.flavor, place) if sized and sized.flavor else Amount(1)
 
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
@@ -12037,6 +12041,14 @@ class Made(NamedTuple):
     done: list[dict]  # of a series, what became of each occurrence, by start
 
 
+def started_by_users(occurrence: int) -> list[str]:
+    """The VMs that people started themselves in an occurrence, and that are not gone."""
+    return [uid for uid, in run(
+        'SELECT server FROM claim WHERE occurrence = ? AND due IS NOT NULL AND server NOT IN '
+        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
+        occurrence, occurrence)]
+
+
 class Policy:
     """The rules: each refuses with a Conflict, or lets pass."""
 
@@ -12046,7 +12058,7 @@ class Policy:
     def refuse_deal(self, deal: Deal, now: float) -> None:
         """Raises what the first rule says that is against a deal, whatever it wants to hold."""
         for rule in (self.refuse_fixed, self.refuse_locked, self.refuse_waiting_series,
-                     self.refuse_taken_label):
+                     self.refuse_taken_label, self.refuse_less_than_runs):
             rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
@@ -12088,12 +12100,20 @@ class Policy:
             return
         begun = bool(had) and change.before.held_from <= now
         placed = (self.seats_for(need, had, begun, wish, view) if change.growth
-                  else Counter([*Counter(had).elements()][:need.number]))
+                  else self.kept_hosts(change.before, had, need.number))
         if placed is None:
             self.hold_kept_hosts(change, now, 1)
             raise self.reasons.without_hosts(need, wish)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
+
+    def kept_hosts(self, before, had: dict[int, int], number: int) -> Counter:
+        """The hosts of so many VMs of those that there were: first those where some run."""
+        found = run('SELECT h.id, count(*) FROM claim c JOIN host h ON h.resource_id = '
+                    'c.resource_id AND h.name = c.host WHERE c.occurrence = ? AND c.due IS NOT '
+                    'NULL GROUP BY h.id', before.id).fetchall()
+        runs = Counter(had) & Counter(dict(found))
+        return Counter([*runs.elements(), *(Counter(had) - runs).elements()][:number])
 
     def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
                   view: View) -> dict[int, int] | None:
@@ -12239,6 +12259,17 @@ class Policy:
             raise TooLarge(f"Project '{wish.project}' has more than {most} MiB of user data, "
                            'descriptions and metadata. Shorten some, or ask an admin. (setting '
                            'project_texts)')
+
+    def refuse_less_than_runs(self, deal: Deal, now: float) -> None:
+        """VMs that people started themselves go on, so what they take is not given to others."""
+        for each in deal.changes:
+            before, after = each.before, each.after
+            if not before or not after or before.held_from > now or after.vms >= before.vms:
+                continue
+            runs = len(started_by_users(before.id))
+            if runs > after.vms:
+                raise Conflict(f"Users have started {counted(runs, 'VM')} in '{deal.old.label}', "
+                               'so it needs as many. Delete some first.')
 
     def refuse_fixed(self, deal: Deal, now: float) -> None:
         """A reservation that has begun keeps what its machines are made of."""
@@ -15100,7 +15131,13 @@ class Plan(Operations):
 
     def follow(self, cloud: str, told: list[Aggregate]) -> None:
         """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
-        for each in told:
+        lost = rows("SELECT * FROM resource WHERE cloud = ? AND removed IS NULL AND hosts <> '[]' "
+                    "AND aggregate_id <> '' AND aggregate_id NOT IN names(?)", cloud,
+                    json.dumps([each.id for each in told]))
+        for each in lost:  # with the aggregate its mark is gone: its hosts are open to everybody
+            log.warning("the aggregate '%s' of %s is gone", each.aggregate, cloud)
+        for each in [*told, *(Aggregate(each.aggregate, {}, each.name, id=each.aggregate_id)
+                              for each in lost)]:
             found = self.synced_before(cloud, each)
             if not found or each.owner not in ('', self.clouds.store):
                 continue
@@ -15131,13 +15168,13 @@ class Plan(Operations):
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
-        """The resource of an aggregate: by Nova's id, as names change; where none is known, by the
-        name.
+        """The resource of an aggregate: by Nova's id, as names change; where none is known or that one
+        is gone, by the name.
         """
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
-                        OR (?2 = '' OR aggregate_id = '') AND aggregate = ?3)
-                       ORDER BY aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
+                        OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
+                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
@@ -15716,6 +15753,12 @@ class Plan(Operations):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
+def limit_of(reserved: Amount) -> Amount:
+    """What VMs may take of what is reserved: of disk, where none is, what is free."""
+    free = Amount(classes=() if DISK in reserved.names else ((DISK, sys.maxsize),))
+    return no_more(reserved + free)
+
+
 #: Whether a reservation has a label; or is of a reservation of Blazar's of that id.
 NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hold h '
             'WHERE h.reservation = r.id AND h.part = ?))')
@@ -15727,7 +15770,7 @@ class Claims(Operations):
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), store: Name = '', moves: bool = False,
+              hosts: Names = (), store: Name = '', moves: bool = False, disk: Figure = 0,
               dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
@@ -15741,14 +15784,14 @@ class Claims(Operations):
         if store not in ('', self.clouds.store):
             raise NotFound(f'these resources are of the cmres {store}; this is '
                            f'{self.clouds.store}')
-        need = Amount(1, vcpus, ram,
-                      tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
+        some = sorted(each for each in (classes or {}).items() if each[1] > 0)
+        flavor = Flavor(vcpus, ram, tuple(some), disk)
         projects, users = self.names_of(project), self.names_of(user)
 
         def decide() -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, need, label, project, user, hosts, moves, now)
+                    name, server, projects, users, flavor, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
@@ -15776,18 +15819,18 @@ class Claims(Operations):
         take there.
         """
         for uid, seat in seats.items():
-            for claim in rows('SELECT c.*, s.hosts FROM claim c JOIN resource s ON '
+            for claim in rows('SELECT c.* FROM claim c JOIN resource s ON '
                               's.id = c.resource_id WHERE c.server = ? AND c.due IS NOT NULL '
                               'AND s.cloud = ?', uid, cloud):
-                hosts = json.loads(claim.hosts)
+                place = resource_of(claim.resource_id, removed=True)
+                hosts = json.loads(place.hosts)
                 if seat is None or seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
                 takes = {}
                 if seat.takes and not (claim.twice and claim.due > now):  # else it may be to come
-                    vcpus, ram, classes, _ = seat.takes
-                    takes = {'vcpus': vcpus, 'ram': ram, 'twice': False,
-                             'classes': json.dumps(dict(classes)) if classes else ''}
+                    takes = stored(takes_of(seat.takes, place)) | {'twice': False}
+                    del takes['vms']
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
                 if seat.host not in ('', claim.host):
@@ -15827,8 +15870,8 @@ class Claims(Operations):
         known = self.config.read_again().identities
         return [name for name, id in known.items() if id == identity] or [identity]
 
-    def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, hosts: list[str], moves: bool,
+    def claim_on(self, name: str, server: str, projects: list[str], users: list[str],
+                 flavor: Flavor, label: str, project: str, user: str, hosts: list[str], moves: bool,
                  now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
@@ -15837,13 +15880,15 @@ class Claims(Operations):
             return {'passes': bool(place), 'why': why, 'hosts': None}
         there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
                     'AND due IS NOT NULL', place.id, server)
+        need = takes_of(flavor, place)
         if moves and not there:
             return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         moved, both = there and there.host and hosts and there.host not in hosts, None
-        # until that is settled, Nova holds both
-        if there and there.host and (moved or had != need):
-            both = had if there.twice else (had + need)._replace(vms=1)
+        # Until that is settled, Nova holds both; what was so before may be settled, or not.
+        if there and (moved or had != need):
+            again = there.twice and had == (need * 2)._replace(vms=1)  # it looks for other hosts
+            both = had if again else (had + need)._replace(vms=1)
         found, why = self.may_boot(place, server, projects, users, both or need, label, now)
         if not found and both and had == need:  # an operator must be able to move it also then
             both = None
@@ -15894,8 +15939,8 @@ class Claims(Operations):
         if placed:
             taken[before] += stays
         planned = [names[host] for host in placed if host in names
-                   and (taken[names[host]] + need).within(no_more(each * placed[host]))]
-        if planned or not need.within(no_more(each)):
+                   and (taken[names[host]] + need).within(limit_of(each * placed[host]))]
+        if planned or not need.within(limit_of(each)):
             return [before] if before in planned else planned[:1]
         until = found.held_until if found else int(now + max(place.hold, 1))
         loose = self.claimed("c.resource_id = ? AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE "
@@ -15958,10 +16003,15 @@ class Claims(Operations):
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
         taken = sum(self.claimed('c.occurrence = ?', found.id, server).values(), need)
+        has, loose = amount_of(found), need._replace(vms=0)
         if found.flavor or found.host or found.vcpus or found.ram:
-            return taken.within(no_more(amount_of(found)))
+            disks = tuple(each for each in need.classes if each[0] == DISK)
+            loose = Amount(classes=() if DISK in has.names else disks)
+            if not taken.within(limit_of(has)):
+                return False
         # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
-        return taken.vms <= found.vms and self.walk_in(place, server, need._replace(vms=0), now)
+        return taken.vms <= has.vms and (
+            loose == NOTHING or self.walk_in(place, server, loose, now))
 
     def claimed(self, condition: str, value, server: str) -> dict[str, Amount]:
         """What other servers than this one have claimed and still use, by host."""
@@ -17688,6 +17738,7 @@ class Workers:
     def do_ahead(self, call: Job) -> list[str]:
         """What would fail if something started now, each in a sentence."""
         cloud, about = self.clouds.open(call.account), call.target
+        cloud.forget(named_by(about.asked))
         asks = [functools.partial(cloud.check, [pair], about.sight) for pair in
                 named_by(about.asked)]
         if about.asked['image'] and about.asked['network'] in ('', 'auto'):
@@ -17987,8 +18038,7 @@ class Planner:
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
-            'id = ?',
-            FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+            'id = ?', FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
 
     def plan_servers(self, occurrence, missing: list[int], now: float) -> None:
         """Writes down the servers of some numbers: those first that a series has stopped before."""
@@ -18012,8 +18062,7 @@ class Planner:
         if now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
         told = occurrence.told
-        if not told & FOREIGN:
-            self.end_foreign(occurrence, now)
+        self.end_foreign(occurrence, now)
         if not told & LEFT:
             told |= self.tell_left(occurrence, now)
         return occurrence._replace(told=told | FOREIGN)
@@ -18120,23 +18169,21 @@ class Planner:
 
     def end_foreign(self, occurrence, now: float) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
+        that is set, again and again until they are gone.
         """
         foreign, ends = self.foreign(occurrence)
-        if foreign:
+        if foreign and not occurrence.told & FOREIGN:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
         for each in foreign if ends else ():
             self.workers.submit(('clear', each), 'clear', occurrence.cloud, each)
+            run('UPDATE claim SET due = min(due, ?) WHERE server = ? AND due IS NOT NULL',
+                now + self.config.poll_changing, each)
 
     def foreign(self, occurrence) -> tuple[list[str], bool]:
         """The VMs that people booted in an occurrence by themselves, and whether they end with it.
         """
-        found = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
-                     'AND c.server NOT IN '
-                     '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
-                     occurrence.id, occurrence.id)
         said = occurrence.user_started or ('delete' if self.config.delete_user_started else 'keep')
-        return [each.server for each in found], said == 'delete'
+        return started_by_users(occurrence.id), said == 'delete'
 
     def what_becomes(self, foreign: list[str], ends: bool) -> str:
         one = len(foreign) == 1
@@ -18300,6 +18347,8 @@ class Planner:
                "LIMIT 1",
                occurrence.id):
             return now + self.config.poll_changing
+        if all(self.foreign(occurrence)):
+            return now + self.config.lost_answer_wait
         if occurrence.cancelled is None:
             self.tell_end(occurrence, now)
         if occurrence.at_end == 'stop':
@@ -18313,8 +18362,7 @@ class Planner:
             self.service.admission.cancel([found], now, 'no capacity became free before its end')
             return
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
-                    'occurrence_id = ?',
-                    occurrence.id)
+                    'occurrence_id = ?', occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
             run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
             fault = (found.fault or '').rstrip('.') or 'the scheduler of cmres did not run'
@@ -18460,8 +18508,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     elif found.host:
         yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
     else:
-        asked = next(each['asked'] for each in json.loads(found.parts)
-                     if each['id'] == found.part)
+        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
         disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
@@ -18578,8 +18625,7 @@ class HostWatch:
         """Lets VMs on a host that is down be deleted and made again: Nova takes them for up."""
         left = rows(f"{SERVERS} WHERE v.uid IN names(?) AND v.goal = 'up' AND NOT v.borrowed "
                     "AND v.state NOT IN ('planned', 'error', 'deleting', 'deleted', 'kept') "
-                    'ORDER BY v.id',
-                    json.dumps(there))
+                    'ORDER BY v.id', json.dumps(there))
         if left:
             with self.leader.acting():
                 for each in left:
@@ -18689,13 +18735,11 @@ class Reconciler:
                    called=result.ended, due=due)
         elif isinstance(error, Error) and getattr(error, 'sure', True):
             self.put_off(server, str(error), now, wished_pause(error), state='planned',
-                         begun=begun,
-                         called=result.ended)
+                         begun=begun, called=result.ended)
         elif not server.uid:  # a look has not found it yet
             self.tell_trouble(server, fault_of(error), now)
             change(Server, server.id, fault=fault_of(error)[:500], begun=begun,
-                   called=result.ended,
-                   due=result.ended + self.config.lost_answer_wait)
+                   called=result.ended, due=result.ended + self.config.lost_answer_wait)
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
         if complete:
@@ -18722,8 +18766,7 @@ class Reconciler:
     def record_clear(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not remove the server %s, '
-                        'which no reservation needs: %s', result.target,
-                        result.error)
+                        'which no reservation needs: %s', result.target, result.error)
 
     def record_integrity(self, result: Job, now: float) -> None:
         if not result.error:
@@ -18778,8 +18821,7 @@ class Reconciler:
                 vanished += self.compare(server, found, result, now)
         tell_vanished(self.config, vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
-            "state <> 'deleted'",
-            now + self.config.poll_running, account)
+            "state <> 'deleted'", now + self.config.poll_running, account)
         self.clear_orphans(result, orphans_in(seen, matched), now)
 
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
@@ -27943,7 +27985,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        moves = spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts and not label
+        moves = self.is_move(spec) and not label
         verdicts = (self.ask_all(resources, spec, label, inside, True) if asks and moves
                     else dict.fromkeys(resources, False))
         stays = label or any(verdicts.values())
@@ -27962,8 +28004,18 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         """The hosts of a request, and those that it lost here before: of several servers at once,
         Nova asks for each with what the one before has left.
         """
-        grouped = spec.obj_attr_is_set('instance_group') and spec.instance_group
-        return [*hosts, *([] if grouped else [each for each in lost if each not in hosts])]
+        group = spec.obj_attr_is_set('instance_group') and spec.instance_group
+        return [each for each in [*hosts, *(each for each in lost if each not in hosts)]
+                if not group or self.takes_in(each, group, spec.instance_uuid)]
+
+    def takes_in(self, host, group, server: str) -> bool:
+        """Whether a server of a server group may go to a host: Nova's own filters say the same, but
+        after this one, which has to plan another host then.
+        """
+        if group.policy == 'anti-affinity' and server not in host.instances:
+            most = int((group.rules or {}).get('max_server_per_host', 1))
+            return len({*group.members} & {*host.instances}) < most
+        return group.policy != 'affinity' or not group.hosts or host.host in group.hosts
 
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
@@ -27981,8 +28033,16 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return {(each.get('cmres_store', ''), each['cmres']) for each in said if each.get('cmres')}
 
     def is_rebuild(self, spec) -> bool:
-        return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
+        """Whether a server stays on its host, which Nova forces; users can give that hint too."""
+        forced = spec.obj_attr_is_set('force_hosts') and spec.force_hosts
+        return bool(forced and spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
+
+    def is_move(self, spec) -> bool:
+        """Whether a server has a host already: Nova keeps such a one in its cell."""
+        where = spec.obj_attr_is_set('requested_destination') and spec.requested_destination
+        left = spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts
+        return bool(left or where and where.obj_attr_is_set('cell') and where.cell)
 
     def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts."""
@@ -28000,8 +28060,12 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         try:
             answer = self.answer(store, settings, [
                 spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
-                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts], moves)
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts],
+                moves=moves, disk=self.disk_of(spec))
         except Error as error:
+            if isinstance(error, Invalid):  # it does answer: a hint is no label
+                log.info('%s may not start on hosts of cmres: %s', spec.instance_uuid, error)
+                return dict.fromkeys(names, False)
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(names, settings.when_down == 'open')
         for each in answer:
@@ -28010,7 +28074,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
 
-    def answer(self, store: str, settings, asked: list, moves: bool) -> list[dict]:
+    def answer(self, store: str, settings, asked: list, **more) -> list[dict]:
         """What the first cmres answers that has a store; without several, it is the only one."""
         last = settings.token[-1]  # which may be that of all
         doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
@@ -28019,13 +28083,19 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         for url, token in doors:
             try:
                 found = Client(url, token, settings.timeout).claim(
-                    *asked, store=store if doors[1:] else '', moves=moves)
+                    *asked, store=store if doors[1:] else '', **more)
             except Error as refusal:
                 error = refusal if not isinstance(refusal, NotFound) else error or refusal
                 continue
             self.known[store] = url, token
             return found
         raise error
+
+    def disk_of(self, spec) -> int:
+        """The GB of its host's disk that a server takes: no root where it has a volume."""
+        volume = spec.obj_attr_is_set('is_bfv') and spec.is_bfv
+        root = 0 if volume else spec.flavor.root_gb
+        return root + spec.flavor.ephemeral_gb + math.ceil(spec.flavor.swap / 1024)
 
     def extra_specs(self, flavor) -> dict:
         return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
