@@ -3339,6 +3339,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
     one_of_several = '{}'  # of queries that are merged in order
 
@@ -3446,6 +3447,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    last_id = 'SELECT last_value - CAST(NOT is_called AS int) FROM {}_id_seq'
     # each by itself in that order, no more than are asked for
     one_of_several = 'SELECT * FROM ({} {}) one'
     until: float | None = 0.0  # when it is away for too long; None: it is there
@@ -3507,8 +3509,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
     def begin(self, isolation_level: str = '') -> None:
         """Begins a snapshot, or what writes, with its locks."""
-        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}' + (
-            '' if isolation_level else self.locks(locked.on))
+        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}'
+        if not isolation_level:
+            text += f"; SET LOCAL lock_timeout = '{PATIENT}s'{self.locks(locked.on)}"
         with peewee.__exception_wrapper__:
             try:
                 self.connection().execute(text)
@@ -3623,8 +3626,7 @@ MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
 RESTARTS = 5  # seconds that it may be away while it is started again
 UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
           'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
-OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
-                  'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
+OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10}
 
 
 @functools.cache
@@ -3649,8 +3651,10 @@ def psycopg():
     return found
 
 
-#: How PostgreSQL writes what peewee's models say.
+#: How PostgreSQL writes what peewee's models say, and migrations.
 OF_SCHEMA = [(Pattern(pattern), text) for pattern, text in (
+    (r'\bid INTEGER NOT NULL PRIMARY', 'id BIGSERIAL NOT NULL PRIMARY'),
+    (r'\bINTEGER\b', 'BIGINT'), (r'\bREAL\b', 'DOUBLE PRECISION'),
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
 
@@ -4772,9 +4776,10 @@ def copy_store(source: str, target: str) -> None:
 def reading(path: str) -> Iterator[Callable]:
     """Reads a database of any engine as it is at one instant, beside the one that is open."""
     if is_server(path):
-        with closing(psycopg().connect(path, **OF_CONNECTIONS)) as source:
+        with closing(psycopg().connect(path, autocommit=True, **OF_CONNECTIONS)) as source:
             source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
-            yield source.execute
+            # a cursor with a name leaves the rows on the server until they are fetched
+            yield lambda sql: source.cursor(f'read_{secrets.token_hex(4)}').execute(sql)
     else:
         with closing(connect(path)) as source:
             source.execute('BEGIN')
@@ -4787,6 +4792,7 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
     Args:
       watch: shows to people how far it is, of a list that it goes through
     """
+    refuse_version(source)
     part = target
     if not is_server(target):
         if os.path.exists(target):
@@ -4810,6 +4816,13 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
             with suppress(FileNotFoundError):
                 os.remove(part + side)
     return {'rows': number}
+
+
+def refuse_version(path: str) -> None:
+    """Unavailable if a database is not of this version: what would be copied is not known."""
+    if (version := version_of(path)) != latest_version():
+        refusal = STORE_OLDER if version < latest_version() else STORE_NEWER
+        raise Unavailable(refusal.format(without_password(path), version, latest_version()))
 
 
 def fill_tables(read: Callable, watch: Callable) -> int:
@@ -4870,6 +4883,7 @@ def opened(path: str) -> Iterator[None]:
 @contextmanager
 def alone_on_server(url: str) -> Iterator[None]:
     """The same, while no other process of cmres is connected to it."""
+    close_store()
     with opened(url):
         if run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
                "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
@@ -4897,7 +4911,7 @@ def migrate_store(path: str) -> dict | None:
     if is_server(path):
         with alone_on_server(path):
             run_migrations(before)
-        return {'database': path, 'before': before, 'after': latest_version(), 'copy': ''}
+        return {'database': without_password(path), 'before': before, 'after': latest_version()}
     with alone_with(path):
         copy = f'{path}.version-{before}-{stamp()}'
         copy_store(path, copy)
@@ -5144,20 +5158,20 @@ GOALS_OF_2 = """
 
 
 def columns_of(table: str) -> set[str]:
-    """The columns that a table has in the file; none if there is no such table."""
-    return {each[1] for each in run(f'PRAGMA table_info({table})')}
+    """The columns that a table has in the store; none if there is no such table."""
+    return {each.name for each in db.get_columns(table)}
 
 
 def run_all(statements: str) -> None:
-    """Runs statements with semicolons between, within the present transaction."""
+    """Runs statements of the schema, with semicolons between, within the present transaction."""
     for each in statements.split(';'):
-        run(each)
+        db.execute_sql(each)
 
 
 def add_columns(table: str, columns: dict[str, str]) -> None:
     """Gives a table the columns, name by type, that it has not yet."""
     for name in columns.keys() - columns_of(table):
-        run(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
+        run_all(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
 
 
 def add_tracks() -> None:
@@ -5545,15 +5559,15 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
-LOST = '08'
+LOST, LACKING, READ_ONLY = '08', '53', '25006'
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
     LOST: 'The connection to the database was lost: {}. Try again.',
     '57P': 'The database stops or starts: {}. Try again in a minute.',
-    '53': 'The database has too little of something: {}. Nothing was changed. An operator must '
+    LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
           'look at the server.',
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
-    '25006': 'The database is read-only: {}. Nothing was changed. An operator must name the '
+    READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
     '28': 'The database does not let cmres in: {}. An operator must look at its settings.',
     '3D': 'There is no such database: {}. Create it with `createdb`.'}
@@ -5594,9 +5608,7 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     cause = engine_error(error)
     code = code_of(cause)
     if isinstance(code, str):
-        code = next((each for each in SERVER_TROUBLES if code.startswith(each)), None)
-        name = cause.sqlstate or 'no connection'
-        return code and Unavailable(SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})'))
+        return server_in_trouble(cause, code)
     if code not in TROUBLES:
         return None
     store_file.troubles += 1
@@ -5604,6 +5616,19 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
     elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
+    return Unavailable(sentence)
+
+
+def server_in_trouble(cause: BaseException, state: str) -> Unavailable | None:
+    """The same of PostgreSQL's error, by its code."""
+    code = next((each for each in SERVER_TROUBLES if state.startswith(each)), None)
+    if not code:
+        return None
+    store_file.troubles += 1
+    name = cause.sqlstate or 'no connection'
+    sentence = SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})')
+    if code in (LACKING, READ_ONLY):
         store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
@@ -5632,6 +5657,7 @@ def note_check(now: float, damage: str) -> None:
 
 def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
+    failed = store_file.failed  # where much can't be written, this little may be
     try:
         store_file.check()
         if db.in_files:
@@ -5639,6 +5665,7 @@ def probe(path: str) -> str:
         else:
             with transaction(on=frozenset()):
                 db.run(COUNT_WRITE, ())
+            store_file.failed = failed
     except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
@@ -5712,6 +5739,7 @@ def watched() -> Iterator[None]:
     if not db.in_files:
         with db.atomic():
             yield
+        store_file.failed = '', 0.0
         return
     store_file.check()
     number = 0
@@ -5865,7 +5893,7 @@ def rehearsed_text(sql: str, tables: frozenset) -> str:
 def rehearsed_id(table: str) -> int:
     """The id that the next new row of a table would have."""
     if table not in rehearsal.ids:
-        rehearsal.ids[table] = run(f'SELECT coalesce(max(id), 0) FROM main.{table}').fetchone()[0]
+        rehearsal.ids[table] = run(db.last_id.format(table)).fetchone()[0]
     rehearsal.ids[table] += 1
     return rehearsal.ids[table]
 
@@ -5881,7 +5909,8 @@ class Attempt:
     def undo(self) -> None:
         """Makes all as it was before; what comes then is a part of the attempt as well."""
         run('ROLLBACK TO attempt')
-        rehearsal.ids = self.ids.copy()
+        if db.in_files:  # PostgreSQL gives no id twice
+            rehearsal.ids = self.ids.copy()
         for memory, mark in zip(MEMORIES, self.marks):
             memory.back(mark)
 
@@ -12550,8 +12579,11 @@ class Bookings:
         yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
         if old and old.project != wish.project:  # it writes the texts of both
             raise Lacking(None)
-        for place, in old and run('SELECT DISTINCT resource_id FROM occurrence WHERE '
-                                  'reservation_id = ?', old.reservation) or ():
+        if old and not old.repeats:
+            yield On.RESOURCE, old.resource_id
+        for place, in old and old.repeats and run(
+                'SELECT DISTINCT resource_id FROM occurrence WHERE reservation_id = ?',
+                old.reservation) or ():
             yield On.RESOURCE, place
 
     def may_need_approval(self, deal: Deal) -> bool:
@@ -14016,6 +14048,9 @@ AT_ONCE = 20
 STAGED = "name > 'staged-' AND name < 'staged.'"
 #: What people have asked for on the page and can still take back: facts that begin in that way.
 LATER = "name > 'later-' AND name < 'later.'"
+#: The instant that the values of these facts begin with; NULL of others.
+FROM_WHEN = (f"CASE WHEN {STAGED} OR {LATER} THEN "
+          "CAST(substr(value, 1, instr(value, ' ') - 1) AS DOUBLE PRECISION) END")
 
 
 def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
@@ -14546,7 +14581,16 @@ class Requests(Operations):
                                          place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
-        return self.carry_out(deed, dry_run, frozenset)
+        return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
+
+    def places_of(self, label: str, project: str) -> Iterator[tuple[int, int | str]]:
+        """What a change of a reservation locks, as far as its name tells."""
+        project = project or self.actor.project
+        yield On.LABEL, f'{project}/{label}'
+        for each in rows('SELECT DISTINCT o.resource_id FROM reservation r JOIN occurrence o ON '
+                         'o.reservation_id = r.id WHERE r.label = ? AND r.project = ? AND '
+                         'o.due IS NOT NULL', label, project):
+            yield On.RESOURCE, each.resource_id
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -14575,7 +14619,7 @@ class Requests(Operations):
                                hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
-        return self.carry_out(deed, dry_run, frozenset)
+        return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
@@ -14643,7 +14687,7 @@ class Requests(Operations):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
             with self.shares.paced():
-                answer = self.carry_out(deed, dry_run, frozenset)
+                answer = self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
@@ -14754,12 +14798,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
+        locks = (lambda: self.places_of(label, project)) if label else None
         if occurrence:
             with self.shares.resting():  # changes of others don't wait
                 return self.carry_out(lambda now: self.cancel_occurrence(
-                    label, project, occurrence, following, now), dry_run, frozenset)
-        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run,
-                               frozenset if label else None)
+                    label, project, occurrence, following, now), dry_run, locks)
+        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run, locks)
 
     def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
                           now: float) -> list[dict]:
@@ -15274,13 +15318,14 @@ class Plan(Operations):
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
-        """The resource of an aggregate: by Nova's id, as names change; where none is known or that one
-        is gone, by the name.
+        """The resource of an aggregate: by Nova's id, as names change; where none is known or that
+        one is gone, by the name.
         """
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
                         OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
-                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
+                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""",
+                   cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
@@ -15910,7 +15955,7 @@ class Claims(Operations):
             place = self.look.resource_row(name)
             uids = [each.server for each in rows(
                 'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND at < ? '
-                'LIMIT 100', place.id, self.clock() - 5)]  # Nova may not show the newest yet
+                'LIMIT 100', place.id, self.clock() - 2)]  # Nova may not show the newest yet
             opened = self.clouds.open(place.cloud)
             try:
                 seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
@@ -17304,8 +17349,7 @@ DUE = {'occurrence': ('occurrence o', 'o.due', 'TRUE'), 'server': ('server v', '
        'subscription': ('subscription u', 'u.due', 'TRUE'), 'claim': ('claim c', 'c.due', 'TRUE'),
        'wait': ('wait w', 'w.due', 'TRUE'), 'pending': ('reservation r', 'r.pending', 'TRUE'),
        'proposal': ('proposal p', 'p.until', 'TRUE'),
-       'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED),
-       'later': ('fact f', 'CAST(f.value AS REAL)', LATER)}
+       'staged': ('fact f', FROM_WHEN, STAGED), 'later': ('fact f', FROM_WHEN, LATER)}
 #: The soonest instant of all of these that is after another one.
 SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
@@ -20358,7 +20402,10 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
+        """How much space is left for the file; PostgreSQL looks after its own disk."""
         config = self.service.config
+        if is_server(config.database):
+            return {}
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
                  'be free. (setting min_disk)')
@@ -27215,7 +27262,7 @@ class Admin(Visit):
         """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
-                        'AND CAST(value AS REAL) > ?', act, now)
+                        f'AND {FROM_WHEN} > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
                 raise Conflict(TOO_LATE)
@@ -28454,7 +28501,7 @@ def store_migrate(config: Config) -> dict:
     refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
-    return done or {'database': config.database, 'version': latest_version(),
+    return done or {'database': without_password(config.database), 'version': latest_version(),
                     'result': 'nothing to do'}
 
 
@@ -28596,8 +28643,9 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [f"Updated the database from version {done['before']} to {done['after']}. "
-            f"'{done['copy']}' is a copy of before."] if done else []
+    said = done and f"Updated the database from version {done['before']} to {done['after']}."
+    copy = f" '{done['copy']}' is a copy of before." if done and 'copy' in done else ''
+    return [said + copy] if done else []
 
 
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
