@@ -2160,7 +2160,7 @@ def guarded_by_role(method):
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         kwargs = with_new_names(method.__name__, kwargs)
-        if args:
+        if args or kwargs.keys() - takes().keys():  # what is unknown, that refuses
             kwargs = signature_of(method).bind_partial(self, *args, **kwargs).arguments
             del kwargs['self']
         if 'asked' in takes():

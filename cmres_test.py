@@ -584,6 +584,29 @@ def test_a_section_uses_only_those_above_it():
     assert len(heads) > 25 and below == []
 
 
+@pytest.mark.parametrize('section, names, besides', [
+    ('Limits', [*cmres.LIMIT_FIGURES], {'Config', 'Calls', 'Store'}),  # old names, help, a migration
+    ('VMs', ['security_groups'], {'Calls', 'Store', 'Clouds'}),  # help, its column, how Neutron lists them
+    ('Calendar', [*cmres.PROGRAMMED], {'Calendars'})])  # the help of `import`
+def test_what_is_in_a_table_stands_in_one_section(section, names, besides):
+    heads = re.split(r'(?m)^# (\w[\w ]*?) #{9,}$', MODULE.read_text())
+    word = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % '|'.join(names))
+    assert {name for name, text in zip(heads[1::2], heads[2::2]) if word.search(text)} - besides == {section}
+
+
+def test_arguments_that_stand_in_a_table_have_their_places(service):
+    places = {name: [*cmres.API[name].parameters] for name in ('add', 'update', 'limit_add', 'resource_add')}
+    assert places['add'][:8] == ['label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'network']
+    assert places['update'][:7] == ['label', 'resource', 'start', 'end', 'vms', 'flavor', 'image'] and 'server' not in places['update']
+    assert places['limit_add'] == ['project', 'user', 'resource', *cmres.LIMIT_FIGURES, 'exempt_within', 'lock', 'dry_run']
+    assert places['resource_add'][:6] == ['name', 'cell', 'cloud', 'region', 'aggregate', 'vms']
+    assert service.limit_add('biology', '', '', 3, hours(5))['max_duration'] == '5h'
+    with pytest.raises(TypeError, match='too many positional arguments'):
+        service.limit_delete(1, False, 7)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_beer'"):
+        service.limit_add(project='biology', max_beer=3)
+
+
 # Time ########################################################################
 
 PARIS = read_zone('Europe/Paris')
