@@ -28493,10 +28493,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
-    done = migrate_store(config.database)
-    said = done and f"Updated the database from version {done['before']} to {done['after']}."
-    copy = f" '{done['copy']}' is a copy of before." if done and 'copy' in done else ''
-    return [said + copy] if done else []
+    if not (done := migrate_store(config.database)):
+        return []
+    copy = f" '{done['copy']}' is a copy of before." if 'copy' in done else ''
+    return [f"Updated the database from version {done['before']} to {done['after']}.{copy}"]
 
 
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',

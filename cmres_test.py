@@ -3108,9 +3108,13 @@ def test_both_engines_have_the_same_tables_and_columns(both):
     assert first == second
 
 
-def told(run):
-    """What people and programs see of a store."""
-    return [run(*words, '--format', 'json')[:2] for words in (['list'], ['events'], ['punctuality'], ['limit', 'list'])]
+def told(run, feeds):
+    """What people and programs see of a store, byte for byte."""
+    said = [run(*words, '--format', 'json') for words in (
+        ['list'], ['list', '--state', 'cancelled'], ['events'], ['servers', 'vms'], ['show', 'weekly'], ['punctuality'],
+        ['limit', 'list'], ['resource', 'list'], ['calendar', 'list'])]
+    web = webtest.TestApp(cmres.rest(cmres.local_service(load_config())))
+    return said, [web.get(urlsplit(each).path).body for each in feeds]
 
 
 def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_path, monkeypatch):
@@ -3124,10 +3128,15 @@ def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_
     book = lambda label, start, **more: service.add(label, 'demo', soon + hours(start), soon + hours(start + 1), **more)  # noqa: E731
     book('lab', 1, image='cirros', flavor='m1.small', vms=2, user_data='x' * 2000)
     book('weekly', 30, repeat='weekly')
+    book('vms', 0, image='cirros', flavor='m1.tiny', vms=2, description='Zoë, 数学科 "x"')
+    book('gone', 2)
+    service.delete('gone')
     service.limit_add(user='bob', most_vms=3)
+    feeds = [service.calendar_feed()['feed'], service.calendar_feed(resource='demo')['feed']]
+    cmres.LifeCycle(service.config, service.clouds).settle()
     cmres.close_store()
-    before, key = told(server_run), Path('first.db.key').read_text()
-    assert '"weekly"' in before[0][1]
+    before, key = told(server_run, feeds), Path('first.db.key').read_text()
+    assert '"weekly"' in before[0][0][1] and 'vms-1-2' in before[0][3][1] and all(b'weekly' in each for each in before[1])
     for target in url, 'back.db':
         code, _, err = server_run('store', 'copy', target)
         assert code == 0, err
@@ -3135,7 +3144,7 @@ def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_
         assert code == 1 and ('is not empty' in err or 'already exists' in err)
         monkeypatch.setenv('CMRES_DATABASE', target)
         cmres.close_store()
-        assert told(server_run) == before
+        assert told(server_run, feeds) == before
         assert server_run('add', f'more-{len(target)}', 'demo', '+5h', '+6h', '--dry-run')[0] == 0
     assert Path('back.db.key').read_text() == key
     assert server_run('check')[0] == server_run('store', 'verify')[0] == 0
