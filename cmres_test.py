@@ -5658,13 +5658,24 @@ def test_what_is_in_several_projects_must_be_named_with_its_project(service):
 
 # Service: what a question costs ##############################################
 #
-# Counted in steps of SQLite's machine: the same on every computer, however busy.
+# Counted in steps of SQLite's machine, or in rows that PostgreSQL has read: the same on every computer, however busy.
 
 TABLES_THAT_GROW = {'reservation', 'occurrence', 'event', 'outbox', 'server', 'claim', 'step', 'capacity'}
 
 
+def rows_read() -> int:
+    """How many rows PostgreSQL has read for this store so far, and entries of indexes."""
+    cmres.run('SELECT pg_stat_force_next_flush()')
+    return cmres.run('SELECT (SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat_user_tables) + '
+                     '(SELECT sum(idx_tup_read) FROM pg_stat_user_indexes)').fetchone()[0]
+
+
 def effort(action) -> int:
-    """How many hundreds of steps SQLite needs for something."""
+    """How many hundreds of steps SQLite needs for something; of PostgreSQL, how many dozens of rows it reads."""
+    if ENGINE != 'sqlite':
+        before = rows_read()
+        action()
+        return round((rows_read() - before) / 12)
     counted = [0]
 
     def count():
@@ -28531,24 +28542,27 @@ def fill(world, number: int, resources: int, statistics: bool = True) -> None:
             start = now + 60 * chance.randrange(-18 * 1440, 162 * 1440)
             yield n, start, start + 1800 * chance.randrange(1, 24), chance.randrange(1, 5), first + n % resources
     with cmres.transaction():
-        cursor = cmres.db.connection()
-        cursor.executemany('INSERT INTO reservation (id, label, over, ' + ', '.join(f'"{c}"' for c in reservation)
-                           + ') VALUES (?, ?, ?' + ', ?' * len(reservation) + ')',
-                           ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
+        write_all('INSERT INTO reservation (id, label, over, ' + ', '.join(f'"{c}"' for c in reservation)
+                  + ') VALUES (?, ?, ?' + ', ?' * len(reservation) + ')',
+                  ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
         chance.seed(number)
-        cursor.executemany('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
-                           " vms, vcpus, ram, due, told, slot, altered, revision, revised, classes) "
-                           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0, '', 0, 0, 0, '')",
-                           ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
-                            for n, start, end, vms, place in lines()))
+        write_all('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
+                  " vms, vcpus, ram, due, told, slot, altered, revision, revised, classes) "
+                  "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0, '', FALSE, 0, 0, '')",
+                  ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
+                   for n, start, end, vms, place in lines()))
         for place in range(first, first + resources):
-            cursor.executemany('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)',
-                               ((place, *step, *held) for step, held in cmres.held_steps(place)))
-        cursor.execute('CREATE TABLE bare AS SELECT * FROM reservation LIMIT 0')
-        cursor.execute('CREATE INDEX bare_label ON bare (project, label, over)')
+            write_all('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)',
+                      ((place, *step, *held) for step, held in cmres.held_steps(place)))
+        if ENGINE != 'sqlite':  # ids that were given are not given again
+            for table in 'reservation', 'occurrence':
+                cmres.run(f"SELECT setval('{table}_id_seq', ?)", number)
+        cmres.run('CREATE TABLE bare AS SELECT * FROM reservation LIMIT 0')
+        cmres.run('CREATE INDEX bare_label ON bare (project, label, over)')
     if statistics:
-        cmres.db.execute_sql('ANALYZE')
-    cmres.db.execute_sql('PRAGMA wal_checkpoint(TRUNCATE)')
+        cmres.run('ANALYZE')
+    if ENGINE == 'sqlite':
+        cmres.run('PRAGMA wal_checkpoint(TRUNCATE)')
 
 
 def bench_add(folder: Path) -> None:
