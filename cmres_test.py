@@ -6007,7 +6007,7 @@ def test_whatever_makes_room_lets_in_who_waits(world, frees):
         service.resource_add('small', vms=4)
         book(service, 'first', 1, 5, 'small', vms=4)
         book(eva, 'waits', 1, 5, 'small', vms=2, wait=True)
-        cmres.run('UPDATE limits SET most_vms = 4')
+        cmres.run('UPDATE limits SET figures = ?', json.dumps({'max_vms': 4}))
         service.delete('first')
     elif frees == 'a change of the limited':
         service.limit_add(project='biology', most_vms=5)
