@@ -4845,6 +4845,8 @@ def fill_tables(read: Callable, watch: Callable) -> int:
             run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
     run("DELETE FROM fact WHERE name = 'version'")
     finish_tables()
+    if not db.in_files:  # else it finds its ways badly until it has counted by itself
+        run('ANALYZE')
     return total
 
 
@@ -17208,7 +17210,7 @@ class Records(Operations):
             lines[name]['refused'] += count
         return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(float(each['late']), 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
