@@ -19012,7 +19012,8 @@ class Reconciler:
     def matched(self, seen: dict[str, Seen]) -> list[tuple]:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)")
+        known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed) "
+                     'ORDER BY v.id')
         return [(server, seen.get(server.uid) or (
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
