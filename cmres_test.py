@@ -1164,12 +1164,14 @@ def schema() -> dict:
 
 
 @pytest.mark.sqlite
-@pytest.mark.parametrize('version', ['first', 'ends', 'plan', 'tracks', 'parts', 'proposals'])
+@pytest.mark.parametrize('version', ['first', 'ends', 'plan', 'tracks', 'parts', 'proposals', 'hosts'])
 def test_a_store_of_each_version_that_landed_is_brought_up_to_this_one(tmp_path, empty, version):
     shutil.copy(empty, tmp_path / 'new.db')
     cmres.open_store(str(tmp_path / 'new.db'))
     new = schema()
     path = from_dump(tmp_path / 'cmres.db', FROZEN[version])
+    if version == 'hosts':  # from then on, what signs stands beside it
+        cmres.write_key(f'{path}.key', '0' * 64, 'b30cd4bd')
     with pytest.raises(Unavailable, match='run `store migrate`'):
         cmres.open_store(path)
     done = cmres.migrate_store(path)
@@ -1177,6 +1179,13 @@ def test_a_store_of_each_version_that_landed_is_brought_up_to_this_one(tmp_path,
     assert Path(path).stat().st_mode & 0o777 == 0o600
     cmres.open_store(path)
     assert schema() == new
+    if version == 'hosts':
+        service = cmres.Reservations(Config(database=path), cmres.Clouds(Config()), Actor('root', 'default', 'admin'), NOON.timestamp)
+        assert [(each['max_vms'], each['max_duration'], each['max_waiting']) for each in service.limit_list()] == [
+            (40, '10d', None), (1, None, 2)]
+        assert labels(service.list(resource='gpu')) == ['racked', 'racked2'] and service.resource_show('gpu')['planned_by'] == 'hosts'
+        assert [(each['label'], each.get('change', {}).get('vms')) for each in service.list(state=['pending'])] == [
+            ('asked', None), ('agreed', 2)]
     goes_on_with_what_was_frozen(Config(database=path))
 
 
@@ -2652,6 +2661,368 @@ CREATE INDEX "subscription_due" ON "subscription" ("due") WHERE ("due" IS NOT NU
 CREATE UNIQUE INDEX "token_hash" ON "token" ("hash");
 COMMIT;
 """}
+FROZEN['hosts'] = r"""
+PRAGMA user_version = 24;
+PRAGMA application_id = 1668117093;
+BEGIN TRANSACTION;
+CREATE TABLE IF NOT EXISTS "blazar_hold" ("reservation" INTEGER NOT NULL PRIMARY KEY, "lease_id" VARCHAR(255) NOT
+  NULL, "part" VARCHAR(255) NOT NULL);
+CREATE TABLE IF NOT EXISTS "blazar_lease" ("id" VARCHAR(255) NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL,
+  "user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL, "start" INTEGER NOT NULL, "end" INTEGER NOT NULL,
+  "before_end" INTEGER, "parts" TEXT NOT NULL, "added" INTEGER NOT NULL, "changed" INTEGER);
+CREATE TABLE IF NOT EXISTS "calendar_object" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL,
+  "project" VARCHAR(255) NOT NULL, "calendar" INTEGER NOT NULL, "name" VARCHAR(255) NOT NULL, "uid" VARCHAR(255) NOT
+  NULL, "text" TEXT NOT NULL, "shown" TEXT NOT NULL, "etag" VARCHAR(255) NOT NULL, "rev" INTEGER NOT NULL, "first"
+  INTEGER NOT NULL, "last" INTEGER NOT NULL, "reservation_id" INTEGER, "why" TEXT NOT NULL, "changed" INTEGER NOT
+  NULL, "gone" INTEGER);
+CREATE TABLE IF NOT EXISTS "calendar_property" ("user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL,
+  "calendar" INTEGER NOT NULL, "name" VARCHAR(255) NOT NULL, "value" TEXT NOT NULL, PRIMARY KEY ("user", "project",
+  "calendar", "name")) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS "resource" ("id" INTEGER NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL, "cell"
+  VARCHAR(255) NOT NULL, "cloud" VARCHAR(255) NOT NULL, "region" VARCHAR(255) NOT NULL, "aggregate" VARCHAR(255) NOT
+  NULL, "vms" INTEGER, "vcpus" INTEGER, "ram" INTEGER, "mode" VARCHAR(255) NOT NULL, "hold" INTEGER NOT NULL,
+  "approval" INTEGER NOT NULL, "no_show" INTEGER NOT NULL, "lock" INTEGER NOT NULL DEFAULT 0, "classes" TEXT NOT NULL,
+  "hosts" TEXT NOT NULL, "named" TEXT NOT NULL, "aggregate_id" VARCHAR(255) NOT NULL DEFAULT '', "spare" INTEGER NOT
+  NULL DEFAULT 0, "flavors" INTEGER NOT NULL DEFAULT 0, "user_started" VARCHAR(255) NOT NULL DEFAULT '',
+  "default_flavor" VARCHAR(255) NOT NULL DEFAULT '', "default_image" VARCHAR(255) NOT NULL DEFAULT '', "default_vms"
+  INTEGER NOT NULL DEFAULT 0, "added" INTEGER NOT NULL, "removed" INTEGER);
+INSERT INTO resource VALUES(1,'demo','','simulated','','',16,NULL,NULL,'',0,0,0,0,'','[]','','',0,0,'','','',0,
+  1796126400,NULL);
+INSERT INTO resource VALUES(2,'calm','','simulated','','',4,NULL,NULL,'',0,86400,0,0,'','[]','','',0,0,'','','',0,
+  1796126400,NULL);
+INSERT INTO resource VALUES(3,'gpu','','simulated','','gpu',NULL,32,131072,'exclusive',0,0,0,0,'{"CUSTOM_GPU": 8}',
+  '["gpu-1", "gpu-2"]','','',0,0,'delete','','',0,1796126400,NULL);
+CREATE TABLE IF NOT EXISTS "capacity" ("id" INTEGER NOT NULL PRIMARY KEY, "resource_id" INTEGER NOT NULL, "start"
+  INTEGER NOT NULL, "end" INTEGER NOT NULL, "vms" INTEGER, "vcpus" INTEGER, "ram" INTEGER, "held_vms" INTEGER NOT
+  NULL, "held_vcpus" INTEGER NOT NULL, "held_ram" INTEGER NOT NULL, "classes" TEXT NOT NULL, "held_classes" TEXT NOT
+  NULL, "host" VARCHAR(255) NOT NULL DEFAULT '', "reason" VARCHAR(255) NOT NULL, "added" INTEGER NOT NULL, "removed"
+  INTEGER, FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO capacity VALUES(1,1,1796846400,1796882400,8,NULL,NULL,8,0,0,'','','','disks',1796126400,NULL);
+CREATE TABLE IF NOT EXISTS "claim" ("id" INTEGER NOT NULL PRIMARY KEY, "resource_id" INTEGER NOT NULL, "occurrence"
+  INTEGER, "server" VARCHAR(255) NOT NULL, "host" VARCHAR(255) NOT NULL DEFAULT '', "twice" INTEGER NOT NULL DEFAULT
+  0, "project" VARCHAR(255) NOT NULL, "user" VARCHAR(255) NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL,
+  "classes" TEXT NOT NULL, "at" REAL NOT NULL, "due" REAL, "gone" REAL, FOREIGN KEY ("resource_id") REFERENCES
+  "resource" ("id"));
+INSERT INTO claim VALUES(1,3,9,'s1','gpu-1',0,'biology','',0,0,'',1796126400.0,1796126415.0,NULL);
+CREATE TABLE IF NOT EXISTS "credential" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL, "project"
+  VARCHAR(255) NOT NULL, "cloud" VARCHAR(255) NOT NULL, "name" VARCHAR(255) NOT NULL, "secret" TEXT NOT NULL, "added"
+  INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS "reservation" ("id" INTEGER NOT NULL PRIMARY KEY, "label" VARCHAR(255) NOT NULL, "user"
+  VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL, "flavor" VARCHAR(255) NOT NULL, "image" VARCHAR(255) NOT
+  NULL, "network" VARCHAR(255) NOT NULL, "key" VARCHAR(255) NOT NULL, "security_groups" TEXT NOT NULL, "user_data"
+  TEXT NOT NULL, "metadata" TEXT NOT NULL, "server" VARCHAR(255) NOT NULL, "at_end" VARCHAR(255) NOT NULL, "notify"
+  TEXT NOT NULL, "invite" TEXT NOT NULL DEFAULT '[]', "lead" INTEGER NOT NULL, "description" TEXT NOT NULL, "repeat"
+  VARCHAR(255) NOT NULL, "tz" VARCHAR(255) NOT NULL, "series" TEXT NOT NULL, "request" VARCHAR(255) NOT NULL, "host"
+  VARCHAR(255) NOT NULL, "choices" TEXT NOT NULL, "waiting" INTEGER, "priority" INTEGER NOT NULL, "confirm" INTEGER
+  NOT NULL, "pending" INTEGER, "personal" INTEGER NOT NULL, "affinity" VARCHAR(255) NOT NULL DEFAULT '', "where" TEXT
+  NOT NULL DEFAULT '', "on_conflict" VARCHAR(255) NOT NULL, "trusted" TEXT NOT NULL, "booked_until" INTEGER, "origin"
+  VARCHAR(255) NOT NULL, "uid" VARCHAR(255), "subscription" INTEGER, "added" INTEGER NOT NULL, "changed" INTEGER NOT
+  NULL, "over" INTEGER NOT NULL, "carried" VARCHAR(255));
+INSERT INTO reservation VALUES(1,'lab','eva','biology','m1.small','cirros','','','[]','','{}','','delete','[]','[]',0,
+  '','','','','','','',NULL,0,0,NULL,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1796133600,NULL);
+INSERT INTO reservation VALUES(2,'later','eva','biology','m1.small','cirros','','','[]','','{}','','delete','[]','[]',
+  0,'','','','','','','',NULL,0,0,NULL,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1796137200,NULL);
+INSERT INTO reservation VALUES(3,'course','eva','biology','','','','','[]','','{}','','delete','[]','[]',0,'',
+  'FREQ=WEEKLY;BYDAY=TU;COUNT=4','UTC',
+  '[{"start":"2026-12-02T12:00:00","length":7200,"zone":"UTC","vms":2,"resource":1,"rule":"FREQ=WEEKLY;BYDAY=TU;COUNT=4","dates":[],"skips":[],"since":"","until":"","shift":0,"moved":{},"exact":0}]',
+  '','','',NULL,0,0,NULL,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1798552800,
+  '2026-12-01 version 2025b 2026.6');
+INSERT INTO reservation VALUES(4,'asked','eva','biology','','','','','[]','','{}','','delete','[]','[]',0,'','','','',
+  '','','',NULL,0,0,1796212800,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1796306400,NULL);
+INSERT INTO reservation VALUES(5,'agreed','eva','biology','','','','','[]','','{}','','delete','[]','[]',0,'','','',
+  '','','','',NULL,0,0,NULL,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1796392800,NULL);
+INSERT INTO reservation VALUES(6,'racked','eva','biology','m1.small','','','','[]','','{}','','delete','[]','[]',0,'',
+  '','','','','','',NULL,0,0,NULL,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1796234400,NULL);
+INSERT INTO reservation VALUES(7,'racked2','eva','biology','m1.large','','','','[]','','{}','','delete','[]','[]',0,
+  '','','','','','','',NULL,0,0,NULL,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1796234400,NULL);
+INSERT INTO reservation VALUES(8,'waits','eva','biology','','','','','[]','','{}','','delete','[]','[]',0,'','','','',
+  '','','',1796126400,0,0,NULL,0,'','','refuse','[]',NULL,'',NULL,NULL,1796126400,1796126400,1796306400,NULL);
+CREATE TABLE IF NOT EXISTS "event" ("id" INTEGER NOT NULL PRIMARY KEY, "at" REAL NOT NULL, "actor" VARCHAR(255) NOT
+  NULL, "code" VARCHAR(255) NOT NULL, "sentence" TEXT NOT NULL, "reservation_id" INTEGER, "occurrence" INTEGER,
+  "project" VARCHAR(255) NOT NULL, "resource_id" INTEGER, FOREIGN KEY ("reservation_id") REFERENCES "reservation"
+  ("id"), FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO event VALUES(1,1796126400.0,'root','resource','added the resource ''demo''',NULL,NULL,'',NULL);
+INSERT INTO event VALUES(2,1796126400.0,'root','limit','limited biology',NULL,NULL,'',NULL);
+INSERT INTO event VALUES(3,1796126400.0,'root','limit','limited bob',NULL,NULL,'',NULL);
+INSERT INTO event VALUES(4,1796126400.0,'eva','added','2 VMs on demo',1,-1,'biology',NULL);
+INSERT INTO event VALUES(5,1796126400.0,'eva','added','3 VMs on demo',2,-1,'biology',NULL);
+INSERT INTO event VALUES(6,1796126400.0,'eva','added','2 VMs on demo, every Tuesday 4 times: 4 occurrences',3,-1,
+  'biology',NULL);
+INSERT INTO event VALUES(7,1796126400.0,'root','resource','added the resource ''calm''',NULL,NULL,'',NULL);
+INSERT INTO event VALUES(8,1796126400.0,'eva','added','2 VMs on calm',4,-1,'biology',NULL);
+INSERT INTO event VALUES(9,1796126400.0,'eva','pending','an admin must approve it before Wed 2 Dec 2026, 12:00 (UTC)',
+  4,NULL,'biology',NULL);
+INSERT INTO event VALUES(10,1796126400.0,'eva','added','1 VM on calm',5,-1,'biology',NULL);
+INSERT INTO event VALUES(11,1796126400.0,'eva','pending',
+  'an admin must approve it before Wed 2 Dec 2026, 12:00 (UTC)',5,NULL,'biology',NULL);
+INSERT INTO event VALUES(12,1796126400.0,'root','approved','approved by root',5,NULL,'biology',NULL);
+INSERT INTO event VALUES(13,1796126400.0,'eva','pending',
+  'an admin must approve the change of vms before Wed 2 Dec 2026, 12:00 (UTC); until then everything stays as approved',
+  5,NULL,'biology',NULL);
+INSERT INTO event VALUES(14,1796126400.0,'root','resource','added the resource ''gpu'' from the aggregate ''gpu''',
+  NULL,NULL,'',NULL);
+INSERT INTO event VALUES(15,1796126400.0,'eva','added','2 VMs on gpu',6,-1,'biology',NULL);
+INSERT INTO event VALUES(16,1796126400.0,'eva','added','1 VM on gpu',7,-1,'biology',NULL);
+INSERT INTO event VALUES(17,1796126400.0,'root','resource',
+  '''demo'' has another capacity from Wed 9 Dec 2026, 20:00 to Thu 10 Dec 2026, 06:00 (UTC): disks',NULL,NULL,'',
+  NULL);
+INSERT INTO event VALUES(18,1796126400.0,'eva','waiting','4 VMs on calm are not free',8,NULL,'biology',NULL);
+INSERT INTO event VALUES(19,1796126400.0,'root','token','created a token for eva in biology as user',NULL,NULL,'',
+  NULL);
+INSERT INTO event VALUES(20,1796126401.7999999522,'cmres','ready',
+  'all 2 VMs are running, 1s after the start: lab-1-1 10.0.0.2, lab-1-2 10.0.0.3',1,1,'biology',NULL);
+CREATE TABLE IF NOT EXISTS "proposal" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL,
+  "occurrence" INTEGER NOT NULL, "alone" INTEGER NOT NULL, "user" VARCHAR(255) NOT NULL, "code" VARCHAR(255) NOT NULL,
+  "asked" TEXT NOT NULL, "named" INTEGER NOT NULL, "wish" TEXT NOT NULL, "shown" TEXT NOT NULL, "until" INTEGER NOT
+  NULL, FOREIGN KEY ("reservation_id") REFERENCES "reservation" ("id"));
+INSERT INTO proposal VALUES(1,5,8,0,'eva','updated','["vms"]',0,
+  '{"label": "agreed", "user": "eva", "project": "biology", "resource": 2, "start": 1796385600, "end": 1796392800, "vms": 2, "flavor": "", "image": "", "network": "", "key": "", "security_groups": [], "user_data": "", "metadata": {}, "server": "", "at_end": "delete", "notify": [], "lead": 0, "description": "", "personal": false, "repeat": "", "tz": "", "on_conflict": "refuse", "stretches": [], "each": [1, 0, 0, []], "warnings": [], "host": "", "whole": null, "trusted": [], "invite": [], "affinity": "", "where": ""}',
+  '{"vms": 2, "asked_by": "eva", "decide_before": "2026-12-02T12:00:00+00:00"}',1796212800);
+CREATE TABLE IF NOT EXISTS "extra_hold" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL,
+  "proposal_id" INTEGER, "resource_id" INTEGER NOT NULL, "held_from" INTEGER NOT NULL, "held_until" INTEGER NOT NULL,
+  "vms" INTEGER NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL, "classes" TEXT NOT NULL, FOREIGN KEY
+  ("reservation_id") REFERENCES "reservation" ("id"), FOREIGN KEY ("proposal_id") REFERENCES "proposal" ("id"),
+  FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO extra_hold VALUES(1,5,1,2,1796385600,1796392800,1,0,0,'');
+CREATE TABLE IF NOT EXISTS "fact" ("name" VARCHAR(255) NOT NULL PRIMARY KEY, "value" VARCHAR(255) NOT NULL);
+INSERT INTO fact VALUES('store','b30cd4bd');
+INSERT INTO fact VALUES('writes','32');
+INSERT INTO fact VALUES('mark-gpu','gpu');
+INSERT INTO fact VALUES('clocks','["4b30e66b-398b-4563-b3e3-1c17d7a43b24", 0.0, 1796126403.6, null, 0.0]');
+INSERT INTO fact VALUES('refreshed','2026-12-01 version 2025b 2026.6');
+CREATE TABLE IF NOT EXISTS "feed" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL, "project"
+  VARCHAR(255) NOT NULL, "whole_project" INTEGER NOT NULL, "resource_id" INTEGER, "hash" VARCHAR(255) NOT NULL,
+  "added" INTEGER NOT NULL, "revoked" INTEGER, FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+CREATE TABLE IF NOT EXISTS "host" ("id" INTEGER NOT NULL PRIMARY KEY, "resource_id" INTEGER NOT NULL, "name"
+  VARCHAR(255) NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL, "classes" TEXT NOT NULL, "units" TEXT NOT
+  NULL, "until" INTEGER NOT NULL, "state" VARCHAR(255) NOT NULL DEFAULT '', "spare" INTEGER NOT NULL DEFAULT 0,
+  "properties" TEXT NOT NULL DEFAULT '{}', FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO host VALUES(1,3,'gpu-1',16,65536,'{"CUSTOM_GPU": 4}','',1099511627776,'',0,'{}');
+INSERT INTO host VALUES(2,3,'gpu-2',16,65536,'{"CUSTOM_GPU": 4}','',1099511627776,'',0,'{}');
+CREATE TABLE IF NOT EXISTS "host_property" ("host" INTEGER NOT NULL, "name" VARCHAR(255) NOT NULL, "value"
+  VARCHAR(255) NOT NULL, PRIMARY KEY ("host", "name")) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS "lease" ("name" VARCHAR(255) NOT NULL PRIMARY KEY, "holder" VARCHAR(255) NOT NULL, "until"
+  REAL NOT NULL);
+INSERT INTO lease VALUES('','vm:4597:1dcec426',1796126409.5999999046);
+INSERT INTO lease VALUES('simulated','vm:4597:1dcec426',1796126409.5999999046);
+CREATE TABLE IF NOT EXISTS "limits" ("id" INTEGER NOT NULL PRIMARY KEY, "project" VARCHAR(255) NOT NULL, "user"
+  VARCHAR(255) NOT NULL, "resource_id" INTEGER, "most_vms" INTEGER, "longest" INTEGER, "ahead" INTEGER, "least_notice"
+  INTEGER, "vcpu_hours" INTEGER, "waiting" INTEGER, "exempt" INTEGER NOT NULL, "lock" INTEGER NOT NULL DEFAULT 0,
+  "added" INTEGER NOT NULL, FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO limits VALUES(1,'biology','',NULL,40,864000,NULL,NULL,NULL,NULL,0,3600,1796126400);
+INSERT INTO limits VALUES(2,'','bob',NULL,1,NULL,NULL,NULL,NULL,2,0,0,1796126400);
+CREATE TABLE IF NOT EXISTS "mailed" ("owner" VARCHAR(255) NOT NULL PRIMARY KEY, "day" INTEGER NOT NULL, "number"
+  INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS "occurrence" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL, "slot"
+  VARCHAR(255) NOT NULL, "altered" INTEGER NOT NULL, "revision" INTEGER NOT NULL, "revised" INTEGER NOT NULL,
+  "resource_id" INTEGER NOT NULL, "start" INTEGER NOT NULL, "end" INTEGER NOT NULL, "held_from" INTEGER NOT NULL,
+  "held_until" INTEGER NOT NULL, "vms" INTEGER NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL, "classes"
+  TEXT NOT NULL, "placed" TEXT NOT NULL DEFAULT '', "cancelled" INTEGER, "told" INTEGER NOT NULL, "due" REAL,
+  "up_told" INTEGER, "up_check" REAL, "of_project" VARCHAR(255) NOT NULL DEFAULT '', "of_user" VARCHAR(255) NOT NULL
+  DEFAULT '', FOREIGN KEY ("reservation_id") REFERENCES "reservation" ("id"), FOREIGN KEY ("resource_id") REFERENCES
+  "resource" ("id"), CHECK (held_from <= start AND start < "end" AND held_until <= "end"));
+INSERT INTO occurrence VALUES(1,1,'',0,3,1796126401,1,1796126400,1796133600,1796126400,1796133600,2,2,4096,'','',NULL,
+  2,1796133000.0,2,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(2,2,'',0,0,1796126400,1,1796129280,1796137200,1796129280,1796137200,3,3,6144,'','',NULL,
+  256,1796128680.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(3,3,'2026-12-08T12:00:00',0,0,1796126400,1,1796731200,1796738400,1796731200,1796738400,
+  2,0,0,'','',NULL,0,1796727600.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(4,3,'2026-12-15T12:00:00',0,0,1796126400,1,1797336000,1797343200,1797336000,1797343200,
+  2,0,0,'','',NULL,0,1797332400.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(5,3,'2026-12-22T12:00:00',0,0,1796126400,1,1797940800,1797948000,1797940800,1797948000,
+  2,0,0,'','',NULL,0,1797937200.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(6,3,'2026-12-29T12:00:00',0,0,1796126400,1,1798545600,1798552800,1798545600,1798552800,
+  2,0,0,'','',NULL,0,1798542000.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(7,4,'',0,1,1796126400,2,1796299200,1796306400,1796299200,1796306400,2,0,0,'','',NULL,0,
+  1796295600.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(8,5,'',0,3,1796126400,2,1796385600,1796392800,1796385600,1796392800,1,0,0,'','',NULL,0,
+  1796382000.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(9,6,'',0,0,1796126400,3,1796126400,1796234400,1796126400,1796234400,2,2,4096,'',
+  '{"1": 2}',NULL,0,1796233800.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(10,7,'',0,0,1796126400,3,1796212800,1796234400,1796212800,1796234400,1,4,8192,'',
+  '{"1": 1}',NULL,0,1796209200.0,NULL,NULL,'biology','eva');
+INSERT INTO occurrence VALUES(11,8,'',0,1,1796126400,2,1796299200,1796306400,1796299200,1796299200,4,0,0,'','',NULL,0,
+  1796295600.0,NULL,NULL,'biology','eva');
+CREATE TABLE IF NOT EXISTS "once" ("user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL, "key" VARCHAR(255)
+  NOT NULL, "digest" VARCHAR(255) NOT NULL, "mark" VARCHAR(255) NOT NULL, "at" INTEGER NOT NULL, "status" INTEGER NOT
+  NULL, "answer" TEXT NOT NULL, PRIMARY KEY ("user", "project", "key")) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS "outbox" ("id" INTEGER NOT NULL PRIMARY KEY, "event_id" INTEGER NOT NULL, "target"
+  VARCHAR(255) NOT NULL, "owner" VARCHAR(255) NOT NULL, "tries" INTEGER NOT NULL, "due" REAL, "fault" TEXT NOT NULL,
+  "invites" INTEGER NOT NULL DEFAULT 0, FOREIGN KEY ("event_id") REFERENCES "event" ("id"));
+CREATE TABLE IF NOT EXISTS "server" ("id" INTEGER NOT NULL PRIMARY KEY, "occurrence_id" INTEGER NOT NULL, "n" INTEGER
+  NOT NULL, "name" VARCHAR(255) NOT NULL, "account" VARCHAR(255) NOT NULL, "goal" VARCHAR(255) NOT NULL, "state"
+  VARCHAR(255) NOT NULL, "borrowed" INTEGER NOT NULL, "tries" INTEGER NOT NULL, "failures" INTEGER NOT NULL, "uid"
+  VARCHAR(255), "addresses" TEXT NOT NULL, "snapshot" VARCHAR(255) NOT NULL, "snapshot_id" VARCHAR(255) NOT NULL,
+  "fault" TEXT NOT NULL, "planned" REAL NOT NULL, "begun" REAL, "ready" REAL, "deleted" REAL, "intended" REAL,
+  "called" REAL, "due" REAL, FOREIGN KEY ("occurrence_id") REFERENCES "occurrence" ("id"));
+INSERT INTO server VALUES(1,1,1,'lab-1-1','simulated','up','active',0,1,0,'12e0bdc6d8b3de86','["10.0.0.2"]','','','',
+  1796126400.0,1796126400.0,1796126401.7999999522,NULL,NULL,1796126400.0,1796126461.7999999523);
+INSERT INTO server VALUES(2,1,2,'lab-1-2','simulated','up','active',0,1,0,'5c7693cb908acb76','["10.0.0.3"]','','','',
+  1796126400.0,1796126400.0,1796126401.7999999522,NULL,NULL,1796126400.0,1796126461.7999999523);
+CREATE TABLE IF NOT EXISTS "token" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL, "project"
+  VARCHAR(255) NOT NULL, "role" VARCHAR(255) NOT NULL, "hash" VARCHAR(255) NOT NULL, "added" INTEGER NOT NULL,
+  "revoked" INTEGER, "purpose" VARCHAR(255) NOT NULL, "ends" INTEGER, "last_used" INTEGER, "scopes" VARCHAR(255) NOT
+  NULL, "resource_id" INTEGER, FOREIGN KEY ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO token VALUES(1,'eva','biology','user','61c307e039c7b244cc880524991f9f3d1dcabd7cd8917948fb72fc5046b20d37',
+  1796126400,NULL,'',NULL,NULL,'',NULL);
+CREATE TABLE IF NOT EXISTS "session" ("hash" VARCHAR(255) NOT NULL PRIMARY KEY, "token_id" INTEGER NOT NULL, "until"
+  INTEGER NOT NULL, FOREIGN KEY ("token_id") REFERENCES "token" ("id"));
+CREATE TABLE IF NOT EXISTS "share" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL, "nonce"
+  VARCHAR(255) NOT NULL, "seats" TEXT NOT NULL, FOREIGN KEY ("reservation_id") REFERENCES "reservation" ("id"));
+CREATE TABLE IF NOT EXISTS "simulated_server" ("id" INTEGER NOT NULL PRIMARY KEY, "account" VARCHAR(255) NOT NULL,
+  "uid" VARCHAR(255) NOT NULL, "name" VARCHAR(255) NOT NULL, "mark" VARCHAR(255) NOT NULL, "made" REAL NOT NULL,
+  "boots" REAL NOT NULL, "power" VARCHAR(255) NOT NULL, "saved" REAL, "fault" TEXT NOT NULL, "gone" REAL);
+INSERT INTO simulated_server VALUES(1,'simulated','12e0bdc6d8b3de86','lab-1-1','cmres-b30cd4bd-1-1',1796126400.0,1.0,
+  'active',NULL,'',NULL);
+INSERT INTO simulated_server VALUES(2,'simulated','5c7693cb908acb76','lab-1-2','cmres-b30cd4bd-2-1',1796126400.0,1.0,
+  'active',NULL,'',NULL);
+CREATE TABLE IF NOT EXISTS "step" ("resource_id" INTEGER NOT NULL, "track" VARCHAR(255) NOT NULL, "at" INTEGER NOT
+  NULL, "vms" INTEGER NOT NULL, "vcpus" INTEGER NOT NULL, "ram" INTEGER NOT NULL, PRIMARY KEY ("resource_id", "track",
+  "at"), FOREIGN KEY ("resource_id") REFERENCES "resource" ("id")) WITHOUT ROWID;
+INSERT INTO step VALUES(1,'',1796126400,2,2,4096);
+INSERT INTO step VALUES(1,'',1796129280,5,5,10240);
+INSERT INTO step VALUES(1,'',1796133600,3,3,6144);
+INSERT INTO step VALUES(1,'',1796137200,0,0,0);
+INSERT INTO step VALUES(1,'',1796731200,2,0,0);
+INSERT INTO step VALUES(1,'',1796738400,0,0,0);
+INSERT INTO step VALUES(1,'',1796846400,8,0,0);
+INSERT INTO step VALUES(1,'',1796882400,0,0,0);
+INSERT INTO step VALUES(1,'',1797336000,2,0,0);
+INSERT INTO step VALUES(1,'',1797343200,0,0,0);
+INSERT INTO step VALUES(1,'',1797940800,2,0,0);
+INSERT INTO step VALUES(1,'',1797948000,0,0,0);
+INSERT INTO step VALUES(1,'',1798545600,2,0,0);
+INSERT INTO step VALUES(1,'',1798552800,0,0,0);
+INSERT INTO step VALUES(2,'',1796299200,2,0,0);
+INSERT INTO step VALUES(2,'',1796306400,0,0,0);
+INSERT INTO step VALUES(2,'',1796385600,2,0,0);
+INSERT INTO step VALUES(2,'',1796392800,0,0,0);
+INSERT INTO step VALUES(3,'',1796126400,2,2,4096);
+INSERT INTO step VALUES(3,'',1796212800,3,6,12288);
+INSERT INTO step VALUES(3,'',1796234400,0,0,0);
+INSERT INTO step VALUES(3,'@1:',1796126400,2,2,4096);
+INSERT INTO step VALUES(3,'@1:',1796212800,3,6,12288);
+INSERT INTO step VALUES(3,'@1:',1796234400,0,0,0);
+CREATE TABLE IF NOT EXISTS "subscription" ("id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL, "project"
+  VARCHAR(255) NOT NULL, "url" VARCHAR(255) NOT NULL, "defaults" TEXT NOT NULL, "notify" TEXT NOT NULL, "etag"
+  VARCHAR(255) NOT NULL, "modified" VARCHAR(255) NOT NULL, "fault" TEXT NOT NULL, "refused" TEXT NOT NULL, "held" TEXT
+  NOT NULL, "confirmed" INTEGER NOT NULL, "tries" INTEGER NOT NULL, "polled" REAL, "due" REAL, "added" INTEGER NOT
+  NULL);
+CREATE TABLE IF NOT EXISTS "tally" ("day" INTEGER NOT NULL, "project" VARCHAR(255) NOT NULL, "user" VARCHAR(255) NOT
+  NULL, "resource" INTEGER NOT NULL, "reserved" REAL NOT NULL, "used" REAL NOT NULL, "unused" REAL NOT NULL, "refused"
+  INTEGER NOT NULL, "late" REAL NOT NULL, PRIMARY KEY ("day", "project", "user", "resource")) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS "texts" ("project" VARCHAR(255) NOT NULL PRIMARY KEY, "size" INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS "uninvited" ("hash" VARCHAR(255) NOT NULL PRIMARY KEY, "at" INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS "wait" ("id" INTEGER NOT NULL PRIMARY KEY, "reservation_id" INTEGER NOT NULL, "resource_id"
+  INTEGER NOT NULL, "held_from" INTEGER NOT NULL, "until" INTEGER NOT NULL, "since" INTEGER NOT NULL, "limited"
+  INTEGER NOT NULL, "due" REAL NOT NULL, FOREIGN KEY ("reservation_id") REFERENCES "reservation" ("id"), FOREIGN KEY
+  ("resource_id") REFERENCES "resource" ("id"));
+INSERT INTO wait VALUES(1,8,2,1796299200,1796306400,1796126400,0,1796299200.0);
+CREATE INDEX "blazar_hold_lease_id" ON "blazar_hold" ("lease_id");
+CREATE INDEX "blazar_lease_project" ON "blazar_lease" ("project");
+CREATE INDEX "blazar_lease_end" ON "blazar_lease" ("end");
+CREATE INDEX "calendar_object_rev" ON "calendar_object" ("rev");
+CREATE INDEX "capacity_resource_id" ON "capacity" ("resource_id");
+CREATE UNIQUE INDEX "credential_user_project_cloud" ON "credential" ("user", "project", "cloud");
+CREATE INDEX "reservation_label_project_over" ON "reservation" ("label", "project", "over");
+CREATE INDEX "event_reservation_id" ON "event" ("reservation_id");
+CREATE INDEX "proposal_reservation_id" ON "proposal" ("reservation_id");
+CREATE INDEX "extra_hold_reservation_id" ON "extra_hold" ("reservation_id");
+CREATE INDEX "extra_hold_proposal_id" ON "extra_hold" ("proposal_id");
+CREATE INDEX "extra_hold_resource_id" ON "extra_hold" ("resource_id");
+CREATE UNIQUE INDEX "feed_hash" ON "feed" ("hash");
+CREATE INDEX "host_resource_id" ON "host" ("resource_id");
+CREATE INDEX "once_at" ON "once" ("at");
+CREATE UNIQUE INDEX "token_hash" ON "token" ("hash");
+CREATE INDEX "session_token_id" ON "session" ("token_id");
+CREATE INDEX "session_until" ON "session" ("until");
+CREATE UNIQUE INDEX "share_reservation_id" ON "share" ("reservation_id");
+CREATE UNIQUE INDEX "simulated_server_uid" ON "simulated_server" ("uid");
+CREATE INDEX "wait_reservation_id" ON "wait" ("reservation_id");
+CREATE INDEX calendar_object_by_rev ON calendar_object (user, project, calendar, rev);
+CREATE INDEX calendar_object_by_uid ON calendar_object (user, project, calendar, uid);
+CREATE INDEX calendar_object_by_until ON calendar_object (user, project, calendar, last);
+CREATE INDEX calendar_object_gone ON calendar_object (gone) WHERE gone IS NOT NULL;
+CREATE INDEX calendar_object_last ON calendar_object (last) WHERE gone IS NULL;
+CREATE INDEX calendar_object_of ON calendar_object (reservation_id) WHERE reservation_id IS NOT NULL;
+CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
+CREATE INDEX claim_due ON claim (due) WHERE due IS NOT NULL;
+CREATE INDEX claim_gone ON claim (gone);
+CREATE INDEX claim_of ON claim (occurrence, due);
+CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
+CREATE INDEX event_project ON event (project) WHERE project != '';
+CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
+CREATE INDEX feed_of ON feed (user, project) WHERE revoked IS NULL;
+CREATE INDEX occurrence_ended ON occurrence ("end") WHERE due IS NULL AND cancelled IS NULL;
+CREATE INDEX outbox_due ON outbox (due) WHERE due IS NOT NULL;
+CREATE INDEX outbox_event ON outbox (event_id);
+CREATE INDEX proposal_until ON proposal (until);
+CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
+CREATE INDEX reservation_pending ON reservation (pending) WHERE pending IS NOT NULL;
+CREATE INDEX reservation_request ON reservation (request) WHERE request != '';
+CREATE INDEX reservation_series ON reservation (over, carried) WHERE series != '';
+CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
+CREATE INDEX reservation_subscription ON reservation (subscription, over) WHERE subscription IS NOT NULL;
+CREATE INDEX reservation_uid ON reservation (uid) WHERE uid IS NOT NULL;
+CREATE INDEX reservation_waiting ON reservation (waiting) WHERE waiting IS NOT NULL;
+CREATE INDEX server_deleted ON server (deleted);
+CREATE INDEX server_due ON server (due) WHERE due IS NOT NULL;
+CREATE INDEX server_kept ON server (account) WHERE state = 'kept';
+CREATE INDEX server_of ON server (occurrence_id, n);
+CREATE INDEX server_planned ON server (planned);
+CREATE INDEX server_there ON server (account) WHERE state != 'deleted';
+CREATE INDEX server_uid ON server (uid) WHERE uid IS NOT NULL;
+CREATE INDEX subscription_due ON subscription (due) WHERE due IS NOT NULL;
+CREATE INDEX subscription_of ON subscription (user, project) WHERE due IS NOT NULL;
+CREATE INDEX token_of ON token (user, project) WHERE revoked IS NULL;
+CREATE INDEX wait_due ON wait (due);
+CREATE INDEX wait_limited ON wait (limited) WHERE limited;
+CREATE INDEX wait_since ON wait (resource_id, since);
+CREATE INDEX wait_there ON wait (resource_id, until);
+CREATE INDEX occurrence_series ON occurrence (reservation_id, (due IS NULL), start);
+CREATE INDEX occurrence_due ON occurrence (due) WHERE due IS NOT NULL;
+CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
+CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
+CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
+CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
+CREATE INDEX occurrence_live ON occurrence (start) WHERE due IS NOT NULL;
+CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
+CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
+CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
+CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
+CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
+CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
+CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
+CREATE UNIQUE INDEX calendar_object_named ON calendar_object (user, project, calendar, name);
+CREATE UNIQUE INDEX claim_server ON claim (resource_id, server);
+CREATE UNIQUE INDEX resource_name ON resource (name) WHERE removed IS NULL;
+CREATE TRIGGER reservation_texts AFTER INSERT ON reservation WHEN (length(NEW.user_data) + length(NEW.description) +
+  length(NEW.metadata)) > 1000 BEGIN INSERT INTO texts VALUES (NEW.project, (length(NEW.user_data) +
+  length(NEW.description) + length(NEW.metadata))) ON CONFLICT (project) DO UPDATE SET size = size + excluded.size;
+  END;
+CREATE TRIGGER reservation_texts_changed AFTER UPDATE OF project, user_data, description, metadata ON reservation WHEN
+  (length(NEW.user_data) + length(NEW.description) + length(NEW.metadata)) > 1000 OR (length(OLD.user_data) +
+  length(OLD.description) + length(OLD.metadata)) > 1000 BEGIN UPDATE texts SET size = size -
+  iif((length(OLD.user_data) + length(OLD.description) + length(OLD.metadata)) > 1000, (length(OLD.user_data) +
+  length(OLD.description) + length(OLD.metadata)), 0) WHERE project = OLD.project; INSERT INTO texts SELECT
+  NEW.project, (length(NEW.user_data) + length(NEW.description) + length(NEW.metadata)) WHERE (length(NEW.user_data) +
+  length(NEW.description) + length(NEW.metadata)) > 1000 ON CONFLICT (project) DO UPDATE SET size = size +
+  excluded.size; END;
+CREATE TRIGGER reservation_texts_gone AFTER DELETE ON reservation WHEN (length(OLD.user_data) +
+  length(OLD.description) + length(OLD.metadata)) > 1000 BEGIN UPDATE texts SET size = size - (length(OLD.user_data) +
+  length(OLD.description) + length(OLD.metadata)) WHERE project = OLD.project; END;
+CREATE TRIGGER occurrence_owner AFTER INSERT ON occurrence WHEN NEW.of_project = '' BEGIN UPDATE occurrence SET
+  (of_project, of_user) = (SELECT project, user FROM reservation WHERE id = NEW.reservation_id) WHERE id = NEW.id;
+  END;
+CREATE TRIGGER reservation_owner AFTER UPDATE OF project, user ON reservation WHEN (NEW.project, NEW.user) <>
+  (OLD.project, OLD.user) BEGIN UPDATE occurrence SET of_project = NEW.project, of_user = NEW.user WHERE
+  reservation_id = NEW.id; END;
+CREATE TRIGGER event_invites AFTER INSERT ON event WHEN NEW.reservation_id IS NOT NULL AND NEW.code IN ( 'added',
+  'updated', 'kept', 'admitted', 'approved', 'maintenance', 'ready', 'released') BEGIN INSERT INTO outbox (event_id,
+  target, owner, tries, due, fault, invites) SELECT NEW.id, value, r.project || '/' || r.user, 0, NEW.at, '', 1 FROM
+  reservation r JOIN json_each(r.invite) WHERE r.id = NEW.reservation_id AND r.invite <> '[]'; END;
+COMMIT;
+"""
 FROZEN['tracks'] = FROZEN['parts'].replace('user_version = 2', 'user_version = 1')  # it had them before they had a number
 #: The same as the last of them in PostgreSQL, at version 21: the first that was there.
 FROZEN_ON_SERVER = """
