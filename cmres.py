@@ -4845,6 +4845,8 @@ def fill_tables(read: Callable, watch: Callable) -> int:
             run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
     run("DELETE FROM fact WHERE name = 'version'")
     finish_tables()
+    if not db.in_files:  # else it finds its ways badly until it has counted by itself
+        run('ANALYZE')
     return total
 
 
@@ -17193,7 +17195,7 @@ class Records(Operations):
             lines[name]['refused'] += count
         return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(float(each['late']), 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
@@ -18996,7 +18998,8 @@ class Reconciler:
     def matched(self, seen: dict[str, Seen]) -> list[tuple]:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)")
+        known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed) "
+                     'ORDER BY v.id')
         return [(server, seen.get(server.uid) or (
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
@@ -28642,10 +28645,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
-    done = migrate_store(config.database)
-    said = done and f"Updated the database from version {done['before']} to {done['after']}."
-    copy = f" '{done['copy']}' is a copy of before." if done and 'copy' in done else ''
-    return [said + copy] if done else []
+    if not (done := migrate_store(config.database)):
+        return []
+    copy = f" '{done['copy']}' is a copy of before." if 'copy' in done else ''
+    return [f"Updated the database from version {done['before']} to {done['after']}.{copy}"]
 
 
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
