@@ -7174,7 +7174,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
+SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
@@ -7186,7 +7186,8 @@ class Unit:
     def __init__(self, owner: int, need: Need, figures: tuple, host: int | None, share: float):
         self.owner, self.figures, self.host, self.was = owner, figures, host, host
         self.apart, self.share = need.affinity == APART, share  # of the largest host
-        self.size = share * (need.until - need.begin)
+        # the less it takes, and for the shorter, the sooner it is pushed out
+        self.worth = share / (share * (need.until - need.begin)) ** 0.5 if share else 0.0
         self.failures = 1  # how often it found no host
 
 
@@ -7288,24 +7289,23 @@ class Scene:
                 and each.first < unit.last and each.last > unit.first]
         for each in pushed:
             self.give(free, each, 1, unit.first)
-        while lack := self.lack(free, unit):
+        lack = self.lack(free, unit, range(unit.first, unit.last))
+        while lack:
             if not left:
                 return None
-            each = max(left, key=lambda each: self.worth(each, lack))
+            # it covers much of the lack, is small, and has seldom failed
+            each = max(left, key=lambda each: each.worth / each.failures * (
+                bisect_left(lack, each.last) - bisect_left(lack, each.first)))
             left.remove(each)
             pushed.append(each)
             self.give(free, each, 1, unit.first)
+            lack = self.lack(free, unit, lack)
         return pushed
 
-    def lack(self, free: list[list], unit: Unit) -> set[int]:
-        """After which cuts a VM finds too little."""
-        return {n for row, figure in zip(free, unit.figures) if figure
-                for n, each in enumerate(row, unit.first) if each < figure}
-
-    def worth(self, unit: Unit, lack: set[int]) -> float:
-        """How good it is to push a VM out: it covers much of the lack, is small, seldom failed."""
-        covers = sum(unit.first <= n < unit.last for n in lack)
-        return covers * unit.share / unit.failures / unit.size ** 0.5
+    def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
+        """Of some cuts, in order, those after which a VM finds too little."""
+        return sorted({n for row, figure in zip(free, unit.figures) if figure
+                       for n in among if row[n - unit.first] < figure})
 
     def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
         """Puts a VM on a host, and those off that are in its way."""
