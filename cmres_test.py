@@ -12624,7 +12624,7 @@ def test_what_breaks_the_rule_of_hosts_is_noticed(tmp_path_factory, name, right,
         exec(text.replace(right, wrong), vars(cmres), made)
         patch.setattr(getattr(cmres, owner) if owner else cmres, method, made[method])
         with pytest.raises((AssertionError, Error)) as noticed:
-            for seed in range(8):
+            for seed in (4, 0, 1, 2, 3, 5, 6, 7):  # the quickest first
                 world = World(tmp_path_factory.mktemp('w'))
                 count_moves(world, patch)
                 random_deeds(world, patch, seed, 250)
