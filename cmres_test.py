@@ -25865,6 +25865,35 @@ def upload(images, image):
     assert answer.status_code == 204, answer.text
 
 
+@openstack
+@real
+@pytest.mark.skipif(ACCOUNT != 'lab-user', reason='needs an admin')
+def test_what_would_fail_is_told_an_hour_before_the_start_on_openstack(tmp_path):
+    """An image, a key and the quota that were there when it was reserved."""
+    label, admin, me = unique('ahead'), sdk('lab-admin'), sdk()
+    image = me.image.create_image(name=f'{label}-image', disk_format='raw', container_format='bare')
+    upload(me.image, image)
+    me.compute.create_keypair(name=f'{label}-key')
+    quota = f'/os-quota-sets/{me.current_project_id}'
+    before = admin.compute.get(quota).json()['quota_set']['instances']
+    with living(tmp_path) as world:
+        try:
+            world.service.add(label, 'lab', world.service.here.now + timedelta(seconds=3600 + 15), hours(1), vms=3, **QUICK | {
+                'image': image.name, 'key': f'{label}-key'})
+            me.image.delete_image(image)
+            me.compute.delete_keypair(f'{label}-key')
+            used = me.compute.get_limits().absolute.instances_used
+            assert admin.compute.put(quota, json={'quota_set': {'instances': used + 2}}).ok
+            said = until(lambda: [each['sentence'] for each in world.service.events(label) if each['code'] == 'ahead'])
+            assert said == [f"if its VMs started now, that would fail: The cloud lab-user has no image '{image.name}'; The cloud "
+                            f"lab-user has no key '{label}-key'; The quota of the cloud lab-user leaves 2 VMs of 3 VMs that "
+                            'are needed by then']
+        finally:
+            admin.compute.put(quota, json={'quota_set': {'instances': before}})
+            me.image.delete_image(image, ignore_missing=True)
+            me.compute.delete_keypair(f'{label}-key', ignore_missing=True)
+
+
 @pytest.fixture
 def make_server():
     """Makes servers that are not ours, and removes them."""
@@ -27856,6 +27885,13 @@ def can_be_up(admin, service, host) -> bool:
     return False
 
 
+def forced(server, action: str, host: str):
+    """Has an admin move a server without a question: as before 2.68 of Nova's API."""
+    body = {'host': host, 'force': True} | ({'block_migration': 'auto'} if action == 'os-migrateLive' else {})
+    sdk('lab-admin').compute.post(f'/servers/{server.id}/action', json={action: body}, microversion='2.67').raise_for_status()
+    until(lambda: (now := sdk('lab-admin').compute.get_server(server.id)).compute_host == host and not now.task_state)
+
+
 @openstack
 @real
 @inlab
@@ -27886,6 +27922,7 @@ class TestWaysRound:
         for each in guarded.service.list(resource=guarded.name):
             guarded.service.delete(each['label'], project=each['project'])
         guarded.clear()
+        until(lambda: not guarded.sync())  # what others took there is gone
 
     def boots(self, only, number=1, user='lab-user', **more):
         return only.booted(user, number, flavor=only.flavor.name, **more)
@@ -28016,15 +28053,219 @@ class TestWaysRound:
             compute.delete_server_group(group)
 
     def test_a_host_that_is_disabled_gets_none_and_the_rest_goes_on_the_other(self, only):
+        label = self.later(only, 3)
+        assert planned(label) == [{'lab-compute-1': 3}]
         only.reserve(vms=4, flavor=only.flavor.name)
         admin = sdk('lab-admin').compute
         service = next(each for each in admin.services(host='lab-compute-1'))
         admin.disable_service(service, 'lab-compute-1', 'nova-compute')
         try:
             assert self.where(only, 4) == ['lab-compute-2'] * 4
+            self.looks(only, lambda: planned(label) == [{'lab-compute-2': 3}], 'states')
         finally:
             admin.enable_service(service, 'lab-compute-1', 'nova-compute')
             until(lambda: not only.sync())
+
+    def looks(self, only, condition, verb='hosts'):
+        """Has cmres look at its hosts until a condition holds, as it does every few minutes by itself."""
+        def looked():
+            only.world.cycle.look_at_hosts(verb)
+            time.sleep(1)
+            return condition()
+        return until(looked)
+
+    def later(self, only, number=8, **more):
+        """Reserves for later, so that it is a plan alone."""
+        return only.reserve(vms=number, flavor=only.flavor.name, start=only.service.here.now + hours(2), **more)
+
+    def vcpus(self, only):
+        return only.service.resource_show(only.name)['vcpus']
+
+    def strays(self, only):
+        """The servers that were reported to be there without a reservation."""
+        return ' '.join(each['sentence'] for each in only.service.events() if each['code'] == 'orphan')
+
+    @pytest.fixture
+    def put(self, only):
+        """Boots servers of the admin's own on hosts that it names."""
+        compute, made = sdk('lab-admin').compute, []
+
+        def put(host):
+            made.append(compute.create_server(
+                name=unique('others-'), flavor_id=only.flavor.id, networks='none',
+                image_id=sdk('lab-admin').image.find_image('tiny').id, availability_zone=f'nova:{host}'))
+            until(lambda: compute.get_server(made[-1].id).status == 'ACTIVE')
+            return made[-1]
+        yield put
+        for each in made:
+            compute.delete_server(each, ignore_missing=True)
+            until(lambda: not [*compute.servers(name=each.name)])  # noqa: B023
+
+    def test_what_an_admin_puts_on_a_host_is_found_counted_and_told(self, only, put):
+        """az:host passes all filters of Nova: who has reserved is told while there is time."""
+        label, before = self.later(only), self.vcpus(only)
+        server = put('lab-compute-1')
+        said = self.looks(only, lambda: affected(only.world, label))
+        assert 'no longer have room for all of its VMs (8 VMs' in said[0] and server.id in self.strays(only)
+        assert self.vcpus(only) == before - 20
+        with pytest.raises(NoCapacity):
+            only.reserve(vms=8, flavor=only.flavor.name)
+        only.reserve(vms=7, flavor=only.flavor.name)
+        assert self.where(only, multi=7) == ['lab-compute-1'] * 3 + ['lab-compute-2'] * 4
+        sdk('lab-admin').compute.delete_server(server)
+        self.looks(only, lambda: self.vcpus(only) == before)
+
+    def test_a_migration_that_an_admin_forces_is_followed(self, only, put):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=5, flavor=only.flavor.name, project='chem')
+        before, = self.boots(only)
+        forced(before, 'os-migrateLive', 'lab-compute-2')
+        until(lambda: any('is on lab-compute-2, where it was not planned' in each['sentence'] for each in only.service.events()))
+        self.keeps(only, 1)
+        only.others_enabled(True)
+        forced(before, 'os-migrateLive', 'lab-compute-3')
+        only.others_enabled(False)
+        until(lambda: not cmres.rows('SELECT id FROM claim WHERE due IS NOT NULL AND server = ?', before.id))
+        self.keeps(only, 1)  # what has left counts no more
+        assert '' not in self.where(only, 5, user='lab-user2')
+        forced(before, 'os-migrateLive', 'lab-compute-1')  # and what comes back so is found
+        self.looks(only, lambda: before.id in self.strays(only))
+
+    def test_a_host_that_is_added_is_closed_at_once_and_promised_when_it_is_seen(self, only):
+        admin, hosts = sdk('lab-admin').compute, only.hosts
+        with pytest.raises(NoCapacity):
+            self.later(only, 9)
+        only.others_enabled(True)
+        admin.add_host_to_aggregate(only.aggregate, 'lab-compute-3')
+        only.hosts = (*hosts, 'lab-compute-3')
+        try:
+            only.others_enabled(False)
+            assert only.boots('lab-user2', flavor=only.flavor.name) == ['refused']
+            self.looks(only, lambda: self.vcpus(only) == 3 * 128)
+            label = only.reserve(vms=12, flavor=only.flavor.name)
+            assert self.where(only, multi=12) == [each for each in only.hosts for _ in range(4)]
+        finally:
+            admin.remove_host_from_aggregate(only.aggregate, 'lab-compute-3')
+            only.hosts = hosts
+        assert 'no longer have room' in self.looks(only, lambda: affected(only.world, label))[0]
+        assert self.vcpus(only) == 256
+
+    def test_who_does_not_fit_a_lower_ratio_is_told(self, only):
+        label, placement = self.later(only), sdk('lab-admin').placement
+
+        def ratio(value):
+            for host in only.hosts:
+                root, = placement.resource_providers(name=host)
+                at = f'/resource_providers/{root.id}/inventories/VCPU'
+                found = placement.get(at, microversion='1.20').json()
+                assert placement.put(at, json=found | {'allocation_ratio': value}, microversion='1.20').ok
+        ratio(1.0)
+        try:
+            assert 'no longer have room' in self.looks(only, lambda: affected(only.world, label))[0]
+            assert self.vcpus(only) == 64
+            only.reserve(vms=2, flavor=only.flavor.name)
+            assert self.where(only, 2) == [*only.hosts] and self.where(only) == ['']
+        finally:
+            ratio(4.0)
+        self.looks(only, lambda: planned(label) == [{'lab-compute-1': 4, 'lab-compute-2': 4}])
+
+    @pytest.mark.parametrize('policy, number, there', [
+        ('soft-affinity', 8, 8), ('affinity', 4, 4), ('affinity', 5, 0), ('anti-affinity', 2, 2), ('anti-affinity', 3, 0)])
+    def test_of_a_server_group_as_many_start_at_once_as_its_hosts_take(self, only, policy, number, there):
+        only.reserve(vms=8, flavor=only.flavor.name)
+        compute = sdk('lab-user').compute
+        group = compute.create_server_group(name=unique('group-'), policy=policy)
+        try:
+            where = self.where(only, multi=number, group=group.id)
+            assert [each for each in where if each] == where[:there]
+            assert len({*where[:there]}) == (1 if policy == 'affinity' and there else min(there, 2))
+        finally:
+            compute.delete_server_group(group)
+
+    def test_what_is_deleted_makes_room_at_once(self, only):
+        only.reserve(vms=1, flavor=only.flavor.name)
+        for _ in range(3):
+            server, = self.boots(only)
+            assert server.status == 'ACTIVE'
+            sdk('lab-user').compute.delete_server(server)
+            until(lambda: not [*sdk('lab-admin').compute.servers(all_projects=True, name=server.name)])  # noqa: B023
+
+    def test_the_next_owner_finds_the_hosts_that_vms_of_users_were_on(self, only):
+        end = only.service.here.now + timedelta(seconds=30)
+        first = only.reserve(vms=8, flavor=only.flavor.name, end=end)
+        then = only.reserve(vms=8, flavor=only.flavor.name, start=end, end=end + hours(1), project='chem', image='tiny', network='none')
+        assert '' not in self.where(only, multi=8)
+        until(lambda: only.world.state(then) == 'active')
+        said = {each['code']: each['sentence'] for each in only.service.events(first)}
+        assert said['foreign'].startswith('8 VMs that users started themselves are deleted: ')
+        print(only.service.events(then)[-1]['sentence'])
+
+    @pytest.mark.parametrize('how', ['hold', 'shelve'])
+    def test_what_is_stopped_at_the_end_holds_its_host_or_is_shelved(self, only, how):
+        only.world.config.take(at_end_stop=how)
+        try:
+            end = only.service.here.now + timedelta(seconds=20)
+            label = only.reserve(vms=2, flavor=only.flavor.name, end=end, image='tiny', network='none', at_end='stop')
+            until(lambda: only.world.state(label) == 'active')
+            until(lambda: only.world.state(label) == 'ended')
+            if how == 'hold':
+                with pytest.raises(NoCapacity):
+                    only.reserve(vms=7, flavor=only.flavor.name, project='chem')
+            number = 6 if how == 'hold' else 8
+            only.reserve(vms=number, flavor=only.flavor.name, project='chem')
+            assert '' not in self.where(only, multi=number, user='lab-user2') and self.where(only, user='lab-user2') == ['']
+        finally:
+            only.world.config.take(at_end_stop='hold')
+
+    def test_no_hint_of_a_user_passes_for_a_question_of_nova(self, only):
+        """`_nova_check_type` lets Nova itself ask whether a rebuilt server may stay, past all filters that do not mind."""
+        only.reserve(vms=1, flavor=only.flavor.name)
+        for user in ('lab-user', 'lab-user2'):
+            found = only.booted(user, 3, flavor=only.flavor.name, hints={'_nova_check_type': ['rebuild']})
+            assert [each.status for each in found].count('ACTIVE') <= (user == 'lab-user')
+
+    def test_a_flavor_with_a_large_disk_takes_none_from_others(self, only):
+        admin = sdk('lab-admin').compute
+        large = admin.create_flavor(name=unique('disk-'), **self.QUARTER | {'disk': 1990})
+        try:
+            only.reserve(vms=1, flavor=only.flavor.name)
+            only.reserve(vms=7, flavor=only.flavor.name, project='chem')
+            assert only.boots(flavor=large.name) == ['refused']
+            server, = self.boots(only)
+            sdk('lab-user').compute.resize_server(server, large.id)
+            assert self.server(only).flavor.original_name == only.flavor.name
+            assert '' not in self.where(only, multi=7, user='lab-user2')
+        finally:
+            admin.delete_flavor(large)
+
+    def test_vms_of_a_host_that_is_down_are_made_anew_on_the_spare_one(self, only):
+        """Nobody else could have reserved it; how long that takes after Nova has called the host down is printed."""
+        only.service.resource_update(only.name, spare=1)
+        only.world.config.take(heal_after=1.0, hosts_every=1.0)
+        try:
+            label = only.reserve(vms=4, flavor=only.flavor.name, image='tiny', network='none')
+            with pytest.raises(NoCapacity):
+                only.reserve(vms=1, flavor=only.flavor.name, project='chem')
+            until(lambda: only.world.state(label) == 'active')
+            here = lambda: {each.id: each.compute_host for each in sdk('lab-admin').compute.servers(all_projects=True)  # noqa: E731
+                            if each.name.startswith(label) and each.status == 'ACTIVE'}
+            before = here()
+            assert [*before.values()] == ['lab-compute-1'] * 4
+            svc('kill', 'nova-compute-1')
+            try:
+                until(lambda: {each.state for each in sdk('lab-admin').compute.services(host='lab-compute-1')} == {'down'})
+                down = time.monotonic()
+                self.looks(only, lambda: [*here().values()].count('lab-compute-2') == 4, 'states')
+                print(f'{time.monotonic() - down:.1f} s after Nova has called it down all are up elsewhere')
+                assert not {each for each, host in here().items() if host == 'lab-compute-2'} & before.keys()
+                assert planned(label) == [{'lab-compute-2': 4}]
+                assert any('the host lab-compute-1 is down' in each['sentence'] for each in only.service.events(label))
+                until(lambda: only.world.state(label) == 'active')
+            finally:
+                start_service('nova-compute-1')
+        finally:
+            only.service.resource_update(only.name, spare=0)
+            self.looks(only, lambda: not only.sync())
 
 
 # OpenStack: its own tools ####################################################
@@ -28032,64 +28273,6 @@ class TestWaysRound:
 #: Where the programs are that `make test-clients` has installed.
 CLIENTS = os.environ.get('CLIENTS', '')
 installed = pytest.mark.skipif(not CLIENTS, reason='needs the programs of make test-clients')
-
-
-@openstack
-@real
-@inlab
-class TestHostsFollowNova:
-    """What becomes of plans and VMs when Nova lets nothing start on a host, or calls it down."""
-
-    @pytest.fixture
-    def guarded(self, tmp_path):
-        guarded = Guarded(tmp_path)
-        try:
-            guarded.service.resource_sync('lab-admin', [guarded.name], mode='exclusive')
-            guarded.schedule()
-            guarded.world.config.take(heal_after=1.0)
-            yield guarded
-        finally:
-            guarded.end()
-
-    def test_a_disabled_host_is_planned_around(self, guarded):
-        admin = sdk('lab-admin').compute
-        label = guarded.reserve(start=guarded.service.here.now + hours(2))
-        assert planned(label) == [{'lab-compute-1': 3}]
-        service = next(each for each in admin.services(binary='nova-compute') if each.host == 'lab-compute-1')
-        admin.disable_service(service)
-        try:
-            guarded.world.cycle.look_at_hosts('states')
-            until(lambda: planned(label) == [{'lab-compute-2': 3}])
-        finally:
-            admin.enable_service(service)
-
-    def test_what_others_take_is_not_promised(self, guarded):
-        before = guarded.service.resource_show(guarded.name)['vcpus']
-        compute = sdk('lab-admin').compute
-        server = compute.create_server(name=unique('others-'), flavor_id=compute.find_flavor('m1.large').id, networks='none',
-                                       image_id=sdk('lab-admin').image.find_image('tiny').id, availability_zone='nova:lab-compute-1')
-        try:
-            until(lambda: compute.get_server(server.id).status == 'ACTIVE')
-            guarded.world.cycle.look_at_hosts('hosts')
-            until(lambda: guarded.service.resource_show(guarded.name)['vcpus'] == before - 4)
-        finally:
-            compute.delete_server(server)
-
-    def test_vms_of_a_host_that_is_down_are_made_anew_on_another(self, guarded):
-        label = guarded.reserve(vms=2, image='tiny', network='none')
-        until(lambda: guarded.world.state(label) == 'active')
-        there = lambda: {each.id: each.compute_host for each in sdk('lab-user').compute.servers() if each.status == 'ACTIVE'}  # noqa: E731
-        hosts = lambda: {each.id: each.compute_host for each in sdk('lab-admin').compute.servers(all_projects=True) if each.id in there()}  # noqa: E731
-        before = hosts()
-        assert set(before.values()) == {'lab-compute-1'} and planned(label) == [{'lab-compute-1': 2}]
-        subprocess.run([SVC, 'kill', 'nova-compute-1'], check=True)
-        try:
-            after = until(lambda: len(now := hosts()) == 2 and not now.keys() & before.keys() and now, 200)
-            assert set(after.values()) == {'lab-compute-2'} and planned(label) == [{'lab-compute-2': 2}]
-            assert any('the host lab-compute-1 is down' in each['sentence'] for each in guarded.service.events(label))
-            until(lambda: guarded.world.state(label) == 'active')
-        finally:
-            subprocess.run([SVC, 'start', 'nova-compute-1'], check=True)
 
 
 class Hypervisors(Relay):
