@@ -26564,7 +26564,7 @@ class BookForm(Visit):
         if line:
             read, said = self.read_line(line)
             if given.get('find'):
-                return self.booking(said, UNCHECKED, finds=line, found=self.found(read, said))
+                return self.booking(said, UNCHECKED, finds=line, found=self.free_times(read, said))
             return self.booking(said, self.tried(said), typed=line, chips=self.understood(read))
         try:
             said = self.filled(given)
@@ -26699,7 +26699,7 @@ class BookForm(Visit):
         unknown = [('no', 'not understood', line.unknown)] if line.unknown else []
         return [('', *each) for each in (*shown, span)] + unknown
 
-    def found(self, line: QuickLine, said: dict) -> list[tuple]:
+    def free_times(self, line: QuickLine, said: dict) -> list[tuple]:
         """When what somebody looks for is free: an address, words, where."""
         here, found = self.here, []
         before = here.now + timedelta(days=60)
