@@ -26598,7 +26598,7 @@ class BookForm(Visit):
     def starts(self, said: dict, names: dict, why: str,
                fields: str = FIELDSETS['What starts']) -> str:
         """What starts: an image in VMs of a flavor, or nothing, said in so many words."""
-        image = ('VMs of an image', 'they start before the time begins')
+        image = ('VMs of an image', 'they start at From, or so much earlier')
         if said.get('server'):
             image = (f"The server {said['server']}", 'it starts and stops')
         inside = ''.join(self.field(each, said, names) for each in fields.split())
