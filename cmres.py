@@ -3368,6 +3368,10 @@ class SQLite(peewee.SqliteDatabase):
         """The id of the row that was just written."""
         return cursor.lastrowid
 
+    def size(self) -> int:
+        """The bytes of the store."""
+        found = [stat_of(store_file.path + side) for side in SIDES[:2]]
+        return sum(each.st_size for each in found if each)
 
     def _connect(self):
         store_file.check()
@@ -3476,6 +3480,10 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
         return cursor.fetchone()[0]
+
+    def size(self) -> int:
+        """The bytes of the store."""
+        return run('SELECT pg_database_size(current_database())').fetchone()[0]
 
     def __init__(self, url: str):
         super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
@@ -4908,9 +4916,12 @@ def alone_on_server(url: str) -> Iterator[None]:
     """The same, while no other process of cmres is connected to it."""
     close_store()
     with opened(url):
-        if run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
-               "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
-            raise Unavailable(IN_USE.format(without_password(url)))
+        until = time.monotonic() + 1  # who has left just now may be there for a moment
+        while run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
+                  "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
+            if time.monotonic() >= until:
+                raise Unavailable(IN_USE.format(without_password(url)))
+            time.sleep(0.02)
         yield
 
 
@@ -17226,7 +17237,8 @@ class Records(Operations):
                              near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
-            lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'), figures)))
+            lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'),
+                                        map(float, figures))))
         self.add_forgotten(lines, group_by, first, last)
         name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
         refused = {'project': 'project', 'user': 'actor',
@@ -17238,7 +17250,7 @@ class Records(Operations):
             lines[name]['refused'] += count
         return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(float(each['late']), 3)}
+                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
@@ -20960,6 +20972,7 @@ class StoreMetrics:
                 host = lease.holder.partition(':')[0]
                 yield 'leader', (('cloud', lease.name), ('host', host)), 1
         yield 'store_damaged', (), int('"ok"' not in (fact('checked') or '"ok"'))
+        yield 'store_bytes', (), db.size()
 
     def of_resources(self) -> Iterator[tuple]:
         now = self.service.clock()
@@ -20977,9 +20990,8 @@ class StoreMetrics:
         yield 'version', (('version', __version__),), 1
         yield 'resident_bytes', (), resident()
         path = self.service.config.database
-        sizes = [os.path.getsize(each) for each in (path, f'{path}-wal') if os.path.exists(each)]
-        yield 'store_bytes', (), sum(sizes)
-        yield 'disk_free_bytes', (), disk_free(path)
+        if not is_server(path):
+            yield 'disk_free_bytes', (), disk_free(path)
         for account, breaker in [*self.cycle.health.breakers.items()] if self.cycle else ():
             if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
                 continue
