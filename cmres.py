@@ -84,11 +84,9 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
-from html import escape, unescape
 from types import SimpleNamespace, UnionType
-from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, NotRequired, Union,
-                    get_args, get_origin, get_type_hints)
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
+from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, Union, get_args,
+                    get_origin)
 from zoneinfo import ZoneInfo
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
@@ -107,6 +105,18 @@ class Module:
         return getattr(importlib.import_module(self.__name__), name)
 
 
+class Function:
+    """A function of such a module; from its first call on, it stands here itself."""
+
+    def __init__(self, name: str):
+        self.module, _, self.__name__ = name.rpartition('.')
+
+    def __call__(self, *args, **kwargs):
+        found = getattr(importlib.import_module(self.module), self.__name__)
+        globals()[self.__name__] = found
+        return found(*args, **kwargs)
+
+
 base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
     select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
     zlib = map(Module, (
@@ -115,6 +125,9 @@ base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, 
         'zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
+escape, unescape = map(Function, ('html.escape', 'html.unescape'))
+parse_qsl, quote, unquote, urlencode, urljoin, urlsplit = map(Function, map(
+    'urllib.parse.{}'.format, 'parse_qsl quote unquote urlencode urljoin urlsplit'.split()))
 
 __version__ = '0.1'
 
@@ -217,7 +230,8 @@ UNSEEN = Pattern(
 
 def legible(text: str) -> str:
     """A text with its unseen characters as JSON writes them, such as \\u202e; JSON stays valid."""
-    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return text if text.isprintable() else UNSEEN.sub(
+        lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def shown(value) -> str:
@@ -1371,7 +1385,7 @@ def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1477,6 +1491,17 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+
+    def __init__(self, **given):
+        known = self.__dataclass_fields__
+        if unknown := given.keys() - known.keys():
+            raise TypeError(f'there is no setting {min(unknown)}')
+        self.take(**{name: each.default_factory() for name, each in known.items()
+                     if each.default is dataclasses.MISSING} | given)
+
+    def __eq__(self, other) -> bool:
+        return all(getattr(self, each.name) == getattr(other, each.name)
+                   for each in dataclasses.fields(self) if each.compare)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1603,7 +1628,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                     old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.roles
-    for name in ('trusted_proxies', 'identity_proxies'):
+    for name in {'trusted_proxies', 'identity_proxies'} & settings.keys():
         read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
@@ -1868,6 +1893,8 @@ Page = NewType('Page', int)        # 1 to 10000 lines of a list
 Cursor = NewType('Cursor', str)    # where a list goes on: START/ID of the last line seen, or its id
 Figure = NewType('Figure', int)    # 0 to 10^12
 Most = NewType('Most', int)        # a capacity figure; `unlimited` is UNLIMITED
+Memory = NewType('Memory', int)    # a Figure of MiB; text may have a unit: 64G
+MostMemory = NewType('MostMemory', int)  # the same, or UNLIMITED
 Span = NewType('Span', timedelta)  # a length of time
 When = datetime | timedelta        # an instant, or a length from what comes before it
 # that, or a date: the whole of it, in the zone of what it is about
@@ -1961,7 +1988,9 @@ WORDS = {
     'token_add.project': 'project of the token',
     'user_end.project': 'only in this project',
     'purpose': 'what the token is for, for example laptop',
-    'ram': 'maximum MiB of memory; default, or `unlimited`: no limit',
+    'ram': 'maximum memory in MiB, or like 64G; default, or `unlimited`: no limit',
+    'find.ram': 'memory of each VM in MiB, or like 4G',
+    'find.vcpus': 'vCPUs of each VM',
     'region': 'region of the resource',
     'rename': 'the new name',
     'repeat': 'daily, weekdays, every tue, weekly on tue,thu, monthly on last fri, or an RRULE',
@@ -2004,6 +2033,7 @@ WORDS = {
     'user_started': 'what becomes of VMs that users started themselves, at the end: delete or keep',
     'store': 'whose resources these are, as their second mark says',
     'moves': 'only a server passes that counts there already',
+    'disk': 'GB of disk of its host',
     'server': 'an existing server (name or id), which cmres starts and stops and never deletes',
     'skip_dates': 'leave out these dates (comma-separated)',
     'since': 'only from this time on; default of sums: the last 30 days',
@@ -2032,7 +2062,7 @@ WORDS = {
 REQUIRED = inspect.Parameter.empty
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Operation:
     """A published method: its routes, who may call it, what it takes and answers. A route is a
     verb, a path and fixed arguments. What makes something says in `made` at which path that is
@@ -2283,11 +2313,24 @@ def read_cursor(value, here: Here) -> str:
     return f'{int(parse_time(str(value).rpartition("/")[0], here.zone, here.now).timestamp())}-{id}'
 
 
-def read_most(value, here=None) -> int:
+#: How many MiB a unit of memory has: Nova counts in powers of two, whatever the unit is called.
+MEMORY = {'m': 1, 'g': 1024, 't': 1024**2}
+
+
+def read_memory(value, here=None) -> int:
+    if found := re.fullmatch(r' *([0-9]{1,9}) *([mgt])(i?b)? *', str(value).lower()):
+        return read_figure(int(found[1]) * MEMORY[found[2]])
+    try:
+        return read_figure(value)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}. Write MiB, or for example 64G.") from None
+
+
+def read_most(value, here=None, figure: Callable = read_figure) -> int:
     if value == 'unlimited':
         return UNLIMITED
     try:
-        return read_figure(value)
+        return figure(value)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
@@ -2456,7 +2499,8 @@ READERS = {
     str: read_str, int: read_int, bool: read_bool, Label: read_label, NewLabel: read_new_label,
     Place: lambda value, here=None: value if value == ANY else read_label(value), Name: read_name,
     Text: read_text, File: read_file, Count: read_count, Page: read_page,
-    Cursor: read_cursor, Figure: read_figure, Most: read_most,
+    Cursor: read_cursor, Figure: read_figure, Most: read_most, Memory: read_memory,
+    MostMemory: functools.partial(read_most, figure=read_memory),
     Span: lambda value, here=None: (value if isinstance(value, timedelta)
                                     else parse_duration(read_str(value))),
     When: read_when, Day: read_day, Names: read_names, Pairs: read_pairs,
@@ -2517,12 +2561,9 @@ Secret = NewType('Secret', str)  # what is shown once and kept nowhere
 
 
 class Answer(dict):
-    """Fields that are read as a['label'] and as a.label; the annotations of a kind say which."""
+    """Fields that are read as a['label'] and as a.label; `fields` of a kind says which."""
+    fields: dict[str, Field] = {}
     more = None  # the type of further fields, whose names are known to nobody before
-
-    def __init_subclass__(cls, more=None, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls.more = more or cls.more
 
     def __getattr__(self, name: str):
         try:
@@ -2531,469 +2572,207 @@ class Answer(dict):
             raise AttributeError(f"{type(self).__name__} has no field '{name}' here") from None
 
 
-class ReservationAnswer(Answer):
-    """An occurrence of a reservation: what was asked for, when it is, and in which state."""
-    id: int
-    label: Label
-    user: str
-    project: str
-    resource: str
-    cell: str
-    cloud: str
-    region: str
-    aggregate: str
-    vms: int
-    flavor: str
-    image: str
-    network: str
-    key: str
-    security_groups: list[str]
-    metadata: dict[str, str]
-    server: str
-    at_end: str
-    notify: list[str]
-    invite: list[str]
-    vcpus: int
-    ram: int
-    classes: dict[str, int]
-    lead: int
-    description: str
-    personal: bool
-    affinity: str
-    where: str
-    repeat: str
-    tz: str
-    start: datetime
-    end: datetime
-    cancelled: datetime | None
-    added: datetime
-    changed: datetime | None
-    up: int
-    fault: str | None
-    request: str
-    host: str
-    state: State
-    change: NotRequired[dict]
-
-
-class OutcomeAnswer(Answer):
-    """What became of one occurrence of a series."""
-    start: datetime
-    end: datetime
-    vms: int
-    outcome: str
-    why: NotRequired[str]
-
-
-class BookedAnswer(ReservationAnswer):
-    """A reservation that was made or changed; of a series, what became of each occurrence."""
-    message: NotRequired[str]
-    booked_until: NotRequired[datetime | None]
-    occurrences: NotRequired[list[OutcomeAnswer]]
-    warnings: NotRequired[list[str]]
-
-
-class GroupAnswer(Answer):
-    """Several reservations that were made together, or not at all."""
-    label: Label
-    parts: list[BookedAnswer]
-
-
-class CancelledAnswer(ReservationAnswer):
-    """A reservation that was cancelled, and what becomes of its VMs."""
-    ends_with: NotRequired[str]
-    warnings: NotRequired[list[str]]
-
-
-class ServerAnswer(Answer):
-    """A VM of a reservation: when it was planned, begun, ready and deleted, and what went wrong."""
-    n: int
-    name: str
-    state: str
-    addresses: list[str]
-    planned: datetime
-    begun: datetime | None
-    ready: datetime | None
-    deleted: datetime | None
-    snapshot: str
-    tries: int
-    fault: str
-    account: str
-    uid: str | None
-    login: str
-
-
-class KeptAnswer(Answer):
-    """A VM that was stopped or shelved at the end of its reservation and stays."""
-    id: int
-    name: str
-    label: Label
-    project: str
-    user: str
-    state: str
-    addresses: list[str]
-    end: datetime
-    account: str
-    uid: str | None
-
-
-class ComingAnswer(Answer):
-    """A current or future occurrence of a series."""
-    start: datetime
-    end: datetime
-    vms: int
-    resource: str
-    state: State
-
-
-class DetailAnswer(ReservationAnswer):
-    """All of a reservation, with its VMs, and what comes of a series."""
-    user_data: str
-    servers: list[ServerAnswer]
-    on_conflict: NotRequired[str]
-    booked_until: NotRequired[datetime | None]
-    occurrences: NotRequired[list[ComingAnswer]]
-
-
-class DetailGroupAnswer(Answer):
-    """All of several reservations that were made together."""
-    label: Label
-    parts: list[DetailAnswer]
-
-
-class DurationAnswer(Answer):
-    """How long a reservation is."""
-    label: Label
-    duration: Lasts
-    seconds: int
-
-
-class DurationGroupAnswer(Answer):
-    """How long the parts of a group are."""
-    label: Label
-    parts: list[DurationAnswer]
-
-
-class RefusedLineAnswer(Answer):
-    """A line of many that was refused, and why."""
-    line: int
-    label: Any
-    error: str
-
-
-class LoadedAnswer(Answer):
-    """What became of many reservations."""
-    taken: list[BookedAnswer | GroupAnswer]
-    refused: list[RefusedLineAnswer]
-
-
-class SlotAnswer(Answer):
-    """A time window in which a resource has so many VMs free."""
-    resource: str
-    start: datetime
-    until: datetime
-    duration: Lasts
-    vms: int
-
-
-class UsageAnswer(Answer, more=int):
-    """How much of a resource is used in a time window; further fields are resource classes."""
-    start: datetime
-    end: datetime
-    vms: int
-    vcpus: int
-    ram: int
-    free_vms: int | None
-
-
-class LimitAnswer(Answer):
-    """What a project or a user may reserve at most."""
-    id: int
-    project: str
-    user: str
-    resource: str
-    most_vms: int | None
-    longest: Lasts | None
-    ahead: Lasts | None
-    least_notice: Lasts | None
-    vcpu_hours: int | None
-    waiting: int | None
-    exempt: Lasts
-    lock: Lasts
-    added: datetime
-    max_vms: int | None
-    max_duration: Lasts | None
-    max_advance: Lasts | None
-    min_notice: Lasts | None
-    max_vcpu_hours: int | None
-    max_waiting: int | None
-    exempt_within: Lasts
-
-
-class ResourceAnswer(Answer):
-    """A resource: its location and its capacity, without a number where that is unlimited."""
-    id: int
-    name: str
-    cell: str
-    cloud: str
-    region: str
-    aggregate: str
-    vms: int | None
-    vcpus: int | None
-    ram: int | None
-    classes: dict[str, int]
-    mode: str
-    hold: int
-    approval: int
-    no_show: int
-    lock: int
-    default_flavor: str
-    default_image: str
-    default_vms: int
-    hosts: list[str]
-    spare: int
-    added: datetime
-    min_free_time: int
-
-
-class ResourceNowAnswer(ResourceAnswer):
-    """A resource, and how much of it is used now."""
-    planned_by: str
-    held_now: dict[str, int]
-    used_now: dict[str, int]
-    warnings: NotRequired[list[str]]
-
-
-class ResourceChangedAnswer(ResourceAnswer):
-    """A resource that was changed, and what no longer fits."""
-    no_longer_fit: list[ReservationAnswer]
-    warnings: NotRequired[list[str]]
-
-
-class HostAnswer(Answer):
-    """A host, and what is known of it."""
-    name: str
-    properties: dict[str, str]
-
-
-class DifferenceAnswer(Answer):
-    """A field of a resource that a cloud has otherwise."""
-    resource: str
-    what: str
-    before: Any
-    after: Any
-
-
-class AffectedAnswer(Answer):
-    """An occurrence that no longer fits after a capacity change, and what became of it."""
-    label: Label
-    user: str
-    project: str
-    vms: int
-    start: datetime
-    end: datetime
-    outcome: str
-
-
-class CapacityChangeAnswer(Answer):
-    """A capacity change or a maintenance that was made, and whom it affects."""
-    id: int
-    resource: str
-    start: datetime
-    end: datetime
-    reason: str
-    hit: list[AffectedAnswer]
-    affected: list[AffectedAnswer]
-
-
-class MaintenanceAnswer(Answer):
-    """A capacity change or a maintenance."""
-    id: int
-    resource: str
-    start: datetime
-    end: datetime
-    vms: int | None
-    vcpus: int | None
-    ram: int | None
-    classes: dict[str, int]
-    host: str
-    reason: str
-
-
-class CalledOffAnswer(Answer):
-    """A capacity change or a maintenance that was called off."""
-    id: int
-    reason: str
-
-
-class CheckAnswer(Answer):
-    """How many steps of usage were compared, and in how many they differed."""
-    steps: int
-    differences: int
-
-
-class ClaimAnswer(Answer):
-    """Whether a server may start on a resource, why, and on which hosts (no list: on any)."""
-    resource: str
-    passes: bool
-    why: str
-    hosts: list[str] | None
-
-
-class EventOutcomeAnswer(Answer):
-    """What became of an event of a calendar."""
-    uid: str
-    summary: str
-    outcome: str
-    why: NotRequired[str]
-    label: NotRequired[Label]
-    start: NotRequired[datetime]
-    vms: NotRequired[int]
-    flavor: NotRequired[str]
-    count: NotRequired[int]
-    occurrences: NotRequired[list[OutcomeAnswer]]
-
-
-class ImportAnswer(Answer):
-    """What became of the events of a calendar, and how many ask for nothing."""
-    events: list[EventOutcomeAnswer]
-    ignored: int
-    held: NotRequired[str]
-    needs_confirmation: NotRequired[str]
-
-
-class CalendarAnswer(Answer):
-    """A feed that shows reservations, or a subscription that makes them."""
-    id: int
-    kind: str
-    user: str
-    project: str
-    shows: NotRequired[str | None]
-    added: NotRequired[datetime]
-    revoked: NotRequired[datetime]
-    polled: NotRequired[datetime | None]
-    fault: NotRequired[str]
-    held: NotRequired[str]
-    needs_confirmation: NotRequired[str]
-
-
-class FeedAnswer(Answer):
-    """The address of a feed; of a dry run, whose it would be."""
-    feed: NotRequired[Secret]
-    user: NotRequired[str]
-    project: NotRequired[str]
-
-
-class EventAnswer(Answer):
-    """A line of the event log."""
-    id: int
-    at: datetime
-    actor: str
-    code: str
-    label: Label | None
-    project: str | None
-    sentence: str
-
-
-class LatenessAnswer(Answer):
-    """How late the VMs of a cloud were, in seconds."""
-    cloud: str
-    servers: int
-    begun_median: float | None
-    begun_95: float | None
-    begun_worst: float | None
-    ready_median: float | None
-    ready_95: float | None
-    ready_worst: float | None
-    tried_again: int
-
-
-class FailedAnswer(Answer):
-    """A VM that did not start."""
-    cloud: str
-    label: Label
-    name: str
-    tries: int
-    planned: datetime
-    fault: str
-
-
-class PunctualityAnswer(Answer):
-    """How late VMs were, and which failed."""
-    clouds: list[LatenessAnswer]
-    failed: list[FailedAnswer]
-
-
-class ReportAnswer(Answer):
-    """The sums of a project, a user or a resource."""
-    project: NotRequired[str]
-    user: NotRequired[str]
-    resource: NotRequired[str]
-    reserved_hours: float
-    used_hours: float
-    unused_hours: float
-    refused: int
-    late_worst: float
-
-
-class TokenAnswer(Answer):
-    """Whose a token is and what for; not the token itself, of which only a hash is kept."""
-    id: int
-    user: str
-    project: str
-    role: str
-    purpose: str
-    scopes: list[str]
-    resource: str | None
-    added: datetime
-    ends: datetime | None
-    last_used: datetime | None
-    revoked: datetime | None
-
-
-class CredentialAnswer(Answer):
-    """Whose VMs are made in their own name on which cloud; not the secret."""
-    id: int
-    user: str
-    project: str
-    cloud: str
-    application: str
-    trust: str
-    added: datetime
-
-
-class NewTokenAnswer(Answer):
-    """A token that was made; of a dry run, whose it would be."""
-    token: NotRequired[Secret]
-    user: NotRequired[str]
-    project: NotRequired[str]
-    role: NotRequired[str]
-    ends: NotRequired[datetime]
-
-
-class EndedAnswer(Answer):
-    """How many tokens of a person have ended."""
-    user: str
-    tokens: int
-
-
-class RefusalAnswer(Answer):
-    """Why a request was refused, in a sentence; `details` say more to programs."""
-    error: str
-    kind: str
-    details: NotRequired[dict]
-
-
-class HealthAnswer(Answer):
-    """Whether the store can be read, and seconds since VMs were looked after."""
-    status: NotRequired[str]
-    last_pass: NotRequired[float]
-    error: NotRequired[str]
-
-
-class ReadyAnswer(Answer, more=dict):
-    """Whether requests can be answered; further fields are the parts that were looked at."""
-    status: str
+class Field(NamedTuple):
+    """A field of an answer: the type of its value, and whether it is always there."""
+    kind: Any
+    always: bool
+
+
+#: Of which type a field is whose answer says no other.
+FIELD_TYPES = {name: kind for kind, names in (
+    (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
+          'min_free_time steps differences count ignored tried_again tokens'),
+    (Label, 'label'),
+    (str, 'user project resource cell cloud region aggregate flavor image network key server '
+          'at_end description affinity where repeat tz fault request host outcome why message '
+          'ends_with name snapshot account login user_data on_conflict error mode default_flavor '
+          'default_image planned_by what reason summary held needs_confirmation kind actor code '
+          'sentence role purpose application trust status'),
+    (list[str], 'security_groups notify invite warnings addresses hosts scopes'),
+    (dict[str, str], 'metadata properties'),
+    (dict[str, int], 'classes held_now used_now'),
+    (bool, 'personal passes'),
+    (datetime, 'start end added planned until at'),
+    (datetime | None, 'cancelled changed booked_until begun ready deleted revoked polled ends '
+                      'last_used'),
+    (State, 'state'),
+    (dict, 'change details'),
+    (str | None, 'uid shows'),
+    (Lasts, 'duration exempt lock exempt_within'),
+    (int | None, 'free_vms most_vms vcpu_hours waiting max_vms max_vcpu_hours max_waiting'),
+    (Lasts | None, 'longest ahead least_notice max_duration max_advance min_notice'),
+    (Any, 'before after'),
+    (Secret, 'feed token'),
+    (float | None, 'begun_median begun_95 begun_worst ready_median ready_95 ready_worst'),
+    (float, 'reserved_hours used_hours unused_hours late_worst last_pass'),
+    ) for name in names.split()}
+
+
+def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None, **kinds) -> type:
+    """A kind of answer: what it is about and its fields, with ? those that may be missing; `kinds`
+    are types that fields have only here."""
+    named = {each.rstrip('?'): not each.endswith('?') for each in fields.split()}
+    own = {each: Field(kinds.get(each) or FIELD_TYPES[each], always)
+           for each, always in named.items()}
+    return type(f'{name}Answer', (of,), {
+        '__doc__': about, 'fields': of.fields | own, 'more': more or of.more})
+
+
+ReservationAnswer = answer_kind(
+    'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
+    'state.',
+    'id label user project resource cell cloud region aggregate vms flavor image network key '
+    'security_groups metadata server at_end notify invite vcpus ram classes lead description '
+    'personal affinity where repeat tz start end cancelled added changed up fault request host '
+    'state change?', fault=str | None)
+OutcomeAnswer = answer_kind(
+    'Outcome', 'What became of one occurrence of a series.',
+    'start end vms outcome why?')
+BookedAnswer = answer_kind(
+    'Booked', 'A reservation that was made or changed; of a series, what became of each '
+    'occurrence.',
+    'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
+    occurrences=list[OutcomeAnswer])
+GroupAnswer = answer_kind(
+    'Group', 'Several reservations that were made together, or not at all.',
+    'label parts', parts=list[BookedAnswer])
+CancelledAnswer = answer_kind(
+    'Cancelled', 'A reservation that was cancelled, and what becomes of its VMs.',
+    'ends_with? warnings?', of=ReservationAnswer)
+ServerAnswer = answer_kind(
+    'Server', 'A VM of a reservation: when it was planned, begun, ready and deleted, and what '
+    'went wrong.',
+    'n name state addresses planned begun ready deleted snapshot tries fault account uid login',
+    state=str)
+KeptAnswer = answer_kind(
+    'Kept', 'A VM that was stopped or shelved at the end of its reservation and stays.',
+    'id name label project user state addresses end account uid', state=str)
+ComingAnswer = answer_kind(
+    'Coming', 'A current or future occurrence of a series.',
+    'start end vms resource state')
+DetailAnswer = answer_kind(
+    'Detail', 'All of a reservation, with its VMs, and what comes of a series.',
+    'user_data servers on_conflict? booked_until? occurrences?', of=ReservationAnswer,
+    servers=list[ServerAnswer], occurrences=list[ComingAnswer])
+DetailGroupAnswer = answer_kind(
+    'DetailGroup', 'All of several reservations that were made together.',
+    'label parts', parts=list[DetailAnswer])
+DurationAnswer = answer_kind(
+    'Duration', 'How long a reservation is.',
+    'label duration seconds')
+DurationGroupAnswer = answer_kind(
+    'DurationGroup', 'How long the parts of a group are.',
+    'label parts', parts=list[DurationAnswer])
+RefusedLineAnswer = answer_kind(
+    'RefusedLine', 'A line of many that was refused, and why.',
+    'line label error', label=Any)
+LoadedAnswer = answer_kind(
+    'Loaded', 'What became of many reservations.',
+    'taken refused', taken=list[BookedAnswer | GroupAnswer], refused=list[RefusedLineAnswer])
+SlotAnswer = answer_kind(
+    'Slot', 'A time window in which a resource has so many VMs free.',
+    'resource start until duration vms')
+UsageAnswer = answer_kind(
+    'Usage', 'How much of a resource is used in a time window; further fields are resource '
+    'classes.',
+    'start end vms vcpus ram free_vms', more=int)
+LimitAnswer = answer_kind(
+    'Limit', 'What a project or a user may reserve at most.',
+    'id project user resource most_vms longest ahead least_notice vcpu_hours waiting exempt lock '
+    'added max_vms max_duration max_advance min_notice max_vcpu_hours max_waiting exempt_within')
+ResourceAnswer = answer_kind(
+    'Resource', 'A resource: its location and its capacity, without a number where that is '
+    'unlimited.',
+    'id name cell cloud region aggregate vms vcpus ram classes mode hold approval no_show lock '
+    'default_flavor default_image default_vms hosts spare added min_free_time', vms=int | None,
+    vcpus=int | None, ram=int | None, lock=int)
+ResourceNowAnswer = answer_kind(
+    'ResourceNow', 'A resource, and how much of it is used now.',
+    'planned_by held_now used_now warnings?', of=ResourceAnswer)
+ResourceChangedAnswer = answer_kind(
+    'ResourceChanged', 'A resource that was changed, and what no longer fits.',
+    'no_longer_fit warnings?', of=ResourceAnswer, no_longer_fit=list[ReservationAnswer])
+HostAnswer = answer_kind(
+    'Host', 'A host, and what is known of it.',
+    'name properties')
+DifferenceAnswer = answer_kind(
+    'Difference', 'A field of a resource that a cloud has otherwise.',
+    'resource what before after')
+AffectedAnswer = answer_kind(
+    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of '
+    'it.',
+    'label user project vms start end outcome')
+CapacityChangeAnswer = answer_kind(
+    'CapacityChange', 'A capacity change or a maintenance that was made, and whom it affects.',
+    'id resource start end reason hit affected', hit=list[AffectedAnswer],
+    affected=list[AffectedAnswer])
+MaintenanceAnswer = answer_kind(
+    'Maintenance', 'A capacity change or a maintenance.',
+    'id resource start end vms vcpus ram classes host reason', vms=int | None, vcpus=int | None,
+    ram=int | None)
+CalledOffAnswer = answer_kind(
+    'CalledOff', 'A capacity change or a maintenance that was called off.',
+    'id reason')
+CheckAnswer = answer_kind(
+    'Check', 'How many steps of usage were compared, and in how many they differed.',
+    'steps differences')
+ClaimAnswer = answer_kind(
+    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on '
+    'any).',
+    'resource passes why hosts', hosts=list[str] | None)
+EventOutcomeAnswer = answer_kind(
+    'EventOutcome', 'What became of an event of a calendar.',
+    'uid summary outcome why? label? start? vms? flavor? count? occurrences?', uid=str,
+    occurrences=list[OutcomeAnswer])
+ImportAnswer = answer_kind(
+    'Import', 'What became of the events of a calendar, and how many ask for nothing.',
+    'events ignored held? needs_confirmation?', events=list[EventOutcomeAnswer])
+CalendarAnswer = answer_kind(
+    'Calendar', 'A feed that shows reservations, or a subscription that makes them.',
+    'id kind user project shows? added? revoked? polled? fault? held? needs_confirmation?',
+    revoked=datetime)
+FeedAnswer = answer_kind(
+    'Feed', 'The address of a feed; of a dry run, whose it would be.',
+    'feed? user? project?')
+EventAnswer = answer_kind(
+    'Event', 'A line of the event log.',
+    'id at actor code label project sentence', label=Label | None, project=str | None)
+LatenessAnswer = answer_kind(
+    'Lateness', 'How late the VMs of a cloud were, in seconds.',
+    'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
+    'tried_again', servers=int)
+FailedAnswer = answer_kind(
+    'Failed', 'A VM that did not start.',
+    'cloud label name tries planned fault')
+PunctualityAnswer = answer_kind(
+    'Punctuality', 'How late VMs were, and which failed.',
+    'clouds failed', clouds=list[LatenessAnswer], failed=list[FailedAnswer])
+ReportAnswer = answer_kind(
+    'Report', 'The sums of a project, a user or a resource.',
+    'project? user? resource? reserved_hours used_hours unused_hours refused late_worst',
+    refused=int)
+TokenAnswer = answer_kind(
+    'Token', 'Whose a token is and what for; not the token itself, of which only a hash is kept.',
+    'id user project role purpose scopes resource added ends last_used revoked',
+    resource=str | None)
+CredentialAnswer = answer_kind(
+    'Credential', 'Whose VMs are made in their own name on which cloud; not the secret.',
+    'id user project cloud application trust added')
+NewTokenAnswer = answer_kind(
+    'NewToken', 'A token that was made; of a dry run, whose it would be.',
+    'token? user? project? role? ends?', ends=datetime)
+EndedAnswer = answer_kind(
+    'Ended', 'How many tokens of a person have ended.',
+    'user tokens')
+RefusalAnswer = answer_kind(
+    'Refusal', 'Why a request was refused, in a sentence; `details` say more to programs.',
+    'error kind details?')
+HealthAnswer = answer_kind(
+    'Health', 'Whether the store can be read, and seconds since VMs were looked after.',
+    'status? last_pass? error?')
+ReadyAnswer = answer_kind(
+    'Ready', 'Whether requests can be answered; further fields are the parts that were looked at.',
+    'status', more=dict)
 
 
 #: What a field means that is no argument, or means more than what may be typed there.
@@ -3001,22 +2780,21 @@ MEANS = WORDS | {
     'account': 'the entry of clouds.yaml under which the VM was made', 'addresses': 'IP addresses',
     'added': 'when it was made', 'at': 'when it happened', 'actor': 'who did it',
     'begun': 'when the cloud was asked for it', 'booked_until': 'until when a series is reserved',
-    'cancelled': 'the change that waits for an '
-                 'approval', 'change': 'what of it waits for an approval',
+    'cancelled': 'when it was cancelled', 'change': 'what of it waits for an approval',
     'changed': 'when it was last changed', 'code': 'what kind of event it is',
-    'deleted': 'when the VM was gone', 'details': 'when the VM was gone',
+    'deleted': 'when the VM was gone', 'details': 'what the sentence says, for programs',
     'end': 'when it ends; that instant is not part of it', 'ends': 'when the token ends',
     'ends_with': 'what happens to its VMs', 'error': 'why, in a sentence',
-    'fault': 'what went wrong last', 'free_vms': 'the last error',
-    'held_now': 'the affected reservations', 'hit': 'whom it affects',
-    'used_now': 'the affected reservations',
+    'fault': 'what went wrong last', 'free_vms': 'how many VMs are free; null: any number',
+    'held_now': 'how much is used now', 'hit': 'whom it affects',
+    'used_now': 'how much is used now',
     'needs_confirmation': 'what its owner must confirm', 'held': 'what its owner must confirm',
     'id': 'its number, which never changes', 'ignored': 'how many events ask for nothing',
     'kind': 'which kind it is of', 'last_pass': 'seconds since VMs were started and ended',
     'last_used': 'when the token was used last', 'lead': 'seconds before the start',
     'message': 'what starts when, and what happens to it, in a sentence',
     'n': 'which of the VMs of a reservation it is', 'outcome': 'what became of it',
-    'passes': 'planned start', 'planned': 'when it was to begin',
+    'passes': 'whether the server may start', 'planned': 'when it was to begin',
     'polled': 'when the calendar was last read', 'ready': 'when the VM was active',
     'refused': 'what was refused', 'request': 'the group that it is a part of',
     'revoked': 'since when it is invalid', 'seconds': 'its length in seconds',
@@ -3025,21 +2803,7 @@ MEANS = WORDS | {
     'state': 'what it is doing now', 'taken': 'what was reserved', 'token': 'the token itself',
     'tries': 'how often the cloud was asked for it', 'uid': 'its id at the cloud or in a calendar',
     'until': 'until when it is free', 'up': 'how many of its VMs are active',
-    'warnings': 'for what reason', 'why': 'for what reason'}
-
-
-class Field(NamedTuple):
-    """A field of an answer: the type of its value, and whether it is always there."""
-    kind: Any
-    always: bool
-
-
-@functools.cache
-def declared(answer: type[Answer]) -> dict[str, Field]:
-    """The fields that an answer declares."""
-    hints = get_type_hints(answer, include_extras=True)
-    return {name: Field(get_args(kind)[0], False) if get_origin(kind) is NotRequired
-            else Field(kind, True) for name, kind in hints.items()}
+    'warnings': 'what may be otherwise than meant', 'why': 'for what reason'}
 
 
 def choices_of(kind) -> tuple:
@@ -3063,7 +2827,7 @@ def as_object(value: dict, kinds: tuple):
     for each in kinds:
         if get_origin(each) is dict:
             return {name: as_answer(one, get_args(each)[1]) for name, one in value.items()}
-        fields = declared(each) if is_answer(each) else {}
+        fields = each.fields if is_answer(each) else {}
         if fields and all(name in value for name, field in fields.items() if field.always):
             more = Field(each.more or Any, False)
             return each({name: as_answer(one, fields.get(name, more).kind)
@@ -3418,8 +3182,9 @@ def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[in
 
 
 def file_uri(path: str) -> str:
-    """The name under which SQLite opens a file that must be there: it makes none."""
-    return f'file:{quote(os.path.abspath(path))}?mode=rw'
+    """The name under which SQLite opens a file that must be there (sqlite.org/uri.html, 3.1)."""
+    apart = {ord(each): f'%{ord(each):02x}' for each in '%?#'}
+    return f'file:{os.path.abspath(path).translate(apart)}?mode=rw'
 
 
 def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
@@ -3565,8 +3330,8 @@ class SQLite(peewee.SqliteDatabase):
 MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
-IN_LIST = re.compile(r'\b(numbers|names)\(\?(\d*)\)')
-OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
+IN_LIST = Pattern(r'\b(numbers|names)\(\?(\d*)\)')
+OTHERWISE = [(Pattern(pattern), text) for pattern, text in (
     (r'\bnumbers\((\?\d*)\)', r'(SELECT CAST(value AS bigint) FROM '
                               r'jsonb_array_elements_text(CAST(\1 AS jsonb)) AS list (value))'),
     (r'\bnames\((\?\d*)\)', r'(SELECT jsonb_array_elements_text(CAST(\1 AS jsonb)))'),
@@ -3579,7 +3344,7 @@ OTHERWISE = [(re.compile(pattern), text) for pattern, text in (
     (r'\s+INDEXED BY \w+', ''), (r'\bCROSS\s+JOIN\b', 'JOIN'), (r'\bmain\.', ''),
     (r'(\S*\btold & 128)', r'(\1) <> 0'), (r'\bIS NOT (?=\?)', 'IS DISTINCT FROM '),
     (r'\bIS (?=\?)', 'IS NOT DISTINCT FROM '), (r'\bLIMIT -1\b', ''))]
-TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
+TOKENS = Pattern(r"""'(?:[^']|'')*'|"[^"]*"|(?P<mark>\?\d*)|(?P<word>\b(?:user|left)\b)""")
 
 
 class PostgreSQL(PooledPostgresqlDatabase):
@@ -3798,14 +3563,14 @@ def psycopg():
 
 
 #: How PostgreSQL writes what peewee's models say.
-OF_SCHEMA = [(re.compile(pattern), text) for pattern, text in (
+OF_SCHEMA = [(Pattern(pattern), text) for pattern, text in (
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
 
 
-TRIGGER = re.compile(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
-                     r'\s+BEGIN\s(.*)END', flags=re.S)
-OF_TRIGGERS = [(re.compile(pattern), text) for pattern, text in (
+TRIGGER = Pattern(r'\s*CREATE (TEMP )?TRIGGER (?:IF NOT EXISTS )?(\w+) (.*?)(?: WHEN (.*?))?'
+                  r'\s+BEGIN\s(.*)END', flags=re.S)
+OF_TRIGGERS = [(Pattern(pattern), text) for pattern, text in (
     (r'SET size = size \+ ex', 'SET size = texts.size + ex'),
     (r"NEW.at, '', 1\b", "NEW.at, '', TRUE"),
     (r'JOIN json_each\(r.invite\)', 'JOIN LATERAL jsonb_array_elements_text('
@@ -4195,6 +3960,7 @@ class ExtraHold(Table):
     reservation = peewee.ForeignKeyField(Reservation)
     proposal = peewee.ForeignKeyField(Proposal, null=True)  # NULL: for VMs that stay
     resource = peewee.ForeignKeyField(Resource)
+    host = peewee.ForeignKeyField(Host, null=True, index=False)  # NULL: of the sum of all hosts
     held_from = peewee.IntegerField()
     held_until = peewee.IntegerField()
     vms = peewee.IntegerField()
@@ -4585,7 +4351,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started()]
+    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
+    lambda: add_hosts_of_extra()]
 
 
 def long_texts(row: str) -> str:
@@ -5656,6 +5423,11 @@ def add_user_started() -> None:
     add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
 
 
+def add_hosts_of_extra() -> None:
+    """Version 25: what is held beside occurrences is held on hosts as well."""
+    add_columns('extra_hold', {'host_id': 'INTEGER REFERENCES host (id)'})
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -6499,24 +6271,34 @@ def added(one: Amount, other: Amount, sign: int) -> tuple:
 
 
 class Hold(NamedTuple):
-    """An amount of a resource that is held during [begin, until)."""
+    """An amount of a resource, or of one of its hosts, that is held during [begin, until)."""
     resource: int  # id
     begin: int
     until: int
     amount: Amount
+    host: int = 0  # its id; 0: of the sum of all
 
 
 def hold_of(row) -> Hold:
     """What the row of an occurrence, or another one with its columns, holds."""
-    return Hold(row.resource_id, row.held_from, row.held_until, amount_of(row))
+    return Hold(row.resource_id, row.held_from, row.held_until, amount_of(row),
+                getattr(row, 'host_id', None) or 0)
+
+
+def on_host(host: int, track: str) -> str:
+    """The track of a host, or of the sum."""
+    return f'@{host}:{track}' if host else track
+
+
+ON_HOSTS = "track LIKE '@%'"
 
 
 def beyond(some: list[Hold], others: list[Hold]) -> list[Hold]:
     """What some holds have in all that others have not, in pieces that don't overlap."""
     if not others and len(some) == 1 and some[0].begin < some[0].until:  # as most are
         return some
-    return [piece for resource in dict.fromkeys(each.resource for each in some)
-            for piece in beyond_at(resource, some, others)]
+    return [piece for place in dict.fromkeys((each.resource, each.host) for each in some)
+            for piece in beyond_at(*place, some, others)]
 
 
 def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
@@ -6524,12 +6306,12 @@ def still_to_come(pieces: list[Hold], now: float) -> list[Hold]:
     return [each for each in pieces if each.until > now]
 
 
-def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
-    """The pieces of one resource, in order: what the first side has more of than the second."""
+def beyond_at(resource: int, host: int, *sides: list[Hold]) -> Iterator[Hold]:
+    """The pieces of one place, in order: what the first side has more of than the second."""
     changes: dict[int, list] = defaultdict(lambda: [NOTHING, NOTHING])
     for side, holds in enumerate(sides):
         for each in holds:
-            if each.resource == resource:
+            if (each.resource, each.host) == (resource, host):
                 changes[each.begin][side] += each.amount
                 changes[each.until][side] -= each.amount
     has = had = NOTHING
@@ -6537,7 +6319,7 @@ def beyond_at(resource: int, *sides: list[Hold]) -> Iterator[Hold]:
         more, there = changes[begin]
         has, had = has + more, had + there
         if (growth := has.beyond(had)) != NOTHING:
-            yield Hold(resource, begin, until, growth)
+            yield Hold(resource, begin, until, growth, host)
 
 
 def amount_of(row, prefix: str = '') -> Amount:
@@ -6556,6 +6338,11 @@ def capacity(resource) -> Amount:
     """What the row of a resource holds; of what Placement has not told for its hosts, nothing."""
     most = amount_of(resource)
     return most if resource.hosts in ('', '[]') else no_more(most)
+
+
+def amount_of_host(found) -> Amount:
+    """What the row of a host has in all."""
+    return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
 def stored(amount: Amount, prefix: str = '') -> dict:
@@ -6777,12 +6564,13 @@ def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
                'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
 
 
-def peak(resource: int, begin: float, until: float, classes: Iterable[str] = ()) -> Amount:
+def peak(resource: int, begin: float, until: float, classes: Iterable[str] = (),
+         host: int = 0) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    tracks = ('', CLOSED, *classes)
-    ledger.read((resource, track, *piece[:2]) for track in tracks
+    tracks = {name: on_host(host, name) for name in ('', CLOSED, *classes)}
+    ledger.read((resource, track, *piece[:2]) for track in tracks.values()
                 for piece in ledger.within(resource, track, begin, until))
-    found = {track: ledger.peak(resource, track, begin, until) for track in tracks}
+    found = {name: ledger.peak(resource, track, begin, until) for name, track in tracks.items()}
     closed = found[CLOSED][0]
     if not db.in_transaction():
         ledger.forget()
@@ -6798,12 +6586,12 @@ def read_windows(holds: Iterable[Hold], now: float) -> None:
                                            each.until))
 
 
-def hold(resource: int, begin: int, until: int, amount: Amount) -> None:
+def hold(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
     """(3), without asking whether it fits; what is given back by it is there at once."""
     decide_on((On.RESOURCE, resource))
     tracks = [*amount.tracks] if begin < until else []
     for track, figures in tracks:
-        ledger.add(resource, track, begin, until, figures)
+        ledger.add(resource, on_host(host, track), begin, until, figures)
     # At once: who is first of those that wait must not be passed in this very transaction.
     if any(each < 0 for _, figures in tracks for each in figures):
         call_waiting(resource, begin, until)
@@ -6824,13 +6612,25 @@ def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
         remembered.change()
 
 
-def release(resource: int, begin: int, until: int, amount: Amount) -> None:
-    hold(resource, begin, until, NOTHING - amount)
+def release(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
+    hold(resource, begin, until, NOTHING - amount, host)
 
 
-def fits(resource, begin: float, until: float, amount: Amount) -> bool:
-    """Whether a resource row has room for an amount during all of a window."""
-    return (peak(resource.id, begin, until, amount.names) + amount).within(capacity(resource))
+def fits(each: Hold, now: float, more: Amount | None = None) -> bool:
+    """Whether there is room for a hold from now on; or, if it is there, for so much `more`."""
+    begin, more = max(each.begin, int(now)), each.amount if more is None else more
+    return begin >= each.until or (
+        peak(each.resource, begin, each.until, each.amount.names, each.host) + more).within(
+            most_of(each))
+
+
+def most_of(each: Hold) -> Amount:
+    """What there is in all where something is held."""
+    if not each.host:
+        return capacity(resource_of(each.resource, removed=True))
+    found = once('SELECT * FROM host WHERE id = ?', each.host)[0]
+    most = amount_of_host(found) if found.until >= each.until else NOTHING
+    return no_more(most._replace(vms=None))
 
 
 def give(pieces: Iterable[Hold]) -> None:
@@ -6852,10 +6652,8 @@ def take(pieces: list[Hold], now: float, given: list[Hold] = ()) -> None:
 
 def refuse_without_room(pieces: Iterable[Hold], now: float) -> None:
     """NoCapacity if one of some pieces, which don't overlap, doesn't fit from now on."""
-    for each in pieces:
-        place = resource_of(each.resource, removed=True)
-        if each.until > now and not fits(place, max(each.begin, int(now)), each.until, each.amount):
-            raise NoCapacity('')
+    if not all(fits(each, now) for each in pieces):
+        raise NoCapacity('')
 
 
 def steps(resource: int, begin: float, until: float,
@@ -6935,9 +6733,9 @@ def held_steps(resource: int) -> Iterator[tuple[tuple[str, int], tuple]]:
     held = rows('SELECT start AS held_from, "end" AS held_until, held_vms AS vms, held_vcpus AS '
                 'vcpus, held_ram AS ram, held_classes AS classes FROM capacity WHERE resource_id = '
                 '? AND removed IS NULL', resource)
-    for table in ('occurrence', 'extra_hold'):
+    for table, where in ('occurrence', ''), ('extra_hold', ' AND host_id IS NULL'):
         held += rows(f'SELECT held_from, held_until, vms, vcpus, ram, classes FROM {table} '
-                     'WHERE resource_id = ? AND held_from < held_until', resource)
+                     f'WHERE resource_id = ? AND held_from < held_until{where}', resource)
     for each in held:
         changes[each.held_from] += amount_of(each)
         changes[each.held_until] -= amount_of(each)
@@ -7091,18 +6889,15 @@ def stored_placed(placed: dict[int, int]) -> str:
 
 def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
     """Holds, or gives back, what some VMs take of their hosts."""
-    if need.begin < need.until:
-        for host, number in placed.items():
-            for track, figures in (need.each * (sign * number)).tracks:
-                ledger.add(need.resource, on_host(host, track), need.begin, need.until, figures)
+    for *place, amount, host in host_holds(need, placed):
+        for track, figures in (amount * sign).tracks:
+            ledger.add(place[0], on_host(host, track), *place[1:], figures)
 
 
-def on_host(host: int, track: str) -> str:
-    """The track of a host."""
-    return f'@{host}:{track}'
-
-
-ON_HOSTS = "track LIKE '@%'"
+def host_holds(need: Need, placed: dict[int, int]) -> list[Hold]:
+    """What some VMs take of each of their hosts."""
+    return [Hold(*need[:3], need.each * number, host) for host, number in placed.items()
+            if number and need.begin < need.until]
 
 
 @functools.lru_cache
@@ -7163,11 +6958,6 @@ def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     classes = dict(most.classes)
     yield found.units, (*(classes.get(name, 0) - level[0] for name, level in zip(names, held[1:])),
                         most.vcpus - held[0][1], most.ram - held[0][2])
-
-
-def amount_of_host(found) -> Amount:
-    """What the row of a host has in all."""
-    return Amount(0, found.vcpus, found.ram, tuple(sorted(json.loads(found.classes).items())))
 
 
 def suits(host: int, units: str, need: Need) -> bool:
@@ -7449,6 +7239,7 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
                             WHERE o.id IN ({near}) AND o.held_from > ? AND o.held_from < ?
                               AND o.held_until > ? AND o.held_until > o.held_from
                               AND o.placed <> '' AND r.id <> ? AND r.host = '' AND r.affinity <> ?
+                              AND {MOVES_ALONE}
                             ORDER BY o.id""", int(now), until, begin, own, TOGETHER)
         found = [(each, need_of(hold_of(each), each)) for each in planned
                  if not read_placed(each.placed).keys().isdisjoint(hosts)]
@@ -7457,9 +7248,15 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
     return found
 
 
+#: Of an occurrence o, that no more is held on hosts for its reservation.
+MOVES_ALONE = ('NOT EXISTS (SELECT 1 FROM extra_hold x WHERE x.reservation_id = o.reservation_id '
+               'AND x.host_id IS NOT NULL)')
+
+
 class Replans(threading.local):
     """What this thread's rehearsals found, by need, for the transaction after them."""
     found: dict = {}
+    made: list = []  # the moves that have made room for what is decided now
     searches = 0  # so many may still be made; none where a quick answer is wanted
 
 
@@ -7472,7 +7269,8 @@ def replan(need: Need, had: dict[int, int], now: float,
     lacking = {host: sum(map(operator.lt, room, need.figures))
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
-    for turn, (width, looks) in enumerate(SEARCHED if nearest else ()):
+    possible = nearest and had.keys() <= lacking.keys()
+    for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
                                  json.dumps(chosen)), had, now, own)
@@ -7485,8 +7283,8 @@ def make_moves(moves: list[tuple], now: float) -> bool:
     """Makes some moves, unless one can't be made any more; then the caller undoes them."""
     made = []
     for id, before, after in moves:
-        found = row('SELECT * FROM occurrence WHERE id = ? AND placed = ? AND held_from > ? '
-                    'AND held_until > held_from', id, before, now)
+        found = row('SELECT o.* FROM occurrence o WHERE id = ? AND placed = ? AND held_from > ? '
+                    f'AND held_until > held_from AND {MOVES_ALONE}', id, before, now)
         if not found:
             return False
         need, placed = on_hosts(found, now)
@@ -7530,13 +7328,15 @@ def differing_on_hosts(resource: int, now: int) -> Iterator[tuple]:
     right, kept, planned = defaultdict(Profile), defaultdict(Profile), []
     for found in rows("SELECT * FROM occurrence WHERE resource_id = ? AND due IS NOT NULL "
                       "AND held_until > ? AND placed <> ''", resource, now):
-        need, placed = on_hosts(found, now)
-        for host, number in placed.items() if need.begin < need.until else ():
-            planned.append((need._replace(each=need.each * number), host))
-    planned += [each[1:] for each in closings(resource, now)]
-    for need, host in planned:
-        for track, figures in need.each.tracks:
-            right[on_host(host, track)].add(need.begin, need.until, figures)
+        planned += host_holds(*on_hosts(found, now))
+    planned += [each for _, need, host in closings(resource, now)
+                for each in host_holds(need, {host: 1})]
+    planned += [each._replace(begin=max(each.begin, now)) for each in map(hold_of, rows(
+        'SELECT * FROM extra_hold WHERE resource_id = ? AND host_id IS NOT NULL '
+        'AND held_until > ?', resource, now))]
+    for _, begin, until, amount, host in planned:
+        for track, figures in amount.tracks:
+            right[on_host(host, track)].add(begin, until, figures)
     for track, at, *figures in run(f'SELECT track, at, vms, vcpus, ram FROM step WHERE resource_id '
                                    f'= ? AND {ON_HOSTS} ORDER BY track, at', resource):
         kept[track].ats.append(at)
@@ -7573,6 +7373,7 @@ def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
     placed, moves = replans.found.get(key) or (None, [])
     with Attempt() as attempt:
         if placed and make_moves(moves, now) and first_fit(need, placed, stay) == placed:
+            replans.made += moves
             return placed
         attempt.undo()
     return None
@@ -7593,6 +7394,13 @@ class Flavor(NamedTuple):
     ram: int
     classes: tuple = ()
     disk: int = 0
+
+
+def takes_of(flavor: Flavor, place) -> Amount:
+    """What one machine takes of a resource: disk, where its hosts have some of their own."""
+    *figures, disk = flavor
+    counts = disk and DISK in capacity(place).names
+    return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
 
 
 class Thing(NamedTuple):
@@ -7889,6 +7697,9 @@ class Cloud:
     def refuse_any_network(self, sight: Sight) -> None:
         """Refuses what names no network where Nova could not tell which one it is to have."""
 
+    def forget(self, named: list[tuple[str, str]]) -> None:
+        """Lets names be looked up anew: one of them may stand for something else by now."""
+
     def left(self) -> Amount | None:
         """How much more the quota of the account's project allows; None where that is not told."""
 
@@ -8025,8 +7836,7 @@ class OpenStack(Cloud):
             way, auth = 'v3password', {'trust_id': found.name} | {
                 name: each for name, each in ours.items() if not name.startswith('project')}
         kept = ('region_name', 'verify', 'cacert', 'interface')
-        same = {name: entry.config[name] for name in kept
-                if entry.config.get(name) is not None}
+        same = {name: entry.config[name] for name in kept if entry.config.get(name) is not None}
         return same | {'auth': auth, 'auth_type': way,
                        'load_yaml_config': False, 'load_envvars': False}
 
@@ -8073,8 +7883,7 @@ class OpenStack(Cloud):
             self.found[key] = time.monotonic(), thing
         return thing
 
-    def forget(self, named: list[tuple[str, str]]) -> None:
-        """Lets names be looked up anew: one of them stands for something else by now."""
+    def forget(self, named):
         for key in [*self.found]:
             if key[:2] in named:
                 self.found.pop(key, None)
@@ -8127,9 +7936,10 @@ class OpenStack(Cloud):
     def flavor_thing(self, cloud, found) -> Thing:
         return Thing(found.id, found.name, own=True, open=True, flavor=self.takes(found))
 
-    def takes(self, flavor) -> Flavor:
-        """What a VM of a flavor takes, be it that of a server."""
-        disk = flavor.disk + (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+    def takes(self, flavor, root: bool = True) -> Flavor:
+        """What a VM of a flavor takes, be it that of a server, which may have a volume as root."""
+        disk = (flavor.ephemeral or 0) + math.ceil((flavor.swap or 0) / 1024)
+        disk += flavor.disk if root else 0
         return Flavor(flavor.vcpus, flavor.ram, classes_of(flavor.extra_specs or {}), disk)
 
     def key_thing(self, cloud, found) -> Thing:
@@ -8497,13 +8307,13 @@ class OpenStack(Cloud):
             if not server:
                 return None
             host = server.compute_host or server.hypervisor_hostname or ''
-            gone = server.status.lower() in (*GONE, 'shelved_offloaded')
-            if gone or server.status == 'ERROR' and not host:
-                return None
+            offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
+            if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
+                return None  # what is deleted softly can come back without a question
             twice = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
             has = server.flavor if server.flavor and server.flavor.vcpus else None
-            return Seat(host, None if twice or not has else Flavor(
-                has.vcpus, has.ram, classes_of(has.extra_specs or {})), twice)
+            root = bool(server.image and server.image.id)
+            return Seat(host, self.takes(has, root) if has and not twice else None, twice)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -8519,8 +8329,7 @@ class Simulated(Cloud):
                'm1.large': Flavor(4, 8192), 'm1.xlarge': Flavor(8, 16384),
                'g1.medium': Flavor(2, 4096, (('CUSTOM_GPU', 1),))}
     NAMES = {'flavor': FLAVORS, 'image': ('cirros', 'debian-12', 'ubuntu-24.04'),
-             'network': ('private', 'public'),
-             'key': ('default',), 'security_group': ('default',)}
+             'network': ('private', 'public'), 'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
         super().__init__(account)
@@ -10493,6 +10302,11 @@ class Wish(NamedTuple):
     def held(self) -> tuple[int, int]:
         return self.start - self.lead, self.end
 
+    @property
+    def stays(self) -> bool:
+        """Whether its VMs are stopped at the end, and go on to be somewhere."""
+        return self.image != '' and self.at_end == 'stop'
+
     def columns(self, *names) -> dict:
         return {name: json.dumps(value) if isinstance(value, (list, dict)) else value
                 for name in names for value in (getattr(self, name),)}
@@ -10838,7 +10652,7 @@ THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x WHERE EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
+FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
               'x.reservation_id AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
@@ -11589,14 +11403,9 @@ class Wishes:
                 'them.'] if names else []
 
     def each_takes(self, found: dict, place) -> Amount:
-        """What one machine takes, of what the cloud told; disk, where hosts have some of their own.
-        """
+        """What one machine takes, of what the cloud told."""
         sized = found.get('flavor') or found.get('server')
-        if not (sized and sized.flavor):
-            return Amount(1)
-        *figures, disk = sized.flavor
-        counts = disk and DISK in capacity(place).names
-        return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
+        return takes_of(sized.flavor, place) if sized and sized.flavor else Amount(1)
 
     def whole_host(self, place, asked: dict, each: Amount) -> tuple[str, Amount | None]:
         """The host that is reserved by its name, and what it holds."""
@@ -11887,7 +11696,7 @@ class Reasons:
                  AND held_from < ? AND held_until > ? AND held_until > held_from AND {where}
                    UNION ALL
               SELECT reservation_id, vms, held_from, held_until FROM extra_hold
-                WHERE resource_id = ?
+                WHERE host_id IS NULL AND resource_id = ?
                  AND held_from < ? AND held_until > ? AND {where}) h CROSS
                    JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
@@ -12179,6 +11988,7 @@ class View(NamedTuple):
     others: Others | None  # the other occurrences that change with it
     line: tuple  # its place among those that wait, if it waits
     returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
+    seats: dict = {}  # of a series that starts stopped VMs again, the hosts on which they are
 
 
 #: The codes of deals that locks don't hold up: what time and admins bring about.
@@ -12210,6 +12020,14 @@ class Made(NamedTuple):
     done: list[dict]  # of a series, what became of each occurrence, by start
 
 
+def started_by_users(occurrence: int) -> list[str]:
+    """The VMs that people started themselves in an occurrence, and that are not gone."""
+    return [uid for uid, in run(
+        'SELECT server FROM claim WHERE occurrence = ? AND due IS NOT NULL AND server NOT IN '
+        '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
+        occurrence, occurrence)]
+
+
 class Policy:
     """The rules: each refuses with a Conflict, or lets pass."""
 
@@ -12219,7 +12037,7 @@ class Policy:
     def refuse_deal(self, deal: Deal, now: float) -> None:
         """Raises what the first rule says that is against a deal, whatever it wants to hold."""
         for rule in (self.refuse_fixed, self.refuse_locked, self.refuse_waiting_series,
-                     self.refuse_taken_label):
+                     self.refuse_taken_label, self.refuse_less_than_runs):
             rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
@@ -12259,13 +12077,37 @@ class Policy:
         self.hold_kept_hosts(change, now, -1)
         if not need.takes:
             return
-        placed = (find_hosts(need, had, bool(had) and change.before.held_from <= now, now, view.own)
-                  if change.growth else Counter([*Counter(had).elements()][:need.number]))
+        begun = bool(had) and change.before.held_from <= now
+        placed = (self.seats_for(need, had, begun, wish, view) if change.growth
+                  else self.kept_hosts(change.before, had, need.number))
         if placed is None:
             self.hold_kept_hosts(change, now, 1)
             raise self.reasons.without_hosts(need, wish)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
+
+    def kept_hosts(self, before, had: dict[int, int], number: int) -> Counter:
+        """The hosts of so many VMs of those that there were: first those where some run."""
+        found = run('SELECT h.id, count(*) FROM claim c JOIN host h ON h.resource_id = '
+                    'c.resource_id AND h.name = c.host WHERE c.occurrence = ? AND c.due IS NOT '
+                    'NULL GROUP BY h.id', before.id).fetchall()
+        runs = Counter(had) & Counter(dict(found))
+        return Counter([*runs.elements(), *(Counter(had) - runs).elements()][:number])
+
+    def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
+                  view: View) -> dict[int, int] | None:
+        """The hosts of what a change wants. VMs that stay after it are, if they can be, where there
+        is room for good, and where those that are started again have been.
+        """
+        if not wish.stays:
+            return find_hosts(need, had, stay, view.now, view.own)
+        stay, had = stay or bool(view.seats and not had), had or view.seats
+        placed = (had and first_fit(need, had, True)
+                  or first_fit(need._replace(until=int(LAST.timestamp())), had, stay)
+                  or find_hosts(need, had, stay, view.now, view.own))
+        view.seats.clear()
+        view.seats.update(placed or {})
+        return placed
 
     def refuse_shared_server(self, change: Change, view: View) -> None:
         """A machine that somebody has can be started and stopped by one reservation at a time."""
@@ -12397,6 +12239,17 @@ class Policy:
                            'descriptions and metadata. Shorten some, or ask an admin. (setting '
                            'project_texts)')
 
+    def refuse_less_than_runs(self, deal: Deal, now: float) -> None:
+        """VMs that people started themselves go on, so what they take is not given to others."""
+        for each in deal.changes:
+            before, after = each.before, each.after
+            if not before or not after or before.held_from > now or after.vms >= before.vms:
+                continue
+            runs = len(started_by_users(before.id))
+            if runs > after.vms:
+                raise Conflict(f"Users have started {counted(runs, 'VM')} in '{deal.old.label}', "
+                               'so it needs as many. Delete some first.')
+
     def refuse_fixed(self, deal: Deal, now: float) -> None:
         """A reservation that has begun keeps what its machines are made of."""
         old, wish, asked = deal.old, deal.wish, deal.asked
@@ -12495,12 +12348,14 @@ class Bookings:
         if not self.may_need_approval(deal):
             return self.make_true(deal, now)
         ran, stood = self.holds(old.reservation, False), self.stopped_held(old.reservation)
+        replans.made = []
         with Attempt() as attempt:
             made = self.make_true(deal, now)
             runs, stands = self.holds(old.reservation, False), self.stopped_held(old.reservation)
             growth = still_to_come(beyond(runs + stands, ran + stood), now)
             # VMs that run take more than those that only stay stopped
-            more = still_to_come(beyond(runs, ran), now) + growth
+            more = [each for each in still_to_come(beyond(runs, ran), now) + growth
+                    if not each.host]
             span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
             if not more or not span and not self.proposes_all:
@@ -12510,8 +12365,17 @@ class Bookings:
                 return made
             attempt.undo()
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
+        self.make_way(growth, now)
         self.propose(deal, until, growth, now)
         return None
+
+    def make_way(self, growth: list[Hold], now: float) -> None:
+        """Moves what makes way for a change that is proposed, where that doesn't need what the change
+        gives up.
+        """
+        if not make_moves(replans.made, now):
+            raise NoCapacity('')
+        refuse_without_room(growth, now)
 
     def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
         """On what a deal decides, beside what its rules name."""
@@ -12564,7 +12428,7 @@ class Bookings:
         others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
                   if len(deal.changes) > 1 else None)
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line, deal.code == UNDO)
+        view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
             self.policy.leave_hosts(each, now)
@@ -12582,6 +12446,13 @@ class Bookings:
         if refused:
             raise self.refusal_of(refused, sum(bool(each.after) for each in deal.changes), wish)
         return decided
+
+    def last_hosts(self, own: int, wish: Wish) -> dict[int, int]:
+        """The hosts of the last occurrence of a reservation whose VMs stay stopped."""
+        last = wish.stays and own and row(
+            "SELECT placed FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND "
+            "placed <> '' AND held_until > held_from ORDER BY start DESC LIMIT 1", own)
+        return read_placed(last.placed) if last else {}
 
     def decide(self, change: Change, view: View, clash: str) -> tuple[dict, Any, dict]:
         """Holds what one change wants, or what `clash` says is done instead."""
@@ -12765,16 +12636,18 @@ class Bookings:
 
     def holds(self, reservation: int, stopped: bool = True) -> list[Hold]:
         """What a reservation holds: its occurrences, and its VMs that stay after them."""
-        return [hold_of(each) for each in rows(
-            'SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes FROM occurrence '
-            'WHERE reservation_id = ? AND due IS NOT NULL AND held_until > held_from', reservation)
-            ] + (self.stopped_held(reservation) if stopped else [])
+        found = rows('SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes, placed '
+                     'FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+                     'AND held_until > held_from', reservation)
+        on = itertools.chain(*(host_holds(*on_hosts(each, 0)) for each in found))
+        return [*map(hold_of, found), *on] + (self.stopped_held(reservation) if stopped else [])
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
         for each in holds:
             insert(ExtraHold, reservation=reservation, proposal=proposal, resource=each.resource,
-                   held_from=each.begin, held_until=each.until, **stored(each.amount))
+                   host=each.host or None, held_from=each.begin, held_until=each.until,
+                   **stored(each.amount))
 
     def drop_proposals(self, reservation: int, occurrence: int | None = None,
                        code: str | None = None) -> int:
@@ -12810,8 +12683,7 @@ class Bookings:
         for each in wants:
             hold(*each)
         growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
-        if not all(fits(resource_of(each.resource, removed=True), max(each.begin, int(now)),
-                        each.until, NOTHING) for each in still_to_come(growth, now)):
+        if not all(fits(each, now, NOTHING) for each in growth):
             raise NoCapacity(STOPPED_KEEP)
         self.write_stopped(reservation, had, wants)
 
@@ -12845,6 +12717,19 @@ class Bookings:
             raise NoCapacity(STOPPED_KEEP) from None
         self.write_stopped(reservation, had, wants)
 
+    def leave_stopped(self, reservation: int) -> bool:
+        """Gives back what is held for stopped VMs, until they are counted again; whether any is."""
+        had = self.stopped_held(reservation)
+        give(had)
+        self.write_stopped(reservation, had, [])
+        return bool(had)
+
+    def leave_hosts_of(self, proposal) -> None:
+        """Gives back what a proposal takes more of hosts."""
+        those = 'extra_hold WHERE proposal_id = ? AND host_id IS NOT NULL'
+        give(map(hold_of, rows(f'SELECT * FROM {those}', proposal.id)))
+        run(f'DELETE FROM {those}', proposal.id)
+
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
         self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
@@ -12860,12 +12745,15 @@ class Bookings:
             again = min(there, lacks[after.id]) if starts_them else 0
             if again:
                 lacks[after.id] -= again
-            one = amount_of(each) if each.host else amount_of(each) // each.vms
-            for number, until in ((again, after.held_from if again else 0),
-                                  (there - again, int(LAST.timestamp()))):
-                if number and each.held_until < until:
-                    amount = one if each.host else one * number
-                    yield Hold(each.resource_id, each.held_until, until, amount)
+            amount, seats = amount_of(each), [*Counter(read_placed(each.placed)).elements()]
+            for some, until in (range(again), after.held_from if again else 0), (
+                    range(again, there), int(LAST.timestamp())):
+                if some and each.held_until < until:
+                    stay = Hold(each.resource_id, each.held_until, until,
+                                amount if each.host else amount // each.vms * len(some))
+                    yield stay
+                    yield from host_holds(need_of(stay), Counter(
+                        seats[n] for n in some if n < len(seats)))
 
     def erase(self, reservation: int) -> None:
         """Erases a reservation as if it had never been."""
@@ -12926,23 +12814,23 @@ class Bookings:
         """
         until = min(int(now + self.service.undo_for), last_of(deal))
         gave = still_to_come(beyond(had, self.holds(deal.old.reservation)), now)
-        self.write_proposal(deal, until, gave, now, {})
+        # what has moved to make way may be there now
+        self.write_proposal(deal, until, [each for each in gave if fits(each, now)], {})
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
         old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
         shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
-        self.write_proposal(deal, until, growth, now, shown)
+        self.write_proposal(deal, until, growth, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
                  'everything stays as approved', old.reservation, wish.notify)
 
-    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], now: float,
-                       shown: dict) -> None:
-        # it fits: the deed had that, and at each instant what was or what will be is held
-        take(holds, now)
+    def write_proposal(self, deal: Deal, until: int, holds: list[Hold], shown: dict) -> None:
+        for each in holds:
+            hold(*each)
         old = deal.old
         id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
                     named=deal.named, user=self.service.actor.user, code=deal.code,
@@ -13445,6 +13333,21 @@ class Admission:
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
                 'WHERE id = ?', old.reservation)
+
+    def propose_anew(self, proposal, now: float) -> None:
+        """Holds what a proposal takes more on hosts, as these are by now; if there are any."""
+        reservation, replans.made = proposal.reservation_id, []
+        had = self.bookings.holds(reservation)
+        with suppress(Conflict):
+            with undone():
+                self.grant(proposal, now)
+                growth = still_to_come(beyond(self.bookings.holds(reservation), had), now)
+            growth = [each for each in growth if each.host]
+            with Attempt():
+                self.bookings.make_way(growth, now)
+                for each in growth:
+                    hold(*each)
+                self.bookings.hold_beside(reservation, proposal.id, growth)
 
     def commit_back(self, old, wish: Wish, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
@@ -14686,34 +14589,52 @@ class Requests(Operations):
                           hint='for example --resource and --user')
         if kept:
             return self.delete_kept(label, project, dry_run)
-        begin, until = self.resolve(start or FIRST, end or LAST)
-        exact = [('o.vms = ?', vms), ('o.start = ?', start and begin),
-                 ('o."end" = ?', end and until)]
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
+        if occurrence:
+            with self.shares.resting():  # changes of others don't wait
+                return self.carry_out(lambda now: self.cancel_occurrence(
+                    label, project, occurrence, following, now), dry_run, frozenset)
+        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run,
+                               frozenset if label else None)
+
+    def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
+                          now: float) -> list[dict]:
+        """Cancels an occurrence, of a group that of each part, or that and all after it."""
+        labels = [part.label for part in self.look.parts_of(label, project)] or [label]
+        found = [self.look.mine(each, project, occurrence=occurrence) for each in labels]
+        for each in found:
+            self.admission.cancel(self.look.live(each, each.slot) if following else [each],
+                                  now, ends=following)
+        return self.as_cancelled(found)
+
+    def next_to_cancel(self, asked: dict) -> list:
+        """The next occurrences of the reservations that a label or filters meet; Conflict where
+        that many were not expected."""
+        start, end, state = asked['start'], asked['end'], asked['state']
+        begin, until = self.resolve(start or FIRST, end or LAST)
+        exact = [('o.vms = ?', asked['vms']), ('o.start = ?', start and begin),
+                 ('o."end" = ?', end and until)]
+        found = self.next_that_meet(asked['label'], asked, [each for each in exact if each[1]])
+        found = [each for each in found if not state or each.state in state]
+        self.refuse_uncounted(found, asked)
+        return found
+
+    def cancel_all(self, which: Callable[[], list], dry_run: bool, locks) -> list[dict]:
+        """Cancels reservations: the first at once, others in pieces, between which others write."""
         left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
         noted = ''
 
         def deed(now: float) -> list[dict]:
             nonlocal noted
             left.clear()
-            if occurrence:
-                found = [self.look.mine(each, project, occurrence=occurrence) for each in (
-                    [part.label for part in self.look.parts_of(label, project)] or [label])]
-                for each in found:
-                    self.admission.cancel(self.look.live(each, each.slot) if following else [each],
-                                          now, ends=following)
-            else:
-                found = self.next_that_meet(label, asked, [each for each in exact if each[1]])
-                found = [each for each in found if not state or each.state in state]
-                self.refuse_uncounted(found, asked)
-                left.extend(found)
-                self.cancel_some(left, now, whole)
-                noted = left and self.note_rest(left, now)
+            left.extend(found := which())
+            self.cancel_some(left, now, whole)
+            noted = left and self.note_rest(left, now)
             return self.as_cancelled(found)
         with self.shares.resting():  # changes of others don't wait
-            done = self.carry_out(deed, dry_run, frozenset if label else None)
+            done = self.carry_out(deed, dry_run, locks)
         if left:
             self.cancel_rest(left, noted)
         return done
@@ -14925,7 +14846,7 @@ class Plan(Operations):
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
                      aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
-                     ram: Most = UNLIMITED, classes: Classes = None, mode: Name = '',
+                     ram: MostMemory = UNLIMITED, classes: Classes = None, mode: Name = '',
                      min_free_time: Span = None, approval: Span = None, no_show: Span = None,
                      lock: Span = None, default_flavor: Name = '', default_image: Name = '',
                      default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
@@ -14935,7 +14856,7 @@ class Plan(Operations):
         extra specs, for example resources:CUSTOM_GPU=1.
 
         Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 655360
+          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
@@ -14988,7 +14909,7 @@ class Plan(Operations):
     @api('PATCH', '/resource/<name>', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
                         cloud: Name = None, region: Name = None, aggregate: Name = None,
-                        vms: Most = None, vcpus: Most = None, ram: Most = None,
+                        vms: Most = None, vcpus: Most = None, ram: MostMemory = None,
                         classes: Classes = None, mode: Name = None,
                         min_free_time: Span = None,
                         approval: Span = None, no_show: Span = None, lock: Span = None,
@@ -15003,29 +14924,16 @@ class Plan(Operations):
 
         Example: python cmres.py resource update demo --vms 8 --dry-run
         """
-        new = {'name': rename} if rename else {}
-        new |= {field: None if asked[field] == UNLIMITED else asked[field]
-                for field in (*PLACE, *FIGURES) if asked[field] is not None}
-        new |= {} if mode is None else {'mode': self.read_mode(mode)}
-        new |= {} if spare is None else {'spare': spare}
-        lengths = {'hold': min_free_time, 'approval': approval, 'no_show': no_show, 'lock': lock}
-        new |= {field: seconds_of(each) for field, each in lengths.items() if each is not None}
         with self.writing(dry_run) as now:
-            found = self.look.resource_row(name)
-            if new.keys() & {'mode', *ASKED_BY_NOVA}:
-                self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
-            if new.get('cloud', found.cloud) != found.cloud:
-                self.refuse_where_vms_are(found)
-            new |= self.read_default(found._asdict(), new.get('cloud', found.cloud),
-                                     default_flavor=default_flavor, default_image=default_image,
-                                     default_vms=default_vms)
+            before = self.look.resource_row(name)
+            new = self.read_changes(before, asked)
+            if new.get('cloud', before.cloud) != before.cloud:
+                self.refuse_where_vms_are(before)
             if rename and rename != name:
                 self.policy.refuse_taken_resource(rename)
-            if classes:
-                new['classes'] = known_classes(found.classes, classes)
             if new:
-                change(Resource, found.id, **new)
-            before, found = found, self.look.resource_row(rename or name)
+                change(Resource, before.id, **new)
+            found = self.look.resource_row(rename or name)
             self.rehold_changes(found, now)
             if spare and not planned_by_host(found.id):
                 raise Invalid(f"spare: cmres knows no hosts of '{found.name}'. `resource sync` "
@@ -15040,6 +14948,25 @@ class Plan(Operations):
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {
                 'no_longer_fit': homeless} | self.unknown_cloud(cloud)
+
+    def read_changes(self, found, asked: dict) -> dict:
+        """The columns that `resource update` gives a resource; Invalid where one has no use."""
+        given = {name: value for name, value in asked.items() if value is not None}
+        new = {name: None if given[name] == UNLIMITED else given[name]
+               for name in (*PLACE, *FIGURES, 'spare') if name in given}
+        new |= {name: seconds_of(given[said]) for name, said in (
+            ('hold', 'min_free_time'), ('approval', 'approval'), ('no_show', 'no_show'),
+            ('lock', 'lock')) if said in given}
+        if asked['rename']:
+            new['name'] = asked['rename']
+        if 'mode' in given:
+            new['mode'] = self.read_mode(given['mode'])
+        if new.keys() & {'mode', *ASKED_BY_NOVA}:
+            self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
+        if asked['classes']:
+            new['classes'] = known_classes(found.classes, asked['classes'])
+        return new | self.read_default(found._asdict(), new.get('cloud', found.cloud), **{
+            name: asked[name] for name in ('default_flavor', 'default_image', 'default_vms')})
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
@@ -15179,7 +15106,13 @@ class Plan(Operations):
 
     def follow(self, cloud: str, told: list[Aggregate]) -> None:
         """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
-        for each in told:
+        lost = rows("SELECT * FROM resource WHERE cloud = ? AND removed IS NULL AND hosts <> '[]' "
+                    "AND aggregate_id <> '' AND aggregate_id NOT IN names(?)", cloud,
+                    json.dumps([each.id for each in told]))
+        for each in lost:  # with the aggregate its mark is gone: its hosts are open to everybody
+            log.warning("the aggregate '%s' of %s is gone", each.aggregate, cloud)
+        for each in [*told, *(Aggregate(each.aggregate, {}, each.name, id=each.aggregate_id)
+                              for each in lost)]:
             found = self.synced_before(cloud, each)
             if not found or each.owner not in ('', self.clouds.store):
                 continue
@@ -15210,13 +15143,13 @@ class Plan(Operations):
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
-        """The resource of an aggregate: by Nova's id, as names change; where none is known, by the
-        name.
+        """The resource of an aggregate: by Nova's id, as names change; where none is known or that one
+        is gone, by the name.
         """
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
-                        OR (?2 = '' OR aggregate_id = '') AND aggregate = ?3)
-                       ORDER BY aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
+                        OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
+                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
@@ -15366,8 +15299,18 @@ class Plan(Operations):
                AND (CAST(? AS TEXT) IS NULL OR o.id IN numbers(?) {on})
              ORDER BY o.held_from > ?, r.priority DESC, o.start, o.id""",
                     resource, int(now), *[None if those is None else json.dumps([*those])] * 2, now)
-        short = [each.id for each in live[::-1] if self.lacks_hosts(each, suspects, now)]
-        return [id for id in short[::-1] if not self.finds_hosts(id, now)]
+        short = [each for each in live[::-1] if self.lacks_hosts(each, suspects, now)][::-1]
+        beside = rows('SELECT DISTINCT p.* FROM extra_hold x JOIN proposal p ON p.id = '
+                      'x.proposal_id WHERE x.resource_id = ? AND x.host_id IN numbers(?)', resource,
+                      json.dumps([*suspects]))
+        for each in beside:
+            self.bookings.leave_hosts_of(each)
+        stay_on: dict = defaultdict(dict)
+        homeless = [each.id for each in short
+                    if not self.finds_hosts(each.id, stay_on[each.reservation_id], now)]
+        for each in beside:
+            self.admission.propose_anew(each, now)
+        return homeless
 
     def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
         """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
@@ -15383,17 +15326,29 @@ class Plan(Operations):
             self.note_plan(found.id, placed)
         return sum(placed.values()) < need.number and need.takes
 
-    def finds_hosts(self, id: int, now: float) -> bool:
-        """Plans those VMs of an occurrence that have no host; whether all have one then."""
-        found = row('SELECT o.*, r.affinity, r."where" FROM occurrence o JOIN reservation r '
-                    'ON r.id = o.reservation_id WHERE o.id = ?', id)
+    def finds_hosts(self, id: int, stay_on: dict, now: float) -> bool:
+        """Plans those VMs of an occurrence that have no host; whether all have one then.
+
+        Args:
+          stay_on: where VMs of the same reservation are that stay stopped until they start again
+        """
+        found = row('SELECT o.*, r.affinity, r."where", (SELECT min(n.held_from) FROM occurrence n '
+                    'WHERE n.reservation_id = r.id AND n.held_from >= o.held_until AND '
+                    "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
+                    'JOIN reservation r ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now, found)
+        stays = self.bookings.leave_stopped(found.reservation_id)
         hold_on(need, had, -1)
-        placed = find_hosts(need._replace(heals=True), had, found.held_from <= now, now,
+        until = found.next if stays and found.next else int(LAST.timestamp())
+        placed = find_hosts(need._replace(heals=True, until=until if stays else need.until),
+                            stay_on or had, bool(stay_on) or found.held_from <= now, now,
                             found.reservation_id)
         hold_on(need, had if placed is None else placed)
         if placed is not None:
             self.note_plan(id, placed)
+        if stays:
+            self.bookings.count_stopped(found.reservation_id, now)
+            stay_on |= placed or {}
         return placed is not None
 
     def note_plan(self, id: int, placed: dict[int, int]) -> None:
@@ -15444,7 +15399,7 @@ class Plan(Operations):
 
     @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
-                          vcpus: Most = None, ram: Most = None, classes: Classes = None,
+                          vcpus: Most = None, ram: MostMemory = None, classes: Classes = None,
                           reason: Text = '', affected: Name = 'notify',
                           dry_run: bool = False) -> CapacityChangeAnswer:
         """Changes the capacity of a resource from START to END, for example for borrowed nodes.
@@ -15708,7 +15663,7 @@ class Plan(Operations):
         """What holds something in a window: proposals, then occurrences, the latest added first."""
         fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
-                    'AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
+                    'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
                     resource, begin, until) + rows(
             f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
@@ -15773,6 +15728,12 @@ class Plan(Operations):
 # What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
 
 
+def limit_of(reserved: Amount) -> Amount:
+    """What VMs may take of what is reserved: of disk, where none is, what is free."""
+    free = Amount(classes=() if DISK in reserved.names else ((DISK, sys.maxsize),))
+    return no_more(reserved + free)
+
+
 #: Whether a reservation has a label; or is of a reservation of Blazar's of that id.
 NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hold h '
             'WHERE h.reservation = r.id AND h.part = ?))')
@@ -15783,8 +15744,8 @@ class Claims(Operations):
 
     @api('POST', '/claim/', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
-              vcpus: Figure = 0, ram: Figure = 0, classes: Classes = None, label: Name = '',
-              hosts: Names = (), store: Name = '', moves: bool = False,
+              vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
+              hosts: Names = (), store: Name = '', moves: bool = False, disk: Figure = 0,
               dry_run: bool = False) -> list[ClaimAnswer]:
         """For the Nova scheduler filter: decides on which resources a server may start.
 
@@ -15798,14 +15759,14 @@ class Claims(Operations):
         if store not in ('', self.clouds.store):
             raise NotFound(f'these resources are of the cmres {store}; this is '
                            f'{self.clouds.store}')
-        need = Amount(1, vcpus, ram,
-                      tuple(sorted(each for each in (classes or {}).items() if each[1] > 0)))
+        some = sorted(each for each in (classes or {}).items() if each[1] > 0)
+        flavor = Flavor(vcpus, ram, tuple(some), disk)
         projects, users = self.names_of(project), self.names_of(user)
 
         def decide() -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, need, label, project, user, hosts, moves, now)
+                    name, server, projects, users, flavor, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
@@ -15833,18 +15794,18 @@ class Claims(Operations):
         take there.
         """
         for uid, seat in seats.items():
-            for claim in rows('SELECT c.*, s.hosts FROM claim c JOIN resource s ON '
+            for claim in rows('SELECT c.* FROM claim c JOIN resource s ON '
                               's.id = c.resource_id WHERE c.server = ? AND c.due IS NOT NULL '
                               'AND s.cloud = ?', uid, cloud):
-                hosts = json.loads(claim.hosts)
+                place = resource_of(claim.resource_id, removed=True)
+                hosts = json.loads(place.hosts)
                 if seat is None or seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
                 takes = {}
                 if seat.takes and not (claim.twice and claim.due > now):  # else it may be to come
-                    vcpus, ram, classes, _ = seat.takes
-                    takes = {'vcpus': vcpus, 'ram': ram, 'twice': False,
-                             'classes': json.dumps(dict(classes)) if classes else ''}
+                    takes = stored(takes_of(seat.takes, place)) | {'twice': False}
+                    del takes['vms']
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
                 if seat.host not in ('', claim.host):
@@ -15875,6 +15836,7 @@ class Claims(Operations):
                 hold_on(need, {spare: -1, host: 1})
                 placed = Counter(placed) + Counter({host: 1}) - Counter({spare: 1})
                 self.note_plan(found.id, placed)
+                self.bookings.count_stopped(found.reservation_id, now)
                 break
         return need
 
@@ -15883,8 +15845,8 @@ class Claims(Operations):
         known = self.config.read_again().identities
         return [name for name, id in known.items() if id == identity] or [identity]
 
-    def claim_on(self, name: str, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, project: str, user: str, hosts: list[str], moves: bool,
+    def claim_on(self, name: str, server: str, projects: list[str], users: list[str],
+                 flavor: Flavor, label: str, project: str, user: str, hosts: list[str], moves: bool,
                  now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
@@ -15893,13 +15855,15 @@ class Claims(Operations):
             return {'passes': bool(place), 'why': why, 'hosts': None}
         there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
                     'AND due IS NOT NULL', place.id, server)
+        need = takes_of(flavor, place)
         if moves and not there:
             return {'passes': False, 'why': 'it is outside', 'hosts': None}
         had = amount_of(there)._replace(vms=1) if there else need
         moved, both = there and there.host and hosts and there.host not in hosts, None
-        # until that is settled, Nova holds both
-        if there and there.host and (moved or had != need):
-            both = had if there.twice else (had + need)._replace(vms=1)
+        # Until that is settled, Nova holds both; what was so before may be settled, or not.
+        if there and (moved or had != need):
+            again = there.twice and had == (need * 2)._replace(vms=1)  # it looks for other hosts
+            both = had if again else (had + need)._replace(vms=1)
         found, why = self.may_boot(place, server, projects, users, both or need, label, now)
         if not found and both and had == need:  # an operator must be able to move it also then
             both = None
@@ -15950,8 +15914,8 @@ class Claims(Operations):
         if placed:
             taken[before] += stays
         planned = [names[host] for host in placed if host in names
-                   and (taken[names[host]] + need).within(no_more(each * placed[host]))]
-        if planned or not need.within(no_more(each)):
+                   and (taken[names[host]] + need).within(limit_of(each * placed[host]))]
+        if planned or not need.within(limit_of(each)):
             return [before] if before in planned else planned[:1]
         until = found.held_until if found else int(now + max(place.hold, 1))
         loose = self.claimed("c.resource_id = ? AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE "
@@ -16014,10 +15978,15 @@ class Claims(Operations):
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
         taken = sum(self.claimed('c.occurrence = ?', found.id, server).values(), need)
+        has, loose = amount_of(found), need._replace(vms=0)
         if found.flavor or found.host or found.vcpus or found.ram:
-            return taken.within(no_more(amount_of(found)))
+            disks = tuple(each for each in need.classes if each[0] == DISK)
+            loose = Amount(classes=() if DISK in has.names else disks)
+            if not taken.within(limit_of(has)):
+                return False
         # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
-        return taken.vms <= found.vms and self.walk_in(place, server, need._replace(vms=0), now)
+        return taken.vms <= has.vms and (
+            loose == NOTHING or self.walk_in(place, server, loose, now))
 
     def claimed(self, condition: str, value, server: str) -> dict[str, Amount]:
         """What other servers than this one have claimed and still use, by host."""
@@ -17648,7 +17617,7 @@ def returned(sql: str, *values) -> set[str]:
 # goes by before a look is believed.
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(repr=False, eq=False)
 class Job:
     """What a worker is to do, and once that ended, when, and its answer or its error."""
     key: tuple
@@ -17793,6 +17762,7 @@ class Workers:
     def do_ahead(self, call: Job) -> list[str]:
         """What would fail if something started now, each in a sentence."""
         cloud, about = self.clouds.open(call.account), call.target
+        cloud.forget(named_by(about.asked))
         asks = [functools.partial(cloud.check, [pair], about.sight) for pair in
                 named_by(about.asked)]
         if about.asked['image'] and about.asked['network'] in ('', 'auto'):
@@ -18097,8 +18067,7 @@ class Planner:
         due = self.next_look(occurrence, over, now)
         # `next_look` may have told that it failed.
         run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
-            'id = ?',
-            FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+            'id = ?', FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
 
     def plan_servers(self, occurrence, missing: list[int], now: float) -> None:
         """Writes down the servers of some numbers: those first that a series has stopped before."""
@@ -18122,8 +18091,7 @@ class Planner:
         if now >= occurrence.end + self.config.end_grace:
             self.force(occurrence, now)
         told = occurrence.told
-        if not told & FOREIGN:
-            self.end_foreign(occurrence, now)
+        self.end_foreign(occurrence, now)
         if not told & LEFT:
             told |= self.tell_left(occurrence, now)
         return occurrence._replace(told=told | FOREIGN)
@@ -18230,23 +18198,21 @@ class Planner:
 
     def end_foreign(self, occurrence, now: float) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set.
+        that is set, again and again until they are gone.
         """
         foreign, ends = self.foreign(occurrence)
-        if foreign:
+        if foreign and not occurrence.told & FOREIGN:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
         for each in foreign if ends else ():
             self.workers.submit(('clear', each), 'clear', occurrence.cloud, each)
+            run('UPDATE claim SET due = min(due, ?) WHERE server = ? AND due IS NOT NULL',
+                now + self.config.poll_changing, each)
 
     def foreign(self, occurrence) -> tuple[list[str], bool]:
         """The VMs that people booted in an occurrence by themselves, and whether they end with it.
         """
-        found = rows('SELECT c.server FROM claim c WHERE c.occurrence = ? AND c.due IS NOT NULL '
-                     'AND c.server NOT IN '
-                     '(SELECT uid FROM server WHERE uid IS NOT NULL AND occurrence_id = ?)',
-                     occurrence.id, occurrence.id)
         said = occurrence.user_started or ('delete' if self.config.delete_user_started else 'keep')
-        return [each.server for each in found], said == 'delete'
+        return started_by_users(occurrence.id), said == 'delete'
 
     def what_becomes(self, foreign: list[str], ends: bool) -> str:
         one = len(foreign) == 1
@@ -18410,6 +18376,8 @@ class Planner:
                "LIMIT 1",
                occurrence.id):
             return now + self.config.poll_changing
+        if all(self.foreign(occurrence)):
+            return now + self.config.lost_answer_wait
         if occurrence.cancelled is None:
             self.tell_end(occurrence, now)
         if occurrence.at_end == 'stop':
@@ -18423,8 +18391,7 @@ class Planner:
             self.service.admission.cancel([found], now, 'no capacity became free before its end')
             return
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
-                    'occurrence_id = ?',
-                    occurrence.id)
+                    'occurrence_id = ?', occurrence.id)
         if (occurrence.image or occurrence.server) and not found.ever:
             run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
             fault = (found.fault or '').rstrip('.') or 'the scheduler of cmres did not run'
@@ -18576,8 +18543,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
     elif found.host:
         yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
     else:
-        asked = next(each['asked'] for each in json.loads(found.parts)
-                     if each['id'] == found.part)
+        asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
         disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
@@ -18694,8 +18660,7 @@ class HostWatch:
         """Lets VMs on a host that is down be deleted and made again: Nova takes them for up."""
         left = rows(f"{SERVERS} WHERE v.uid IN names(?) AND v.goal = 'up' AND NOT v.borrowed "
                     "AND v.state NOT IN ('planned', 'error', 'deleting', 'deleted', 'kept') "
-                    'ORDER BY v.id',
-                    json.dumps(there))
+                    'ORDER BY v.id', json.dumps(there))
         if left:
             with self.leader.acting():
                 for each in left:
@@ -18805,13 +18770,11 @@ class Reconciler:
                    called=result.ended, due=due)
         elif isinstance(error, Error) and getattr(error, 'sure', True):
             self.put_off(server, str(error), now, wished_pause(error), state='planned',
-                         begun=begun,
-                         called=result.ended)
+                         begun=begun, called=result.ended)
         elif not server.uid:  # a look has not found it yet
             self.tell_trouble(server, fault_of(error), now)
             change(Server, server.id, fault=fault_of(error)[:500], begun=begun,
-                   called=result.ended,
-                   due=result.ended + self.config.lost_answer_wait)
+                   called=result.ended, due=result.ended + self.config.lost_answer_wait)
 
     def record_verify(self, server, complete: bool | None, now: float) -> None:
         if complete:
@@ -18838,8 +18801,7 @@ class Reconciler:
     def record_clear(self, result: Job, now: float) -> None:
         if result.error:
             log.warning('could not remove the server %s, '
-                        'which no reservation needs: %s', result.target,
-                        result.error)
+                        'which no reservation needs: %s', result.target, result.error)
 
     def record_integrity(self, result: Job, now: float) -> None:
         if not result.error:
@@ -18894,8 +18856,7 @@ class Reconciler:
                 vanished += self.compare(server, found, result, now)
         tell_vanished(self.config, vanished, now)
         run("UPDATE server SET due = ? WHERE account = ? AND goal = 'up' AND state = 'active' AND "
-            "state <> 'deleted'",
-            now + self.config.poll_running, account)
+            "state <> 'deleted'", now + self.config.poll_running, account)
         self.clear_orphans(result, orphans_in(seen, matched), now)
 
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
@@ -19405,6 +19366,7 @@ WITH_BODY = ('POST', 'PATCH')
 #: A text without unseen characters, as far as all dialects of patterns can say it.
 SEEN = '^[^{}' + UNSEEN.pattern[1:-1].partition('\ud800')[0] + ']*$'
 DIGITS = ' *[+-]?[0-9]{1,12} *'
+SIZE = ' *[0-9]{1,9} *[MGTmgt]([iI]?[bB])? *'
 POSITIVE = ' *[+]?0*[1-9][0-9]{0,11} *'
 SHORT_LENGTH = {'type': 'string', 'minLength': 2, 'examples': ['2h', '+1d12h', '90m'], 'pattern':
                 r'^\+?([0-9]{1,4}w)?([0-9]{1,5}d)?([0-9]{1,6}h)?([0-9]{1,8}m)?([0-9]{1,9}s)?$'}
@@ -19460,6 +19422,9 @@ SCHEMAS: dict[Any, tuple[str, dict]] = {
     Count: ('Count', number_schema(1, 1_000_000)), Page: ('Page', number_schema(1, 10_000)),
     Figure: ('Amount', number_schema(0, 10**12)),
     Most: ('Capacity', CAPACITY),
+    Memory: ('Memory', number_schema(0, 10**12, pattern=f'^({DIGITS}|{SIZE})$')),
+    MostMemory: ('MemoryCapacity', number_schema(
+        0, 10**12, pattern=f'^({DIGITS}|{SIZE}|unlimited)$')),
     Label: ('Label', LABEL | {'pattern': '^[A-Za-z0-9._-]{1,64}$'}),
     NewLabel: ('NewLabel', LABEL | {'not': {'enum': [*NO_LABELS, *TAKEN]},
                                     'pattern': '^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$'}),
@@ -19525,8 +19490,8 @@ TAGS = {
     'host': 'what hosts are like',
     'calendar': 'calendar feeds, imports and subscriptions',
     'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
-    'punctuality': 'how late VMs were', 'report': 'start delays of VMs',
-    'check': 'tokens', 'token': 'who may ask',
+    'punctuality': 'how late VMs were', 'report': 'sums for operators',
+    'check': 'the proof that all adds up', 'token': 'who may ask',
     'credential': 'in whose name VMs are made',
     'user': 'people who leave', 'service': 'the server itself'}
 
@@ -19653,10 +19618,10 @@ class Document:
         return VALUES[kind] if kind in VALUES else self.ref(*SCHEMAS[kind])
 
     def shape(self, kind: type[Answer]) -> dict:
-        fields = declared(kind)
+        fields = kind.fields
         always = [name for name, each in fields.items() if each.always]
         means = {name: {'description': MEANS[name]} for name in fields if name in MEANS}
-        return {'type': 'object', 'description': inspect.getdoc(kind),
+        return {'type': 'object', 'description': kind.__doc__,
                 'properties': {name: self.answer(each.kind) | means.get(name, {})
                                for name, each in fields.items()},
                 'additionalProperties': self.answer(kind.more) if kind.more else False
@@ -20007,7 +19972,7 @@ def once_of(acting: Reservations, operation: Operation, bound: dict, request,
         raise Invalid('Idempotency-Key: use 1 to 255 letters, digits and signs, for example a '
                       'UUID.')
     asked = json.dumps([operation.name, given], sort_keys=True, default=str)
-    fields = declared(operation.answers).values() if is_answer(operation.answers) else ()
+    fields = operation.answers.fields.values() if is_answer(operation.answers) else ()
     has_secret = any(each.kind is Secret for each in fields)
     return Once(acting, key, hashed(asked), not has_secret)
 
@@ -25417,7 +25382,7 @@ def sort_key(value) -> tuple:
             else value if value is not None else 0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False, eq=False)
 class Visit:
     """A request from a browser: who has signed in, and how pages are written for them."""
     pages: Pages
@@ -28033,7 +27998,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        moves = spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts and not label
+        moves = self.is_move(spec) and not label
         verdicts = (self.ask_all(resources, spec, label, inside, True) if asks and moves
                     else dict.fromkeys(resources, False))
         stays = label or any(verdicts.values())
@@ -28052,8 +28017,18 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         """The hosts of a request, and those that it lost here before: of several servers at once,
         Nova asks for each with what the one before has left.
         """
-        grouped = spec.obj_attr_is_set('instance_group') and spec.instance_group
-        return [*hosts, *([] if grouped else [each for each in lost if each not in hosts])]
+        group = spec.obj_attr_is_set('instance_group') and spec.instance_group
+        return [each for each in [*hosts, *(each for each in lost if each not in hosts)]
+                if not group or self.takes_in(each, group, spec.instance_uuid)]
+
+    def takes_in(self, host, group, server: str) -> bool:
+        """Whether a server of a server group may go to a host: Nova's own filters say the same, but
+        after this one, which has to plan another host then.
+        """
+        if group.policy == 'anti-affinity' and server not in host.instances:
+            most = int((group.rules or {}).get('max_server_per_host', 1))
+            return len({*group.members} & {*host.instances}) < most
+        return group.policy != 'affinity' or not group.hosts or host.host in group.hosts
 
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
@@ -28071,8 +28046,16 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return {(each.get('cmres_store', ''), each['cmres']) for each in said if each.get('cmres')}
 
     def is_rebuild(self, spec) -> bool:
-        return bool(spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
+        """Whether a server stays on its host, which Nova forces; users can give that hint too."""
+        forced = spec.obj_attr_is_set('force_hosts') and spec.force_hosts
+        return bool(forced and spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
             (spec.scheduler_hints or {}).get('_nova_check_type') or []))
+
+    def is_move(self, spec) -> bool:
+        """Whether a server has a host already: Nova keeps such a one in its cell."""
+        where = spec.obj_attr_is_set('requested_destination') and spec.requested_destination
+        left = spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts
+        return bool(left or where and where.obj_attr_is_set('cell') and where.cell)
 
     def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts."""
@@ -28090,8 +28073,12 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         try:
             answer = self.answer(store, settings, [
                 spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
-                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts], moves)
+                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts],
+                moves=moves, disk=self.disk_of(spec))
         except Error as error:
+            if isinstance(error, Invalid):  # it does answer: a hint is no label
+                log.info('%s may not start on hosts of cmres: %s', spec.instance_uuid, error)
+                return dict.fromkeys(names, False)
             log.warning('cmres does not answer, so its hosts are %s: %s', settings.when_down, error)
             return dict.fromkeys(names, settings.when_down == 'open')
         for each in answer:
@@ -28100,7 +28087,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
                          each['why'])
         return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
 
-    def answer(self, store: str, settings, asked: list, moves: bool) -> list[dict]:
+    def answer(self, store: str, settings, asked: list, **more) -> list[dict]:
         """What the first cmres answers that has a store; without several, it is the only one."""
         last = settings.token[-1]  # which may be that of all
         doors = [*itertools.zip_longest(settings.url, settings.token, fillvalue=last)]
@@ -28109,13 +28096,19 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         for url, token in doors:
             try:
                 found = Client(url, token, settings.timeout).claim(
-                    *asked, store=store if doors[1:] else '', moves=moves)
+                    *asked, store=store if doors[1:] else '', **more)
             except Error as refusal:
                 error = refusal if not isinstance(refusal, NotFound) else error or refusal
                 continue
             self.known[store] = url, token
             return found
         raise error
+
+    def disk_of(self, spec) -> int:
+        """The GB of its host's disk that a server takes: no root where it has a volume."""
+        volume = spec.obj_attr_is_set('is_bfv') and spec.is_bfv
+        root = 0 if volume else spec.flavor.root_gb
+        return root + spec.flavor.ephemeral_gb + math.ceil(spec.flavor.swap / 1024)
 
     def extra_specs(self, flavor) -> dict:
         return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
@@ -28184,7 +28177,8 @@ KINDS_OF_OPTIONS = {
                                       'aggregate',
     'Who': 'user project notify reason description'}
 #: What stands for the value of an argument in help, by its type.
-SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N', Span: '2h', When: 'TIME',
+SHOWN_AS = {Count: 'N', int: 'N', Page: 'N', Figure: 'N', Most: 'N',
+            Memory: 'SIZE', MostMemory: 'SIZE', Span: '2h', When: 'TIME',
             Day: 'DATE', Names: 'A,B', Pairs: 'K=V', Classes: 'K=N', Hosts: 'HOST', Zone: 'ZONE',
             Parts: 'RESOURCE:VMS', File: 'FILE', Ics: 'FILE', Source: 'FILE', Rows: 'FILE',
             Repeat: 'RULE', Clash: 'ACTION', Text: 'TEXT', Url: 'URL', Cursor: 'LINE', bool: ''}
@@ -29162,16 +29156,13 @@ def from_file(value: str, kind):
     return text if kind is File else loadable(file_rows(text, value))
 
 
-#: What `list` shows of a reservation and `add` takes.
-LOADABLE = frozenset(API['add'].parameters) | {'line'}
-
-
 def loadable(lines: list[dict]) -> list[dict]:
     """Lines without columns that `add` does not know, which are named, and without blank ones."""
     if not all(isinstance(each, dict) for each in lines):
         return lines  # the service says what is wrong with them
     listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
-    unknown = {name for each in lines for name in each if name not in LOADABLE} if listed else set()
+    known = API['add'].parameters.keys() | {'line'}
+    unknown = {name for each in lines for name in each if name not in known} if listed else set()
     if unknown:
         print(f"Ignored columns: {', '.join(sorted(unknown))}", file=sys.stderr)
     lines = [{name: as_typed(name, value) for name, value in each.items() if name not in unknown}
