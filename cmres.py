@@ -15021,9 +15021,9 @@ class Plan(Operations):
         """Refuses another cloud for a resource with VMs: who acts for it would act for them too."""
         there = rows("SELECT v.name FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                      "WHERE o.resource_id = ? AND o.due IS NOT NULL "
-                     "AND v.state NOT IN ('deleted', 'kept') ORDER BY v.id LIMIT 20", place.id)
-        if there:
-            raise Conflict(f"'{place.name}' has VMs on the cloud '{place.cloud}': {named(there)}. "
+                     "AND v.state NOT IN ('deleted', 'kept') ORDER BY v.id LIMIT 5", place.id)
+        if names := ', '.join(each.name for each in there):
+            raise Conflict(f"'{place.name}' has VMs on the cloud '{place.cloud}': {names}. "
                            'Change its cloud when they are deleted, or add another resource.')
 
     def refuse_idle(self, mode: str, values: dict) -> None:
