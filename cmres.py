@@ -37,7 +37,8 @@ The words, used everywhere in one sense:
 The file reads from top to bottom; a section uses only the sections above it:
 
   Errors, Time, Repetition            sentences, instants, wall times that come again and again
-  Config, Metrics, Calls, Answers     settings; what is counted; what becomes arguments; answers
+  Config, Metrics, Calls              settings; what is counted; what becomes arguments
+  VMs, Answers                        what VMs are made of; what is answered
   Store, Capacity, Hosts              what is on disk; the rules that admit: sums, and hosts
   Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar
   Service, Lookup, Wishes, Limits     who asks; what is there; what is asked; what anybody may have
@@ -1375,8 +1376,8 @@ TEXTS = {
 }
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
-    'sentence message actor id label user project resource cell cloud region aggregate vms flavor '
-    'image network key security_groups metadata server at_end notify invite vcpus ram classes lead '
+    'sentence message actor id label user project resource cell cloud region aggregate vms '
+    'at_end notify invite vcpus ram classes lead '
     'description personal affinity repeat tz start end cancelled added changed up fault request '
     'host state when what then link where').split())
 
@@ -2075,13 +2076,12 @@ class Operation:
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        signature = inspect.signature(self.method, eval_str=True)
-        return {name: each for name, each in signature.parameters.items()
+        return {name: each for name, each in signature_of(self.method).parameters.items()
                 if name not in ('self', 'config', 'asked')}
 
-    @functools.cached_property
+    @property
     def answers(self):
-        return inspect.signature(self.method, eval_str=True).return_annotation
+        return signature_of(self.method).return_annotation
 
     @property
     def changes(self) -> bool:
@@ -2096,6 +2096,22 @@ class Operation:
     def words(self) -> str:
         """The command, as people type it."""
         return self.name.strip('_').replace('_', ' ')
+
+
+@functools.cache
+def signature_of(method: Callable) -> inspect.Signature:
+    """What an operation takes, in the order in which people type it. A table of arguments, each
+    with its type and what it is if nobody gives it, stands as `**these: TABLE`: before those behind
+    it."""
+    plain, found = inspect.signature(method, eval_str=True), {}
+    for each in sorted(plain.parameters.values(), key=lambda each: each.kind is each.KEYWORD_ONLY):
+        table = each.annotation if each.kind is each.VAR_KEYWORD else {
+            each.name: (each.annotation, each.default)}
+        found |= {name: inspect.Parameter(name, each.POSITIONAL_OR_KEYWORD, annotation=kind,
+                                          default=default)
+                  for name, (kind, default) in table.items()}
+    return plain.replace(parameters=[*found.values()])
+
 
 def split_help(text: str) -> tuple[str, str]:
     about, *examples = re.split(r'\n\nExample:\s+', text.strip())
@@ -2137,16 +2153,19 @@ def refuse_to(actor: Actor, operation: Operation) -> None:
 
 def guarded_by_role(method):
     """Refuses before a call an actor whose role is too small, and one too many that takes long. A
-    method that has the parameter `asked` gets there all its arguments by name."""
-    takes = functools.cache(lambda: {name: each.default for name, each in inspect.signature(
+    method gets its arguments by name; in `asked`, where it has that, all of them."""
+    takes = functools.cache(lambda: {name: each.default for name, each in signature_of(
         method).parameters.items() if name != 'self'})  # when it is called first: few are
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         kwargs = with_new_names(method.__name__, kwargs)
+        if args:
+            kwargs = signature_of(method).bind_partial(self, *args, **kwargs).arguments
+            del kwargs['self']
         if 'asked' in takes():
             usual = {name: default for name, default in takes().items() if name != 'asked'}
-            kwargs['asked'] = usual | dict(zip(usual, args)) | kwargs
+            kwargs['asked'] = usual | kwargs
         refuse_to(self.actor, API[method.__name__])
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
         takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
@@ -2154,7 +2173,7 @@ def guarded_by_role(method):
         asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
               self.shares.computing() if takes_long else nullcontext()):
-            return method(self, *args, **kwargs)
+            return method(self, **kwargs)
     return checked
 
 
@@ -2549,6 +2568,85 @@ def from_plain(value):
     return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
+# VMs #########################################################################
+#
+# What VMs are made of. All else that is said of that follows from here: arguments, answers, what
+# a reservation keeps and what of it may change, what clouds are asked, the page, the command line.
+
+
+class Making(NamedTuple):
+    """Something that VMs are made of.
+
+    Args:
+      kind: its type as an argument
+      thing: what it names on a cloud, one of KINDS; '': nothing
+      ask: puts it into the request that makes a server, from its value and the ids of what it names
+      tend: looks after what servers have of it on a cloud, whenever they are listed: the
+        connection, the tag of the store, and the servers as the SDK has them
+      head, hint: what stands on the page above its field, if not its name, and in it
+    """
+    kind: Any
+    thing: str = ''
+    ask: Callable[[dict, Any, list], None] | None = None
+    tend: Callable[[Any, str, list], None] | None = None
+    head: str = ''
+    hint: str = ''
+
+    def held(self, value):
+        """A value as a reservation holds it."""
+        kind = {Names: list, Pairs: dict}.get(self.kind, str)
+        return kind(value) if value else kind()
+
+
+MADE_OF = {
+    'flavor': Making(Name, 'flavor', lambda request, _, ids: request.update(flavor_id=ids[0])),
+    'image': Making(Name, 'image', lambda request, _, ids: request.update(image_id=ids[0])),
+    'network': Making(Name, 'network', lambda request, name, ids: request.update(
+        networks=[{'uuid': id} for id in ids] or name)),
+    'key': Making(Name, 'key', lambda request, name, _: request.update(key_name=name),
+                  head='SSH key pair'),
+    'security_groups': Making(Names, 'security_group', lambda request, _, ids: request.update(
+        security_groups=[{'name': id} for id in ids]), hint='web, ssh'),
+    'user_data': Making(File, '', lambda request, text, _: request.update(
+        user_data=base64.b64encode(text.encode()).decode()), head='User data (cloud-init)'),
+    'metadata': Making(Pairs, '', lambda request, pairs, _: request['metadata'].update(pairs),
+                       hint='k=v'),
+    'server': Making(Name, 'server', head='Use an existing server')}
+#: As arguments: of a reservation that is made, and of one that is changed.
+MADE_ANEW = {name: (each.kind, {Names: (), Pairs: None}.get(each.kind, ''))
+             for name, each in MADE_OF.items()}
+MADE_OTHERWISE = {name: (each.kind, None) for name, each in MADE_OF.items() if each.ask}
+MADE_SHOWN = [name for name, each in MADE_OF.items() if each.kind is not File]
+MADE_COLUMNS = ', '.join(f'r.{name}' for name in MADE_OF)
+#: What only the cloud can judge.
+CLOUDY = tuple(name for name, each in MADE_OF.items() if each.thing)
+TEXT_FIELDS |= {*MADE_SHOWN}
+
+
+def made_as(asked: dict) -> dict:
+    """What is asked of all that VMs are made of, as a reservation holds it."""
+    return {name: each.held(asked.get(name)) for name, each in MADE_OF.items()}
+
+
+def made_in(row) -> dict:
+    """The same of a row, where lists and pairs are JSON."""
+    return {name: getattr(row, name) if isinstance(each.held(''), str)
+            else json.loads(getattr(row, name)) for name, each in MADE_OF.items()}
+
+
+def cloudy_names(made: dict) -> list[tuple[str, str, str]]:
+    """What a cloud must know of it: which it is, the kind of thing, its name."""
+    found = [(name, each.thing, word) for name, each in MADE_OF.items()
+             if each.thing and made.get(name)
+             for word in (made[name] if each.kind is Names else [made[name]])]
+    return [each for each in found if each[1:] not in (('network', 'auto'), ('network', 'none'))]
+
+
+def named_by(made: dict) -> list[tuple[str, str]]:
+    """The kinds and names alone."""
+    return [(kind, word) for _, kind, word in cloudy_names(made)]
+
+
 # Answers #####################################################################
 #
 # What operations answer, each kind declared once. The service makes plain dicts of these fields,
@@ -2583,13 +2681,13 @@ FIELD_TYPES = {name: kind for kind, names in (
     (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
           'min_free_time steps differences count ignored tried_again tokens'),
     (Label, 'label'),
-    (str, 'user project resource cell cloud region aggregate flavor image network key server '
+    (str, 'user project resource cell cloud region aggregate flavor '
           'at_end description affinity where repeat tz fault request host outcome why message '
-          'ends_with name snapshot account login user_data on_conflict error mode default_flavor '
+          'ends_with name snapshot account login on_conflict error mode default_flavor '
           'default_image planned_by what reason summary held needs_confirmation kind actor code '
           'sentence role purpose application trust status'),
-    (list[str], 'security_groups notify invite warnings addresses hosts scopes'),
-    (dict[str, str], 'metadata properties'),
+    (list[str], 'notify invite warnings addresses hosts scopes'),
+    (dict[str, str], 'properties'),
     (dict[str, int], 'classes held_now used_now'),
     (bool, 'personal passes'),
     (datetime, 'start end added planned until at'),
@@ -2599,13 +2697,14 @@ FIELD_TYPES = {name: kind for kind, names in (
     (dict, 'change details'),
     (str | None, 'uid shows'),
     (Lasts, 'duration exempt lock exempt_within'),
-    (int | None, 'free_vms most_vms vcpu_hours waiting max_vms max_vcpu_hours max_waiting'),
-    (Lasts | None, 'longest ahead least_notice max_duration max_advance min_notice'),
+    (int | None, 'free_vms'),
     (Any, 'before after'),
     (Secret, 'feed token'),
     (float | None, 'begun_median begun_95 begun_worst ready_median ready_95 ready_worst'),
     (float, 'reserved_hours used_hours unused_hours late_worst last_pass'),
-    ) for name in names.split()}
+    ) for name in names.split()} | {
+        name: {Names: list[str], Pairs: dict[str, str]}.get(each.kind, str)
+        for name, each in MADE_OF.items()}
 
 
 def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None, **kinds) -> type:
@@ -2621,8 +2720,8 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
 ReservationAnswer = answer_kind(
     'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
     'state.',
-    'id label user project resource cell cloud region aggregate vms flavor image network key '
-    'security_groups metadata server at_end notify invite vcpus ram classes lead description '
+    f"id label user project resource cell cloud region aggregate vms {' '.join(MADE_SHOWN)} "
+    'at_end notify invite vcpus ram classes lead description '
     'personal affinity where repeat tz start end cancelled added changed up fault request host '
     'state change?', fault=str | None)
 OutcomeAnswer = answer_kind(
@@ -2676,10 +2775,6 @@ UsageAnswer = answer_kind(
     'Usage', 'How much of a resource is used in a time window; further fields are resource '
     'classes.',
     'start end vms vcpus ram free_vms', more=int)
-LimitAnswer = answer_kind(
-    'Limit', 'What a project or a user may reserve at most.',
-    'id project user resource most_vms longest ahead least_notice vcpu_hours waiting exempt lock '
-    'added max_vms max_duration max_advance min_notice max_vcpu_hours max_waiting exempt_within')
 ResourceAnswer = answer_kind(
     'Resource', 'A resource: its location and its capacity, without a number where that is '
     'unlimited.',
@@ -3245,6 +3340,7 @@ class SQLite(peewee.SqliteDatabase):
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
     time = staticmethod(time.time)  # by the one clock of all who use the store
+    last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
     one_of_several = '{}'  # of queries that are merged in order
 
@@ -3352,6 +3448,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
     in_files, returning = False, ' RETURNING id'
+    last_id = 'SELECT last_value - CAST(NOT is_called AS int) FROM {}_id_seq'
     # each by itself in that order, no more than are asked for
     one_of_several = 'SELECT * FROM ({} {}) one'
     until: float | None = 0.0  # when it is away for too long; None: it is there
@@ -3416,8 +3513,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
     def begin(self, isolation_level: str = '') -> None:
         """Begins a snapshot, or what writes, with its locks."""
-        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}' + (
-            '' if isolation_level else self.locks(locked.on))
+        text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}'
+        if not isolation_level:
+            text += f"; SET LOCAL lock_timeout = '{PATIENT}s'{self.locks(locked.on)}"
         with peewee.__exception_wrapper__:
             try:
                 self.connection().execute(text)
@@ -3536,8 +3634,7 @@ MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
 RESTARTS = 5  # seconds that it may be away while it is started again
 UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
           'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
-OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
-                  'options': f'-c lock_timeout={PATIENT}s -c timezone=UTC'}
+OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10}
 
 
 @functools.cache
@@ -3562,8 +3659,10 @@ def psycopg():
     return found
 
 
-#: How PostgreSQL writes what peewee's models say.
+#: How PostgreSQL writes what peewee's models say, and migrations.
 OF_SCHEMA = [(Pattern(pattern), text) for pattern, text in (
+    (r'\bid INTEGER NOT NULL PRIMARY', 'id BIGSERIAL NOT NULL PRIMARY'),
+    (r'\bINTEGER\b', 'BIGINT'), (r'\bREAL\b', 'DOUBLE PRECISION'),
     (r'VARCHAR\(255\)|\bTEXT\b', 'TEXT COLLATE "C"'), (r' WITHOUT ROWID', ''),
     (r'(BOOLEAN NOT NULL DEFAULT) 0', r'\1 FALSE'))]
 
@@ -3985,13 +4084,8 @@ class Limit(Table):
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all together
-    most_vms = peewee.IntegerField(null=True)
-    longest = peewee.IntegerField(null=True)       # seconds
-    ahead = peewee.IntegerField(null=True)         # seconds
-    least_notice = peewee.IntegerField(null=True)  # seconds
-    vcpu_hours = peewee.IntegerField(null=True)
-    waiting = peewee.IntegerField(null=True)
-    exempt = peewee.IntegerField()                 # seconds
+    figures = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])  # JSON
+    exempt = peewee.IntegerField()  # seconds
     lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     added = peewee.IntegerField()
 
@@ -4352,7 +4446,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
     lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
-    lambda: add_hosts_of_extra()]
+    lambda: add_hosts_of_extra(), lambda: gather_figures()]
 
 
 def long_texts(row: str) -> str:
@@ -4690,9 +4784,10 @@ def copy_store(source: str, target: str) -> None:
 def reading(path: str) -> Iterator[Callable]:
     """Reads a database of any engine as it is at one instant, beside the one that is open."""
     if is_server(path):
-        with closing(psycopg().connect(path, **OF_CONNECTIONS)) as source:
+        with closing(psycopg().connect(path, autocommit=True, **OF_CONNECTIONS)) as source:
             source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
-            yield source.execute
+            # a cursor with a name leaves the rows on the server until they are fetched
+            yield lambda sql: source.cursor(f'read_{secrets.token_hex(4)}').execute(sql)
     else:
         with closing(connect(path)) as source:
             source.execute('BEGIN')
@@ -4705,6 +4800,7 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
     Args:
       watch: shows to people how far it is, of a list that it goes through
     """
+    refuse_version(source)
     part = target
     if not is_server(target):
         if os.path.exists(target):
@@ -4728,6 +4824,13 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
             with suppress(FileNotFoundError):
                 os.remove(part + side)
     return {'rows': number}
+
+
+def refuse_version(path: str) -> None:
+    """Unavailable if a database is not of this version: what would be copied is not known."""
+    if (version := version_of(path)) != latest_version():
+        refusal = STORE_OLDER if version < latest_version() else STORE_NEWER
+        raise Unavailable(refusal.format(without_password(path), version, latest_version()))
 
 
 def fill_tables(read: Callable, watch: Callable) -> int:
@@ -4788,6 +4891,7 @@ def opened(path: str) -> Iterator[None]:
 @contextmanager
 def alone_on_server(url: str) -> Iterator[None]:
     """The same, while no other process of cmres is connected to it."""
+    close_store()
     with opened(url):
         if run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
                "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
@@ -4815,7 +4919,7 @@ def migrate_store(path: str) -> dict | None:
     if is_server(path):
         with alone_on_server(path):
             run_migrations(before)
-        return {'database': path, 'before': before, 'after': latest_version(), 'copy': ''}
+        return {'database': without_password(path), 'before': before, 'after': latest_version()}
     with alone_with(path):
         copy = f'{path}.version-{before}-{stamp()}'
         copy_store(path, copy)
@@ -5062,20 +5166,20 @@ GOALS_OF_2 = """
 
 
 def columns_of(table: str) -> set[str]:
-    """The columns that a table has in the file; none if there is no such table."""
-    return {each[1] for each in run(f'PRAGMA table_info({table})')}
+    """The columns that a table has in the store; none if there is no such table."""
+    return {each.name for each in db.get_columns(table)}
 
 
 def run_all(statements: str) -> None:
-    """Runs statements with semicolons between, within the present transaction."""
+    """Runs statements of the schema, with semicolons between, within the present transaction."""
     for each in statements.split(';'):
-        run(each)
+        db.execute_sql(each)
 
 
 def add_columns(table: str, columns: dict[str, str]) -> None:
     """Gives a table the columns, name by type, that it has not yet."""
     for name in columns.keys() - columns_of(table):
-        run(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
+        run_all(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
 
 
 def add_tracks() -> None:
@@ -5428,6 +5532,19 @@ def add_hosts_of_extra() -> None:
     add_columns('extra_hold', {'host_id': 'INTEGER REFERENCES host (id)'})
 
 
+def gather_figures() -> None:
+    """Version 26: the figures of a limit stand in one column, so that others need none."""
+    add_columns('limits', {'figures': "TEXT NOT NULL DEFAULT '{}'"})
+    names = {'most_vms': 'max_vms', 'longest': 'max_duration', 'ahead': 'max_advance',
+             'least_notice': 'min_notice', 'vcpu_hours': 'max_vcpu_hours', 'waiting': 'max_waiting'}
+    for each in rows('SELECT * FROM limits'):
+        said = {new: getattr(each, old) for old, new in names.items()}
+        run('UPDATE limits SET figures = ? WHERE id = ?', json.dumps(
+            {name: value for name, value in said.items() if value is not None}), each.id)
+    for name in names:
+        run(f'ALTER TABLE limits DROP COLUMN {name}')
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -5450,15 +5567,15 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
-LOST = '08'
+LOST, LACKING, READ_ONLY = '08', '53', '25006'
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
     LOST: 'The connection to the database was lost: {}. Try again.',
     '57P': 'The database stops or starts: {}. Try again in a minute.',
-    '53': 'The database has too little of something: {}. Nothing was changed. An operator must '
+    LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
           'look at the server.',
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
-    '25006': 'The database is read-only: {}. Nothing was changed. An operator must name the '
+    READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
     '28': 'The database does not let cmres in: {}. An operator must look at its settings.',
     '3D': 'There is no such database: {}. Create it with `createdb`.'}
@@ -5499,9 +5616,7 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     cause = engine_error(error)
     code = code_of(cause)
     if isinstance(code, str):
-        code = next((each for each in SERVER_TROUBLES if code.startswith(each)), None)
-        name = cause.sqlstate or 'no connection'
-        return code and Unavailable(SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})'))
+        return server_in_trouble(cause, code)
     if code not in TROUBLES:
         return None
     store_file.troubles += 1
@@ -5509,6 +5624,19 @@ def in_trouble(error: BaseException) -> Unavailable | None:
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
     elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        store_file.failed = sentence, time.monotonic()
+    return Unavailable(sentence)
+
+
+def server_in_trouble(cause: BaseException, state: str) -> Unavailable | None:
+    """The same of PostgreSQL's error, by its code."""
+    code = next((each for each in SERVER_TROUBLES if state.startswith(each)), None)
+    if not code:
+        return None
+    store_file.troubles += 1
+    name = cause.sqlstate or 'no connection'
+    sentence = SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})')
+    if code in (LACKING, READ_ONLY):
         store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
@@ -5537,6 +5665,7 @@ def note_check(now: float, damage: str) -> None:
 
 def probe(path: str) -> str:
     """Writes to the database on a connection of its own; what prevents that, '' if nothing."""
+    failed = store_file.failed  # where much can't be written, this little may be
     try:
         store_file.check()
         if db.in_files:
@@ -5544,6 +5673,7 @@ def probe(path: str) -> str:
         else:
             with transaction(on=frozenset()):
                 db.run(COUNT_WRITE, ())
+            store_file.failed = failed
     except (Unavailable, *STORE_ERRORS) as error:
         return str(error if isinstance(error, Unavailable) else trouble(error) or error)
     return ''
@@ -5617,6 +5747,7 @@ def watched() -> Iterator[None]:
     if not db.in_files:
         with db.atomic():
             yield
+        store_file.failed = '', 0.0
         return
     store_file.check()
     number = 0
@@ -5770,7 +5901,7 @@ def rehearsed_text(sql: str, tables: frozenset) -> str:
 def rehearsed_id(table: str) -> int:
     """The id that the next new row of a table would have."""
     if table not in rehearsal.ids:
-        rehearsal.ids[table] = run(f'SELECT coalesce(max(id), 0) FROM main.{table}').fetchone()[0]
+        rehearsal.ids[table] = run(db.last_id.format(table)).fetchone()[0]
     rehearsal.ids[table] += 1
     return rehearsal.ids[table]
 
@@ -5786,7 +5917,8 @@ class Attempt:
     def undo(self) -> None:
         """Makes all as it was before; what comes then is a part of the attempt as well."""
         run('ROLLBACK TO attempt')
-        rehearsal.ids = self.ids.copy()
+        if db.in_files:  # PostgreSQL gives no id twice
+            rehearsal.ids = self.ids.copy()
         for memory, mark in zip(MEMORIES, self.marks):
             memory.back(mark)
 
@@ -6051,11 +6183,10 @@ def send_later(event: int, targets: list[str], owner: str, at: float) -> None:
 # them. A state is never stored, so it can't be stale: it follows from the clock and from what was
 # seen of the servers. The parameter ?1 is the instant for which the state is asked.
 
-LISTING = '''
+LISTING = f'''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
-         o.vms, r.flavor, r.image, r.network, r.key, r.security_groups, r.metadata, r.user_data,
-         r.server, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         o.vms, {MADE_COLUMNS}, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
          r.affinity, r."where",
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
@@ -7444,28 +7575,19 @@ def made_for(uid: str, project: str) -> bool:
                     'WHERE v.uid = ? AND NOT v.borrowed AND r.project = ?', uid, project))
 
 
-def named_by(wish: dict) -> list[tuple[str, str]]:
-    """What a cloud must know of a wish: kinds and names, without the networks `auto` and `none`."""
-    named = [(kind, wish[kind]) for kind in KINDS if wish.get(kind)]
-    named += [('security_group', name) for name in wish.get('security_groups') or ()]
-    return [pair for pair in named if pair not in (('network', 'auto'), ('network', 'none'))]
+BOOTED = {name: each.held('') for name, each in MADE_OF.items() if each.ask}
 
 
-class Machine(NamedTuple):
-    """One machine to boot, in the words of the person who asked for it."""
-    name: str
-    mark: str
-    flavor: str
-    image: str
-    network: str = ''
-    key: str = ''
-    security_groups: tuple = ()
-    user_data: str = ''
-    metadata: dict = {}
-    hint: str = ''  # the label under which Nova's scheduler is to let it boot
-    sight: Sight = EVERYTHING  # what it may be made of
-    #: Called just before the request that makes it; raises if it is too late for that.
-    fence: Callable[[], None] = lambda: None
+class Machine(namedtuple('Machine', ('name', 'mark', *BOOTED, 'hint', 'sight', 'fence'),
+                         defaults=(*BOOTED.values(), '', EVERYTHING, lambda: None))):
+    """One machine to boot, in the words of the person who asked for it.
+
+    Args:
+      hint: the label under which Nova's scheduler is to let it boot
+      sight: what it may be made of
+      fence: called just before the request that makes it; raises if it is too late for that
+    """
+    __slots__ = ()
 
 
 class HostTold(NamedTuple):
@@ -7984,28 +8106,27 @@ class OpenStack(Cloud):
 
     def create(self, machine: Machine) -> str:
         """Makes a server of what the names stand for."""
-        named, found = named_by(machine._asdict()), defaultdict(list)
-        for (kind, _), thing in zip(named, self.check(named, machine.sight)):
-            found[kind].append(thing.id)
-        wish = {'name': machine.name, 'metadata': machine.metadata,
-                'flavor_id': found['flavor'][0], 'image_id': found['image'][0],
-                'tags': [self.store, machine.mark],
-                'networks': [{'uuid': id} for id in found['network']] or machine.network or 'auto'}
-        if machine.key:
-            wish['key_name'] = machine.key
-        if machine.security_groups:
-            wish['security_groups'] = [{'name': id} for id in found['security_group']]
+        made, found = machine._asdict(), defaultdict(list)
+        named = self.check(named_by(made), machine.sight)
+        for (name, _, _), thing in zip(cloudy_names(made), named):
+            found[name].append(thing.id)
+        wish = {'name': machine.name, 'metadata': {}, 'tags': [self.store, machine.mark],
+                'networks': 'auto'}
+        for name in BOOTED:
+            if made[name]:
+                MADE_OF[name].ask(wish, made[name], found[name])
         if machine.hint:
             wish['scheduler_hints'] = {'cmres': machine.hint}
-        if machine.user_data:
-            wish['user_data'] = base64.b64encode(machine.user_data.encode()).decode()
         machine.fence()
         with self.calling('make a server') as cloud:
             return cloud.compute.create_server(**wish).id
 
     def servers(self):
         with self.calling('list servers', sure=True) as cloud:
-            return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
+            found = [*cloud.compute.servers(tags=self.store)]
+            for tend in filter(None, (each.tend for each in MADE_OF.values())):
+                tend(cloud, self.store, found)
+            return [self.seen(server) for server in found]
 
     def seen(self, server) -> Seen:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
@@ -9320,10 +9441,30 @@ MAYBE_MARKED = Pattern('#vm|&#|&num', re.I)
 FEED_UID = Pattern(r'occurrence-\d+@cmres-[0-9a-f]{8}')
 PROPERTY = Pattern(r'([A-Za-z0-9-]+)((?:;[^":;]*(?:"[^"]*"[^":;]*)*)*):(.*)', re.S)
 TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
-PROGRAMMED = ('FLAVOR', 'IMAGE', 'RESOURCE', 'NETWORK', 'KEY')
+
+
+class EventProperty(NamedTuple):
+    """In what an event says something of what it wants: the field of a reservation, what reads it,
+    and who is told it: calendar programs of what they have not written, and feeds."""
+    field: str
+    read: Callable = read_name
+    default: Any = ''
+    in_events: bool = False
+    in_feeds: bool = False
+
+
+PROGRAMMED = {
+    'X-VM-COUNT': EventProperty('vms', read_count, 1, in_events=True),
+    'X-VM-FLAVOR': EventProperty('flavor', in_events=True),
+    'X-VM-IMAGE': EventProperty('image', in_events=True),
+    'X-VM-RESOURCE': EventProperty('resource'),
+    'X-VM-NETWORK': EventProperty('network'),
+    'X-VM-KEY': EventProperty('key')}
+#: What words can say as well, as in 2 x m1.small cirros on demo.
+IN_WORDS = ('vms', 'flavor', 'image', 'resource')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
-                  'X-VM-COUNT', *(f'X-VM-{name}' for name in PROGRAMMED)))
+                  *PROGRAMMED))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = Pattern(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
@@ -9334,14 +9475,9 @@ MOMENT = Pattern(r'(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?', re.A)
 OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
-class Want(NamedTuple):
-    """What an event of a calendar asks for; '' is for the defaults of the import."""
-    vms: int = 1
-    flavor: str = ''
-    image: str = ''
-    resource: str = ''
-    network: str = ''
-    key: str = ''
+#: What an event of a calendar asks for; '' is for the defaults of the import.
+Want = namedtuple('Want', [each.field for each in PROGRAMMED.values()],
+                  defaults=[each.default for each in PROGRAMMED.values()])
 
 
 class Booking(NamedTuple):
@@ -10099,20 +10235,26 @@ def guessed(entry: Entry) -> str:
 
 def want_of(entry: Entry, defaults: Want) -> Want | None:
     """What an event says that it wants; None if it wants no machines."""
+    want = worded_want(entry, defaults)
+    words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
+    if not want and not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
+        return None
+    said = {each.field: each.read(entry.text(name)) for name, each in PROGRAMMED.items()
+            if name in entry.said and not (want and each.field in IN_WORDS)
+            and (entry.text(name) or not each.default)}
+    return (want or defaults)._replace(**said)
+
+
+def worded_want(entry: Entry, defaults: Want) -> Want | None:
+    """What its title, its description or its place says that it wants."""
     for match in marks_of(entry):
         said = WANT.fullmatch(match[1].strip())
         if not said and match[1].strip():
             raise Invalid(f'{shown(match[0][:80])} is not valid. Write for example: #vm 2 x '
                           'm1.small')
         return spoken_want(said, defaults) if said else defaults
-    if said := spoken(entry):
-        return spoken_want(said, defaults)
-    words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
-    if not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
-        return None
-    said = {name.lower(): read_name(entry.text(f'X-VM-{name}')) for name in PROGRAMMED
-            if f'X-VM-{name}' in entry.said}
-    return defaults._replace(vms=read_count(entry.text('X-VM-COUNT') or defaults.vms), **said)
+    said = spoken(entry)
+    return spoken_want(said, defaults) if said else None
 
 
 def spoken_want(said: re.Match, defaults: Want) -> Want:
@@ -10153,6 +10295,14 @@ class Shown(NamedTuple):
     description: str
     location: str
     status: str
+    more: tuple = ()  # further properties with their values
+
+
+def programmed(found, who: str) -> dict[str, str]:
+    """The properties in which some are told what a row has, as text."""
+    said = {name: getattr(found, each.field) for name, each in PROGRAMMED.items()
+            if getattr(each, who)}
+    return {name: escaped(str(value)) for name, value in said.items()}
 
 
 @functools.lru_cache(20_000)
@@ -10163,7 +10313,7 @@ def event_text(shown: Shown) -> str:
             'SEQUENCE': f'{shown.revision}', 'DTSTART': start, 'DTEND': end,
             'STATUS': shown.status, 'SUMMARY': escaped(shown.summary),
             'DESCRIPTION': escaped(shown.description), 'LOCATION': escaped(shown.location),
-            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', 'END': 'VEVENT'}
+            'TRANSP': 'OPAQUE', 'CATEGORIES': 'VM', **dict(shown.more), 'END': 'VEVENT'}
     return ''.join(folded(f'{name}:{value}') for name, value in said.items() if value)
 
 
@@ -10255,40 +10405,24 @@ class Actor(NamedTuple):
             raise Forbidden(f"This token is only for one resource, not for '{operation.words}'.")
 
 
-class Wish(NamedTuple):
-    """A reservation that somebody asks for, read and resolved; seconds since 1970, MiB."""
-    label: str
-    user: str
-    project: str
-    resource: Any  # its row
-    start: int
-    end: int
-    vms: int
-    flavor: str
-    image: str
-    network: str
-    key: str
-    security_groups: list
-    user_data: str
-    metadata: dict
-    server: str
-    at_end: str
-    notify: list
-    lead: int
-    description: str
-    personal: bool
-    repeat: str
-    tz: str
-    on_conflict: str
-    stretches: list   # of a series; none for a plain reservation
-    each: Amount  # what one machine takes
-    warnings: list
-    host: str = ''               # all of it is reserved, by its name
-    whole: Amount | None = None  # what it holds
-    trusted: list = []           # KIND:NAME that an admin gave it
-    invite: list = []            # mail addresses
-    affinity: str = ''           # whether its VMs are to be on one host or on several
-    where: str = ''              # what their hosts must be like
+class Wish(namedtuple('Wish', (
+        'label', 'user', 'project', 'resource', 'start', 'end', 'vms', *MADE_OF, 'at_end', 'notify',
+        'lead', 'description', 'personal', 'repeat', 'tz', 'on_conflict', 'stretches', 'each',
+        'warnings', 'host', 'whole', 'trusted', 'invite', 'affinity', 'where'),
+        defaults=('', None, [], [], '', ''))):
+    """A reservation that somebody asks for, read and resolved; seconds since 1970, MiB.
+
+    Args:
+      resource: its row
+      stretches: of a series; none for a plain reservation
+      each: what one machine takes
+      host: all of it is reserved, by its name; `whole` is what it holds
+      trusted: KIND:NAME that an admin gave it
+      invite: mail addresses
+      affinity: whether its VMs are to be on one host or on several
+      where: what their hosts must be like
+    """
+    __slots__ = ()
 
     @property
     def amount(self) -> Amount:
@@ -10325,7 +10459,7 @@ def restored_wish(text: str) -> Wish:
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
     stretches = [Stretch(**each) for each in values['stretches']]
-    return Wish(**values | {'resource': resource_of(values['resource'], removed=True),
+    return Wish(**made_as(values) | values | {'resource': resource_of(values['resource'], removed=True),
                             'stretches': stretches})
 
 
@@ -10391,11 +10525,10 @@ class Request(NamedTuple):
 def for_each_part(method):
     """Lets an operation act on each part of a request of a label: on all of them, or on none."""
     @functools.wraps(method)
-    def acting(self, *args, **kwargs):
-        given = inspect.signature(method).bind(self, *args, **kwargs).arguments
+    def acting(self, **given):
         parts = self.look.parts_of(given['label'], given.get('project', ''))
         if not parts:
-            return method(**given)
+            return method(self, **given)
         refuse_apart(parts, given)
         each_given = [given | {'label': each.label, 'project': each.project} for each in parts]
         if API[method.__name__].changes:
@@ -10403,7 +10536,7 @@ def for_each_part(method):
             answers = self.carry_out(lambda now: changed_together(self, method, each_given),
                                      given.get('dry_run', False))
         else:
-            answers = [method(**each) for each in each_given]
+            answers = [method(self, **each) for each in each_given]
         return (sum(answers, []) if isinstance(answers[0], list)
                 else {'label': given['label'], 'parts': answers})
     return acting
@@ -10421,14 +10554,14 @@ def refuse_apart(parts: list, given: dict) -> None:
 def changed_together(service: Service, method: Callable, given: list[dict]) -> list:
     """What a change answers for each part; if one needs approval, that of all waits for it."""
     with Attempt() as attempt:
-        answers = [method(**each) for each in given]
+        answers = [method(service, **each) for each in given]
         waits = ['change' in each for each in answers if isinstance(each, dict)]
         if all(waits) or not any(waits):
             return answers
         attempt.undo()
     acting = service.acting(service.actor)
     acting.bookings.proposes_all = True
-    return [method(**each | {'self': acting}) for each in given]
+    return [method(acting, **each) for each in given]
 
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is
@@ -10440,17 +10573,13 @@ ASKED_BY_NOVA = ('hold', 'no_show')
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
 SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
-#: The fields that only the cloud can judge.
-CLOUDY = ('flavor', 'image', 'network', 'key', 'security_groups', 'server')
 #: The fields of a reservation that a machine is made of; they are fixed once it has begun.
-FIXED = (*CLOUDY, 'resource', 'start', 'lead', 'user_data', 'metadata', 'host', 'affinity',
-         'where')
+FIXED = (*MADE_OF, 'resource', 'start', 'lead', 'host', 'affinity', 'where')
 #: What a wish has as it is asked for.
-SAME = frozenset(('label', 'vms', 'flavor', 'image', 'network', 'key', 'user_data', 'description',
-                  'repeat', 'on_conflict'))
-STORED = ('label', 'user', 'project', *CLOUDY, 'user_data', 'metadata', 'at_end', 'notify', 'lead',
-          'description', 'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite',
-          'affinity', 'where')
+SAME = ('label', 'vms', 'description', 'repeat', 'on_conflict')
+STORED = ('label', 'user', 'project', *MADE_OF, 'at_end', 'notify', 'lead', 'description',
+          'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite', 'affinity',
+          'where')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
@@ -10462,8 +10591,8 @@ BACK = 'put back'  # the code of a proposal to have an occurrence again that was
 UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset(('security_groups', 'metadata', 'notify', 'invite', 'addresses', 'hosts',
-                  'classes', 'named', 'trusted'))
+JSON = frozenset((*(name for name, each in MADE_OF.items() if each.kind in (Names, Pairs)),
+                  'notify', 'invite', 'addresses', 'hosts', 'classes', 'named', 'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
 OVER = ('ended', 'cancelled', 'failed')
@@ -10471,7 +10600,8 @@ PLACE = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset("""
   now resource_id held_from held_until placed over due reservation user_data existing ever runs told
   slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
-  pending priority choices named trusted flavors aggregate_id user_started""".split())
+  pending priority choices named trusted flavors aggregate_id user_started
+  figures""".split())
 #: Of a reservation, the occurrence that is now or comes next: no other that is not over comes
 #: before it.
 NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
@@ -11226,15 +11356,13 @@ class Wishes:
                 self.refuse_untellable(name, asked.get(name) or (), most, web)
         whose = {'user': user, 'project': project}
         each, made_of = self.made_of(asked | whose, old, place, changes, warnings)
-        same = {name: asked[name] for name in Wish._fields if name in SAME}
+        same = {name: asked[name] for name in SAME} | made_as(asked) | made_of
         wish = Wish(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
-            security_groups=[*asked['security_groups']], metadata=dict(asked['metadata'] or {}),
             at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '', where=asked.get('where') or '',
-            stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())],
-            **made_of)
+            stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())])
         if stretches and 'repeat' not in changes:
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
@@ -11390,10 +11518,9 @@ class Wishes:
 
     def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
         """The names that an admin gave a reservation, now or before, as KIND:NAME."""
-        fields = {'security_group': 'security_groups'}
-        return [f'{kind}:{name}' for kind, name in named_by(asked) if f'{kind}:{name}' in kept or (
-                self.service.actor.role == ADMIN
-                and {'resource', fields.get(kind, kind)} & changes)]
+        return [f'{kind}:{name}' for field, kind, name in cloudy_names(asked)
+                if f'{kind}:{name}' in kept or (self.service.actor.role == ADMIN
+                                                and {'resource', field} & changes)]
 
     def unheld_classes(self, place, each: Amount) -> list[str]:
         """That a resource has more than a reservation asks for: GPUs, say."""
@@ -11783,6 +11910,157 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
 
 
 LIMIT_FIELDS = RENAMED['limit_add']
+OLD_FIGURES = {new: old for old, new in LIMIT_FIELDS.items()}
+
+
+class Bounded(NamedTuple):
+    """A limit, and a wish that it may refuse. Of each figure it says whether the wish is within,
+    and what a sentence says of whom is not.
+
+    Args:
+      old: its occurrence as it was, which doesn't count; what it had already, it may keep
+      others: the other occurrences of its series as they will be
+      own: its reservation
+    """
+    limit: Any
+    wish: Wish
+    now: int
+    old: Any
+    others: Others | None
+    own: int
+    config: Config
+
+    def duration(self, most: int) -> tuple[bool, str]:
+        length = self.wish.end - self.wish.start
+        before = self.old.end - self.old.start if self.old else 0
+        return length <= max(most, before), (
+            f'can reserve for at most {format_duration(most)}. You asked for '
+            f'{format_duration(length)}.')
+
+    @property
+    def stays(self) -> bool:
+        """Whether it starts when it did before."""
+        return bool(self.old) and self.wish.start == self.old.start
+
+    def advance(self, most: int) -> tuple[bool, str]:
+        last = self.now + most
+        return self.stays or self.wish.start <= last, (
+            f'can reserve at most {format_duration(most)} ahead. Choose a start before '
+            f'{self.config.told_time(last, self.wish.tz)}.')
+
+    def notice(self, least: int) -> tuple[bool, str]:
+        nearest = self.now + least
+        return self.stays or self.wish.start >= nearest, (
+            f'must reserve at least {format_duration(least)} before the start. '
+            f'Choose a start after {self.config.told_time(nearest, self.wish.tz)}.')
+
+    @property
+    def within(self) -> bool:
+        """Whether it has no more time than before, nor other."""
+        wish, old = self.wish, self.old
+        if not old or self.limit.resource_id and old.resource_id != wish.resource.id:
+            return False
+        return old.start <= wish.start and wish.end <= old.end and (
+            old.start <= self.now or old.held_from <= wish.held[0])
+
+    def vms(self, most: int) -> tuple[bool, str]:
+        asked, used = self.wish.vms, self.most_at_once()
+        less = self.within and asked <= self.old.vms
+        return less or used + asked <= most, (
+            f"can use {counted(most, 'VM')} at the same time and already uses {used} then. You "
+            f'asked for {asked}.')
+
+    def vcpu_hours(self, most: int) -> tuple[bool, str]:
+        wish, used = self.wish, self.future_hours()
+        need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
+        less = self.within and wish.amount.vcpus <= self.old.vcpus
+        return less or used + need <= most, (
+            f'has {max(most - used, 0):.0f} of {most} vCPU-hours left. This reservation needs '
+            f'{need:.0f}.')
+
+    def counted(self, user: str, project: str, reservation: str, resource: str) -> tuple[str, list]:
+        """What counts against it, by columns: a condition and its values."""
+        limit, others = self.limit, self.others
+        wanted = {user: limit.user and self.wish.user,
+                  project: limit.project or not limit.user and self.wish.project,
+                  resource: limit.resource_id}
+        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
+        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
+        return ' AND '.join(conditions), [*conditions.values()]
+
+    def most_at_once(self) -> int:
+        """How many VMs the limited have at most at the same time in the window of the wish."""
+        (begin, until), old = self.wish.held, self.old
+        where, values = self.counted(*OF_OCCURRENCE)
+        found = run('SELECT held_from, held_until, vms FROM occurrence o '
+                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
+                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
+                    *values, until, old.id if old else 0, until, begin).fetchall()
+        where, values = self.counted(*OF_EXTRA)
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
+                     'AND held_from < ? AND held_until > ? '
+                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
+                     self.own).fetchall()
+        if self.others:
+            found += self.others.holding(self.limit.resource_id, begin, until)
+        changes = [change for first, last, vms in found
+                   for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
+        return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
+
+    def future_hours(self) -> float:
+        """The vcpu-hours that the limited have reserved from now on."""
+        where, values = self.counted(*OF_OCCURRENCE)
+        seconds = self.others.seconds[self.limit.resource_id] if self.others else 0
+        seconds += run(
+            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
+            f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
+            self.now, *values, self.old.id if self.old else 0, self.now).fetchone()[0]
+        where, values = self.counted(*OF_EXTRA)
+        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?', self.now, *values, self.now)
+        return (seconds + sum(each for each, in extra)) / 3600
+
+
+class LimitFigure(NamedTuple):
+    """A figure that a limit may have: its type as an argument, the head of its column, and what
+    says whether a wish is within; None: that is looked at when it is to wait."""
+    kind: Any
+    head: str
+    allows: Callable | None
+
+
+#: All there are; a limit keeps them by these names, as JSON.
+LIMIT_FIGURES = {
+    'max_vms': LimitFigure(Count, 'Most VMs', Bounded.vms),
+    'max_duration': LimitFigure(Span, 'Longest', Bounded.duration),
+    'max_advance': LimitFigure(Span, 'How far ahead', Bounded.advance),
+    'min_notice': LimitFigure(Span, 'Shortest notice', Bounded.notice),
+    'max_vcpu_hours': LimitFigure(Count, 'Most vCPU-hours', Bounded.vcpu_hours),
+    'max_waiting': LimitFigure(int, 'Most waiting', None)}
+LIMIT_ARGUMENTS = {name: (each.kind, None) for name, each in LIMIT_FIGURES.items()}
+LIMIT_COLUMNS = f"id project user resource {' '.join(LIMIT_FIGURES)} exempt_within lock"
+FIGURE_FIELDS = {name: Lasts | None if each.kind is Span else int | None
+                 for new, each in LIMIT_FIGURES.items()
+                 for name in filter(None, (new, OLD_FIGURES.get(new)))}
+LimitAnswer = answer_kind(
+    'Limit', 'What a project or a user may reserve at most.',
+    f"id project user resource {' '.join(FIGURE_FIELDS)} exempt exempt_within lock added",
+    **FIGURE_FIELDS)
+
+
+def figures_of(limit) -> dict:
+    """What a limit says, by the names of figures."""
+    return json.loads(limit.figures)
+
+
+def shown_limit(found) -> dict:
+    """A limit as answers show it, under the old names as well: lengths in words."""
+    values = dict.fromkeys(LIMIT_FIGURES) | figures_of(found) | {
+        'exempt_within': found.exempt, 'lock': found.lock}
+    lengths = {name for name, each in LIMIT_FIGURES.items() if each.kind is Span}
+    shown = {name: format_duration(each) if each is not None and name in {
+        *lengths, 'exempt_within', 'lock'} else each for name, each in values.items()}
+    return public(found) | shown | {old: shown[new] for old, new in LIMIT_FIELDS.items()}
 
 
 class Limits:
@@ -11799,6 +12077,11 @@ class Limits:
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
+    def ahead(self, wish: Wish) -> list[int]:
+        """How far ahead the limits of a wish let it begin, each that says so."""
+        said = (figures_of(limit).get('max_advance') for limit in self.limits_for(wish))
+        return [each for each in said if each is not None]
+
     def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
         """The locks of whom the limits of a wish count."""
         for limit in self.limits_for(wish):
@@ -11807,116 +12090,42 @@ class Limits:
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0) -> None:
-        """Refuses what goes beyond a limit; inside the transaction that would admit it.
-
-        Args:
-          old: its occurrence as it was, which doesn't count; what it had already, it may keep
-          others: the other occurrences of its series as they will be
-          own: its reservation
-        """
+        """Refuses what goes beyond a limit; inside the transaction that would admit it; what else
+        it is given says Bounded."""
         decide_on(also=self.counted_for(wish))
+        config = self.service.config
         for limit in self.limits_for(wish):
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
-                wish.end - wish.start <= self.service.config.exempt_longest)
+                wish.end - wish.start <= config.exempt_longest)
             if not near or old and old.start <= now:
-                for name, value, fits_it, passes in self.beyond(limit, wish, now, old, others, own):
-                    if value is not None and not fits_it:
+                bounded = Bounded(limit, wish, int(now), old, others, own, config)
+                for name, value in figures_of(limit).items():
+                    allows = LIMIT_FIGURES[name].allows
+                    fits_it, passes = allows(bounded, value) if allows else (True, '')
+                    if not fits_it:
                         whose = (f"User '{limit.user}'" if limit.user else
                                  f"Project '{limit.project or wish.project}'")
-                        raise Conflict(f'{whose} {passes}', cause='limit', limit=name,
-                                       value=value, passes=passes)
-
-    def beyond(self, limit, wish: Wish, now: float, old, others: Others | None,
-               own: int) -> Iterator[tuple]:
-        """Of each figure of a limit: name, value, whether a wish is within, what would be."""
-        length, before = wish.end - wish.start, old.end - old.start if old else 0
-        stays = old and (not limit.resource_id or old.resource_id == wish.resource.id)
-        within = stays and old.start <= wish.start and wish.end <= old.end and (
-            old.start <= now or old.held_from <= wish.held[0])
-        less = within and wish.vms <= old.vms
-        cheaper = within and wish.amount.vcpus <= old.vcpus
-        yield 'longest', limit.longest, length <= max(limit.longest or 0, before), (
-            f'can reserve for at most {format_duration(limit.longest or 0)}. You asked for '
-            f'{format_duration(length)}.')
-        moved, at = not old or wish.start != old.start, self.service.config.told_time
-        last = int(now) + (limit.ahead or 0)
-        yield 'ahead', limit.ahead, not moved or wish.start <= now + (limit.ahead or 0), (
-            f'can reserve at most {format_duration(limit.ahead or 0)} ahead. Choose a start before '
-            f'{at(last, wish.tz)}.')
-        nearest = now + (limit.least_notice or 0)
-        yield 'least_notice', limit.least_notice, not moved or wish.start >= nearest, (
-            f'must reserve at least {format_duration(limit.least_notice or 0)} before the start. '
-            f'Choose a start after {at(nearest, wish.tz)}.')
-        if limit.most_vms is not None:
-            most = self.most_at_once(limit, wish, old, others, own)
-            yield 'most_vms', limit.most_vms, less or most + wish.vms <= limit.most_vms, (
-                f"can use {counted(limit.most_vms, 'VM')} at the same time and already uses {most} "
-                f'then. You asked for {wish.vms}.')
-        if limit.vcpu_hours is not None:
-            used = self.future_hours(limit, wish, now, old, others)
-            need = wish.amount.vcpus * (wish.end - max(wish.start, int(now))) / 3600
-            yield 'vcpu_hours', limit.vcpu_hours, cheaper or used + need <= limit.vcpu_hours, (
-                f'has {max(limit.vcpu_hours - used, 0):.0f} of {limit.vcpu_hours} vCPU-hours left. '
-                f'This reservation needs {need:.0f}.')
-
-    def counted(self, limit, wish: Wish, others: Others | None,
-                of: tuple[str, ...]) -> tuple[str, list]:
-        """What counts against a limit: columns of user, project, reservation and resource."""
-        user, project, reservation, resource = of
-        wanted = {user: limit.user and wish.user,
-                  project: limit.project or not limit.user and wish.project,
-                  resource: limit.resource_id}
-        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
-        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
-        return ' AND '.join(conditions), [*conditions.values()]
-
-    def most_at_once(self, limit, wish: Wish, old, others: Others | None, own: int) -> int:
-        """How many machines the limited have at most at the same time in the window of a wish."""
-        begin, until = wish.held
-        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
-        found = run('SELECT held_from, held_until, vms FROM occurrence o '
-                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
-                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
-                    *values, until, old.id if old else 0, until, begin).fetchall()
-        where, values = self.counted(limit, wish, others, OF_EXTRA)
-        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
-                     'AND held_from < ? AND held_until > ? '
-                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     own).fetchall()
-        found += others.holding(limit.resource_id, begin, until) if others else []
-        changes = [change for first, last, vms in found
-                   for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
-        return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
-
-    def future_hours(self, limit, wish: Wish, now: float, old, others: Others | None) -> float:
-        """The vcpu-hours that the limited have reserved from now on."""
-        where, values = self.counted(limit, wish, others, OF_OCCURRENCE)
-        seconds = others.seconds[limit.resource_id] if others else 0
-        seconds += run(
-            'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
-            f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
-            int(now), *values, old.id if old else 0, int(now)).fetchone()[0]
-        where, values = self.counted(limit, wish, others, OF_EXTRA)
-        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
-                    'AND proposal_id IS NOT NULL AND held_until > ?', int(now), *values, int(now))
-        return (seconds + sum(each for each, in extra)) / 3600
+                        raise Conflict(f'{whose} {passes}', cause='limit',
+                                       limit=OLD_FIGURES.get(name, name), value=value,
+                                       passes=passes)
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
         decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
-            if limit.waiting is None:
+            most = figures_of(limit).get('max_waiting')
+            if most is None:
                 continue
             who, name = ('user', wish.user) if limit.user else ('project', wish.project)
             waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, "
                          'CAST(id AS TEXT))) '
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
-            if waits >= limit.waiting:
+            if waits >= most:
                 raise Conflict(f"{who.capitalize()} '{name}' can have "
-                               f"{counted(limit.waiting, 'request')} on the waiting list and "
+                               f"{counted(most, 'request')} on the waiting list and "
                                f'already has {waits}. '
-                               'Cancel one first.', limit='waiting', value=limit.waiting, passes=0)
+                               'Cancel one first.', limit='waiting', value=most, passes=0)
 
 
 # Policy ######################################################################
@@ -12384,8 +12593,11 @@ class Bookings:
         yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
         if old and old.project != wish.project:  # it writes the texts of both
             raise Lacking(None)
-        for place, in old and run('SELECT DISTINCT resource_id FROM occurrence WHERE '
-                                  'reservation_id = ?', old.reservation) or ():
+        if old and not old.repeats:
+            yield On.RESOURCE, old.resource_id
+        for place, in old and old.repeats and run(
+                'SELECT DISTINCT resource_id FROM occurrence WHERE reservation_id = ?',
+                old.reservation) or ():
             yield On.RESOURCE, place
 
     def may_need_approval(self, deal: Deal) -> bool:
@@ -12913,10 +13125,10 @@ class Series:
     def reach(self, wish: Wish, now: float) -> float:
         """Until when the limits of a wish let anything begin."""
         places = filter(None, {resource_of(each.resource) for each in wish.stretches})
-        limits_for = self.bookings.policy.limits.limits_for
-        ahead = [limit.ahead for place in places for limit in limits_for(
-            wish._replace(resource=place)) if limit.ahead is not None]
-        return min([now + each for each in ahead], default=LAST.timestamp())
+        limits = self.bookings.policy.limits
+        return min((now + each for place in places
+                    for each in limits.ahead(wish._replace(resource=place))),
+                   default=LAST.timestamp())
 
     def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
         """The change that makes an occurrence be at a slot."""
@@ -13850,6 +14062,9 @@ AT_ONCE = 20
 STAGED = "name > 'staged-' AND name < 'staged.'"
 #: What people have asked for on the page and can still take back: facts that begin in that way.
 LATER = "name > 'later-' AND name < 'later.'"
+#: The instant that the values of these facts begin with; NULL of others.
+FROM_WHEN = (f"CASE WHEN {STAGED} OR {LATER} THEN "
+          "CAST(substr(value, 1, instr(value, ' ') - 1) AS DOUBLE PRECISION) END")
 
 
 def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
@@ -13951,18 +14166,16 @@ class Requests(Operations):
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
          resource=ANY)
-    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1,
-            flavor: Name = '', image: Name = '', network: Name = '', key: Name = '',
-            security_groups: Names = (), user_data: File = '', metadata: Pairs = None,
-            server: Name = '', at_end: Name = '', notify: Names = (), invite: Names = (),
-            lead: Span = None, description: Text = '', personal: bool = False,
-            affinity: Name = '', where: Text = '', repeat: Repeat = '', tz: Zone = '',
-            until: Day = None, count: Count = None, skip_dates: Names = (), holidays: Source = '',
-            on_conflict: Clash = 'refuse', user: Name = '', project: Name = '', cell: Name = '',
-            cloud: Name = '', region: Name = '', aggregate: Name = '', part: Parts = (),
-            host: Hosts = (), classes: Classes = None, wait: bool = False, priority: int = 0,
-            accept_within: Span = None, dry_run: bool = False,
-            asked: dict = None) -> BookedAnswer | GroupAnswer:
+    def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, *,
+            at_end: Name = '', notify: Names = (), invite: Names = (), lead: Span = None,
+            description: Text = '', personal: bool = False, affinity: Name = '', where: Text = '',
+            repeat: Repeat = '', tz: Zone = '', until: Day = None, count: Count = None,
+            skip_dates: Names = (), holidays: Source = '', on_conflict: Clash = 'refuse',
+            user: Name = '', project: Name = '', cell: Name = '', cloud: Name = '',
+            region: Name = '', aggregate: Name = '', part: Parts = (), host: Hosts = (),
+            classes: Classes = None, wait: bool = False, priority: int = 0,
+            accept_within: Span = None, dry_run: bool = False, asked: dict = None,
+            **made: MADE_ANEW) -> BookedAnswer | GroupAnswer:
         """Reserves virtual machines (VMs) from START to END, once or in a series.
 
         cmres starts the VMs at START and deletes them at END, or does what --at-end says. Without
@@ -14285,17 +14498,15 @@ class Requests(Operations):
     @api('PATCH', '/reservation/<label>')
     @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
-               vms: Count = None, flavor: Name = None, image: Name = None, network: Name = None,
-               key: Name = None, security_groups: Names = None, user_data: File = None,
-               metadata: Pairs = None, at_end: Name = None, notify: Names = None,
+               vms: Count = None, *, at_end: Name = None, notify: Names = None,
                invite: Names = None, lead: Span = None, description: Text = None,
                personal: bool = None, host: Name = None, affinity: Name = None, where: Text = None,
-               repeat: Repeat = None, until: Day = None,
-               count: Count = None, skip_dates: Names = None, holidays: Source = None,
-               on_conflict: Clash = None, user: Name = None, rename: NewLabel = None,
-               occurrence: Day = None, following: bool = False, tz: Zone = '', project: Name = '',
-               reason: Text = '',
-               dry_run: bool = False, asked: dict = None) -> BookedAnswer | GroupAnswer:
+               repeat: Repeat = None, until: Day = None, count: Count = None,
+               skip_dates: Names = None, holidays: Source = None, on_conflict: Clash = None,
+               user: Name = None, rename: NewLabel = None, occurrence: Day = None,
+               following: bool = False, tz: Zone = '', project: Name = '', reason: Text = '',
+               dry_run: bool = False, asked: dict = None,
+               **made: MADE_OTHERWISE) -> BookedAnswer | GroupAnswer:
         """Changes a reservation, all of it or nothing.
 
         A new start moves the reservation; a new end makes it longer or shorter. A reservation that
@@ -14384,7 +14595,16 @@ class Requests(Operations):
                                          place=place)
             return self.altered(old, wish, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
-        return self.carry_out(deed, dry_run, frozenset)
+        return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
+
+    def places_of(self, label: str, project: str) -> Iterator[tuple[int, int | str]]:
+        """What a change of a reservation locks, as far as its name tells."""
+        project = project or self.actor.project
+        yield On.LABEL, f'{project}/{label}'
+        for each in rows('SELECT DISTINCT o.resource_id FROM reservation r JOIN occurrence o ON '
+                         'o.reservation_id = r.id WHERE r.label = ? AND r.project = ? AND '
+                         'o.due IS NOT NULL', label, project):
+            yield On.RESOURCE, each.resource_id
 
     @api('POST', '/reservation/<label>/skip')
     @for_each_part
@@ -14413,7 +14633,7 @@ class Requests(Operations):
                                hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
-        return self.carry_out(deed, dry_run, frozenset)
+        return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
 
     def put_back(self, label: str, project: str, occurrence: Day | None, dry_run: bool) -> dict:
         """Lets a series have an occurrence again that was left out."""
@@ -14481,7 +14701,7 @@ class Requests(Operations):
                     return None
                 return self.altered(current, wish, asked, now, code, named, only)
             with self.shares.paced():
-                answer = self.carry_out(deed, dry_run, frozenset)
+                answer = self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
@@ -14592,12 +14812,12 @@ class Requests(Operations):
         if (occurrence or following) and not (label and occurrence):
             raise Invalid('Choose the label of a series and one of its occurrences.',
                           hint='LABEL --occurrence DATE, and --following if you want')
+        locks = (lambda: self.places_of(label, project)) if label else None
         if occurrence:
             with self.shares.resting():  # changes of others don't wait
                 return self.carry_out(lambda now: self.cancel_occurrence(
-                    label, project, occurrence, following, now), dry_run, frozenset)
-        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run,
-                               frozenset if label else None)
+                    label, project, occurrence, following, now), dry_run, locks)
+        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run, locks)
 
     def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
                           now: float) -> list[dict]:
@@ -14783,11 +15003,9 @@ class Plan(Operations):
     """The operations on resources, their capacity over time, and limits."""
 
     @api('POST', '/limit/', role=ADMIN, made='/limit/')
-    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '',
-                  max_vms: Count = None, max_duration: Span = None, max_advance: Span = None,
-                  min_notice: Span = None, max_vcpu_hours: Count = None, max_waiting: int = None,
-                  exempt_within: Span = None, lock: Span = None,
-                  dry_run: bool = False) -> LimitAnswer:
+    def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', *,
+                  exempt_within: Span = None, lock: Span = None, dry_run: bool = False,
+                  **figures: LIMIT_ARGUMENTS) -> LimitAnswer:
         """Sets a limit for a user or a project.
 
         Without both, the limit applies to every project that has no limit of its own. With
@@ -14796,19 +15014,17 @@ class Plan(Operations):
 
         Example: python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
         """
-        figures = {'most_vms': max_vms, 'longest': max_duration, 'ahead': max_advance,
-                   'least_notice': min_notice, 'vcpu_hours': max_vcpu_hours,
-                   'waiting': max_waiting}
-        if all(each is None for each in (lock, *figures.values())):
-            raise Invalid(f"Choose what to limit: {', '.join(LIMIT_FIELDS.values())}, lock.")
-        seconds = {name: seconds_of(each) if isinstance(each, timedelta) else each
-                   for name, each in figures.items()}
+        said = {name: seconds_of(each) if isinstance(each, timedelta) else each
+                for name, each in figures.items() if each is not None}
+        if not said and lock is None:
+            names = ', '.join([*LIMIT_FIGURES, 'exempt_within', 'lock'])
+            raise Invalid(f'Choose what to limit: {names}.')
         with self.writing(dry_run) as now:
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
-                        **seconds, added=int(now), exempt=seconds_of(exempt_within),
-                        lock=seconds_of(lock))
+                        figures=json.dumps(said), added=int(now),
+                        exempt=seconds_of(exempt_within), lock=seconds_of(lock))
             self.journal(now, 'limit', f"limited {user or project or 'every project'}")
-            return self.limit_public(row(f'{LIMITS} WHERE l.id = ?', id))
+            return shown_limit(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
     def limit_list(self) -> list[LimitAnswer]:
@@ -14817,7 +15033,7 @@ class Plan(Operations):
         Example: python cmres.py limit list
         """
         found = rows(f'{LIMITS} ORDER BY l.id')
-        return [self.limit_public(each) for each in found if self.actor.role == ADMIN
+        return [shown_limit(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
     @api('DELETE', '/limit/<id>', role=ADMIN)
@@ -14834,14 +15050,7 @@ class Plan(Operations):
             remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'removed limit {id}')
-            return self.limit_public(found)
-
-    def limit_public(self, found) -> dict:
-        """A limit as answers show it: lengths in words."""
-        lengths = ('longest', 'ahead', 'least_notice', 'exempt', 'lock')
-        return with_twins({
-            name: format_duration(value) if name in lengths and value is not None else value
-            for name, value in (public(found) | {'waiting': found.waiting}).items()}, LIMIT_FIELDS)
+            return shown_limit(found)
 
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
@@ -15143,13 +15352,14 @@ class Plan(Operations):
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
-        """The resource of an aggregate: by Nova's id, as names change; where none is known or that one
-        is gone, by the name.
+        """The resource of an aggregate: by Nova's id, as names change; where none is known or that
+        one is gone, by the name.
         """
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
                         OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
-                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""", cloud, aggregate.id, aggregate.name)
+                       ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""",
+                   cloud, aggregate.id, aggregate.name)
 
     def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
@@ -15779,7 +15989,7 @@ class Claims(Operations):
             place = self.look.resource_row(name)
             uids = [each.server for each in rows(
                 'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND at < ? '
-                'LIMIT 100', place.id, self.clock() - 5)]  # Nova may not show the newest yet
+                'LIMIT 100', place.id, self.clock() - 2)]  # Nova may not show the newest yet
             opened = self.clouds.open(place.cloud)
             try:
                 seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
@@ -16076,7 +16286,7 @@ class Calendars(Operations):
         owner, entries = self.owner(said), read_calendar(text, 'the calendar')
         groups = by_uid(wishful(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(*(said[name] for name in Want._fields)))
+                          Want(**{name: said[name] for name in Want._fields if name in said}))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
         lines = self.read_bookings(wanted, said, zone)
@@ -16182,10 +16392,9 @@ class Calendars(Operations):
         if booking.cancelled or not coming:
             return None, []
         wanted = {name: value for name, value in want._asdict().items()
-                  if value or name not in ('network', 'key')}
-        asked = {'security_groups': (), 'user_data': '', 'metadata': None, 'server': '',
-                 'personal': False, 'lead': None, 'description': booking.summary[:1000]}
-        asked |= said | wanted
+                  if value or name in IN_WORDS}
+        asked = made_as({}) | {'personal': False, 'lead': None,
+                               'description': booking.summary[:1000]} | said | wanted
         asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
                   'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
         if not want.resource:
@@ -16568,7 +16777,8 @@ class Calendars(Operations):
         status = dict.fromkeys(('cancelled', 'failed'), 'CANCELLED') | dict.fromkeys(
             ('waiting', 'pending'), 'TENTATIVE')
         return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
-                     status.get(found.state, 'CONFIRMED'))
+                     status.get(found.state, 'CONFIRMED'),
+                     tuple(programmed(found, 'in_feeds').items()))
 
 
 # Tokens ######################################################################
@@ -17173,15 +17383,13 @@ DUE = {'occurrence': ('occurrence o', 'o.due', 'TRUE'), 'server': ('server v', '
        'subscription': ('subscription u', 'u.due', 'TRUE'), 'claim': ('claim c', 'c.due', 'TRUE'),
        'wait': ('wait w', 'w.due', 'TRUE'), 'pending': ('reservation r', 'r.pending', 'TRUE'),
        'proposal': ('proposal p', 'p.until', 'TRUE'),
-       'staged': ('fact f', 'CAST(f.value AS REAL)', STAGED),
-       'later': ('fact f', 'CAST(f.value AS REAL)', LATER)}
+       'staged': ('fact f', FROM_WHEN, STAGED), 'later': ('fact f', FROM_WHEN, LATER)}
 #: The soonest instant of all of these that is after another one.
 SOONEST = 'SELECT min(due) AS due FROM ({}) o'.format(' UNION ALL '.join(
     f'SELECT min({column}) AS due FROM {table} WHERE {column} > ?1 AND {which}'
     for table, column, which in DUE.values()))
 
-SERVERS = '''SELECT v.*, r.flavor, r.image, r.network, r.key, r.security_groups, r.user_data,
-                    r.metadata, r.label, r.project, r.trusted, r.notify, o.reservation_id,
+SERVERS = f'''SELECT v.*, {MADE_COLUMNS}, r.label, r.project, r.trusted, r.notify, o.reservation_id,
                     o."end", o.resource_id, s.mode, s.cloud
                FROM server v CROSS JOIN occurrence o ON o.id = v.occurrence_id
                JOIN reservation r ON r.id = o.reservation_id
@@ -17729,13 +17937,12 @@ class Workers:
 
     def do_boot(self, call: Job) -> str:
         server = call.target
+        made = made_in(server)
         return self.clouds.open(call.account).boot(Machine(
-            server.name, self.mark(server), server.flavor, server.image, server.network, server.key,
-            tuple(json.loads(server.security_groups)), server.user_data,
-            json.loads(server.metadata),
-            server.label if server.mode else '',
-            self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
-            lambda: self.go_on(call)))
+            server.name, self.mark(server), **{name: made[name] for name in BOOTED},
+            hint=server.label if server.mode else '',
+            sight=self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
+            fence=lambda: self.go_on(call)))
 
     def do_verb(self, call: Job) -> None:
         getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
@@ -18321,11 +18528,10 @@ class Planner:
                     'JOIN reservation r ON r.id = o.reservation_id '
                     'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
         account = self.clouds.account(about.cloud, about.project, about.of_user)
-        asked = about._asdict() | {'security_groups': json.loads(about.security_groups)}
         sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
         needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
         self.workers.submit(('ahead', occurrence.id), 'ahead', account,
-                            Ahead(occurrence.id, asked, sight, needs, self.homeless(occurrence)))
+                            Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence)))
         return AHEAD
 
     def needed_at(self, at: int, account: str, now: float) -> Amount:
@@ -20269,7 +20475,10 @@ class Readiness:
             for name, each in found.items()}
 
     def disk(self) -> dict:
+        """How much space is left for the file; PostgreSQL looks after its own disk."""
         config = self.service.config
+        if is_server(config.database):
+            return {}
         free, most = disk_free(config.database) // 2**20, config.min_disk
         fault = (f'Only {free} MiB are free on the disk of the database. At least {most} should '
                  'be free. (setting min_disk)')
@@ -22262,13 +22471,13 @@ def reservation_text(folder: Folder, id: int) -> str:
 
 def want_lines(found, vms: int) -> list[str]:
     """What of an event says which VMs a reservation has, and its description."""
-    said = {'COUNT': vms, 'FLAVOR': found.flavor, 'IMAGE': found.image}
     plain = f"{vms} x {' '.join(filter(None, (found.flavor, found.image)))}"
     match = WANT.fullmatch(plain)
     text = found.description
     if match and match.group(2, 3) == (found.flavor, found.image):  # it says all of it
         text = '\n'.join(filter(None, (plain, text)))
-    return ['CATEGORIES:VM', *(f'X-VM-{name}:{escaped(str(each))}' for name, each in said.items()),
+    said = programmed(found._replace(vms=vms), 'in_events')
+    return ['CATEGORIES:VM', *(f'{name}:{value}' for name, value in said.items()),
             f'DESCRIPTION:{escaped(text)}']
 
 
@@ -24708,8 +24917,8 @@ FORMS = {'resource_add': ('/admin/resources', 'name cloud region aggregate vms v
          'maintenance_add': ('/admin/maintenance', 'resource start end affected reason'),
          'resource_capacity': ('/admin/maintenance', 'name start end vms vcpus ram affected reason '
                                '| classes'),
-         'limit_add': ('/admin/people', 'project user resource max_vms max_duration max_advance '
-                       'min_notice max_vcpu_hours | max_waiting exempt_within lock'),
+         'limit_add': ('/admin/people',
+                       LIMIT_COLUMNS.removeprefix('id ').replace('exempt', '| exempt')),
          'token_add': ('/admin/people', 'user project role purpose lasts | scopes resource'),
          'user_end': ('/admin/people', 'user project'),
          'credential_add': ('/tokens', 'cloud application secret | trust')}
@@ -24723,8 +24932,7 @@ PANELS = {
     'Affected': ('label resource vms start end outcome', 'It affects nobody.'),
     'Resources': ('name cloud region aggregate vms vcpus ram classes mode approval',
                   'There is no resource yet.'),
-    'Limits': ('id project user resource max_vms max_duration max_advance min_notice '
-               'max_vcpu_hours max_waiting exempt_within lock', 'There are no limits.'),
+    'Limits': (LIMIT_COLUMNS, 'There are no limits.'),
     **dict.fromkeys(('Tokens', 'Your tokens'), (
         'id user project role purpose scopes resource added ends last_used', 'None.')),
     'Clouds on which VMs are yours': ('id user cloud application trust added', ''),
@@ -24736,14 +24944,12 @@ PANELS = {
     'VMs that did not start': ('cloud label name tries planned fault', 'None.')}
 #: What stands above a column, or a field, where it is not its name.
 HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'end': 'To',
-         'max_vms': 'Most VMs', 'max_duration': 'Longest', 'max_advance': 'How far ahead',
-         'min_notice': 'Shortest notice', 'max_vcpu_hours': 'Most vCPU-hours',
-         'max_waiting': 'Most waiting', 'label': 'Name', 'at_end': 'At the end',
+         **{name: each.head for name, each in (MADE_OF | LIMIT_FIGURES).items() if each.head},
+         'label': 'Name', 'at_end': 'At the end',
          'affected': 'Affected reservations', 'min_free_time': 'Free for at least',
          'rename': 'Name', 'repeat': 'Repeats',
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
-         'notify': 'Send notices to', 'key': 'SSH key pair', 'server': 'Use an existing server',
-         'user_data': 'User data (cloud-init)', 'personal': 'Who can start VMs in it',
+         'notify': 'Send notices to', 'personal': 'Who can start VMs in it',
          'host': 'Whole host', 'affinity': 'Hosts of its VMs', 'where': 'Hosts that are',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
@@ -24755,7 +24961,8 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
 #: What stands in an empty field.
 HINTS = {'label': 'a free name', 'start': 'tue 10:00', 'end': '12:00 or 2h', 'repeat': 'once',
          'skip_dates': '22 dec, 29 dec', 'lead': '10m',
-         'notify': 'eva@example.org', 'security_groups': 'web, ssh', 'metadata': 'k=v',
+         'notify': 'eva@example.org',
+         **{name: each.hint for name, each in MADE_OF.items() if each.hint},
          'where': 'gpu_count>=2', 'classes': 'CUSTOM_GPU=1', 'part': 'gpu:2,cpu:20',
          'until': '23 feb',
          'holidays': 'https://…/holidays.ics', 'invite': 'ana@example.org', 'accept_within': '30m'}
@@ -24782,8 +24989,12 @@ CHOICE_WORDS = {
        if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
+#: What VMs are made of besides what everybody says.
+MADE_MORE = [name for name in MADE_OF if name not in ('flavor', 'image')]
 #: What of a reservation stands on its page, and what it is called.
-FACTS = {'resource': 'Resource', 'host': 'Host', 'network': 'Network', 'key': 'SSH key pair',
+FACTS = {'resource': 'Resource', 'host': 'Host',
+         **{name: MADE_OF[name].head or name.replace('_', ' ').capitalize() for name in MADE_MORE
+            if name in MADE_OTHERWISE and name in CLOUDY},
          'at_end': 'At the end', 'notify': 'Notices go to', 'invite': 'Invited',
          'request': 'Part of', 'description': 'Description'}
 MOST_PEOPLE = 500   # tokens that are made at once
@@ -24791,7 +25002,7 @@ MOST_LATELY = 300   # events of a project that are looked through for notices
 FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
              'Notices': 'notify invite description'}
-BOOK_MORE = ('on_conflict accept_within network key server security_groups user_data metadata '
+BOOK_MORE = (f"on_conflict accept_within {' '.join(MADE_MORE)} "
              'personal host affinity where holidays classes part')
 FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
 BOOKING = ('label resource vms start end repeat until count skip_dates what image flavor at_end '
@@ -26432,8 +26643,8 @@ MOST_RESOURCES_TRIED = 4  # resources on which what somebody wants is tried
 USUAL_RULES = ('daily', 'weekdays', 'every tuesday', 'weekly on tue,thu', 'every 2 weeks on mon',
                'monthly on first mon')
 #: Fields that a change can make empty, and those that can change while VMs run, or of one alone.
-CAN_BE_EMPTY = frozenset(('image', 'network', 'key', 'security_groups', 'user_data', 'metadata',
-                          'notify', 'invite', 'lead', 'description', 'where'))
+CAN_BE_EMPTY = MADE_OTHERWISE.keys() - {'flavor'} | {'notify', 'invite', 'lead', 'description',
+                                                     'where'}
 WHILE_RUNNING = 'end', 'vms', 'notify', 'description', 'rename'
 OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
@@ -27124,7 +27335,7 @@ class Admin(Visit):
         """Lets the life cycle not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
-                        'AND CAST(value AS REAL) > ?', act, now)
+                        f'AND {FROM_WHEN} > ?', act, now)
             said = json.loads(found.value.partition(' ')[2]) if found else {}
             if not said or said['by'][:2] != [self.actor.user, self.actor.project]:
                 raise Conflict(TOO_LATE)
@@ -27932,7 +28143,7 @@ def server_address(url: str) -> str:
 def client_method(operation: Operation) -> Callable:
     @functools.wraps(operation.method)
     def method(self, *args, **kwargs):
-        given = inspect.signature(operation.method).bind(
+        given = signature_of(operation.method).bind(
             self, *args, **with_new_names(operation.name, kwargs)).arguments
         if operation.name == 'list' and not {'limit', 'after'} & given.keys():
             given.pop('self')
@@ -28168,8 +28379,7 @@ SHELVES = {
                  'completion'}
 #: The options of a command as its help lists them; what is in none of these comes last.
 KINDS_OF_OPTIONS = {
-    'VMs': 'vms flavor image server network key security_groups user_data metadata classes '
-           'personal',
+    'VMs': f"vms {' '.join(MADE_OF)} classes personal",
     'Start and end': 'start end lead at_end after before by duration',
     'Series': 'repeat until count skip_dates holidays on_conflict occurrence following',
     'If the capacity is not free': 'wait accept_within priority partial force affected',
@@ -28200,8 +28410,7 @@ COLUMNS = {'list': 'id label user project resource host vms flavor start end rep
            'delete': 'id label user project resource vms start end state ends_with warnings',
            'calendar_list': 'id kind user project shows added polled fault needs_confirmation',
            'affected': 'label user project vms start end outcome',
-           'limit_list': 'id project user resource max_vms max_duration max_advance min_notice '
-                         'max_vcpu_hours max_waiting exempt_within lock',
+           'limit_list': LIMIT_COLUMNS,
            'resource_sync': 'resource what before after',
            'servers': 'n name state addresses login planned begun ready deleted snapshot fault',
            'resource_list': 'name cell cloud region aggregate vms vcpus ram classes mode',
@@ -28365,7 +28574,7 @@ def store_migrate(config: Config) -> dict:
     refuse_missing(config.database)
     done = migrate_store(config.database)
     open_store(config.database, config.key)
-    return done or {'database': config.database, 'version': latest_version(),
+    return done or {'database': without_password(config.database), 'version': latest_version(),
                     'result': 'nothing to do'}
 
 
@@ -28507,8 +28716,9 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
     done = migrate_store(config.database)
-    return [f"Updated the database from version {done['before']} to {done['after']}. "
-            f"'{done['copy']}' is a copy of before."] if done else []
+    said = done and f"Updated the database from version {done['before']} to {done['after']}."
+    copy = f" '{done['copy']}' is a copy of before." if done and 'copy' in done else ''
+    return [said + copy] if done else []
 
 
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
@@ -29173,8 +29383,7 @@ def loadable(lines: list[dict]) -> list[dict]:
 
 def as_typed(name: str, value):
     """A cell of `list --format csv` as `add` takes it: lists as JSON, the lead in seconds."""
-    if isinstance(value, str) and value[:1] in ('[', '{') and name in (
-            'security_groups', 'notify', 'invite', 'metadata', 'classes'):
+    if isinstance(value, str) and value[:1] in ('[', '{') and name in JSON:
         with suppress(ValueError):
             return json.loads(value) or ''
     if name == 'lead' and isinstance(value, str) and value.isdecimal():
