@@ -12791,7 +12791,7 @@ def test_who_has_reserved_in_an_aggregate_that_is_gone_is_told(racks, monkeypatc
     gpus(racks, 'lab', 'g4', 2)
     monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', ())
     for _ in range(2):
-        racks.cycle.look_at_hosts('hosts')
+        racks.cycle.watch.ask('hosts')
         racks.cycle.settle()
     assert len(affected(racks, 'lab')) == 1
     with pytest.raises(NoCapacity):
