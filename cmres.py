@@ -18411,7 +18411,7 @@ class Planner:
         if foreign and not occurrence.told & FOREIGN:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
         for each in foreign if ends else ():
-            self.workers.submit(('clear', each), 'clear', occurrence.cloud, each)
+            self.workers.submit(('clear', each), 'clear', occurrence.cloud, each, occurrence.cloud)
             run('UPDATE claim SET due = min(due, ?) WHERE server = ? AND due IS NOT NULL',
                 now + self.config.poll_changing, each)
 
@@ -18530,8 +18530,8 @@ class Planner:
         account = self.clouds.account(about.cloud, about.project, about.of_user)
         sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
         needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
-        self.workers.submit(('ahead', occurrence.id), 'ahead', account,
-                            Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence)))
+        asked = Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence))
+        self.workers.submit(('ahead', asked.occurrence), 'ahead', account, asked, about.cloud)
         return AHEAD
 
     def needed_at(self, at: int, account: str, now: float) -> Amount:

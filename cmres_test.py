@@ -16074,6 +16074,24 @@ def test_each_starts_ends_and_looks_at_what_is_on_its_clouds_alone(world):
     assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL')
 
 
+def test_what_is_asked_before_a_start_and_deleted_after_an_end_is_of_who_acts_for_the_cloud(world):
+    schedulers, calls = Schedulers(world, 2, 2), []
+    schedulers.passes(8)
+    for cycle in schedulers.there:
+        cycle.planner.foreign = lambda occurrence: ([f'of-{occurrence.label}'], True)
+        work = cycle.workers.work
+        cycle.workers.work = lambda call, cycle=cycle, work=work: (work(call), calls.append((cycle, call)))
+    for place in 'demo', 'place-2':
+        start = cmres.instant(world.now)
+        world.service.add(f'soon-{place}', place, start + timedelta(seconds=60), hours(1), flavor='m1.small', image='cirros')
+        world.service.add(f'ends-{place}', place, start, timedelta(seconds=5))
+    schedulers.passes(12)
+    owner = schedulers.holders()
+    assert {(verb, cloud) for verb in ('ahead', 'clear') for cloud in owner if cloud} == {
+        (call.verb, call.cloud) for cycle, call in calls if call.verb in ('ahead', 'clear')
+        and not isinstance(call.error, cmres.LostLease) and owner[call.cloud] == cycle.leader.name}
+
+
 def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_elsewhere(world):
     schedulers = Schedulers(world, 2, 1)
     schedulers.passes(1)
