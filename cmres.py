@@ -19253,6 +19253,7 @@ class LifeCycle:
                 self.drop_staged(now)
                 self.do_later(now)
             self.planner.plan(now)
+            self.lead(self.clocks.clock())  # all that may have taken long
             self.dispatcher.call(now)
             self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None

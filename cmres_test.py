@@ -15987,6 +15987,18 @@ def test_who_hangs_in_the_middle_of_a_boot_until_another_acts_writes_and_calls_n
     assert [len(world.there()), world.service.servers('lab')[0]['tries']] == [1, 2 if where == 'before it asks' else 1]
 
 
+def test_a_pass_that_takes_longer_than_its_lease_calls_all_the_same_where_nobody_took_it(world):
+    boot(world, start=0, vms=1)
+    plan = world.cycle.planner.plan
+
+    def slow_plan(now):
+        plan(now)
+        world.now += world.config.leader_timeout + 1
+    world.cycle.planner.plan = slow_plan
+    assert world.cycle.converge(world.now)
+    wait_for(world.there)
+
+
 # Several schedulers share the clouds
 
 
