@@ -24,8 +24,8 @@ test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py
 
-stress: $(VENV)/cmres_test $(VENV)/psycopg   ## let 64 clients reserve 100000 times on three processes, on both engines
-	$(BIN)/python cmres_test.py stress
+stress: $(VENV)/cmres_test $(VENV)/psycopg   ## on both engines, let 64 clients reserve 100000 times, and kill what can be killed 100 times
+	$(BIN)/python cmres_test.py stress ruin
 
 bench: $(VENV)/cmres_test $(VENV)-clients/caldav/done   ## print how fast it is, as ratios measured side by side
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(BIN)/python cmres_test.py

@@ -3360,6 +3360,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    time = staticmethod(time.time)  # by the one clock of all who use the store
     last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
     one_of_several = '{}'  # of queries that are merged in order
@@ -3491,6 +3492,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
     def connect(self, reuse_if_open: bool = False) -> bool:
         """Takes a connection for this thread, and waits where there is none for a while."""
+        users = self._state.ctx  # they go on with another connection
         while True:
             try:
                 found = super().connect(reuse_if_open)
@@ -3501,14 +3503,16 @@ class PostgreSQL(PooledPostgresqlDatabase):
                 if time.monotonic() >= self.until or not is_lost(error):
                     raise
             else:
-                self.until = None
+                self.until, self._state.ctx = None, users
                 return found
             time.sleep(0.1)
 
     def leave_lost(self) -> None:
         """Forgets a connection that is lost, and those at rest, which were lost with it."""
+        users = self._state.ctx
         self.manual_close()
         self.close_idle()
+        self._state.ctx = users
 
     def init(self, url: str, **options):
         super().init(url, **options)
@@ -3609,6 +3613,10 @@ class PostgreSQL(PooledPostgresqlDatabase):
             last = max(last, number)
             return f'${number}'
         return TOKENS.sub(token, sql)
+
+    def time(self) -> float:
+        """Seconds since 1970, by the one clock of all who use the store."""
+        return run('SELECT CAST(extract(epoch FROM clock_timestamp()) AS float8)').fetchone()[0]
 
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
@@ -15128,6 +15136,8 @@ class Plan(Operations):
             before = self.look.resource_row(name)
             new = self.read_resource(before._asdict(), asked)
             new |= {'name': rename} if rename else {}
+            if new.get('cloud', before.cloud) != before.cloud:
+                self.refuse_where_vms_are(before)
             if rename and rename != name:
                 self.policy.refuse_taken_resource(rename)
             if new:
@@ -15211,6 +15221,15 @@ class Plan(Operations):
         """The mode of a resource as the store has it."""
         refuse_unknown_word('mode', mode, ('open', *MODES), '')
         return '' if mode == 'open' else mode
+
+    def refuse_where_vms_are(self, place) -> None:
+        """Refuses another cloud for a resource with VMs: who acts for it would act for them too."""
+        there = rows("SELECT v.name FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
+                     "WHERE o.resource_id = ? AND o.due IS NOT NULL "
+                     "AND v.state NOT IN ('deleted', 'kept') ORDER BY v.id LIMIT 5", place.id)
+        if names := ', '.join(each.name for each in there):
+            raise Conflict(f"'{place.name}' has VMs on the cloud '{place.cloud}': {names}. "
+                           'Change its cloud when they are deleted, or add another resource.')
 
     def refuse_idle(self, mode: str, values: dict) -> None:
         """Refuses a length that would do nothing: for an open resource, Nova does not ask cmres."""
@@ -17660,11 +17679,28 @@ class Clocks:
 # are made, it is looked at in every transaction and before every call, and who lost it does nothing
 # more. There is one for each cloud of a resource, with all accounts there, and one, '', for what
 # belongs to none: notices, calendars, who waits. A scheduler that goes on and on has one on its own
-# name as well, by which the others know with how many they share.
+# name as well, by which the others know with how many they share. Leases go by the clock of the
+# store, so that it does no harm here if those of several computers differ.
 
 
 class LostLease(Error):
     """Another scheduler acts now; this one must not."""
+
+
+#: What all processes have in common that see one another by number: a container, until a start.
+NEIGHBOURS = zlib.crc32(f'{boot_id()} {identity_of((stat_of("/proc/self/ns/pid"),))}'.encode())
+
+
+def has_died(holder: str) -> bool:
+    """Whether a scheduler is no more, as far as that can be seen from here."""
+    name, _, place = holder.rpartition(':')
+    if place != str(NEIGHBOURS):
+        return False
+    try:
+        os.kill(int(name.rpartition(':')[2]), 0)
+    except OSError as error:  # else it is somebody else's, and there
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def fair(held: dict[str, int], number: int) -> dict[str, int]:
@@ -17679,11 +17715,14 @@ class Leadership:
 
     def __init__(self, config: Config, clocks: Clocks, clouds: Clouds):
         self.config, self.clocks, self.clouds = config, clocks, clouds
-        self.name = f'{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}'
+        self.name = f'{socket.gethostname()}:{secrets.token_hex(4)}:{os.getpid()}:{NEIGHBOURS}'
+        self.known: list = []  # the leases as they were at the last look
         self.shares = False  # whether others are to have some; a line of cron takes all, and ends
         self.held: set[str] = set()
         self.spare = 0  # how many of them another scheduler is to have
         self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
+        self.ahead = 0.0  # seconds of the store's clock more than ours
+        self.store_time = db.time if clocks.clock is time.time else clocks.clock
         self.leased_until = 0.0
         self.calm_until = 0.0  # nothing is free until then, unless the store changes
 
@@ -17697,33 +17736,42 @@ class Leadership:
         """The clouds for which calls may be begun."""
         return self.held - {self.leaving}
 
-    def lead(self, now: float, inherit: Callable[[set[str]], None]) -> set[str]:
+    @property
+    def dead(self) -> set[str]:
+        """The schedulers that had leases at the last look and have died."""
+        return {each.holder for each in self.known if has_died(each.holder)}
+
+    def lead(self, now: float, inherit: Callable[[float, set[str]], None]) -> set[str]:
         """Renews the leases of this process in time, and takes those that it may have.
 
         Args:
-          inherit: writes what is to be written by who takes over some clouds
+          inherit: writes what is to be written by who takes over some clouds, at an instant
 
         Returns:
           the clouds that it has just taken over.
         """
         lasts = self.config.leader_timeout
         fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
-        if fresh and self.held and now < self.calm_until:
+        if fresh and self.held and now < self.calm_until and not self.dead:
             return set()
-        if not self.free(now) and (fresh or not (self.held or self.shares)):
+        self.compare_clocks(self.clocks.clock())
+        if not (self.free(now) or self.dead) and (fresh or not (self.held or self.shares)):
             return set()
         with transaction(first=True):
             now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
-            free, until = self.free(now), now + lasts
+            self.bury(now)
+            free, until, there = self.free(now), now + lasts, now + self.ahead
             held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
-                            until, self.name)
-            taken = {each for each in free if returned(TAKE, each, self.name, until, now)}
+                            there + lasts, self.name)
+            taken = {each for each in free
+                     if returned(TAKE, each, self.name, there + lasts, there)}
             if taken or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
             if taken:
-                run('DELETE FROM lease WHERE name = holder AND until < ?', now - 60 * lasts)
-                inherit(taken)
+                run('DELETE FROM lease WHERE name = holder AND until < ?', there - 60 * lasts)
+                self.bound_calls(self.clocks.now(), taken)
+                inherit(self.clocks.now(), taken)
         self.leased_until = until
         self.held = (held | taken) - {self.name}
         return taken - {self.name}
@@ -17732,7 +17780,8 @@ class Leadership:
         """Looks what this process has and how much too much; the free leases that it is to have."""
         latest = now + 2 * self.config.leader_timeout
         # One that ends further ahead than any lease was made before the clock was set back.
-        found = [each for each in rows('SELECT * FROM lease')
+        self.known = rows('SELECT name, holder, until - ? AS until FROM lease', self.ahead)
+        found = [each for each in self.known
                  if each.holder == self.name or now < each.until <= latest]
         holders, clouds = {each.name: each.holder for each in found}, self.clouds.names()
         numbers = Counter(holder for name, holder in holders.items() if name in clouds)
@@ -17748,6 +17797,21 @@ class Leadership:
         self.calm_until = min(others, default=math.inf)
         more = sorted(clouds - holders.keys())[:max(most - len(self.held), 0)]
         return more + [self.name] * (self.shares and self.name not in holders)
+
+    def bury(self, now: float) -> None:
+        """Ends the leases of schedulers that have died, and with them all of their calls."""
+        for each in self.dead:
+            run('DELETE FROM lease WHERE name = ?', each)
+            run("UPDATE lease SET until = min(until, ?), holder = '-' WHERE holder = ?",
+                now + self.ahead - self.config.call_timeout, each)
+
+    def compare_clocks(self, now: float) -> None:
+        """Notes by how much the store's clock is ahead, and warns where that is much."""
+        before, self.ahead = self.ahead, self.store_time() - now
+        if abs(self.ahead) > self.config.leader_timeout >= abs(before):
+            log.warning('the clocks of this computer and of the database differ by %s. So much too '
+                        'early or too late VMs start and end: let NTP set both',
+                        format_duration(abs(self.ahead)))
 
     @contextmanager
     def acting(self) -> Iterator[None]:
@@ -17765,11 +17829,14 @@ class Leadership:
 
     def bound_calls(self, now: float, clouds: set[str]) -> None:
         """Notes when the calls of who acted before will have ended: so long servers may appear."""
-        # A second snapshot would make a second image.
-        run("UPDATE server SET called = CASE WHEN uid IS NULL THEN ?1 ELSE called END, "
-            "due = CASE WHEN goal = 'snapshot' AND state <> ?2 THEN ?1 ELSE due END, "
-            f'intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL AND {ON_CLOUDS}',
-            now + self.config.call_timeout, UNDER_WAY['snapshot'], json.dumps([*clouds]))
+        until = {each.name: each.until for each in self.known}
+        for cloud in clouds:
+            # A second snapshot would make a second image.
+            run("UPDATE server SET called = CASE WHEN uid IS NULL THEN ?1 ELSE called END, "
+                "due = CASE WHEN goal = 'snapshot' AND state <> ?2 THEN ?1 ELSE due END, "
+                f'intended = NULL WHERE intended IS NOT NULL AND due IS NOT NULL AND {ON_CLOUDS}',
+                min(until.get(cloud, now), now) + self.config.call_timeout, UNDER_WAY['snapshot'],
+                json.dumps([cloud]))
 
 
 def leases(clouds: Clouds) -> list:
@@ -18189,8 +18256,10 @@ class Post:
 # Planner ######################################################################
 #
 # What is wanted: of each occurrence that is due, the servers that it wants now, what is told of it,
-# and when it is to be looked at again. It writes, and calls no cloud.
+# and when it is to be looked at again. It writes, and calls no cloud. Who takes over a cloud looks
+# at all that runs there: piece by piece, those first that have started last.
 
+MOST_PLANNED = 50  # in one transaction
 
 class Planner:
     """Plans occurrences."""
@@ -18199,6 +18268,7 @@ class Planner:
                  workers: Workers):
         self.config, self.clouds, self.service = config, clouds, service
         self.leader, self.workers = leader, workers
+        self.goes_on = False  # whether there may be more to plan
 
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
@@ -18207,15 +18277,17 @@ class Planner:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
-        clouds = {each.cloud for each in those_due(
-            'occurrence', 'SELECT DISTINCT s.cloud FROM occurrence o CROSS JOIN resource s '
-            'ON s.id = o.resource_id', now)} & self.leader.served
-        if clouds:
+        there = ('AND s.cloud IN names(?) ORDER BY o.start DESC LIMIT ?',
+                 json.dumps([*self.leader.served]))
+        if those_due('occurrence', 'SELECT o.id FROM occurrence o CROSS JOIN resource s '
+                     'ON s.id = o.resource_id', now, *there, 1):
             with self.leader.acting():
                 is_aside, _ = not_real_yet()
-                for occurrence in those_due('occurrence', due, now):
-                    if occurrence.cloud in clouds and not is_aside(occurrence.reservation_id):
-                        self.plan_one(occurrence, now)
+                found = [each for each in those_due('occurrence', due, now, *there, 1000)
+                         if not is_aside(each.reservation_id)][:MOST_PLANNED]
+                for occurrence in found:
+                    self.plan_one(occurrence, now)
+            self.goes_on = len(found) == MOST_PLANNED
 
     def plan_one(self, occurrence, now: float) -> None:
         """Plans one occurrence: its servers first, then what is told of it."""
@@ -18382,7 +18454,7 @@ class Planner:
         if foreign and not occurrence.told & FOREIGN:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
         for each in foreign if ends else ():
-            self.workers.submit(('clear', each), 'clear', occurrence.cloud, each)
+            self.workers.submit(('clear', each), 'clear', occurrence.cloud, each, occurrence.cloud)
             run('UPDATE claim SET due = min(due, ?) WHERE server = ? AND due IS NOT NULL',
                 now + self.config.poll_changing, each)
 
@@ -18501,9 +18573,8 @@ class Planner:
         account = self.clouds.account(about.cloud, about.project, about.of_user)
         sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
         needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
-        self.workers.submit(('ahead', occurrence.id), 'ahead', account,
-                            Ahead(occurrence.id, made_in(about), sight, needs,
-                                  self.homeless(occurrence)))
+        asked = Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence))
+        self.workers.submit(('ahead', asked.occurrence), 'ahead', account, asked, about.cloud)
         return AHEAD
 
     def needed_at(self, at: int, account: str, now: float) -> Amount:
@@ -18580,8 +18651,8 @@ class Planner:
 
 # Dispatcher ###################################################################
 #
-# What is to be done: the calls that are due are handed to workers, each after its intent is
-# written.
+# What is to be done: the calls that are due are handed to workers that are free, each after its
+# intent is written. Who takes over from a process that was killed must wait for what it intended.
 
 
 class Dispatcher:
@@ -18591,6 +18662,7 @@ class Dispatcher:
                  health: Health, post: Post):
         self.config, self.service, self.leader = service.config, service, leader
         self.workers, self.health, self.post = workers, health, post
+        self.taken: Counter = Counter()  # how many workers are not free, by account
 
     def call(self, now: float) -> None:
         """Hands the calls that are due to workers."""
@@ -18612,6 +18684,8 @@ class Dispatcher:
         due = [server for server in servers if server.cloud in self.leader.served
                and not self.workers.busy(('server', server.id))]
         needs: list[tuple] = []
+        calls = *self.workers.flying.values(), *self.workers.hanging
+        self.taken = Counter(each.account for each in calls)
         if due:
             waits: dict = {}
             with self.leader.acting():
@@ -18682,6 +18756,9 @@ class Dispatcher:
         if verb == 'drop':
             change(Server, server.id, state='deleted', deleted=now, due=None)
             return []
+        if self.taken[server.account] >= self.config.workers:  # the end of a call will wake us
+            return []
+        self.taken[server.account] += 1
         change(Server, server.id, intended=now, due=now + self.config.call_timeout)
         if verb == 'boot':
             server = server._replace(tries=server.tries + 1)
@@ -19227,12 +19304,14 @@ class LifeCycle:
         if acts_for_none:
             self.refresh(now)
         self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
+        self.planner.goes_on = False
         if self.has_work(now):
             if acts_for_none:
                 self.admit_waiting(now)
                 self.drop_staged(now)
                 self.do_later(now)
             self.planner.plan(now)
+            self.lead(self.clocks.clock())  # all that may have taken long
             self.dispatcher.call(now)
             self.lender.lend(now)
             self.soonest, self.seen = self.next_due(now), None
@@ -19242,17 +19321,16 @@ class LifeCycle:
 
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
-        acting = self.converge(self.clocks.clock())
-        while acting and (self.goes_on or self.workers.under_way()):
+        while (acting := self.converge(self.clocks.clock())) and (
+                self.goes_on or self.workers.under_way()):
             self.wake.wait(0 if self.goes_on else 1)
             self.wake.clear()
-            acting = self.converge(self.clocks.clock())
         return acting
 
     @property
     def goes_on(self) -> bool:
         """Whether the next pass has something to do at once."""
-        return self.stale or self.dropping or self.line_moves
+        return self.stale or self.dropping or self.line_moves or self.planner.goes_on
 
     def has_work(self, now: float) -> bool:
         """Whether anything is due; asked anew only where somebody has written since."""
@@ -19278,12 +19356,13 @@ class LifeCycle:
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
         for verb, often in (('hosts', self.config.sync_every), ('flavors', self.config.sync_every),
                             ('states', self.config.hosts_every)):
-            beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
+            beat.every(max(int(often), 1)).seconds.do(self.guarded, self.watch.ask, verb)
         self.guarded(self.clouds.prepare)
+        log.info('this scheduler is ready')
         self.leader.shares = True
         threading.Thread(target=self.hear, args=(stop,), daemon=True).start()
         while not stop.is_set():
-            wait = self.guarded_pass()
+            wait = self.guarded(self.one_pass)
             stop.wait(self.guarded(lambda: self.rest(wait, beat)))
         self.guarded(self.finish)
 
@@ -19295,11 +19374,8 @@ class LifeCycle:
         beat.run_pending()
         return 0
 
-    def guarded_pass(self) -> float:
-        """One pass that survives whatever happens; the seconds until the next one is due."""
-        return self.guarded(self.one_pass)
-
     def one_pass(self) -> float:
+        """The seconds until the next pass is due."""
         acts = self.converge(self.clocks.clock())
         self.passed = time.monotonic()
         if not acts:
@@ -19342,23 +19418,19 @@ class LifeCycle:
             self.reconciler.record(self.clocks.now())
 
     def hand_over(self, clouds: set[str]) -> None:
-        """Gives some leases back, and what no worker has begun to who acts next."""
+        """Gives some leases back."""
         with self.workers.fence:  # no worker begins anything after another process has begun to act
             self.leader.held = self.leader.held - clouds
         with transaction(first=True):
             now = self.clocks.now()
             if not self.leader.shares:
                 run('DELETE FROM lease WHERE name = ?', self.leader.name)
-            left = returned("UPDATE lease SET until = ?, holder = '-' WHERE holder = ? "
-                            'AND name IN names(?) RETURNING name',
-                            now, self.leader.name, json.dumps([*clouds]))
-            for call in self.workers.flying.values():
-                if call.verb == 'boot' and call.taken is None and call.cloud in left:
-                    change(Server, call.target.id, state='planned', intended=None, due=now)
+            run("UPDATE lease SET until = ?, holder = '-' WHERE holder = ? AND name IN names(?)",
+                now + self.leader.ahead, self.leader.name, json.dumps([*clouds]))
 
     def lead(self, now: float) -> bool:
         """Whether this process may act; of what it has just taken over, it looks at everything."""
-        if taken := self.leader.lead(now, self.inherit):
+        if taken := self.leader.lead(now, self.pull_forward):
             log.info('this scheduler acts for %s now', ', '.join(map(repr, sorted(taken))))
             self.ask_clouds(taken, 'look', known_on)
         if self.leader.spare:
@@ -19395,12 +19467,6 @@ class LifeCycle:
                     stop.wait(0.02)  # where much is written, not each of it
         return 3600
 
-    def inherit(self, clouds: set[str]) -> None:
-        """Whoever made the calls that are under way may never tell of them."""
-        now = self.clocks.now()
-        self.leader.bound_calls(now, clouds)
-        self.pull_forward(now, clouds)
-
     def pull_forward(self, now: float, clouds: set[str]) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
@@ -19429,19 +19495,13 @@ class LifeCycle:
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
-        if self.clocks.clock() < self.leader.leased_until:
-            self.ask_clouds(self.leader.held, 'look', known_on)
+        self.ask_clouds(self.leader.held, 'look', known_on)
 
     def ask_clouds(self, clouds: set[str], verb: str, what: Callable[[str], Any]) -> None:
         """Asks for something on every account on some clouds."""
         for cloud in clouds:
             for account in self.clouds.accounts({cloud}):
                 self.workers.submit((verb, account), verb, account, what(account), cloud)
-
-    def look_at_hosts(self, verb: str) -> None:
-        """Asks clouds for their hosts."""
-        if self.clocks.clock() < self.leader.leased_until:
-            self.watch.ask(verb)
 
     def check_file(self) -> None:
         """Looks for damage in the database file, aside; /readyz tells what was found."""
@@ -19504,12 +19564,11 @@ class LifeCycle:
 
     def tidy(self, now: float) -> None:
         """While no call is under way, forgets a little of what is long over."""
-        if self.workers.flying:
+        if self.workers.flying or self.tidied <= now < self.tidied + 600:
             return
-        if not self.tidied <= now < self.tidied + 600:
-            with self.leader.acting():
-                forgotten = self.service.forget(now)
-            self.tidied = 0.0 if forgotten else now
+        with self.leader.acting():
+            forgotten = self.service.forget(now)
+        self.tidied = 0.0 if forgotten else now
 
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False

@@ -58,6 +58,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import subprocess
 import symtable
 import sys
@@ -224,6 +225,7 @@ EMPTY_STORE: list = []  # what all begin with: a file, or those that PostgreSQL 
 
 class Server:
     """PostgreSQL in a folder of its own, reached by a socket there; never started as root."""
+    data, port = 'data', 5432
 
     def __init__(self, fsync='off'):
         self.fsync = fsync
@@ -234,7 +236,7 @@ class Server:
             user = pwd.getpwnam('postgres')
             os.chown(self.folder, user.pw_uid, user.pw_gid)
             self.who = {'user': user.pw_uid, 'group': user.pw_gid, 'extra_groups': [], 'cwd': self.folder}
-        self.run('initdb', '-D', 'data', '-U', 'cmres', '--auth=trust', '--no-sync', '-E', 'UTF8', '--locale=C')
+        self.run('initdb', '-D', self.data, '-U', 'cmres', '--auth=trust', '--no-sync', '-E', 'UTF8', '--locale=C')
         self.start()
         self.numbers = itertools.count(1)
 
@@ -243,12 +245,16 @@ class Server:
                        **{name: each for name, each in self.who.items() if name != 'cwd'}, **more)
 
     def start(self):
-        self.run('pg_ctl', '-D', 'data', '-w', '-l', 'log', 'start', '-o',
-                 f"-k {self.folder} -c listen_addresses='' -c fsync={self.fsync} -c full_page_writes=off -c max_connections=300 "
+        self.run('pg_ctl', '-D', self.data, '-w', '-l', 'log', 'start', '-o',
+                 f"-k {self.folder} -p {self.port} -c listen_addresses='' -c fsync={self.fsync} -c full_page_writes=off -c max_connections=300 "
                  '-c shared_buffers=64MB -c autovacuum=off')
 
     def stop(self, mode='immediate'):
-        self.run('pg_ctl', '-D', 'data', '-m', mode, '-w', 'stop')
+        self.run('pg_ctl', '-D', self.data, '-m', mode, '-w', 'stop')
+
+    def revive(self):
+        self.stop('immediate')
+        self.start()
 
     def url(self, name):
         return f'postgresql://cmres@/{name}?host={self.folder}'
@@ -3849,6 +3855,74 @@ def test_on_postgresql_each_lock_keeps_two_from_the_same_at_once(house, at_once,
     assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
 
 
+@pytest.mark.parametrize('removed', [False, True])
+def test_on_postgresql_who_has_the_store_alone_keeps_all_others_from_it(house, at_once, monkeypatch, removed):
+    """A resource that gets smaller while somebody reserves it: one of the two is refused."""
+    here, text = [], cmres.PostgreSQL.locks
+
+    def slow(rule):
+        def slow_rule(*args):
+            found = rule(*args)
+            here.append(1)
+            until_so(lambda: len(here) > 1 or house.waits())
+            return found
+        return slow_rule
+    for place, name in (cmres.Policy, 'refuse_overbooking'), (cmres.Plan, 'must_go'):
+        monkeypatch.setattr(place, name, slow(getattr(place, name)))
+    if removed:
+        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(lambda on: '' if on is None else text(on)))
+    done = [each.result() for each in [at_once(lambda: house.reserve_there('x', 'a')), at_once(
+        lambda: house.resource_update('a', vms=0))]]
+    assert sum(isinstance(each, Conflict) for each in done) == 1 - removed, done
+
+
+def at_once_in_two_orders(house, at_once, monkeypatch, kind, removed, deeds) -> list:
+    """What becomes of two writers, each of which does two things; of one, that the other has done before."""
+    here, text = [], cmres.PostgreSQL.locks
+    if removed:
+        monkeypatch.setattr(cmres.PostgreSQL, 'locks', staticmethod(
+            lambda on: text(frozenset(each for each in on if each[0] != kind))))
+
+    def write(on, first, second):
+        with cmres.transaction(on=cmres.locks_on(on)):
+            cmres.run("SET LOCAL deadlock_timeout = '50ms'")
+            first()
+            here.append(1)
+            until_so(lambda: len(here) > 1 or house.waits())
+            second()
+        return 'done'
+    return [each.result() for each in [at_once(lambda each=each: write(*each)) for each in deeds]]
+
+
+@pytest.mark.parametrize('removed', [False, True])
+def test_on_postgresql_two_who_count_the_mails_of_two_do_not_wait_in_a_circle(house, at_once, monkeypatch, removed):
+    owners = 'p/eva', 'p/max'
+
+    def count(owner):
+        return lambda: cmres.mails_left(house.config, owner, 1, 1.0)
+    deeds = [([(cmres.On.MAILS, each) for each in owners], *map(count, order)) for order in (owners, owners[::-1])]
+    done = at_once_in_two_orders(house, at_once, monkeypatch, cmres.On.MAILS, removed, deeds)
+    assert [*map(str, done)].count('done') == 2 - removed, done
+    assert removed or {each.number for each in cmres.rows('SELECT number FROM mailed WHERE owner IN names(?)', json.dumps(owners))} == {2}
+
+
+@pytest.mark.parametrize('removed', [False, True])
+def test_on_postgresql_two_who_leave_the_waiting_list_and_call_it_do_not_wait_in_a_circle(house, at_once, monkeypatch, removed):
+    ids = {each.name: each.id for each in cmres.rows('SELECT id, name FROM resource')}
+    for name in 'ab':
+        house.reserve_there(f'first-{name}', name)
+        assert house.reserve_there(f'waits-{name}', name, wait=True)['state'] == 'waiting'
+    cmres.run('UPDATE wait SET limited = TRUE')
+    cmres.remembered.change()
+
+    def leave(name):
+        return lambda: cmres.run('DELETE FROM wait WHERE resource_id = ?', ids[name])
+    deeds = [([(cmres.On.RESOURCE, ids[name]), (cmres.On.LINE, 0)], leave(name), lambda name=name: cmres.call_waiting(ids[name]))
+             for name in 'ab']
+    done = at_once_in_two_orders(house, at_once, monkeypatch, cmres.On.LINE, removed, deeds)
+    assert [*map(str, done)].count('done') == 2 - removed, done
+
+
 def test_locks_are_taken_in_one_order():
     locks = cmres.locks_on((kind, name) for kind in range(1, 7) for name in (7, 3, 'b', 'a', 'z' * 90))
     taken = re.findall(r'xact_lock\((\d+), (\d+)\)', cmres.PostgreSQL.locks(locks))
@@ -3984,6 +4058,18 @@ def test_a_request_during_a_restart_of_postgresql_waits_for_it(house, at_once, s
     finally:
         server.start()
     assert 'connection to the database was lost' in sentence and house.list(label='lab')
+
+
+def test_on_postgresql_a_lost_connection_is_replaced_while_it_is_in_use(house, server):
+    with cmres.db.connection_context():
+        assert house.list() == []
+        for _ in range(2):
+            end_connections(server)
+            assert house.list() == []
+        with cmres.db.connection_context():
+            end_connections(server)
+            assert house.reserve_there('lab', 'a')['state'] == 'reserved'
+        assert not cmres.db.is_closed()
 
 
 # Capacity ####################################################################
@@ -12753,7 +12839,7 @@ def test_who_has_reserved_in_an_aggregate_that_is_gone_is_told(racks, monkeypatc
     gpus(racks, 'lab', 'g4', 2)
     monkeypatch.setattr(cmres.Simulated, 'AGGREGATES', ())
     for _ in range(2):
-        racks.cycle.look_at_hosts('hosts')
+        racks.cycle.watch.ask('hosts')
         racks.cycle.settle()
     assert len(affected(racks, 'lab')) == 1
     with pytest.raises(NoCapacity):
@@ -13697,9 +13783,9 @@ def test_a_call_that_hangs_does_not_keep_the_next_start_from_its_instant(world):
     boot(world, vms=1)
     boot(world, 'soon', start=1 + 3 / 3600)
     world.now = NOON.timestamp() + 3600 + 2.4
-    world.cycle.guarded_pass()
+    world.cycle.guarded(world.cycle.one_pass)
     assert world.cycle.workers.flying
-    assert world.cycle.guarded_pass() == pytest.approx(0.6)
+    assert world.cycle.guarded(world.cycle.one_pass) == pytest.approx(0.6)
     hang.set()
     world.cycle.settle()
 
@@ -15164,7 +15250,7 @@ def test_an_answer_that_can_not_be_recorded_costs_no_other_cloud_anything(tmp_pa
     boot(world)
     world.now = NOON.timestamp() + 3600
     for _ in range(100):
-        world.cycle.guarded_pass()
+        world.cycle.guarded(world.cycle.one_pass)
         world.cycle.wake.wait(0.02)
         world.cycle.wake.clear()
         world.now += 0.5
@@ -15181,7 +15267,7 @@ def test_while_the_store_is_locked_the_life_cycle_waits_and_then_goes_on(world):
         world.now = NOON.timestamp() + 3600 * moment
         with others_writing():
             for _ in range(3):
-                assert world.cycle.guarded_pass() == 1
+                assert world.cycle.guarded(world.cycle.one_pass) == 1
                 world.now += 1
         live(world, 100)
         assert world.state('lab') == {1: 'active', 2: 'ended'}[moment]
@@ -15241,12 +15327,12 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
             until = world.now + seconds
             while world.now < until:
                 try:
-                    wait = world.cycle.guarded_pass()
+                    wait = world.cycle.guarded(world.cycle.one_pass)
                     deadline = time.monotonic() + 10
                     while world.cycle.workers.flying and not points.crashed and time.monotonic() < deadline:
                         world.cycle.wake.wait(0.2)
                         world.cycle.wake.clear()
-                        wait = world.cycle.guarded_pass()
+                        wait = world.cycle.guarded(world.cycle.one_pass)
                     if points.crashed:
                         raise Crash
                 except Crash:
@@ -15900,7 +15986,7 @@ def test_a_lease_of_before_the_clock_was_set_back_is_worth_nothing(two):
     assert second.settle() and not first.settle()
 
 
-@pytest.mark.parametrize('step', ['planner.plan', 'reconciler.record', 'dispatcher.call', 'guarded_pass'])
+@pytest.mark.parametrize('step', ['planner.plan', 'reconciler.record', 'dispatcher.call', 'one_pass'])
 def test_who_lost_the_lease_does_nothing_more(two, step):
     world, first, second = two
     boot(world)
@@ -15913,8 +15999,8 @@ def test_who_lost_the_lease_does_nothing_more(two, step):
     cmres.db.execute_sql('UPDATE lease SET holder = ?, until = ?', (second.leader.name, world.now + 6))
     second.leader.leased_until = world.now + 6
     cloud, before = Sick(world), dump_without_lease()
-    if step == 'guarded_pass':
-        assert first.guarded_pass() == 1
+    if step == 'one_pass':
+        assert first.guarded(first.one_pass) == 1
     else:
         with pytest.raises(cmres.LostLease):
             operator.attrgetter(step)(first)(world.now + (2 if step != 'dispatcher.call' else 5))
@@ -15939,7 +16025,7 @@ def test_a_worker_does_not_call_once_the_lease_has_run_out(tmp_path):
     wait_for(lambda: cloud.calls)
     world.now += world.config.leader_timeout + 1
     hang.set()
-    wait_for(lambda: world.cycle.workers.results.qsize() == 3)
+    wait_for(lambda: world.cycle.workers.results.qsize() == 1)
     assert cloud.instants('boot') == [NOON.timestamp() + 3600]
     second = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
     assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.workers.flying
@@ -15960,6 +16046,127 @@ def test_what_was_under_way_when_the_lease_was_lost_is_adopted_by_the_next(two):
     world.cycle = second
     live(world, 30)
     assert world.state('lab') == 'active' and {each['tries'] for each in world.service.servers('lab')} == {1}
+
+
+FOLLOWED = {'leader_timeout': 6, 'call_timeout': 20, 'lost_answer_wait': 2, 'poll_changing': 0.5, 'retry_first': 0.5}
+
+
+def other_process(world, name=''):
+    """A scheduler as in a process of its own, which `kill` ends; with a name, on another computer."""
+    process, cycle = subprocess.Popen(['sleep', '100']), cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    head, _, tail = cycle.leader.name.split(':', 1)[0], '', cycle.leader.name.rpartition(':')[2]
+    cycle.leader.name = f'{head}:x:{process.pid}:{name or tail}'
+    return cycle, lambda: (process.kill(), process.wait())
+
+
+@pytest.mark.parametrize('elsewhere, acts, again', [('', 0, 4), ('afar', 6, 30)])
+def test_a_scheduler_of_this_computer_that_was_killed_is_followed_at_once(tmp_path, elsewhere, acts, again):
+    """Else when its lease is over, and what it was about to make is made once its call can't come any more."""
+    world, hang = hurry(World(tmp_path, **FOLLOWED, workers=2)), threading.Event()
+    cloud, (first, kill) = Sick(world, boot=hang), other_process(world, elsewhere)
+    try:
+        boot(world, start=0, vms=5)
+        began = world.now
+        assert first.converge(world.now) and not world.cycle.converge(world.now)
+        wait_for(lambda: first.converge(world.now) and len(cloud.instants('boot')) == 2)
+        first.converge(world.now)
+        assert [each['tries'] for each in world.service.servers('lab')] == [1, 1, 0, 0, 0], 'as many as there are workers'
+        kill()
+        cloud.ill = {}
+        while not world.cycle.converge(world.now):
+            world.now += 0.5
+        assert world.now - began == acts
+        for _ in range(4):
+            settle(world)
+        assert len(cloud.instants('boot')) == 2 + 3, 'what no worker had is begun at once'
+        while len(world.there()) < 5:
+            live(world, 0.5)
+        assert world.now - began < again and made_twice() == []
+        assert sorted(each['tries'] for each in world.service.servers('lab')) == [1, 1, 1, 2, 2]
+    finally:
+        hang.set(), kill()
+
+
+def test_who_follows_long_after_a_kill_waits_for_no_call(tmp_path):
+    """The computer was off for an hour, say."""
+    world = hurry(World(tmp_path, **FOLLOWED))
+    (first, kill), cloud = other_process(world, 'afar'), Sick(world, boot=threading.Event())
+    boot(world, start=0, vms=1, length=9)
+    assert first.converge(world.now)
+    kill()
+    cloud.ill['boot'].set()
+    wait_for(world.there)
+    cmres.run('DELETE FROM simulated_server')
+    world.now += 3600
+    live(world, 3)
+    assert len(cloud.instants('boot')) == 2
+
+
+@pytest.mark.parametrize('shift', [-60, -5, 5, 60])
+def test_schedulers_whose_clocks_differ_keep_their_leases_by_the_clock_of_the_store(two, shift, caplog):
+    world, first, second = two
+    second.clocks.clock = lambda: world.now + shift
+    for each in two[1:]:
+        each.leader.store_time = lambda: world.now
+    assert first.settle() and not second.settle()
+    for _ in range(20):
+        world.now += 1
+        assert not second.settle() and first.settle()
+    until = cmres.row("SELECT until FROM lease WHERE name = ''").until
+    world.now = until - 0.1
+    assert not second.settle()
+    world.now = until + 0.1
+    assert second.settle() and not first.settle()
+    for _ in range(20):
+        world.now += 1
+        assert second.settle() and not first.settle()
+    assert (abs(shift) == 60) == ('the clocks of this computer and of the database differ by' in caplog.text)
+
+
+@pytest.mark.parametrize('where', ['before it asks', 'before the answer'])
+def test_who_hangs_in_the_middle_of_a_boot_until_another_acts_writes_and_calls_nothing_more(tmp_path, where):
+    world, hang, asked = hurry(World(tmp_path, **FOLLOWED)), threading.Event(), threading.Event()
+
+    class Hanging(Sick):
+        """The first call hangs, as does all of its process."""
+
+        def boot(self, machine):
+            if asked.is_set():
+                return super().boot(machine)
+            asked.set()
+            if where == 'before it asks':
+                hang.wait(60)
+            machine.fence()
+            uid = super().boot(machine)
+            hang.wait(60)
+            return uid
+    cloud, first = Hanging(world), world.cycle
+    second = world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    boot(world, start=0, vms=1)
+    assert first.converge(world.now) and asked.wait(30)
+    wait_for(lambda: where == 'before it asks' or world.there())
+    world.now += 6.5
+    live(world, 40)
+    assert world.state('lab') == 'active' and second.leader.held
+    before, calls = dump(), len(cloud.calls)
+    hang.set()
+    wait_for(lambda: not first.workers.results.empty() and len(first.workers.flying) - first.workers.results.qsize() == 0)
+    world.now += 0.1
+    assert not first.converge(world.now) and not first.workers.flying
+    assert dump() == before and len(cloud.calls) == calls and made_twice() == []
+    assert [len(world.there()), world.service.servers('lab')[0]['tries']] == [1, 2 if where == 'before it asks' else 1]
+
+
+def test_a_pass_that_takes_longer_than_its_lease_calls_all_the_same_where_nobody_took_it(world):
+    boot(world, start=0, vms=1)
+    plan = world.cycle.planner.plan
+
+    def slow_plan(now):
+        plan(now)
+        world.now += world.config.leader_timeout + 1
+    world.cycle.planner.plan = slow_plan
+    assert world.cycle.converge(world.now)
+    wait_for(world.there)
 
 
 # Several schedulers share the clouds
@@ -16093,6 +16300,24 @@ def test_each_starts_ends_and_looks_at_what_is_on_its_clouds_alone(world):
     assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL')
 
 
+def test_what_is_asked_before_a_start_and_deleted_after_an_end_is_of_who_acts_for_the_cloud(world):
+    schedulers, calls = Schedulers(world, 2, 2), []
+    schedulers.passes(8)
+    for cycle in schedulers.there:
+        cycle.planner.foreign = lambda occurrence: ([f'of-{occurrence.label}'], True)
+        work = cycle.workers.work
+        cycle.workers.work = lambda call, cycle=cycle, work=work: (work(call), calls.append((cycle, call)))
+    for place in 'demo', 'place-2':
+        start = cmres.instant(world.now)
+        world.service.add(f'soon-{place}', place, start + timedelta(seconds=60), hours(1), flavor='m1.small', image='cirros')
+        world.service.add(f'ends-{place}', place, start, timedelta(seconds=5))
+    schedulers.passes(12)
+    owner = schedulers.holders()
+    assert {(verb, cloud) for verb in ('ahead', 'clear') for cloud in owner if cloud} == {
+        (call.verb, call.cloud) for cycle, call in calls if call.verb in ('ahead', 'clear')
+        and not isinstance(call.error, cmres.LostLease) and owner[call.cloud] == cycle.leader.name}
+
+
 def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_elsewhere(world):
     schedulers = Schedulers(world, 2, 1)
     schedulers.passes(1)
@@ -16109,6 +16334,52 @@ def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_else
     world.now += world.config.leader_timeout
     schedulers.passes(2)
     assert len(clouds[1].instants('boot')) == 1
+
+
+def test_a_resource_whose_vms_start_run_or_end_keeps_its_cloud(tmp_path):
+    """Else two schedulers would act for them: the one of the old cloud, which calls, and the one of the new."""
+    world, hang = hurry(World(tmp_path, workers=1)), threading.Event()
+    world.service.resource_add('other', cloud='simulated-2', vms=4)
+    clouds = [Sick(world, boot=hang), Sick(world, 'simulated-2')]
+    for start in 0, 2:
+        boot(world, f'r{start}', start=start, vms=2)
+
+    def refused():
+        with pytest.raises(Conflict) as refusal:
+            world.service.resource_update('demo', cloud='simulated-2')
+        return str(refusal.value)
+    wait_for(lambda: clouds[0].instants('boot'), world)
+    assert refused() == ("'demo' has VMs on the cloud 'simulated': r0-1-1, r0-1-2. Change its cloud when they are deleted, or "
+                         'add another resource.')
+    hang.set()
+    live(world, 60)
+    assert world.state('r0') == 'active' and 'r0-1-1' in refused()
+    world.at(1)
+    live(world, 60)
+    assert world.service.resource_update('demo', cloud='simulated-2')['cloud'] == 'simulated-2'
+    world.at(2)
+    live(world, 60)
+    assert world.state('r2') == 'active' and [len(each.instants('boot')) for each in clouds] == [2, 2] and made_twice() == []
+
+
+def test_who_takes_over_much_begins_first_what_has_started_last(world, monkeypatch):
+    """And others write between: what runs is looked at piece by piece."""
+    monkeypatch.setattr(cmres, 'MOST_PLANNED', 2)
+    hurry(world)
+    for n in range(5):
+        boot(world, f'runs{n}', start=0, vms=1, length=9)
+    live(world, 60)
+    boot(world, 'new', start=1, vms=1, length=8)
+    world.now = NOON.timestamp() + 3600
+    cloud, world.cycle = Sick(world), cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    written = statements(lambda: world.cycle.converge(world.now))
+    assert world.cycle.goes_on and sum(each.startswith('UPDATE occurrence SET told') for each in written) == 2
+    wait_for(lambda: len(cloud.instants('boot')) == 1)
+    while world.cycle.goes_on:
+        planned = [each for each in statements(lambda: world.cycle.converge(world.now)) if each.startswith('UPDATE occurrence SET told')]
+        assert len(planned) <= 2
+    live(world, 60)
+    assert world.state('new') == 'active' and made_twice() == []
 
 
 @pytest.mark.parametrize('busy', [False, True])
@@ -16169,8 +16440,48 @@ def test_a_store_of_one_lease_gets_one_for_each_cloud(world):
     assert not world.cycle.leader.free(world.now).count('') and 'simulated' in world.cycle.leader.free(world.now)
 
 
+class Pair(Server):
+    """A primary to which a synchronous standby comes when it is asked for, which then takes its place."""
+
+    def url(self, name):
+        here = f'{self.folder},{self.folder}&port=5432,5433'
+        return f'postgresql://cmres@/{name}?host={here}&target_session_attrs=read-write'
+
+    def stand_by(self):
+        first, second = (self.data, self.port), (self.data + '+', 5432 + 5433 - self.port)
+        self.run('pg_basebackup', '-D', second[0], '-R', '-c', 'fast', '-d',
+                 f'host={self.folder} port={self.port} user=cmres application_name=second')
+        self.data, self.port = second
+        self.start()
+        self.tell("ALTER SYSTEM SET synchronous_standby_names = 'second'")
+        self.tell('SELECT pg_reload_conf()')
+        soon(lambda: self.tell("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'").fetchone()[0])
+        self.data, self.port = first
+        self.second = second
+
+    def fail_over(self):
+        self.stop('immediate')
+        self.data, self.port = self.second
+        self.run('pg_ctl', '-D', self.data, '-w', 'promote')
+
+
+class Asked(collections.Counter):
+    """How often a cloud was asked to make what, and when first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = {}
+
+    def __setitem__(self, name, number):
+        self.first.setdefault(name.partition('-')[0], time.time())
+        super().__setitem__(name, number)
+
+
 class Ruin:
-    """Two servers and some schedulers on one database and two clouds, any of which is killed while people go on."""
+    """Two servers and some schedulers on one database and two clouds, any of which is killed while people go on.
+
+    One server and one scheduler that are ready are left in each round: others are there for when one is lost.
+    """
     LEASE = 6
     SETTINGS = {'leader_timeout': LEASE, 'poll_changing': 0.5, 'poll_running': 2, 'retry_first': 0.5, 'retry_max': 2,
                 'lost_answer_wait': 2, 'call_timeout': 8, 'orphan_grace': 20, 'workers': 4, 'mail_server': ''}
@@ -16178,7 +16489,7 @@ class Ruin:
     def __init__(self, folder, database, seed, schedulers=3):
         self.folder, self.chance, self.numbers = folder, random.Random(seed), itertools.count(1)
         self.cloud = StandIn()
-        self.cloud.now = time.time
+        self.cloud.now, self.cloud.made = time.time, Asked()
         self.cloud.write_clouds(folder / 'clouds.yaml')
         self.env = environment() | {f'CMRES_{name.upper()}': str(value) for name, value in self.SETTINGS.items()} | {
             'OS_CLIENT_CONFIG_FILE': str(folder / 'clouds.yaml'), 'HOME': str(folder),
@@ -16187,23 +16498,27 @@ class Ruin:
             assert cli(folder, 'resource', 'add', name, f'--cloud={name}', '--vms=1000', **self.env).returncode == 0
         made = cli(folder, 'token', 'add', 'eva', '--role=admin', '--format=json', **self.env)
         self.token = json.loads(made.stdout)['token']
-        self.urls, self.there = {}, {}
-        self.names = ['serve 1', 'serve 2', *(f'scheduler {n}' for n in range(schedulers))]
+        self.urls, self.there, self.read = {}, {}, {}
+        self.groups = ['serve 1', 'serve 2'], [f'scheduler {n}' for n in range(schedulers)]
+        self.names = [*itertools.chain(*self.groups)]
         for name in self.names:
             self.begin(name)
-        for name in self.names[:2]:
-            self.wait_for_server(name)
-        self.said, self.late = {}, {}  # by label: when what was acknowledged is due, and by how much it was begun late
+        for name in self.names:
+            soon(lambda: self.is_ready(name))
+        self.said, self.late = {}, {}  # by label: when what was acknowledged is due, and how late it began
 
     def begin(self, name):
         port = urlsplit(self.urls.get(name, '')).port or 0
-        argv = ['serve', '--noscheduler', '--port', str(port)] if name in self.names[:2] else ['scheduler']
+        argv = ['serve', '--noscheduler', '--port', str(port)] if name in self.groups[0] else ['scheduler']
         with open(self.folder / name, 'a') as out:
+            self.read[name] = out.tell()
             self.there[name] = subprocess.Popen([*PROGRAM, *argv], cwd=self.folder, env=self.env, stdout=out, stderr=out)
 
-    def wait_for_server(self, name):
-        soon(lambda: 'serves http' in (self.folder / name).read_text())
-        self.urls[name] = re.search(r'http://[\d.]+:\d+', (self.folder / name).read_text())[0]
+    def is_ready(self, name) -> bool:
+        said = (self.folder / name).read_text()[self.read[name]:]
+        if found := re.search(r'serves (http://[\d.]+:\d+)', said):
+            self.urls[name] = found[1]
+        return self.there[name].poll() is None and bool(found or 'is ready' in said)
 
     def kill(self, name):
         self.there[name].kill()
@@ -16223,7 +16538,7 @@ class Ruin:
         body = {'label': label, 'resource': self.chance.choice(['lab', 'bio']), 'vms': 1, 'flavor': 'm1.tiny', 'image': 'tiny',
                 'start': cmres.to_plain(cmres.instant(start)), 'end': cmres.to_plain(cmres.instant(start + length))}
         until, last = time.monotonic() + 120, None
-        for name in itertools.cycle(self.chance.sample(self.names[:2], 2)):
+        for name in itertools.cycle(self.chance.sample(self.groups[0], 2)):
             assert time.monotonic() < until, (label, last)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 status, text = self.ask(self.urls[name], '/reservation/', body, key)
@@ -16234,14 +16549,23 @@ class Ruin:
                 assert status in (503, 409, 429), last
             time.sleep(0.1)
 
+    def victims(self) -> list[str]:
+        """Who is killed: of each group some, and one that is ready is not among them."""
+        found = []
+        for group in self.groups:
+            spared = self.chance.choice([name for name in group if self.is_ready(name)])
+            others = [name for name in group if name != spared]
+            found += self.chance.sample(others, self.chance.randint(0, len(others)))
+        return found
+
     def round(self, deed=None):
         """People reserve, and in the middle some parts die; all begin anew a little later."""
         for name in self.names:  # as systemd does with what could not begin
             if self.there[name].poll() is not None:
                 self.begin(name)
-        victims = self.chance.sample(self.names[:2], self.chance.randrange(2)) + self.chance.sample(
-            self.names[2:], self.chance.randrange(len(self.names) - 2))
-        began = time.time()
+        for group in self.groups:
+            soon(lambda: any(map(self.is_ready, group)))
+        victims, began = self.victims(), time.time()
         crowd = [threading.Thread(target=self.add, args=(self.chance.choice([0, 0, 1, 2]),)) for _ in range(3)]
         for each in crowd:
             each.start()
@@ -16256,27 +16580,24 @@ class Ruin:
             self.begin(name)
         due = {label for label, at in self.said.items() if at >= began}
         end = time.monotonic() + 60
-        while not due <= {name.partition('-')[0] for name in [*self.cloud.made]} and time.monotonic() < end:
+        while not due <= self.cloud.made.first.keys() and time.monotonic() < end:
             time.sleep(0.05)
 
     def end(self) -> list[str]:
-        """What is wrong when all is over; by how much starts were begun late goes to `late`."""
+        """What is wrong when all is over; by how much the cloud was asked late for each goes to `late`."""
         wrong, service = [], cmres.Client(self.urls['serve 1'], self.token)
         soon(lambda: self.there['serve 1'].poll() is None and self.answers(service))
         known = {each['label'] for each in service.list(start='2020-01-01', end='2100-01-01')}
         wrong += [f'acknowledged and lost: {label}' for label in self.said.keys() - known]
+        wrong += [f'never made: {label}' for label in self.said.keys() - self.cloud.made.first.keys()]
+        self.late = {label: at - self.said[label] for label, at in self.cloud.made.first.items() if label in self.said}
         for label in self.said.keys() & known:
-            server, = service.servers(label)
-            # who was killed between its intent and its call has begun, but nobody knows it for sure
-            self.late[label] = server['begun'].timestamp() - self.said[label] if server['tries'] == 1 else None
             service.delete(label)
         end = time.monotonic() + 90
         while self.cloud.servers and time.monotonic() < end:
             time.sleep(0.2)
         wrong += [f'left over: {each["name"]}' for each in self.cloud.servers.values()]
         wrong += [f'made {n} times: {name}' for name, n in self.cloud.made.items() if n > 1]
-        wrong += [f'never made: {label}' for label in self.said.keys() - {
-            name.partition('-')[0] for name in self.cloud.made}]
         differences = service.check()['differences']
         logs = ''.join((self.folder / name).read_text() for name in self.names)
         return wrong + re.findall(r'Traceback[\s\S]{0,1500}', logs)[:3] + [f'{differences} differences'] * bool(differences)
@@ -16291,18 +16612,28 @@ class Ruin:
         self.cloud.stop()
 
 
-def test_servers_schedulers_and_postgresql_that_are_killed_lose_and_double_nothing(server, tmp_path):
-    ruin = Ruin(tmp_path, server.url(server.make()), random.randrange(10**6), schedulers=2 + STRESS)
-
-    def revive():
-        server.stop('immediate')
-        server.start()
+def ruin_rounds(folder: Path, server: Server | None, number: int, schedulers: int, seed: int):
+    """Rounds of ruin, on SQLite without a server; each with what became of the server. At last `Ruin` and what is wrong."""
+    ruin = Ruin(folder, server.url(server.make()) if server else str(folder / 'cmres.db'), seed, schedulers)
     try:
-        for n in range(10 if STRESS else 2):
-            ruin.round(revive if n % 3 == 1 else None)
-        assert ruin.end() == [] and ruin.late.keys() == ruin.said.keys()
+        for n in range(number):
+            what = server and {0: 'fail_over', 1: 'revive', 4: 'revive', 7: 'revive'}.get((n + 1) % 10)
+            if what == 'fail_over':
+                server.stand_by()
+            ruin.round(what and getattr(server, what))
+            yield n + 1, what
+        yield ruin, ruin.end()
     finally:
         ruin.stop()
+
+
+def test_servers_schedulers_and_postgresql_that_are_killed_lose_and_double_nothing(server, tmp_path):
+    pair = Pair() if STRESS else server
+    *_, (ruin, wrong) = ruin_rounds(tmp_path, pair, 10 if STRESS else 2, 2 + STRESS, random.randrange(10**6))
+    assert wrong == [] and ruin.late.keys() == ruin.said.keys()
+    if pair is not server:
+        pair.stop()
+        shutil.rmtree(pair.folder)
 
 
 # What is repeated
@@ -16437,11 +16768,11 @@ def pace(world, passes=100) -> float:
     """Seconds for each of some passes, as `run` makes them."""
     before = world.now
     for _ in range(passes):
-        wait = world.cycle.guarded_pass()
+        wait = world.cycle.guarded(world.cycle.one_pass)
         while world.cycle.workers.flying:
             world.cycle.wake.wait(1)
             world.cycle.wake.clear()
-            wait = world.cycle.guarded_pass()
+            wait = world.cycle.guarded(world.cycle.one_pass)
         world.now += min(max(wait, 0.001), 1)
     return (world.now - before) / passes
 
@@ -28069,7 +28400,7 @@ class TestWaysRound:
     def looks(self, only, condition, verb='hosts'):
         """Has cmres look at its hosts until a condition holds, as it does every few minutes by itself."""
         def looked():
-            only.world.cycle.look_at_hosts(verb)
+            only.world.cycle.watch.ask(verb)
             time.sleep(1)
             return condition()
         return until(looked)
@@ -30111,6 +30442,24 @@ def bench_stress(folder: Path) -> None:
     finally:
         server.stop()
         shutil.rmtree(server.folder)
+
+
+def bench_ruin(folder: Path, number=100) -> None:
+    """`make stress`: by how much starts are late while anything is killed, on either engine."""
+    for engine in 'sqlite', 'postgresql':
+        pair = Pair() if engine == 'postgresql' else None
+        (there := folder / engine).mkdir()
+        try:
+            for what, more in ruin_rounds(there, pair, number, 3, seed := random.randrange(10**6)):
+                print(engine, *([what, time.strftime('%X'), more or ''] if isinstance(what, int) else ['seed', seed]),
+                      'load %.0f' % os.getloadavg()[0], flush=True)
+            late = sorted((seconds, label) for label, seconds in what.late.items())
+            print(f'{engine}: {len(what.said)} acknowledged, wrong: {more}; begun late by {statistics.median(what.late.values()):.2f} s, the worst by',
+                  *(f'{seconds:.2f} ({label})' for seconds, label in late[:-9:-1]), flush=True)
+        finally:
+            if pair:
+                pair.stop()
+                shutil.rmtree(pair.folder)
 
 
 @contextlib.contextmanager
