@@ -2060,6 +2060,28 @@ WORDS = {
     'resource_capacity.vms': 'number of VMs in this time window',
 }
 
+#: Groups of commands: what they are about, and an example.
+GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
+          for name, about, example in (
+    ('resource', 'Things that people can reserve, and their capacities.',
+     'add india --cloud simulated --vms 40'),
+    ('token', 'Tokens: they sign people in to the page, and programs to REST.',
+     'add eva --project biology --role user'),
+    ('credential', 'In whose name VMs are made: yours, with an application credential of yours.',
+     'add chameleon 8f2c... SECRET'),
+    ('catalog', "Where OpenStack's own tools find cmres.", 'add chameleon --dry-run'),
+    ('user', 'People who leave.', 'end eva'),
+    ('limit', 'What projects and users may reserve at most.', 'add --project biology --max-vms 20'),
+    ('host', 'What hosts are like.', 'set lab-compute-1 gpu_count=2,arch=x86_64'),
+    ('maintenance', 'Maintenances and other capacity changes.',
+     "add demo 2027-03-01T08:00 +4h --reason 'new disks'"),
+    ('calendar', 'Calendars that show reservations, and calendars that reserve.', 'feed'),
+    ('config', 'The settings.', 'show'),
+    ('event', 'The whole event log; `events` shows some of it.', 'export --since 2027-01-01'),
+    ('key', 'The key that signs cookies; only on this computer.', 'rotate'),
+    ('store', 'The database file: copies, checks, updates; only on this computer.',
+     'backup cmres-monday.db'))}
+
 REQUIRED = inspect.Parameter.empty
 
 
@@ -2534,12 +2556,6 @@ READERS = {
     Url: read_url}
 
 
-#: The fields that hold instants, wherever they appear.
-INSTANTS = frozenset(
-    'added at begun booked_until cancelled changed decide_before deleted end ends last_used '
-    'latest_end next_start planned polled ready revoked start until'.split())
-
-
 def to_plain(value):
     """An answer as JSON has it: instants in ISO 8601 and UTC, lengths in ISO 8601."""
     if isinstance(value, dict):
@@ -2557,15 +2573,6 @@ def to_plain(value):
     # in ISO 8601, with the days that were typed as days
     days, seconds = getattr(value, 'nominal', 0) // 86400, int(value.total_seconds())
     return f'P{days}DT{seconds - 86400 * days}S' if days else f'PT{seconds}S'
-
-
-def from_plain(value):
-    """What to_plain was given: the client's answers are equal to the service's."""
-    if isinstance(value, dict):
-        return {name: each if name == 'metadata' else datetime.fromisoformat(each)
-                if name in INSTANTS and isinstance(each, str) else from_plain(each)
-                for name, each in value.items()}
-    return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
 # VMs #########################################################################
@@ -2676,6 +2683,11 @@ class Field(NamedTuple):
     always: bool
 
 
+def choices_of(kind) -> tuple:
+    """The types of which a value has one."""
+    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+
+
 #: Of which type a field is whose answer says no other.
 FIELD_TYPES = {name: kind for kind, names in (
     (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
@@ -2705,6 +2717,11 @@ FIELD_TYPES = {name: kind for kind, names in (
     ) for name in names.split()} | {
         name: {Names: list[str], Pairs: dict[str, str]}.get(each.kind, str)
         for name, each in MADE_OF.items()}
+
+
+#: The fields that hold instants, wherever they appear: those, and some in details of refusals.
+INSTANTS = frozenset(name for name, kind in FIELD_TYPES.items() if datetime in choices_of(kind)) | {
+    'decide_before', 'latest_end', 'next_start'}
 
 
 def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None, **kinds) -> type:
@@ -2901,11 +2918,6 @@ MEANS = WORDS | {
     'warnings': 'what may be otherwise than meant', 'why': 'for what reason'}
 
 
-def choices_of(kind) -> tuple:
-    """The types of which a value has one."""
-    return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
-
-
 def as_answer(value, kind):
     """A value of an answer as JSON has it, as what its type says: the reverse of `to_plain`."""
     kinds = choices_of(kind)
@@ -2928,6 +2940,15 @@ def as_object(value: dict, kinds: tuple):
             return each({name: as_answer(one, fields.get(name, more).kind)
                          for name, one in value.items()})
     return from_plain(value)
+
+
+def from_plain(value):
+    """What to_plain was given: the client's answers are equal to the service's."""
+    if isinstance(value, dict):
+        return {name: each if name == 'metadata' else datetime.fromisoformat(each)
+                if name in INSTANTS and isinstance(each, str) else from_plain(each)
+                for name, each in value.items()}
+    return [from_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def is_answer(kind) -> bool:
@@ -7007,13 +7028,19 @@ class Need(NamedTuple):
 
     @property
     def figures(self) -> tuple:
-        """What one of them takes of a host: classes first, which are scarce."""
-        return (*(each for _, each in self.each.classes), self.each.vcpus, self.each.ram)
+        """What one of them takes of a host."""
+        return in_order(self.each, self.each.names)
 
     @property
     def takes(self) -> bool:
         """Whether it takes anything of hosts; VMs of whatever size are on what is free."""
         return self.host != '' or any(self.figures)
+
+
+def in_order(amount: Amount, names: Iterable[str]) -> tuple:
+    """The figures of an amount: some classes first, which are scarce."""
+    classes = dict(amount.classes)
+    return (*(classes.get(name, 0) for name in names), amount.vcpus, amount.ram)
 
 
 def need_of(held: Hold, of=None) -> Need:
@@ -7109,6 +7136,11 @@ def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
             ledger.add(place[0], on_host(host, track), *place[1:], figures)
 
 
+def held_by(found, now: float) -> list[Hold]:
+    """What the row of an occurrence holds, of its resource and from now on of hosts."""
+    return [hold_of(found), *host_holds(*on_hosts(found, now))]
+
+
 def host_holds(need: Need, placed: dict[int, int]) -> list[Hold]:
     """What some VMs take of each of their hosts."""
     return [Hold(*need[:3], need.each * number, host) for host, number in placed.items()
@@ -7164,15 +7196,8 @@ def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     found = once('SELECT * FROM host WHERE id = ?', host)[0]
     if found.until < need.until or found.spare and not need.heals:
         return
-    most = amount_of_host(found)
-    names = [name for name, _ in need.each.classes]
-    tracks = [on_host(host, name) for name in ('', *names)]
-    ledger.read((need.resource, track, *piece[:2]) for track in tracks
-                for piece in ledger.within(need.resource, track, need.begin, need.until))
-    held = [ledger.peak(need.resource, track, need.begin, need.until) for track in tracks]
-    classes = dict(most.classes)
-    yield found.units, (*(classes.get(name, 0) - level[0] for name, level in zip(names, held[1:])),
-                        most.vcpus - held[0][1], most.ram - held[0][2])
+    held = peak(need.resource, need.begin, need.until, need.each.names, host)
+    yield found.units, in_order(amount_of_host(found) - held, need.each.names)
 
 
 def suits(host: int, units: str, need: Need) -> bool:
@@ -7259,7 +7284,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
+SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
@@ -7271,7 +7296,8 @@ class Unit:
     def __init__(self, owner: int, need: Need, figures: tuple, host: int | None, share: float):
         self.owner, self.figures, self.host, self.was = owner, figures, host, host
         self.apart, self.share = need.affinity == APART, share  # of the largest host
-        self.size = share * (need.until - need.begin)
+        # the less it takes, and for the shorter, the sooner it is pushed out
+        self.worth = share / (share * (need.until - need.begin)) ** 0.5 if share else 0.0
         self.failures = 1  # how often it found no host
 
 
@@ -7287,7 +7313,7 @@ class Scene:
         needs = [need, *(other for _, other in others)]
         self.names = sorted({name for each in needs for name in each.each.names})
         self.most = [max(each) or 1 for each in zip(*(
-            self.in_order(amount_of_host(host)) for host in hosts))]
+            in_order(amount_of_host(host), self.names) for host in hosts))]
         self.read_free(need.resource, {at for each in needs for at in (each.begin, each.until)})
         self.on: dict[int, dict[Unit, bool]] = {host: {} for host in self.hosts}
         self.may: dict[Unit, set[int]] = {}
@@ -7300,27 +7326,23 @@ class Scene:
         stay = (host for host, number in had.items() for _ in range(number))
         self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
 
-    def in_order(self, amount: Amount) -> tuple:
-        """The figures of an amount: classes first, which are scarce."""
-        classes = dict(amount.classes)
-        return (*(classes.get(name, 0) for name in self.names), amount.vcpus, amount.ram)
-
     def read_free(self, resource: int, cuts: set[int]) -> None:
         """Reads what is free on the hosts, a row a figure, between any two cuts."""
         tracks = [on_host(host, name) for host in self.hosts for name in ('', *self.names)]
         levels = dict(steps_of(resource, tracks, min(cuts), max(cuts)))
         self.cuts, held, columns = sorted(cuts | levels.keys()), {}, defaultdict(list)
+        has = {host: in_order(amount_of_host(each), self.names) for host, each in self.hosts.items()}
         for at in self.cuts[:-1]:
             held = levels.get(at, held)
-            for host, found in self.hosts.items():
+            for host in self.hosts:
                 taken = (*(held[on_host(host, name)][0] for name in self.names),
                          *held[on_host(host, '')][1:])
-                columns[host].append(map(operator.sub, self.in_order(amount_of_host(found)), taken))
+                columns[host].append(map(operator.sub, has[host], taken))
         self.free = {host: [*map(list, zip(*columns[host]))] for host in self.hosts}
 
     def add(self, owner: int, need: Need, host: int | None, number: int) -> list[Unit]:
         """Adds so many VMs of an occurrence, on a host or on none yet."""
-        figures = self.in_order(need.each)
+        figures = in_order(need.each, self.names)
         share = max(map(operator.truediv, figures, self.most))
         made = [Unit(owner, need, figures, host, share) for _ in range(number)]
         for unit in made:
@@ -7377,24 +7399,23 @@ class Scene:
                 and each.first < unit.last and each.last > unit.first]
         for each in pushed:
             self.give(free, each, 1, unit.first)
-        while lack := self.lack(free, unit):
+        lack = self.lack(free, unit, range(unit.first, unit.last))
+        while lack:
             if not left:
                 return None
-            each = max(left, key=lambda each: self.worth(each, lack))
+            # it covers much of the lack, is small, and has seldom failed
+            each = max(left, key=lambda each: each.worth / each.failures * (
+                bisect_left(lack, each.last) - bisect_left(lack, each.first)))
             left.remove(each)
             pushed.append(each)
             self.give(free, each, 1, unit.first)
+            lack = self.lack(free, unit, lack)
         return pushed
 
-    def lack(self, free: list[list], unit: Unit) -> set[int]:
-        """After which cuts a VM finds too little."""
-        return {n for row, figure in zip(free, unit.figures) if figure
-                for n, each in enumerate(row, unit.first) if each < figure}
-
-    def worth(self, unit: Unit, lack: set[int]) -> float:
-        """How good it is to push a VM out: it covers much of the lack, is small, seldom failed."""
-        covers = sum(unit.first <= n < unit.last for n in lack)
-        return covers * unit.share / unit.failures / unit.size ** 0.5
+    def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
+        """Of some cuts, in order, those after which a VM finds too little."""
+        return sorted({n for row, figure in zip(free, unit.figures) if figure
+                       for n in among if row[n - unit.first] < figure})
 
     def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
         """Puts a VM on a host, and those off that are in its way."""
@@ -7513,12 +7534,10 @@ def make_moves(moves: list[tuple], now: float) -> bool:
 
 def most_on_hosts(need: Need) -> int:
     """How many of some VMs the hosts of their resource take if nothing else is there."""
-    names = [name for name, _ in need.each.classes]
-    return sum(how_many((*(classes.get(name, 0) for name in names), each.vcpus, each.ram), need)
+    return sum(how_many(in_order(amount_of_host(each), need.each.names), need)
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
                                 "?3 IN ('', name) AND spare = 0",
                                 need.resource, need.until, need.host)
-               for classes in [json.loads(each.classes)]
                if suits(each.id, each.units, need))
 
 
@@ -9156,22 +9175,23 @@ ENDED = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
 
 
 def plan_in_words(about: dict, zone: ZoneInfo) -> dict[str, str]:
-    """What a reservation will do: `when`, `what` runs, what is `then`, and all as a `message`."""
+    """What a reservation will do: `when`, `what` runs, what it `does`, what is `then`, and all as a
+    `message`."""
     when = format_window(about['start'], about['end'], zone)
     vms, kinds = counted(about['vms'], 'VM'), ', '.join(
         filter(None, (about['flavor'], about['image'])))
     if not (about['image'] or about['server']):
-        return {'when': when, 'what': f"capacity for {vms} on {about['resource']}",
+        return {'when': when, 'what': f"capacity for {vms} on {about['resource']}", 'does': '',
                 'then': '', 'message': f"Reserves capacity for {vms} on {about['resource']}, "
                                        f'{when}. No VM starts.'}
     first, _, last = format_window(about['start'] - timedelta(seconds=about['lead']),
                                    about['end'], zone).partition(' to ')
     becomes, one = ENDED[about['at_end'] or 'delete'], about['vms'] == 1
     what = f"{vms} ({kinds})" if about['image'] else f"the server {about['server']}"
-    starts = f"start{'s' if one else ''} on {first} and {'is' if one else 'are'} {becomes} at"
-    return {'when': when, 'what': f"{what} on {about['resource']}",
+    does = f"start{'s' if one else ''} on {first} and {'is' if one else 'are'} {becomes} at {last}"
+    return {'when': when, 'what': f"{what} on {about['resource']}", 'does': does,
             'then': f"the VM{'' if one else 's'} will be {becomes} at {last}",
-            'message': f'{what[0].upper()}{what[1:]} {starts} {last}.'}
+            'message': f'{what[0].upper()}{what[1:]} {does}.'}
 
 
 def in_cell(value, zone: ZoneInfo) -> str:
@@ -9189,6 +9209,26 @@ def in_cell(value, zone: ZoneInfo) -> str:
 def json_text(value, indent: int | None = None) -> str:
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=to_plain)  # without a copy
     return legible(text) + '\n'
+
+
+#: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
+FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
+
+
+def as_csv(lines: list[dict]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator='\n')
+    writer.writerows([*lines[:1], *(map(csv_cell, line.values()) for line in lines)])
+    return out.getvalue().rstrip('\n')
+
+
+def csv_cell(value):
+    """A value as a cell of a spreadsheet; a text that would be a formula there gets a quote."""
+    if isinstance(value, str):
+        return legible(f"'{value}" if FORMULA.match(value) else value)
+    plain = to_plain(value)
+    is_nested = isinstance(plain, (list, dict))
+    return legible(json.dumps(plain, ensure_ascii=False)) if is_nested else plain
 
 
 # Shares ######################################################################
@@ -11978,7 +12018,7 @@ class Others:
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
         self.count(slot, -1)
-        self.holds[slot] = [(each, start) for each in holds]
+        self.holds[slot] = [(each, start) for each in holds if not each.host]
         self.count(slot, 1)
 
     def count(self, slot: str, sign: int) -> None:
@@ -12248,12 +12288,15 @@ class Change(NamedTuple):
 def change_to(before, after: Wish, now: float, key: str = '', waits: bool = False,
               **columns) -> Change:
     """The change of an occurrence to a wish; one that has begun keeps the lead that it had."""
-    had = [hold_of(before)] if before and before.cancelled is None else []
+    had = held_by(before, now) if before and before.cancelled is None else []
     begin, _ = after.held
     if before and before.start == after.start and before.start <= now:
         begin = min(before.held_from, after.start)
     wants = [] if waits else [Hold(after.resource.id, begin, after.end, after.amount)]
-    return Change(before, after, key, had, wants, beyond(had, wants), beyond(wants, had),
+    keeps = wants + [each._replace(begin=max(each.begin, begin), until=min(each.until, after.end))
+                     for each in had if wants and each.host and each.resource == wants[0].resource
+                     and each.begin < after.end and each.until > begin]
+    return Change(before, after, key, had, wants, beyond(had, keeps), beyond(wants, had),
                   {'held_from': begin, 'held_until': begin if waits else after.end,
                    'placed': '' if waits or not before else before.placed} | columns)
 
@@ -12261,9 +12304,9 @@ def change_to(before, after: Wish, now: float, key: str = '', waits: bool = Fals
 def given_up(before, now: float, **columns) -> Change:
     """The change of an occurrence that ends now, or never begins."""
     until = min(max(int(now), before.held_from), before.held_until)
-    had = hold_of(before)
-    gives = [had._replace(begin=until)] if until < had.until else []
-    return Change(before, None, before.slot, [had], [], gives, [],
+    had = held_by(before, now)
+    gives = [each._replace(begin=until) for each in had if until < each.until]
+    return Change(before, None, before.slot, had, [], gives, [],
                   {'cancelled': int(now), 'held_until': until, 'due': now} | columns)
 
 
@@ -12346,21 +12389,6 @@ class Policy:
         for each in change.growth:
             hold(*each)
 
-    def leave_hosts(self, change: Change, now: float) -> None:
-        """Gives back what a change has on hosts outside of the window that it wants."""
-        if change.had:
-            hold_on(*on_hosts(change.before, now), -1)
-            self.hold_kept_hosts(change, now, 1)
-
-    def hold_kept_hosts(self, change: Change, now: float, sign: int) -> None:
-        """Holds, or gives back, what a change has on hosts inside of it."""
-        if change.had:
-            need, placed = on_hosts(change.before, now)
-            for wants in change.wants:
-                if wants.resource == need.resource:
-                    hold_on(need._replace(begin=max(need.begin, wants.begin),
-                                          until=min(need.until, wants.until)), placed, sign)
-
     def take_hosts(self, change: Change, view: View) -> None:
         """THE RULE OF HOSTS: holds what a change wants on hosts, where its resource has any."""
         change.columns['placed'], wish, now = '', change.after, view.now
@@ -12370,14 +12398,16 @@ class Policy:
         need = need._replace(begin=max(need.begin, int(now)))
         same = change.had and change.had[0].resource == need.resource
         had = read_placed(change.before.placed) if same else {}
-        self.hold_kept_hosts(change, now, -1)
+        kept = [each for each in change.kept if each.host]
+        give(kept)
         if not need.takes:
             return
         begun = bool(had) and change.before.held_from <= now
         placed = (self.seats_for(need, had, begun, wish, view) if change.growth
                   else self.kept_hosts(change.before, had, need.number))
         if placed is None:
-            self.hold_kept_hosts(change, now, 1)
+            for each in kept:
+                hold(*each)
             raise self.reasons.without_hosts(need, wish)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
@@ -12704,7 +12734,7 @@ class Bookings:
         old, wish = deal.old, deal.wish
         self.policy.refuse_deal(deal, now)
         stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
-        gone = [each.had[0] for each in deal.changes if not each.after]
+        gone = [piece for each in deal.changes if not each.after for piece in each.had]
         with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
             decided = self.decide_all(deal, now)
             reservation = old.reservation if old else self.write_new(deal, decided, now)
@@ -12712,7 +12742,8 @@ class Bookings:
             if old:
                 self.write_old(deal, now)
         if stops and not old:
-            self.keep_stopped(reservation, now)
+            with self.stopped_aside(reservation, now, []):
+                pass
         if wish.resource and (not old or deal.asked):
             self.policy.refuse_many_texts(wish, old)
         if deal.columns.get('waiting') or old and old.waiting is not None:
@@ -12730,7 +12761,6 @@ class Bookings:
         view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
-            self.policy.leave_hosts(each, now)
             if others and each.after:
                 others.put(each.key, each.kept, each.after.start)
         if others:
@@ -12788,7 +12818,6 @@ class Bookings:
                                        default=0)
             raise refusal
         give(change.kept)
-        self.policy.hold_kept_hosts(change, view.now, -1)
         if clash.startswith('shift') and isinstance(error, NoCapacity) and (
                 other := self.shifted(change, view, clash)):
             return told(other.after, 'shifted', why), old, self.columns_of(other, view.now)
@@ -12822,14 +12851,10 @@ class Bookings:
         if not change.had:
             return False
         begun = change.before.held_from <= view.now
-        need, placed = on_hosts(change.before, view.now)
-        if not begun and placed and first_fit(need, placed, stay=True) != placed:
-            return False
         try:
             take(change.had, view.now, given=change.had if begun else change.kept)
         except NoCapacity:
             return False
-        hold_on(need, placed)
         if view.others:
             view.others.put(change.key, change.had, change.before.start)
         return True
@@ -12938,8 +12963,8 @@ class Bookings:
         found = rows('SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes, placed '
                      'FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                      'AND held_until > held_from', reservation)
-        on = itertools.chain(*(host_holds(*on_hosts(each, 0)) for each in found))
-        return [*map(hold_of, found), *on] + (self.stopped_held(reservation) if stopped else [])
+        return [*itertools.chain(*(held_by(each, 0) for each in found)),
+                *(self.stopped_held(reservation) if stopped else ())]
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -12961,67 +12986,38 @@ class Bookings:
         return sum(each.code != UNDO for each in found)
 
     @contextmanager
-    def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
+    def stopped_aside(self, reservation: int, now: float,
+                      gone: list[Hold] | None = None) -> Iterator[list[Hold]]:
         """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
-        in its way, since it starts them again. Afterwards what stays of them is held.
+        in its way, since it starts them again. Afterwards what stays of them is held: until the
+        next occurrence, or for good.
 
         Args:
-          gone: what else the change gives back
+          gone: what else the change gives back; None: it is held also where others have it
 
         Raises:
           NoCapacity: others have that capacity.
         """
         had = self.stopped_held(reservation)
-        before = self.holds(reservation) if had else []
+        before = [] if gone is None else [*self.holds(reservation), *gone]
         give(had)
-        yield
-        if not had:
-            self.keep_stopped(reservation, now, gone)
-            return
+        yield had
         wants = sorted(self.stopped_holds(reservation, now))
         for each in wants:
             hold(*each)
-        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
-        if not all(fits(each, now, NOTHING) for each in growth):
+        growth = beyond([*self.holds(reservation, False), *wants], before) if wants else []
+        if gone is not None and not all(fits(each, now, NOTHING) for each in growth):
             raise NoCapacity(STOPPED_KEEP)
-        self.write_stopped(reservation, had, wants)
+        if wants != sorted(had):
+            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+                reservation)
+            self.hold_beside(reservation, None, wants)
 
     def stopped_held(self, reservation: int) -> list[Hold]:
         """What is held for VMs of a reservation that are stopped at its ends."""
         return [hold_of(each) for each in rows(
             'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
             reservation)]
-
-    def write_stopped(self, reservation: int, had: list[Hold], wants: list[Hold]) -> None:
-        """Writes down what is held for stopped VMs, where that is otherwise than before."""
-        if wants != sorted(had):
-            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
-                reservation)
-            self.hold_beside(reservation, None, wants)
-
-    def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
-        """Holds what VMs take that stay, stopped: until the next occurrence, or for good.
-
-        Args:
-          given: what the same change has given back
-        """
-        had = self.stopped_held(reservation)
-        wants = sorted(self.stopped_holds(reservation, now))
-        if wants == sorted(had):
-            return
-        give(beyond(had, wants))
-        try:
-            take(beyond(wants, had), now, given)
-        except NoCapacity:
-            raise NoCapacity(STOPPED_KEEP) from None
-        self.write_stopped(reservation, had, wants)
-
-    def leave_stopped(self, reservation: int) -> bool:
-        """Gives back what is held for stopped VMs, until they are counted again; whether any is."""
-        had = self.stopped_held(reservation)
-        give(had)
-        self.write_stopped(reservation, had, [])
-        return bool(had)
 
     def leave_hosts_of(self, proposal) -> None:
         """Gives back what a proposal takes more of hosts."""
@@ -13031,7 +13027,10 @@ class Bookings:
 
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
-        self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
+        wants = [*self.stopped_holds(reservation, now)]
+        if sorted(wants) != sorted(self.stopped_held(reservation)):
+            with self.stopped_aside(reservation, now):
+                pass
 
     def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
         """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
@@ -13044,7 +13043,8 @@ class Bookings:
             again = min(there, lacks[after.id]) if starts_them else 0
             if again:
                 lacks[after.id] -= again
-            amount, seats = amount_of(each), [*Counter(read_placed(each.placed)).elements()]
+            placed, amount = read_placed(each.placed), amount_of(each)
+            seats = [*self.policy.kept_hosts(each, placed, there).elements()] if placed else []
             for some, until in (range(again), after.held_from if again else 0), (
                     range(again, there), int(LAST.timestamp())):
                 if some and each.held_until < until:
@@ -13059,9 +13059,8 @@ class Bookings:
         self.drop_proposals(reservation)
         for table in ('occurrence', 'extra_hold'):
             there = rows(f'SELECT * FROM {table} WHERE reservation_id = ?', reservation)
-            give(each for each in map(hold_of, there) if each.begin < each.until)
-            for each in there if table == 'occurrence' else ():
-                hold_on(*on_hosts(each, self.service.clock()), -1)
+            holds = held_by if table == 'occurrence' else lambda each, now: [hold_of(each)]
+            give(piece for each in there for piece in holds(each, self.service.clock()))
         run('DELETE FROM outbox WHERE event_id IN '
             '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
         for table in ('extra_hold', 'wait', 'event', 'occurrence'):
@@ -13077,8 +13076,7 @@ class Bookings:
         """Looks at what there would be if an occurrence and its stopped VMs held nothing."""
         with undone():
             if old:
-                give([hold_of(old), *self.stopped_held(old.reservation)])
-                hold_on(*on_hosts(old, self.service.clock()), -1)
+                give([*held_by(old, self.service.clock()), *self.stopped_held(old.reservation)])
             yield
 
     def stand_in_line(self, reservation: int) -> None:
@@ -15403,6 +15401,49 @@ class Plan(Operations):
             except Conflict as error:
                 log.warning('%s', error)
 
+    def follow_flavors(self, cloud: str, told: list[Thing]) -> None:
+        """Lets what has not begun take what its flavor takes by now, where that is otherwise than at
+        the last look; who finds no room for it is told.
+        """
+        key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
+                                          for name in (each.name, each.id)}
+        before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
+        if text == fact(key):
+            return
+        as_read = json.loads(text)
+        other = {name: (Flavor(*before[name][:2], (*map(tuple, before[name][2]),), before[name][3]),
+                        sizes[name]) for name in sizes if before.get(name, 0) not in (
+                            0, as_read[name])}
+        self.after_search(lambda now: [(self.resize(cloud, other, now),)], searches=FEW_SEARCHES)
+        with self.writing():
+            note_fact(key, text)
+
+    def resize(self, cloud: str, other: dict[str, tuple[Flavor, Flavor]], now: float) -> int:
+        """Plans what has not begun with other sizes, of flavors before and now; of how many."""
+        found = [id for id, in run(
+            'SELECT o.id FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id '
+            'JOIN reservation r ON r.id = o.reservation_id WHERE s.cloud = ? AND s.removed IS NULL '
+            "AND o.due IS NOT NULL AND o.held_from > ? AND o.start > ? AND r.host = '' "
+            'AND r.flavor IN names(?)', cloud, int(now), int(now), json.dumps([*other]))]
+        for each in self.look.in_order(found):
+            wish = self.wishes.carried_on(each)._replace(resource=resource_of(each.resource_id))
+            had, has = (self.wishes.each_takes({'flavor': Thing('', '', True, flavor=flavor)},
+                                               wish.resource) for flavor in other[each.flavor])
+            if wish.each == has:  # it was reserved since
+                continue
+            fits = self.moved_to(each, wish._replace(each=wish.each + (has - had)), now)
+            said = f"the flavor '{each.flavor}' has another size now: {amount_in_words(has._replace(vms=0))}"
+            if rehearsal.on:
+                continue
+            if fits:
+                self.tell(now, 'updated', f'{said}. It is planned with that', each, each.id)
+                continue
+            when = self.config.told_window(each.start, each.end, each.tz)
+            self.tell(now, 'affected', f"{said}, and there is no room for {quantity('vms', each.vms)} "
+                      f'of that from {when}. Choose another time, fewer VMs or another flavor',
+                      each, each.id, admins=True)
+        return len(found)
+
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
         """Plans elsewhere what has begun on hosts that are down for long enough: where there is room,
         in their order, spare ones last; then where what has not begun makes way. Their names.
@@ -15615,18 +15656,15 @@ class Plan(Operations):
                     "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
                     'JOIN reservation r ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now, found)
-        stays = self.bookings.leave_stopped(found.reservation_id)
-        hold_on(need, had, -1)
-        until = found.next if stays and found.next else int(LAST.timestamp())
-        placed = find_hosts(need._replace(heals=True, until=until if stays else need.until),
-                            stay_on or had, bool(stay_on) or found.held_from <= now, now,
-                            found.reservation_id)
-        hold_on(need, had if placed is None else placed)
-        if placed is not None:
-            self.note_plan(id, placed)
-        if stays:
-            self.bookings.count_stopped(found.reservation_id, now)
-            stay_on |= placed or {}
+        with self.bookings.stopped_aside(found.reservation_id, now) as stopped:
+            hold_on(need, had, -1)
+            until = (found.next or int(LAST.timestamp())) if stopped else need.until
+            placed = find_hosts(need._replace(heals=True, until=until), stay_on or had,
+                                bool(stay_on) or found.held_from <= now, now, found.reservation_id)
+            hold_on(need, had if placed is None else placed)
+            if placed is not None:
+                self.note_plan(id, placed)
+        stay_on |= placed if placed and stopped else {}
         return placed is not None
 
     def note_plan(self, id: int, placed: dict[int, int]) -> None:
@@ -15874,7 +15912,7 @@ class Plan(Operations):
                   and not found.host and not each.approval and each.mode == here.mode]
         wish = self.wishes.carried_on(found)
         for place in others:
-            if self.moved_to(found, wish._replace(resource=place), now):
+            if self.moved_to(found, wish._replace(resource=place), now, alone=True):
                 return place.name, found.start
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
@@ -15883,15 +15921,21 @@ class Plan(Operations):
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
-        if first is not None and self.moved_to(found, later, now):
+        if first is not None and self.moved_to(found, later, now, alone=True):
             return here.name, start
         return None
 
-    def moved_to(self, found, wish: Wish, now: float) -> bool:
-        """Moves an occurrence to where it is wished to be, if every rule lets it."""
+    def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
+        """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise than
+        the others of its series.
+        """
+        altered = bool(found.repeats and alone or found.altered)
+        # what was moved before this may have moved it to another host
+        found = found._replace(placed=row('SELECT placed FROM occurrence WHERE id = ?',
+                                          found.id).placed)
         deal = Deal('maintenance', wish, [change_to(
-            found, wish._replace(stretches=[]), now, found.slot, told=0,
-            altered=bool(found.repeats))], found, stretches=None if found.repeats else [])
+            found, wish._replace(stretches=[]), now, found.slot, found.waiting is not None, told=0,
+            altered=altered)], found, stretches=None if found.repeats else [])
         try:
             with Attempt():
                 self.bookings.commit(deal, now)
@@ -16555,7 +16599,7 @@ class Calendars(Operations):
             self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
                          NONE_OF_THEM)
         else:
-            wish = wish._replace(label=self.free_label(wish, now))
+            wish = wish._replace(label=self.free_label(wish.label, wish.project, now))
             _, done = self.admission.book(wish, now, uid=booking.uid, subscription=source,
                                           origin=origin)
         left_out = [each for each in done if each.get('why')]
@@ -16563,18 +16607,17 @@ class Calendars(Operations):
                 'start': instant(wish.start), 'vms': wish.vms, 'flavor': wish.flavor,
                 'count': len(done)} | ({'occurrences': left_out} if left_out else {})
 
-    def free_label(self, wish: Wish, now: float) -> str:
-        """The label of a wish, with a number behind it if somebody has it."""
+    def free_label(self, label: str, project: str, now: float) -> str:
+        """A label, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
-            label = f'{wish.label}-{number}' if number > 1 else wish.label
-            return taken_label(wish.project, label, now)
+            return taken_label(project, f'{label}-{number}' if number > 1 else label, now)
         last = free = 1
         while taken(free):
             last, free = free, 2 * free
         while free - last > 1:
             middle = (last + free) // 2
             last, free = (middle, free) if taken(middle) else (last, middle)
-        return f'{wish.label}-{free}' if free > 1 else wish.label
+        return f'{label}-{free}' if free > 1 else label
 
     @api('GET', '/calendar/')
     def calendar_list(self) -> list[CalendarAnswer]:
@@ -17897,6 +17940,7 @@ class Workers:
             'lend': lambda call: self.clouds.open(call.account).lend(call.target),
             'verify': lambda call: self.clouds.open(call.account).saved(call.target.snapshot_id),
             'hosts': lambda call: self.clouds.open(call.target).aggregates(),
+            'flavors': lambda call: self.clouds.open(call.target).things('flavor'),
             'states': lambda call: self.clouds.open(call.target).states()}
 
     def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
@@ -18846,7 +18890,7 @@ class HostWatch:
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
-        them, 'states' whether they take VMs.
+        them, 'states' whether they take VMs, 'flavors' what VMs take.
         """
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
@@ -18863,9 +18907,11 @@ class HostWatch:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
         told, self.told = self.told, []
         for each in told:
-            if each.verb == 'hosts' and each.target in self.leader.held:
-                self.service.follow(each.target, each.answer)
-            if each.verb == 'hosts' or each.target not in self.leader.held:
+            if each.target not in self.leader.held:
+                continue
+            if each.verb != 'states':
+                follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors}
+                follow[each.verb](each.target, each.answer)
                 continue
             if any(each.answer.get(host.name, (host.state,))[0] != host.state
                    for host in rows(PLANNED_HOSTS, each.target)):
@@ -18913,7 +18959,7 @@ class Reconciler:
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
             'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
-            'hosts': watch.record, 'states': watch.record}
+            **dict.fromkeys(('hosts', 'states', 'flavors'), watch.record)}
 
     def record(self, now: float) -> None:
         """Writes down what calls came to since the last pass; that waits until it has worked."""
@@ -19100,7 +19146,7 @@ class Reconciler:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed) "
-                     'ORDER BY v.id')
+                     'ORDER BY +v.id')  # the plus keeps SQLite from walking all of them
         return [(server, seen.get(server.uid) or (
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
@@ -19319,7 +19365,8 @@ class LifeCycle:
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
-        for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
+        for verb, often in (('hosts', self.config.sync_every), ('flavors', self.config.sync_every),
+                            ('states', self.config.hosts_every)):
             beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
         self.guarded(self.clouds.prepare)
         self.leader.shares = True
@@ -19720,17 +19767,12 @@ REFUSALS = {
     429: 'too many requests; try again later', 500: 'a mistake in cmres; its log has more',
     502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
 
-TAGS = {
-    'reservation': 'VMs or capacity of a resource for a time window, once or in a series',
-    'server': 'VMs that stay after their end', 'resource': 'what can be reserved',
-    'maintenance': 'capacity changes and maintenance', 'limit': 'how much anybody may reserve',
-    'host': 'what hosts are like',
-    'calendar': 'calendar feeds, imports and subscriptions',
-    'claim': 'for the Nova scheduler filter', 'event': 'what happened, when and why',
-    'punctuality': 'how late VMs were', 'report': 'sums for operators',
-    'check': 'the proof that all adds up', 'token': 'who may ask',
-    'credential': 'in whose name VMs are made',
-    'user': 'people who leave', 'service': 'the server itself'}
+TAGS = {name: about.partition('\n')[0] for name, about in GROUPS.items()
+        if any(each.routes[0][1].startswith(f'/{name}/') for each in API.values())} | {
+    'reservation': 'VMs or capacity of a resource for a time window, once or in a series.',
+    'server': 'VMs that stay after their end.', 'claim': 'For the Nova scheduler filter.',
+    'punctuality': 'How late VMs were.', 'report': 'Sums for operators.',
+    'check': 'The proof that all adds up.', 'service': 'The server itself.'}
 
 #: What a request may say in headers, each with an example; and what answers do.
 HEADERS = {name: {'description': text, 'example': example, 'schema': {
@@ -20542,11 +20584,6 @@ class Readiness:
 RETRY = 60  # seconds after which somebody may try again, where nothing better is known
 
 
-def note_wait(environ: dict, error: Error) -> None:
-    """Notes of a request that is refused when it may be sent again."""
-    environ['cmres.retry_after'] = error.details.get('retry_after', RETRY)
-
-
 def error_body(error: Error) -> dict:
     cause = {'cause': error.details['cause']} if 'cause' in error.details else {}
     METRICS.count('refusals_total', kind=type(error).__name__, **cause)
@@ -20666,19 +20703,11 @@ def by_proxy(service: Reservations, request) -> Actor | None:
     return let_in(service, request, user, project, role)
 
 
-class Caller(NamedTuple):
-    """Somebody who asks without a token of ours, in the fields of one."""
-    id: int | None
-    user: str
-    project: str
-    role: str
-    ends: int | None = None
-
-
 def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
     """Somebody whom others know, under the names of [identities] if their ids stand there."""
     user, project = service.names_of(user)[0], service.names_of(project)[0]
-    note_caller(service, request.environ, Caller(None, user, project, role))
+    note_caller(service, request.environ, SimpleNamespace(
+        id=None, user=user, project=project, role=role, ends=None))
     return Actor(user, project, role)
 
 
@@ -20926,7 +20955,7 @@ class Reply:
         for name in ('X-Request-Id', 'X-Openstack-Request-Id'):
             yield name, self.environ['cmres.request_id']
         if self.status in (429, 503):
-            yield 'Retry-After', f"{self.environ.get('cmres.retry_after', RETRY)}"
+            yield 'Retry-After', f'{RETRY}'
         token = self.environ.get('cmres.token')
         if token and token.ends is not None and token.ends < time.time() + END_IS_NEAR:
             yield 'X-Cmres-Token-Ends', f"{token.id} {to_plain(instant(token.ends))}"
@@ -21860,7 +21889,11 @@ def read_lease_part(given: dict) -> dict:
         value = given.get(name)
         if value is None and name not in LEASE_OPTIONAL:
             raise Invalid(f'Missing parameter {name}')
-        read[name] = LEASE_READERS[of_type](name, value)
+        try:
+            reader, usual = LEASE_READERS[of_type]
+            read[name] = reader(usual if value is None else value)
+        except ValueError as error:
+            raise Invalid(f'{name}: {error}') from None
     if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
         raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
     if read.get('amount', 1) < 1:
@@ -21872,30 +21905,16 @@ def read_lease_part(given: dict) -> dict:
     return read
 
 
-def read_lease_number(name: str, value) -> int:
-    text = '0' if value is None else f'{value}'
-    if not re.fullmatch('[0-9]{1,9}', text):
-        raise Invalid(f'{name}: {shown(value)} is not a number such as 2')
-    return int(text)
-
-
-def read_affinity(name: str, value) -> bool | None:
+def read_affinity(value) -> bool | None:
     """Whether all are to be on one host; clients have many ways to say that it is all the same."""
-    word = f"{'' if value is None else value}".lower()
-    if word not in AFFINITIES:
-        raise Invalid(f'{name}: {shown(value)} is none of True, False and None')
-    return AFFINITIES[word]
+    if f'{value}'.lower() not in AFFINITIES:
+        raise ValueError(f'{shown(value)} is none of True, False and None')
+    return AFFINITIES[f'{value}'.lower()]
 
 
-def read_addresses(name: str, value) -> list[str]:
-    """Several floating IPs."""
-    if not isinstance(value or [], list):
-        raise Invalid(f'{name}: {shown(value)} is not a list of addresses')
-    return [read_str(f'{each}') for each in value or []]
-
-
-LEASE_READERS = {int: read_lease_number, bool: read_affinity, list: read_addresses,
-                 str: lambda name, value: read_str(f"{'' if value is None else value}", most=4000)}
+#: What reads a field, and what it is without a value.
+LEASE_READERS = {int: (between(0, 10**9), 0), bool: (read_affinity, ''), list: (read_names, []),
+                 str: (lambda value: read_str(f'{value}', most=4000), '')}
 
 
 # CalDAV ######################################################################
@@ -21917,7 +21936,6 @@ MOST_OBJECT = 2**16  # bytes of an event with its exceptions
 MOST_DEPTH = 20      # of elements in one another
 MOST_ELEMENTS = 20_000
 MOST_FILTERS = 100   # elements of a filter
-MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
@@ -21995,6 +22013,10 @@ class Component:
         """Which of its lines is the first that is none of its own properties."""
         return next(number for number, line in enumerate(self.lines)
                     if number and re.match('(?i)BEGIN:|END:', line))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a component in it, such as an alarm."""
+        return any(each.strip().upper() == f'BEGIN:{name.upper()}' for each in self.lines)
 
     @property
     def key(self) -> str:
@@ -22705,7 +22727,8 @@ class Draft:
                 asked |= {name: getattr(wish, name) for name in ('vms', 'flavor', 'image')}
                 acting.alter(known.label, known.project, asked, True)
             else:
-                wish = wish._replace(label=acting.free_label(wish, acting.clock()))
+                wish = wish._replace(label=acting.free_label(wish.label, wish.project,
+                                                           acting.clock()))
                 acting.reserve([Request(wish.label, [[wish]], False, 0, 0)], True)
         except NoCapacity as more:
             return NoCapacity(in_other_words(more, self.event.here), **more.details)
@@ -22847,6 +22870,8 @@ class Query:
             raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
         spans = [read_range(each) for each in root.iterfind('.//C:time-range', NAMESPACES)]
         self.parts, self.timed = whole.findall('C:comp-filter', NAMESPACES), bool(spans)
+        if whole.find('C:comp-filter/C:comp-filter/C:time-range', NAMESPACES) is not None:
+            raise Refused(403, 'C:supported-filter', 'nothing in an event is looked for by time')
         first = whole.find('C:comp-filter/C:time-range', NAMESPACES)
         self.begin = -1 if first is None else read_range(first)[0]
 
@@ -22862,20 +22887,11 @@ class Query:
         found = [event for event in events
                  if all(has_property(event, each)
                         for each in part.iterfind('C:prop-filter', NAMESPACES))
-                 and all(self.has_alarm(event, each, groups)
+                 and all(event.has(each.get('name', '')) != is_absent(each)
                          for each in part.iterfind('C:comp-filter', NAMESPACES))]
         if is_absent(part) or not found:
             return is_absent(part) and not found
         return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
-
-    def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
-        """Whether an event has a component in it, in a window where it is an alarm."""
-        name, span = part.get('name', '').upper(), part.find('C:time-range', NAMESPACES)
-        if name != 'VALARM' or is_absent(part) or span is None:
-            there = any(each.strip().upper() == f'BEGIN:{name}' for each in event.lines)
-            return there != is_absent(part)
-        begin, until = read_range(span)
-        return any(begin <= at < until for at in self.alarms(event, groups, begin, until))
 
     def occurrences(self, groups: Iterable[list[Entry]], begin: int, until: int) -> Iterator[dict]:
         """The occurrences of events in a window; {} where that can't be told."""
@@ -22885,24 +22901,6 @@ class Query:
                     yield from group_occurrences(group, self.zone, instant(begin), instant(until))
             except BadCalendar:
                 yield {}
-
-    def alarms(self, event: Component, groups: Iterable[list[Entry]], begin: int,
-               until: int) -> Iterator[int]:
-        """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
-        lines = (read_property(unfolded_line(each)) for each in event.lines
-                 if each[:7].upper() == 'TRIGGER')
-        for _, parameters, value in itertools.islice(filter(None, lines), MOST_ALARMS):
-            with suppress(Error, ValueError, OverflowError):
-                if not value.strip('+- ').upper().startswith('P'):
-                    yield int(read_moment(value, '', Frame()).at(self.zone).timestamp())
-                    continue
-                offset = int(read_length(value.strip('+- ')).total_seconds())
-                offset = -offset if value.startswith('-') else offset
-                side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
-                window = max(begin - offset - 1, 0), until - offset + 1
-                for each in self.occurrences(groups, *window):
-                    yield int(each[side].timestamp()) + offset if each else begin
-
 
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
@@ -23377,27 +23375,15 @@ def calendar_programs(service: Reservations) -> Callable:
     """Answers calendar programs, for who has the token that they send as a password."""
     known: dict = {}  # see `refresh`
 
-    @functools.lru_cache(10_000)
-    def token_id(digest: str, minute: int) -> int:
-        """Of all requests of a minute one looks a hash up."""
-        return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', digest), service.clock()).id
-
-    def who(request) -> Actor:
-        secret = bearer(request)
-        if not secret:  # that is no attacker
-            raise Unauthorized('sign in with your name and, as password, a token of cmres')
-        with noting_wrong(service, request.environ):
-            id = token_id(hashed(secret), int(time.monotonic() // 60))
-            found = token_in_force(row(f'{TOKEN} WHERE t.id = ?', id), service.clock())
-        note_caller(service, request.environ, found)
-        return bearer_of(found)
-
     def handle(path: str = ''):
         request = bottle.request
         if request.method == 'OPTIONS':
             return sent('', 200, DAV_HEADERS | {'Allow': DAV_VERBS})
         try:
-            acting = service.acting(who(request))
+            actor = by_token(service, request)
+            if not actor:  # that is no attacker
+                raise Unauthorized('sign in with your name and, as password, a token of cmres')
+            acting = service.acting(actor)
             acting.wanted = while_there(request.environ)
             acting.actor.refuse_out_of_scope(API[may(acting.actor)[0]])
             with acting.shares.answering(acting.actor.user):
@@ -23564,7 +23550,6 @@ class QuickLine:
         if other and as_clock(other):
             end = parse_time(as_clock(other), self.here.zone, self.here.now, start)
         self.start, self.end, self.length = start, end, end - start
-        self.timed = bool(clock or self.day or 'now' in self.said)
 
     def first_at(self, clock: str) -> datetime:
         """The first time at which clocks show something: on its day, or one of its weekdays."""
@@ -23906,7 +23891,6 @@ legend { font-weight: 650; padding: 0 8px 0 0 }
 .seat > b { font-size: var(--t4); color: var(--accent); text-align: center }
 .qr { display: block; width: 148px; height: 148px; margin-bottom: 12px; padding: 8px;
       background: #fff; border-radius: 8px }
-.qr path { stroke: #000; stroke-width: 1 }
 /* the first day */
 .hero { text-align: center; padding: 40px 24px; border-radius: 14px;
   background: linear-gradient(180deg, var(--wash), transparent) }
@@ -24509,7 +24493,8 @@ href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</
 <div class="head"><div class="corner">{{corner}}</div>
 <svg width="100%" height="46" role="group" aria-label="Days and hours"><defs><g id="ground">
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
-{{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', days[1:])}}</g></defs>
+% edges = zip(day.x for day in days[1:])
+{{!many('<line class="grid" x1="{0}%" x2="{0}%" y2="100%"/>', edges)}}</g></defs>
 % for day in days:
 <a href="{{way(view=day.view, at=day.at)}}" aria-label="{{day.name}} {{day.number}}">
 % dx, hourly = 4 if view == 'month' else 8, view in ('day', 'hours')
@@ -24773,11 +24758,7 @@ nothing else of cmres.</p>
 </form></section>
 ''', 'shared': '''
 <p id="told" class="off" role="status"></p>
-% if drawn:
-% size = drawn[0] + 2
-<figure><svg class="qr" viewBox="-1 -1 {{size}} {{size}}" role="img"
-aria-label="QR code of the address of this page"><path d="{{drawn[1]}}"/></svg></figure>
-% end
+<figure>{{!code}}</figure>
 <p class="line noprint"><button class="main" data-copy="">Copy all lines</button>
 <button data-print>Print</button></p>
 <div id="live" data-href="{{href}}" data-tag="{{tag}}">{{!live}}</div>
@@ -24920,8 +24901,7 @@ ACTS = {'extend': Act('Extend', 'is longer now', ('by', '+1h')),
         'credential_add': Act('Let VMs be yours', 'is kept'),
         'credential_delete': Act('Delete', 'is deleted', bad=True),
         'undo': Act('Undo', 'is undone'), 'end': Act('End now', 'ends now', bad=True),
-        'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made'),
-        'calendar_feed': Act('Make an address', 'is made')}
+        'limit_add': Act('Set a limit', 'is set'), 'token_add': Act('Make a token', 'is made')}
 ASKED_TWICE = ('resource_delete', 'token_revoke', 'user_end')  # and what deletes VMs that run
 PUT_OFF = ('delete', 'skip', 'reject')  # done only when it can't be taken back any more
 #: What can be done to a reservation in each state; to a pending one, what its holder or an admin
@@ -24931,9 +24911,6 @@ ACTS_IN = {'cancelled': ('skip',), 'waiting': ('delete',), 'pending': ('delete',
            **dict.fromkeys(('starting', 'active', 'degraded'), ('extend', 'keep', 'end', 'delete'))}
 RUNNING = ('starting', 'active', 'degraded')
 SECRET = {'token', 'feed'}  # fields of answers: shown in the answer itself, and kept nowhere
-#: What becomes of VMs at the end.
-ENDS_SO = {'delete': 'deleted', 'stop': 'stopped', 'shelve': 'shelved',
-           'snapshot': 'saved as images and deleted'}
 ADMIN_TABS = {'': 'Requests', 'maintenance': 'Maintenance', 'resources': 'Resources', 'use': 'Use',
               'people': 'People'}
 #: The forms of operators: the page of each, and its fields in the order in which people think.
@@ -25179,19 +25156,6 @@ MOST_STEPS_DRAWN = 250   # steps of one resource; else there are spans, each wit
 WIDE_LETTERS, THIN_LETTERS = set('mwMW%@'), set("iljtfrI.,:;'|!()[]- 1")
 
 
-class HeadPart(NamedTuple):
-    """A part of the head of a time line, and what it leads to."""
-    x: float
-    width: float
-    begin: int  # in minutes
-    name: str
-    number: str
-    view: str
-    at: str
-    today: str
-    share: float = 0
-
-
 class TimeLine:
     """A stretch of time as the clocks of a zone show it, in minutes from its first on.
 
@@ -25203,6 +25167,7 @@ class TimeLine:
         self.first, self.after = span_of_view(view, at)
         self.begin, self.end = (int(from_wall(each, zone).timestamp())
                                 for each in (self.first, self.after))
+        self.window = instant(self.begin), instant(self.end)
         self.length = int((self.after - self.first).total_seconds() // 60)
         self.dawn = (self.first - at_midnight(self.first)).total_seconds() / 60
         self.all = self.run(self.length) - self.run(0)
@@ -25232,8 +25197,8 @@ class TimeLine:
         """A time as an address of the plan has it."""
         return f'{wall:%Y-%m-%dT%H}' if self.view == 'hours' else f'{wall:%Y-%m-%d}'
 
-    def days(self, today: date) -> list[HeadPart]:
-        """The parts of its head: days, or hours of one."""
+    def days(self, today: date) -> list[SimpleNamespace]:
+        """The parts of its head, days or hours of one, and what each leads to."""
         width = {'day': 120, 'hours': 60}.get(self.view, 1440)
         parts = []
         for minute in range(0, self.length, width):
@@ -25241,11 +25206,13 @@ class TimeLine:
             number, view, at = ((f'{wall.day}', 'day', f'{wall:%Y-%m-%d}') if width == 1440 else
                                 (f'{wall:%H:%M}', 'hours', f'{wall:%Y-%m-%dT%H}'))
             is_today = wall.date() == today and width == 1440
-            parts.append(HeadPart(*self.extent(minute, minute + width), minute, f'{wall:%a}',
-                                  number, view, at, 'today' if is_today else ''))
+            x, space = self.extent(minute, minute + width)
+            parts.append(SimpleNamespace(
+                x=x, width=space, begin=minute, name=f'{wall:%a}', number=number, view=view, at=at,
+                today='today' if is_today else '', share=0))
         return parts
 
-    def grounds(self, days: list[HeadPart]) -> list[tuple]:
+    def grounds(self, days: list) -> list[tuple]:
         """What lies under all: today, weekends and nights."""
         shades = [('this-day' if each.today else 'off-day', each.x, each.width) for each in days
                   if self.view in ('week', 'month')
@@ -25297,7 +25264,7 @@ class Level(NamedTuple):
     closed: bool
 
 
-def levels_of(place, line: TimeLine, days: list[HeadPart]) -> list[Level]:
+def levels_of(place, line: TimeLine, days: list) -> list[Level]:
     """How full a resource is on a time line: step by step, in a month the fullest of each day."""
     most = capacity(place)
     if line.view == 'month':
@@ -25499,13 +25466,13 @@ class Drawing:
                 none = not any(each[name] for name in ('vms', 'vcpus', 'ram'))
                 yield first, last, f"{'closed' if none else 'less'}: {each['reason']}"
 
-    def with_shares(self, shown: list) -> list[HeadPart]:
+    def with_shares(self, shown: list) -> list:
         """The days, with how full the fullest resource is in each."""
-        shares: dict[int, float] = defaultdict(float)
         for each in shown:
-            for day, level, _ in day_parts(each.levels, self.line):
-                shares[day] = max(shares[day], level.share)
-        return [day._replace(share=shares[n]) for n, day in enumerate(self.days)]
+            for n, level, _ in day_parts(each.levels, self.line):
+                if n < len(self.days):
+                    self.days[n].share = max(self.days[n].share, level.share)
+        return self.days
 
     def bars(self, found: list) -> tuple[list, list[tuple], int]:
         """Reservations as bars, where there are more than are drawn, and how high all is."""
@@ -25597,6 +25564,9 @@ class Drawing:
 # have in common.
 
 PLAIN_TEXT = {'Content-Type': 'text/plain; charset=utf-8'}
+#: What people can type in one line.
+EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
+            '1 vm tomorrow 9:00-11:00')
 CHANGED_LATELY = '''SELECT p.id, p.user, p.occurrence, p.until, r.label, r.project
   FROM proposal p INDEXED BY proposal_until CROSS JOIN reservation r ON r.id = p.reservation_id
   WHERE p.code = ? AND p.until > ? AND p.until <= ? ORDER BY p.id'''
@@ -25691,14 +25661,12 @@ class Visit:
 
     def plain(self, moment: datetime) -> str:
         """A time within a sentence."""
-        here = moment.astimezone(self.zone)
-        return f'{here:%a} {here.day} {here:%b %Y}, {here:%H:%M}'
+        return format_moment(moment.replace(second=0), self.zone).rpartition(' (')[0]
 
     def span(self, start: datetime, end: datetime) -> str:
         """From when until when, within a sentence."""
-        one, other = start.astimezone(self.zone), end.astimezone(self.zone)
-        until = f'{other:%H:%M}' if one.date() == other.date() else self.plain(end)
-        return f'{self.plain(start)} to {until}'
+        start, end = start.replace(second=0), end.replace(second=0)
+        return format_window(start, end, self.zone).rpartition(' (')[0]
 
     def brief(self, start: datetime, end: datetime) -> str:
         """From when until when, as short as it is clear today."""
@@ -25732,7 +25700,7 @@ class Visit:
                  back: str = '/', headed: bool = True) -> str:
         """The text of a whole page."""
         unread = len(self.told_of(self.seen)) if self.actor else 0
-        return self.render('layout', title=title, body=body, note=note, here=here, back=back,
+        return self.render('layout', title=title, body=body, note=note, back=back,
                            headed=headed, part=PARTS.get(here[:3], ''), sprite=SPRITE, version=LOOK,
                            unread=unread)
 
@@ -25740,11 +25708,16 @@ class Visit:
         """Lets a page show a form again, as it was typed, and why."""
         self.typed, self.refusal, self.status = typed, words, status
 
+    def ask_line(self, typed: str = '') -> str:
+        """The line in which people say what they want."""
+        return self.render('line', typed=typed, example=EXAMPLES[0])
+
     def refused_page(self, error: Error, back: str, again: str = ''):
         """The page that says what could not be done, and how to do it again."""
-        note_wait(bottle.request.environ, error)
-        body = self.render('refused', words=sentence(str(error)), back=back, again=again)
-        return self.page('Refused', body, error.status)
+        made = self.page('Refused', self.render('refused', words=sentence(str(error)), back=back,
+                                                again=again), error.status)
+        made.headers.update(headers_of(error))
+        return made
 
     def onward(self, href: str, words: str = '', undo: tuple[str, float] = ('', 0)):
         """Leads on after a form; the next page says what was done, and offers to undo it."""
@@ -25755,10 +25728,11 @@ class Visit:
                                                 safe=''), 60)
         return made
 
-    def set_cookie(self, made, name: str, value: str, lasts: int) -> None:
+    def set_cookie(self, made, name: str, value: str, lasts: int, **more) -> None:
         """Sets a cookie that scripts and other sites can't use."""
-        made.set_cookie(name, value, path='/', httponly=True, samesite='strict', max_age=lasts,
-                        secure=self.config.public_url.startswith('https:'))
+        usual = {'path': '/', 'httponly': True, 'samesite': 'strict', 'max_age': lasts}
+        made.set_cookie(name, value, secure=self.config.public_url.startswith('https:'),
+                        **usual | more)
 
     def unless_same(self, text: str):
         """A part of a page, if it is another than the browser has."""
@@ -26191,40 +26165,37 @@ class SignIn(Visit):
                          keystone=self.config.keystone, oidc=self.config.oidc,
                          oidc_href=f'/sign-in/oidc/begin?{urlencode({"next": back})}'), status)
 
-    def refused(self, given: dict, error: Error):
+    def refused_page(self, error: Error, back: str, again: str = ''):
         """The form to sign in, and why that was not done."""
+        signs_in = bottle.request.path.startswith('/sign-in')
+        if not signs_in or not isinstance(error, (Unauthorized, Forbidden)):
+            return super().refused_page(error, back, again)
         if isinstance(error, Unauthorized):
             note_wrong(self.service, bottle.request.environ)
-        return self.form(str(error), local(given.get('next')), 401)
+        return self.form(str(error), back, 401)
 
     def by_token(self, given: dict):
         """Signs in by a token, for as long as the setting says."""
         token = given.get('token', '').strip()
-        try:
-            actor = actor_of(token, self.service.clock())
-            # it is good for less than pages show
-            if actor.scopes - {'read'} or actor.resource is not None:
-                raise Forbidden('This token is for a program and cannot be used here. Sign in '
-                                'with another token.')
-        except (Unauthorized, Forbidden) as error:
-            return self.refused(given, error)
+        actor = actor_of(token, self.service.clock())
+        # it is good for less than pages show
+        if actor.scopes - {'read'} or actor.resource is not None:
+            raise Forbidden('This token is for a program and cannot be used here. Sign in with '
+                            'another token.')
         return self.signed_in(actor, hashed(token), self.config.session_length, given)
 
     def at_keystone(self, given: dict):
         """Signs in by a password of OpenStack, which goes to Keystone and nowhere else."""
         service = self.pages.service
         said = {name: given.get(name, '').strip() for name in ('user', 'project', 'domain')}
-        try:
-            if not service.config.keystone or not all(said.values()):
-                raise Unauthorized('Type your user name, your project and its domain.')
-            keystone = service.clouds.keystone
-            found = ask_keystone(service, said['user'], lambda: keystone.sign_in(
-                password=given.get('password', ''), **said), keystone.PATIENT)
-            if found.refusal:
-                raise found.refusal
-            role = role_of(service, found.scoped)
-        except (Unauthorized, Forbidden) as error:
-            return self.refused(given, error)
+        if not service.config.keystone or not all(said.values()):
+            raise Unauthorized('Type your user name, your project and its domain.')
+        keystone = service.clouds.keystone
+        found = ask_keystone(service, said['user'], lambda: keystone.sign_in(
+            password=given.get('password', ''), **said), keystone.PATIENT)
+        if found.refusal:
+            raise found.refusal
+        role = role_of(service, found.scoped)
         user, project = (service.names_of(each)[0] for each in found.scoped[:2])
         return self.known_elsewhere(Actor(user, project, role), 'Keystone', found.scoped.ends,
                                     given)
@@ -26241,23 +26212,18 @@ class SignIn(Visit):
         url, known = self.pages.openid.begin(self.back_here())
         made = self.onward(url)
         text = json.dumps(known | {'next': local(given.get('next'))})
-        made.set_cookie('oidc', quote(self.pages.signed('oidc', text), safe=''), httponly=True,
-                        path='/sign-in/oidc', samesite='lax', max_age=600,
-                        secure=self.config.public_url.startswith('https:'))
+        self.set_cookie(made, 'oidc', quote(self.pages.signed('oidc', text), safe=''), 600,
+                        path='/sign-in/oidc', samesite='lax')
         return made
 
     def end_oidc(self, given: dict):
         """Signs in who comes back from the provider."""
         known = self.pages.unsigned('oidc', unquote(bottle.request.get_cookie('oidc') or ''))
-        try:
-            if not known:
-                raise Unauthorized('This sign-in was not started here, or too long ago. Start '
-                                   'again.')
-            known = json.loads(known)
-            said = self.pages.openid.end(self.back_here(), known, given, self.service.clock())
-            actor = self.claimed(said)
-        except (Unauthorized, Forbidden) as error:
-            return self.refused(given, error)
+        if not known:
+            raise Unauthorized('This sign-in was not started here, or too long ago. Start again.')
+        known = json.loads(known)
+        said = self.pages.openid.end(self.back_here(), known, given, self.service.clock())
+        actor = self.claimed(said)
         made = self.known_elsewhere(actor, 'the provider', said['exp'], {'next': known['next']})
         made.delete_cookie('oidc', path='/sign-in/oidc')
         # A redirect would still be of the provider's site, to which no strict cookie is sent.
@@ -26422,10 +26388,6 @@ class PlanPage(Visit):
         return [(head, each.state, each.label, *told(head, each), self.href_of(each))
                 for head, each in firsts if each]
 
-    def ask_line(self, typed: str = '') -> str:
-        """The line in which people say what they want."""
-        return self.render('line', typed=typed, example=EXAMPLES[0])
-
     def first_day(self, places: list) -> str:
         """What somebody reads who has reserved nothing yet."""
         people = row('SELECT count(*) AS n FROM token WHERE revoked IS NULL').n
@@ -26436,11 +26398,6 @@ class PlanPage(Visit):
                  ('reserved', 'Make the first reservation', '/book', 'Try it')]
         return self.render('first day', line=self.ask_line(), steps=steps,
                            examples=[(urlencode({'q': each}), each) for each in EXAMPLES])
-
-
-#: What people can type in one line.
-EXAMPLES = ('15 ubuntu every tue 10-12 until 23 feb', '2 ubuntu now for 2h',
-            '1 vm tomorrow 9:00-11:00')
 
 
 class Lists(Visit):
@@ -26457,7 +26414,7 @@ class Lists(Visit):
             return (service.over(after, most) if over
                     else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
         found = lines(after, MOST_LINES_SHOWN)
-        last = f"{int(found[-1]['start'].timestamp())}-{found[-1]['id']}" if found else ''
+        last = cursor_of(found[-1]) if found else ''
         empty = 'Nothing is finished yet.' if over else ''
         kept = {'state': wanted} if wanted else {'over': 1} if over else {}
         return self.page('Reservations', self.render(
@@ -26530,12 +26487,11 @@ class Lists(Visit):
 
     def vms(self, found: dict) -> list[dict]:
         """The VMs of a reservation, each with how to log in and when it was ready."""
-        login = self.config.login_command
-        return [{'name': each['name'], 'fault': each['fault'], 'state': each['state'], 'log_in': [
-            login.replace('{address}', address) for address in each['addresses']],
-            'ready': each['ready'] and ready_after(
-                (each['ready'] - each['planned']).total_seconds()).removeprefix('ready ')}
-            for each in found['servers']]
+        return [{'name': each['name'], 'fault': each['fault'], 'state': each['state'],
+                 'log_in': self.config.logins(each['addresses']),
+                 'ready': each['ready'] and ready_after(
+                     (each['ready'] - each['planned']).total_seconds()).removeprefix('ready ')}
+                for each in found['servers']]
 
     def occurrences(self, found: dict) -> str:
         """The next occurrences of a series, each with what can be done to it."""
@@ -26589,7 +26545,7 @@ class Lists(Visit):
         found, text = self.seats(secret)
         return self.page(found['label'], self.render(
             'shared', live=text, tag=hashed(text)[:20], href=f'/s/{secret}/live',
-            drawn=qr_path(self.share_link(found['shared']))))
+            code=qr_code(self.share_link(found['shared']))))
 
     def shared_live(self, secret: str, given: dict):
         """What is live of that page."""
@@ -26615,7 +26571,7 @@ class Lists(Visit):
                  enumerate(zip(self.vms(found), names, found['servers']), 1)]
         return found, self.render('seats', found=found, seats=seats,
                                   when=self.span(found['start'], found['end']),
-                                  ends=ENDS_SO[found['at_end'] or 'delete'])
+                                  ends=ENDED[found['at_end'] or 'delete'])
 
     # Oneself
 
@@ -26681,7 +26637,27 @@ OF_ONE = 'resource', 'start', 'end', 'vms', 'following'
 
 
 class BookForm(Visit):
-    """The form that books a reservation, and that changes one."""
+    """The form that books a reservation, or changes one: `was` has the fields as they are then."""
+    found, was, only = {}, None, ()
+    about = 'Book', '/book', ''  # its title, where it is sent, and for which reservation
+
+    @property
+    def operation(self) -> Operation:
+        """What it asks for."""
+        return API['update' if self.was else 'add']
+
+    def concern(self, label: str, given: dict) -> None:
+        """Makes it the form of a reservation that is there, if a label says of which."""
+        if not label:
+            return
+        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+        if 'parts' in found:
+            raise Conflict(f"'{label}' has several parts. Change them one by one.")
+        self.found, self.was = found, self.stored_fields(found)
+        self.about = f'Change {label}', f'/r/{quote(label)}/change', f'?{urlencode(asked)}'
+        self.only = WHILE_RUNNING if found['state'] in RUNNING else (
+            OF_ONE if 'occurrence' in asked else ())
 
     def book(self, given: dict):
         """The form, filled in with what was typed or clicked on, and whether that fits."""
@@ -26689,7 +26665,7 @@ class BookForm(Visit):
         if line:
             read, said = self.read_line(line)
             if given.get('find'):
-                return self.booking(said, UNCHECKED, finds=line, found=self.found(read, said))
+                return self.booking(said, UNCHECKED, finds=line, found=self.free_times(read, said))
             return self.booking(said, self.tried(said), typed=line, chips=self.understood(read))
         try:
             said = self.filled(given)
@@ -26699,48 +26675,42 @@ class BookForm(Visit):
         asks = given.get('start') or given.get('resource')
         return self.booking(said, self.tried(said) if asks else UNCHECKED)
 
-    def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **more):
-        """The page with the form of a new one."""
-        return self.page('Book', self.form(said, verdict, BOOK_MORE + FOR_OTHERS * (
-            self.actor.role == ADMIN), action='/book',
-                         check='/book/check', line=self.render(
-                             'line', typed=typed, example=EXAMPLES[0]), **more), status)
-
-    def form(self, said: dict, verdict: Verdict, more: str, was: dict | None = None,
-             only: Iterable[str] = (), **values) -> str:
-        """The fields of a reservation, or `only` some; `was`: before it was changed."""
+    def booking(self, said: dict, verdict: Verdict, status: int = 200, typed: str = '', **values):
+        """The page with the form, as it was typed."""
+        said, (title, href, which) = (self.was or {}) | said, self.about
         names, why = self.offered(said['resource'])
-        known = API['add' if was is None else 'update'].parameters
+        known = self.only or self.operation.parameters.keys() - (
+            {'following', 'label'} if self.was else {'following'})
+        others = (' user reason' if self.was else FOR_OTHERS) * (self.actor.role == ADMIN)
 
         def fields(of: str) -> str:
-            return ''.join(self.field(each, said, names, was) for each in of.split()
-                           if (each in only if only else each in known and each != 'following')
-                           and (was is None or each != 'label'))
+            return ''.join(self.field(each, said, names) for each in of.split() if each in known)
         groups = {name: fields(those) for name, those in FIELDSETS.items()}
         groups = {name: f'<div class="fields">{inside}</div>' for name, inside in groups.items()
                   if inside}
-        if not only:
-            groups['What starts'] = self.starts(said, names, why, was)
-        return self.render('book', **{'chips': (), 'finds': '', 'found': ()} | values,
-                           groups=groups.items(), more=fields(more), usual_rules=USUAL_RULES,
-                           verdict=self.told(verdict, whole=True))
+        if not self.only:
+            groups['What starts'] = self.starts(said, names, why)
+        return self.page(title, self.render(
+            'book', **{'chips': (), 'finds': '', 'found': ()} | values, groups=groups.items(),
+            more=fields(BOOK_MORE + others), usual_rules=USUAL_RULES,
+            line='' if self.was else self.ask_line(typed), action=href + which,
+            check=f'{href}/check{which}', verdict=self.told(verdict, whole=True)), status)
 
-    def starts(self, said: dict, names: dict, why: str, was: dict | None = None,
+    def starts(self, said: dict, names: dict, why: str,
                fields: str = FIELDSETS['What starts']) -> str:
         """What starts: an image in VMs of a flavor, or nothing, said in so many words."""
-        image = ('VMs of an image', 'they start before the time begins')
+        image = ('VMs of an image', 'they start at From, or so much earlier')
         if said.get('server'):
             image = (f"The server {said['server']}", 'it starts and stops')
-        inside = ''.join(self.field(each, said, names, was) for each in fields.split())
+        inside = ''.join(self.field(each, said, names) for each in fields.split())
         return self.render('starts', what=said['what'], why=why, fields=inside, choices=[
             ('image', *image), ('hold', 'Hold capacity only', 'no VM starts')])
 
-    def field(self, name: str, said: dict, names: dict, was: dict | None = None) -> str:
+    def field(self, name: str, said: dict, names: dict) -> str:
         """One field of the form, with what stands in it."""
-        operation = API['add' if was is None else 'update']
         words = {'user': 'Owner', 'reason': 'Reason, for its owner'}.get(name, head_of(name))
-        return self.input(operation, name, said.get(name, ''), words, names,
-                          was=None if was is None else was.get(name, ''))
+        return self.input(self.operation, name, said.get(name, ''), words, names,
+                          was=self.was and self.was.get(name, ''))
 
     def told(self, verdict: Verdict, whole: bool = False) -> str:
         """What the form says of itself: it fits, or why not and what would; and its button."""
@@ -26793,13 +26763,9 @@ class BookForm(Visit):
                        'label': said['label'] or self.free_label(said)}
 
     def free_label(self, said: dict) -> str:
-        """A name that nobody in the project has used."""
-        base = re.sub('[^A-Za-z0-9._-]', '-', said['image'] or said['resource'])
-        could_be = [base, *(f'{base}-{n}' for n in range(2, 60))]
-        taken = {each.label for each in rows(
-            'SELECT label FROM reservation WHERE project = ? AND label IN '
-            'names(?)', self.actor.project, json.dumps(could_be))}
-        return next((each for each in could_be if each not in taken), '')
+        """A name that nobody in the project has."""
+        base = re.sub('[^A-Za-z0-9._-]', '-', said['image'] or said['resource'])[:60]
+        return self.service.free_label(base, self.actor.project, self.service.clock())
 
     def read_line(self, text: str) -> tuple[QuickLine, dict]:
         """What somebody has typed in one line, and the form that it stands for."""
@@ -26834,7 +26800,7 @@ class BookForm(Visit):
         unknown = [('no', 'not understood', line.unknown)] if line.unknown else []
         return [('', *each) for each in (*shown, span)] + unknown
 
-    def found(self, line: QuickLine, said: dict) -> list[tuple]:
+    def free_times(self, line: QuickLine, said: dict) -> list[tuple]:
         """When what somebody looks for is free: an address, words, where."""
         here, found = self.here, []
         before = here.now + timedelta(days=60)
@@ -26857,7 +26823,14 @@ class BookForm(Visit):
     # Whether it fits
 
     def asked(self, said: dict) -> dict:
-        """The arguments of `add` that the fields stand for."""
+        """The arguments of the operation that the fields stand for."""
+        given = self.otherwise(said) if self.was else self.wanted(said)
+        if given.get('skip_dates'):
+            given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
+        return bind(self.operation, given | {'tz': self.zone.key}, self.here)
+
+    def wanted(self, said: dict) -> dict:
+        """What a new reservation is to be."""
         given = {name: said[name] for name in BOOKING if said.get(name) and name != 'what'}
         if said.get('what') == 'hold':
             given.pop('image', None)
@@ -26865,33 +26838,53 @@ class BookForm(Visit):
             raise Invalid(CHOOSE)
         if given.get('part'):
             given.pop('resource', None)  # the parts name theirs
-        if given.get('skip_dates'):
-            given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
-        return bind(API['add'], given | {'tz': self.zone.key}, self.here)
+        return given
+
+    def otherwise(self, given: dict) -> dict:
+        """What of a reservation is to be otherwise than it is, or than it was when it was shown."""
+        found, occurrence = self.found, given.get('occurrence', '')
+        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'reason', 'following')
+                if name in given and given[name] != given.get(f'was_{name}', self.was.get(name))}
+        if said.pop('what', '') == 'hold' and found['image']:
+            said['image'] = ''
+        said = {name: {'lead': '0s'}.get(name, value) if value == '' else value
+                for name, value in said.items() if value != '' or name in CAN_BE_EMPTY}
+        if found['tz'] and not occurrence and found['state'] in RUNNING:
+            occurrence = to_plain(found['start'])
+        if 'end' in said and 'start' not in said:  # a bare clock comes after the start
+            said['end'] = to_plain(parse_end(said['end'], found['start'], self.here))
+        asked = {'label': found['label'], 'project': found['project'], 'occurrence': occurrence}
+        return said | {name: value for name, value in asked.items() if value}
+
+    def call(self, said: dict, dry_run: bool = False) -> dict:
+        """What booking or changing answers."""
+        return getattr(self.service, self.operation.name)(**self.asked(said), dry_run=dry_run)
 
     def rehearsed(self, said: dict) -> dict:
-        """What booking would answer."""
+        """What it would answer."""
         label = said.get('label') or f'new-{secrets.token_hex(4)}'
-        return self.service.add(**self.asked(said | {'label': label}), dry_run=True)
+        return self.call(said | {'label': label}, dry_run=True)
 
     def tried(self, said: dict, focus: bool = False) -> Verdict:
         """Whether it fits, and if not, what would; of a series, which dates do."""
-        why = (self.offered(said.get('resource', ''))[1] if said.get('flavor')
-               or said.get('image') else '')
+        names_one = not self.was and (said.get('flavor') or said.get('image'))
+        why = self.offered(said.get('resource', ''))[1] if names_one else ''
         if why:  # nobody waits for that cloud before they book
             return Verdict('some', 'Not checked', [f'{sentence(why)} Booking asks it once more.'])
         try:
             return self.fits(said, self.rehearsed(said))
-        except NoCapacity as error:
-            if said.get('repeat') and not said.get('on_conflict'):
+        except Error as error:
+            skips = isinstance(error, NoCapacity) and said.get('repeat') and not self.was
+            if skips and not said.get('on_conflict'):
                 with suppress(Error):
                     return self.fits(said, self.rehearsed(said | {'on_conflict': 'skip'}))
-            return self.does_not_fit(said, error, focus)
-        except Error as error:
             return self.does_not_fit(said, error, focus)
 
     def does_not_fit(self, said: dict, error: Error, focus: bool = False) -> Verdict:
         """Why something can't be booked, what could be, and how it would wait."""
+        if self.was:
+            return Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
+                           go='Change', focus=focus)
         if str(error) == CHOOSE and not focus:
             return Verdict('', CHOOSE)
         waits = ''
@@ -26906,6 +26899,8 @@ class BookForm(Visit):
 
     def fits(self, said: dict, answer: dict) -> Verdict:
         """What would be, of the answer of a dry run."""
+        if self.was:
+            return Verdict('ok', 'It fits', [what_starts(self, answer)], go='Change')
         warnings = [sentence(each) for each in answer.get('warnings', ())]
         if 'parts' in answer:
             return Verdict('ok', 'It fits', warnings)
@@ -26986,8 +26981,9 @@ class BookForm(Visit):
         except Error:
             return []
 
-    def check(self, given: dict):
+    def check(self, given: dict, label: str = ''):
         """The verdict alone, also on what can't be read."""
+        self.concern(label, given)
         return answered(self.told(self.tried(given)))
 
     def small(self, given: dict):
@@ -27001,52 +26997,50 @@ class BookForm(Visit):
             fields=''.join(self.field(each, said, names) for each in ('label', 'vms')),
             starts=self.starts(said, names, why, fields='image flavor')))
 
-    def add(self, given: dict):
-        """Books what the form says, or with its other button only checks it."""
-        said = {name: given.get(name, '') for name in BOOKING} | (
-            {'on_conflict': 'skip'} if given.get('fitting') else {})
-        verdict, status = self.tried(said, True) if 'check' in given else UNCHECKED, 200
-        if 'check' not in given:
-            try:
-                label = said['label'] or self.free_label(said | {'image': ''})
-                found = self.service.add(**self.asked(said | {'label': label}))
-                about = found.get('parts', [found])[0]
-                words = '. '.join([f"'{found['label']}' is {about['state']}",
-                                   *found.get('warnings', ())])
-                return self.onward(self.href(found['label'], about['project']), words)
-            except Error as error:
-                verdict, status = self.does_not_fit(said, error, True), error.status
+    def send(self, given: dict, label: str = ''):
+        """Does what the form says, or with its other button only checks it."""
+        self.concern(label, given)
+        said, status, verdict = given, 200, None
+        if not self.was:
+            said = {name: given.get(name, '') for name in BOOKING} | (
+                {'on_conflict': 'skip'} if given.get('fitting') else {})
+        if 'check' in given:
+            verdict = self.tried(said, True)
+        try:
+            if not verdict:
+                return self.done(said)
+        except Error as error:
+            verdict, status = self.does_not_fit(said, error, True), error.status
         with suppress(Error):  # what can't be read stands there as it was typed
-            said = self.filled(given)
+            said = said if self.was else self.filled(given)
         return self.booking(said, verdict, status)
+
+    def done(self, said: dict):
+        """Books or changes, and leads on to the reservation."""
+        if not self.was:
+            said = said | {'label': said['label'] or self.free_label(said | {'image': ''})}
+        answer = self.call(said)
+        about = answer.get('parts', [answer])[0]
+        so, undo = ('changed', self.way_back(answer)) if self.was else (about['state'], ('', 0))
+        words = '. '.join([f"'{answer['label']}' is {so}", *answer.get('warnings', ())])
+        return self.onward(self.href(answer['label'], about['project']), words, undo)
 
     # Changing
 
     def change(self, label: str, given: dict):
         """The form that changes a reservation, with all that can be changed."""
-        verdict = Verdict('', 'Nothing is changed yet.', go='Change')
-        return self.changing(label, given, {}, verdict)
+        self.concern(label, given)
+        return self.booking({}, Verdict('', 'Nothing is changed yet.', go='Change'))
 
-    def changing(self, label: str, given: dict, said: dict, verdict: Verdict, status: int = 200):
-        """The page with that form, as it was typed."""
-        found, only = self.to_change(label, given)
-        was = self.stored_fields(found)
-        query = urlencode({name: given[name] for name in ('project', 'occurrence')
-                           if given.get(name)})
-        href = f'/r/{quote(label)}/change'
-        more = BOOK_MORE + ' user reason' * (self.actor.role == ADMIN)
-        return self.page(f'Change {label}', self.form(
-            was | said, verdict, more, was=was, only=only, line='', action=f'{href}?{query}',
-            check=f'{href}/check?{query}'), status)
-
-    def to_change(self, label: str, given: dict) -> tuple[dict, tuple]:
-        """A reservation that is to change, and the fields that can, if not all."""
-        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
-        if 'parts' in found:
-            raise Conflict(f"'{label}' has several parts. Change them one by one.")
-        only = OF_ONE if 'occurrence' in asked else ()
-        return found, WHILE_RUNNING if found['state'] in RUNNING else only
+    def try_change(self, label: str, given: dict):
+        """In a few words whether a reservation could be moved, for who drags it."""
+        try:
+            self.concern(label, given)
+            free = self.free_in(self.rehearsed(given))
+            words = 'fits' if free is None else f'fits, {free} VMs free there now'
+        except Error as error:
+            words = f'does not fit: {sentence(str(error))}'[:160]
+        return answered(words, headers=PLAIN_TEXT)
 
     def stored_fields(self, found: dict) -> dict:
         """The fields of the form as a reservation has them."""
@@ -27056,59 +27050,6 @@ class BookForm(Visit):
             'lead': in_length(found['lead']), 'repeat': in_cell(found['repeat'] or '', self.zone)}
         unknown = dict.fromkeys(('count', 'until', 'skip_dates', 'reason'), '')
         return self.timed(said | unknown, found['start'], found['end'])
-
-    def changed(self, label: str, given: dict, dry_run: bool) -> dict:
-        """Does what a form of changes says."""
-        found, _ = self.to_change(label, given)
-        before = self.stored_fields(found)
-        said = {name: given[name] for name in (*BOOKING[1:], 'rename', 'reason', 'following')
-                if name in given and given[name] != given.get(f'was_{name}', before.get(name))}
-        if said.pop('what', '') == 'hold' and found['image']:
-            said['image'] = ''
-        if said.get('skip_dates'):
-            said['skip_dates'] = days_left_out(said['skip_dates'], self.here)
-        said = {name: {'lead': '0s'}.get(name, value) if value == '' else value
-                for name, value in said.items() if value != '' or name in CAN_BE_EMPTY}
-        occurrence = given.get('occurrence', '')
-        if found['tz'] and not occurrence and found['state'] in RUNNING:
-            occurrence = to_plain(found['start'])
-        if 'end' in said and 'start' not in said:  # a bare clock comes after the start
-            said['end'] = to_plain(parse_end(said['end'], found['start'], self.here))
-        asked = {'label': label, 'project': found['project'], 'occurrence': occurrence}
-        said |= {name: value for name, value in asked.items() if value} | {'tz': self.zone.key}
-        return self.service.update(**bind(API['update'], said, self.here), dry_run=dry_run)
-
-    def change_to(self, label: str, given: dict, dry_run: bool = True, focus: bool = False):
-        """What becomes of a reservation: the answer, a verdict of it, and the status of a page."""
-        try:
-            answer = self.changed(label, given, dry_run)
-        except Error as error:
-            return {}, Verdict('no', 'It can’t be changed like this', [sentence(str(error))],
-                               go='Change', focus=focus), error.status
-        return answer, Verdict('ok', 'It fits', [what_starts(self, answer)], go='Change'), 200
-
-    def change_check(self, label: str, given: dict):
-        """Whether a change would fit."""
-        return answered(self.told(self.change_to(label, given)[1]))
-
-    def try_change(self, label: str, given: dict):
-        """In a few words whether a reservation could be moved, for who drags it."""
-        answer, verdict, _ = self.change_to(label, given)
-        if not answer:
-            return answered(f'does not fit: {verdict.words[0]}'[:160], headers=PLAIN_TEXT)
-        free = self.free_in(answer)
-        words = 'fits' if free is None else f'fits, {free} VMs free there now'
-        return answered(words, headers=PLAIN_TEXT)
-
-    def do_change(self, label: str, given: dict):
-        """Changes a reservation, or says in the same form why not."""
-        checks = 'check' in given
-        answer, verdict, status = self.change_to(label, given, checks, True)
-        if checks or not answer:
-            return self.changing(label, given, given, verdict, 200 if checks else status)
-        words = f"'{answer['label']}' is changed"
-        return self.onward(self.href(answer['label'], answer['project']), words,
-                           self.way_back(answer))
 
 
 class Admin(Visit):
@@ -27194,16 +27135,13 @@ class Admin(Visit):
                               for share in self.used(each, line)]) for each in self.places()]
         return self.render('heat', month=line, lines=lines) + ''.join(
             self.panel(name, found, given) for name, found in (
-                ('Report of this month', self.reported(line)),
+                ('Report of this month', self.service.report(*line.window)),
                 ('How late VMs were in the last 30 days, in seconds', late['clouds']),
                 ('VMs that did not start', failed)))
 
     def month(self, given: dict) -> TimeLine:
         """The month that is looked at."""
         return TimeLine('month', read_at(given.get('at')) or self.today, self.zone)
-
-    def reported(self, line: TimeLine) -> list[dict]:
-        return self.service.report(instant(line.begin), instant(line.end))
 
     def used(self, place, line: TimeLine) -> list[float]:
         """Which share of a resource was held on each day."""
@@ -27220,9 +27158,8 @@ class Admin(Visit):
             return self.admin(given, 'use')
         self.refuse_others()
         line = self.month(given)
-        found = self.reported(line)
-        return csv_answer([[*found[0]] if found else [], *(each.values() for each in found)],
-                          f'report-{line.first:%Y-%m}.csv')
+        found = self.service.report(*line.window)
+        return csv_answer(found, f'report-{line.first:%Y-%m}.csv')
 
     def people(self, given: dict) -> str:
         """Who can sign in, and how much people may have."""
@@ -27245,7 +27182,7 @@ class Admin(Visit):
         """Makes a token for each of many people: a file with a line for each, made only now."""
         self.refuse_others()
         lines = [each.split(',') for each in given.get('people', '').splitlines() if each.strip()]
-        made = [('user', 'project', 'token', 'link')]
+        made = []
         try:
             if len(lines) > MOST_PEOPLE:
                 raise Invalid(f'You gave {len(lines)} lines. Give at most {MOST_PEOPLE} at once.')
@@ -27257,7 +27194,8 @@ class Admin(Visit):
                 for each in wanted:
                     token = self.service.token_add(**each)['token']
                     link = f'{self.pages.service.config.served}/sign-in#{token}'
-                    made.append((each['user'], each['project'], token, link))
+                    made.append({'user': each['user'], 'project': each['project'], 'token': token,
+                                 'link': link})
         except Error as error:
             self.note_refusal(given | {'operation': 'many'}, sentence(str(error)), error.status)
             return self.admin({}, 'people')
@@ -27420,10 +27358,10 @@ ROUTES = {
     Lists: ({'GET /list': 'list', 'GET /r/<label>': 'reservation', 'GET /r/<label>/live': 'live',
              'POST /r/<label>/share': 'share', 'GET /notices': 'notices',
              'POST /notices': 'mark_read', 'GET /docs': 'docs'}, True),
-    BookForm: ({'GET /book': 'book', 'POST /book': 'add', 'GET /book/check': 'check',
+    BookForm: ({'GET /book': 'book', 'POST /book': 'send', 'GET /book/check': 'check',
                'GET /book/small': 'small', 'GET /r/<label>/change': 'change',
-               'POST /r/<label>/change': 'do_change', 'GET /r/<label>/try': 'try_change',
-               'GET /r/<label>/change/check': 'change_check'}, True),
+               'POST /r/<label>/change': 'send', 'GET /r/<label>/try': 'try_change',
+               'GET /r/<label>/change/check': 'check'}, True),
     Admin: ({'GET /admin': 'admin', 'GET /admin/use': 'used_page', 'GET /admin/<tab>': 'admin',
              'POST /admin/decide': 'decide', 'POST /admin/people': 'make_tokens',
              'GET /tokens': 'tokens', 'POST /do/<name>': 'do', 'POST /undo': 'undo'}, True),
@@ -27458,16 +27396,10 @@ def told_done(name: str, said: dict, answer) -> str:
 
 def what_starts(visit: Visit, found: dict) -> str:
     """What starts when, and what becomes of it; of what holds capacity only that."""
-    start, end, vms = found['start'], found['end'], counted(found['vms'], 'VM')
-    if not (found['image'] or found['server']):
-        return (f"Reserves capacity for {vms} on {found['resource']}, {visit.span(start, end)}. "
-                'No VM starts.')
-    begins = visit.plain(start - timedelta(seconds=found['lead'] or 0))
-    until = visit.span(start, end).rpartition(' to ')[2]
-    of = ', '.join(filter(None, (found['flavor'], found['image'] or found['server'])))
-    starts, are = ('starts', 'is') if found['vms'] == 1 else ('start', 'are')
-    return (f"{vms} ({of}) on {found['resource']} {starts} on {begins} and {are} "
-            f"{ENDS_SO[found['at_end'] or 'delete']} at {until}.")
+    times = {name: found[name].replace(second=0) for name in ('start', 'end')}
+    plan = plan_in_words(found | times, visit.zone)
+    said = f"{plan['what']} {plan['does']}." if plan['does'] else plan['message']
+    return f'{said[0].upper()}{said[1:]}'.replace(f' ({visit.zone.key})', '')
 
 
 def track_of(visit: Visit, found: dict) -> tuple | None:
@@ -27515,16 +27447,15 @@ def parse_end(text: str, start: datetime, here: Here) -> datetime:
     return start + end if isinstance(end, timedelta) else end
 
 
-def qr_path(text: str) -> tuple[int, str] | None:
-    """The QR code of a text as a drawing: how wide it is, and its path; None without segno."""
+def qr_code(text: str) -> str:
+    """The QR code of a text as a drawing; '' without segno, which is optional."""
     try:
         import segno
-    except ImportError:  # it is optional
-        return None
-    matrix = segno.make(text, micro=False, error='m').matrix
-    spots = (f'M{x} {y + .5}h1' for y, line in enumerate(matrix) for x, dark in enumerate(line)
-             if dark)
-    return len(matrix), ''.join(spots)
+    except ImportError:
+        return ''
+    return segno.make(text, micro=False, error='m').svg_inline(
+        border=1, svgclass='qr', lineclass=None, omitsize=True,
+        title='QR code of the address of this page')
 
 
 def in_field(value) -> str:
@@ -27541,11 +27472,9 @@ def ready_after(seconds: float) -> str:
     return f'ready {format_duration(round(max(seconds, 0)))} after the start'
 
 
-def csv_answer(lines: list, name: str):
+def csv_answer(lines: list[dict], name: str):
     """Lines as a file that a browser saves."""
-    text = io.StringIO()
-    csv.writer(text).writerows(lines)
-    return answered(text.getvalue(), headers={
+    return answered(as_csv(lines), headers={
         'Content-Type': 'text/csv; charset=utf-8',
         'Content-Disposition': f'attachment; filename="{name}"'})
 
@@ -28363,28 +28292,6 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 # when the whole line has been understood: a line with a mistake does nothing. Values stay the text
 # that was typed until `bind` reads them.
 
-#: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
-          for name, about, example in (
-    ('resource', 'Things that people can reserve, and their capacities.',
-     'add india --cloud simulated --vms 40'),
-    ('token', 'Tokens: they sign people in to the page, and programs to REST.',
-     'add eva --project biology --role user'),
-    ('credential', 'In whose name VMs are made: yours, with an application credential of yours.',
-     'add chameleon 8f2c... SECRET'),
-    ('catalog', "Where OpenStack's own tools find cmres.", 'add chameleon --dry-run'),
-    ('user', 'People who leave.', 'end eva'),
-    ('limit', 'What projects and users may reserve at most.', 'add --project biology --max-vms 20'),
-    ('host', 'What hosts are like.', 'set lab-compute-1 gpu_count=2,arch=x86_64'),
-    ('maintenance', 'Maintenances and other capacity changes.',
-     "add demo 2027-03-01T08:00 +4h --reason 'new disks'"),
-    ('calendar', 'Calendars that show reservations, and calendars that reserve.', 'feed'),
-    ('config', 'The settings.', 'show'),
-    ('event', 'The whole event log; `events` shows some of it.', 'export --since 2027-01-01'),
-    ('key', 'The key that signs cookies; only on this computer.', 'rotate'),
-    ('store', 'The database file: copies, checks, updates; only on this computer.',
-     'backup cmres-monday.db'))}
-
 HELP = """Reserves virtual machines (VMs) on OpenStack: cmres starts and deletes them on time.
 
 Works on the database in this folder, or with CMRES_URL and CMRES_TOKEN on a server.
@@ -28957,16 +28864,6 @@ class Call:
         return []
 
 
-class Group:
-    """Commands under a name; Fire sees those and nothing else."""
-
-    def __init__(self, summary: str, commands: dict):
-        self.__dict__.update(commands, __doc__=summary)
-
-    def __dir__(self):
-        return [name for name in self.__dict__ if name != '__doc__']
-
-
 class Untyped(str):
     """The default of an argument; what is this was not typed."""
 
@@ -28985,16 +28882,15 @@ def command(operation: Operation) -> Callable:
     return note
 
 
-def commands(leaf: Callable) -> Group:
+def commands(leaf: Callable) -> dict:
     """The tree of all commands; `leaf` makes one of an operation."""
     tree: dict = {}
-    groups: dict = defaultdict(dict)
     for name, operation in (LOCAL | API).items():
         group, _, verb = name.partition('_')
-        here, word = (groups[group], verb) if group in GROUPS else (tree, operation.words)
+        here, word = (tree.setdefault(group, {}), verb) if group in GROUPS else (
+            tree, operation.words)
         here[word] = leaf(operation)
-    return Group(HELP,
-                 tree | {name: Group(GROUPS[name], members) for name, members in groups.items()})
+    return tree
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29079,7 +28975,7 @@ def run_command(argv: list[str], finish: Callable) -> None:
     if argv[:1] in ([], ['help']):
         argv = [*argv[1:], '--help']
     path, here = command_path(commands(lambda operation: operation), argv)
-    if '--help' in argv or isinstance(here, Group):
+    if '--help' in argv or isinstance(here, dict):
         text = (help_of_command(here, path) if isinstance(here, Operation)
                 else help_of_group(here, path))
         own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it starts again
@@ -29094,22 +28990,21 @@ def run_command(argv: list[str], finish: Callable) -> None:
             print(text)
 
 
-def help_of_group(here: Group, path: list[str]) -> str:
+def help_of_group(here: dict, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, example = split_help(here.__doc__ or '')
+    text, example = split_help(GROUPS[path[0]] if path else HELP)
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    shelves = {'Commands': ' '.join(dir(here))} if path else SHELVES
-    lists = ['\n'.join([title, *(two_columns(f'  {name}', first_of(getattr(here, name)), 16)
+    about = {name: each.help[0] if isinstance(each, Operation) else GROUPS[name]
+             for name, each in here.items()}
+    first = {name: re.split(r'(?<=[.])\s|\n\n', said)[0].replace('\n', ' ')
+             for name, said in about.items()}
+    shelves = {'Commands': ' '.join(sorted(here))} if path else SHELVES
+    lists = ['\n'.join([title, *(two_columns(f'  {name}', first[name], 16)
                                  for name in names.split())])
              for title, names in shelves.items()]
     also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
     return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
                         f'Example:\n{example}'])
-
-
-def first_of(command: Group | Operation) -> str:
-    text = inspect.getdoc(command.method if isinstance(command, Operation) else command)
-    return re.split(r'(?<=[.])\s|\n\n', text)[0].replace('\n', ' ')
 
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
@@ -29186,9 +29081,8 @@ def plain_calls(operation: Operation, flags: dict[str, str], plain: list[str]) -
 
 
 #: What may stand for some arguments.
-KNOWN_VALUES = {'state': STATES, 'role': ROLES, 'mode': (*MODES, 'open'), 'at_end': ENDS,
-                'on_conflict': CLASHES,
-                'affected': THEN, 'format': FORMATS, 'shell': tuple(COMPLETIONS)}
+KNOWN_VALUES = CHOICES | {'state': STATES, 'on_conflict': CLASHES, 'format': FORMATS,
+                          'shell': tuple(COMPLETIONS)}
 
 
 def completed(words: list[str]) -> list[str]:
@@ -29200,8 +29094,8 @@ def completed(words: list[str]) -> list[str]:
                                   [word for word in words if not word.startswith('-')])
         name, equals, begun = typed.partition('=')
         last = words[-1] if words else ''
-        if isinstance(here, Group):
-            found = sorted(dir(here))
+        if isinstance(here, dict):
+            found = sorted(here)
         elif equals:
             found = [f'{name}={each}' for each in values_of(here, name)]
         elif last.startswith('--') and last not in SWITCHES and '=' not in last:
@@ -29219,7 +29113,7 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
     """What stands in the store for an argument, or may stand there."""
     name = name.removeprefix('--').replace('-', '_')
     if name in KNOWN_VALUES:
-        return list(KNOWN_VALUES[name])
+        return [*filter(None, KNOWN_VALUES[name])]
     of_resource = name == 'name' and operation.name.startswith('resource_')
     if name in ('resource', 'resources') or of_resource:
         return [each['name'] for each in reached(load_config()).resource_list()]
@@ -29228,16 +29122,15 @@ def values_of(operation: Operation, name: str = '') -> list[str]:
     return []
 
 
-def command_path(tree: Group, argv: list[str]) -> tuple[list[str], Any]:
+def command_path(tree: dict, argv: list[str]) -> tuple[list[str], Any]:
     """The words that name a command, and that command; refuses an unknown one with the nearest."""
     path, here = [], tree
     for word in argv:
-        if not isinstance(here, Group) or word == '--help':
+        if isinstance(here, Operation) or word == '--help':
             break
-        if word not in dir(here):
-            raise Invalid(f"There is no command "
-                          f"'{' '.join([*path, word])}'{nearest(word, dir(here))}")
-        path, here = [*path, word], getattr(here, word)
+        if word not in here:
+            raise Invalid(f"There is no command '{' '.join([*path, word])}'{nearest(word, here)}")
+        path, here = [*path, word], here[word]
     return path, here
 
 
@@ -29437,10 +29330,6 @@ def file_rows(text: str, name: str) -> list[dict]:
         raise Invalid(f"'{name}' is not YAML: {str(error).splitlines()[0]}") from None
 
 
-#: What makes a formula of a cell in Excel and LibreOffice, the wide forms of East Asia too.
-FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
-
-
 def csv_rows(text: str) -> list[dict]:
     """The lines of a CSV text with commas, or with semicolons, as many spreadsheets write it."""
     head = text.partition('\n')[0]
@@ -29503,10 +29392,8 @@ def sorted_lines(lines: list[dict], names: str) -> list[dict]:
         field = name.removeprefix('-')
         refuse_unknown_column(field, lines)
         full = [each for each in lines if each.get(field) is not None]
-        numbers = all(isinstance(each[field], (int, float, datetime)) for each in full)
-        key = (lambda each: each[field]) if numbers else lambda each: str(each[field])
-        lines = (sorted(full, key=key, reverse=name.startswith('-'))
-                 + [each for each in lines if each.get(field) is None])
+        full.sort(key=lambda each: sort_key(each[field]), reverse=name.startswith('-'))
+        lines = full + [each for each in lines if each.get(field) is None]
     return lines
 
 
@@ -29530,22 +29417,6 @@ def as_yaml(answer) -> str:
     if UNSEEN.search(text):  # the one way to escape some is to escape all that is not ASCII
         text = yaml.safe_dump(answer, sort_keys=False)
     return text.rstrip()
-
-
-def as_csv(lines: list[dict]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator='\n')
-    writer.writerows([*lines[:1], *(map(csv_cell, line.values()) for line in lines)])
-    return out.getvalue().rstrip('\n')
-
-
-def csv_cell(value):
-    """A value as a cell of a spreadsheet; a text that would be a formula there gets a quote."""
-    if isinstance(value, str):
-        return legible(f"'{value}" if FORMULA.match(value) else value)
-    plain = to_plain(value)
-    is_nested = isinstance(plain, (list, dict))
-    return legible(json.dumps(plain, ensure_ascii=False)) if is_nested else plain
 
 
 def as_table(answer, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -29631,57 +29502,23 @@ def fitting(names: list[str], heads: list[str], cells: list[list[str]], width: i
 
 
 def drawn(names: list[str], lines: list) -> str:
-    """A table as text, each column as wide as needed; a terminal's widest ones are folded."""
-    table = [names, *lines] if names else lines
-    columns = [*zip(*table)]
-    widths = [max(wide(part) for cell in column for part in cell.split('\n'))
-              for column in columns]
+    """A table as text, each column as wide as needed; the last one is folded on a terminal."""
+    table = [[*(cell.replace('\n', ' ') for cell in first), last]
+             for *first, last in [*([names] if names else []), *lines]]
+    widths = [max(map(wide, column)) for column in zip(*table)][:-1]
+    margin, text = sum(widths) + 2 * len(widths), []
     on_terminal = sys.stdout.isatty()
-    if on_terminal:
-        times = [all(re.match(r'\d{4}-\d\d-\d\d \d\d:|-$', cell) for cell in column[bool(names):])
-                 for column in columns]
-        widths = narrowed(widths, times, terminal_width())
-    text = [drawn_line(line, widths) for line in table]
+    for *first, last in table:
+        parts = last.split('\n')
+        if on_terminal:
+            room = max(terminal_width() - margin, 20)
+            parts = [piece for part in parts
+                     for piece in textwrap.wrap(part, room, break_on_hyphens=False) or ['']]
+        head = ''.join(cell + ' ' * (width + 2 - wide(cell)) for cell, width in zip(first, widths))
+        text.append((head + f'\n{" " * margin}'.join(parts)).rstrip())
     if names and on_terminal and 'NO_COLOR' not in os.environ:
         text[0] = f'\x1b[1m{text[0]}\x1b[0m'
     return '\n'.join(text)
-
-
-def drawn_line(line: list[str], widths: list[int]) -> str:
-    """A line of a table, of as many lines as its longest cell is folded into."""
-    cells = [list(pieces_of(cell, width)) for cell, width in zip(line, widths)]
-    return '\n'.join('  '.join(piece + ' ' * (width - wide(piece))
-                               for piece, width in zip(pieces, widths)).rstrip()
-                     for pieces in itertools.zip_longest(*cells, fillvalue=''))
-
-
-def narrowed(widths: list[int], whole: list[bool], most: int, least: int = 12) -> list[int]:
-    """Widths that fit a terminal: the widest goes down step by step, but none that is `whole`."""
-    widths = [width if fixed else min(width, most) for width, fixed in zip(widths, whole)]
-    while sum(widths) + 2 * len(widths) - 2 > most:
-        width, place = max((0 if whole[place] else width, place)
-                           for place, width in enumerate(widths))
-        if width <= least:
-            break
-        widths[place] -= 1
-    return widths
-
-
-def pieces_of(cell: str, width: int) -> Iterator[str]:
-    """The lines of a cell, cut where they are too wide, between words if there are any."""
-    for part in cell.split('\n'):
-        while (end := fitting_end(part, width)) < len(part):
-            space = part.rfind(' ', 1, end + 1)
-            end = space if space > 0 and part[:space].strip() else end
-            yield part[:end].rstrip()
-            part = part[end:].lstrip()
-        yield part
-
-
-def fitting_end(text: str, width: int) -> int:
-    """How many letters of a text fit; at least one."""
-    taken = itertools.accumulate(map(wide, text))
-    return max(sum(1 for _ in itertools.takewhile(lambda each: each <= width, taken)), 1)
 
 
 def wide(text: str) -> int:
