@@ -3489,6 +3489,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def __init__(self, url: str):
         super().__init__(url.replace('postgres://', 'postgresql://', 1), timeout=PATIENT,
                          max_connections=MOST_CONNECTIONS, prefer_psycopg3=True)
+        self.rehearsals = itertools.count(1)
 
     def connect(self, reuse_if_open: bool = False) -> bool:
         """Takes a connection for this thread, and waits where there is none for a while."""
@@ -3520,16 +3521,20 @@ class PostgreSQL(PooledPostgresqlDatabase):
 
     def run(self, sql: str, values: Iterable):
         """Runs one statement as it stands; what only reads, once more if the connection is lost."""
+        reads = sql.lstrip().startswith('SELECT') and not self.in_transaction()
+        return self.ask(self.spell(sql), values, reads)
+
+    def ask(self, text: str, values: Iterable = (), again: bool = False) -> Rowset:
+        """Runs one statement in the words of PostgreSQL, maybe once more if the connection is lost.
+        """
         connection = self.connection()
         try:
-            return connection.execute(self.spell(sql), values)
+            return (getattr(connection, 'wire', None) or Wire(connection)).ask(text, values)
         except psycopg().Error as error:
-            reads = sql.lstrip().startswith('SELECT')
-            if not connection.closed or self.in_transaction() or not reads:
+            if not again or not connection.closed:
                 raise of_peewee(error) from error
-            self.leave_lost()
-        with peewee.__exception_wrapper__:
-            return self.connection().execute(self.spell(sql), values)
+        self.leave_lost()
+        return self.ask(text, values)
 
     def version(self) -> int:
         """Of the tables; 0: there are none."""
@@ -3545,25 +3550,21 @@ class PostgreSQL(PooledPostgresqlDatabase):
         text = f'BEGIN ISOLATION LEVEL {isolation_level or "READ COMMITTED"}'
         if not isolation_level:
             text += f"; SET LOCAL lock_timeout = '{PATIENT}s'{self.locks(locked.on)}"
-        with peewee.__exception_wrapper__:
-            try:
-                self.connection().execute(text)
-            except psycopg().OperationalError:
-                if not self.connection().closed:
-                    self.connection().rollback()
-                    raise
-                self.leave_lost()  # nothing was begun
-                self.connection().execute(text)
+        try:
+            self.ask(text, again=True)
+        except peewee.OperationalError:
+            self.rollback()
+            raise
 
     @staticmethod
     def locks(on: Iterable[tuple[int, int]] | None) -> str:
         """What takes some locks, in their order, and marks how far the ids of events are."""
         if on is None:
             return f'; SELECT pg_advisory_xact_lock({OURS})'
-        each = [f'pg_advisory_xact_lock({kind}, {number})' for kind, number in sorted(on)]
-        mark = (f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) '
-                'FROM event_id_seq')
-        return '; SELECT '.join(['', f'pg_advisory_xact_lock_shared({OURS})', *each, mark])
+        each = ''.join(f'pg_advisory_xact_lock({kind}, {number}), ' for kind, number in sorted(on))
+        return (f'; SELECT pg_advisory_xact_lock_shared({OURS}), {each}'
+                f'pg_advisory_xact_lock_shared({On.EVENTS}, CAST(last_value AS int)) '
+                'FROM event_id_seq')  # columns are computed from left to right
 
     @property
     def settled_event(self) -> int:
@@ -3578,7 +3579,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     def commit(self) -> None:
         """Ends a transaction; Unavailable where nobody knows whether it did."""
         try:
-            super().commit()
+            self.ask('COMMIT')
         except (peewee.OperationalError, peewee.InterfaceError) as error:
             if not is_lost(error):
                 raise
@@ -3636,6 +3637,11 @@ class PostgreSQL(PooledPostgresqlDatabase):
         """Whether this connection has what rehearsals write to."""
         return run("SELECT to_regclass('pg_temp.texts_now') IS NOT NULL").fetchone()[0]
 
+    def sweep(self) -> None:
+        """Frees, now and then, what rehearsals wrote to: the server does so in no such table."""
+        if next(self.rehearsals) % SWEPT_AFTER == 0:
+            run('VACUUM ' + ', '.join(f'{table}_new, {table}_gone' for table in REHEARSED))
+
     def make_trigger(self, text: str) -> None:
         """Makes of a trigger of SQLite a function and what calls it."""
         temp, name, event, which, deeds = TRIGGER.fullmatch(text).groups()
@@ -3659,11 +3665,82 @@ class PostgreSQL(PooledPostgresqlDatabase):
                 f'FROM json_populate_recordset(NULL::{table}, CAST(? AS json))')
 
 
+class Rowset:
+    """What PostgreSQL answers to a statement; its rows are read a few at a time."""
+
+    def __init__(self, result, reader):
+        self.result, self.reader = result, reader
+        self.rowcount, self.left = result.command_tuples, self.read()
+
+    @property
+    def description(self) -> list[tuple[str]]:
+        """The names of its columns."""
+        return [(self.result.fname(n).decode(),) for n in range(self.result.nfields)]
+
+    def read(self) -> Iterator[tuple]:
+        """Its rows; the reader may have read others in between."""
+        for first in range(0, self.result.ntuples, FETCHED):
+            self.reader.set_pgresult(self.result)
+            last = min(first + FETCHED, self.result.ntuples)
+            yield from self.reader.load_rows(first, last, tuple)
+
+    def __iter__(self) -> Iterator[tuple]:
+        return self.left
+
+    def fetchone(self) -> tuple | None:
+        return next(self.left, None)
+
+    def fetchall(self) -> list[tuple]:
+        return [*self.left]
+
+
+class Wire:
+    """A connection to PostgreSQL below the cursors of psycopg, which take half of a client's time.
+    """
+
+    def __init__(self, connection):
+        self.connection, self.line, connection.wire = connection, connection.pgconn, self
+        self.reader = psycopg().adapt.Transformer(connection)
+        self.names: dict[tuple, bytes] = {}  # of statements, with the types of their values
+
+    def ask(self, text: str, values: Iterable) -> Rowset:
+        """Runs a statement; several can be in a text without values."""
+        if values:
+            given = self.reader.dump_sequence(values, [psycopg().adapt.PyFormat.AUTO] * len(values))
+            of, formats = (text, self.reader.types), self.reader.formats
+            self.line.send_query_prepared(self.names.get(of) or self.prepare(of), given, formats)
+        else:
+            self.line.send_query(text.encode())
+        return Rowset(self.answer(), self.reader)
+
+    def prepare(self, of: tuple) -> bytes:
+        """Lets a statement be parsed once and for all; gives it a name."""
+        if len(self.names) >= MOST_PREPARED:
+            self.names.clear()
+            self.ask('DEALLOCATE ALL', ())
+        name = f'cmres{len(self.names)}'.encode()
+        self.line.send_prepare(name, of[0].encode(), of[1])
+        self.answer()
+        self.names[of] = name
+        return name
+
+    def answer(self):
+        """What comes last; raises what PostgreSQL says is wrong."""
+        result = self.connection.wait(psycopg().generators.execute(self.line))[-1]
+        if result.status == psycopg().pq.ExecStatus.FATAL_ERROR:
+            raise psycopg().errors.error_from_result(result)
+        return result
+
+
+SWEPT_AFTER = 16  # rehearsals of a connection
+FETCHED = 1000  # rows that are read of an answer at a time
+MOST_PREPARED = 200  # statements of a connection
 MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
 RESTARTS = 5  # seconds that it may be away while it is started again
 UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
           'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
-OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10}
+OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
+                  'prepare_threshold': None}  # who prepares also forgets: with each ROLLBACK
 
 
 @functools.cache
@@ -5870,6 +5947,8 @@ def rehearsing() -> Iterator[None]:
                 rehearsal.tables = None
                 forget_memories()
             raise Unmade
+        if not db.in_files:
+            db.sweep()
     except STORE_ERRORS as error:
         raise of_store(error)
 
@@ -5893,9 +5972,10 @@ def set_stage_of(table: str, columns: list[str]) -> None:
     run_all(f"""
       CREATE TEMP TABLE {table}_new ({db.columns_like(table)});
       CREATE TEMP TABLE {table}_gone (id BIGINT PRIMARY KEY);
-      CREATE TEMP VIEW {table}_now AS
-        SELECT {names} FROM main.{table} WHERE id NOT IN (SELECT id FROM {table}_gone)
-        UNION ALL SELECT {names} FROM {table}_new""")
+      CREATE TEMP VIEW {table}_now AS SELECT {names} FROM (
+        SELECT {names}, 0 AS fresh FROM main.{table}
+        UNION ALL SELECT {names}, 1 AS fresh FROM {table}_new) x
+         WHERE fresh = 1 OR id NOT IN (SELECT id FROM {table}_gone)""")
     db.make_trigger(f"""CREATE TEMP TRIGGER {table}_changed INSTEAD OF UPDATE ON {table}_now BEGIN
       DELETE FROM {table}_new WHERE id = OLD.id;
       INSERT INTO {table}_new ({names}) VALUES ({news}); {gone}
@@ -6007,6 +6087,7 @@ ROW_TYPES: dict = {}
 
 class Remembered(threading.local):
     """What this thread's transaction has read of what it seldom writes to."""
+    lately = None  # what `standing` was when it was last asked
 
     def __init__(self):
         self.found: dict = {}
@@ -6036,6 +6117,8 @@ MEMORIES.append(remembered)
 SELDOM = ('resource', 'host', 'limits', 'wait')
 STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits,
                      EXISTS (SELECT 1 FROM limits) AS limits"""
+RESOURCE = f"""{STANDING}, EXISTS (SELECT 1 FROM host WHERE resource_id = s.id) AS by_host, s.*
+                 FROM resource s WHERE s.id = ?"""
 
 
 def once(sql: str, *values) -> list:
@@ -6050,12 +6133,15 @@ def once(sql: str, *values) -> list:
 
 def standing():
     """Whether anybody waits, and whether anybody is limited, at all: `waits` and `limits`."""
-    return once(STANDING)[0]
+    remembered.lately = once(STANDING)[0]
+    return remembered.lately
 
 
 def resource_of(id: int, removed: bool = False):
-    """The row of a resource; None if it was removed."""
-    found = once('SELECT * FROM resource WHERE id = ?', id)[0]
+    """The row of a resource, with what stands; None if it was removed."""
+    found = once(RESOURCE, id)[0]
+    if db.in_transaction():
+        remembered.found[STANDING, ()] = [found]
     return found if removed or found.removed is None else None
 
 
@@ -6727,7 +6813,7 @@ def level_of(resource: int, track: str, at: float) -> tuple[int, ...]:
 
 def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
     return run('SELECT vms, vcpus, ram FROM step WHERE resource_id = ? AND track = ? AND at <= ? '
-               'ORDER BY at DESC LIMIT 1', resource, track, at).fetchone() or ZERO
+               'ORDER BY at DESC LIMIT 1', resource, track, int(at)).fetchone() or ZERO
 
 
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = (),
@@ -7046,8 +7132,8 @@ def able_hosts(resource: int, where: str) -> frozenset[int]:
 
 def planned_by_host(resource: int | None = None) -> bool:
     """Whether the hosts of a resource are known; without one, of any."""
-    return bool(once('SELECT EXISTS (SELECT 1 FROM host WHERE resource_id = '
-                     'coalesce(CAST(? AS BIGINT), resource_id)) AS known', resource)[0].known)
+    return (once('SELECT EXISTS (SELECT 1 FROM host) AS by_host')[0] if resource is None
+            else resource_of(resource, removed=True)).by_host
 
 
 def read_placed(text: str | None) -> dict[int, int]:
@@ -10709,8 +10795,10 @@ def without_secrets(found):
 
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
-    shown = {name: read(found[place]) if read else found[place]
-             for name, place, read in shown_fields(found._fields)}
+    names, pick, read = shown_fields(found._fields)
+    shown = dict(zip(names, pick(found)))
+    for name, reader in read:
+        shown[name] = reader(shown[name])
     if shown.get('repeat') and (stretches := read_stretches(found.series)):
         shown['repeat'] = rule_from(stretches, found.slot)
     if not shown.get('change', True):
@@ -10762,12 +10850,15 @@ def with_twins(answer: dict, twins: dict) -> dict:
 
 
 @functools.lru_cache
-def shown_fields(fields: tuple) -> list[tuple]:
-    """Of each field that is shown: its name, its place in the row, and what reads it."""
+def shown_fields(fields: tuple) -> tuple[list, Callable, list]:
+    """Of the fields that are shown: their names, what picks them from a row, what some are read by.
+    """
     readers = dict.fromkeys(INSTANTS, instant) | dict.fromkeys(JSON, read_json) | {
         'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))}
-    return [(name, place, readers.get(name)) for place, name in enumerate(fields)
-            if name not in HIDDEN]
+    shown = [(name, place) for place, name in enumerate(fields) if name not in HIDDEN]
+    names, places = zip(*shown)
+    return names, operator.itemgetter(*places), [each for each in readers.items()
+                                                 if each[0] in names]
 
 
 def read_json(text: str):
@@ -10777,10 +10868,14 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str)
-                                 for line in found)
+    sizes = itertools.accumulate(sum(map(len, filter(None, pick_long(line)))) for line in found)
     return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
             or not number]
+
+
+#: Of a line of the listing, the texts that may be long.
+pick_long = operator.attrgetter('description', 'metadata', 'security_groups', 'notify', 'invite',
+                                'trusted', 'series', 'choices', 'classes', 'fault', 'change')
 
 
 def in_figures(amount: Amount) -> dict:
@@ -11122,11 +11217,12 @@ class Lookup:
         while ways and len(found) < limit:
             onward = [(f'(o.start, o.id) {beyond} (?, ?)', *place)] if place else []
             some = walk(self.service.clock(), ways, [*where, *onward], size, latest)
-            found += self.in_order([id for _, id in some], state, fields)
-            if len(some) < size or fields is BRIEF and len(found) != len(within_bytes(found)):
+            more = found + self.in_order([id for _, id in some], state, fields)
+            found = within_bytes(more) if fields is BRIEF else more
+            if len(some) < size or len(found) < len(more):
                 break
             place, size = some[-1], min(2 * size, BATCH)
-        return (within_bytes(found) if fields is BRIEF else found)[:limit]
+        return found[:limit]
 
     def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
         """The listing of occurrences, if they are in some states, in the order of their ids."""
@@ -13757,7 +13853,7 @@ class Waiting:
         """The next instant at which what is held of a resource changes, before an end."""
         tracks = ('', CLOSED, *names)
         found = [run('SELECT min(at) FROM step WHERE resource_id = ? AND track = ? AND at > ?',
-                     resource, track, now).fetchone()[0] for track in tracks]
+                     resource, track, int(now)).fetchone()[0] for track in tracks]
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
@@ -14228,7 +14324,8 @@ class Requests(Operations):
                 for wish in itertools.chain(*request.parts):
                     yield On.RESOURCE, wish.resource.id
                     yield from wish_locks(wish)
-                    yield from self.limits.counted_for(wish)
+                    if not remembered.lately or remembered.lately.limits:
+                        yield from self.limits.counted_for(wish)
         with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
             return self.carry_out(deed, dry_run, locks)
 
@@ -16216,6 +16313,7 @@ class Claims(Operations):
 
     def booked_by(self, projects: list[str], label: str, place, after: float, until: float) -> list:
         """What projects have booked on a resource that is held from (after, until] on."""
+        after, until = int(after), int(until)  # beside a fraction PostgreSQL uses no index
         marks = ', '.join('?' * len(projects))
         # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that
         # anybody has reserved.
@@ -18779,7 +18877,7 @@ def lent_parts(places: list[int], now: float) -> list:
                 'ON h.reservation = r.id JOIN blazar_lease l ON l.id = h.lease_id '
                 'WHERE o.resource_id IN numbers(?) AND o.due IS NOT NULL '
                 """AND o.cancelled IS NULL AND o.start <= ? AND o."end" > ? AND r.image = ''""",
-                json.dumps(places), now, now)
+                json.dumps(places), int(now), int(now))
 
 
 def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:

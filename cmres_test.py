@@ -227,8 +227,8 @@ class Server:
     """PostgreSQL in a folder of its own, reached by a socket there; never started as root."""
     data, port = 'data', 5432
 
-    def __init__(self, fsync='off'):
-        self.fsync = fsync
+    def __init__(self, fsync='off', autovacuum='off'):
+        self.fsync, self.autovacuum = fsync, autovacuum
         found = sorted(Path('/usr/lib/postgresql').glob('*/bin/initdb')) or [Path(shutil.which('initdb') or 'initdb')]
         self.programs, self.folder = found[-1].parent, Path(tempfile.mkdtemp(prefix='cmres-pg-'))
         self.who = {}
@@ -247,7 +247,7 @@ class Server:
     def start(self):
         self.run('pg_ctl', '-D', self.data, '-w', '-l', 'log', 'start', '-o',
                  f"-k {self.folder} -p {self.port} -c listen_addresses='' -c fsync={self.fsync} -c full_page_writes=off -c max_connections=300 "
-                 '-c shared_buffers=64MB -c autovacuum=off')
+                 f'-c shared_buffers=64MB -c autovacuum={self.autovacuum}')
 
     def stop(self, mode='immediate'):
         self.run('pg_ctl', '-D', self.data, '-m', mode, '-w', 'stop')
@@ -3991,22 +3991,22 @@ class Losing:
 
     def __init__(self, monkeypatch, server):
         self.when, self.server, self.lost = None, server, 0
-        run, commit = cmres.PostgreSQL.run, peewee.PostgresqlDatabase.commit
+        run, ask = cmres.PostgreSQL.run, cmres.Wire.ask
 
         def losing_run(db, sql, values):
             if self.when and self.when != 'COMMIT' and self.when in sql:
                 self.lose()
             return run(db, sql, values)
 
-        def losing_commit(db):
+        def losing_ask(wire, text, values):
             when = self.when
-            if when == 'saved':
-                commit(db)
-            if when in ('saved', 'COMMIT'):
+            if text == 'COMMIT' and when == 'saved':
+                ask(wire, text, values)
+            if text == 'COMMIT' and when in ('saved', 'COMMIT'):
                 self.lose()
-            return commit(db)
+            return ask(wire, text, values)
         monkeypatch.setattr(cmres.PostgreSQL, 'run', losing_run)
-        monkeypatch.setattr(peewee.PostgresqlDatabase, 'commit', losing_commit)
+        monkeypatch.setattr(cmres.Wire, 'ask', losing_ask)
 
     def lose(self):
         self.when, self.lost = None, self.lost + 1
@@ -4044,6 +4044,13 @@ def test_where_nobody_knows_whether_postgresql_saved_it_a_key_tells(house, losin
     assert len(house.list()) == 1 and house.check()['differences'] == 0
 
 
+def test_who_opened_a_connection_that_postgresql_lost_closes_the_new_one(house, server):
+    with cmres.db.connection_context():
+        end_connections(server)
+        assert house.list() == []
+    assert cmres.db.is_closed()
+
+
 def test_a_request_during_a_restart_of_postgresql_waits_for_it(house, at_once, server, monkeypatch):
     server.stop('immediate')
     read, added = at_once(house.list), at_once(lambda: house.reserve_there('lab', 'a'))
@@ -4070,6 +4077,91 @@ def test_on_postgresql_a_lost_connection_is_replaced_while_it_is_in_use(house, s
             end_connections(server)
             assert house.reserve_there('lab', 'a')['state'] == 'reserved'
         assert not cmres.db.is_closed()
+
+
+@pytest.fixture
+def elsewhere(server, tmp_path):
+    """The service of a store on PostgreSQL that has one resource, whatever the other tests are on."""
+    cmres.close_store()
+    path, key = server.url(server.make()), str(tmp_path / 'elsewhere.key')
+    cmres.open_store(path, key)
+    service = cmres.Reservations(Config(database=path, key=key), cmres.Clouds(Config()), Actor('u', 'p', 'admin'), clock=NOON.timestamp)
+    service.resource_add('lab', vms=100)
+    yield service
+    cmres.close_store()
+
+
+def nodes_of(plan: dict):
+    """A node of a plan of PostgreSQL, and all below it."""
+    yield plan
+    for each in plan.get('Plans', ()):
+        yield from nodes_of(each)
+
+
+@pytest.mark.parametrize('statistics', [False, True])
+def test_dry_runs_on_postgresql_can_use_the_indexes_of_tables(elsewhere, monkeypatch, statistics):
+    """A part of a view that is planned by itself would be read as a whole wherever it is joined."""
+    book(elsewhere, 'lab', 10, 11, 'lab')
+    if statistics:
+        cmres.run('ANALYZE')
+    asked, execute = {}, cmres.execute
+    monkeypatch.setattr(cmres, 'execute', lambda sql, values=(): (asked.setdefault(sql, values), execute(sql, values))[1])
+    book(elsewhere, 'new', 30, 31, 'lab', dry_run=True)
+    elsewhere.update('lab', user='eva', dry_run=True)
+    elsewhere.delete('lab', dry_run=True)
+    monkeypatch.undo()
+    plans = [list(nodes_of(cmres.run(f'EXPLAIN (FORMAT JSON) {sql}', *values).fetchone()[0][0]['Plan']))
+             for sql, values in asked.items() if re.match(r'\s*SELECT\b.*\b(FROM|JOIN) \w+_now', sql, re.S)]
+    assert len(plans) >= 2 and all(any(node.get('Relation Name') == 'occurrence' for node in plan) for plan in plans)
+    assert not [node for plan in plans for node in plan if node['Node Type'] == 'Subquery Scan']
+
+
+def test_dry_runs_on_postgresql_leave_nothing_behind(elsewhere):
+    for n in range(2 * cmres.SWEPT_AFTER):
+        book(elsewhere, f'new-{n}', 30, 31, 'lab', dry_run=True)
+    assert cmres.run("SELECT pg_relation_size('reservation_new') + pg_relation_size('occurrence_new')").fetchone()[0] == 0
+
+
+def test_statements_on_postgresql_are_prepared_and_forgotten_when_there_are_many(elsewhere, monkeypatch):
+    monkeypatch.setattr(cmres, 'MOST_PREPARED', 20)
+    prepared = lambda: cmres.run('SELECT count(*) FROM pg_prepared_statements').fetchone()[0]  # noqa: E731
+    for n in range(60):
+        assert cmres.row(f'SELECT CAST(? AS BIGINT) AS one, {n} AS two, ? AS text', n, None) == (n, n, None)
+        assert 1 <= prepared() <= 20
+    with pytest.raises(peewee.ProgrammingError):
+        cmres.run('SELECT none FROM resource WHERE id = ?', 1)
+    assert cmres.row('SELECT CAST(? AS BIGINT) AS one, ? AS text', 7, 'x') == (7, 'x')
+
+
+def test_answers_of_postgresql_are_read_a_few_rows_at_a_time_while_others_are_asked(elsewhere, monkeypatch):
+    monkeypatch.setattr(cmres, 'FETCHED', 3)
+    rows = cmres.run('SELECT n FROM generate_series(1, 10) AS x (n)')
+    assert [(n, *cmres.run("SELECT 'x' || CAST(? AS BIGINT)", n).fetchone()) for n, in rows] == [(n, f'x{n}') for n in range(1, 11)]
+    assert rows.fetchone() is None and rows.fetchall() == []
+
+
+def test_an_addition_on_postgresql_takes_eleven_statements(elsewhere, monkeypatch):
+    asked, ask = [], cmres.Wire.ask
+    book(elsewhere, 'first', 10, 11, 'lab')
+    monkeypatch.setattr(cmres.Wire, 'ask', lambda self, text, values: (asked.append(text), ask(self, text, values))[1])
+    book(elsewhere, 'second', 20, 21, 'lab')
+    assert len(asked) == 11, asked
+
+
+def test_no_fraction_keeps_postgresql_from_an_index(elsewhere, monkeypatch):
+    """A column of whole numbers beside a fraction would be made one of fractions, row by row."""
+    asked, execute = {}, cmres.execute
+    elsewhere.clock = lambda: NOON.timestamp() + 0.5
+    elsewhere.resource_update('lab', mode='exclusive')
+    book(elsewhere, 'mine', 0, 5, 'lab')
+    monkeypatch.setattr(cmres, 'execute', lambda sql, values=(): (asked.setdefault(sql, values), execute(sql, values))[1])
+    elsewhere.claim('server', ['lab'], 'p', vcpus=1, ram=512)
+    elsewhere.resource_show('lab'), elsewhere.list(start=NOON), elsewhere.find('lab', hours(1))
+    monkeypatch.undo()
+    plans = {sql: json.dumps(cmres.run(f'EXPLAIN (FORMAT JSON) {sql}', *values).fetchone()[0]) for sql, values in asked.items()
+             if re.match(r'\s*(SELECT|WITH)', sql)}
+    assert len(plans) > 5
+    assert not [sql for sql, plan in plans.items() if re.search(r'\b(start|held_from|held_until|end\W*|at)\)::double precision', plan)]
 
 
 # Capacity ####################################################################
@@ -30313,9 +30405,14 @@ def ask(thread):
     while (n := next(left, None)) is not None:
         body = {'label': f'r-{n}', 'resource': f'place-{n % int(resources)}', 'start': '2199-01-01T10:00Z', 'end': '1h'}
         line = lines[(n // int(resources) + thread) % len(lines)]
-        line.request('POST', 'BASE/reservation/', json.dumps(body), head | {'Idempotency-Key': f'k-{n}'})
-        answer = line.getresponse()
-        answer.read()
+        while True:
+            try:
+                line.request('POST', 'BASE/reservation/', json.dumps(body), head | {'Idempotency-Key': f'k-{n}'})
+                answer = line.getresponse()
+                answer.read()
+                break
+            except (http.client.HTTPException, ConnectionError):  # it was at rest for too long
+                line.close()
         seen[answer.status] += 1
 threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
 for each in threads: each.start()
@@ -30371,7 +30468,7 @@ def add():
     start = first + cmres.timedelta(minutes=chance.randrange(150 * 1440))
     service.add(f'{number}-{time.monotonic()}', f'place-{chance.randrange(int(resources))}', start, cmres.timedelta(hours=1))
 def bare():
-    with cmres.db.atomic():
+    with cmres.db.atomic(cmres.db.snapshot):  # without locks
         cmres.run("INSERT INTO bare VALUES (?, 'p', ?)", f'{number}-{done}', done)
 deed = add if what == 'add' else bare
 deed()
@@ -30399,7 +30496,7 @@ def rate(path: str, key: str, clients: int, resources: int, what: str, seconds: 
 
 def bench_clients(folder: Path) -> None:
     """How many reservations a second 1, 4 and 8 processes make, against bare rows of the same engine and as many processes."""
-    server = Server(fsync='on')
+    server = Server(fsync='on', autovacuum='on')
     try:
         for engine, path in ('sqlite', str(folder / 'cmres.db')), ('postgresql', server.url(server.make())):
             key = str(folder / f'{engine}.key')
@@ -30428,9 +30525,69 @@ def bench_clients(folder: Path) -> None:
         shutil.rmtree(server.folder)
 
 
+def fill_there(service, number: int, resources: int) -> None:
+    """Puts reservations into a store on PostgreSQL as `add` would, but all at once; a tenth of them are over."""
+    now = int(service.here.now.timestamp())
+    for n in range(resources):
+        service.resource_add(f'place-{n}', vms=10**9)
+    cmres.run(f"""INSERT INTO reservation (id, label, over, user, project, flavor, image, network, key, security_groups, user_data, metadata,
+        server, at_end, notify, lead, description, repeat, tz, series, on_conflict, origin, priority, confirm, request, host, choices,
+        personal, trusted, added, changed)
+      SELECT n, 'r' || n, {now} + (n * 7919 % 259200 - 25920) * 60 + 3600, 'u' || n % 50, 'p' || n % 20, '', '', '', '', '[]', '', '{{}}',
+             '', 'delete', '[]', 0, '', '', '', '', '', '', 0, 0, '', '', '', FALSE, '[]', {now}, {now}
+        FROM generate_series(CAST(1 AS BIGINT), {number}) AS x (n)""")
+    cmres.run(f"""INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until, vms, vcpus, ram, due, told,
+        slot, altered, revision, revised, classes, of_project, of_user)
+      SELECT id, id, 1 + id % {resources}, over - 3600, over, over - 3600, over, 1, 1, 0, CASE WHEN over > {now} THEN over - 3600 END, 0,
+             '', FALSE, 0, 0, '', project, user FROM reservation""")
+    cmres.run("""INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
+      SELECT resource_id, '', at, sum(sum(more)) OVER (PARTITION BY resource_id ORDER BY at), 0, 0 FROM (
+        SELECT resource_id, held_from AS at, vms AS more FROM occurrence
+        UNION ALL SELECT resource_id, held_until, -vms FROM occurrence) x GROUP BY resource_id, at""")
+    for table in ('reservation', 'occurrence'):
+        cmres.run(f"SELECT setval('{table}_id_seq', {number})")
+
+
+def bench_million(folder: Path) -> None:
+    """What is done most, among 1e6 reservations on PostgreSQL against among 1e3, by turns."""
+    server, numbers, seen = Server(), (10**3, 10**6), collections.defaultdict(list)
+    services = {}
+    for number in numbers:
+        path, key = server.url(server.make()), str(folder / f'{number}.key')
+        cmres.open_store(path, key)
+        config = Config(database=path, key=key)
+        services[number] = service = cmres.Reservations(config, cmres.Clouds(config), Actor('u', 'p', 'admin'), clock=lambda: NOON.timestamp() + 0.5)
+        fill_there(service, number, 100)
+        cmres.run('ANALYZE')
+        service.resource_update('place-0', mode='exclusive')
+        service.add('mine', 'place-0', NOON, hours(2), vms=10**5, project='default')
+    chance = random.Random(1)
+    asked = {'add': lambda one, turn: one.add(f'x{turn}', f'place-{chance.randrange(1, 100)}', NOON + hours(chance.randrange(1, 3000)), hours(1)),
+             'a dry run of it': lambda one, turn: one.add('dry', 'place-7', NOON + hours(turn), hours(1), dry_run=True),
+             'a page of list': lambda one, turn: one.list(limit=100), 'list --resource': lambda one, turn: one.list(resource='place-7', limit=100),
+             'list --user': lambda one, turn: one.list(user='u7', limit=100), 'list --start': lambda one, turn: one.list(start=NOON + hours(24), limit=100),
+             'show': lambda one, turn: one.show('r990'),
+             'claim': lambda one, turn: one.claim(f'server-{turn}', ['place-0'], 'default', vcpus=1, ram=512)}
+    try:
+        for again, number in itertools.product(range(4), numbers):
+            config = services[number].config
+            cmres.open_store(config.database, config.key)
+            for (name, ask), turn in itertools.product(asked.items(), range(12)):
+                began = time.perf_counter()
+                ask(services[number], f'{again}-{turn}' if name in ('add', 'claim') else turn)
+                if turn > 1:  # what comes first is prepared
+                    seen[name, number].append(time.perf_counter() - began)
+        for name in asked:
+            show(f'PostgreSQL, {name}: 1e6 against 1e3', *(sorted(seen[name, number])[20] for number in reversed(numbers)))
+    finally:
+        cmres.close_store()
+        server.stop()
+        shutil.rmtree(server.folder)
+
+
 def bench_stress(folder: Path) -> None:
     """`make stress`: never one more than there is room for, no deadlock, no 5xx, on either engine."""
-    server = Server()
+    server = Server(autovacuum='on')
     try:
         for adds, resources in (10**5, 100), (20, 1), (2000, 1):
             for engine in 'sqlite', 'postgresql':
@@ -30578,7 +30735,7 @@ def bench() -> None:
     for operation in API.values():  # without what tests ask of each answer
         setattr(cmres.Reservations, operation.name, getattr(cmres.Reservations, operation.name).__wrapped__)
     all_of_them = ('start rest keystone page pages lists rehearsals waiting load memory calendar caldav add series claim '
-                   'filter hosts admission starts idle anger clients').split()
+                   'filter hosts admission starts idle anger clients million').split()
     for name in sys.argv[1:] or all_of_them:
         with tempfile.TemporaryDirectory() as folder:
             globals()[f'bench_{name}'](Path(folder))
