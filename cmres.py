@@ -2182,7 +2182,7 @@ def guarded_by_role(method):
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         kwargs = with_new_names(method.__name__, kwargs)
-        if args:
+        if args or kwargs.keys() - takes().keys():  # what is unknown, that refuses
             kwargs = signature_of(method).bind_partial(self, *args, **kwargs).arguments
             del kwargs['self']
         if 'asked' in takes():
@@ -2625,6 +2625,7 @@ MADE_ANEW = {name: (each.kind, {Names: (), Pairs: None}.get(each.kind, ''))
 MADE_OTHERWISE = {name: (each.kind, None) for name, each in MADE_OF.items() if each.ask}
 MADE_SHOWN = [name for name, each in MADE_OF.items() if each.kind is not File]
 MADE_COLUMNS = ', '.join(f'r.{name}' for name in MADE_OF)
+NO_NAMES = ('network', 'auto'), ('network', 'none')  # what Nova understands itself
 #: What only the cloud can judge.
 CLOUDY = tuple(name for name, each in MADE_OF.items() if each.thing)
 TEXT_FIELDS |= {*MADE_SHOWN}
@@ -2643,10 +2644,9 @@ def made_in(row) -> dict:
 
 def cloudy_names(made: dict) -> list[tuple[str, str, str]]:
     """What a cloud must know of it: which it is, the kind of thing, its name."""
-    found = [(name, each.thing, word) for name, each in MADE_OF.items()
-             if each.thing and made.get(name)
-             for word in (made[name] if each.kind is Names else [made[name]])]
-    return [each for each in found if each[1:] not in (('network', 'auto'), ('network', 'none'))]
+    found = [(name, MADE_OF[name].thing, word) for name in CLOUDY if made.get(name)
+             for word in ([made[name]] if isinstance(made[name], str) else made[name])]
+    return [each for each in found if each[1:] not in NO_NAMES]
 
 
 def named_by(made: dict) -> list[tuple[str, str]]:
@@ -4866,6 +4866,8 @@ def fill_tables(read: Callable, watch: Callable) -> int:
             run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
     run("DELETE FROM fact WHERE name = 'version'")
     finish_tables()
+    if not db.in_files:  # else it finds its ways badly until it has counted by itself
+        run('ANALYZE')
     return total
 
 
@@ -6199,7 +6201,8 @@ def send_later(event: int, targets: list[str], owner: str, at: float) -> None:
 LISTING = f'''
   SELECT o.id, r.id AS reservation, r.label, r.user, r.project,
          s.name AS resource, s.cell, s.cloud, s.region, s.aggregate,
-         o.vms, {MADE_COLUMNS}, r.at_end, r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
+         o.vms, {MADE_COLUMNS}, r.at_end,
+         r.notify, r.invite, o.vcpus, o.ram, o.classes, r.lead, r.description, r.personal,
          r.affinity, r."where",
          r.repeat, r.tz, o.start, o."end", o.cancelled, r.added, r.changed,
          (SELECT count(*) FROM server v
@@ -10493,8 +10496,8 @@ def restored_wish(text: str) -> Wish:
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
     stretches = [Stretch(**each) for each in values['stretches']]
-    return Wish(**made_as(values) | values | {'resource': resource_of(values['resource'], removed=True),
-                            'stretches': stretches})
+    values['resource'] = resource_of(values['resource'], removed=True)
+    return Wish(**made_as(values) | values | {'stretches': stretches})
 
 
 def with_vms(wish: Wish, vms: int) -> Wish:
@@ -11971,22 +11974,22 @@ class Bounded(NamedTuple):
             f'can reserve for at most {format_duration(most)}. You asked for '
             f'{format_duration(length)}.')
 
-    @property
-    def stays(self) -> bool:
-        """Whether it starts when it did before."""
-        return bool(self.old) and self.wish.start == self.old.start
-
     def advance(self, most: int) -> tuple[bool, str]:
         last = self.now + most
-        return self.stays or self.wish.start <= last, (
+        return self.wish.start <= last or self.stays, (
             f'can reserve at most {format_duration(most)} ahead. Choose a start before '
             f'{self.config.told_time(last, self.wish.tz)}.')
 
     def notice(self, least: int) -> tuple[bool, str]:
         nearest = self.now + least
-        return self.stays or self.wish.start >= nearest, (
+        return self.wish.start >= nearest or self.stays, (
             f'must reserve at least {format_duration(least)} before the start. '
             f'Choose a start after {self.config.told_time(nearest, self.wish.tz)}.')
+
+    @property
+    def stays(self) -> bool:
+        """Whether it starts when it did before."""
+        return bool(self.old) and self.wish.start == self.old.start
 
     @property
     def within(self) -> bool:
@@ -11996,21 +11999,6 @@ class Bounded(NamedTuple):
             return False
         return old.start <= wish.start and wish.end <= old.end and (
             old.start <= self.now or old.held_from <= wish.held[0])
-
-    def vms(self, most: int) -> tuple[bool, str]:
-        asked, used = self.wish.vms, self.most_at_once()
-        less = self.within and asked <= self.old.vms
-        return less or used + asked <= most, (
-            f"can use {counted(most, 'VM')} at the same time and already uses {used} then. You "
-            f'asked for {asked}.')
-
-    def vcpu_hours(self, most: int) -> tuple[bool, str]:
-        wish, used = self.wish, self.future_hours()
-        need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
-        less = self.within and wish.amount.vcpus <= self.old.vcpus
-        return less or used + need <= most, (
-            f'has {max(most - used, 0):.0f} of {most} vCPU-hours left. This reservation needs '
-            f'{need:.0f}.')
 
     def counted(self, user: str, project: str, reservation: str, resource: str) -> tuple[str, list]:
         """What counts against it, by columns: a condition and its values."""
@@ -12022,8 +12010,7 @@ class Bounded(NamedTuple):
         conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
         return ' AND '.join(conditions), [*conditions.values()]
 
-    def most_at_once(self) -> int:
-        """How many VMs the limited have at most at the same time in the window of the wish."""
+    def vms(self, most: int) -> tuple[bool, str]:
         (begin, until), old = self.wish.held, self.old
         where, values = self.counted(*OF_OCCURRENCE)
         found = run('SELECT held_from, held_until, vms FROM occurrence o '
@@ -12039,20 +12026,29 @@ class Bounded(NamedTuple):
             found += self.others.holding(self.limit.resource_id, begin, until)
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
-        return max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
+        used = max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
+        less = self.within and self.wish.vms <= old.vms
+        return less or used + self.wish.vms <= most, (
+            f"can use {counted(most, 'VM')} at the same time and already uses {used} then. You "
+            f'asked for {self.wish.vms}.')
 
-    def future_hours(self) -> float:
-        """The vcpu-hours that the limited have reserved from now on."""
+    def vcpu_hours(self, most: int) -> tuple[bool, str]:
+        wish, old = self.wish, self.old
         where, values = self.counted(*OF_OCCURRENCE)
         seconds = self.others.seconds[self.limit.resource_id] if self.others else 0
         seconds += run(
             'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
             f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
-            self.now, *values, self.old.id if self.old else 0, self.now).fetchone()[0]
+            self.now, *values, old.id if old else 0, self.now).fetchone()[0]
         where, values = self.counted(*OF_EXTRA)
         extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
                     'AND proposal_id IS NOT NULL AND held_until > ?', self.now, *values, self.now)
-        return (seconds + sum(each for each, in extra)) / 3600
+        used = (seconds + sum(each for each, in extra)) / 3600
+        need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
+        less = self.within and wish.amount.vcpus <= old.vcpus
+        return less or used + need <= most, (
+            f'has {max(most - used, 0):.0f} of {most} vCPU-hours left. This reservation needs '
+            f'{need:.0f}.')
 
 
 class LimitFigure(NamedTuple):
@@ -12089,11 +12085,10 @@ def figures_of(limit) -> dict:
 
 def shown_limit(found) -> dict:
     """A limit as answers show it, under the old names as well: lengths in words."""
-    values = dict.fromkeys(LIMIT_FIGURES) | figures_of(found) | {
-        'exempt_within': found.exempt, 'lock': found.lock}
-    lengths = {name for name, each in LIMIT_FIGURES.items() if each.kind is Span}
-    shown = {name: format_duration(each) if each is not None and name in {
-        *lengths, 'exempt_within', 'lock'} else each for name, each in values.items()}
+    said = figures_of(found)
+    shown = {name: format_duration(said[name]) if each.kind is Span and name in said
+             else said.get(name) for name, each in LIMIT_FIGURES.items()}
+    shown |= {'exempt_within': format_duration(found.exempt), 'lock': format_duration(found.lock)}
     return public(found) | shown | {old: shown[new] for old, new in LIMIT_FIELDS.items()}
 
 
@@ -12133,9 +12128,10 @@ class Limits:
                 wish.end - wish.start <= config.exempt_longest)
             if not near or old and old.start <= now:
                 bounded = Bounded(limit, wish, int(now), old, others, own, config)
-                for name, value in figures_of(limit).items():
-                    allows = LIMIT_FIGURES[name].allows
-                    fits_it, passes = allows(bounded, value) if allows else (True, '')
+                said = figures_of(limit)
+                for name, figure in LIMIT_FIGURES.items():
+                    value = said.get(name) if figure.allows else None
+                    fits_it, passes = (True, '') if value is None else figure.allows(bounded, value)
                     if not fits_it:
                         whose = (f"User '{limit.user}'" if limit.user else
                                  f"Project '{limit.project or wish.project}'")
@@ -15033,6 +15029,19 @@ class Requests(Operations):
 # up.
 
 
+#: Lengths that a resource has, and what they are called there.
+RESOURCE_LENGTHS = {'min_free_time': 'hold', 'approval': 'approval', 'no_show': 'no_show',
+                    'lock': 'lock'}
+#: What is said of a resource: the type, and what it is if nobody says.
+RESOURCE_ANEW = dict.fromkeys(PLACE, (Name, '')) | {
+    'vms': (Most, UNLIMITED), 'vcpus': (Most, UNLIMITED), 'ram': (MostMemory, UNLIMITED),
+    'classes': (Classes, None), 'mode': (Name, ''), **dict.fromkeys(RESOURCE_LENGTHS, (Span, None)),
+    'default_flavor': (Name, ''), 'default_image': (Name, ''), 'default_vms': (Figure, None)}
+RESOURCE_OTHERWISE = {name: (kind, None) for name, (kind, _) in RESOURCE_ANEW.items()}
+NEW_RESOURCE = dict.fromkeys((*RESOURCE_LENGTHS.values(), 'default_vms'), 0) | dict.fromkeys(
+    ('mode', 'classes', 'cloud', 'default_flavor', 'default_image'), '')
+
+
 class Plan(Operations):
     """The operations on resources, their capacity over time, and limits."""
 
@@ -15087,12 +15096,8 @@ class Plan(Operations):
             return shown_limit(found)
 
     @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
-    def resource_add(self, name: NewLabel, cell: Name = '', cloud: Name = '', region: Name = '',
-                     aggregate: Name = '', vms: Most = UNLIMITED, vcpus: Most = UNLIMITED,
-                     ram: MostMemory = UNLIMITED, classes: Classes = None, mode: Name = '',
-                     min_free_time: Span = None, approval: Span = None, no_show: Span = None,
-                     lock: Span = None, default_flavor: Name = '', default_image: Name = '',
-                     default_vms: Figure = None, dry_run: bool = False) -> ResourceNowAnswer:
+    def resource_add(self, name: NewLabel, *, dry_run: bool = False, asked: dict = None,
+                     **said: RESOURCE_ANEW) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
         With --classes, other resource classes of Placement count, too. Flavors name them in their
@@ -15103,19 +15108,10 @@ class Plan(Operations):
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
-            figures = {figure: None if most == UNLIMITED else most
-                       for figure, most in (('vms', vms), ('vcpus', vcpus), ('ram', ram))}
-            lengths = {'hold': seconds_of(min_free_time), 'approval': seconds_of(approval),
-                       'no_show': seconds_of(no_show), 'lock': seconds_of(lock)}
-            self.refuse_idle(self.read_mode(mode), lengths)
-            drawn = self.read_default({'default_flavor': '', 'default_image': '', 'default_vms': 0},
-                                      cloud, default_flavor=default_flavor or None,
-                                      default_image=default_image or None, default_vms=default_vms)
-            insert(Resource, name=name, cell=cell, cloud=cloud, region=region, aggregate=aggregate,
-                   **figures, mode=self.read_mode(mode), **lengths, **drawn,
-                   classes=known_classes('', classes), hosts='[]', named='', added=int(now))
+            new = NEW_RESOURCE | self.read_resource(NEW_RESOURCE, asked)
+            insert(Resource, name=name, **new, hosts='[]', named='', added=int(now))
             self.journal(now, 'resource', f"added the resource '{name}'")
-            return self.resource_show(name) | self.unknown_cloud(cloud)
+            return self.resource_show(name) | self.unknown_cloud(asked['cloud'])
 
     def unknown_cloud(self, cloud: str | None) -> dict:
         """A warning if clouds.yaml does not name a cloud: nothing could start there."""
@@ -15150,15 +15146,9 @@ class Plan(Operations):
         return self.resource_public(found) | {'planned_by': how, 'held_now': used, 'used_now': used}
 
     @api('PATCH', '/resource/<name>', role=ADMIN)
-    def resource_update(self, name: Label, rename: NewLabel = '', cell: Name = None,
-                        cloud: Name = None, region: Name = None, aggregate: Name = None,
-                        vms: Most = None, vcpus: Most = None, ram: MostMemory = None,
-                        classes: Classes = None, mode: Name = None,
-                        min_free_time: Span = None,
-                        approval: Span = None, no_show: Span = None, lock: Span = None,
-                        default_flavor: Name = None, default_image: Name = None,
-                        default_vms: Figure = None, spare: Figure = None, force: bool = False,
-                        dry_run: bool = False, asked: dict = None) -> ResourceChangedAnswer:
+    def resource_update(self, name: Label, rename: NewLabel = '', *, spare: Figure = None,
+                        force: bool = False, dry_run: bool = False, asked: dict = None,
+                        **said: RESOURCE_OTHERWISE) -> ResourceChangedAnswer:
         """Changes a resource. `unlimited` removes a capacity limit.
 
         With --spare, nobody can reserve so many of its hosts: VMs go there whose own host fails. If
@@ -15169,7 +15159,8 @@ class Plan(Operations):
         """
         with self.writing(dry_run) as now:
             before = self.look.resource_row(name)
-            new = self.read_changes(before, asked)
+            new = self.read_resource(before._asdict(), asked)
+            new |= {'name': rename} if rename else {}
             if rename and rename != name:
                 self.policy.refuse_taken_resource(rename)
             if new:
@@ -15188,26 +15179,23 @@ class Plan(Operations):
             self.journal(now, 'resource',
                          f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {
-                'no_longer_fit': homeless} | self.unknown_cloud(cloud)
+                'no_longer_fit': homeless} | self.unknown_cloud(asked['cloud'])
 
-    def read_changes(self, found, asked: dict) -> dict:
-        """The columns that `resource update` gives a resource; Invalid where one has no use."""
+    def read_resource(self, before: dict, asked: dict) -> dict:
+        """The columns that a resource is given; Invalid where one has no use."""
         given = {name: value for name, value in asked.items() if value is not None}
         new = {name: None if given[name] == UNLIMITED else given[name]
                for name in (*PLACE, *FIGURES, 'spare') if name in given}
-        new |= {name: seconds_of(given[said]) for name, said in (
-            ('hold', 'min_free_time'), ('approval', 'approval'), ('no_show', 'no_show'),
-            ('lock', 'lock')) if said in given}
-        if asked['rename']:
-            new['name'] = asked['rename']
+        new |= {field: seconds_of(given[name]) for name, field in RESOURCE_LENGTHS.items()
+                if name in given}
         if 'mode' in given:
             new['mode'] = self.read_mode(given['mode'])
         if new.keys() & {'mode', *ASKED_BY_NOVA}:
-            self.refuse_idle(new.get('mode', found.mode), found._asdict() | new)
+            self.refuse_idle(new.get('mode', before['mode']), before | new)
         if asked['classes']:
-            new['classes'] = known_classes(found.classes, asked['classes'])
-        return new | self.read_default(found._asdict(), new.get('cloud', found.cloud), **{
-            name: asked[name] for name in ('default_flavor', 'default_image', 'default_vms')})
+            new['classes'] = known_classes(before['classes'], asked['classes'])
+        return new | self.read_default(before, new.get('cloud', before['cloud']), {
+            name: given[name] for name in given if name.startswith('default_')})
 
     @api('DELETE', '/resource/<name>', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
@@ -15241,11 +15229,10 @@ class Plan(Operations):
         shown = {name: value for name, value in public(found).items() if name != 'removed'}
         return with_twins(shown, {'hold': 'min_free_time'})
 
-    def read_default(self, before: dict, cloud: str, **asked) -> dict:
+    def read_default(self, before: dict, cloud: str, new: dict) -> dict:
         """The VMs that an event without words gets, as far as they are to be otherwise."""
-        new = {name: value for name, value in asked.items() if value is not None}
         if new.get('default_flavor') and 'default_vms' not in new:
-            new['default_vms'] = before['default_vms'] or 1
+            new |= {'default_vms': before['default_vms'] or 1}
         values = before | new
         if new and values['default_image'] and not values['default_flavor']:
             raise Invalid('default_image: an image needs a flavor to start it with')
@@ -17249,7 +17236,7 @@ class Records(Operations):
             lines[name]['refused'] += count
         return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
-                 'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
+                 'refused': int(each['refused']), 'late_worst': round(float(each['late']), 3)}
                 for name, each in sorted(lines.items())]
 
     def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
@@ -18500,7 +18487,8 @@ class Planner:
         sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
         needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
         self.workers.submit(('ahead', occurrence.id), 'ahead', account,
-                            Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence)))
+                            Ahead(occurrence.id, made_in(about), sight, needs,
+                                  self.homeless(occurrence)))
         return AHEAD
 
     def needed_at(self, at: int, account: str, now: float) -> Amount:
@@ -19051,7 +19039,8 @@ class Reconciler:
     def matched(self, seen: dict[str, Seen]) -> list[tuple]:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
-        known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed)")
+        known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed) "
+                     'ORDER BY v.id')
         return [(server, seen.get(server.uid) or (
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
@@ -28557,10 +28546,10 @@ def all_orphans(cycle: LifeCycle) -> list[dict]:
 
 def prepared(config: Config) -> list[str]:
     """Migrates an older database; what is to be said of that."""
-    done = migrate_store(config.database)
-    said = done and f"Updated the database from version {done['before']} to {done['after']}."
-    copy = f" '{done['copy']}' is a copy of before." if done and 'copy' in done else ''
-    return [said + copy] if done else []
+    if not (done := migrate_store(config.database)):
+        return []
+    copy = f" '{done['copy']}' is a copy of before." if 'copy' in done else ''
+    return [f"Updated the database from version {done['before']} to {done['after']}.{copy}"]
 
 
 WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',

@@ -590,6 +590,29 @@ def test_a_section_uses_only_those_above_it():
     assert len(heads) > 25 and below == []
 
 
+@pytest.mark.parametrize('section, names, besides', [
+    ('Limits', [*cmres.LIMIT_FIGURES], {'Config', 'Calls', 'Store'}),  # old names, help, a migration
+    ('VMs', ['security_groups'], {'Calls', 'Store', 'Clouds'}),  # help, its column, how Neutron lists them
+    ('Calendar', [*cmres.PROGRAMMED], {'Calendars'})])  # the help of `import`
+def test_what_is_in_a_table_stands_in_one_section(section, names, besides):
+    heads = re.split(r'(?m)^# (\w[\w ]*?) #{9,}$', MODULE.read_text())
+    word = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % '|'.join(names))
+    assert {name for name, text in zip(heads[1::2], heads[2::2]) if word.search(text)} - besides == {section}
+
+
+def test_arguments_that_stand_in_a_table_have_their_places(service):
+    places = {name: [*cmres.API[name].parameters] for name in ('add', 'update', 'limit_add', 'resource_add')}
+    assert places['add'][:8] == ['label', 'resource', 'start', 'end', 'vms', 'flavor', 'image', 'network']
+    assert places['update'][:7] == ['label', 'resource', 'start', 'end', 'vms', 'flavor', 'image'] and 'server' not in places['update']
+    assert places['limit_add'] == ['project', 'user', 'resource', *cmres.LIMIT_FIGURES, 'exempt_within', 'lock', 'dry_run']
+    assert places['resource_add'][:6] == ['name', 'cell', 'cloud', 'region', 'aggregate', 'vms']
+    assert service.limit_add('biology', '', '', 3, hours(5))['max_duration'] == '5h'
+    with pytest.raises(TypeError, match='too many positional arguments'):
+        service.limit_delete(1, False, 7)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_beer'"):
+        service.limit_add(project='biology', max_beer=3)
+
+
 # Time ########################################################################
 
 PARIS = read_zone('Europe/Paris')
@@ -3485,13 +3508,18 @@ def test_both_engines_have_the_same_tables_and_columns(both):
     assert first == second
 
 
-def told(run):
-    """What people and programs see of a store."""
-    return [run(*words, '--format', 'json')[:2] for words in (['list'], ['events'], ['punctuality'], ['limit', 'list'])]
+def told(run, feeds):
+    """What people and programs see of a store, byte for byte."""
+    said = [run(*words, '--format', 'json') for words in (
+        ['list'], ['list', '--state', 'cancelled'], ['events'], ['servers', 'vms'], ['show', 'weekly'], ['punctuality'], ['report'],
+        ['limit', 'list'], ['resource', 'list'], ['calendar', 'list'])]
+    web = webtest.TestApp(cmres.rest(cmres.local_service(load_config())))
+    return said, [web.get(urlsplit(each).path).body for each in feeds]
 
 
 def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_path, monkeypatch):
-    url = os.environ['CMRES_DATABASE']
+    url, now = os.environ['CMRES_DATABASE'], time.time()
+    monkeypatch.setattr(time, 'time', lambda: now)
     monkeypatch.setenv('CMRES_DATABASE', 'first.db')
     monkeypatch.delenv('CMRES_KEY')
     cmres.open_store('first.db')
@@ -3501,10 +3529,15 @@ def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_
     book = lambda label, start, **more: service.add(label, 'demo', soon + hours(start), soon + hours(start + 1), **more)  # noqa: E731
     book('lab', 1, image='cirros', flavor='m1.small', vms=2, user_data='x' * 2000)
     book('weekly', 30, repeat='weekly')
+    book('vms', 0, image='cirros', flavor='m1.tiny', vms=2, description='Zoë, 数学科 "x"')
+    book('gone', 2)
+    service.delete('gone')
     service.limit_add(user='bob', most_vms=3)
+    feeds = [service.calendar_feed()['feed'], service.calendar_feed(resource='demo')['feed']]
+    cmres.LifeCycle(service.config, service.clouds).settle()
     cmres.close_store()
-    before, key = told(server_run), Path('first.db.key').read_text()
-    assert '"weekly"' in before[0][1]
+    before, key = told(server_run, feeds), Path('first.db.key').read_text()
+    assert '"weekly"' in before[0][0][1] and 'vms-1-2' in before[0][3][1] and all(b'weekly' in each for each in before[1])
     for target in url, 'back.db':
         code, _, err = server_run('store', 'copy', target)
         assert code == 0, err
@@ -3512,7 +3545,7 @@ def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_
         assert code == 1 and ('is not empty' in err or 'already exists' in err)
         monkeypatch.setenv('CMRES_DATABASE', target)
         cmres.close_store()
-        assert told(server_run) == before
+        assert told(server_run, feeds) == before
         assert server_run('add', f'more-{len(target)}', 'demo', '+5h', '+6h', '--dry-run')[0] == 0
     assert Path('back.db.key').read_text() == key
     assert server_run('check')[0] == server_run('store', 'verify')[0] == 0
@@ -6027,13 +6060,24 @@ def test_what_is_in_several_projects_must_be_named_with_its_project(service):
 
 # Service: what a question costs ##############################################
 #
-# Counted in steps of SQLite's machine: the same on every computer, however busy.
+# Counted in steps of SQLite's machine, or in rows that PostgreSQL has read: the same on every computer, however busy.
 
 TABLES_THAT_GROW = {'reservation', 'occurrence', 'event', 'outbox', 'server', 'claim', 'step', 'capacity'}
 
 
+def rows_read() -> int:
+    """How many rows PostgreSQL has read for this store so far, and entries of indexes."""
+    cmres.run('SELECT pg_stat_force_next_flush()')
+    return cmres.run('SELECT (SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat_user_tables) + '
+                     '(SELECT sum(idx_tup_read) FROM pg_stat_user_indexes)').fetchone()[0]
+
+
 def effort(action) -> int:
-    """How many hundreds of steps SQLite needs for something."""
+    """How many hundreds of steps SQLite needs for something; of PostgreSQL, how many dozens of rows it reads."""
+    if ENGINE != 'sqlite':
+        before = rows_read()
+        action()
+        return round((rows_read() - before) / 12)
     counted = [0]
 
     def count():
@@ -28894,24 +28938,27 @@ def fill(world, number: int, resources: int, statistics: bool = True) -> None:
             start = now + 60 * chance.randrange(-18 * 1440, 162 * 1440)
             yield n, start, start + 1800 * chance.randrange(1, 24), chance.randrange(1, 5), first + n % resources
     with cmres.transaction():
-        cursor = cmres.db.connection()
-        cursor.executemany('INSERT INTO reservation (id, label, over, ' + ', '.join(f'"{c}"' for c in reservation)
-                           + ') VALUES (?, ?, ?' + ', ?' * len(reservation) + ')',
-                           ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
+        write_all('INSERT INTO reservation (id, label, over, ' + ', '.join(f'"{c}"' for c in reservation)
+                  + ') VALUES (?, ?, ?' + ', ?' * len(reservation) + ')',
+                  ((n, f'r{n}', end, *reservation.values()) for n, _, end, _, _ in lines()))
         chance.seed(number)
-        cursor.executemany('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
-                           " vms, vcpus, ram, due, told, slot, altered, revision, revised, classes) "
-                           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0, '', 0, 0, 0, '')",
-                           ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
-                            for n, start, end, vms, place in lines()))
+        write_all('INSERT INTO occurrence (id, reservation_id, resource_id, start, "end", held_from, held_until,'
+                  " vms, vcpus, ram, due, told, slot, altered, revision, revised, classes) "
+                  "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, 0, '', FALSE, 0, 0, '')",
+                  ((n, n, place, start, end, start, end, vms, vms, start if end > now else None)
+                   for n, start, end, vms, place in lines()))
         for place in range(first, first + resources):
-            cursor.executemany('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)',
-                               ((place, *step, *held) for step, held in cmres.held_steps(place)))
-        cursor.execute('CREATE TABLE bare AS SELECT * FROM reservation LIMIT 0')
-        cursor.execute('CREATE INDEX bare_label ON bare (project, label, over)')
+            write_all('INSERT INTO step VALUES (?, ?, ?, ?, ?, ?)',
+                      ((place, *step, *held) for step, held in cmres.held_steps(place)))
+        if ENGINE != 'sqlite':  # ids that were given are not given again
+            for table in 'reservation', 'occurrence':
+                cmres.run(f"SELECT setval('{table}_id_seq', ?)", number)
+        cmres.run('CREATE TABLE bare AS SELECT * FROM reservation LIMIT 0')
+        cmres.run('CREATE INDEX bare_label ON bare (project, label, over)')
     if statistics:
-        cmres.db.execute_sql('ANALYZE')
-    cmres.db.execute_sql('PRAGMA wal_checkpoint(TRUNCATE)')
+        cmres.run('ANALYZE')
+    if ENGINE == 'sqlite':
+        cmres.run('PRAGMA wal_checkpoint(TRUNCATE)')
 
 
 def bench_add(folder: Path) -> None:
