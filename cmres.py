@@ -6939,13 +6939,19 @@ class Need(NamedTuple):
 
     @property
     def figures(self) -> tuple:
-        """What one of them takes of a host: classes first, which are scarce."""
-        return (*(each for _, each in self.each.classes), self.each.vcpus, self.each.ram)
+        """What one of them takes of a host."""
+        return in_order(self.each, self.each.names)
 
     @property
     def takes(self) -> bool:
         """Whether it takes anything of hosts; VMs of whatever size are on what is free."""
         return self.host != '' or any(self.figures)
+
+
+def in_order(amount: Amount, names: Iterable[str]) -> tuple:
+    """The figures of an amount: some classes first, which are scarce."""
+    classes = dict(amount.classes)
+    return (*(classes.get(name, 0) for name in names), amount.vcpus, amount.ram)
 
 
 def need_of(held: Hold, of=None) -> Need:
@@ -7041,6 +7047,11 @@ def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
             ledger.add(place[0], on_host(host, track), *place[1:], figures)
 
 
+def held_by(found, now: float) -> list[Hold]:
+    """What the row of an occurrence holds, of its resource and from now on of hosts."""
+    return [hold_of(found), *host_holds(*on_hosts(found, now))]
+
+
 def host_holds(need: Need, placed: dict[int, int]) -> list[Hold]:
     """What some VMs take of each of their hosts."""
     return [Hold(*need[:3], need.each * number, host) for host, number in placed.items()
@@ -7096,15 +7107,8 @@ def room_of(need: Need, host: int) -> Iterator[tuple[str, tuple]]:
     found = once('SELECT * FROM host WHERE id = ?', host)[0]
     if found.until < need.until or found.spare and not need.heals:
         return
-    most = amount_of_host(found)
-    names = [name for name, _ in need.each.classes]
-    tracks = [on_host(host, name) for name in ('', *names)]
-    ledger.read((need.resource, track, *piece[:2]) for track in tracks
-                for piece in ledger.within(need.resource, track, need.begin, need.until))
-    held = [ledger.peak(need.resource, track, need.begin, need.until) for track in tracks]
-    classes = dict(most.classes)
-    yield found.units, (*(classes.get(name, 0) - level[0] for name, level in zip(names, held[1:])),
-                        most.vcpus - held[0][1], most.ram - held[0][2])
+    held = peak(need.resource, need.begin, need.until, need.each.names, host)
+    yield found.units, in_order(amount_of_host(found) - held, need.each.names)
 
 
 def suits(host: int, units: str, need: Need) -> bool:
@@ -7191,7 +7195,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 5, (32, 8_000)  # so many hosts, and looks at them
+SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
@@ -7203,7 +7207,8 @@ class Unit:
     def __init__(self, owner: int, need: Need, figures: tuple, host: int | None, share: float):
         self.owner, self.figures, self.host, self.was = owner, figures, host, host
         self.apart, self.share = need.affinity == APART, share  # of the largest host
-        self.size = share * (need.until - need.begin)
+        # the less it takes, and for the shorter, the sooner it is pushed out
+        self.worth = share / (share * (need.until - need.begin)) ** 0.5 if share else 0.0
         self.failures = 1  # how often it found no host
 
 
@@ -7219,7 +7224,7 @@ class Scene:
         needs = [need, *(other for _, other in others)]
         self.names = sorted({name for each in needs for name in each.each.names})
         self.most = [max(each) or 1 for each in zip(*(
-            self.in_order(amount_of_host(host)) for host in hosts))]
+            in_order(amount_of_host(host), self.names) for host in hosts))]
         self.read_free(need.resource, {at for each in needs for at in (each.begin, each.until)})
         self.on: dict[int, dict[Unit, bool]] = {host: {} for host in self.hosts}
         self.may: dict[Unit, set[int]] = {}
@@ -7232,27 +7237,23 @@ class Scene:
         stay = (host for host, number in had.items() for _ in range(number))
         self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
 
-    def in_order(self, amount: Amount) -> tuple:
-        """The figures of an amount: classes first, which are scarce."""
-        classes = dict(amount.classes)
-        return (*(classes.get(name, 0) for name in self.names), amount.vcpus, amount.ram)
-
     def read_free(self, resource: int, cuts: set[int]) -> None:
         """Reads what is free on the hosts, a row a figure, between any two cuts."""
         tracks = [on_host(host, name) for host in self.hosts for name in ('', *self.names)]
         levels = dict(steps_of(resource, tracks, min(cuts), max(cuts)))
         self.cuts, held, columns = sorted(cuts | levels.keys()), {}, defaultdict(list)
+        has = {host: in_order(amount_of_host(each), self.names) for host, each in self.hosts.items()}
         for at in self.cuts[:-1]:
             held = levels.get(at, held)
-            for host, found in self.hosts.items():
+            for host in self.hosts:
                 taken = (*(held[on_host(host, name)][0] for name in self.names),
                          *held[on_host(host, '')][1:])
-                columns[host].append(map(operator.sub, self.in_order(amount_of_host(found)), taken))
+                columns[host].append(map(operator.sub, has[host], taken))
         self.free = {host: [*map(list, zip(*columns[host]))] for host in self.hosts}
 
     def add(self, owner: int, need: Need, host: int | None, number: int) -> list[Unit]:
         """Adds so many VMs of an occurrence, on a host or on none yet."""
-        figures = self.in_order(need.each)
+        figures = in_order(need.each, self.names)
         share = max(map(operator.truediv, figures, self.most))
         made = [Unit(owner, need, figures, host, share) for _ in range(number)]
         for unit in made:
@@ -7309,24 +7310,23 @@ class Scene:
                 and each.first < unit.last and each.last > unit.first]
         for each in pushed:
             self.give(free, each, 1, unit.first)
-        while lack := self.lack(free, unit):
+        lack = self.lack(free, unit, range(unit.first, unit.last))
+        while lack:
             if not left:
                 return None
-            each = max(left, key=lambda each: self.worth(each, lack))
+            # it covers much of the lack, is small, and has seldom failed
+            each = max(left, key=lambda each: each.worth / each.failures * (
+                bisect_left(lack, each.last) - bisect_left(lack, each.first)))
             left.remove(each)
             pushed.append(each)
             self.give(free, each, 1, unit.first)
+            lack = self.lack(free, unit, lack)
         return pushed
 
-    def lack(self, free: list[list], unit: Unit) -> set[int]:
-        """After which cuts a VM finds too little."""
-        return {n for row, figure in zip(free, unit.figures) if figure
-                for n, each in enumerate(row, unit.first) if each < figure}
-
-    def worth(self, unit: Unit, lack: set[int]) -> float:
-        """How good it is to push a VM out: it covers much of the lack, is small, seldom failed."""
-        covers = sum(unit.first <= n < unit.last for n in lack)
-        return covers * unit.share / unit.failures / unit.size ** 0.5
+    def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
+        """Of some cuts, in order, those after which a VM finds too little."""
+        return sorted({n for row, figure in zip(free, unit.figures) if figure
+                       for n in among if row[n - unit.first] < figure})
 
     def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
         """Puts a VM on a host, and those off that are in its way."""
@@ -7445,12 +7445,10 @@ def make_moves(moves: list[tuple], now: float) -> bool:
 
 def most_on_hosts(need: Need) -> int:
     """How many of some VMs the hosts of their resource take if nothing else is there."""
-    names = [name for name, _ in need.each.classes]
-    return sum(how_many((*(classes.get(name, 0) for name in names), each.vcpus, each.ram), need)
+    return sum(how_many(in_order(amount_of_host(each), need.each.names), need)
                for each in rows('SELECT * FROM host WHERE resource_id = ?1 AND until >= ?2 AND '
                                 "?3 IN ('', name) AND spare = 0",
                                 need.resource, need.until, need.host)
-               for classes in [json.loads(each.classes)]
                if suits(each.id, each.units, need))
 
 
@@ -11921,7 +11919,7 @@ class Others:
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
         self.count(slot, -1)
-        self.holds[slot] = [(each, start) for each in holds]
+        self.holds[slot] = [(each, start) for each in holds if not each.host]
         self.count(slot, 1)
 
     def count(self, slot: str, sign: int) -> None:
@@ -12191,12 +12189,15 @@ class Change(NamedTuple):
 def change_to(before, after: Wish, now: float, key: str = '', waits: bool = False,
               **columns) -> Change:
     """The change of an occurrence to a wish; one that has begun keeps the lead that it had."""
-    had = [hold_of(before)] if before and before.cancelled is None else []
+    had = held_by(before, now) if before and before.cancelled is None else []
     begin, _ = after.held
     if before and before.start == after.start and before.start <= now:
         begin = min(before.held_from, after.start)
     wants = [] if waits else [Hold(after.resource.id, begin, after.end, after.amount)]
-    return Change(before, after, key, had, wants, beyond(had, wants), beyond(wants, had),
+    keeps = wants + [each._replace(begin=max(each.begin, begin), until=min(each.until, after.end))
+                     for each in had if wants and each.host and each.resource == wants[0].resource
+                     and each.begin < after.end and each.until > begin]
+    return Change(before, after, key, had, wants, beyond(had, keeps), beyond(wants, had),
                   {'held_from': begin, 'held_until': begin if waits else after.end,
                    'placed': '' if waits or not before else before.placed} | columns)
 
@@ -12204,9 +12205,9 @@ def change_to(before, after: Wish, now: float, key: str = '', waits: bool = Fals
 def given_up(before, now: float, **columns) -> Change:
     """The change of an occurrence that ends now, or never begins."""
     until = min(max(int(now), before.held_from), before.held_until)
-    had = hold_of(before)
-    gives = [had._replace(begin=until)] if until < had.until else []
-    return Change(before, None, before.slot, [had], [], gives, [],
+    had = held_by(before, now)
+    gives = [each._replace(begin=until) for each in had if until < each.until]
+    return Change(before, None, before.slot, had, [], gives, [],
                   {'cancelled': int(now), 'held_until': until, 'due': now} | columns)
 
 
@@ -12289,21 +12290,6 @@ class Policy:
         for each in change.growth:
             hold(*each)
 
-    def leave_hosts(self, change: Change, now: float) -> None:
-        """Gives back what a change has on hosts outside of the window that it wants."""
-        if change.had:
-            hold_on(*on_hosts(change.before, now), -1)
-            self.hold_kept_hosts(change, now, 1)
-
-    def hold_kept_hosts(self, change: Change, now: float, sign: int) -> None:
-        """Holds, or gives back, what a change has on hosts inside of it."""
-        if change.had:
-            need, placed = on_hosts(change.before, now)
-            for wants in change.wants:
-                if wants.resource == need.resource:
-                    hold_on(need._replace(begin=max(need.begin, wants.begin),
-                                          until=min(need.until, wants.until)), placed, sign)
-
     def take_hosts(self, change: Change, view: View) -> None:
         """THE RULE OF HOSTS: holds what a change wants on hosts, where its resource has any."""
         change.columns['placed'], wish, now = '', change.after, view.now
@@ -12313,14 +12299,16 @@ class Policy:
         need = need._replace(begin=max(need.begin, int(now)))
         same = change.had and change.had[0].resource == need.resource
         had = read_placed(change.before.placed) if same else {}
-        self.hold_kept_hosts(change, now, -1)
+        kept = [each for each in change.kept if each.host]
+        give(kept)
         if not need.takes:
             return
         begun = bool(had) and change.before.held_from <= now
         placed = (self.seats_for(need, had, begun, wish, view) if change.growth
                   else self.kept_hosts(change.before, had, need.number))
         if placed is None:
-            self.hold_kept_hosts(change, now, 1)
+            for each in kept:
+                hold(*each)
             raise self.reasons.without_hosts(need, wish)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
@@ -12647,7 +12635,7 @@ class Bookings:
         old, wish = deal.old, deal.wish
         self.policy.refuse_deal(deal, now)
         stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
-        gone = [each.had[0] for each in deal.changes if not each.after]
+        gone = [piece for each in deal.changes if not each.after for piece in each.had]
         with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
             decided = self.decide_all(deal, now)
             reservation = old.reservation if old else self.write_new(deal, decided, now)
@@ -12655,7 +12643,8 @@ class Bookings:
             if old:
                 self.write_old(deal, now)
         if stops and not old:
-            self.keep_stopped(reservation, now)
+            with self.stopped_aside(reservation, now, []):
+                pass
         if wish.resource and (not old or deal.asked):
             self.policy.refuse_many_texts(wish, old)
         if deal.columns.get('waiting') or old and old.waiting is not None:
@@ -12673,7 +12662,6 @@ class Bookings:
         view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
-            self.policy.leave_hosts(each, now)
             if others and each.after:
                 others.put(each.key, each.kept, each.after.start)
         if others:
@@ -12731,7 +12719,6 @@ class Bookings:
                                        default=0)
             raise refusal
         give(change.kept)
-        self.policy.hold_kept_hosts(change, view.now, -1)
         if clash.startswith('shift') and isinstance(error, NoCapacity) and (
                 other := self.shifted(change, view, clash)):
             return told(other.after, 'shifted', why), old, self.columns_of(other, view.now)
@@ -12765,14 +12752,10 @@ class Bookings:
         if not change.had:
             return False
         begun = change.before.held_from <= view.now
-        need, placed = on_hosts(change.before, view.now)
-        if not begun and placed and first_fit(need, placed, stay=True) != placed:
-            return False
         try:
             take(change.had, view.now, given=change.had if begun else change.kept)
         except NoCapacity:
             return False
-        hold_on(need, placed)
         if view.others:
             view.others.put(change.key, change.had, change.before.start)
         return True
@@ -12881,8 +12864,8 @@ class Bookings:
         found = rows('SELECT resource_id, held_from, held_until, vms, vcpus, ram, classes, placed '
                      'FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                      'AND held_until > held_from', reservation)
-        on = itertools.chain(*(host_holds(*on_hosts(each, 0)) for each in found))
-        return [*map(hold_of, found), *on] + (self.stopped_held(reservation) if stopped else [])
+        return [*itertools.chain(*(held_by(each, 0) for each in found)),
+                *(self.stopped_held(reservation) if stopped else ())]
 
     def hold_beside(self, reservation: int, proposal: int | None, holds: Iterable[Hold]) -> None:
         """Writes down what is held beside the occurrences; it is held already."""
@@ -12904,67 +12887,38 @@ class Bookings:
         return sum(each.code != UNDO for each in found)
 
     @contextmanager
-    def stopped_aside(self, reservation: int, now: float, gone: list[Hold]) -> Iterator[None]:
+    def stopped_aside(self, reservation: int, now: float,
+                      gone: list[Hold] | None = None) -> Iterator[list[Hold]]:
         """Gives back what the stopped VMs of a reservation hold while it is changed: they are not
-        in its way, since it starts them again. Afterwards what stays of them is held.
+        in its way, since it starts them again. Afterwards what stays of them is held: until the
+        next occurrence, or for good.
 
         Args:
-          gone: what else the change gives back
+          gone: what else the change gives back; None: it is held also where others have it
 
         Raises:
           NoCapacity: others have that capacity.
         """
         had = self.stopped_held(reservation)
-        before = self.holds(reservation) if had else []
+        before = [] if gone is None else [*self.holds(reservation), *gone]
         give(had)
-        yield
-        if not had:
-            self.keep_stopped(reservation, now, gone)
-            return
+        yield had
         wants = sorted(self.stopped_holds(reservation, now))
         for each in wants:
             hold(*each)
-        growth = beyond([*self.holds(reservation, stopped=False), *wants], [*before, *gone])
-        if not all(fits(each, now, NOTHING) for each in growth):
+        growth = beyond([*self.holds(reservation, False), *wants], before) if wants else []
+        if gone is not None and not all(fits(each, now, NOTHING) for each in growth):
             raise NoCapacity(STOPPED_KEEP)
-        self.write_stopped(reservation, had, wants)
+        if wants != sorted(had):
+            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
+                reservation)
+            self.hold_beside(reservation, None, wants)
 
     def stopped_held(self, reservation: int) -> list[Hold]:
         """What is held for VMs of a reservation that are stopped at its ends."""
         return [hold_of(each) for each in rows(
             'SELECT * FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
             reservation)]
-
-    def write_stopped(self, reservation: int, had: list[Hold], wants: list[Hold]) -> None:
-        """Writes down what is held for stopped VMs, where that is otherwise than before."""
-        if wants != sorted(had):
-            run('DELETE FROM extra_hold WHERE reservation_id = ? AND proposal_id IS NULL',
-                reservation)
-            self.hold_beside(reservation, None, wants)
-
-    def keep_stopped(self, reservation: int, now: float, given: list[Hold] = ()) -> None:
-        """Holds what VMs take that stay, stopped: until the next occurrence, or for good.
-
-        Args:
-          given: what the same change has given back
-        """
-        had = self.stopped_held(reservation)
-        wants = sorted(self.stopped_holds(reservation, now))
-        if wants == sorted(had):
-            return
-        give(beyond(had, wants))
-        try:
-            take(beyond(wants, had), now, given)
-        except NoCapacity:
-            raise NoCapacity(STOPPED_KEEP) from None
-        self.write_stopped(reservation, had, wants)
-
-    def leave_stopped(self, reservation: int) -> bool:
-        """Gives back what is held for stopped VMs, until they are counted again; whether any is."""
-        had = self.stopped_held(reservation)
-        give(had)
-        self.write_stopped(reservation, had, [])
-        return bool(had)
 
     def leave_hosts_of(self, proposal) -> None:
         """Gives back what a proposal takes more of hosts."""
@@ -12974,7 +12928,10 @@ class Bookings:
 
     def count_stopped(self, reservation: int, now: float) -> None:
         """Holds what stopped VMs take, also where others have it: the VMs are there."""
-        self.keep_stopped(reservation, now, [*self.stopped_holds(reservation, now)])
+        wants = [*self.stopped_holds(reservation, now)]
+        if sorted(wants) != sorted(self.stopped_held(reservation)):
+            with self.stopped_aside(reservation, now):
+                pass
 
     def stopped_holds(self, reservation: int, now: float) -> Iterator[Hold]:
         """What the VMs hold that are stopped or will be, from the end of each occurrence on."""
@@ -12987,7 +12944,8 @@ class Bookings:
             again = min(there, lacks[after.id]) if starts_them else 0
             if again:
                 lacks[after.id] -= again
-            amount, seats = amount_of(each), [*Counter(read_placed(each.placed)).elements()]
+            placed, amount = read_placed(each.placed), amount_of(each)
+            seats = [*self.policy.kept_hosts(each, placed, there).elements()] if placed else []
             for some, until in (range(again), after.held_from if again else 0), (
                     range(again, there), int(LAST.timestamp())):
                 if some and each.held_until < until:
@@ -13002,9 +12960,8 @@ class Bookings:
         self.drop_proposals(reservation)
         for table in ('occurrence', 'extra_hold'):
             there = rows(f'SELECT * FROM {table} WHERE reservation_id = ?', reservation)
-            give(each for each in map(hold_of, there) if each.begin < each.until)
-            for each in there if table == 'occurrence' else ():
-                hold_on(*on_hosts(each, self.service.clock()), -1)
+            holds = held_by if table == 'occurrence' else lambda each, now: [hold_of(each)]
+            give(piece for each in there for piece in holds(each, self.service.clock()))
         run('DELETE FROM outbox WHERE event_id IN '
             '(SELECT id FROM event WHERE reservation_id = ?)', reservation)
         for table in ('extra_hold', 'wait', 'event', 'occurrence'):
@@ -13020,8 +12977,7 @@ class Bookings:
         """Looks at what there would be if an occurrence and its stopped VMs held nothing."""
         with undone():
             if old:
-                give([hold_of(old), *self.stopped_held(old.reservation)])
-                hold_on(*on_hosts(old, self.service.clock()), -1)
+                give([*held_by(old, self.service.clock()), *self.stopped_held(old.reservation)])
             yield
 
     def stand_in_line(self, reservation: int) -> None:
@@ -15345,6 +15301,49 @@ class Plan(Operations):
             except Conflict as error:
                 log.warning('%s', error)
 
+    def follow_flavors(self, cloud: str, told: list[Thing]) -> None:
+        """Lets what has not begun take what its flavor takes by now, where that is otherwise than at
+        the last look; who finds no room for it is told.
+        """
+        key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
+                                          for name in (each.name, each.id)}
+        before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
+        if text == fact(key):
+            return
+        as_read = json.loads(text)
+        other = {name: (Flavor(*before[name][:2], (*map(tuple, before[name][2]),), before[name][3]),
+                        sizes[name]) for name in sizes if before.get(name, 0) not in (
+                            0, as_read[name])}
+        self.after_search(lambda now: [(self.resize(cloud, other, now),)], searches=FEW_SEARCHES)
+        with self.writing():
+            note_fact(key, text)
+
+    def resize(self, cloud: str, other: dict[str, tuple[Flavor, Flavor]], now: float) -> int:
+        """Plans what has not begun with other sizes, of flavors before and now; of how many."""
+        found = [id for id, in run(
+            'SELECT o.id FROM resource s CROSS JOIN occurrence o ON o.resource_id = s.id '
+            'JOIN reservation r ON r.id = o.reservation_id WHERE s.cloud = ? AND s.removed IS NULL '
+            "AND o.due IS NOT NULL AND o.held_from > ? AND o.start > ? AND r.host = '' "
+            'AND r.flavor IN names(?)', cloud, int(now), int(now), json.dumps([*other]))]
+        for each in self.look.in_order(found):
+            wish = self.wishes.carried_on(each)._replace(resource=resource_of(each.resource_id))
+            had, has = (self.wishes.each_takes({'flavor': Thing('', '', True, flavor=flavor)},
+                                               wish.resource) for flavor in other[each.flavor])
+            if wish.each == has:  # it was reserved since
+                continue
+            fits = self.moved_to(each, wish._replace(each=wish.each + (has - had)), now)
+            said = f"the flavor '{each.flavor}' has another size now: {amount_in_words(has._replace(vms=0))}"
+            if rehearsal.on:
+                continue
+            if fits:
+                self.tell(now, 'updated', f'{said}. It is planned with that', each, each.id)
+                continue
+            when = self.config.told_window(each.start, each.end, each.tz)
+            self.tell(now, 'affected', f"{said}, and there is no room for {quantity('vms', each.vms)} "
+                      f'of that from {when}. Choose another time, fewer VMs or another flavor',
+                      each, each.id, admins=True)
+        return len(found)
+
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
         """Plans elsewhere what has begun on hosts that are down for long enough: where there is room,
         in their order, spare ones last; then where what has not begun makes way. Their names.
@@ -15557,18 +15556,15 @@ class Plan(Operations):
                     "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
                     'JOIN reservation r ON r.id = o.reservation_id WHERE o.id = ?', id)
         need, had = on_hosts(found, now, found)
-        stays = self.bookings.leave_stopped(found.reservation_id)
-        hold_on(need, had, -1)
-        until = found.next if stays and found.next else int(LAST.timestamp())
-        placed = find_hosts(need._replace(heals=True, until=until if stays else need.until),
-                            stay_on or had, bool(stay_on) or found.held_from <= now, now,
-                            found.reservation_id)
-        hold_on(need, had if placed is None else placed)
-        if placed is not None:
-            self.note_plan(id, placed)
-        if stays:
-            self.bookings.count_stopped(found.reservation_id, now)
-            stay_on |= placed or {}
+        with self.bookings.stopped_aside(found.reservation_id, now) as stopped:
+            hold_on(need, had, -1)
+            until = (found.next or int(LAST.timestamp())) if stopped else need.until
+            placed = find_hosts(need._replace(heals=True, until=until), stay_on or had,
+                                bool(stay_on) or found.held_from <= now, now, found.reservation_id)
+            hold_on(need, had if placed is None else placed)
+            if placed is not None:
+                self.note_plan(id, placed)
+        stay_on |= placed if placed and stopped else {}
         return placed is not None
 
     def note_plan(self, id: int, placed: dict[int, int]) -> None:
@@ -15816,7 +15812,7 @@ class Plan(Operations):
                   and not found.host and not each.approval and each.mode == here.mode]
         wish = self.wishes.carried_on(found)
         for place in others:
-            if self.moved_to(found, wish._replace(resource=place), now):
+            if self.moved_to(found, wish._replace(resource=place), now, alone=True):
                 return place.name, found.start
         with self.bookings.as_if_without(found):
             need = found.held_until - found.held_from
@@ -15825,15 +15821,21 @@ class Plan(Operations):
                          None)
         start = found.start if first is None else first + found.lead
         later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
-        if first is not None and self.moved_to(found, later, now):
+        if first is not None and self.moved_to(found, later, now, alone=True):
             return here.name, start
         return None
 
-    def moved_to(self, found, wish: Wish, now: float) -> bool:
-        """Moves an occurrence to where it is wished to be, if every rule lets it."""
+    def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
+        """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise than
+        the others of its series.
+        """
+        altered = bool(found.repeats and alone or found.altered)
+        # what was moved before this may have moved it to another host
+        found = found._replace(placed=row('SELECT placed FROM occurrence WHERE id = ?',
+                                          found.id).placed)
         deal = Deal('maintenance', wish, [change_to(
-            found, wish._replace(stretches=[]), now, found.slot, told=0,
-            altered=bool(found.repeats))], found, stretches=None if found.repeats else [])
+            found, wish._replace(stretches=[]), now, found.slot, found.waiting is not None, told=0,
+            altered=altered)], found, stretches=None if found.repeats else [])
         try:
             with Attempt():
                 self.bookings.commit(deal, now)
@@ -17837,6 +17839,7 @@ class Workers:
             'lend': lambda call: self.clouds.open(call.account).lend(call.target),
             'verify': lambda call: self.clouds.open(call.account).saved(call.target.snapshot_id),
             'hosts': lambda call: self.clouds.open(call.target).aggregates(),
+            'flavors': lambda call: self.clouds.open(call.target).things('flavor'),
             'states': lambda call: self.clouds.open(call.target).states()}
 
     def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
@@ -18786,7 +18789,7 @@ class HostWatch:
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
-        them, 'states' whether they take VMs.
+        them, 'states' whether they take VMs, 'flavors' what VMs take.
         """
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
@@ -18803,9 +18806,11 @@ class HostWatch:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
         told, self.told = self.told, []
         for each in told:
-            if each.verb == 'hosts' and each.target in self.leader.held:
-                self.service.follow(each.target, each.answer)
-            if each.verb == 'hosts' or each.target not in self.leader.held:
+            if each.target not in self.leader.held:
+                continue
+            if each.verb != 'states':
+                follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors}
+                follow[each.verb](each.target, each.answer)
                 continue
             if any(each.answer.get(host.name, (host.state,))[0] != host.state
                    for host in rows(PLANNED_HOSTS, each.target)):
@@ -18853,7 +18858,7 @@ class Reconciler:
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
             'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
             'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
-            'hosts': watch.record, 'states': watch.record}
+            **dict.fromkeys(('hosts', 'states', 'flavors'), watch.record)}
 
     def record(self, now: float) -> None:
         """Writes down what calls came to since the last pass; that waits until it has worked."""
@@ -19040,7 +19045,7 @@ class Reconciler:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed) "
-                     'ORDER BY v.id')
+                     'ORDER BY +v.id')  # the plus keeps SQLite from walking all of them
         return [(server, seen.get(server.uid) or (
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
@@ -19259,7 +19264,8 @@ class LifeCycle:
         beat.every(1).seconds.do(lambda: None)
         beat.every(max(int(10 * self.config.poll_running), 1)).seconds.do(self.guarded, self.sweep)
         beat.every(max(int(self.config.verify_every), 1)).seconds.do(self.guarded, self.check_file)
-        for verb, often in ('hosts', self.config.sync_every), ('states', self.config.hosts_every):
+        for verb, often in (('hosts', self.config.sync_every), ('flavors', self.config.sync_every),
+                            ('states', self.config.hosts_every)):
             beat.every(max(int(often), 1)).seconds.do(self.guarded, self.look_at_hosts, verb)
         self.guarded(self.clouds.prepare)
         self.leader.shares = True
@@ -26558,7 +26564,7 @@ class BookForm(Visit):
         if line:
             read, said = self.read_line(line)
             if given.get('find'):
-                return self.booking(said, UNCHECKED, finds=line, found=self.found(read, said))
+                return self.booking(said, UNCHECKED, finds=line, found=self.free_times(read, said))
             return self.booking(said, self.tried(said), typed=line, chips=self.understood(read))
         try:
             said = self.filled(given)
@@ -26592,7 +26598,7 @@ class BookForm(Visit):
     def starts(self, said: dict, names: dict, why: str,
                fields: str = FIELDSETS['What starts']) -> str:
         """What starts: an image in VMs of a flavor, or nothing, said in so many words."""
-        image = ('VMs of an image', 'they start before the time begins')
+        image = ('VMs of an image', 'they start at From, or so much earlier')
         if said.get('server'):
             image = (f"The server {said['server']}", 'it starts and stops')
         inside = ''.join(self.field(each, said, names) for each in fields.split())
@@ -26693,7 +26699,7 @@ class BookForm(Visit):
         unknown = [('no', 'not understood', line.unknown)] if line.unknown else []
         return [('', *each) for each in (*shown, span)] + unknown
 
-    def found(self, line: QuickLine, said: dict) -> list[tuple]:
+    def free_times(self, line: QuickLine, said: dict) -> list[tuple]:
         """When what somebody looks for is free: an address, words, where."""
         here, found = self.here, []
         before = here.now + timedelta(days=60)
