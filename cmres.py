@@ -22004,6 +22004,7 @@ MOST_OBJECT = 2**16  # bytes of an event with its exceptions
 MOST_DEPTH = 20      # of elements in one another
 MOST_ELEMENTS = 20_000
 MOST_FILTERS = 100   # elements of a filter
+MOST_ALARMS = 50     # of one event that are looked at
 MOST_PROPERTY = 2**16  # letters of one that a program keeps with a calendar
 MOST_UNSEEN = 1000   # events that are looked at again at each request, if they tell of no object
 LOOKED_AT = 'calendars seen'  # the fact: up to which event the event log was looked at
@@ -22938,8 +22939,6 @@ class Query:
             raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
         spans = [read_range(each) for each in root.iterfind('.//C:time-range', NAMESPACES)]
         self.parts, self.timed = whole.findall('C:comp-filter', NAMESPACES), bool(spans)
-        if whole.find('C:comp-filter/C:comp-filter/C:time-range', NAMESPACES) is not None:
-            raise Refused(403, 'C:supported-filter', 'nothing in an event is looked for by time')
         first = whole.find('C:comp-filter/C:time-range', NAMESPACES)
         self.begin = -1 if first is None else read_range(first)[0]
 
@@ -22955,11 +22954,19 @@ class Query:
         found = [event for event in events
                  if all(has_property(event, each)
                         for each in part.iterfind('C:prop-filter', NAMESPACES))
-                 and all(event.has(each.get('name', '')) != is_absent(each)
+                 and all(self.has_alarm(event, each, groups)
                          for each in part.iterfind('C:comp-filter', NAMESPACES))]
         if is_absent(part) or not found:
             return is_absent(part) and not found
         return span is None or any(True for _ in self.occurrences(groups, *read_range(span)))
+
+    def has_alarm(self, event: Component, part, groups: Iterable[list[Entry]]) -> bool:
+        """Whether an event has a component in it, in a window where it is an alarm."""
+        name, span = part.get('name', ''), part.find('C:time-range', NAMESPACES)
+        if name.upper() != 'VALARM' or is_absent(part) or span is None:
+            return event.has(name) != is_absent(part)
+        begin, until = read_range(span)
+        return any(begin <= at < until for at in self.alarms(event, groups, begin, until))
 
     def occurrences(self, groups: Iterable[list[Entry]], begin: int, until: int) -> Iterator[dict]:
         """The occurrences of events in a window; {} where that can't be told."""
@@ -22969,6 +22976,23 @@ class Query:
                     yield from group_occurrences(group, self.zone, instant(begin), instant(until))
             except BadCalendar:
                 yield {}
+
+    def alarms(self, event: Component, groups: Iterable[list[Entry]], begin: int,
+               until: int) -> Iterator[int]:
+        """When the alarms of an event go off, about a window (RFC 5545, 3.8.6.3)."""
+        lines = (read_property(unfolded_line(each)) for each in event.lines
+                 if each[:7].upper() == 'TRIGGER')
+        for _, parameters, value in itertools.islice(filter(None, lines), MOST_ALARMS):
+            with suppress(Error, ValueError, OverflowError):
+                if not value.strip('+- ').upper().startswith('P'):
+                    yield int(read_moment(value, '', Frame()).at(self.zone).timestamp())
+                    continue
+                offset = int(read_length(value.strip('+- ')).total_seconds())
+                offset = -offset if value.startswith('-') else offset
+                side = 'end' if 'RELATED=END' in parameters.upper() else 'start'
+                window = max(begin - offset - 1, 0), until - offset + 1
+                for each in self.occurrences(groups, *window):
+                    yield int(each[side].timestamp()) + offset if each else begin
 
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
