@@ -10731,8 +10731,9 @@ BACK = 'put back'  # the code of a proposal to have an occurrence again that was
 UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-JSON = frozenset((*(name for name, each in MADE_OF.items() if each.kind in (Names, Pairs)),
-                  'notify', 'invite', 'addresses', 'hosts', 'classes', 'named', 'trusted'))
+MADE_OF_SEVERAL = [name for name, each in MADE_OF.items() if each.kind in (Names, Pairs)]
+JSON = frozenset((*MADE_OF_SEVERAL, 'notify', 'invite', 'addresses', 'hosts', 'classes', 'named',
+                  'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
 OVER = ('ended', 'cancelled', 'failed')
@@ -10874,8 +10875,8 @@ def within_bytes(found: list) -> list:
 
 
 #: Of a line of the listing, the texts that may be long.
-pick_long = operator.attrgetter('description', 'metadata', 'security_groups', 'notify', 'invite',
-                                'trusted', 'series', 'choices', 'classes', 'fault', 'change')
+pick_long = operator.attrgetter('description', *MADE_OF_SEVERAL, 'notify', 'invite', 'trusted',
+                                'series', 'choices', 'classes', 'fault', 'change')
 
 
 def in_figures(amount: Amount) -> dict:
@@ -12989,6 +12990,12 @@ class Bookings:
                    host=each.host or None, held_from=each.begin, held_until=each.until,
                    **stored(each.amount))
 
+    def hold_proposed(self, reservation: int, proposal: int, holds: list[Hold]) -> None:
+        """Holds what a proposal takes more."""
+        for each in holds:
+            hold(*each)
+        self.hold_beside(reservation, proposal, holds)
+
     def drop_proposals(self, reservation: int, occurrence: int | None = None,
                        code: str | None = None) -> int:
         """Forgets what is proposed of a reservation or one occurrence; how many admins read of."""
@@ -13142,14 +13149,12 @@ class Bookings:
                  'everything stays as approved', old.reservation, wish.notify)
 
     def write_proposal(self, deal: Deal, until: int, holds: list[Hold], shown: dict) -> None:
-        for each in holds:
-            hold(*each)
         old = deal.old
         id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
                     named=deal.named, user=self.service.actor.user, code=deal.code,
                     asked=json.dumps(sorted(deal.asked)), wish=stored_wish(deal.wish),
                     until=until, shown=json.dumps(to_plain(shown)))
-        self.hold_beside(old.reservation, id, holds)
+        self.hold_proposed(old.reservation, id, holds)
 
     def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
@@ -13658,9 +13663,7 @@ class Admission:
             growth = [each for each in growth if each.host]
             with Attempt():
                 self.bookings.make_way(growth, now)
-                for each in growth:
-                    hold(*each)
-                self.bookings.hold_beside(reservation, proposal.id, growth)
+                self.bookings.hold_proposed(reservation, proposal.id, growth)
 
     def commit_back(self, old, wish: Wish, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
