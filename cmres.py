@@ -10731,9 +10731,8 @@ BACK = 'put back'  # the code of a proposal to have an occurrence again that was
 UNDO = 'undo'      # and to be again as before a change that can still be taken back
 #: What makes a series.
 REPEATING = frozenset(('repeat', 'until', 'count', 'skip_dates', 'holidays'))
-MADE_OF_SEVERAL = [name for name, each in MADE_OF.items() if each.kind in (Names, Pairs)]
-JSON = frozenset((*MADE_OF_SEVERAL, 'notify', 'invite', 'addresses', 'hosts', 'classes', 'named',
-                  'trusted'))
+JSON = frozenset((*(name for name, each in MADE_OF.items() if each.kind in (Names, Pairs)),
+                  'notify', 'invite', 'addresses', 'hosts', 'classes', 'named', 'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
 OVER = ('ended', 'cancelled', 'failed')
@@ -10869,14 +10868,10 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(map(len, filter(None, pick_long(line)))) for line in found)
+    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str)
+                                 for line in found)
     return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
             or not number]
-
-
-#: Of a line of the listing, the texts that may be long.
-pick_long = operator.attrgetter('description', *MADE_OF_SEVERAL, 'notify', 'invite', 'trusted',
-                                'series', 'choices', 'classes', 'fault', 'change')
 
 
 def in_figures(amount: Amount) -> dict:
@@ -18378,7 +18373,7 @@ class Planner:
                'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
                'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
-        there = ('AND s.cloud IN names(?) ORDER BY o.start DESC LIMIT ?',
+        there = ('AND s.cloud IN names(?) ORDER BY +o.start DESC LIMIT ?',  # + for the index of due
                  json.dumps([*self.leader.served]))
         if those_due('occurrence', 'SELECT o.id FROM occurrence o CROSS JOIN resource s '
                      'ON s.id = o.resource_id', now, *there, 1):
@@ -26794,7 +26789,7 @@ class BookForm(Visit):
     def starts(self, said: dict, names: dict, why: str,
                fields: str = FIELDSETS['What starts']) -> str:
         """What starts: an image in VMs of a flavor, or nothing, said in so many words."""
-        image = ('VMs of an image', 'they start at From, or so much earlier')
+        image = ('VMs of an image', 'they start on time')
         if said.get('server'):
             image = (f"The server {said['server']}", 'it starts and stops')
         inside = ''.join(self.field(each, said, names) for each in fields.split())

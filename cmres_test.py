@@ -4196,8 +4196,19 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
     assert world.state('lab') == 'active' and len(world.there()) == 3
 
 
+def spread_figures():
+    """Makes the figures of limits columns, as they were before version 26."""
+    names = {'most_vms': 'max_vms', 'longest': 'max_duration', 'ahead': 'max_advance', 'least_notice': 'min_notice',
+             'vcpu_hours': 'max_vcpu_hours', 'waiting': 'max_waiting'}
+    for old, new in names.items():
+        cmres.run(f'ALTER TABLE limits ADD COLUMN {old} INTEGER')
+        cmres.run(f"UPDATE limits SET {old} = json_extract(figures, '$.{new}')")
+    cmres.run('ALTER TABLE limits DROP COLUMN figures')
+
+
 def make_tenth():
     """Makes of a store one of version 10, where occurrences and events don't tell whose they are."""
+    spread_figures()
     triggers = [each.name for each in cmres.rows("SELECT name FROM sqlite_master WHERE type = 'trigger'")]
     indexes = re.findall(r'CREATE INDEX (\w+)', cmres.INDEXES_OF_11)
     gone = [('TRIGGER', triggers), ('INDEX', indexes), ('TABLE', ['wait', 'texts', 'tally', 'once'])]
@@ -4320,7 +4331,8 @@ def brute_force_windows(held: dict, begin: int, until: int, need: tuple) -> tupl
 def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
     """THE RULE against a model that looks at every instant; refusals and the kept usage as well."""
     chance, held, refused = random.Random(20), {}, 0
-    place = world.service.look.resource_row('demo')._replace(vms=12, vcpus=30, ram=60, classes='{"CUSTOM_GPU": 9}')
+    world.service.resource_update('demo', vms=12, vcpus=30, ram=60, classes={'CUSTOM_GPU': 9})
+    place = world.service.look.resource_row('demo')
     for turn in range(4000):
         if held and chance.random() < 0.45:
             begin, until, amount = held.pop(chance.choice(list(held)))
@@ -4338,7 +4350,7 @@ def test_steps_agree_with_brute_force_over_thousands_of_random_changes(world):
         assert (*found[:3], found.classes[0][1]) == peak
         assert tuple(cmres.free_windows(place, amount, begin, until)) == brute_force_windows(
             held, begin, until, (*amount[:3], gpus))
-        assert cmres.fits(place, begin, until, amount) == room
+        assert cmres.fits(cmres.Hold(place.id, begin, until, amount), 0) == room
         if room:
             cmres.hold(place.id, begin, until, amount)
             held[turn] = begin, until, amount
