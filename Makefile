@@ -13,7 +13,7 @@ serve: $(VENV)/cmres $(BIN)/cmres $(if $(findstring postgres,$(DATABASE)),$(VENV
 	$(if $(DATABASE),CMRES_DATABASE='$(DATABASE)') $(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud
-	$(PYTEST) --assert=plain -n 4 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
+	$(PYTEST) --assert=plain -n 6 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
 test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on PostgreSQL, which they start themselves
 	STORE_ENGINE=postgresql $(PYTEST) --assert=plain -n 4 --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
