@@ -28601,7 +28601,7 @@ def store_migrate(config: Config) -> dict:
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
-    open_store(config.database, config.key)
+    open_store(config.database, config.key, make=False)
     return done or {'database': without_password(config.database), 'version': latest_version(),
                     'result': 'nothing to do'}
 

@@ -12721,7 +12721,7 @@ def random_deeds(world, monkeypatch, seed, number):
     page.undo_for = 10
 
     def kept() -> str:
-        found = cmres.rows("SELECT DISTINCT r.label FROM reservation r JOIN occurrence o ON o.reservation_id = r.id JOIN server v ON "
+        found = cmres.rows("SELECT r.label FROM reservation r JOIN occurrence o ON o.reservation_id = r.id JOIN server v ON "
                            "v.occurrence_id = o.id WHERE v.state = 'kept' ORDER BY r.id LIMIT 1")
         return found[0].label if found else 'none'
     for each in (eva.offers, page.offers, root.offers):  # what would fit instead is tested elsewhere
@@ -12730,8 +12730,8 @@ def random_deeds(world, monkeypatch, seed, number):
     monkeypatch.setattr(cmres, 'SEARCHED', ((8, 300),) * 2)  # the rule is to hold, however long it is looked for
     for step in range(number):
         start = int(world.now - NOON.timestamp()) // 3600 + dice.randrange(0, 12)
-        label = dice.choice(cmres.rows("SELECT DISTINCT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE "
-                                       "o.held_until > ? AND o.due IS NOT NULL ORDER BY o.id LIMIT 30", int(world.now)) or [nobody]).label
+        label = dice.choice(cmres.rows("SELECT r.label FROM occurrence o JOIN reservation r ON r.id = o.reservation_id WHERE "
+                                       "o.held_until > ? AND o.due IS NOT NULL GROUP BY r.label ORDER BY min(o.id) LIMIT 30", int(world.now)) or [nobody]).label
         vms = dice.choice((1, 1, 1, 2, 2, 3))
         window = {'start': NOON + hours(start), 'end': NOON + hours(start + dice.choice((1, 2, 4, 8)))}
         flavor = f'g{dice.choice((1, 1, 1, 2, 2, 3, 4, 5, 8))}'
