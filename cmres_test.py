@@ -337,7 +337,8 @@ class Stores:
         """Empties a store, to be lent again; unless it can't be as a new one."""
         connection = self.kept.pop(url)
         try:
-            connection = connection or self.psycopg.connect(url, autocommit=True, cursor_factory=self.psycopg.RawCursor)
+            connection = connection or self.psycopg.connect(
+                url, autocommit=True, cursor_factory=self.psycopg.RawCursor, **cmres.OF_CONNECTIONS)
             connection.execute('SELECT pg_terminate_backend(pid) FROM pg_stat_activity '
                                'WHERE datname = current_database() AND pid <> pg_backend_pid()')
             connection.execute(CLEARING)
