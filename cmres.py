@@ -7300,7 +7300,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
+SEARCHED = *[(8, 2_500)] * 4, (32, 4_000)  # so many hosts, and looks at them
 PUSHES = 200
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
@@ -7322,9 +7322,9 @@ class Scene:
     time, and the VMs that may move.
     """
 
-    def __init__(self, need: Need, hosts: list, had: dict[int, int], now: float, own: int):
+    def __init__(self, need: Need, hosts: list, had: dict[int, int],
+                 others: list[tuple[Any, Need]]):
         self.hosts = {each.id: each for each in hosts}
-        others = in_the_way(need, self.hosts, now, own)
         self.rows = {each.id: each for each, _ in others}
         needs = [need, *(other for _, other in others)]
         self.names = sorted({name for each in needs for name in each.each.names})
@@ -7482,6 +7482,7 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
     begun, and is not of the reservation `own`.
     """
     begin, until, found = need.begin, need.until, []
+    is_there = re.compile('"(%s)":' % '|'.join(map(str, hosts))).search
     for _ in range(2):
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {need.resource} '
                  f'AND o.start > {int(now)} AND o.start < {until} + {LONGEST_LEAD}')
@@ -7493,8 +7494,7 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
                               AND o.placed <> '' AND r.id <> ? AND r.host = '' AND r.affinity <> ?
                               AND {MOVES_ALONE}
                             ORDER BY o.id""", int(now), until, begin, own, TOGETHER)
-        found = [(each, need_of(hold_of(each), each)) for each in planned
-                 if not read_placed(each.placed).keys().isdisjoint(hosts)]
+        found = [(each, need_of(hold_of(each), each)) for each in planned if is_there(each.placed)]
         begin = min([begin, *(other.begin for _, other in found)])
         until = max([until, *(other.until for _, other in found)])
     return found
@@ -7522,10 +7522,11 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
+    others = functools.cache(lambda *hosts: in_the_way(need, hosts, now, own))
     for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         chosen = nearest[:max(width, 2 * need.number)]
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
-                                 json.dumps(chosen)), had, now, own)
+                                 json.dumps(chosen)), had, others(*chosen))
         if scene.solve(looks, turn):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
