@@ -7302,6 +7302,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 
 SEARCHED = *[(8, 2_500)] * 4, (32, 4_000)  # so many hosts, and looks at them
 PUSHES = 200
+MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
 
@@ -7477,9 +7478,9 @@ class Scene:
 
 
 def in_the_way(need: Need, hosts: Iterable[int], now: float,
-               own: int) -> list[tuple[Any, Need]]:
+               own: int) -> tuple[list[tuple[Any, Need]], int]:
     """What is planned on hosts in a window, or in that of what is there, and may move: what has not
-    begun, and is not of the reservation `own`.
+    begun, and is not of the reservation `own`; and among how many on all hosts that was found.
     """
     begin, until, found = need.begin, need.until, []
     is_there = re.compile('"(%s)":' % '|'.join(map(str, hosts))).search
@@ -7497,7 +7498,7 @@ def in_the_way(need: Need, hosts: Iterable[int], now: float,
         found = [(each, need_of(hold_of(each), each)) for each in planned if is_there(each.placed)]
         begin = min([begin, *(other.begin for _, other in found)])
         until = max([until, *(other.until for _, other in found)])
-    return found
+    return found, len(planned)
 
 
 #: Of an occurrence o, that no more is held on hosts for its reservation.
@@ -7522,11 +7523,14 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
-    others = functools.cache(lambda *hosts: in_the_way(need, hosts, now, own))
+    read, seen = functools.cache(lambda *hosts: in_the_way(need, hosts, now, own)), 0
     for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
+        if seen > MOST_SEEN and width > SEARCHED[0][0]:
+            break  # to read as much again would take too long
         chosen = nearest[:max(width, 2 * need.number)]
+        others, seen = read(*chosen)
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
-                                 json.dumps(chosen)), had, others(*chosen))
+                                 json.dumps(chosen)), had, others)
         if scene.solve(looks, turn):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
