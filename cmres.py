@@ -7300,7 +7300,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 4, (32, 4_000)  # so many hosts, and looks at them
+SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
