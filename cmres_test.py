@@ -28621,8 +28621,10 @@ class TestWaysRound:
     def test_what_is_deleted_makes_room_at_once(self, only):
         only.reserve(vms=1, flavor=only.flavor.name)
         for _ in range(3):
+            asked = time.monotonic()
             server, = self.boots(only)
             assert server.status == 'ACTIVE'
+            until(lambda: time.monotonic() > asked + 2.5)  # noqa: B023  # what was asked for just now, Nova may not show yet
             sdk('lab-user').compute.delete_server(server)
             until(lambda: not [*sdk('lab-admin').compute.servers(all_projects=True, name=server.name)])  # noqa: B023
 
