@@ -4251,6 +4251,8 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
+    # when Nova's scheduler asked for it last: what was seen before is older
+    asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
 
@@ -4552,7 +4554,7 @@ MIGRATIONS: list[Callable] = [
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
     lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
-    lambda: add_hosts_of_extra(), lambda: gather_figures()]
+    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked()]
 
 
 def long_texts(row: str) -> str:
@@ -5654,6 +5656,11 @@ def gather_figures() -> None:
             {name: value for name, value in said.items() if value is not None}), each.id)
     for name in names:
         run(f'ALTER TABLE limits DROP COLUMN {name}')
+
+
+def add_asked() -> None:
+    """Version 27: a claim tells when it was decided on last."""
+    add_columns('claim', {'asked': 'REAL NOT NULL DEFAULT 0'})
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -6761,7 +6768,8 @@ PEAKS = of_list(f"""
 PUT_STEPS = of_list("""
   INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
   SELECT resource, track, at, a, b, c FROM p WHERE TRUE
-      ON CONFLICT (resource_id, track, at) DO UPDATE SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
+      ON CONFLICT (resource_id, track, at) DO UPDATE
+        SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
                     'resource', 'track', 'at', 'a', 'b', 'c')
 RAISE_STEPS = of_list(f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
@@ -7348,7 +7356,8 @@ class Scene:
         tracks = [on_host(host, name) for host in self.hosts for name in ('', *self.names)]
         levels = dict(steps_of(resource, tracks, min(cuts), max(cuts)))
         self.cuts, held, columns = sorted(cuts | levels.keys()), {}, defaultdict(list)
-        has = {host: in_order(amount_of_host(each), self.names) for host, each in self.hosts.items()}
+        has = {host: in_order(amount_of_host(each), self.names)
+               for host, each in self.hosts.items()}
         for at in self.cuts[:-1]:
             held = levels.get(at, held)
             for host in self.hosts:
@@ -7799,9 +7808,8 @@ class Lent(NamedTuple):
 class Seat(NamedTuple):
     """Where a server is and what it takes there."""
     host: str  # '': nowhere yet
-    takes: Flavor | None = None  # None: as before, or not settled
-    #: Nova holds it on two hosts, or twice on one: it is resized or moved, and may go back.
-    twice: bool = False
+    #: None: as before, or not settled, while Nova may hold it on two hosts, or twice on one.
+    takes: Flavor | None = None
 
 
 class Seen(NamedTuple):
@@ -8555,10 +8563,11 @@ class OpenStack(Cloud):
             offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
-            twice = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
+            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
             has = server.flavor if server.flavor and server.flavor.vcpus else None
             root = bool(server.image and server.image.id)
-            return Seat(host, self.takes(has, root) if has and not twice else None, twice)
+            settled = has and not moving and not server.task_state
+            return Seat(host, self.takes(has, root) if settled else None)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -8873,9 +8882,10 @@ class Keystone:
         where = {'domain': {'name': domain}}
         identity = {'methods': ['password'],
                     'password': {'user': {'name': user, 'password': password} | where}}
+        scope = {'project': {'name': project} | where}
         return self.answer('POST', f"Keystone does not know '{user}' with this password in the "
-                           f"project '{project}'", self.PATIENT, json={'auth': {
-                               'identity': identity, 'scope': {'project': {'name': project} | where}}})
+                           f"project '{project}'", self.PATIENT,
+                           json={'auth': {'identity': identity, 'scope': scope}})
 
     def answer(self, verb: str, refusal: str, patience: float, **what) -> Told:
         """What Keystone answers; Unavailable if that is nothing of use."""
@@ -10932,8 +10942,8 @@ THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND EXISTS (SELECT 1 FROM reservation r WHERE r.id = '
-              'x.reservation_id AND {})')
+FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND '
+              'EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id AND {})')
 #: By whom and what counts against limits: the columns of user, project, reservation and resource.
 OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
 OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
@@ -11550,8 +11560,8 @@ class Wishes:
             return at_end
         how = self.service.config.at_end_stop
         if how == 'refuse':
-            raise Invalid(f"VMs cannot stay stopped on '{place.name}': they would keep its capacity "
-                          'from others. Let them be shelved, saved or deleted at the end.')
+            raise Invalid(f"VMs cannot stay stopped on '{place.name}': they would keep its "
+                          'capacity from others. Let them be shelved, saved or deleted at the end.')
         warnings.append('The VMs will be shelved at the end, not stopped: a stopped VM keeps its '
                         f"host of '{place.name}' from others." if how == 'shelve' else
                         f"Stopped VMs keep the capacity of '{place.name}' after the end, until you "
@@ -12713,8 +12723,8 @@ class Bookings:
         return None
 
     def make_way(self, growth: list[Hold], now: float) -> None:
-        """Moves what makes way for a change that is proposed, where that doesn't need what the change
-        gives up.
+        """Moves what makes way for a change that is proposed, where that doesn't need what the
+        change gives up.
         """
         if not make_moves(replans.made, now):
             raise NoCapacity('')
@@ -13145,8 +13155,8 @@ class Bookings:
         self.write_proposal(deal, until, growth, shown)
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(
-            now, f"an admin must approve the change of {', '.join(asked)} before {said}; until then "
-                 'everything stays as approved', old.reservation, wish.notify)
+            now, f"an admin must approve the change of {', '.join(asked)} before {said}; until "
+                 'then everything stays as approved', old.reservation, wish.notify)
 
     def write_proposal(self, deal: Deal, until: int, holds: list[Hold], shown: dict) -> None:
         old = deal.old
@@ -13810,7 +13820,8 @@ class Waiting:
     def waiting_requests(self, now: float) -> list[list]:
         """Some of those that wait and may have room now, in their order; parts together."""
         due = rows(f"""SELECT DISTINCT r.id, r.project, r.request, r.priority, r.waiting
-                         FROM wait w INDEXED BY wait_due CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
+                         FROM wait w INDEXED BY wait_due
+                         CROSS JOIN reservation r ON r.id = w.reservation_id WHERE w.due <= ?
                          ORDER BY r.priority DESC, r.waiting, r.id LIMIT {MOST_TRIED}""", now)
         whole = {each.id for each in due}
         for project, request in {(each.project, each.request) for each in due if each.request}:
@@ -15432,8 +15443,8 @@ class Plan(Operations):
                 log.warning('%s', error)
 
     def follow_flavors(self, cloud: str, told: list[Thing]) -> None:
-        """Lets what has not begun take what its flavor takes by now, where that is otherwise than at
-        the last look; who finds no room for it is told.
+        """Lets what has not begun take what its flavor takes by now, where that is otherwise than
+        at the last look; who finds no room for it is told.
         """
         key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
                                           for name in (each.name, each.id)}
@@ -15462,21 +15473,23 @@ class Plan(Operations):
             if wish.each == has:  # it was reserved since
                 continue
             fits = self.moved_to(each, wish._replace(each=wish.each + (has - had)), now)
-            said = f"the flavor '{each.flavor}' has another size now: {amount_in_words(has._replace(vms=0))}"
+            size = amount_in_words(has._replace(vms=0))
+            said = f"the flavor '{each.flavor}' has another size now: {size}"
             if rehearsal.on:
                 continue
             if fits:
                 self.tell(now, 'updated', f'{said}. It is planned with that', each, each.id)
                 continue
             when = self.config.told_window(each.start, each.end, each.tz)
-            self.tell(now, 'affected', f"{said}, and there is no room for {quantity('vms', each.vms)} "
+            some = quantity('vms', each.vms)
+            self.tell(now, 'affected', f'{said}, and there is no room for {some} '
                       f'of that from {when}. Choose another time, fewer VMs or another flavor',
                       each, each.id, admins=True)
         return len(found)
 
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
-        """Plans elsewhere what has begun on hosts that are down for long enough: where there is room,
-        in their order, spare ones last; then where what has not begun makes way. Their names.
+        """Plans elsewhere what has begun on hosts that are down for long enough: where there is
+        room, in their order, spare ones last; then where what has not begun makes way. Their names.
         """
         lost = [each for each in rows(PLANNED_HOSTS, cloud)
                 if each.state == FAILING and each.until <= now - self.config.heal_after]
@@ -15956,8 +15969,8 @@ class Plan(Operations):
         return None
 
     def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
-        """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise than
-        the others of its series.
+        """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise
+        than the others of its series.
         """
         altered = bool(found.repeats and alone or found.altered)
         # what was moved before this may have moved it to another host
@@ -16015,7 +16028,8 @@ class Plan(Operations):
         """What holds something in a window: proposals, then occurrences, the latest added first."""
         fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
-                    'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? AND held_from < ?',
+                    'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? '
+                    'AND held_from < ?',
                     resource, begin, until) + rows(
             f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
@@ -16091,6 +16105,10 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
             'WHERE h.reservation = r.id AND h.part = ?))')
 
 
+#: How a refusal ends that may be over: servers count that are gone, or take less by now.
+TAKEN = 'in use', 'has room for it until then'
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
@@ -16121,41 +16139,45 @@ class Claims(Operations):
                     name, server, projects, users, flavor, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith('in use')]
+        in_use = [each['resource'] for each in answers if each['why'].endswith(TAKEN)]
         looked = in_use and not dry_run and self.look_at_claims(in_use)
         return decide() if looked else answers
 
     def look_at_claims(self, resources: list[str]) -> bool:
         """Looks at once whether servers are still there that count; whether that was told."""
         for name in resources:
-            place = self.look.resource_row(name)
+            place, began = self.look.resource_row(name), self.clock()
             uids = [each.server for each in rows(
-                'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND at < ? '
-                'LIMIT 100', place.id, self.clock() - 2)]  # Nova may not show the newest yet
+                'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND asked < ? '
+                'LIMIT 100', place.id, began)]
             opened = self.clouds.open(place.cloud)
             try:
                 seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
             except Error:
                 return False
             with self.writing() as now:
-                self.note_seats(place.cloud, seats, now)
+                self.note_seats(place.cloud, seats, now, began)
         return True
 
-    def note_seats(self, cloud: str, seats: dict[str, Seat | None], now: float) -> None:
+    def note_seats(self, cloud: str, seats: dict[str, Seat | None], now: float,
+                   began: float) -> None:
         """Lets claims count while their servers are on a host of the resource, and as much as they
         take there.
+
+        Args:
+          began: when the look began; what was decided later, it can't tell of
         """
         for uid, seat in seats.items():
             for claim in rows('SELECT c.* FROM claim c JOIN resource s ON '
                               's.id = c.resource_id WHERE c.server = ? AND c.due IS NOT NULL '
-                              'AND s.cloud = ?', uid, cloud):
+                              'AND c.asked <= ? AND s.cloud = ?', uid, began, cloud):
                 place = resource_of(claim.resource_id, removed=True)
                 hosts = json.loads(place.hosts)
                 if seat is None or seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
                 takes = {}
-                if seat.takes and not (claim.twice and claim.due > now):  # else it may be to come
+                if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
@@ -16232,18 +16254,23 @@ class Claims(Operations):
             why = (f"'{found.host}' is no longer a host of '{name}'" if found and found.host else
                    f"no host of '{name}' has room for it until then")
             return {'passes': False, 'why': why, 'hosts': None}
-        columns = stored(both or need) | {'twice': bool(both),
-                                          'occurrence': found.id if found else None,
-                                  'due': now + self.config.lost_answer_wait,
-                                  'host': chosen[0] if chosen and not chosen[1:] else ''}
+        columns = stored(both or need) | {
+            'twice': bool(both), 'occurrence': found.id if found else None, 'asked': now,
+            'due': now + self.config.lost_answer_wait,
+            'host': chosen[0] if chosen and not chosen[1:] else ''}
         del columns['vms']
+        self.note_claim(there, columns, resource=place.id, server=server, project=project,
+                        user=user)
+        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
+
+    def note_claim(self, there, columns: dict, **whose) -> None:
+        """Lets a server count, in place of what was known of it."""
         if there:
             change(Claim, there.id, **columns)
         elif not rehearsal.on:
-            run('DELETE FROM claim WHERE resource_id = ? AND server = ?', place.id, server)
-            insert(Claim, resource=place.id, server=server, project=project, user=user, at=now,
-                   **columns)
-        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
+            run('DELETE FROM claim WHERE resource_id = ? AND server = ?', whose['resource'],
+                whose['server'])
+            insert(Claim, at=columns['asked'], **whose, **columns)
 
     def host_for(self, place, found, server: str, need: Amount, hosts: list[str], before: str,
                  stays: Amount, now: float) -> list[str] | None:
@@ -19177,7 +19204,7 @@ class Reconciler:
                 f"({', '.join('?' * len(result.target))})",
                 now + self.config.poll_running, now, *result.target)
             return
-        self.service.note_seats(result.account, result.answer, now)
+        self.service.note_seats(result.account, result.answer, now, result.began)
 
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
