@@ -7310,7 +7310,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
+SEARCHED = *[(12, 3_000)] * 4, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
@@ -7333,6 +7333,8 @@ class Scene:
     time, and the VMs that may move.
     """
 
+    looks = 0  # that are left
+
     def __init__(self, need: Need, hosts: list, had: dict[int, int],
                  others: list[tuple[Any, Need]]):
         self.hosts = {each.id: each for each in hosts}
@@ -7352,6 +7354,22 @@ class Scene:
         self.new = self.add(0, need, None, need.number)
         stay = (host for host, number in had.items() for _ in range(number))
         self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
+        self.leave_what_stays()
+
+    def leave_what_stays(self) -> None:
+        """Leaves each VM the hosts where it would fit if nothing were there that may move."""
+        for unit in self.units:
+            self.put(unit, None)
+        self.may = {unit: {host for host in may if self.fits(unit, host)}
+                    for unit, may in self.may.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Puts all back where it was."""
+        for unit in self.may:
+            if unit.host != unit.was:
+                self.put(unit, unit.was)
+            unit.failures = 1
 
     def read_free(self, resource: int, cuts: set[int]) -> None:
         """Reads what is free on the hosts, a row a figure, between any two cuts."""
@@ -7399,7 +7417,7 @@ class Scene:
 
     def fits(self, unit: Unit, host: int) -> bool:
         self.looks -= 1
-        return host in self.may[unit] and not self.siblings(unit, host) and all(
+        return not self.siblings(unit, host) and all(
             min(row[unit.first:unit.last]) >= figure
             for row, figure in zip(self.free[host], unit.figures) if figure)
 
@@ -7409,7 +7427,7 @@ class Scene:
 
     def best(self, unit: Unit) -> int | None:
         """The host that has least left of what is scarcest, at the tightest and then in all."""
-        left = {host: self.free[host][0][unit.first:unit.last] for host in self.hosts
+        left = {host: self.free[host][0][unit.first:unit.last] for host in self.may[unit]
                 if self.fits(unit, host)}
         return min(left, key=lambda host: (min(left[host]), sum(left[host]), host), default=None)
 
@@ -7442,8 +7460,12 @@ class Scene:
 
     def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
         """Of some cuts, in order, those after which a VM finds too little."""
-        return sorted({n for row, figure in zip(free, unit.figures) if figure
-                       for n in among if row[n - unit.first] < figure})
+        found, first = [], unit.first
+        for row, figure in zip(free, unit.figures):
+            if figure and min(row) < figure:
+                found += [n for n in among if row[n - first] < figure]
+                among = [n for n in among if row[n - first] >= figure]
+        return sorted(found)
 
     def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
         """Puts a VM on a host, and those off that are in its way."""
@@ -7456,6 +7478,7 @@ class Scene:
         dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
         out, left = [*self.new], {}
         self.looks = looks
+        self.reset()
         for _ in range(PUSHES):
             if self.looks < 0:
                 return False
@@ -7534,17 +7557,22 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
-    read, seen = functools.cache(lambda *hosts: in_the_way(need, hosts, now, own)), 0
+    scene_of, seen = functools.cache(lambda *hosts: scene_on(hosts, need, had, now, own)), 0
     for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         if seen > MOST_SEEN and width > SEARCHED[0][0]:
-            break  # to read as much again would take too long
-        chosen = nearest[:max(width, 2 * need.number)]
-        others, seen = read(*chosen)
-        scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
-                                 json.dumps(chosen)), had, others)
+            continue  # to read as much again would take too long
+        scene, seen = scene_of(*nearest[:max(width, 2 * need.number)])
         if scene.solve(looks, turn):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
+
+
+def scene_on(hosts: tuple[int, ...], need: Need, had: dict[int, int], now: float,
+             own: int) -> tuple[Scene, int]:
+    """What a search on some hosts begins with, and among how much of all hosts that was found."""
+    others, seen = in_the_way(need, hosts, now, own)
+    return Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(hosts)), had,
+                 others), seen
 
 
 def make_moves(moves: list[tuple], now: float) -> bool:
@@ -18930,6 +18958,9 @@ def lent_parts(places: list[int], now: float) -> list:
                 json.dumps(places), int(now), int(now))
 
 
+LEAST_DISK = 1  # GB: Nova boots from no disk of 0
+
+
 def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:
     """What a part of a lease has on clouds: on whose account, of what kind and name."""
     project = clouds.config.read_again().identities.get(found.project, found.project)
@@ -18941,7 +18972,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
         yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
     else:
         asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
-        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
+        disk = asked.get('disk_gb') or LEAST_DISK
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
@@ -21879,7 +21910,9 @@ class LeaseRequests:
             return given | {'flavor': asked['flavor_id']}
         if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
             if not given['image']:
-                return given | {'each': Amount(1, *each)}
+                size = Flavor(*each, disk=asked.get('disk_gb') or LEAST_DISK)
+                row = self.acting.look.resource_row(given['resource'])
+                return given | {'each': takes_of(size, row)}
             given['flavor'] = self.flavor(cloud, *each)
         return given
 

@@ -12896,7 +12896,7 @@ def there_is_a_plan(world, wish, begin, until, apart) -> bool:
             for name in has:
                 model.Add(sum(takes.get(name, 0) // vms * put[host] for _, _, takes, vms, put in there) <= has[name])
     solver = cp_model.CpSolver()
-    solver.parameters.num_workers, solver.parameters.max_time_in_seconds = 1, 20
+    solver.parameters.num_workers, solver.parameters.max_deterministic_time = 1, 20  # not that of a busy machine
     return solver.Solve(model) in (cp_model.OPTIMAL, cp_model.FEASIBLE)
 
 
