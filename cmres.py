@@ -7810,6 +7810,8 @@ class Seat(NamedTuple):
     host: str  # '': nowhere yet
     #: None: as before, or not settled, while Nova may hold it on two hosts, or twice on one.
     takes: Flavor | None = None
+    #: What it takes until Nova's scheduler has answered, where it is about to be resized or moved.
+    until_moved: Flavor | None = None
 
 
 class Seen(NamedTuple):
@@ -8564,10 +8566,12 @@ class OpenStack(Cloud):
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
             moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
-            has = server.flavor if server.flavor and server.flavor.vcpus else None
-            root = bool(server.image and server.image.id)
-            settled = has and not moving and not server.task_state
-            return Seat(host, self.takes(has, root) if settled else None)
+            if not (server.flavor and server.flavor.vcpus):
+                return Seat(host)
+            takes = self.takes(server.flavor, bool(server.image and server.image.id))
+            if server.task_state in ('resize_prep', 'migrating'):  # its flavor changes after that
+                return Seat(host, until_moved=takes)
+            return Seat(host, None if moving or server.task_state else takes)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -11942,16 +11946,28 @@ class Reasons:
             return NoCapacity(f"Host '{need.host}' {is_so}. Choose another host or time.",
                               cause='host')
         if most < need.number:
-            largest = amount_in_words(max((amount_of_host(each) for each in rows(
-                'SELECT * FROM host WHERE resource_id = ?', need.resource)), key=lambda each: (
-                each.classes, each)))
             return NoCapacity(
                 f"The hosts of '{name}' hold {most} of {number} at most, when they are empty: each "
-                f'takes {takes} of one host. The largest host has {largest}. Reserve fewer or '
+                f'takes {takes} of one host. {self.largest_host(need)} Reserve fewer or '
                 'smaller VMs.', cause='too_large')
         return NoCapacity(
             f"'{name}' has enough free in all from {when}, but not on single hosts: no plan was "
             f'found for {number} that each take {takes} of one host.', cause='host')
+
+    def largest_host(self, need: Need) -> str:
+        """What the largest host of a resource has, and how many are closed."""
+        hosts = rows('SELECT * FROM host WHERE resource_id = ? AND state <> ?', need.resource,
+                     GONE_AWAY)
+        well = [each for each in hosts if not each.state]
+        closed = len(hosts) - len(well)
+        if not hosts:
+            return 'It has none any more.'
+        largest = max(map(amount_of_host, well or hosts), key=lambda each: (each.classes, each))
+        said = f'The largest host has {amount_in_words(largest)}.'
+        if closed:
+            said += f" {closed} of {counted(len(hosts), 'host')} {'are' if closed > 1 else 'is'} " \
+                    'disabled or down.'
+        return said
 
     def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
@@ -16140,11 +16156,13 @@ class Claims(Operations):
                     for name in resources]
         answers = decide()
         in_use = [each['resource'] for each in answers if each['why'].endswith(TAKEN)]
-        looked = in_use and not dry_run and self.look_at_claims(in_use)
+        looked = in_use and not dry_run and self.look_at_claims(in_use, server)
         return decide() if looked else answers
 
-    def look_at_claims(self, resources: list[str]) -> bool:
-        """Looks at once whether servers are still there that count; whether that was told."""
+    def look_at_claims(self, resources: list[str], asked: str) -> bool:
+        """Looks at once whether servers are still there that count; whether that was told. Of the
+        one that is asked for, what it takes is settled: Nova moves none that is being moved.
+        """
         for name in resources:
             place, began = self.look.resource_row(name), self.clock()
             uids = [each.server for each in rows(
@@ -16155,6 +16173,9 @@ class Claims(Operations):
                 seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
             except Error:
                 return False
+            if seats.get(asked):
+                seats[asked] = seats[asked]._replace(
+                    takes=seats[asked].takes or seats[asked].until_moved)
             with self.writing() as now:
                 self.note_seats(place.cloud, seats, now, began)
         return True

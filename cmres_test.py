@@ -12543,6 +12543,13 @@ def test_what_fits_the_sum_and_no_host_is_refused_with_what_fits(racks):
     assert planned('more') == [{'h1': 1, 'h2': 1}] and racks.service.check()['differences'] == 0
 
 
+def test_a_refusal_for_size_says_how_many_hosts_are_closed(racks, monkeypatch):
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 6}, {'h1': {'state': 'disabled'}})
+    survey(racks)
+    with pytest.raises(NoCapacity, match=r'hold 0 of 1 VM at most.* largest host has .*6 CUSTOM_GPU, .* 1 of 2 hosts is disabled or down'):
+        gpus(racks, 'lab', 'g8')
+
+
 @pytest.mark.parametrize('flavor, vms, units, sentence', [
     ('c80', 3, {'VCPU': (1, 32, 1)}, 'hold 0 of 3 VMs at most'), ('disk', 20, {}, "'gpu' has 4000 GB of disk in total. You asked for 18000")])
 def test_what_placement_gives_of_a_host_counts(world, monkeypatch, flavor, vms, units, sentence):
@@ -25743,6 +25750,20 @@ ACCOUNT = os.environ.get('OS_CLOUD', '')
 QUICK = WISH | {'network': 'none'}  # a boot without a port takes half as long
 
 
+@pytest.fixture(autouse=True)
+def hosts_answer(request):
+    """Each test of the lab finds all its hosts up: one whose nova-compute hangs, or was left dead, is started anew."""
+    if request.node.get_closest_marker('openstack') and os.path.exists(SVC):
+        for each in computes():
+            if each['state'] != 'up':
+                print(each['host'], 'was', each['state'])
+                svc('restart', f"nova-compute-{each['host'].rpartition('-')[2]}")
+
+
+def computes():
+    return sdk('lab-admin').compute.get('/os-services?binary=nova-compute').json()['services']
+
+
 @functools.cache
 def sdk(account=ACCOUNT):
     """The cloud as its owner sees it, beside cmres."""
@@ -26170,8 +26191,7 @@ def svc(*words):
 def start_service(name):
     svc('start', name)
     number = name.rpartition('-')[2]
-    until(lambda: any(each['host'] == f'lab-compute-{number}' and each['state'] == 'up' for each in
-                      sdk('lab-admin').compute.get('/os-services?binary=nova-compute').json()['services']), 60)
+    until(lambda: any(each['host'] == f'lab-compute-{number}' and each['state'] == 'up' for each in computes()), 60)
 
 
 @openstack
@@ -27934,9 +27954,9 @@ def test_resizes_that_are_reverted_one_right_after_the_other_are_settled_by_a_lo
     assert claimed(racks, 's1', 'g4') == ['h1']
     for _ in range(6):
         racks.now += 0.1
-        seated(monkeypatch, {'s1': cmres.Seat('h1', cmres.Simulated.FLAVORS['g4'])})
+        seated(monkeypatch, {'s1': cmres.Seat('h1', until_moved=cmres.Simulated.FLAVORS['g4'])})  # Nova asks
         assert claimed(racks, 's1', 'g3', hosts=['h1']) == ['h1']
-        seated(monkeypatch, {'s1': cmres.Seat('h1')})  # resized, and may go back
+        seated(monkeypatch, {'s1': cmres.Seat('h1', until_moved=cmres.Simulated.FLAVORS['g4'])})  # it was told so
         racks.now += 0.1
         assert claimed(racks, 's2', 'g4').endswith('in use')
 
@@ -28097,6 +28117,11 @@ class Guarded:
         self.world.service.wake = self.world.cycle.wake.set
         self.service, self.stop = self.world.service, threading.Event()
         admin = sdk('lab-admin').compute
+        for each in admin.aggregates():  # left by a run that was killed
+            if each.name.startswith('guarded-'):
+                for host in each.hosts:
+                    admin.remove_host_from_aggregate(each, host)
+                admin.delete_aggregate(each)
         self.aggregate = admin.create_aggregate(name=self.called or unique('guarded-'))
         for host in self.hosts:
             admin.add_host_to_aggregate(self.aggregate, host)
@@ -28487,22 +28512,40 @@ class TestWaysRound:
         assert '' not in self.where(only, 5, user='lab-user2')
         self.keeps(only, 1)
 
+    @contextlib.contextmanager
+    def dead(self, only, host):
+        """A host that Nova calls down at once, and cmres knows to be well again at the end."""
+        admin, name = sdk('lab-admin').compute, f'nova-compute-{host[-1]}'
+        service = next(each for each in admin.services(host=host))
+        svc('kill', name)
+        try:
+            admin.update_service_forced_down(service, host, 'nova-compute', True)
+            yield
+        finally:
+            subprocess.run([SVC, 'start', name], capture_output=True)  # what fails here shows in the last line
+            until(lambda: can_be_up(admin, service, host))
+            until(lambda: all(each.state == 'up' for each in admin.services(binary='nova-compute')))
+            until(lambda: not only.sync())  # cmres may have seen it down
+
     def test_from_a_host_that_fails_a_vm_is_evacuated_into_its_reservation(self, only):
         only.reserve(vms=2, flavor=only.flavor.name)
         before, = self.boots(only)
-        admin, svc = sdk('lab-admin').compute, [SVC, 'kill', f'nova-compute-{before.compute_host[-1]}']
-        service = next(each for each in admin.services(host=before.compute_host))
-        subprocess.run(svc, check=True, capture_output=True)
-        try:
-            admin.update_service_forced_down(service, before.compute_host, 'nova-compute', True)
+        with self.dead(only, before.compute_host):
+            admin = sdk('lab-admin').compute
             admin.evacuate_server(before)
             until(lambda: admin.get_server(before.id).compute_host != before.compute_host)
             assert self.server(only, 'SHUTOFF').compute_host in only.hosts  # where its owner starts it, since Nova's 2.95
-        finally:
-            subprocess.run([SVC, 'start', svc[2]], capture_output=True)  # what fails here shows in the last line
-            until(lambda: can_be_up(admin, service, before.compute_host))
-            until(lambda: all(each.state == 'up' for each in admin.services(binary='nova-compute')))
-            until(lambda: not only.sync())  # cmres may have seen it down
+
+    def test_an_evacuation_that_an_admin_forces_is_followed(self, only):
+        only.reserve(vms=2, flavor=only.flavor.name)
+        only.reserve(vms=5, flavor=only.flavor.name, project='chem')
+        before, = self.boots(only)
+        with self.dead(only, before.compute_host):
+            other, = {*only.hosts} - {before.compute_host}
+            forced(before, 'evacuate', other)
+            until(lambda: any(f'is on {other}, where it was not planned' in each['sentence'] for each in only.service.events()))
+        self.keeps(only, 1)
+        assert '' not in self.where(only, 5, user='lab-user2')
 
     def test_server_groups_and_reservations_are_apart_alike(self, only):
         only.reserve(vms=2, flavor=only.flavor.name, affinity='apart')
@@ -28611,6 +28654,24 @@ class TestWaysRound:
             only.hosts = hosts
         assert 'no longer have room' in self.looks(only, lambda: affected(only.world, label))[0]
         assert self.vcpus(only) == 256
+
+    def test_what_is_renamed_is_the_same_and_a_host_of_another_name_takes_its_plans(self, only):
+        """Nova's hosts have one name for ever: another one is another host."""
+        admin, label = sdk('lab-admin').compute, self.later(only)
+        only.others_enabled(True)
+        admin.update_aggregate(only.aggregate, name=f'{only.name}-new')
+        admin.remove_host_from_aggregate(only.aggregate, 'lab-compute-2')
+        admin.add_host_to_aggregate(only.aggregate, 'lab-compute-4')
+        try:
+            self.looks(only, lambda: planned(label) == [{'lab-compute-1': 4, 'lab-compute-4': 4}])
+            assert [each['name'] for each in only.service.resource_list(cloud='lab-admin')] == [only.name]
+            assert only.service.resource_show(only.name)['aggregate'] == f'{only.name}-new'
+            assert affected(only.world, label) == []
+        finally:
+            admin.update_aggregate(only.aggregate, name=only.name)
+            admin.remove_host_from_aggregate(only.aggregate, 'lab-compute-4')
+            admin.add_host_to_aggregate(only.aggregate, 'lab-compute-2')
+        self.looks(only, lambda: planned(label) == [{'lab-compute-1': 4, 'lab-compute-2': 4}])
 
     def test_who_does_not_fit_a_lower_ratio_is_told(self, only):
         label, placement = self.later(only), sdk('lab-admin').placement
@@ -28728,6 +28789,36 @@ class TestWaysRound:
         finally:
             only.service.resource_update(only.name, spare=0)
             self.looks(only, lambda: not only.sync())
+
+    def test_two_cmres_share_a_nova_and_take_nothing_of_each_other(self, only, serving):
+        """The second mark tells whose an aggregate is; one nova-scheduler asks each for its own."""
+        admin = sdk('lab-admin').compute
+        other = serving()
+        cmres_two, own = cmres.Client(other.url, other.token), admin.create_aggregate(name=unique('other-'))
+        try:
+            with pytest.raises(Conflict, match='belongs to another cmres'):
+                cmres_two.resource_sync('lab-admin', [only.name])
+            only.others_enabled(True)
+            only.hosts += ('lab-compute-3',)
+            only.others_enabled(False)
+            admin.add_host_to_aggregate(own, 'lab-compute-3')
+            cmres_two.resource_sync('lab-admin', [own.name], mode='exclusive')
+            with pytest.raises(Conflict, match='belongs to another cmres'):
+                only.service.resource_sync('lab-admin', [own.name])
+            only.schedule(more=(other.url, other.token))
+            only.reserve(vms=1, flavor=only.flavor.name)
+            cmres_two.add('theirs', own.name, 'now', '+1h', vms=2, flavor=only.flavor.name,
+                          project=sdk('lab-user2').current_project_id)
+            assert [each for each in self.where(only, 3) if each] == ['lab-compute-1']
+            assert [each for each in self.where(only, 3, user='lab-user2') if each] == ['lab-compute-3'] * 2
+        finally:
+            only.clear()
+            only.hosts = Guarded.hosts
+            only.others_enabled(True)
+            for host in admin.get_aggregate(own).hosts or ():
+                admin.remove_host_from_aggregate(own, host)
+            admin.delete_aggregate(own)
+            only.schedule()
 
 
 # OpenStack: its own tools ####################################################
