@@ -16106,7 +16106,7 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
 
 
 #: How a refusal ends that may be over: servers count that are gone, or take less by now.
-TAKEN = 'in use', 'has room for it until then'
+PASSING = 'in use', 'has room for it until then'
 
 
 class Claims(Operations):
@@ -16139,7 +16139,7 @@ class Claims(Operations):
                     name, server, projects, users, flavor, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith(TAKEN)]
+        in_use = [each['resource'] for each in answers if each['why'].endswith(PASSING)]
         looked = in_use and not dry_run and self.look_at_claims(in_use)
         return decide() if looked else answers
 

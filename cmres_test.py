@@ -1992,7 +1992,7 @@ def restored_world(world, tmp_path):
     with cmres.transaction():
         cmres.run('DELETE FROM simulated_server')
         for each in there:  # a cloud forgets nothing when a database is restored
-            cmres.insert(cmres.SimulatedServer, **each._asdict())
+            cmres.insert(cmres.SimulatedServer, **{name: value for name, value in each._asdict().items() if name != 'id'})
     world.revive(world.now)
 
 
