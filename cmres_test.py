@@ -15443,7 +15443,7 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
                         raise Crash
                 except Crash:
                     points.crashed = False
-                    cmres.close_store()  # with whatever transaction was open
+                    cmres.db.close()  # with whatever transaction was open
                     hurry(world)
                     for pool in world.cycle.workers.pools.values():
                         pool.shutdown()
