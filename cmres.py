@@ -4652,7 +4652,7 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
         if isinstance(error, Error):
             raise
         raise Unavailable(f"Cannot open the database '{without_password(path)}': "
-                          f'{first_line(error)}') from None
+                          f'{first_line(error)}{is_server(path) * NONE_THERE}') from None
 
 
 def take_server(url: str, file: str, known: str, make: bool) -> None:
@@ -4707,6 +4707,7 @@ STORE_GONE = ("The database '{0}' is missing, but there was one: '{1}' remembers
 STORE_OLDER = ("The database '{0}' has version {1}, but this cmres needs version {2}. Stop all "
                'processes of cmres, then run `store migrate`. `serve`, `scheduler` and `tick` do '
                'it, too.')
+NONE_THERE = '. Check its address. If there is no such database, create it with `createdb`.'
 STORE_NEWER = ("A newer cmres wrote the database '{0}' (version {1}, here {2}). Install that "
                'version or a later one.')
 OTHER_KEY = ("The database '{}' is {}, but its key is of store {}. Put the right file back, or "
@@ -5695,8 +5696,7 @@ SERVER_TROUBLES = {
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
     READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
-    '28': 'The database does not let cmres in: {}. An operator must look at its settings.',
-    '3D': 'There is no such database: {}. Create it with `createdb`.'}
+    '28': 'The database does not let cmres in: {}. An operator must look at its settings.'}
 
 
 def trouble(error: BaseException) -> Unavailable | None:
@@ -14959,7 +14959,7 @@ class Requests(Operations):
         for each in found:
             self.admission.cancel(self.look.live(each, each.slot) if following else [each],
                                   now, ends=following)
-        return self.as_cancelled(found)
+        return self.as_cancelled(found, now)
 
     def next_to_cancel(self, asked: dict) -> list:
         """The next occurrences of the reservations that a label or filters meet; Conflict where
@@ -14984,7 +14984,7 @@ class Requests(Operations):
             left.extend(found := which())
             self.cancel_some(left, now, whole)
             noted = left and self.note_rest(left, now)
-            return self.as_cancelled(found)
+            return self.as_cancelled(found, now)
         with self.shares.resting():  # changes of others don't wait
             done = self.carry_out(deed, dry_run, locks)
         if left:
@@ -15015,11 +15015,12 @@ class Requests(Operations):
         with transaction():
             run('DELETE FROM fact WHERE name = ?', noted)
 
-    def as_cancelled(self, found: list) -> list[dict]:
+    def as_cancelled(self, found: list, now: float) -> list[dict]:
         """What was cancelled, as it is now or in a moment, with what becomes of its VMs."""
         after = self.look.in_order([each.id for each in found], fields=SLIM)
-        return [public(line) | {'state': line.state if line.cancelled is not None else
-                                'ending' if line.existing else 'cancelled'}
+        at = instant(int(now))
+        return [public(line) | ({} if line.cancelled is not None else {
+            'cancelled': at, 'state': 'ending' if line.existing else 'cancelled'})
                 | self.admission.ends_with(each) for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
@@ -16122,7 +16123,7 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
 
 
 #: How a refusal ends that may be over: servers count that are gone, or take less by now.
-TAKEN = 'in use', 'has room for it until then'
+PASSING = 'in use', 'has room for it until then'
 
 
 class Claims(Operations):
@@ -16155,7 +16156,7 @@ class Claims(Operations):
                     name, server, projects, users, flavor, label, project, user, hosts, moves, now)
                     for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith(TAKEN)]
+        in_use = [each['resource'] for each in answers if each['why'].endswith(PASSING)]
         looked = in_use and not dry_run and self.look_at_claims(in_use, server)
         return decide() if looked else answers
 
