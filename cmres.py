@@ -2061,8 +2061,7 @@ WORDS = {
 }
 
 #: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
-          for name, about, example in (
+GROUPS = {name: (about, f'{name} {example}') for name, about, example in (
     ('resource', 'Things that people can reserve, and their capacities.',
      'add india --cloud simulated --vms 40'),
     ('token', 'Tokens: they sign people in to the page, and programs to REST.',
@@ -2095,6 +2094,7 @@ class Operation:
     role: str
     routes: list
     made: str = ''
+    examples: tuple = ()  # of its command
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -2110,9 +2110,9 @@ class Operation:
         return self.routes[0][0] != 'GET'
 
     @property
-    def help(self) -> tuple[str, str]:
-        """What it does, and examples of its command."""
-        return split_help(inspect.getdoc(self.method))
+    def help(self) -> str:
+        """What it does."""
+        return inspect.getdoc(self.method)
 
     @property
     def words(self) -> str:
@@ -2135,11 +2135,6 @@ def signature_of(method: Callable) -> inspect.Signature:
     return plain.replace(parameters=[*found.values()])
 
 
-def split_help(text: str) -> tuple[str, str]:
-    about, *examples = re.split(r'\n\nExample:\s+', text.strip())
-    return about, '\n'.join(f'  {each.strip()}' for each in ''.join(examples).splitlines())
-
-
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
     return WORDS.get(f'{operation.name}.{name}') or WORDS[name]
@@ -2148,10 +2143,11 @@ def argument_help(operation: Operation, name: str) -> str:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
+def api(verb: str, path: str, *examples: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method for who has at least a role (a reader for a GET, else a user); of several
-    marks the topmost is the address that clients use. What it makes is found at `made`, whose parts
-    are fields of the answer; an address stands for its `fixed` arguments."""
+    marks the topmost is the address that clients use, the lowest has examples of its command. What
+    it makes is found at `made`, whose parts are fields of the answer; an address stands for its
+    `fixed` arguments."""
     def publish(method):
         known = API.get(method.__name__)
         if known:
@@ -2160,7 +2156,7 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
             return method
         needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, needed, [(verb, path, fixed)], made)
+            method.__name__, method, needed, [(verb, path, fixed)], made, examples)
         return guarded_by_role(method)
     return publish
 
@@ -14053,13 +14049,11 @@ PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
-    @api('POST', '/reservation/<label>/approve', role=ADMIN)
+    @api('POST', '/reservation/<label>/approve',
+         "approve lab --project biology --reason 'as agreed'", role=ADMIN)
     def approve(self, label: Label, project: Name = '', reason: Text = '',
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Approves a pending reservation, or a pending change of a reservation.
-
-        Example: python cmres.py approve lab --project biology --reason 'as agreed'
-        """
+        """Approves a pending reservation, or a pending change of a reservation."""
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
             for each in pending:
@@ -14072,13 +14066,10 @@ class Approvals(Operations):
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
-    @api('POST', '/reservation/<label>/accept')
+    @api('POST', '/reservation/<label>/accept', 'accept lab')
     def accept(self, label: Label, project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Accepts the capacity that the waiting list offers you.
-
-        Example: python cmres.py accept lab
-        """
+        """Accepts the capacity that the waiting list offers you."""
         with self.writing(dry_run) as now:
             _, pending, _ = self.pending_of(label, project)
             mine = [each for each in pending if each.confirm]
@@ -14089,14 +14080,13 @@ class Approvals(Operations):
                 self.settle(each, 'accepted', now)
             return self.told_parts(label, pending)
 
-    @api('POST', '/reservation/<label>/reject', role=ADMIN)
+    @api('POST', '/reservation/<label>/reject',
+         "reject lab --reason 'not before the exam'", role=ADMIN)
     def reject(self, label: Label, reason: Text = '', project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Rejects a pending reservation. Its capacity is free again. Rejects all parts of a group.
 
         A change of an approved reservation is rejected alone: the reservation stays as it was.
-
-        Example: python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
@@ -14280,6 +14270,9 @@ class Requests(Operations):
     @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+         'add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros',
+         "add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20",
+         'add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20',
          resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, *,
             at_end: Name = '', notify: Names = (), invite: Names = (), lead: Span = None,
@@ -14307,11 +14300,6 @@ class Requests(Operations):
 
         With several --part, all parts are reserved, or none. The parts are called LABEL-1, LABEL-2
         and so on; commands on LABEL act on every part.
-
-        Example:
-          python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
-          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20
-          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
         return self.reserve([self.read_request(asked)], dry_run)
 
@@ -14387,15 +14375,13 @@ class Requests(Operations):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load', made='/reservation/')
+    @api('POST', '/reservation/load', 'load class.csv --partial', made='/reservation/')
     def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations from a file: all of them, or with --partial those that fit.
 
         Each refused line is shown with its number and the reason. The first line of a CSV file
         names the fields, as in `add`; the output of `list --format csv` is such a file. At most
         100000 lines.
-
-        Example: python cmres.py load class.csv --partial
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
@@ -14467,14 +14453,12 @@ class Requests(Operations):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate', made='/reservation/')
+    @api('POST', '/reservation/generate', 'generate demo --count 20', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None,
                  flavor: Name = '', image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, to try things out.
 
         Those that do not fit are left out.
-
-        Example: python cmres.py generate demo --count 20
         """
         chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
@@ -14486,7 +14470,7 @@ class Requests(Operations):
         return self.load(wanted, partial=True, dry_run=dry_run)
 
     @api('GET', '/reservation/')
-    @api('GET', '/reservation/<label>')
+    @api('GET', '/reservation/<label>', 'list --resource demo --state starting,active')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
              cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
              state: Names = (), start: When = None, end: When = None, limit: Page = 100,
@@ -14497,8 +14481,6 @@ class Requests(Operations):
         you see only the current or next occurrence; with a label or a time window you see all of
         them. A page has at most --limit lines; cmres says if there are more. `show` has long
         descriptions and user data.
-
-        Example: python cmres.py list --resource demo --state starting,active
         """
         self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
@@ -14556,15 +14538,13 @@ class Requests(Operations):
             also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
 
-    @api('GET', '/reservation/<label>/show')
+    @api('GET', '/reservation/<label>/show', 'show lab')
     @for_each_part
     def show(self, label: Label, project: Name = '', occurrence: Day = None,
              tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows everything about one reservation.
 
         Its fields, its state, its VMs, and the future occurrences of a series.
-
-        Example: python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = self.with_changes([found])[0] | {
@@ -14578,16 +14558,12 @@ class Requests(Operations):
             some_of_public(each, 'resource', 'vms', 'start', 'end', 'state') for each in comes]}
 
     @api('GET', '/server/')
-    @api('GET', '/reservation/<label>/servers')
+    @api('GET', '/reservation/<label>/servers', 'servers lab', 'servers --kept')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None,
                 kept: bool = False, tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the VMs of a reservation: state, addresses and times.
 
         With --kept, it lists the VMs that stayed after their end, stopped or shelved.
-
-        Example:
-          python cmres.py servers lab
-          python cmres.py servers --kept
         """
         if kept:
             return [public(each) for each in self.look.kept_servers(label, project)]
@@ -14600,18 +14576,17 @@ class Requests(Operations):
             each.label if each else label, each.project if each else project, live=False,
             occurrence=occurrence).id)]
 
-    @api('GET', '/reservation/<label>/duration')
+    @api('GET', '/reservation/<label>/duration', 'duration lab')
     @for_each_part
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
-        """Shows how long a reservation is.
-
-        Example: python cmres.py duration lab
-        """
+        """Shows how long a reservation is."""
         found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
         return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
 
-    @api('PATCH', '/reservation/<label>')
+    @api('PATCH', '/reservation/<label>',
+         'update lab --start 2026-12-01T10:00 --vms 5',
+         'update class --occurrence 2027-02-02 --start 2027-02-03T09:00')
     @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
                vms: Count = None, *, at_end: Name = None, notify: Names = None,
@@ -14630,10 +14605,6 @@ class Requests(Operations):
         series, all future occurrences change; with --occurrence only that one, with --following
         also those after it. An occurrence that you changed alone does not follow later changes of
         the series.
-
-        Example:
-          python cmres.py update lab --start 2026-12-01T10:00 --vms 5
-          python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
         apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following', 'reason')
         asked = {name: value for name, value in asked.items()
@@ -14644,17 +14615,13 @@ class Requests(Operations):
         return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
                           occurrence=occurrence, alone=bool(occurrence) and not following)
 
-    @api('POST', '/reservation/<label>/extend')
+    @api('POST', '/reservation/<label>/extend', 'extend lab +1h', 'extend lab --until 17:00')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None,
                tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Makes a reservation longer; works until its end.
 
         Of a series, only the current or next occurrence.
-
-        Example:
-          python cmres.py extend lab +1h
-          python cmres.py extend lab --until 17:00
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {format_duration(by.total_seconds())} is not longer. Write for '
@@ -14662,15 +14629,13 @@ class Requests(Operations):
         return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
                             'updated', dry_run)
 
-    @api('POST', '/reservation/<label>/end')
+    @api('POST', '/reservation/<label>/end', 'end lab')
     @for_each_part
     def end(self, label: Label, project: Name = '', dry_run: bool = False) -> (
             BookedAnswer | GroupAnswer):
         """Ends a running reservation now, with its agreed action at the end.
 
         Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
-
-        Example: python cmres.py end lab
         """
         def now_on(old) -> datetime:
             if self.clock() < old.start:
@@ -14679,15 +14644,13 @@ class Requests(Operations):
             return instant(int(self.clock()) + 1)
         return self.prolong(label, project, None, now_on, 'updated', dry_run)
 
-    @api('POST', '/reservation/<label>/keep')
+    @api('POST', '/reservation/<label>/keep', 'keep lab +2h')
     @for_each_part
     def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
              dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Keeps the running VMs until a later time, if the capacity is free.
 
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
-
-        Example: python cmres.py keep lab +2h
         """
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
@@ -14722,7 +14685,8 @@ class Requests(Operations):
                          'o.due IS NOT NULL', label, project):
             yield On.RESOURCE, each.resource_id
 
-    @api('POST', '/reservation/<label>/skip')
+    @api('POST', '/reservation/<label>/skip',
+         'skip lab', 'skip class --occurrence 2027-02-02 --undo')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
              tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
@@ -14730,10 +14694,6 @@ class Requests(Operations):
 
         With --undo, it restores a skipped or cancelled occurrence of a series, if it still fits:
         the next one, or the one of --occurrence.
-
-        Example:
-          python cmres.py skip lab
-          python cmres.py skip class --occurrence 2027-02-02 --undo
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
@@ -14903,7 +14863,8 @@ class Requests(Operations):
     @api('DELETE',
          '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
     @api('POST',
-         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+         'delete --resource demo --user eva --dry-run')
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
                cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                vms: Count = None, start: When = None, end: When = None, count: Count = None,
@@ -14916,8 +14877,6 @@ class Requests(Operations):
         many reservations you expect to cancel. Finished reservations do not change. Of a series,
         --occurrence cancels only that one, and --following also those after it. With --kept, it
         deletes the VMs that stayed after their end.
-
-        Example: python cmres.py delete --resource demo --user eva --dry-run
         """
         self.refuse_unknown_states(state)
         if not any([state, *(asked[name] for name in FILTERS)]):
@@ -15056,7 +15015,8 @@ class Requests(Operations):
                            hint=f'--count {len(found)} confirms it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
-    @api('GET', '/resource/<resource>/find')
+    @api('GET', '/resource/<resource>/find',
+         'find demo 2h --vms 4', 'find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon')
     def find(self, resource: Place, duration: Span, vms: Count = 1, flavor: Name = '',
              classes: Classes = None, lead: Span = None, after: When = None, before: When = None,
              limit: Page = 10) -> list[SlotAnswer]:
@@ -15064,10 +15024,6 @@ class Requests(Operations):
 
         Each slot shows from when until when the capacity is free. With - as RESOURCE, cmres looks
         at all resources. The search ends a year from now, or at --before.
-
-        Example:
-          python cmres.py find demo 2h --vms 4
-          python cmres.py find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon
         """
         if duration < timedelta(seconds=1):
             raise Invalid('duration: a free slot has at least one second.')
@@ -15093,13 +15049,11 @@ class Requests(Operations):
                  'duration': format_duration(last - first), 'vms': vms}
                 for first, name, last in sorted(found)[:limit]]
 
-    @api('GET', '/resource/<resource>/usage')
+    @api('GET', '/resource/<resource>/usage', 'usage demo --end +1d')
     def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Shows how much of a resource is reserved over time (without names).
 
         Default: the next 7 days.
-
-        Example: python cmres.py usage demo --end +1d
         """
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
@@ -15131,7 +15085,8 @@ NEW_RESOURCE = dict.fromkeys((*RESOURCE_LENGTHS.values(), 'default_vms'), 0) | d
 class Plan(Operations):
     """The operations on resources, their capacity over time, and limits."""
 
-    @api('POST', '/limit/', role=ADMIN, made='/limit/')
+    @api('POST', '/limit/',
+         'limit add --project biology --max-vms 20 --max-duration 7d', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', *,
                   exempt_within: Span = None, lock: Span = None, dry_run: bool = False,
                   **figures: LIMIT_ARGUMENTS) -> LimitAnswer:
@@ -15140,8 +15095,6 @@ class Plan(Operations):
         Without both, the limit applies to every project that has no limit of its own. With
         --resource it applies to that resource; otherwise to all resources together. Reservations
         that start within --exempt-within and take at most a day (`exempt_longest`) have no limit.
-
-        Example: python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
         """
         said = {name: seconds_of(each) if isinstance(each, timedelta) else each
                 for name, each in figures.items() if each is not None}
@@ -15157,20 +15110,14 @@ class Plan(Operations):
 
     @api('GET', '/limit/')
     def limit_list(self) -> list[LimitAnswer]:
-        """Lists the limits; only admins see the limits of others.
-
-        Example: python cmres.py limit list
-        """
+        """Lists the limits; only admins see the limits of others."""
         found = rows(f'{LIMITS} ORDER BY l.id')
         return [shown_limit(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
-    @api('DELETE', '/limit/<id>', role=ADMIN)
+    @api('DELETE', '/limit/<id>', 'limit delete 1', role=ADMIN)
     def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
-        """Removes a limit.
-
-        Example: python cmres.py limit delete 1
-        """
+        """Removes a limit."""
         with self.writing(dry_run) as now:
             found = row(f'{LIMITS} WHERE l.id = ?', id)
             if not found:
@@ -15181,16 +15128,15 @@ class Plan(Operations):
             self.journal(now, 'limit', f'removed limit {id}')
             return shown_limit(found)
 
-    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
+    @api('POST', '/resource/',
+         'resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G',
+         role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, *, dry_run: bool = False, asked: dict = None,
                      **said: RESOURCE_ANEW) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
         With --classes, other resource classes of Placement count, too. Flavors name them in their
         extra specs, for example resources:CUSTOM_GPU=1.
-
-        Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
@@ -15209,29 +15155,23 @@ class Plan(Operations):
             f"The cloud '{cloud}' is not in clouds.yaml, so no VM can start there."
             f"{nearest(cloud, known).strip('.')}"]}
 
-    @api('GET', '/resource/')
+    @api('GET', '/resource/', 'resource list --cloud simulated')
     def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
                       aggregate: Name = '') -> list[ResourceAnswer]:
-        """Lists the resources with their locations and capacities.
-
-        Example: python cmres.py resource list --cloud simulated
-        """
+        """Lists the resources with their locations and capacities."""
         return [self.resource_public(each)
                 for each in self.look.places(cell, cloud, region, aggregate)]
 
-    @api('GET', '/resource/<name>')
+    @api('GET', '/resource/<name>', 'resource show demo')
     def resource_show(self, name: Label) -> ResourceNowAnswer:
-        """Shows a resource, and how much of it is reserved now.
-
-        Example: python cmres.py resource show demo
-        """
+        """Shows a resource, and how much of it is reserved now."""
         found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
         used = in_figures(held)
         how = 'hosts' if planned_by_host(found.id) else 'sum'
         return self.resource_public(found) | {'planned_by': how, 'held_now': used, 'used_now': used}
 
-    @api('PATCH', '/resource/<name>', role=ADMIN)
+    @api('PATCH', '/resource/<name>', 'resource update demo --vms 8 --dry-run', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', *, spare: Figure = None,
                         force: bool = False, dry_run: bool = False, asked: dict = None,
                         **said: RESOURCE_OTHERWISE) -> ResourceChangedAnswer:
@@ -15240,8 +15180,6 @@ class Plan(Operations):
         With --spare, nobody can reserve so many of its hosts: VMs go there whose own host fails. If
         existing reservations no longer fit, the change needs --force. It cancels nothing; the
         answer lists the affected occurrences, the newest first.
-
-        Example: python cmres.py resource update demo --vms 8 --dry-run
         """
         with self.writing(dry_run) as now:
             before = self.look.resource_row(name)
@@ -15285,12 +15223,9 @@ class Plan(Operations):
         return new | self.read_default(before, new.get('cloud', before['cloud']), {
             name: given[name] for name in given if name.startswith('default_')})
 
-    @api('DELETE', '/resource/<name>', role=ADMIN)
+    @api('DELETE', '/resource/<name>', 'resource delete demo', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
-        """Removes a resource without current or future reservations. Its history stays.
-
-        Example: python cmres.py resource delete demo
-        """
+        """Removes a resource without current or future reservations. Its history stays."""
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
             busy = self.look.page([('place_live',
@@ -15353,7 +15288,8 @@ class Plan(Operations):
                               'shared, or 0s.',
                               hint=f'--mode exclusive, --mode shared, or --{option} 0s')
 
-    @api('POST', '/resource/sync', role=ADMIN)
+    @api('POST', '/resource/sync',
+         'resource sync chameleon --aggregate gpu --mode exclusive --dry-run', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '',
                       min_free_time: Span = None, reservable_hosts: bool = None,
                       flavors: bool = None, user_started: Name = '', force: bool = False,
@@ -15369,8 +15305,6 @@ class Plan(Operations):
         --flavors, `openstack server create --flavor RESERVATION_ID` works for leases of VMs there,
         as with Blazar. On a new exclusive resource, VMs that users started themselves are deleted
         when their reservation ends; with --user-started keep they stay.
-
-        Example: python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
         there = self.shares.ask(target, opened.aggregates)
@@ -15735,14 +15669,12 @@ class Plan(Operations):
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
                      f"'{new['aggregate']}'")
 
-    @api('PATCH', '/host/<name>', role=ADMIN)
+    @api('PATCH', '/host/<name>', 'host set lab-compute-1 gpu_count=2,arch=x86_64', role=ADMIN)
     def host_set(self, name: Name, properties: Pairs, private: bool = False,
                  dry_run: bool = False) -> HostAnswer:
         """Says what a host is like, so that people can choose: add ... --where gpu_count>=2.
 
         An empty value takes a property away. With --private, nobody is shown these properties.
-
-        Example: python cmres.py host set lab-compute-1 gpu_count=2,arch=x86_64
         """
         found = rows('SELECT h.id, h.resource_id, s.cloud FROM host h JOIN resource s ON '
                      's.id = h.resource_id WHERE h.name = ? AND s.removed IS NULL', name)
@@ -15756,7 +15688,9 @@ class Plan(Operations):
             shown = properties_of(found[0].resource_id)[found[0].id]
             return {'name': name, 'properties': shown | properties}
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
+    @api('POST', '/resource/<name>/capacity',
+         'resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run',
+         role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
                           vcpus: Most = None, ram: MostMemory = None, classes: Classes = None,
                           reason: Text = '', affected: Name = 'notify',
@@ -15766,9 +15700,6 @@ class Plan(Operations):
         Affected reservations stay and their owners are notified (--affected notify), are moved to
         another resource of the same cloud or to the next time that fits (move), or are cancelled
         (cancel).
-
-        Example:
-          python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
         """
         if vms is vcpus is ram is None and not classes:
             raise Invalid('Choose a capacity: VMs, vCPUs, RAM or resource classes.',
@@ -15777,7 +15708,9 @@ class Plan(Operations):
         return self.change_capacity(name, start, end, most, reason or 'another capacity', affected,
                                     dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
+    @api('POST', '/maintenance/',
+         "maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run",
+         role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
                         affected: Name = 'notify', host: Name = '',
                         dry_run: bool = False) -> CapacityChangeAnswer:
@@ -15787,19 +15720,13 @@ class Plan(Operations):
         What is planned on a closed host is planned on others first, if it has not begun.
 
         --affected says what happens to affected reservations. With --dry-run you see them first.
-
-        Example:
-          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run
         """
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', affected,
                                     dry_run, host)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
-        """Lists current and future maintenances and other capacity changes.
-
-        Example: python cmres.py maintenance list
-        """
+        """Lists current and future maintenances and other capacity changes."""
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
                      'c.classes, c.host, c.reason FROM capacity c '
                      'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ?'
@@ -15810,12 +15737,9 @@ class Plan(Operations):
             line['classes'].pop(CLOSED, None)
         return lines
 
-    @api('DELETE', '/maintenance/<id>', role=ADMIN)
+    @api('DELETE', '/maintenance/<id>', 'maintenance delete 1', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
-        """Cancels a maintenance or another capacity change.
-
-        Example: python cmres.py maintenance delete 1
-        """
+        """Cancels a maintenance or another capacity change."""
         with self.writing(dry_run) as now:
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
             if not found:
@@ -16063,10 +15987,7 @@ class Plan(Operations):
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> CheckAnswer:
-        """Checks the stored usage against all reservations. Exit code 1 if they differ.
-
-        Example: python cmres.py check
-        """
+        """Checks the stored usage against all reservations. Exit code 1 if they differ."""
         differences, steps_seen = [], 0
         with db.atomic(db.snapshot):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
@@ -16112,7 +16033,7 @@ TAKEN = 'in use', 'has room for it until then'
 class Claims(Operations):
     """What may be booked through Nova."""
 
-    @api('POST', '/claim/', role=ADMIN)
+    @api('POST', '/claim/', 'claim 7c1f gpu biology --vcpus 4 --ram 8192', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
               hosts: Names = (), store: Name = '', moves: bool = False, disk: Figure = 0,
@@ -16123,8 +16044,6 @@ class Claims(Operations):
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
         With --moves, only a server passes that counts there already.
-
-        Example: python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
         if store not in ('', self.clouds.store):
             raise NotFound(f'these resources are of the cmres {store}; this is '
@@ -16432,7 +16351,7 @@ def repeats(booking: Booking) -> bool:
 class Calendars(Operations):
     """Imports, subscriptions and feeds."""
 
-    @api('POST', '/reservation/import')
+    @api('POST', '/reservation/import', 'import class.ics --resource demo --image cirros --dry-run')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
                 network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
                 notify: Names = (), on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
@@ -16445,8 +16364,6 @@ class Calendars(Operations):
         The options here are the defaults. Other events are ignored; a refused event does not stop
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
-
-        Example: python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -16678,10 +16595,7 @@ class Calendars(Operations):
 
     @api('GET', '/calendar/')
     def calendar_list(self) -> list[CalendarAnswer]:
-        """Lists calendar feeds and subscriptions, without their secrets.
-
-        Example: python cmres.py calendar list
-        """
+        """Lists calendar feeds and subscriptions, without their secrets."""
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
         feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
@@ -16694,15 +16608,13 @@ class Calendars(Operations):
         return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
                                        for each in subscribed)]
 
-    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
+    @api('POST', '/calendar/feed', 'calendar feed --resource demo', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
                       project: Name = '', dry_run: bool = False) -> FeedAnswer:
         """Creates a secret address that shows your reservations to calendar programs.
 
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
         all reservations of that resource; those of other projects only as busy.
-
-        Example: python cmres.py calendar feed --resource demo
         """
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
@@ -16716,12 +16628,9 @@ class Calendars(Operations):
         return {'user': user, 'project': project} if dry_run else {
             'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
 
-    @api('DELETE', '/calendar/<id>')
+    @api('DELETE', '/calendar/<id>', 'calendar revoke 1')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Disables the address of a feed at once.
-
-        Example: python cmres.py calendar revoke 1
-        """
+        """Disables the address of a feed at once."""
         with self.writing(dry_run) as now:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
             change(Feed, id, revoked=int(now))
@@ -16729,7 +16638,8 @@ class Calendars(Operations):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/', made='/calendar/')
+    @api('POST', '/calendar/subscription/',
+         'calendar subscribe https://example.org/secret/eva.ics --resource demo', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '',
                            image: Name = '', network: Name = '', key: Name = '', vms: Count = 1,
                            at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
@@ -16741,9 +16651,6 @@ class Calendars(Operations):
         `import` do. cmres cancels nothing because it could not read the calendar. Before it cancels
         more than half of the future occurrences, it waits for `calendar confirm`. Running VMs stay
         until their end.
-
-        Example:
-          python cmres.py calendar subscribe https://example.org/secret/eva.ics --resource demo
         """
         said = {name: value for name, value in asked.items() if name not in ('url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
@@ -16772,20 +16679,14 @@ class Calendars(Operations):
         return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
                 'shows': parts.hostname}
 
-    @api('DELETE', '/calendar/subscription/<id>')
+    @api('DELETE', '/calendar/subscription/<id>', 'calendar unsubscribe 1')
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Stops reading a calendar; its reservations stay.
-
-        Example: python cmres.py calendar unsubscribe 1
-        """
+        """Stops reading a calendar; its reservations stay."""
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
-    @api('POST', '/calendar/subscription/<id>/confirm')
+    @api('POST', '/calendar/subscription/<id>/confirm', 'calendar confirm 1')
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Confirms that a calendar may cancel most of its reservations.
-
-        Example: python cmres.py calendar confirm 1
-        """
+        """Confirms that a calendar may cancel most of its reservations."""
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
         return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='',
@@ -16976,7 +16877,9 @@ ACCESS = f'''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
 class Tokens(Operations):
     """Tokens, and what ends with the last one of a person; see Service."""
 
-    @api('POST', '/token/', role=READER, made='/token/')
+    @api('POST', '/token/',
+         'token add eva --project biology --role user --for 90d',
+         'token add --scopes calendar --name phone', role=READER, made='/token/')
     def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
                   lasts: Span = None, scopes: Names = (), resource: Name = '',
                   dry_run: bool = False) -> NewTokenAnswer:
@@ -16985,10 +16888,6 @@ class Tokens(Operations):
         Admins can create tokens for others.
 
         Without --for, a token for yourself is valid for 90 days.
-
-        Example:
-          python cmres.py token add eva --project biology --role user --for 90d
-          python cmres.py token add --scopes calendar --name phone
         """
         user = user or self.actor.user
         mine = user == self.actor.user
@@ -17053,8 +16952,6 @@ class Tokens(Operations):
         """Lists your tokens (as an admin: all tokens): what for, until when, last use.
 
         cmres stores only hashes, so it cannot show the tokens again.
-
-        Example: python cmres.py token list
         """
         own, values = self.own_tokens()
         return [self.token_public(each) for each in rows(
@@ -17081,12 +16978,9 @@ class Tokens(Operations):
             raise NotFound(f'There is no active token with the id {id}.')
         return found
 
-    @api('POST', '/token/<id>/renew', role=READER)
+    @api('POST', '/token/<id>/renew', 'token renew 3 --for 90d', role=READER)
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
-        """Makes a token valid for longer: 90 days from now, or as --for says.
-
-        Example: python cmres.py token renew 3 --for 90d
-        """
+        """Makes a token valid for longer: 90 days from now, or as --for says."""
         with self.writing(dry_run) as now:
             found = self.own_token(id)
             if self.actor.role != ADMIN and ROLES.index(found.role) > ROLES.index(self.actor.role):
@@ -17098,14 +16992,12 @@ class Tokens(Operations):
             self.journal(now, 'token', f'renewed token {id} of {found.user} {until}')
             return self.token_public(self.own_token(id))
 
-    @api('DELETE', '/token/<id>', role=READER)
+    @api('DELETE', '/token/<id>', 'token revoke 3', role=READER)
     def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token invalid at once.
 
         With the last token of a user in a project, the user's feeds, subscriptions and shared pages
         end, too. Their reservations stay.
-
-        Example: python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -17120,13 +17012,11 @@ class Tokens(Operations):
         if not rehearsal.on:
             run('DELETE FROM session WHERE token_id = ?', id)
 
-    @api('DELETE', '/user/<user>', role=ADMIN)
+    @api('DELETE', '/user/<user>', 'user end eva --project biology', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
         """Ends all access of a person: tokens, sign-ins, feeds, subscriptions and shared pages.
 
         In all projects, or in one. Their reservations stay.
-
-        Example: python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
             found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
@@ -17142,7 +17032,9 @@ class Tokens(Operations):
             self.journal(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
         return {'user': user, 'tokens': len(tokens)}
 
-    @api('POST', '/credential/', made='/credential/')
+    @api('POST', '/credential/',
+         'credential add chameleon 8f2c... SECRET',
+         'credential add chameleon --trust 709e...', made='/credential/')
     def credential_add(self, cloud: Name, application: Name = '', secret: Name = '',
                        trust: Name = '', dry_run: bool = False) -> CredentialAnswer:
         """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
@@ -17150,10 +17042,6 @@ class Tokens(Operations):
         Give an application credential of yours, or a trust from you to the user of cmres there. The
         secret is kept encrypted, and the key is not in the database. What is reserved already uses
         it for VMs that are not started yet.
-
-        Example:
-          python cmres.py credential add chameleon 8f2c... SECRET
-          python cmres.py credential add chameleon --trust 709e...
         """
         if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
             raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
@@ -17187,22 +17075,16 @@ class Tokens(Operations):
 
     @api('GET', '/credential/')
     def credential_list(self) -> list[CredentialAnswer]:
-        """Lists your credentials, as an admin all.
-
-        Example: python cmres.py credential list
-        """
+        """Lists your credentials, as an admin all."""
         own, values = self.own_tokens()
         return [public(each) for each in rows(
             "SELECT id, user, project, cloud, iif(secret = '', '', name) AS application, "
             "iif(secret = '', name, '') AS trust, added FROM credential t "
             f'WHERE {own} ORDER BY id', *values)]
 
-    @api('DELETE', '/credential/<id>')
+    @api('DELETE', '/credential/<id>', 'credential delete 1')
     def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
-        """Takes a credential away: what starts from now on is made as it is for your project.
-
-        Example: python cmres.py credential delete 1
-        """
+        """Takes a credential away: what starts from now on is made as it is for your project."""
         with self.writing(dry_run) as now:
             found = [each for each in self.credential_list() if each['id'] == id]
             if not found:
@@ -17294,14 +17176,12 @@ class Records(Operations):
     """What was."""
 
     @api('GET', '/event/')
-    @api('GET', '/reservation/<label>/events')
+    @api('GET', '/reservation/<label>/events', 'events lab --follow')
     def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
                since: When = None) -> list[EventAnswer]:
         """Shows the event log; the newest lines are last.
 
         On the command line, --follow shows each new event at once, until Ctrl-C.
-
-        Example: python cmres.py events lab --follow
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
@@ -17327,13 +17207,11 @@ class Records(Operations):
             low, high = (found.id, high) if found.at < at else (low, middle - 1)
         return low
 
-    @api('GET', '/punctuality/')
+    @api('GET', '/punctuality/', 'punctuality --since 2026-11-01')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Shows the start delay of VMs per cloud, and which VMs failed.
 
         In seconds: median, 95th percentile, worst. `delays` is the same.
-
-        Example: python cmres.py punctuality --since 2026-11-01
         """
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
@@ -17361,7 +17239,7 @@ class Records(Operations):
                     name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
                                                            'fault')} for each in failed[-100:]]}
 
-    @api('GET', '/report/')
+    @api('GET', '/report/', 'report --since 2027-01-01 --by user --format csv')
     def report(self, since: When = None, until: When = None,
                group_by: Name = 'project') -> list[ReportAnswer]:
         """Sums up VM-hours, refused requests and start delays.
@@ -17369,8 +17247,6 @@ class Records(Operations):
         VM-hours are reserved, used and unused, per project, user or resource.
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
-
-        Example: python cmres.py report --since 2027-01-01 --by user --format csv
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
         refuse_unknown_word('group_by', group_by, columns)
@@ -19865,7 +19741,7 @@ REFUSALS = {
     429: 'too many requests; try again later', 500: 'a mistake in cmres; its log has more',
     502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
 
-TAGS = {name: about.partition('\n')[0] for name, about in GROUPS.items()
+TAGS = {name: about for name, (about, _) in GROUPS.items()
         if any(each.routes[0][1].startswith(f'/{name}/') for each in API.values())} | {
     'reservation': 'VMs or capacity of a resource for a time window, once or in a series.',
     'server': 'VMs that stay after their end.', 'claim': 'For the Nova scheduler filter.',
@@ -20082,13 +19958,13 @@ def refusal_name(status: int) -> str:
 
 def said_of(operation: Operation) -> dict:
     """What its help says of an operation, for who types nothing."""
-    summary, _, more = operation.help[0].partition('\n\n')
+    summary, _, more = operation.help.partition('\n\n')
     return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
 
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
-    first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
+    first = (*operation.examples, operation.words)[0]
     words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
     example = dict(zip(operation.parameters, plain))
@@ -28421,12 +28297,8 @@ Works on the database in this folder, or with CMRES_URL and CMRES_TOKEN on a ser
 --tz ZONE and --format table|json|csv|yaml. Tables take --columns A,B, --sort A (or --sort=-A: the
 last first), --wide (all columns) and --watch (again every 2 seconds).
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
-
-Example:
-  python cmres.py serve
-  python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
-  python cmres.py list
 """
+FIRST_COMMANDS = ('serve', 'add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros', 'list')
 
 #: The commands as help lists them.
 SHELVES = {
@@ -28496,8 +28368,6 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     Creates the database if there never was one. In a folder without database, key and
     configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
     The token is shown once.
-
-    Example: python cmres.py serve --port 8080
     """
     in_utc(config)
     sys.setswitchinterval(NIMBLE)
@@ -28536,8 +28406,6 @@ def scheduler(config: Config, port: int = None) -> None:
     """Runs only the scheduler, until you stop it: it starts and ends VMs.
 
     With --once it runs once, like `tick`.
-
-    Example: python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -28560,8 +28428,6 @@ def tick(config: Config) -> None:
 
     Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
     for which another scheduler acts. `scheduler --once` is the same.
-
-    Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
@@ -28576,8 +28442,6 @@ def store_backup(config: Config, path: Name) -> dict:
 
     The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
     then people sign in to the page again.
-
-    Example: python cmres.py store backup cmres-monday.db
     """
     refuse_missing(config.database)
     copy_store(config.database, path)
@@ -28589,8 +28453,6 @@ def store_copy(config: Config, target: Name) -> dict:
 
     Stop all processes of cmres first, and start them on the target afterwards (setting database).
     The copy is checked. It has the same key, so everybody stays signed in.
-
-    Example: python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
@@ -28606,8 +28468,6 @@ def store_verify(config: Config, path: Name = '') -> dict:
     """Reads the whole database, or a copy, and checks it for damage.
 
     Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
-
-    Example: python cmres.py store verify cmres-monday.db
     """
     return verify_store(path or config.database)
 
@@ -28617,8 +28477,6 @@ def store_restore(config: Config, path: Name) -> dict:
 
     The old database is kept beside it. VMs that started after the copy was written stay until an
     admin chooses `store orphans --delete` or `--adopt`.
-
-    Example: python cmres.py store restore cmres-monday.db
     """
     return restore_store(config.database, path, config.key)
 
@@ -28628,8 +28486,6 @@ def store_migrate(config: Config) -> dict:
 
     cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
     start.
-
-    Example: python cmres.py store migrate
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
@@ -28644,8 +28500,6 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
     that of the setting `address`.
-
-    Example: python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
     address = address or config.public_url
     if not is_web(address):
@@ -28661,8 +28515,6 @@ def key_rotate(config: Config) -> dict:
 
     Running processes use it at once. Links to shared pages end at that time, too. After a theft,
     use `user end`, or stop cmres and remove the key file: then everybody must sign in again.
-
-    Example: python cmres.py key rotate
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
@@ -28678,8 +28530,6 @@ def config_show(config: Config) -> Rows:
     """Lists all settings, where each comes from, and which need a restart.
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
-
-    Example: python cmres.py config show
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
@@ -28687,10 +28537,7 @@ def config_show(config: Config) -> Rows:
 
 
 def config_check(config: Config) -> dict:
-    """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
-
-    Example: python cmres.py config check --config /etc/cmres.ini
-    """
+    """Checks the settings; exit code 2 if one is wrong. Nothing is changed."""
     if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
     return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
@@ -28727,8 +28574,6 @@ def event_export(config: Config, since: When = None) -> None:
     """Prints the whole event log, one line of JSON for each event, the oldest first.
 
     `events export` and `journal export` are the same.
-
-    Example: python cmres.py event export --since 2027-01-01
     """
     service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
@@ -28743,8 +28588,6 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
 
     They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
     never touches them again. `add --server ID` reserves one of them.
-
-    Example: python cmres.py store orphans --adopt
     """
     if delete and adopt:
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
@@ -28794,9 +28637,6 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
 
     Nothing is reserved. Times without a zone and whole days are in the zone of --tz. Events that
     cmres cannot understand are named on the error output. `calendar preview` is the same.
-
-    Example:
-      python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
     def moment(given, origin: datetime, default: timedelta) -> datetime:
         return given if isinstance(given, datetime) else origin + (given or default)
@@ -28814,13 +28654,12 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Callable:
-    """A command that only prints a text, which belongs into a file."""
+def printing(name: str, about: str, file: str, text: Callable[[], str]) -> tuple[Callable, str]:
+    """A command that only prints a text, which belongs into a file, and its example."""
     def command(config: Config) -> None:
         print(text().strip('\n'))
-    command.__name__ = name
-    command.__doc__ = f'{about}\n\nExample: python cmres.py {name} > {file}'
-    return command
+    command.__name__, command.__doc__ = name, about
+    return command, f'{name} > {file}'
 
 
 PRINTING = (
@@ -28833,10 +28672,7 @@ PRINTING = (
 
 
 def completion(config: Config, shell: Name) -> None:
-    """Prints a script that completes commands, options, labels and resources in a shell.
-
-    Example: python cmres.py completion bash >> ~/.bashrc
-    """
+    """Prints a script that completes commands, options, labels and resources in a shell."""
     if shell not in COMPLETIONS:
         raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
                       f"one of {', '.join(COMPLETIONS)}.")
@@ -28863,10 +28699,20 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 """}
 
 
-LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
-         for each in (serve, scheduler, tick, occurrences, store_backup, store_copy, store_verify,
-                      store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, *PRINTING)}
+#: Commands of this computer alone, with an example of each.
+LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})], '', examples)
+         for each, *examples in (
+    (serve, 'serve --port 8080'), (scheduler,), (tick,),
+    (occurrences,
+     'occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris'),
+    (store_backup, 'store backup cmres-monday.db'),
+    (store_copy, 'store copy postgresql://cmres@db.example.org/cmres'),
+    (store_verify, 'store verify cmres-monday.db'),
+    (store_restore, 'store restore cmres-monday.db'), (store_migrate,),
+    (store_orphans, 'store orphans --adopt'), (completion, 'completion bash >> ~/.bashrc'),
+    (key_rotate,), (config_show,), (config_check, 'config check --config /etc/cmres.ini'),
+    (catalog_add, 'catalog add chameleon --address https://cmres.example.org --dry-run'),
+    (event_export, 'event export --since 2027-01-01'), *PRINTING)}
 
 
 def in_utc(config: Config) -> None:
@@ -29114,9 +28960,9 @@ def run_command(argv: list[str], finish: Callable) -> None:
 
 def help_of_group(here: dict, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, example = split_help(GROUPS[path[0]] if path else HELP)
+    text, *examples = GROUPS[path[0]] if path else (HELP.strip(), *FIRST_COMMANDS)
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    about = {name: each.help[0] if isinstance(each, Operation) else GROUPS[name]
+    about = {name: each.help if isinstance(each, Operation) else GROUPS[name][0]
              for name, each in here.items()}
     first = {name: re.split(r'(?<=[.])\s|\n\n', said)[0].replace('\n', ' ')
              for name, said in about.items()}
@@ -29126,12 +28972,11 @@ def help_of_group(here: dict, path: list[str]) -> str:
              for title, names in shelves.items()]
     also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
     return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
-                        f'Example:\n{example}'])
+                        as_examples(examples)])
 
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
-    text, example = operation.help
     kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
              for name, each in operation.parameters.items()}
     needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
@@ -29144,8 +28989,13 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
         words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
-    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text),
-                        *map('\n'.join, filter(None, blocks)), f'Example:\n{example}'])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(operation.help),
+                        *map('\n'.join, filter(None, blocks)),
+                        as_examples(operation.examples or [operation.words])])
+
+
+def as_examples(commands: Iterable[str]) -> str:
+    return '\n  python cmres.py '.join(['Example:', *commands])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
