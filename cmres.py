@@ -302,11 +302,7 @@ def zone_table() -> str:
 
 
 def read_zone(name: str) -> ZoneInfo:
-    """The time zone of a name.
-
-    Raises:
-      Invalid: there is none of that name.
-    """
+    """The time zone of a name; Invalid if there is none."""
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, KeyError):
@@ -430,10 +426,7 @@ def read_clock(word: str) -> timedelta | None:
 
 def dates_of(words: str, today: date) -> list[date]:
     """The dates that words may mean, the nearest first; those without a year come again.
-
-    Raises:
-      ValueError: they name two days, such as 01/02/2026.
-    """
+    ValueError: they name two days, such as 01/02/2026."""
     if not words:
         return [today, today + timedelta(days=1), today + timedelta(days=2)]
     if words in NEAR_DAYS:
@@ -531,11 +524,8 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
 
 
 def parse_duration(text: str) -> Length:
-    """The length that a person typed; ValueError if it is none.
-
-    Args:
-      text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
-    """
+    """The length that a person typed; ValueError if it is none. `text`: 2h, +1d12h, 90min, 1.5h, 2
+    hours 30 minutes, 1:30, or PT2H."""
     word = re.sub(r'(?<=[a-z])(?: and|,) | and (?=\d)', ' ', text.strip(), flags=re.I)
     match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
     clock = CLOCK_LENGTH.fullmatch(word)
@@ -7648,8 +7638,7 @@ def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
 
 class Flavor(NamedTuple):
     """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them, and
-    of the disk of its host, in GB.
-    """
+    of the disk of its host, in GB."""
     vcpus: int
     ram: int
     classes: tuple = ()
@@ -7772,8 +7761,7 @@ def not_ours(uids: Iterable[str], now: float) -> set[str]:
 
 def classes_of(extra_specs: dict) -> tuple:
     """The resource classes that a flavor asks for, of all its groups (Nova's extra specs
-    resources*:CLASS).
-    """
+    resources*:CLASS)."""
     found: dict = defaultdict(int)
     for key, value in extra_specs.items():
         match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
@@ -7787,8 +7775,7 @@ LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whos
 
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a host in an aggregate, a floating IP of a network.
-    """
+    server group of a policy, a host in an aggregate, a floating IP of a network."""
     lease: str
     part: str
     project: str = ''  # its id
@@ -7810,8 +7797,7 @@ class Seat(NamedTuple):
 
 class Seen(NamedTuple):
     """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
-    1970.
-    """
+    1970."""
     uid: str
     mark: str
     state: str
@@ -7883,11 +7869,8 @@ class Cloud:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
 
     def find(self, kind: str, name: str, sight: Sight = EVERYTHING) -> Thing | None:
-        """The one thing in sight of that name or id; None if there is none.
-
-        Raises:
-          Invalid: there are several.
-        """
+        """The one thing in sight of that name or id; None if there is none, Invalid if there are
+        several."""
         found = [each for each in self.things(kind, name) if sight.shows(kind, each)]
         found = [each for each in found if each.id == name] or found
         if len(found) > 1:
@@ -7912,16 +7895,14 @@ class Cloud:
 
     def delete(self, uid: str) -> None:
         """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
-        already is fine.
-        """
+        already is fine."""
 
     def server(self, uid: str) -> Seen | None:
         """One server by its id, with our mark or without; None if it is not there."""
 
     def start(self, uid: str) -> None:
         """Begins to make a server active that is at rest, in rescue or resized; one that is active
-        is fine.
-        """
+        is fine."""
 
     def stop(self, uid: str) -> None:
         """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
@@ -7931,8 +7912,7 @@ class Cloud:
 
     def snapshot(self, uid: str, name: str) -> str:
         """Begins to make an image of a server, unless there is one of that name, and tells the
-        image's id.
-        """
+        image's id."""
 
     def saved(self, image: str) -> bool | None:
         """Whether an image is complete; None if it never will be."""
@@ -7962,8 +7942,7 @@ class Cloud:
 
     def mark(self, aggregate: Aggregate, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
-        store, so that no other one takes it; '' takes the marks away.
-        """
+        store, so that no other one takes it; '' takes the marks away."""
 
     def states(self) -> dict[str, tuple[str, list[str]]]:
         """What Nova says of each host, as HostTold has it; of one that is down, its servers."""
@@ -7975,16 +7954,12 @@ class Cloud:
 
     def time(self) -> float | None:
         """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
-        none.
-        """
+        none."""
         return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
-        """What is found for (kind, name) pairs, in their order.
-
-        Raises:
-          Invalid: no such thing is in sight; the sentence tells the nearest name that is.
-        """
+        """What is found for (kind, name) pairs, in order; Invalid if no such thing is in sight:
+        the sentence tells the nearest name that is."""
         found = []
         for kind, name in named:
             thing = self.find(kind, name, sight)
@@ -8031,11 +8006,8 @@ class OpenStack(Cloud):
             self.verb.began = before
 
     def time_left(self) -> float:
-        """The seconds that this thread's verb may still take.
-
-        Raises:
-          CloudError: none; it is sure, as no request is begun then.
-        """
+        """The seconds that this thread's verb may still take; CloudError if none: it is sure, as no
+        request is begun then."""
         most = self.config.call_timeout
         left = (getattr(self.verb, 'began', None) or time.monotonic()) + most - time.monotonic()
         if left <= 0:
@@ -8293,11 +8265,9 @@ class OpenStack(Cloud):
             self.once(cloud.compute, cloud.compute.shelve_server, uid, 'SHELVED.*', 'shelving.*')
 
     def once(self, compute, verb: Callable, uid: str, status: str, task: str) -> None:
-        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it.
-
-        Args:
-          status, task: Nova's status of a server when that is done, its task while it is under way
-        """
+        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it;
+        `status, task`: Nova's status of a server when that is done, its task while it is under
+        way."""
         from openstack.exceptions import ConflictException
         try:
             verb(uid)
@@ -8362,8 +8332,7 @@ class OpenStack(Cloud):
 
     def host_holds(self, host: str, nodes: list) -> tuple[Amount, HostTold]:
         """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
-        which class only some amounts, what is in use there, and its traits.
-        """
+        which class only some amounts, what is in use there, and its traits."""
         found, units, used, traits = Counter(), {}, defaultdict(Counter), {}
         with self.calling('tell what a host holds', sure=True) as cloud:
             placement = cloud.placement
@@ -8699,11 +8668,7 @@ def cipher(config: Config):
 
 
 def decrypted(config: Config, secret: str) -> str:
-    """A secret as it was given.
-
-    Raises:
-      CloudError: it was encrypted with another key.
-    """
+    """A secret as it was given; CloudError if it was encrypted with another key."""
     from cryptography.fernet import InvalidToken
     try:
         return cipher(config).decrypt(secret.encode()).decode()
@@ -8752,8 +8717,7 @@ class Clouds:
     @functools.cached_property
     def store(self) -> str:
         """What all our marks begin with: two installations on one cloud don't touch each other's
-        servers.
-        """
+        servers."""
         return f"cmres-{fact('store')}"
 
     def names(self) -> set[str]:
@@ -12446,8 +12410,7 @@ class Policy:
     def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
                   view: View) -> dict[int, int] | None:
         """The hosts of what a change wants. VMs that stay after it are, if they can be, where there
-        is room for good, and where those that are started again have been.
-        """
+        is room for good, and where those that are started again have been."""
         if not wish.stays:
             return find_hosts(need, had, stay, view.now, view.own)
         stay, had = stay or bool(view.seats and not had), had or view.seats
@@ -12720,8 +12683,7 @@ class Bookings:
 
     def make_way(self, growth: list[Hold], now: float) -> None:
         """Moves what makes way for a change that is proposed, where that doesn't need what the
-        change gives up.
-        """
+        change gives up."""
         if not make_moves(replans.made, now):
             raise NoCapacity('')
         refuse_without_room(growth, now)
@@ -13772,8 +13734,7 @@ class Waiting:
 
     def admit_waiting(self, now: float) -> bool:
         """Gives room to those that wait, and frees what waited for a word in vain; whether those
-        that wait are to be looked at once more, in their order.
-        """
+        that wait are to be looked at once more, in their order."""
         more = self.admit_in_order(now)
         for each in self.look.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
                                       (NEXT_OF_ITS, None)]):
@@ -13848,8 +13809,7 @@ class Waiting:
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those without room are tried again, if nothing is given back before: of a
-        window that has begun, what is held by others goes by with the next change of level.
-        """
+        window that has begun, what is held by others goes by with the next change of level."""
         for each in request:
             names = {name for _, amount in self.choices(each) for name in amount.names}
             for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?',
@@ -14100,8 +14060,7 @@ class Approvals(Operations):
 
     def take_back(self, ids: list[int]) -> list[str]:
         """Undoes changes for which what they gave back is still held; the labels of what they
-        changed.
-        """
+        changed."""
         def deed(now: float) -> list[str]:
             labels = []
             for id in ids:
@@ -14173,11 +14132,8 @@ FROM_WHEN = (f"CASE WHEN {STAGED} OR {LATER} THEN "
 
 
 def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
-    """Lets the life cycle call operations at an instant, unless the fact that it names is gone.
-
-    Args:
-      about: of each that can be taken back its label, project and occurrence, 0 for all of them
-    """
+    """Lets the life cycle call operations at an instant, unless the fact that it names is gone;
+    `about`: of each that can be taken back its label, project and occurrence, 0 for all of them."""
     name = f'later-{secrets.token_hex(8)}'
     note_fact(name, f'{due:.3f} ' + json.dumps({
         'by': [by.user, by.project, by.role], 'about': about, 'calls': calls}))
@@ -14305,11 +14261,8 @@ class Requests(Operations):
 
     def reserve(self, requests: list[Request], dry_run: bool = False,
                 also: Callable[[dict], None] = lambda answer: None) -> dict:
-        """Takes the first of some requests that fits; of the last one a refusal tells why.
-
-        Args:
-          also: done with the answer, in the same transaction
-        """
+        """Takes the first of some requests that fits; of the last one a refusal tells why. `also`:
+        done with the answer, in the same transaction."""
         last = requests[-1]
 
         def instead(wish: Wish, field: str) -> None:
@@ -15344,8 +15297,7 @@ class Plan(Operations):
     def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False,
                      searches: int = SEARCHES) -> list:
         """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
-        end with lines, and without any line there is nothing to do.
-        """
+        end with lines, and without any line there is nothing to do."""
         replans.found, replans.searches = {}, searches
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
@@ -15378,8 +15330,7 @@ class Plan(Operations):
 
     def follow_flavors(self, cloud: str, told: list[Thing]) -> None:
         """Lets what has not begun take what its flavor takes by now, where that is otherwise than
-        at the last look; who finds no room for it is told.
-        """
+        at the last look; who finds no room for it is told."""
         key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
                                           for name in (each.name, each.id)}
         before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
@@ -15439,8 +15390,7 @@ class Plan(Operations):
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
         """The resource of an aggregate: by Nova's id, as names change; where none is known or that
-        one is gone, by the name.
-        """
+        one is gone, by the name."""
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
                         OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
@@ -15509,9 +15459,8 @@ class Plan(Operations):
 
     def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: list[tuple],
                             force: bool, now: float) -> list[dict]:
-        """Plans anew what must be after its resource has changed, and refuses that, or with
-        `force` tells whom it affects; a line if these are others than before.
-        """
+        """Plans anew what must be after its resource has changed, and refuses that, or with `force`
+        tells whom it affects; a line if these are others than before."""
         key = f'affected {place.id}'
         before = [*map(int, json.loads(fact(key) or '[]'))]
         if not (changed or suspects or before):
@@ -15538,8 +15487,7 @@ class Plan(Operations):
     def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
         """Notes the hosts of a resource as its cloud tells them; of those that are otherwise, what
-        they were and what they are, and of those that were there, whether they are gone.
-        """
+        they were and what they are, and of those that were there, whether they are gone."""
         known = {each.name: each for each in rows('SELECT * FROM host WHERE resource_id = ?',
                                                   place.id)}
         told = {name: self.host_columns(holds, aggregate.told.get(name, HostTold()),
@@ -15571,8 +15519,7 @@ class Plan(Operations):
 
     def keep_spare(self, place, now: float) -> None:
         """Keeps some hosts, the last in their order and never all, for when others fail: what has
-        not begun there is planned elsewhere, if it can be.
-        """
+        not begun there is planned elsewhere, if it can be."""
         there = rows('SELECT id FROM host WHERE resource_id = ? AND until = ? ORDER BY id DESC',
                      place.id, FOREVER)
         last = [each.id for each in there[:-1][:place.spare]]
@@ -15585,8 +15532,7 @@ class Plan(Operations):
                 those: Iterable[int] | None = ()) -> list[int]:
         """Plans anew what is on a suspect that is gone (True), has too little (False), or is kept
         (None), and those of some ids, None: all; the ids of what finds no host. What has begun
-        comes first, then the priority, then the start.
-        """
+        comes first, then the priority, then the start."""
         on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
         live = rows(f"""
             SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
@@ -15610,8 +15556,7 @@ class Plan(Operations):
 
     def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
         """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
-        planned whole then.
-        """
+        planned whole then."""
         need, placed = on_hosts(found, now)
         off = {host: number for host, number in placed.items() if suspects.get(host)
                or host in suspects and found.held_from > now
@@ -15623,11 +15568,8 @@ class Plan(Operations):
         return sum(placed.values()) < need.number and need.takes
 
     def finds_hosts(self, id: int, stay_on: dict, now: float) -> bool:
-        """Plans those VMs of an occurrence that have no host; whether all have one then.
-
-        Args:
-          stay_on: where VMs of the same reservation are that stay stopped until they start again
-        """
+        """Plans those VMs of an occurrence that have no host; whether all have one then. `stay_on`:
+        where VMs of the same reservation are that stay stopped until they start again."""
         found = row('SELECT o.*, r.affinity, r."where", (SELECT min(n.held_from) FROM occurrence n '
                     'WHERE n.reservation_id = r.id AND n.held_from >= o.held_until AND '
                     "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
@@ -15801,8 +15743,7 @@ class Plan(Operations):
 
     def on_closed_host(self, closing, now: float) -> list[int]:
         """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
-        stays there, or has no host.
-        """
+        stays there, or has no host."""
         for host in self.hold_closing(closing.id, closing.resource_id, now, 1):
             stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
                         'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
@@ -15813,8 +15754,7 @@ class Plan(Operations):
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
-        thousands. If cmres is ended meanwhile, the rest stays as it is.
-        """
+        thousands. If cmres is ended meanwhile, the rest stays as it is."""
         # of a series all at once: after each cancelling it is carried on
         left = deque(grouped(homeless, 'reservation') if then == 'cancel'
                      else [[each] for each in homeless])
@@ -15894,8 +15834,7 @@ class Plan(Operations):
 
     def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
         """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise
-        than the others of its series.
-        """
+        than the others of its series."""
         altered = bool(found.repeats and alone or found.altered)
         # what was moved before this may have moved it to another host
         found = found._replace(placed=row('SELECT placed FROM occurrence WHERE id = ?',
@@ -17112,8 +17051,7 @@ class Tokens(Operations):
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
         """Ends the feeds and shared pages of who has no token any more, the subscriptions of who
-        may not book; the end of a sentence that says so.
-        """
+        may not book; the end of a sentence that says so."""
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
             f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
@@ -18128,11 +18066,8 @@ class Health:
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
 
     def pause(self, failures: int, longest: float = 0) -> float:
-        """The seconds before something is tried again that has failed so often.
-
-        Args:
-          longest: seconds that it grows to; 0: those of the setting `retry_most`
-        """
+        """The seconds before something is tried again that has failed so often; `longest`: seconds
+        that it grows to; 0: those of the setting `retry_most`."""
         pause = self.config.retry_first * 2 ** min(failures - 1, 20)
         return min(pause, longest or self.config.retry_max) * random.uniform(0.8, 1.2)
 
@@ -18452,8 +18387,7 @@ class Planner:
 
     def end_foreign(self, occurrence, now: float) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set, again and again until they are gone.
-        """
+        that is set, again and again until they are gone."""
         foreign, ends = self.foreign(occurrence)
         if foreign and not occurrence.told & FOREIGN:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
@@ -18739,11 +18673,8 @@ class Dispatcher:
         return True
 
     def must_wait(self, server, waits: dict, now: float) -> bool:
-        """Whether a server can't start since its resource is closed or has less than is booked.
-
-        Args:
-          waits: by resource, what is known of that in this pass
-        """
+        """Whether a server can't start since its resource is closed or has less than is booked;
+        `waits`: by resource, what is known of that in this pass."""
         if server.resource_id not in waits:
             place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
             waits[place.id] = self.service.waits_for(place, now)
@@ -18815,8 +18746,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
 
 class Lender:
     """Has clouds know what the leases have that are active: flavors, server groups and aggregates
-    where that is wanted, and floating IPs.
-    """
+    where that is wanted, and floating IPs."""
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, workers: Workers):
@@ -18882,8 +18812,7 @@ class HostWatch:
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
-        them, 'states' whether they take VMs, 'flavors' what VMs take.
-        """
+        them, 'states' whether they take VMs, 'flavors' what VMs take."""
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
         for cloud in sorted(planned & self.leader.served):  # on an account of its own
@@ -21164,8 +21093,7 @@ class Blazar:
 
     def answering(self, handle: Callable, needed: str, status: int) -> Callable:
         """A handler for who may call the operation that is needed: the answer, or what Blazar's
-        clients read of none.
-        """
+        clients read of none."""
         def handler(**path):
             request = bottle.request
             try:
@@ -21561,8 +21489,7 @@ class LeaseView:
 
     def hosts(self, addresses: bool = False) -> list[LeaseHost]:
         """All hosts that can be reserved by their names; of resources without such, themselves; or
-        all floating IPs.
-        """
+        all floating IPs."""
         extras, found = said_of_hosts(), []
         for place in self.acting.look.places():
             named, network = json.loads(place.named or '{}'), network_behind(place)[2]
@@ -28147,8 +28074,7 @@ def nova_settings():
 
 class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not
-    concerned.
-    """
+    concerned."""
 
     RUN_ON_REBUILD = False
     known: dict[str, tuple] = {}  # which address and token are those of a store
@@ -28184,16 +28110,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def with_lost(self, hosts: list, lost: list, spec) -> list:
         """The hosts of a request, and those that it lost here before: of several servers at once,
-        Nova asks for each with what the one before has left.
-        """
+        Nova asks for each with what the one before has left."""
         group = spec.obj_attr_is_set('instance_group') and spec.instance_group
         return [each for each in [*hosts, *(each for each in lost if each not in hosts)]
                 if not group or self.takes_in(each, group, spec.instance_uuid)]
 
     def takes_in(self, host, group, server: str) -> bool:
         """Whether a server of a server group may go to a host: Nova's own filters say the same, but
-        after this one, which has to plan another host then.
-        """
+        after this one, which has to plan another host then."""
         if group.policy == 'anti-affinity' and server not in host.instances:
             most = int((group.rules or {}).get('max_server_per_host', 1))
             return len({*group.members} & {*host.instances}) < most
@@ -28201,8 +28125,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
-        it names none.
-        """
+        it names none."""
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
         return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
