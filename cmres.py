@@ -8944,8 +8944,7 @@ def deliver(config: Config, notice, about: dict) -> None:
     try:
         if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
-                    'actor': notice.actor,
-                    'sentence': notice.sentence, 'reservation': about}
+                    'actor': notice.actor, 'sentence': notice.sentence, 'reservation': about}
             post(config, notice.target, json_text(body).encode())
         else:
             send_mail(config, notice, about)
@@ -9355,8 +9354,7 @@ class Shares:
     def __init__(self, config: Config):
         self.patience = config.outside_timeout
         self.most = {'all': max(config.threads // 2, 1), 'wait': max(config.threads // 8, 1),
-                     'user': config.slow_per_user,
-                     'target': config.slow_per_target}
+                     'user': config.slow_per_user, 'target': config.slow_per_target}
         self.rates, self.uses = Rates(config), Uses()
         self.wrong: Counter = Counter()  # tokens, by address
         self.changed = threading.Condition()
@@ -11045,8 +11043,7 @@ class Service:
     def ask_admins(self, now: float, sentence: str, reservation: int,
                    notify: Iterable[str]) -> None:
         """Appends that an admin must answer, which admins hear of as well."""
-        self.journal(now, 'pending', sentence, reservation,
-                     dict.fromkeys([*notify, *self.admins]))
+        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *self.admins]))
 
     def tell(self, now: float, code: str, sentence: str, found,
              occurrence: int | None = None, admins: bool = False) -> None:
@@ -11777,8 +11774,7 @@ class Wishes:
         until, count = asked.get('until'), asked.get('count')
         if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
             raise Invalid('Choose one end for the series: a last date, a number of occurrences, '
-                          'or an end in the RRULE.',
-                          hint='--until, --count or an RRULE with UNTIL')
+                          'or an end in the RRULE.', hint='--until, --count or an RRULE with UNTIL')
         if until is not None:
             until = self.service.here.now + until if isinstance(until, timedelta) else until
             last = (datetime.combine(until, datetime.max.time()) if type(until) is date
@@ -12436,8 +12432,7 @@ class Policy:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
             raise Conflict(f"Server '{wish.server}' is reserved{whose} at that time. Choose "
-                           'another time.',
-                           in_the_way=[self.reasons.seen_in_the_way(other)])
+                           'another time.', in_the_way=[self.reasons.seen_in_the_way(other)])
 
     def refuse_unlimited(self, change: Change, view: View) -> None:
         """Refuses what goes beyond a limit."""
@@ -13841,8 +13836,7 @@ class Waiting:
         until = self.service.config.told_time(pending or now, found.tz)
         asks = f'the capacity is free now; {whose} before {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
-            'admitted',
-            f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
+            'admitted', f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
             f'{format_duration(int(now) - found.waiting)}')
         self.service.tell(now, code, sentence, found)
 
@@ -14522,8 +14516,7 @@ class Requests(Operations):
             return [public(each) for each in self.look.kept_servers(label, project)]
         if not label:
             raise Invalid('Choose a reservation by its label, or the VMs that stayed after their '
-                          'end.',
-                          hint='LABEL or --kept')
+                          'end.', hint='LABEL or --kept')
         found = self.look.parts_of(label, project)
         return [line for each in found or [None] for line in self.look.servers_of(self.look.mine(
             each.label if each else label, each.project if each else project, live=False,
@@ -14658,8 +14651,7 @@ class Requests(Operations):
                 found = (self.look.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
                 raise Conflict(f"'{label}' has already started and cannot be skipped. Cancel it "
-                               'to end it now.',
-                               hint=f'delete {label}')
+                               'to end it now.', hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
         return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
@@ -14964,8 +14956,7 @@ class Requests(Operations):
                 raise refusal
         if (not label or count) and count != len(found) and not asked['dry_run']:
             raise Conflict(f"This would cancel {counted(len(found), 'reservation')}. Nothing was "
-                           'cancelled.',
-                           hint=f'--count {len(found)} confirms it',
+                           'cancelled.', hint=f'--count {len(found)} confirms it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
     @api('GET', '/resource/<resource>/find',
@@ -15712,8 +15703,7 @@ class Plan(Operations):
             held = self.difference(place, most)
             if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
-                               'Set one first.',
-                               hint=f'resource update {name} --vms N')
+                               'Set one first.', hint=f'resource update {name} --vms N')
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'), host=host, reason=reason, added=int(now),
@@ -15892,8 +15882,7 @@ class Plan(Operations):
         fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
                     'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? '
-                    'AND held_from < ?',
-                    resource, begin, until) + rows(
+                    'AND held_from < ?', resource, begin, until) + rows(
             f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
             'AND held_until > held_from ORDER BY +id DESC', resource, until, begin, until)
@@ -16426,8 +16415,7 @@ class Calendars(Operations):
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
-                          'default resource.',
-                          hint='--resource NAME')
+                          'default resource.', hint='--resource NAME')
         wish = self.wishes.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
@@ -17434,8 +17422,7 @@ def named(found: list, most: int = 5) -> str:
 def is_due(what: str, now: float) -> bool:
     """Whether anything of a kind is due."""
     table, column, which = DUE[what]
-    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
-                    now))
+    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
 
 
 def those_due(what: str, query: str, now: float, tail: str = '', *values) -> list:
@@ -17493,8 +17480,7 @@ def note_of(config: Config, now: float, code: str, sentence: str, about,
          notify: Iterable[str] | None = None) -> None:
     """An event of one server, which is only logged: `tell_up` tells of all of them together."""
     occurrence = getattr(about, 'occurrence_id', about.id)
-    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
-            occurrence)
+    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
 
 
 def tell_of(config: Config, now: float, code: str, sentence: str, about) -> None:
@@ -17590,8 +17576,7 @@ class Clocks:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
         before, self.trust = self.trust, said or self.judged()[0]
         run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-            'excluded.value',
-            'clocks', json.dumps(self.trust))
+            'excluded.value', 'clocks', json.dumps(self.trust))
         if self.trust.doubted == (before and before.doubted):
             return
         sentence = 'the clock of this computer is right again'
@@ -18310,8 +18295,7 @@ class Planner:
         """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                         "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
-                        "AND NOT v.borrowed "
-                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
+                        "AND NOT v.borrowed AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
                         occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
@@ -18353,8 +18337,7 @@ class Planner:
     def force(self, occurrence, now: float) -> None:
         """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
-                    "NOT borrowed "
-                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
+                    "NOT borrowed AND state NOT IN ('deleted', 'kept')", occurrence.id)
         for server in late:  # an image that is not complete by now never will be
             change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
         if late:
@@ -18372,8 +18355,7 @@ class Planner:
         begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
         if now >= begun + occurrence.no_show:
             found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now,
-                                'nobody started a VM in it within '
+            self.service.admission.cancel([found], now, 'nobody started a VM in it within '
                                 f'{format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
@@ -18560,8 +18542,7 @@ class Planner:
                      occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
-               "LIMIT 1",
-               occurrence.id):
+               "LIMIT 1", occurrence.id):
             return now + self.config.poll_changing
         if all(self.foreign(occurrence)):
             return now + self.config.lost_answer_wait
@@ -19161,8 +19142,7 @@ class Reconciler:
                          uid=None)
         else:
             self.write_off(server, now)
-            change(Server, server.id, state='planned', uid=None,
-                   fault='the cloud lost it', due=now)
+            change(Server, server.id, state='planned', uid=None, fault='the cloud lost it', due=now)
             return [server]
         return []
 
@@ -19466,8 +19446,7 @@ class LifeCycle:
             self.zones = stamp
         stale = [] if done else rows(
             "SELECT id FROM reservation WHERE series <> '' AND over > ? "
-            'AND carried IS NOT ? LIMIT 20',
-            int(now), stamp)
+            'AND carried IS NOT ? LIMIT 20', int(now), stamp)
         for each in stale:
             self.carry_on(each.id, stamp, now)
         self.stale = bool(stale)
@@ -19488,8 +19467,7 @@ class LifeCycle:
             raise
         except Exception as error:
             log.warning('the series of reservation %s could not be continued: %s', reservation,
-                        error,
-                        exc_info=not isinstance(error, Error))
+                        error, exc_info=not isinstance(error, Error))
             with self.leader.acting():
                 change(Reservation, reservation, carried=stamp)
                 journal(self.config, now, 'cmres', 'trouble',
@@ -21363,8 +21341,7 @@ class LeaseView:
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
         ids = json.dumps([each.id for each in found])
-        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)',
-                     ids)
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)', ids)
         among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
         there = {each.reservation: each for each in listing(
             self.acting.clock(), among[0], among[1:], fields=BRIEF)} if holds else {}
@@ -22580,8 +22557,7 @@ class Draft:
         old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     'numbers(?)', self.known and self.known.id,
-                     json.dumps([*left]))
+                     'numbers(?)', self.known and self.known.id, json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
 
@@ -25952,8 +25928,7 @@ class OpenId:
             raise Unauthorized(f"you are not signed in: {said.get('error') or 'start again'}")
         try:
             token = self.client(back).fetch_token(
-                self.provider['token_endpoint'], code=said['code'],
-                code_verifier=known['verifier'])
+                self.provider['token_endpoint'], code=said['code'], code_verifier=known['verifier'])
             return self.claims(token, known['nonce'], now)
         except (AuthlibBaseError, JoseError, LookupError, ValueError) as error:
             log.warning('the OpenID provider: %s', first_line(error))
@@ -26351,8 +26326,7 @@ class Lists(Visit):
         """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
-                         'occurrence_id IN numbers(?)',
-                         json.dumps([each['id'] for each in found])):
+                         'occurrence_id IN numbers(?)', json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
         lines = []
         for each in map(self.as_left, found):
