@@ -1366,10 +1366,9 @@ TEXTS = {
 }
 #: What stands in braces there: the fields of a reservation as answers show it, and of the event.
 TEXT_FIELDS = frozenset((
-    'sentence message actor id label user project resource cell cloud region aggregate vms '
-    'at_end notify invite vcpus ram classes lead '
-    'description personal affinity repeat tz start end cancelled added changed up fault request '
-    'host state when what then link where').split())
+    'sentence message actor id label user project resource cell cloud region aggregate vms at_end '
+    'notify invite vcpus ram classes lead description personal affinity repeat tz start end '
+    'cancelled added changed up fault request host state when what then link where').split())
 
 
 def setting(default, least=None, most=10**9):
@@ -1786,17 +1785,14 @@ def exposition(samples: Iterable[tuple]) -> str:
         family = re.sub('_(bucket|sum|count)$', '', name)
         told = ','.join(f'{key}="{escaped_label(text)}"' for key, text in labels)
         lines[family].append(f"cmres_{name}{told and f'{{{told}}}'} {value:.10g}")
-    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n'
-                   f'# TYPE cmres_{name} {kind_of_metric(name)}\n'
+    kinds = {name: 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total')
+             else 'gauge' for name in lines}
+    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n# TYPE cmres_{name} {kinds[name]}\n'
                    + '\n'.join(found) + '\n' for name, found in lines.items())
 
 
 def escaped_label(text) -> str:
     return f'{text}'.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
-
-
-def kind_of_metric(name: str) -> str:
-    return 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total') else 'gauge'
 
 
 METRICS = Metrics()
@@ -2723,10 +2719,9 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
 ReservationAnswer = answer_kind(
     'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
     'state.',
-    f"id label user project resource cell cloud region aggregate vms {' '.join(MADE_SHOWN)} "
-    'at_end notify invite vcpus ram classes lead description '
-    'personal affinity where repeat tz start end cancelled added changed up fault request host '
-    'state change?', fault=str | None)
+    f"id label user project resource cell cloud region aggregate vms {' '.join(MADE_SHOWN)} at_end "
+    'notify invite vcpus ram classes lead description personal affinity where repeat tz start end '
+    'cancelled added changed up fault request host state change?', fault=str | None)
 OutcomeAnswer = answer_kind(
     'Outcome', 'What became of one occurrence of a series.',
     'start end vms outcome why?')
@@ -2797,8 +2792,7 @@ DifferenceAnswer = answer_kind(
     'Difference', 'A field of a resource that a cloud has otherwise.',
     'resource what before after')
 AffectedAnswer = answer_kind(
-    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of '
-    'it.',
+    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of it.',
     'label user project vms start end outcome')
 CapacityChangeAnswer = answer_kind(
     'CapacityChange', 'A capacity change or a maintenance that was made, and whom it affects.',
@@ -2815,8 +2809,7 @@ CheckAnswer = answer_kind(
     'Check', 'How many steps of usage were compared, and in how many they differed.',
     'steps differences')
 ClaimAnswer = answer_kind(
-    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on '
-    'any).',
+    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on any).',
     'resource passes why hosts', hosts=list[str] | None)
 EventOutcomeAnswer = answer_kind(
     'EventOutcome', 'What became of an event of a calendar.',
@@ -10249,11 +10242,8 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
             said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
         said = defaults, [], False, '', str(error)
-    return Booking(uid, title_of(head), guessed(head), head.name, *said)
-
-
-def title_of(entry: Entry) -> str:
-    return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
+    title = re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', head.text('SUMMARY'))[:1000]
+    return Booking(uid, title, guessed(head), head.name, *said)
 
 
 def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> dict[int, Want]:
@@ -10815,11 +10805,6 @@ def grouped(found: Iterable, name: str) -> list[list]:
     for each in found:
         groups[getattr(each, name)].append(each)
     return [*groups.values()]
-
-
-def with_twins(answer: dict, twins: dict) -> dict:
-    """An answer that shows fields under their new names as well."""
-    return answer | {new: answer[old] for old, new in twins.items() if old in answer}
 
 
 @functools.lru_cache
@@ -11661,8 +11646,7 @@ class Wishes:
             return '', None
         named = json.loads(place.named or '{}')
         if name not in named:
-            raise NotFound(f"Resource '{place.name}' has no host "
-                           f"'{name}'{nearest(name, named)}" + (
+            raise NotFound(f"Resource '{place.name}' has no host '{name}'{nearest(name, named)}" + (
                            '' if named else ' You cannot reserve single hosts here.'))
         holds = named[name]
         classes = tuple(sorted((figure, most) for figure, most in holds.items()
@@ -12232,10 +12216,9 @@ class Limits:
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
             if waits >= most:
-                raise Conflict(f"{who.capitalize()} '{name}' can have "
-                               f"{counted(most, 'request')} on the waiting list and "
-                               f'already has {waits}. '
-                               'Cancel one first.', limit='waiting', value=most, passes=0)
+                raise Conflict(f"{who.capitalize()} '{name}' can have {counted(most, 'request')} "
+                               f'on the waiting list and already has {waits}. Cancel one '
+                               'first.', limit='waiting', value=most, passes=0)
 
 
 # Policy ######################################################################
@@ -15194,7 +15177,7 @@ class Plan(Operations):
     def resource_public(self, found) -> dict:
         """A resource as answers show it."""
         shown = {name: value for name, value in public(found).items() if name != 'removed'}
-        return with_twins(shown, {'hold': 'min_free_time'})
+        return shown | {'min_free_time': shown['hold']}
 
     def read_default(self, before: dict, cloud: str, new: dict) -> dict:
         """The VMs that an event without words gets, as far as they are to be otherwise."""
@@ -18125,9 +18108,8 @@ class Post:
             return False
         with transaction():
             total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
-                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                         'number = 1 + iif(mailed.day = excluded.day, mailed.number, 0) '
-                         'RETURNING number',
+                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, number = '
+                         '1 + iif(mailed.day = excluded.day, mailed.number, 0) RETURNING number',
                          f'{notice.owner} invites', int(now // 86400)).fetchone()
             if enough := total > self.config.invitations_per_day:
                 change(Outbox, notice.id, due=None, fault='too many invitations today')
@@ -18197,9 +18179,8 @@ class Planner:
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
-               's.cloud, s.user_started, '
-               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
-               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+               's.cloud, s.user_started, r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, '
+               's.no_show, s.mode FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
         there = ('AND s.cloud IN names(?) ORDER BY +o.start DESC LIMIT ?',  # + for the index of due
                  json.dumps([*self.leader.served]))
@@ -18301,11 +18282,10 @@ class Planner:
     def stopped_before(self, occurrence) -> list:
         """The VMs that a series has stopped or shelved before, on the same account."""
         account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
-        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
-                    "v.occurrence_id = o.id "
-                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
-                    "v.borrowed "
-                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
+        return rows('SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON '
+                    'v.occurrence_id = o.id WHERE o.reservation_id = ? AND o.resource_id = ? AND '
+                    "v.state = 'kept' AND NOT v.borrowed AND v.goal IN ('stop', 'shelve') AND "
+                    'v.account = ? ORDER BY v.n, v.id',
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
@@ -18328,10 +18308,9 @@ class Planner:
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
-                        'o.reservation_id '
-                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
-                        "NULL AND o.due IS NOT NULL "
-                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
+                        "o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND "
+                        'o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND '
+                        'o."end" > ?', occurrence.server, occurrence.id,
                         now, now))
 
     def force(self, occurrence, now: float) -> None:
@@ -19964,8 +19943,6 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
-    def no_metrics():
-        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
@@ -19974,7 +19951,8 @@ def health_of(service: Reservations, told: Callable | None = None):
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route(METRICS_PATH, 'GET', no_metrics)
+    app.route(METRICS_PATH, 'GET', lambda: refused(NotFound(
+        '`serve` counts, and only there are metrics')))
     return app
 
 
@@ -21240,7 +21218,6 @@ class Blazar:
         return {'resource_property': {
             'id': name, 'resource_type': 'physical:host', 'property_name': name,
             'private': private, 'created_at': None, 'updated_at': None}}
-
 
     # Floating IPs
 
@@ -22802,6 +22779,7 @@ class Query:
                 window = max(begin - offset - 1, 0), until - offset + 1
                 for each in self.occurrences(groups, *window):
                     yield int(each[side].timestamp()) + offset if each else begin
+
 
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
@@ -28729,8 +28707,7 @@ class Call:
         return []
 
 
-class Untyped(str):
-    """The default of an argument; what is this was not typed."""
+UNTYPED = object()  # the default of an argument: what is this was not typed
 
 
 def command(operation: Operation) -> Callable:
@@ -28739,10 +28716,9 @@ def command(operation: Operation) -> Callable:
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
-                                if not isinstance(value, Untyped)})
-    note.__signature__ = inspect.Signature([
-        each.replace(annotation=REQUIRED, default=Untyped(''))
-        for each in operation.parameters.values()])
+                                if value is not UNTYPED})
+    note.__signature__ = inspect.Signature([each.replace(annotation=REQUIRED, default=UNTYPED)
+                                            for each in operation.parameters.values()])
     note.__name__, note._operation = operation.name, operation
     return note
 
@@ -29235,8 +29211,9 @@ class Look(NamedTuple):
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
         is_wide = options.get('wide')
         columns = chosen or (not is_wide and usual.split()) or None
+        width = shutil.get_terminal_size().columns
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
+                    width if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -29380,7 +29357,7 @@ def drawn(names: list[str], lines: list) -> str:
     for *first, last in table:
         parts = last.split('\n')
         if on_terminal:
-            room = max(terminal_width() - margin, 20)
+            room = max(shutil.get_terminal_size().columns - margin, 20)
             parts = [piece for part in parts
                      for piece in textwrap.wrap(part, room, break_on_hyphens=False) or ['']]
         head = ''.join(cell + ' ' * (width + 2 - wide(cell)) for cell, width in zip(first, widths))
@@ -29396,10 +29373,6 @@ def wide(text: str) -> int:
         return len(text)
     return sum(1 + (unicodedata.east_asian_width(each) in 'WF') for each in text
                if not unicodedata.combining(each))
-
-
-def terminal_width() -> int:
-    return shutil.get_terminal_size().columns
 
 
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:
