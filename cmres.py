@@ -2723,12 +2723,10 @@ ReservationAnswer = answer_kind(
     'notify invite vcpus ram classes lead description personal affinity where repeat tz start end '
     'cancelled added changed up fault request host state change?', fault=str | None)
 OutcomeAnswer = answer_kind(
-    'Outcome', 'What became of one occurrence of a series.',
-    'start end vms outcome why?')
+    'Outcome', 'What became of one occurrence of a series.', 'start end vms outcome why?')
 BookedAnswer = answer_kind(
     'Booked', 'A reservation that was made or changed; of a series, what became of each '
-    'occurrence.',
-    'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
+    'occurrence.', 'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
     occurrences=list[OutcomeAnswer])
 GroupAnswer = answer_kind(
     'Group', 'Several reservations that were made together, or not at all.',
@@ -2745,8 +2743,7 @@ KeptAnswer = answer_kind(
     'Kept', 'A VM that was stopped or shelved at the end of its reservation and stays.',
     'id name label project user state addresses end account uid', state=str)
 ComingAnswer = answer_kind(
-    'Coming', 'A current or future occurrence of a series.',
-    'start end vms resource state')
+    'Coming', 'A current or future occurrence of a series.', 'start end vms resource state')
 DetailAnswer = answer_kind(
     'Detail', 'All of a reservation, with its VMs, and what comes of a series.',
     'user_data servers on_conflict? booked_until? occurrences?', of=ReservationAnswer,
@@ -2754,15 +2751,12 @@ DetailAnswer = answer_kind(
 DetailGroupAnswer = answer_kind(
     'DetailGroup', 'All of several reservations that were made together.',
     'label parts', parts=list[DetailAnswer])
-DurationAnswer = answer_kind(
-    'Duration', 'How long a reservation is.',
-    'label duration seconds')
+DurationAnswer = answer_kind('Duration', 'How long a reservation is.', 'label duration seconds')
 DurationGroupAnswer = answer_kind(
     'DurationGroup', 'How long the parts of a group are.',
     'label parts', parts=list[DurationAnswer])
 RefusedLineAnswer = answer_kind(
-    'RefusedLine', 'A line of many that was refused, and why.',
-    'line label error', label=Any)
+    'RefusedLine', 'A line of many that was refused, and why.', 'line label error', label=Any)
 LoadedAnswer = answer_kind(
     'Loaded', 'What became of many reservations.',
     'taken refused', taken=list[BookedAnswer | GroupAnswer], refused=list[RefusedLineAnswer])
@@ -2771,8 +2765,7 @@ SlotAnswer = answer_kind(
     'resource start until duration vms')
 UsageAnswer = answer_kind(
     'Usage', 'How much of a resource is used in a time window; further fields are resource '
-    'classes.',
-    'start end vms vcpus ram free_vms', more=int)
+    'classes.', 'start end vms vcpus ram free_vms', more=int)
 ResourceAnswer = answer_kind(
     'Resource', 'A resource: its location and its capacity, without a number where that is '
     'unlimited.',
@@ -2785,12 +2778,9 @@ ResourceNowAnswer = answer_kind(
 ResourceChangedAnswer = answer_kind(
     'ResourceChanged', 'A resource that was changed, and what no longer fits.',
     'no_longer_fit warnings?', of=ResourceAnswer, no_longer_fit=list[ReservationAnswer])
-HostAnswer = answer_kind(
-    'Host', 'A host, and what is known of it.',
-    'name properties')
+HostAnswer = answer_kind('Host', 'A host, and what is known of it.', 'name properties')
 DifferenceAnswer = answer_kind(
-    'Difference', 'A field of a resource that a cloud has otherwise.',
-    'resource what before after')
+    'Difference', 'A field of a resource that a cloud has otherwise.', 'resource what before after')
 AffectedAnswer = answer_kind(
     'Affected', 'An occurrence that no longer fits after a capacity change, and what became of it.',
     'label user project vms start end outcome')
@@ -2803,8 +2793,7 @@ MaintenanceAnswer = answer_kind(
     'id resource start end vms vcpus ram classes host reason', vms=int | None, vcpus=int | None,
     ram=int | None)
 CalledOffAnswer = answer_kind(
-    'CalledOff', 'A capacity change or a maintenance that was called off.',
-    'id reason')
+    'CalledOff', 'A capacity change or a maintenance that was called off.', 'id reason')
 CheckAnswer = answer_kind(
     'Check', 'How many steps of usage were compared, and in how many they differed.',
     'steps differences')
@@ -2823,8 +2812,7 @@ CalendarAnswer = answer_kind(
     'id kind user project shows? added? revoked? polled? fault? held? needs_confirmation?',
     revoked=datetime)
 FeedAnswer = answer_kind(
-    'Feed', 'The address of a feed; of a dry run, whose it would be.',
-    'feed? user? project?')
+    'Feed', 'The address of a feed; of a dry run, whose it would be.', 'feed? user? project?')
 EventAnswer = answer_kind(
     'Event', 'A line of the event log.',
     'id at actor code label project sentence', label=Label | None, project=str | None)
@@ -2833,8 +2821,7 @@ LatenessAnswer = answer_kind(
     'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
     'tried_again', servers=int)
 FailedAnswer = answer_kind(
-    'Failed', 'A VM that did not start.',
-    'cloud label name tries planned fault')
+    'Failed', 'A VM that did not start.', 'cloud label name tries planned fault')
 PunctualityAnswer = answer_kind(
     'Punctuality', 'How late VMs were, and which failed.',
     'clouds failed', clouds=list[LatenessAnswer], failed=list[FailedAnswer])
@@ -2852,9 +2839,7 @@ CredentialAnswer = answer_kind(
 NewTokenAnswer = answer_kind(
     'NewToken', 'A token that was made; of a dry run, whose it would be.',
     'token? user? project? role? ends?', ends=datetime)
-EndedAnswer = answer_kind(
-    'Ended', 'How many tokens of a person have ended.',
-    'user tokens')
+EndedAnswer = answer_kind('Ended', 'How many tokens of a person have ended.', 'user tokens')
 RefusalAnswer = answer_kind(
     'Refusal', 'Why a request was refused, in a sentence; `details` say more to programs.',
     'error kind details?')
