@@ -10364,12 +10364,11 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
     return sorted(days), [str(error) for error in refused]
 
 
-def calendar_name(text: str, number: int = 0) -> str:
+def calendar_name(text: str) -> str:
     """A label out of a title: its letters and digits."""
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
-    name = f'{name}-event' if name in NO_LABELS else name
-    return f'{name}-{number}' if number else name
+    return f'{name}-event' if name in NO_LABELS else name
 
 
 class Shown(NamedTuple):
@@ -12636,6 +12635,7 @@ class Bookings:
             if not more or not span and not self.proposes_all:
                 return made
             if old.pending is not None:
+                change(Reservation, old.reservation, pending=int(now) + span, confirm=0)
                 self.await_approval(old.reservation, int(now) + span, deal.wish, now)
                 return made
             attempt.undo()
@@ -13035,11 +13035,7 @@ class Bookings:
 
     def stand_in_line(self, reservation: int) -> None:
         """Notes where one that waits could be, as it is now; one that waits no more makes way."""
-        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
-                         reservation):
-            call_waiting(*each)
-        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        remembered.change()
+        self.leave_line(reservation)
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
                     'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id '
                     'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
@@ -13049,9 +13045,16 @@ class Bookings:
             insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
                    until=found.end, since=found.waiting, limited=False, due=0)
 
+    def leave_line(self, reservation: int) -> None:
+        """Takes one that waits out of the line; those that it kept back are called."""
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
+                         reservation):
+            call_waiting(*each)
+        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
+
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
-        """Lets a reservation wait for an admin until an instant."""
-        change(Reservation, reservation, pending=until, confirm=0)
+        """Lets admins know that they must approve a reservation before an instant."""
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
@@ -13364,9 +13367,7 @@ class Admission:
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
         if pending:
-            until = self.service.config.told_time(pending, wish.tz)
-            self.service.ask_admins(now, f'an admin must approve it before {until}', reservation,
-                                    wish.notify)
+            self.bookings.await_approval(reservation, pending, wish, now)
         return reservation, done
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -13757,18 +13758,10 @@ class Waiting:
             found[(each.project, each.request) if each.request else each.id].append(each)
         over = whole - {each.reservation for request in found.values() for each in request}
         if over:
-            self.leave_line(over)
+            for each in over:
+                self.bookings.leave_line(each)
             return self.waiting_requests(now)
         return [*found.values()]
-
-    def leave_line(self, reservations: Iterable[int]) -> None:
-        """Takes out of the line whose window is over; those that they kept back are called."""
-        for each in reservations:
-            for place in rows('SELECT resource_id, held_from, until FROM wait '
-                              'WHERE reservation_id = ?', each):
-                call_waiting(*place)
-            run('DELETE FROM wait WHERE reservation_id = ?', each)
-            remembered.change()
 
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those without room are tried again, if nothing is given back before: of a
@@ -16272,7 +16265,7 @@ class Calendars(Operations):
                           Want(**{name: said[name] for name in Want._fields if name in said}))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
-        lines = self.read_bookings(wanted, said, zone)
+        lines = self.read_bookings(wanted, said)
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -16346,14 +16339,14 @@ class Calendars(Operations):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
+    def read_bookings(self, wanted: list[Booking], said: dict) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them; what is plain first."""
         lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:
                 with budget.event(repeats(booking)):
-                    wish, coming = self.read_booking(booking, said, zone)
+                    wish, coming = self.read_booking(booking, said)
                 if len(coming) > left:
                     raise Invalid(f'Its calendar asks for more than {10 * MOST_OCCURRENCES} '
                                   'occurrences within the horizon. Put it into a calendar of its '
@@ -16364,8 +16357,7 @@ class Calendars(Operations):
                 lines[booking.uid] = booking, None, error
         return deque(lines[booking.uid] for booking in wanted)
 
-    def read_booking(self, booking: Booking, said: dict,
-                     zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
+    def read_booking(self, booking: Booking, said: dict) -> tuple[Wish | None, list[Slot]]:
         """The wish of a booking, and what it wants until the horizon; Error if it is refused."""
         want = booking.want
         if booking.error:
@@ -22483,7 +22475,7 @@ class Draft:
             if unescaped(each.read('SUMMARY')[1]) == old.description:
                 said['description'] = booking.summary[:1000]
         with Budget().event(repeats(booking)):
-            return acting.read_booking(booking, said, self.event.zone)[0]
+            return acting.read_booking(booking, said)[0]
 
     def reserve(self) -> str:
         """Books what an event asks for, and keeps its text; what is shown of it then."""
