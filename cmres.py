@@ -1364,11 +1364,13 @@ TEXTS = {
     'held': 'Please confirm: your calendar has far fewer events\n{message}',
     'dropped': 'No more mails today\n{message}',
 }
-#: What stands in braces there: the fields of a reservation as answers show it, and of the event.
-TEXT_FIELDS = frozenset((
-    'sentence message actor id label user project resource cell cloud region aggregate vms at_end '
-    'notify invite vcpus ram classes lead description personal affinity repeat tz start end '
-    'cancelled added changed up fault request host state when what then link where').split())
+#: The fields of a reservation as answers show it, besides what its VMs are made of.
+RESERVATION_FIELDS = (
+    'id label user project resource cell cloud region aggregate vms at_end notify invite vcpus ram '
+    'classes lead description personal affinity where repeat tz start end cancelled added changed '
+    'up fault request host state')
+#: What stands in braces there: those, and fields of the event.
+TEXT_FIELDS = frozenset(f'{RESERVATION_FIELDS} sentence message actor when what then link'.split())
 
 
 def setting(default, least=None, most=10**9):
@@ -2670,16 +2672,11 @@ def choices_of(kind) -> tuple:
     return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
 
 
-#: Of which type a field is whose answer says no other.
+#: Of which type a field is whose answer says no other; of a name that is not here, text.
 FIELD_TYPES = {name: kind for kind, names in (
     (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
           'min_free_time steps differences count ignored tried_again tokens'),
     (Label, 'label'),
-    (str, 'user project resource cell cloud region aggregate flavor '
-          'at_end description affinity where repeat tz fault request host outcome why message '
-          'ends_with name snapshot account login on_conflict error mode default_flavor '
-          'default_image planned_by what reason summary held needs_confirmation kind actor code '
-          'sentence role purpose application trust status'),
     (list[str], 'notify invite warnings addresses hosts scopes'),
     (dict[str, str], 'properties'),
     (dict[str, int], 'classes held_now used_now'),
@@ -2699,8 +2696,6 @@ FIELD_TYPES = {name: kind for kind, names in (
     ) for name in names.split()} | {
         name: {Names: list[str], Pairs: dict[str, str]}.get(each.kind, str)
         for name, each in MADE_OF.items()}
-
-
 #: The fields that hold instants, wherever they appear: those, and some in details of refusals.
 INSTANTS = frozenset(name for name, kind in FIELD_TYPES.items() if datetime in choices_of(kind)) | {
     'decide_before', 'latest_end', 'next_start'}
@@ -2710,7 +2705,7 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
     """A kind of answer: what it is about and its fields, with ? those that may be missing; `kinds`
     are types that fields have only here."""
     named = {each.rstrip('?'): not each.endswith('?') for each in fields.split()}
-    own = {each: Field(kinds.get(each) or FIELD_TYPES[each], always)
+    own = {each: Field(kinds.get(each) or FIELD_TYPES.get(each, str), always)
            for each, always in named.items()}
     return type(f'{name}Answer', (of,), {
         '__doc__': about, 'fields': of.fields | own, 'more': more or of.more})
@@ -2719,9 +2714,7 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
 ReservationAnswer = answer_kind(
     'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
     'state.',
-    f"id label user project resource cell cloud region aggregate vms {' '.join(MADE_SHOWN)} at_end "
-    'notify invite vcpus ram classes lead description personal affinity where repeat tz start end '
-    'cancelled added changed up fault request host state change?', fault=str | None)
+    f"{RESERVATION_FIELDS} {' '.join(MADE_SHOWN)} change?", fault=str | None)
 OutcomeAnswer = answer_kind(
     'Outcome', 'What became of one occurrence of a series.', 'start end vms outcome why?')
 BookedAnswer = answer_kind(
