@@ -22434,6 +22434,20 @@ def test_help_at_the_top_names_every_command_and_group(run, line):
         assert re.search(rf'^\s+{name.split()[0]}\b', out, re.M), name
 
 
+def test_the_examples_of_help_are_commands_that_are_understood():
+    tree = cmres.commands(lambda operation: operation)
+    seen = 0
+    for operation in (cmres.API | cmres.LOCAL).values():
+        for example in operation.examples or [operation.words]:
+            words = cmres.take_options(shlex.split(example.partition(' >')[0]), {})
+            path, found = cmres.command_path(tree, words)
+            assert found is operation or words[:1] == ['keep'], example  # which is `extend --until`
+            flags, plain = cmres.read_words(found, words[len(path):])
+            assert len(plain) <= len(found.parameters) - len(flags), example
+            seen += 1
+    assert seen > 70
+
+
 @pytest.mark.parametrize('group', list(cmres.GROUPS))
 @pytest.mark.parametrize('flag', ['', '--help'])
 def test_help_of_a_group_names_its_commands(run, group, flag):
@@ -22954,7 +22968,7 @@ def public_sentences():
     yield from cmres.WORDS.values()
     yield from cmres.MEANS.values()
     yield from cmres.TEXTS.values()
-    yield from cmres.GROUPS.values()
+    yield from (about for about, _ in cmres.GROUPS.values())
     yield from cmres.TAGS.values()
     yield from cmres.MEASURED.values()
     yield from (text for name, text in vars(cmres).items() if isinstance(text, str) and ' ' in text
