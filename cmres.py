@@ -15939,8 +15939,8 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
             'WHERE h.reservation = r.id AND h.part = ?))')
 
 
-#: How a refusal ends that may be over: servers count that are gone, or take less by now.
-PASSING = 'in use', 'has room for it until then'
+#: What stands in a refusal that may be over: servers count that are gone, or take less by now.
+PASSING = 'in use', 'is not free for', 'has room for it until then'
 OUTSIDE = 'it is outside'  # of a server that moves
 
 
@@ -15973,7 +15973,8 @@ class Claims(Operations):
                     name, server, projects, users, flavor, label, project, user, hosts, moves,
                     migrates, now) for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith(PASSING)]
+        in_use = [each['resource'] for each in answers
+                  if any(said in each['why'] for said in PASSING)]
         seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '')
         return decide({*seen.values()} == {True}) if seen else answers
 
@@ -16131,7 +16132,8 @@ class Claims(Operations):
         taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
         if placed:
             taken[before] += stays
-        loose = taken[''] + need  # what Nova holds twice may be here, or there
+        # what Nova holds twice may be here, or there
+        loose = taken.get('', NOTHING) + need
         planned = [names[host] for host in placed if host in names
                    and (taken[names[host]] + loose).within(limit_of(each * placed[host]))]
         if planned or not need.within(limit_of(each)):
