@@ -4209,8 +4209,8 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last, and a little later each time: a look that began
-    # with another one here tells of before
+    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
+    # look that began when it was another one tells of before
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -8515,7 +8515,8 @@ class OpenStack(Cloud):
             offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
-            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
+            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING',
+                                       'ERROR')  # a resize that failed may have left both sides
             if not (server.flavor and server.flavor.vcpus):
                 return Seat(host)
             takes = self.takes(server.flavor, bool(server.image and server.image.id))
@@ -16025,7 +16026,8 @@ class Claims(Operations):
                     del takes['vms']
                     host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
-                change(Claim, claim.id, due=now + pause, host=host, **takes)
+                change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
+                       **takes)  # what looks saw that began before is older
                 if host not in ('', claim.host):
                     self.follow_seat(claim, host, now)
 
@@ -16100,7 +16102,7 @@ class Claims(Operations):
         host = chosen[0] if chosen and not chosen[1:] else ''
         columns = stored(both or need) | {
             'twice': bool(both), 'occurrence': found.id if found else None,
-            'asked': max(now, known.asked + 1e-3) if known else now,
+            'asked': max(now, known.asked + 1e-5) if known else now,
             'due': now + self.config.lost_answer_wait,
             'host': host if not both or host == there.host else ''}
         del columns['vms']
