@@ -4243,7 +4243,8 @@ class Claim(Table):
     resource = peewee.ForeignKeyField(Resource, index=False)
     occurrence = peewee.IntegerField(null=True)  # it boots on; NULL: on what nobody has reserved
     server = peewee.CharField()   # Nova's id
-    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])  # where it is
+    # where it is; '': not known, or, if it takes that twice, on any two hosts
+    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     # until a resize is confirmed, what it takes before and after it
     twice = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     project = peewee.CharField()  # Nova's ids
@@ -4252,7 +4253,8 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last: what was seen before is older
+    # when Nova's scheduler asked for it last, and a little later each time: a look that began
+    # with another one here tells of before
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -4654,7 +4656,7 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
         if isinstance(error, Error):
             raise
         raise Unavailable(f"Cannot open the database '{without_password(path)}': "
-                          f'{first_line(error)}') from None
+                          f'{first_line(error)}{is_server(path) * NONE_THERE}') from None
 
 
 def take_server(url: str, file: str, known: str, make: bool) -> None:
@@ -4709,6 +4711,7 @@ STORE_GONE = ("The database '{0}' is missing, but there was one: '{1}' remembers
 STORE_OLDER = ("The database '{0}' has version {1}, but this cmres needs version {2}. Stop all "
                'processes of cmres, then run `store migrate`. `serve`, `scheduler` and `tick` do '
                'it, too.')
+NONE_THERE = '. Check its address. If there is no such database, create it with `createdb`.'
 STORE_NEWER = ("A newer cmres wrote the database '{0}' (version {1}, here {2}). Install that "
                'version or a later one.')
 OTHER_KEY = ("The database '{}' is {}, but its key is of store {}. Put the right file back, or "
@@ -5707,8 +5710,7 @@ SERVER_TROUBLES = {
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
     READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
-    '28': 'The database does not let cmres in: {}. An operator must look at its settings.',
-    '3D': 'There is no such database: {}. Create it with `createdb`.'}
+    '28': 'The database does not let cmres in: {}. An operator must look at its settings.'}
 
 
 def trouble(error: BaseException) -> Unavailable | None:
@@ -7827,6 +7829,8 @@ class Seat(NamedTuple):
     host: str  # '': nowhere yet
     #: None: as before, or not settled, while Nova may hold it on two hosts, or twice on one.
     takes: Flavor | None = None
+    #: What it takes until Nova's scheduler has answered, where it is about to be resized or moved.
+    until_moved: Flavor | None = None
 
 
 class Seen(NamedTuple):
@@ -7993,6 +7997,10 @@ class Cloud:
 
     def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
         """Where each server is; None if it is gone, has failed or takes nothing of any host."""
+
+    def migrates(self, uid: str) -> bool:
+        """Whether a server moves as it is, which operators alone can wish, and is not resized."""
+        return True
 
     def time(self) -> float | None:
         """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
@@ -8570,6 +8578,14 @@ class OpenStack(Cloud):
     def hosts(self, uids):
         return {uid: self.seat_of(uid) for uid in uids}
 
+    def migrates(self, uid):
+        with self.calling('tell why a server moves', sure=True) as cloud:
+            told = cloud.compute.get(f'/servers/{uid}/os-instance-actions').json()
+            moves = ('resize', 'migrate', 'live-migration', 'evacuate', 'unshelve')
+            done = [each['action'] for each in told.get('instanceActions', ())  # the newest first
+                    if each['action'] in moves]
+            return done[:1] not in ([], ['resize'])
+
     def seat_of(self, uid: str) -> Seat | None:
         """Where a server is, as `hosts` tells it."""
         with self.calling('tell where a server is', sure=True) as cloud:
@@ -8581,10 +8597,12 @@ class OpenStack(Cloud):
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
             moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
-            has = server.flavor if server.flavor and server.flavor.vcpus else None
-            root = bool(server.image and server.image.id)
-            settled = has and not moving and not server.task_state
-            return Seat(host, self.takes(has, root) if settled else None)
+            if not (server.flavor and server.flavor.vcpus):
+                return Seat(host)
+            takes = self.takes(server.flavor, bool(server.image and server.image.id))
+            if server.task_state in ('resize_prep', 'migrating'):  # its flavor changes after that
+                return Seat(host, until_moved=takes)
+            return Seat(host, None if moving or server.task_state else takes)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -11966,16 +11984,28 @@ class Reasons:
             return NoCapacity(f"Host '{need.host}' {is_so}. Choose another host or time.",
                               cause='host')
         if most < need.number:
-            largest = amount_in_words(max((amount_of_host(each) for each in rows(
-                'SELECT * FROM host WHERE resource_id = ?', need.resource)), key=lambda each: (
-                each.classes, each)))
             return NoCapacity(
                 f"The hosts of '{name}' hold {most} of {number} at most, when they are empty: each "
-                f'takes {takes} of one host. The largest host has {largest}. Reserve fewer or '
+                f'takes {takes} of one host. {self.largest_host(need)} Reserve fewer or '
                 'smaller VMs.', cause='too_large')
         return NoCapacity(
             f"'{name}' has enough free in all from {when}, but not on single hosts: no plan was "
             f'found for {number} that each take {takes} of one host.', cause='host')
+
+    def largest_host(self, need: Need) -> str:
+        """What the largest host of a resource has, and how many are closed."""
+        hosts = rows('SELECT * FROM host WHERE resource_id = ? AND state <> ?', need.resource,
+                     GONE_AWAY)
+        well = [each for each in hosts if not each.state]
+        closed = len(hosts) - len(well)
+        if not hosts:
+            return 'It has none any more.'
+        largest = max(map(amount_of_host, well or hosts), key=lambda each: (each.classes, each))
+        said = f'The largest host has {amount_in_words(largest)}.'
+        if closed:
+            said += f" {closed} of {counted(len(hosts), 'host')} {'are' if closed > 1 else 'is'} " \
+                    'disabled or down.'
+        return said
 
     def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
@@ -14967,7 +14997,7 @@ class Requests(Operations):
         for each in found:
             self.admission.cancel(self.look.live(each, each.slot) if following else [each],
                                   now, ends=following)
-        return self.as_cancelled(found)
+        return self.as_cancelled(found, now)
 
     def next_to_cancel(self, asked: dict) -> list:
         """The next occurrences of the reservations that a label or filters meet; Conflict where
@@ -14992,7 +15022,7 @@ class Requests(Operations):
             left.extend(found := which())
             self.cancel_some(left, now, whole)
             noted = left and self.note_rest(left, now)
-            return self.as_cancelled(found)
+            return self.as_cancelled(found, now)
         with self.shares.resting():  # changes of others don't wait
             done = self.carry_out(deed, dry_run, locks)
         if left:
@@ -15023,11 +15053,12 @@ class Requests(Operations):
         with transaction():
             run('DELETE FROM fact WHERE name = ?', noted)
 
-    def as_cancelled(self, found: list) -> list[dict]:
+    def as_cancelled(self, found: list, now: float) -> list[dict]:
         """What was cancelled, as it is now or in a moment, with what becomes of its VMs."""
         after = self.look.in_order([each.id for each in found], fields=SLIM)
-        return [public(line) | {'state': line.state if line.cancelled is not None else
-                                'ending' if line.existing else 'cancelled'}
+        at = instant(int(now))
+        return [public(line) | ({} if line.cancelled is not None else {
+            'cancelled': at, 'state': 'ending' if line.existing else 'cancelled'})
                 | self.admission.ends_with(each) for line, each in zip(after, found)]
 
     def delete_kept(self, label: str, project: str, dry_run: bool) -> Rows:
@@ -16130,7 +16161,8 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
 
 
 #: How a refusal ends that may be over: servers count that are gone, or take less by now.
-TAKEN = 'in use', 'has room for it until then'
+PASSING = 'in use', 'has room for it until then'
+OUTSIDE = 'it is outside'  # of a server that moves
 
 
 class Claims(Operations):
@@ -16146,7 +16178,8 @@ class Claims(Operations):
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
-        With --moves, only a server passes that counts there already.
+        With --moves, only a server passes that counts there already; what it was and what it is to
+        be count until cmres has seen which of them it is.
 
         Example: python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
@@ -16157,57 +16190,66 @@ class Claims(Operations):
         flavor = Flavor(vcpus, ram, tuple(some), disk)
         projects, users = self.names_of(project), self.names_of(user)
 
-        def decide() -> list[dict]:
+        def decide(migrates: bool = False) -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, flavor, label, project, user, hosts, moves, now)
-                    for name in resources]
+                    name, server, projects, users, flavor, label, project, user, hosts, moves,
+                    migrates, now) for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith(TAKEN)]
-        looked = in_use and not dry_run and self.look_at_claims(in_use)
-        return decide() if looked else answers
+        in_use = [each['resource'] for each in answers if each['why'].endswith(PASSING)]
+        seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '')
+        return decide({*seen.values()} == {True}) if seen else answers
 
-    def look_at_claims(self, resources: list[str]) -> bool:
-        """Looks at once whether servers are still there that count; whether that was told."""
+    def look_at_claims(self, resources: list[str], server: str) -> dict[str, bool]:
+        """Looks at once whether servers are still there that count; by cloud that told, whether an
+        operator moves one `server` there. What that one takes is settled: Nova moves none that is
+        being moved.
+        """
+        found = {}
         for name in resources:
-            place, began = self.look.resource_row(name), self.clock()
-            uids = [each.server for each in rows(
-                'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND asked < ? '
-                'LIMIT 100', place.id, began)]
-            opened = self.clouds.open(place.cloud)
+            place = self.look.resource_row(name)
+            claims = rows('SELECT id, server, asked FROM claim WHERE resource_id = ? AND due IS '
+                          'NOT NULL AND asked < ? ORDER BY server <> ? LIMIT 100', place.id,
+                          self.clock(), server)
+            opened, uids = self.clouds.open(place.cloud), [each.server for each in claims]
             try:
-                seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
+                seats, migrates = self.shares.ask(f'the cloud {place.cloud}', lambda: (
+                    opened.hosts(uids), server in uids and opened.migrates(server)))
             except Error:
-                return False
+                return {}
+            if seats.get(server):
+                seats[server] = seats[server]._replace(
+                    takes=seats[server].takes or seats[server].until_moved)
             with self.writing() as now:
-                self.note_seats(place.cloud, seats, now, began)
-        return True
+                self.note_seats(claims, seats, now)
+            found[place.cloud] = migrates or found.get(place.cloud, False)
+        return found
 
-    def note_seats(self, cloud: str, seats: dict[str, Seat | None], now: float,
-                   began: float) -> None:
+    def note_seats(self, claims: list, seats: dict[str, Seat | None], now: float) -> None:
         """Lets claims count while their servers are on a host of the resource, and as much as they
         take there.
 
         Args:
-          began: when the look began; what was decided later, it can't tell of
+          claims: as they were when the look began; of what was decided since, it can't tell
         """
-        for uid, seat in seats.items():
-            for claim in rows('SELECT c.* FROM claim c JOIN resource s ON '
-                              's.id = c.resource_id WHERE c.server = ? AND c.due IS NOT NULL '
-                              'AND c.asked <= ? AND s.cloud = ?', uid, began, cloud):
+        for each in claims:
+            seat = seats[each.server]
+            for claim in rows('SELECT * FROM claim WHERE id = ? AND due IS NOT NULL AND asked = ?',
+                              each.id, each.asked):
                 place = resource_of(claim.resource_id, removed=True)
                 hosts = json.loads(place.hosts)
-                if seat is None or seat.host and hosts and seat.host not in hosts:
+                if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes = {}
+                takes, host = {}, claim.host if claim.twice else seat.host or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
+                    host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
-                change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
-                if seat.host not in ('', claim.host):
-                    self.follow_seat(claim, seat.host, now)
+                change(Claim, claim.id, due=now + pause, host=host, **takes)
+                if host not in ('', claim.host):
+                    self.follow_seat(claim, host, now)
 
     def follow_seat(self, claim, host: str, now: float) -> None:
         """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
@@ -16220,23 +16262,23 @@ class Claims(Operations):
         if taken[host].vms > read_placed(found.placed).get(here.id, 0):
             self.journal(now, 'trouble', f'the server {claim.server} is on {host}, where it was '
                          'not planned', found.reservation_id, (), found.id)
-            need = self.put_on(found, here.id, taken, now)
-            if not any(rooms(need, [here.id], least=0)):
+            self.put_on(found, here.id, taken, now)
+            if not any(rooms(on_hosts(found, now)[0], [here.id], least=0)):
                 self.rehouse(claim.resource_id, {here.id: False}, now)
 
-    def put_on(self, found, host: int, taken: dict[str, Amount], now: float) -> Need:
-        """Plans one VM of an occurrence on a host instead of one on which none runs."""
+    def put_on(self, found, host: int, taken: dict[str, Amount], now: float) -> bool:
+        """Plans one VM of an occurrence on a host instead of one on which none runs, if any is."""
         need, placed = on_hosts(found, now)
         names = dict(run('SELECT id, name FROM host WHERE resource_id = ?',
                          need.resource).fetchall())
         for spare in placed:
-            if spare != host and placed[spare] > taken[names[spare]].vms:
+            if spare != host and placed[spare] > (taken[names[spare]] + taken['']).vms:
                 hold_on(need, {spare: -1, host: 1})
                 placed = Counter(placed) + Counter({host: 1}) - Counter({spare: 1})
                 self.note_plan(found.id, placed)
                 self.bookings.count_stopped(found.reservation_id, now)
-                break
-        return need
+                return True
+        return False
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
@@ -16245,25 +16287,24 @@ class Claims(Operations):
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str],
                  flavor: Flavor, label: str, project: str, user: str, hosts: list[str], moves: bool,
-                 now: float) -> dict:
+                 migrates: bool, now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
             why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
             return {'passes': bool(place), 'why': why, 'hosts': None}
-        there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
-                    'AND due IS NOT NULL', place.id, server)
+        known = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ?', place.id,
+                    server)
+        there = known and known.due is not None and known
         need = takes_of(flavor, place)
         if moves and not there:
-            return {'passes': False, 'why': 'it is outside', 'hosts': None}
-        had = amount_of(there)._replace(vms=1) if there else need
-        moved, both = there and there.host and hosts and there.host not in hosts, None
-        # Until that is settled, Nova holds both; what was so before may be settled, or not.
-        if there and (moved or had != need):
-            again = there.twice and had == (need * 2)._replace(vms=1)  # it looks for other hosts
-            both = had if again else (had + need)._replace(vms=1)
+            return {'passes': False, 'why': OUTSIDE, 'hosts': None}
+        had, both = amount_of(there)._replace(vms=1) if there else need, None
+        if there and (moves or had != need):
+            # Until that is settled, Nova holds both; what was so before may be settled, or not.
+            both = (had + need)._replace(vms=1)
         found, why = self.may_boot(place, server, projects, users, both or need, label, now)
-        if not found and both and had == need:  # an operator must be able to move it also then
+        if not found and both and migrates:  # an operator must be able to move it also then
             both = None
             found, why = self.may_boot(place, server, projects, users, need, label, now)
         walks_in = False
@@ -16278,23 +16319,20 @@ class Claims(Operations):
             why = (f"'{found.host}' is no longer a host of '{name}'" if found and found.host else
                    f"no host of '{name}' has room for it until then")
             return {'passes': False, 'why': why, 'hosts': None}
+        host = chosen[0] if chosen and not chosen[1:] else ''
         columns = stored(both or need) | {
-            'twice': bool(both), 'occurrence': found.id if found else None, 'asked': now,
+            'twice': bool(both), 'occurrence': found.id if found else None,
+            'asked': max(now, known.asked + 1e-3) if known else now,
             'due': now + self.config.lost_answer_wait,
-            'host': chosen[0] if chosen and not chosen[1:] else ''}
+            'host': host if not both or host == there.host else ''}
         del columns['vms']
-        self.note_claim(there, columns, resource=place.id, server=server, project=project,
-                        user=user)
-        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
-
-    def note_claim(self, there, columns: dict, **whose) -> None:
-        """Lets a server count, in place of what was known of it."""
-        if there:
-            change(Claim, there.id, **columns)
+        if not there:
+            columns |= {'project': project, 'user': user, 'at': now, 'gone': None}
+        if known:
+            change(Claim, known.id, **columns)
         elif not rehearsal.on:
-            run('DELETE FROM claim WHERE resource_id = ? AND server = ?', whose['resource'],
-                whose['server'])
-            insert(Claim, at=columns['asked'], **whose, **columns)
+            insert(Claim, resource=place.id, server=server, **columns)
+        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
 
     def host_for(self, place, found, server: str, need: Amount, hosts: list[str], before: str,
                  stays: Amount, now: float) -> list[str] | None:
@@ -16316,8 +16354,9 @@ class Claims(Operations):
         taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
         if placed:
             taken[before] += stays
+        loose = taken[''] + need  # what Nova holds twice may be here, or there
         planned = [names[host] for host in placed if host in names
-                   and (taken[names[host]] + need).within(limit_of(each * placed[host]))]
+                   and (taken[names[host]] + loose).within(limit_of(each * placed[host]))]
         if planned or not need.within(limit_of(each)):
             return [before] if before in planned else planned[:1]
         until = found.held_until if found else int(now + max(place.hold, 1))
@@ -16325,9 +16364,8 @@ class Claims(Operations):
                              "o.id = c.occurrence AND o.placed <> '')", place.id, server)
         one = Need(place.id, int(now), until, each, 1)
         for host, _ in rooms(one, names):
-            if any(rooms(one._replace(each=each + loose[names[host]]), [host])):
-                if placed:
-                    self.put_on(found, host, taken, now)
+            if any(rooms(one._replace(each=each + loose[names[host]]), [host])) and (
+                    not placed or self.put_on(found, host, taken, now)):
                 return [names[host]]
         return []
 
@@ -18066,7 +18104,8 @@ class Workers:
             'notice': self.do_notice, 'time': self.do_time, 'poll': self.do_poll,
             'ahead': self.do_ahead,
             'clear': lambda call: self.clouds.open(call.account).delete(call.target),
-            'trace': lambda call: self.clouds.open(call.account).hosts(call.target),
+            'trace': lambda call: self.clouds.open(call.account).hosts(
+                [each.server for each in call.target]),
             'lend': lambda call: self.clouds.open(call.account).lend(call.target),
             'verify': lambda call: self.clouds.open(call.account).saved(call.target.snapshot_id),
             'hosts': lambda call: self.clouds.open(call.target).aggregates(),
@@ -18868,12 +18907,12 @@ class Dispatcher:
         """Lets clouds be asked whether servers are still there that people have booted."""
         claims: dict = defaultdict(list)
         clouds = json.dumps([*self.leader.served])
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c CROSS JOIN resource '
-                              's ON s.id = c.resource_id', now,
+        for each in those_due('claim', 'SELECT c.id, c.server, c.asked, s.cloud FROM claim c '
+                              'CROSS JOIN resource s ON s.id = c.resource_id', now,
                               'AND s.cloud IN names(?) LIMIT 100', clouds):
-            claims[each.cloud].append(each.server)
-        for account, uids in claims.items():
-            self.workers.submit(('claims', account), 'trace', account, uids, account)
+            claims[each.cloud].append(each)
+        for account, those in claims.items():
+            self.workers.submit(('claims', account), 'trace', account, those, account)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; looks tell when it is over."""
@@ -19224,11 +19263,11 @@ class Reconciler:
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count what their servers really take."""
         if result.error:
-            run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN "
-                f"({', '.join('?' * len(result.target))})",
-                now + self.config.poll_running, now, *result.target)
+            run('UPDATE claim SET due = ? WHERE due <= ? AND id IN numbers(?)',
+                now + self.config.poll_running, now,
+                json.dumps([each.id for each in result.target]))
             return
-        self.service.note_seats(result.account, result.answer, now, result.began)
+        self.service.note_seats(result.target, result.answer, now)
 
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
@@ -28315,14 +28354,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        moves = self.is_move(spec) and not label
-        verdicts = (self.ask_all(resources, spec, label, inside, True) if asks and moves
-                    else dict.fromkeys(resources, False))
-        stays = label or any(verdicts.values())
+        verdicts = (self.ask_all(resources, spec, label, inside, True)
+                    if asks and self.is_move(spec) else dict.fromkeys(resources))
+        comes, stays = [each for each in resources if verdicts[each] is None], label or any(
+            verdicts.values())
         if not asks:
             verdicts = {}
         elif label or not stays and not outside:
-            verdicts = self.ask_all(resources, spec, label, inside, False)
+            verdicts |= self.ask_all(comes, spec, label, inside, False)
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
             if passes and (names or not stays):
@@ -28384,8 +28423,10 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return verdicts
 
     def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
-            moves: bool) -> dict[str, bool | list]:
-        """What the cmres says that has some resources; a refusal is logged with its reason."""
+            moves: bool) -> dict[str, bool | list | None]:
+        """What the cmres says that has some resources, None of what does not count there yet; a
+        refusal is logged with its reason.
+        """
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
@@ -28402,7 +28443,8 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
             if not each['passes']:
                 log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
-        return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+        return {each['resource']: each['passes'] and (each['hosts'] or True)
+                if each['why'] != OUTSIDE else None for each in answer}
 
     def answer(self, store: str, settings, asked: list, **more) -> list[dict]:
         """What the first cmres answers that has a store; without several, it is the only one."""
