@@ -4236,8 +4236,7 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
-    # look that began when it was another one tells of before
+    # when Nova's scheduler asked last, a little more with each look: what began before is older
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -7333,8 +7332,6 @@ class Scene:
     time, and the VMs that may move.
     """
 
-    looks = 0  # that are left
-
     def __init__(self, need: Need, hosts: list, had: dict[int, int],
                  others: list[tuple[Any, Need]]):
         self.hosts = {each.id: each for each in hosts}
@@ -7358,6 +7355,7 @@ class Scene:
 
     def leave_what_stays(self) -> None:
         """Leaves each VM the hosts where it would fit if nothing were there that may move."""
+        self.looks = 0
         for unit in self.units:
             self.put(unit, None)
         self.may = {unit: {host for host in may if self.fits(unit, host)}
@@ -7431,11 +7429,6 @@ class Scene:
                 if self.fits(unit, host)}
         return min(left, key=lambda host: (min(left[host]), sum(left[host]), host), default=None)
 
-    def options(self, unit: Unit) -> list[tuple[int, list[Unit]]]:
-        """On which hosts a VM would fit if some others went."""
-        found = [(host, self.blockers(unit, host)) for host in self.may[unit]]
-        return [(host, pushed) for host, pushed in found if pushed is not None]
-
     def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
         """A few VMs without which another would fit on a host; None if they are not enough."""
         self.looks -= 1
@@ -7467,12 +7460,6 @@ class Scene:
                 among = [n for n in among if row[n - first] >= figure]
         return sorted(found)
 
-    def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
-        """Puts a VM on a host, and those off that are in its way."""
-        for each in pushed:
-            self.put(each, None)
-        self.put(unit, host)
-
     def solve(self, looks: int, turn: int) -> bool:
         """Whether the new VMs find hosts, after so many looks at most."""
         dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
@@ -7489,13 +7476,16 @@ class Scene:
                 unit.failures += 1
                 options = [(sum(each.failures for each in pushed) + dice.random() / 2
                             + 3 * (left.get(unit) == host), host, pushed)  # not back at once
-                           for host, pushed in self.options(unit)]
+                           for host in self.may[unit]
+                           if (pushed := self.blockers(unit, host)) is not None]
                 if not options:
                     return False
                 _, host, pushed = min(options, key=lambda option: option[:2])
             left |= dict.fromkeys(pushed, host)
             out += pushed
-            self.push(unit, host, pushed)
+            for each in pushed:
+                self.put(each, None)
+            self.put(unit, host)
             if not out:
                 return True
         return False
@@ -7557,22 +7547,20 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
-    scene_of, seen = functools.cache(lambda *hosts: scene_on(hosts, need, had, now, own)), 0
+
+    @functools.cache
+    def scene_on(*hosts: int) -> tuple[Scene, int]:
+        others, seen = in_the_way(need, hosts, now, own)
+        return Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(hosts)),
+                     had, others), seen
+    seen = 0
     for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         if seen > MOST_SEEN and width > SEARCHED[0][0]:
-            continue  # to read as much again would take too long
-        scene, seen = scene_of(*nearest[:max(width, 2 * need.number)])
+            break  # to read as much again would take too long
+        scene, seen = scene_on(*nearest[:max(width, 2 * need.number)])
         if scene.solve(looks, turn):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
-
-
-def scene_on(hosts: tuple[int, ...], need: Need, had: dict[int, int], now: float,
-             own: int) -> tuple[Scene, int]:
-    """What a search on some hosts begins with, and among how much of all hosts that was found."""
-    others, seen = in_the_way(need, hosts, now, own)
-    return Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(hosts)), had,
-                 others), seen
 
 
 def make_moves(moves: list[tuple], now: float) -> bool:
@@ -16098,11 +16086,10 @@ class Claims(Operations):
                 if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes, host = {}, claim.host if claim.twice else seat.host or claim.host
+                takes, host = {}, (seat.host if seat.takes or not claim.twice else '') or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
-                    host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
                        **takes)  # what looks saw that began before is older
@@ -18772,9 +18759,6 @@ def lent_parts(places: list[int], now: float) -> list:
                 json.dumps(places), int(now), int(now))
 
 
-LEAST_DISK = 1  # GB: Nova boots from no disk of 0
-
-
 def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, Lent]]:
     """What a part of a lease has on clouds: on whose account, of what kind and name."""
     project = clouds.config.read_again().identities.get(found.project, found.project)
@@ -18786,7 +18770,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
         yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
     else:
         asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
-        disk = asked.get('disk_gb') or LEAST_DISK
+        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
@@ -21714,8 +21698,8 @@ class LeaseRequests:
             return given | {'flavor': asked['flavor_id']}
         if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
             if not given['image']:
-                size = Flavor(*each, disk=asked.get('disk_gb') or LEAST_DISK)
                 row = self.acting.look.resource_row(given['resource'])
+                size = Flavor(*each, disk=asked.get('disk_gb') or 1)  # as `lent_things` lends it
                 return given | {'each': takes_of(size, row)}
             given['flavor'] = self.flavor(cloud, *each)
         return given
@@ -28212,9 +28196,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
             moves: bool) -> dict[str, bool | list | None]:
-        """What the cmres says that has some resources, None of what does not count there yet; a
-        refusal is logged with its reason.
-        """
+        """What a cmres says of some resources, None where it is outside; a refusal is logged."""
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [

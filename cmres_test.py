@@ -18814,6 +18814,16 @@ def floating(amount=1, wan='wan', **more):
     return {'resource_type': 'virtual:floatingip', 'amount': amount, 'network_id': wan} | more
 
 
+def test_the_disk_of_a_lease_is_reserved_on_hosts(racks):
+    """Two hosts of 2000 GB each; the flavor that is lent has so large a disk."""
+    leases = Leases(racks)
+    for n in range(2):
+        leases.make(instances(1, disk_gb=1500, resource_properties='["==", "$resource", "gpu"]'), name=f'n{n}')
+        assert planned(f'n{n}') == [{f'h{n + 1}': 1}]
+    leases.make(instances(1, disk_gb=501, resource_properties='["==", "$resource", "gpu"]'), status=409, name='more')
+    leases.make(instances(1, disk_gb=500, resource_properties='["==", "$resource", "gpu"]'), name='less')
+
+
 def test_clients_find_the_version_without_a_token(leases):
     for path in ('/reservation', '/reservation/', '/reservation/versions'):
         said = leases.web.get(path, status=300).json['versions'][0]
