@@ -7309,8 +7309,8 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(12, 3_000)] * 4, (32, 6_000)  # so many hosts, and looks at them
-PUSHES = 200
+SEARCHED = (12, 6_000), (32, 6_000)  # so many hosts, and looks at them
+PUSHES = 400
 MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
