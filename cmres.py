@@ -286,6 +286,7 @@ class Length(timedelta):
     nominal: int = 0  # seconds of its whole days
 
 
+@functools.lru_cache(4096)  # lists show the same ones again and again
 def instant(seconds: float | None) -> datetime | None:
     """The aware UTC datetime of seconds since 1970."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
@@ -4047,7 +4048,7 @@ class Occurrence(Table):
 
 #: What lists walk, in order of start: what is live and what is over for good apart, so that what is
 #: asked for most is not found among history. Each costs about a page of the journal at every
-#: change.
+#: change. They know ends: what begins in the day before a window is judged without its row.
 WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('resource_id',)}
 HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
 DAY, MONTH = 86400, 31 * 86400
@@ -4056,7 +4057,7 @@ ORDERS = {'series': ('reservation_id, (due IS NULL), start', ''), 'due': ('due',
           'cancelled': ('start', 'cancelled IS NOT NULL'), 'failed': ('start', 'told & 128'),
           'long': ('start', f'"end" - start > {DAY}'),
           'longest': ('start', f'"end" - start > {MONTH}')} | {
-    '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start')), rows)
+    '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start, id, "end"')), rows)
     for by, columns in WALKED.items() for half, rows in HALVES.items()}
 
 
@@ -4513,7 +4514,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
     lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
-    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked()]
+    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked(),
+    lambda: widen_orders()]
 
 
 def long_texts(row: str) -> str:
@@ -5623,6 +5625,16 @@ def add_asked() -> None:
     add_columns('claim', {'asked': 'REAL NOT NULL DEFAULT 0'})
 
 
+def widen_orders() -> None:
+    """Version 28: what lists walk is in order of start and id, and knows ends."""
+    for by, first in (('', ''), ('project_', 'of_project, '), ('user_', 'of_user, '),
+                      ('place_', 'resource_id, ')):
+        for half, which in (('live', 'due IS NOT NULL'), ('over', 'due IS NULL')):
+            run_all(f"""DROP INDEX occurrence_{by}{half};
+                CREATE INDEX occurrence_{by}{half}
+                  ON occurrence ({first}start, id, "end") WHERE {which}""")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -6302,6 +6314,10 @@ BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description,',
     "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
     'AS description,')
+#: Its columns: what a line shows, and what it is made of; none that only changes read.
+IN_BRIEF = quoted(('reservation', 'user_data', 'held_from', 'held_until', 'resource_id', 'slot',
+                   'waiting', 'pending', 'confirm', 'series', 'repeats', 'runs',
+                   *(name for name in ReservationAnswer.fields if name != 'state')))
 #: Of many at once, also without long metadata.
 SLIM = BRIEF.replace('r.metadata,',
                      "iif(length(r.metadata) > 1000, '{}', r.metadata) AS metadata,")
@@ -6321,11 +6337,12 @@ STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'e
           'cancelled', 'failed')
 
 
-def listing(now: float, where: str = 'TRUE', values: tuple = (), state: str = 'TRUE',
-            tail: str = '', fields: str = LISTING) -> list:
-    """Occurrences with reservation and state, by conditions on o, r and s, then on the state."""
-    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where}) o) o '
-                f'WHERE {state} {tail}', int(now), *values)
+def listing(now: float, where: str = 'TRUE', values: Iterable = (), tail: str = '',
+            fields: str = LISTING) -> list:
+    """Occurrences with reservation and state, by conditions on o, r and s."""
+    columns = IN_BRIEF if fields is BRIEF else '*'
+    return rows(f'SELECT {columns}, {STATE} AS state FROM ({fields} WHERE {where}) o {tail}',
+                int(now), *values)
 
 
 #: What is held before an instant starts at most so much after it; leads are few, and an index knows
@@ -10753,14 +10770,18 @@ def without_secrets(found):
 
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
-    names, pick, read = shown_fields(found._fields)
+    names, pick, instants, stored = shown_fields(type(found))
     shown = dict(zip(names, pick(found)))
-    for name, reader in read:
-        shown[name] = reader(shown[name])
+    for name in instants:
+        shown[name] = instant(shown[name])
+    for name in stored:
+        shown[name] = read_json(shown[name])
+    if 'personal' in shown:
+        shown['personal'] = bool(shown['personal'])
     if shown.get('repeat') and (stretches := read_stretches(found.series)):
         shown['repeat'] = rule_from(stretches, found.slot)
-    if not shown.get('change', True):
-        del shown['change']  # nothing of it awaits approval
+    if change := shown.pop('change', ''):
+        shown['change'] = from_plain(json.loads(change))  # what of it awaits approval
     return shown
 
 
@@ -10803,15 +10824,20 @@ def grouped(found: Iterable, name: str) -> list[list]:
 
 
 @functools.lru_cache
-def shown_fields(fields: tuple) -> tuple[list, Callable, list]:
-    """Of the fields that are shown: their names, what picks them from a row, what some are read by.
-    """
-    readers = dict.fromkeys(INSTANTS, instant) | dict.fromkeys(JSON, read_json) | {
-        'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))}
-    shown = [(name, place) for place, name in enumerate(fields) if name not in HIDDEN]
-    names, places = zip(*shown)
-    return names, operator.itemgetter(*places), [each for each in readers.items()
-                                                 if each[0] in names]
+def shown_fields(kind: type) -> tuple[list, Callable, list, list]:
+    """Of the fields that rows show: their names, what picks them from one, and which of them are
+    stored as seconds and which as JSON."""
+    names = [name for name in kind._fields if name not in HIDDEN]
+    return (names, operator.attrgetter(*names), [each for each in names if each in INSTANTS],
+            [each for each in names if each in JSON])
+
+
+@functools.lru_cache
+def long_fields(kind: type) -> Callable:
+    """What picks from a row the texts that may be long."""
+    models = [each for model in (Reservation, Occurrence) for each in model._meta.sorted_fields]
+    long = [each.name for each in models if isinstance(each, peewee.TextField)] + ['change']
+    return operator.attrgetter(*(name for name in kind._fields if name in long))
 
 
 def read_json(text: str):
@@ -10821,8 +10847,8 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str)
-                                 for line in found)
+    sizes = itertools.accumulate(sum(map(len, map(str, long_fields(type(each))(each))))
+                                 for each in found)
     return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
             or not number]
 
@@ -11142,12 +11168,10 @@ class Lookup:
         return ([each for each in meant if each in parts and each.added == latest.added]
                 if latest in parts else [])
 
-    def search(self, where: list, state: Iterable[str] = (), limit: int = -1,
-               tail: str = 'ORDER BY start, id', fields: str = LISTING) -> list:
+    def search(self, where: list, limit: int = -1, tail: str = 'ORDER BY start, id',
+               fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
-        condition = f'TRUE{all_of(where)}'
-        in_state = f"state IN ({', '.join('?' * len(state))})" if state else 'TRUE'
-        found = listing(self.service.clock(), condition, (*given(where), *state), in_state,
+        found = listing(self.service.clock(), f'TRUE{all_of(where)}', given(where),
                         f'{tail} LIMIT {limit}', fields)
         return list(map(without_secrets, found)) if self.service.actor.role == READER else found
 
@@ -11174,8 +11198,8 @@ class Lookup:
 
     def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
         """The listing of occurrences, if they are in some states, in the order of their ids."""
-        found = self.search([self.among('o.id', ids)], state, tail='', fields=fields) if ids else ()
-        lines = {each.id: each for each in found}
+        found = self.search([self.among('o.id', ids)], tail='', fields=fields) if ids else ()
+        lines = {each.id: each for each in found if not state or each.state in state}
         return [lines[id] for id in ids if id in lines]
 
     def among(self, column: str, ids: list[int]) -> tuple[str, str]:

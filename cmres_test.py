@@ -6474,6 +6474,27 @@ def faults_of_plan(sql: str, values: tuple) -> list[str]:
 
 
 @pytest.mark.sqlite
+@pytest.mark.parametrize('filters', [{}, {'project': 'default'}, {'user': 'root'}, {'resource': 'demo'}])
+def test_a_page_is_in_the_order_of_an_index_that_knows_ends(world, monkeypatch, filters):
+    """Nothing is sorted, and of what begins before a window no row is read."""
+    for n in range(4):
+        book(world.service, f'r{n}', 10 + n, 12 + n)
+    asked, run = [], cmres.run
+    monkeypatch.setattr(cmres, 'run', lambda sql, *values: (asked.append((sql, values)), run(sql, *values))[1])
+    first = world.service.list(start=NOON, limit=2, **filters)
+    assert labels(first + world.service.list(start=NOON, after=f"{int(first[-1]['start'].timestamp())}-{first[-1]['id']}", **filters)) == [
+        'r0', 'r1', 'r2', 'r3']
+    monkeypatch.undo()
+    walks = [(sql, values) for sql, values in asked if 'INDEXED BY occurrence_' in sql]
+    assert len(walks) == 2
+    for sql, values in walks:
+        plan = ' '.join(each[3] for each in run(f'EXPLAIN QUERY PLAN {sql}', *values))
+        assert 'TEMP B-TREE' not in plan
+    for each in re.findall(r'INDEXED BY (\w+_(?:live|over)\b)', sql):
+        assert [column[2] for column in run(f'PRAGMA index_info({each})')][-3:] == ['start', 'id', 'end']
+
+
+@pytest.mark.sqlite
 @pytest.mark.parametrize('statistics', [False, True])
 def test_no_question_looks_through_a_table_that_grows(tmp_path, monkeypatch, statistics):
     world = World(tmp_path, private_addresses=True, retention=1)
