@@ -4504,19 +4504,6 @@ UNIQUE = ('calendar_object_named ON calendar_object (user, project, calendar, na
           'resource_name ON resource (name) WHERE removed IS NULL')
 
 
-#: What brings an older store up to the models above, one function a version. None reads the models,
-#: which tell of today: each names its tables and columns.
-MIGRATIONS: list[Callable] = [
-    lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
-    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
-    lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
-    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
-    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
-    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked(),
-    lambda: widen_orders()]
-
 
 def long_texts(row: str) -> str:
     """How many characters of long texts a reservation has; in a trigger, `row` is NEW or OLD."""
@@ -5011,7 +4998,7 @@ def run_migrations(before: int) -> None:
     """Brings the tables of a version up to those of today, all in one transaction."""
     with transaction():
         for step in MIGRATIONS[before - 1:]:
-            step()
+            step() if callable(step) else run_all(step)
         db.note_version()
 
 
@@ -5246,15 +5233,14 @@ def columns_of(table: str) -> set[str]:
 
 
 def run_all(statements: str) -> None:
-    """Runs statements of the schema, with semicolons between, within the present transaction."""
+    """Runs statements of the schema, with semicolons between, within the present transaction. Among
+    them, `+ table.column TYPE` gives a table a column that it has not yet."""
     for each in statements.split(';'):
-        db.execute_sql(each)
-
-
-def add_columns(table: str, columns: dict[str, str]) -> None:
-    """Gives a table the columns, name by type, that it has not yet."""
-    for name in columns.keys() - columns_of(table):
-        run_all(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
+        added = re.match(r'\s*\+ (\w+)\.(\w+) (.+)', each, re.S)
+        if not added:
+            db.execute_sql(each)
+        elif added[2] not in columns_of(added[1]):
+            db.execute_sql(f'ALTER TABLE {added[1]} ADD COLUMN "{added[2]}" {added[3]}')
 
 
 def add_tracks() -> None:
@@ -5268,78 +5254,6 @@ def add_tracks() -> None:
     run_all(TABLES_OF_2)
     if 'track' not in columns_of('step'):
         run_all(STEPS_OF_2)
-
-
-def add_proposals() -> None:
-    """Version 3: changes that await approval, and what is held beside occurrences."""
-    run_all("""
-        CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
-          alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL, asked TEXT NOT NULL,
-          named INTEGER NOT NULL, wish TEXT NOT NULL, shown TEXT NOT NULL, until INTEGER NOT NULL);
-        CREATE INDEX IF NOT EXISTS proposal_reservation_id ON proposal (reservation_id);
-        CREATE INDEX IF NOT EXISTS proposal_until ON proposal (until);
-        CREATE TABLE IF NOT EXISTS extra_hold (id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id), proposal_id INTEGER REFERENCES proposal (id),
-          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
-          held_until INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
-          classes TEXT NOT NULL);
-        CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
-        CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
-        CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
-        CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""")
-
-
-def add_up_told() -> None:
-    """Version 4: how many servers were told to be up."""
-    add_columns('occurrence', {'up_told': 'INTEGER', 'up_check': 'REAL'})
-    # Of what was ready before this version, that was told.
-    run('UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2')
-
-
-def add_owners() -> None:
-    """Version 5: whose notices are on their way, and how many mails somebody has had sent."""
-    add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
-    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, '
-        'day INTEGER NOT NULL, number INTEGER NOT NULL)')
-
-
-def trust_names() -> None:
-    """Version 6: names are looked at with the rights of who asks; what was booked goes on."""
-    add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
-    run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
-             SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
-             SELECT 'image:' || image WHERE image <> '' UNION ALL
-             SELECT 'network:' || network WHERE network <> '' UNION ALL
-             SELECT 'key:' || key WHERE key <> '' UNION ALL
-             SELECT 'server:' || server WHERE server <> '' UNION ALL
-             SELECT 'security_group:' || value FROM json_each(security_groups)))''')
-    run('CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL')
-
-
-def add_sessions() -> None:
-    """Version 7: who has signed in, by hashes; the key that signs is not in the store any more."""
-    run_all("""
-        CREATE TABLE session (
-          hash VARCHAR(255) NOT NULL PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES token (id),
-          until INTEGER NOT NULL);
-        CREATE INDEX session_until ON session (until);
-        DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""")
-
-
-def add_ends_of_calls() -> None:
-    """Version 8: calls whose end is not known, how far series are, what waits or has ended."""
-    add_columns('server', {'intended': 'REAL'})
-    add_columns('reservation', {'carried': 'VARCHAR(255)'})
-    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT "
-        "NULL")
-    run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
-        'WHERE due IS NULL AND cancelled IS NULL')
-    run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series "
-        "!= ''")
-    run('UPDATE reservation SET waiting = NULL, pending = NULL '
-        'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
-        '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
 def keep_resource_ids() -> None:
@@ -5370,77 +5284,6 @@ def end_left_calendars() -> None:
             f'AND NOT EXISTS (SELECT 1 FROM {owner} AND t.revoked IS NULL)')
 
 
-#: The indexes that came with version 11, and those in whose place they are.
-INDEXES_OF_11 = """
-    DROP INDEX IF EXISTS claim_occurrence;
-    DROP INDEX IF EXISTS occurrence_held;
-    DROP INDEX IF EXISTS occurrence_reservation_id_start;
-    DROP INDEX IF EXISTS reservation_project_label_over;
-    DROP INDEX IF EXISTS server_occurrence_id;
-    CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
-    CREATE INDEX claim_gone ON claim (gone);
-    CREATE INDEX claim_of ON claim (occurrence, due);
-    CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
-    CREATE INDEX event_project ON event (project) WHERE project != '';
-    CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
-    CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
-    CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
-    CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
-    CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
-    CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
-    CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
-    CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
-    CREATE INDEX occurrence_series ON occurrence (reservation_id, due IS NULL, start);
-    CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
-    CREATE INDEX outbox_event ON outbox (event_id);
-    CREATE INDEX reservation_label_project_over ON reservation (label, project, over);
-    CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
-    CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
-    CREATE INDEX reservation_subscription ON reservation (subscription, over)
-      WHERE subscription IS NOT NULL;
-    CREATE INDEX server_deleted ON server (deleted);
-    CREATE INDEX server_of ON server (occurrence_id, n);
-    CREATE INDEX server_planned ON server (planned);
-    CREATE INDEX server_there ON server (account) WHERE state != 'deleted'"""
-
-
-def add_whose() -> None:
-    """Version 11: occurrences and events tell whose they are; indexes in the order of lists."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('occurrence', {'of_project': name, 'of_user': name})
-    run('UPDATE occurrence SET (of_project, of_user) = '
-        '(SELECT project, user FROM reservation r WHERE r.id = reservation_id)')
-    run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = '
-        'reservation_id) WHERE reservation_id IS NOT NULL')
-    run('UPDATE occurrence SET told = told | 128 '
-        "WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN "
-        "(SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL)")
-    run_all(INDEXES_OF_11)
-
-
-def add_waits() -> None:
-    """Version 12: who waits is found by the resources on which that could be."""
-    run_all("""
-        CREATE TABLE wait (
-          id INTEGER NOT NULL PRIMARY KEY, reservation_id INTEGER NOT NULL REFERENCES reservation (id),
-          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
-          until INTEGER NOT NULL, since INTEGER NOT NULL, limited INTEGER NOT NULL, due REAL NOT NULL);
-        INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
-          SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from, o."end",
-                 r.waiting, 0, 0
-            FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
-            JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
-           WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL;
-        CREATE INDEX wait_due ON wait (due);
-        CREATE INDEX wait_limited ON wait (limited) WHERE limited;
-        CREATE INDEX wait_reservation_id ON wait (reservation_id);
-        CREATE INDEX wait_since ON wait (resource_id, since);
-        CREATE INDEX wait_there ON wait (resource_id, until)""")
-
-
 def add_sums() -> None:
     """Version 13: the long texts of each project are counted; sums of days that are forgotten."""
     run_all("""
@@ -5458,126 +5301,13 @@ def add_sums() -> None:
         run(trigger)
 
 
-def add_once() -> None:
-    """Version 14: requests that name themselves are done once."""
-    run_all("""
-        CREATE TABLE once (
-          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
-          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
-          status INTEGER NOT NULL, answer TEXT NOT NULL,
-          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
-        CREATE INDEX once_at ON once (at)""")
-
-
-def add_ends_of_tokens() -> None:
-    """Version 15: tokens end, are for something, and tell when they were used."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('token', {'purpose': name, 'scopes': name})
-    add_columns('token', {'ends': 'INTEGER', 'last_used': 'INTEGER',
-                          'resource_id': 'INTEGER REFERENCES resource (id)'})
-    run_all("""
-        CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
-        CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
-        CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
-        CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
-          WHERE due IS NOT NULL""")
-
-
-def add_openstack() -> None:
-    """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
-    text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
-    add_columns('resource', {'flavors': f'{number} DEFAULT 0'})
-    run_all(f"""
-        CREATE TABLE IF NOT EXISTS blazar_lease (
-          "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
-          "start" {number}, "end" {number}, "before_end" INTEGER, "parts" TEXT NOT NULL,
-          "added" {number}, "changed" INTEGER);
-        CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
-        CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
-        CREATE TABLE IF NOT EXISTS blazar_hold (
-          "reservation" {number} PRIMARY KEY, "lease_id" {text}, "part" {text});
-        CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
-        CREATE TABLE IF NOT EXISTS host_property (
-          "host" {number}, "name" {text}, "value" {text}, PRIMARY KEY ("host", "name"))
-          WITHOUT ROWID;
-        CREATE TABLE IF NOT EXISTS credential (
-          "id" {number} PRIMARY KEY, "user" {text}, "project" {text}, "cloud" {text},
-          "name" {text}, "secret" TEXT NOT NULL, "added" {number});
-        CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
-          ON credential ("user", "project", "cloud")""")
-
-
-def add_calendar_objects() -> None:
-    """Version 17: what calendar programs write, and what a resource gives by itself."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('resource', {'default_flavor': name, 'default_image': name,
-                             'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
-    run_all("""
-        CREATE TABLE IF NOT EXISTS calendar_object (
-          id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
-          project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
-          uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
-          etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
-          last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
-          changed INTEGER NOT NULL, gone INTEGER);
-        CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
-        CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
-          ON calendar_object (user, project, calendar, name);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_uid
-          ON calendar_object (user, project, calendar, uid);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_rev
-          ON calendar_object (user, project, calendar, rev);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_until
-          ON calendar_object (user, project, calendar, last);
-        CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
-          WHERE gone IS NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
-          WHERE reservation_id IS NOT NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
-          WHERE gone IS NOT NULL;
-        CREATE TABLE IF NOT EXISTS calendar_property (
-          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
-          name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
-          PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""")
-
-
 def add_invitations() -> None:
     """Version 18: people without an account get reservations as events of their calendars."""
-    add_columns('reservation', {'invite': "TEXT NOT NULL DEFAULT '[]'"})
-    add_columns('outbox', {'invites': 'INTEGER NOT NULL DEFAULT 0'})
-    run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
-        'at INTEGER NOT NULL)')
+    run_all("""+ reservation.invite TEXT NOT NULL DEFAULT '[]';
+        + outbox.invites INTEGER NOT NULL DEFAULT 0;
+        CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY,
+          at INTEGER NOT NULL)""")
     run(INVITES_OF_18)
-
-
-def add_shares() -> None:
-    """Version 19: reservations have pages for who has their address."""
-    run_all("""
-        CREATE TABLE IF NOT EXISTS share (
-          id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id),
-          nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
-        CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
-
-
-def add_locks() -> None:
-    """Version 20: what is reserved can be locked before its start."""
-    for table in ('resource', 'limits'):
-        add_columns(table, {'lock': 'INTEGER NOT NULL DEFAULT 0'})
-
-
-def add_hosts() -> None:
-    """Version 21: reservations are planned on the hosts of a resource."""
-    add_columns('reservation', {'affinity': "VARCHAR(255) NOT NULL DEFAULT ''"})
-    add_columns('occurrence', {'placed': "TEXT NOT NULL DEFAULT ''"})
-    add_columns('claim', {'host': "VARCHAR(255) NOT NULL DEFAULT ''",
-                          'twice': 'INTEGER NOT NULL DEFAULT 0'})
-    run_all("""
-        CREATE TABLE IF NOT EXISTS host (
-          id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
-          name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
-          classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
-        CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
 
 
 def divide_lease() -> None:
@@ -5587,29 +5317,9 @@ def divide_lease() -> None:
         run(each)
 
 
-def add_host_states() -> None:
-    """Version 23: what Nova says of hosts, what they are like, and when one alone is closed."""
-    name, number = "VARCHAR(255) NOT NULL DEFAULT ''", 'INTEGER NOT NULL DEFAULT 0'
-    add_columns('resource', {'aggregate_id': name, 'spare': number})
-    add_columns('host', {'state': name, 'spare': number,
-                         'properties': "TEXT NOT NULL DEFAULT '{}'"})
-    add_columns('capacity', {'host': name})
-    add_columns('reservation', {'where': "TEXT NOT NULL DEFAULT ''"})
-
-
-def add_user_started() -> None:
-    """Version 24: what becomes of VMs that people started themselves is said for each resource."""
-    add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
-
-
-def add_hosts_of_extra() -> None:
-    """Version 25: what is held beside occurrences is held on hosts as well."""
-    add_columns('extra_hold', {'host_id': 'INTEGER REFERENCES host (id)'})
-
-
 def gather_figures() -> None:
     """Version 26: the figures of a limit stand in one column, so that others need none."""
-    add_columns('limits', {'figures': "TEXT NOT NULL DEFAULT '{}'"})
+    run_all("+ limits.figures TEXT NOT NULL DEFAULT '{}'")
     names = {'most_vms': 'max_vms', 'longest': 'max_duration', 'ahead': 'max_advance',
              'least_notice': 'min_notice', 'vcpu_hours': 'max_vcpu_hours', 'waiting': 'max_waiting'}
     for each in rows('SELECT * FROM limits'):
@@ -5620,11 +5330,6 @@ def gather_figures() -> None:
         run(f'ALTER TABLE limits DROP COLUMN {name}')
 
 
-def add_asked() -> None:
-    """Version 27: a claim tells when it was decided on last."""
-    add_columns('claim', {'asked': 'REAL NOT NULL DEFAULT 0'})
-
-
 def widen_orders() -> None:
     """Version 28: what lists walk is in order of start and id, and knows ends."""
     for by, first in (('', ''), ('project_', 'of_project, '), ('user_', 'of_user, '),
@@ -5633,6 +5338,227 @@ def widen_orders() -> None:
             run_all(f"""DROP INDEX occurrence_{by}{half};
                 CREATE INDEX occurrence_{by}{half}
                   ON occurrence ({first}start, id, "end") WHERE {which}""")
+
+
+#: What brings an older store up to the models above: for each version from the second on what is
+#: called, or what `run_all` runs. None reads the models, which tell of today.
+MIGRATIONS: list[Callable | str] = [
+    add_tracks,
+    # 3: changes that await approval, and what is held beside occurrences
+    """CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
+         alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL,
+         asked TEXT NOT NULL, named INTEGER NOT NULL, wish TEXT NOT NULL, shown TEXT NOT NULL,
+         until INTEGER NOT NULL);
+       CREATE INDEX IF NOT EXISTS proposal_reservation_id ON proposal (reservation_id);
+       CREATE INDEX IF NOT EXISTS proposal_until ON proposal (until);
+       CREATE TABLE IF NOT EXISTS extra_hold (id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         proposal_id INTEGER REFERENCES proposal (id),
+         resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+         held_until INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL,
+         ram INTEGER NOT NULL, classes TEXT NOT NULL);
+       CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
+       CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
+       CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
+       CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""",
+    # 4: how many servers were told to be up; of what was ready before this version, that was told
+    """+ occurrence.up_told INTEGER; + occurrence.up_check REAL;
+       UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2""",
+    # 5: whose notices are on their way, and how many mails somebody has had sent
+    """+ outbox.owner VARCHAR(255) NOT NULL DEFAULT '';
+       CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY,
+         day INTEGER NOT NULL, number INTEGER NOT NULL)""",
+    # 6: names are looked at with the rights of who asks; what was booked goes on
+    """+ reservation.trusted TEXT NOT NULL DEFAULT '[]';
+       UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
+         SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
+         SELECT 'image:' || image WHERE image <> '' UNION ALL
+         SELECT 'network:' || network WHERE network <> '' UNION ALL
+         SELECT 'key:' || key WHERE key <> '' UNION ALL
+         SELECT 'server:' || server WHERE server <> '' UNION ALL
+         SELECT 'security_group:' || value FROM json_each(security_groups)));
+       CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL""",
+    # 7: who has signed in, by hashes; the key that signs is not in the store any more
+    """CREATE TABLE session (
+         hash VARCHAR(255) NOT NULL PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES token (id),
+         until INTEGER NOT NULL);
+       CREATE INDEX session_until ON session (until);
+       DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""",
+    # 8: calls whose end is not known, how far series are, what waits or has ended
+    """+ server.intended REAL; + reservation.carried VARCHAR(255);
+       UPDATE server SET intended = called
+        WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL;
+       CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end")
+         WHERE due IS NULL AND cancelled IS NULL;
+       CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried)
+         WHERE series != '';
+       UPDATE reservation SET waiting = NULL, pending = NULL
+        WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS
+         (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)""",
+    keep_resource_ids, end_left_calendars,
+    # 11: occurrences and events tell whose they are; indexes in the order of lists
+    """+ occurrence.of_project VARCHAR(255) NOT NULL DEFAULT '';
+       + occurrence.of_user VARCHAR(255) NOT NULL DEFAULT '';
+       UPDATE occurrence SET (of_project, of_user) =
+         (SELECT project, user FROM reservation r WHERE r.id = reservation_id);
+       UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = reservation_id)
+        WHERE reservation_id IS NOT NULL;
+       UPDATE occurrence SET told = told | 128
+        WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN
+         (SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL);
+       DROP INDEX IF EXISTS claim_occurrence;
+       DROP INDEX IF EXISTS occurrence_held;
+       DROP INDEX IF EXISTS occurrence_reservation_id_start;
+       DROP INDEX IF EXISTS reservation_project_label_over;
+       DROP INDEX IF EXISTS server_occurrence_id;
+       CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
+       CREATE INDEX claim_gone ON claim (gone);
+       CREATE INDEX claim_of ON claim (occurrence, due);
+       CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
+       CREATE INDEX event_project ON event (project) WHERE project != '';
+       CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
+       CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
+       CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
+       CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
+       CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
+       CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
+       CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
+       CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
+       CREATE INDEX occurrence_series ON occurrence (reservation_id, due IS NULL, start);
+       CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
+       CREATE INDEX outbox_event ON outbox (event_id);
+       CREATE INDEX reservation_label_project_over ON reservation (label, project, over);
+       CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
+       CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
+       CREATE INDEX reservation_subscription ON reservation (subscription, over)
+         WHERE subscription IS NOT NULL;
+       CREATE INDEX server_deleted ON server (deleted);
+       CREATE INDEX server_of ON server (occurrence_id, n);
+       CREATE INDEX server_planned ON server (planned);
+       CREATE INDEX server_there ON server (account) WHERE state != 'deleted'""",
+    # 12: who waits is found by the resources on which that could be
+    """CREATE TABLE wait (
+         id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+         until INTEGER NOT NULL, since INTEGER NOT NULL, limited INTEGER NOT NULL,
+         due REAL NOT NULL);
+       INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
+         SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from,
+                o."end", r.waiting, 0, 0
+           FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
+           JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
+          WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL;
+       CREATE INDEX wait_due ON wait (due);
+       CREATE INDEX wait_limited ON wait (limited) WHERE limited;
+       CREATE INDEX wait_reservation_id ON wait (reservation_id);
+       CREATE INDEX wait_since ON wait (resource_id, since);
+       CREATE INDEX wait_there ON wait (resource_id, until)""",
+    add_sums,
+    # 14: requests that name themselves are done once
+    """CREATE TABLE once (
+         user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+         digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+         status INTEGER NOT NULL, answer TEXT NOT NULL,
+         PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+       CREATE INDEX once_at ON once (at)""",
+    # 15: tokens end, are for something, and tell when they were used
+    """+ token.purpose VARCHAR(255) NOT NULL DEFAULT '';
+       + token.scopes VARCHAR(255) NOT NULL DEFAULT '';
+       + token.ends INTEGER; + token.last_used INTEGER;
+       + token.resource_id INTEGER REFERENCES resource (id);
+       CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
+       CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
+       CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
+       CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
+         WHERE due IS NOT NULL""",
+    # 16: leases of Blazar, properties of hosts, and credentials of people
+    """+ resource.flavors INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS blazar_lease (
+         "id" VARCHAR(255) NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL,
+         "user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL,
+         "start" INTEGER NOT NULL, "end" INTEGER NOT NULL, "before_end" INTEGER,
+         "parts" TEXT NOT NULL, "added" INTEGER NOT NULL, "changed" INTEGER);
+       CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
+       CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
+       CREATE TABLE IF NOT EXISTS blazar_hold (
+         "reservation" INTEGER NOT NULL PRIMARY KEY, "lease_id" VARCHAR(255) NOT NULL,
+         "part" VARCHAR(255) NOT NULL);
+       CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
+       CREATE TABLE IF NOT EXISTS host_property (
+         "host" INTEGER NOT NULL, "name" VARCHAR(255) NOT NULL, "value" VARCHAR(255) NOT NULL,
+         PRIMARY KEY ("host", "name")) WITHOUT ROWID;
+       CREATE TABLE IF NOT EXISTS credential (
+         "id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL,
+         "project" VARCHAR(255) NOT NULL, "cloud" VARCHAR(255) NOT NULL,
+         "name" VARCHAR(255) NOT NULL, "secret" TEXT NOT NULL, "added" INTEGER NOT NULL);
+       CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
+         ON credential ("user", "project", "cloud")""",
+    # 17: what calendar programs write, and what a resource gives by itself
+    """+ resource.default_flavor VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.default_image VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.default_vms INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS calendar_object (
+         id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
+         project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
+         uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
+         etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
+         last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
+         changed INTEGER NOT NULL, gone INTEGER);
+       CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
+       CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
+         ON calendar_object (user, project, calendar, name);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_uid
+         ON calendar_object (user, project, calendar, uid);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_rev
+         ON calendar_object (user, project, calendar, rev);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_until
+         ON calendar_object (user, project, calendar, last);
+       CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
+         WHERE gone IS NULL;
+       CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
+         WHERE reservation_id IS NOT NULL;
+       CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
+         WHERE gone IS NOT NULL;
+       CREATE TABLE IF NOT EXISTS calendar_property (
+         user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
+         name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
+         PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""",
+    add_invitations,
+    # 19: reservations have pages for who has their address
+    """CREATE TABLE IF NOT EXISTS share (
+         id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
+       CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""",
+    # 20: what is reserved can be locked before its start
+    '+ resource.lock INTEGER NOT NULL DEFAULT 0; + limits.lock INTEGER NOT NULL DEFAULT 0',
+    # 21: reservations are planned on the hosts of a resource
+    """+ reservation.affinity VARCHAR(255) NOT NULL DEFAULT '';
+       + occurrence.placed TEXT NOT NULL DEFAULT '';
+       + claim.host VARCHAR(255) NOT NULL DEFAULT ''; + claim.twice INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS host (
+         id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
+         name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
+         classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
+       CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""",
+    divide_lease,
+    # 23: what Nova says of hosts, what they are like, and when one alone is closed
+    """+ resource.aggregate_id VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.spare INTEGER NOT NULL DEFAULT 0; + host.state VARCHAR(255) NOT NULL DEFAULT '';
+       + host.spare INTEGER NOT NULL DEFAULT 0; + host.properties TEXT NOT NULL DEFAULT '{}';
+       + capacity.host VARCHAR(255) NOT NULL DEFAULT '';
+       + reservation.where TEXT NOT NULL DEFAULT ''""",
+    # 24: what becomes of VMs that people started themselves is said for each resource
+    "+ resource.user_started VARCHAR(255) NOT NULL DEFAULT ''",
+    # 25: what is held beside occurrences is held on hosts as well
+    '+ extra_hold.host_id INTEGER REFERENCES host (id)', gather_figures,
+    # 27: a claim tells when it was decided on last
+    '+ claim.asked REAL NOT NULL DEFAULT 0', widen_orders]
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
