@@ -4450,10 +4450,7 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Host, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait,
-          Limit, Step, Server, Claim, Tally, Token, Session, Share, OnceDone, Feed, Subscription,
-          CalendarObject, CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease,
-          BlazarHold, HostProperty, Credential, Fact, SimulatedServer]
+TABLES = Table.__subclasses__()
 
 #: Indexes that fields don't tell of. `occurrence_ended` finds what a wrong clock has ended.
 INDEXES = '''
