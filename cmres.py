@@ -2286,7 +2286,7 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another ' 'name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another name.')
     return label
 
 
