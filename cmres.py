@@ -272,6 +272,7 @@ MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', '
 #: Days from today; what else names a date, `dates_of` reads.
 NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day after tomorrow': 2}
 
+
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
 
@@ -3774,6 +3775,7 @@ db.initialize(SQLITE)
 # as well (`persist`). Ids of events are drawn before others see them, so who writes marks how far
 # they were (`settled_event`).
 
+
 class On:
     """What a lock is on; the last is only marked."""
     RESOURCE, COUNTED, SERVER, MAILS, LABEL, LINE, EVENTS = range(1, 8)
@@ -5870,6 +5872,7 @@ def forget_memories() -> None:
 # write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
 # those in NAME_new. So a deed and its rehearsal are one program.
 
+
 class Rehearsal(threading.local):
     """What this thread rehearses: to which tables it has written, and the next ids there."""
     tables: frozenset | None = None
@@ -6407,6 +6410,7 @@ def given(where: list) -> list:
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
+
 
 def quantity(name: str, number: int) -> str:
     """So much of a resource class, for people: 4 VMs, 1 vCPU, 512 MiB of RAM, 2 CUSTOM_GPU."""
@@ -18175,6 +18179,7 @@ class Post:
 # at all that runs there: piece by piece, those first that have started last.
 
 MOST_PLANNED = 50  # in one transaction
+
 
 class Planner:
     """Plans occurrences."""
