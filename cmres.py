@@ -272,6 +272,7 @@ MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', '
 #: Days from today; what else names a date, `dates_of` reads.
 NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day after tomorrow': 2}
 
+
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
 
@@ -2287,7 +2288,7 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another ' 'name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another name.')
     return label
 
 
@@ -3774,6 +3775,7 @@ db.initialize(SQLITE)
 # of `once`, later the texts of its project. Who comes to what is not locked begins anew with that
 # as well (`persist`). Ids of events are drawn before others see them, so who writes marks how far
 # they were (`settled_event`).
+
 
 class On:
     """What a lock is on; the last is only marked."""
@@ -5805,6 +5807,7 @@ def forget_memories() -> None:
 # write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
 # those in NAME_new. So a deed and its rehearsal are one program.
 
+
 class Rehearsal(threading.local):
     """What this thread rehearses: to which tables it has written, and the next ids there."""
     tables: frozenset | None = None
@@ -6347,6 +6350,7 @@ def given(where: list) -> list:
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
+
 
 def quantity(name: str, number: int) -> str:
     """So much of a resource class, for people: 4 VMs, 1 vCPU, 512 MiB of RAM, 2 CUSTOM_GPU."""
@@ -18122,6 +18126,7 @@ class Post:
 # at all that runs there: piece by piece, those first that have started last.
 
 MOST_PLANNED = 50  # in one transaction
+
 
 class Planner:
     """Plans occurrences."""
