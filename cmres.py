@@ -86,8 +86,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from types import SimpleNamespace, UnionType
-from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, Union, get_args,
-                    get_origin)
+from typing import Any, Callable, Iterable, Iterator, NewType, Union, get_args, get_origin
 from zoneinfo import ZoneInfo
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
@@ -129,6 +128,26 @@ email_message, email_utils, futures, http_client, ElementTree = map(Module, (
 escape, unescape = map(Function, ('html.escape', 'html.unescape'))
 parse_qsl, quote, unquote, urlencode, urljoin, urlsplit = map(Function, map(
     'urllib.parse.{}'.format, 'parse_qsl quote unquote urlencode urljoin urlsplit'.split()))
+
+
+
+class MadeOfFields(type):
+    """What makes tuples with names of classes that list fields."""
+
+    def __new__(cls, name: str, bases: tuple, body: dict):
+        if not bases:
+            return super().__new__(cls, name, bases, body)
+        fields = body['__annotations__']
+        usual = [body.pop(each) for each in fields if each in body]
+        made = namedtuple(name, fields, defaults=usual, module=body['__module__'])
+        for each in body.keys() - {'__module__', '__qualname__'}:
+            setattr(made, each, body[each])
+        return made
+
+
+class NamedTuple(metaclass=MadeOfFields):
+    """As that of typing, which reads what stands behind each field: a thirtieth of `list`."""
+
 
 __version__ = '0.1'
 
@@ -315,8 +334,8 @@ def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
     """The zone that the clocks of this machine show: by TZ, else by what `link` points to."""
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
-    return (name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name)
-            else 'UTC')
+    is_utc = name.removeprefix('Etc/') in ('UTC', 'UCT', 'Zulu', 'Universal')
+    return name if known_zone(name) and not is_utc else 'UTC'
 
 
 def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
@@ -1379,7 +1398,7 @@ def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
+@dataclasses.dataclass(init=False, repr=False, eq=False)  # what it would make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1485,6 +1504,9 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+
+    def __setattr__(self, name: str, value):
+        raise AttributeError(f"The setting '{name}' is as it was read.")
 
     def __init__(self, **given):
         known = self.__dataclass_fields__
@@ -3367,7 +3389,8 @@ class SQLite(peewee.SqliteDatabase):
     @functools.lru_cache(2000)
     def spell(sql: str) -> str:
         """A statement as SQLite understands it."""
-        return IN_LIST.sub(r'(SELECT value FROM json_each(?\2))', sql)
+        return (IN_LIST.sub(r'(SELECT value FROM json_each(?\2))', sql)
+                if 'numbers(' in sql or 'names(' in sql else sql)
 
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
@@ -3935,6 +3958,9 @@ class Table(peewee.Model):
         legacy_table_names = False
 
 
+Table._meta.primary_key = None  # of which each model would make a copy, in place of its own `id`
+
+
 class Resource(Table):
     name = peewee.CharField()
     cell = peewee.CharField()
@@ -4212,8 +4238,8 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last, and a little later each time: a look that began
-    # with another one here tells of before
+    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
+    # look that began when it was another one tells of before
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -4750,7 +4776,7 @@ def key_file(path: str, key: str = '') -> str:
 def known_store(file: str) -> str:
     """The id of the store that a key remembers; '' if there is none."""
     try:
-        with open(file, encoding='ascii') as lines:
+        with open(file, encoding='utf-8') as lines:
             return [*lines.read().splitlines(), '', ''][1].strip()
     except FileNotFoundError:
         return ''
@@ -8459,7 +8485,8 @@ class OpenStack(Cloud):
             offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
-            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
+            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING',
+                                       'ERROR')  # a resize that failed may have left both sides
             if not (server.flavor and server.flavor.vcpus):
                 return Seat(host)
             takes = self.takes(server.flavor, bool(server.image and server.image.id))
@@ -15890,8 +15917,8 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
             'WHERE h.reservation = r.id AND h.part = ?))')
 
 
-#: How a refusal ends that may be over: servers count that are gone, or take less by now.
-PASSING = 'in use', 'has room for it until then'
+#: What stands in a refusal that may be over: servers count that are gone, or take less by now.
+PASSING = 'in use', 'is not free for', 'has room for it until then'
 OUTSIDE = 'it is outside'  # of a server that moves
 
 
@@ -15924,7 +15951,8 @@ class Claims(Operations):
                     name, server, projects, users, flavor, label, project, user, hosts, moves,
                     migrates, now) for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith(PASSING)]
+        in_use = [each['resource'] for each in answers
+                  if any(said in each['why'] for said in PASSING)]
         seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '')
         return decide({*seen.values()} == {True}) if seen else answers
 
@@ -15975,7 +16003,8 @@ class Claims(Operations):
                     del takes['vms']
                     host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
-                change(Claim, claim.id, due=now + pause, host=host, **takes)
+                change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
+                       **takes)  # what looks saw that began before is older
                 if host not in ('', claim.host):
                     self.follow_seat(claim, host, now)
 
@@ -16050,7 +16079,7 @@ class Claims(Operations):
         host = chosen[0] if chosen and not chosen[1:] else ''
         columns = stored(both or need) | {
             'twice': bool(both), 'occurrence': found.id if found else None,
-            'asked': max(now, known.asked + 1e-3) if known else now,
+            'asked': max(now, known.asked + 1e-5) if known else now,
             'due': now + self.config.lost_answer_wait,
             'host': host if not both or host == there.host else ''}
         del columns['vms']
@@ -16082,7 +16111,8 @@ class Claims(Operations):
         taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
         if placed:
             taken[before] += stays
-        loose = taken[''] + need  # what Nova holds twice may be here, or there
+        # what Nova holds twice may be here, or there
+        loose = taken.get('', NOTHING) + need
         planned = [names[host] for host in placed if host in names
                    and (taken[names[host]] + loose).within(limit_of(each * placed[host]))]
         if planned or not need.within(limit_of(each)):
@@ -17556,14 +17586,18 @@ class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
-#: What all processes have in common that see one another by number: a container, until a start.
-NEIGHBOURS = zlib.crc32(f'{boot_id()} {identity_of((stat_of("/proc/self/ns/pid"),))}'.encode())
+@functools.cache
+def neighbours() -> int:
+    """What all processes have in common that see one another by number: a container, until a start.
+    """
+    seen = identity_of((stat_of('/proc/self/ns/pid'),))
+    return zlib.crc32(f'{boot_id()} {seen}'.encode())
 
 
 def has_died(holder: str) -> bool:
     """Whether a scheduler is no more, as far as that can be seen from here."""
     name, _, place = holder.rpartition(':')
-    if place != str(NEIGHBOURS):
+    if place != str(neighbours()):
         return False
     try:
         os.kill(int(name.rpartition(':')[2]), 0)
@@ -17584,7 +17618,7 @@ class Leadership:
 
     def __init__(self, config: Config, clocks: Clocks, clouds: Clouds):
         self.config, self.clocks, self.clouds = config, clocks, clouds
-        self.name = f'{socket.gethostname()}:{secrets.token_hex(4)}:{os.getpid()}:{NEIGHBOURS}'
+        self.name = f'{socket.gethostname()}:{secrets.token_hex(4)}:{os.getpid()}:{neighbours()}'
         self.known: list = []  # the leases as they were at the last look
         self.shares = False  # whether others are to have some; a line of cron takes all, and ends
         self.held: set[str] = set()

@@ -27867,6 +27867,16 @@ def seated(monkeypatch, seats):
     monkeypatch.setattr(cmres.Simulated, 'hosts', lambda self, uids: {uid: seats.get(uid) for uid in uids})
 
 
+def test_who_has_reserved_nothing_is_sent_to_a_host_that_stays_free(racks, monkeypatch):
+    racks.service.resource_update('gpu', mode='shared', hold=hours(1))
+    gpus(racks, 'lab', 'g8', start=0.5)
+    assert claimed(racks, 's1', 'g4') == claimed(racks, 's2', 'g4') == ['h2']
+    assert claimed(racks, 's3', 'g4') == "'gpu' is not free for 1h"
+    racks.now += 1
+    seated(monkeypatch, {'s1': cmres.Seat('h2', until_moved=cmres.Simulated.FLAVORS['g4'])})
+    assert claimed(racks, 's3', 'g4') == ['h2']
+
+
 def test_nova_is_told_the_planned_host_of_each_server(racks):
     gpus(racks, 'lab', 'g4', 2, start=0, affinity='apart')
     gpus(racks, 'one', 'g8', 1, start=2, end=3)
