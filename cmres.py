@@ -4238,8 +4238,7 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
-    # look that began when it was another one tells of before
+    # when Nova's scheduler asked last, a little more with each look: what began before is older
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -7237,7 +7236,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
+SEARCHED = *[(12, 3_000)] * 4, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
@@ -7279,6 +7278,23 @@ class Scene:
         self.new = self.add(0, need, None, need.number)
         stay = (host for host, number in had.items() for _ in range(number))
         self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
+        self.leave_what_stays()
+
+    def leave_what_stays(self) -> None:
+        """Leaves each VM the hosts where it would fit if nothing were there that may move."""
+        self.looks = 0
+        for unit in self.units:
+            self.put(unit, None)
+        self.may = {unit: {host for host in may if self.fits(unit, host)}
+                    for unit, may in self.may.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Puts all back where it was."""
+        for unit in self.may:
+            if unit.host != unit.was:
+                self.put(unit, unit.was)
+            unit.failures = 1
 
     def read_free(self, resource: int, cuts: set[int]) -> None:
         """Reads what is free on the hosts, a row a figure, between any two cuts."""
@@ -7326,7 +7342,7 @@ class Scene:
 
     def fits(self, unit: Unit, host: int) -> bool:
         self.looks -= 1
-        return host in self.may[unit] and not self.siblings(unit, host) and all(
+        return not self.siblings(unit, host) and all(
             min(row[unit.first:unit.last]) >= figure
             for row, figure in zip(self.free[host], unit.figures) if figure)
 
@@ -7336,14 +7352,9 @@ class Scene:
 
     def best(self, unit: Unit) -> int | None:
         """The host that has least left of what is scarcest, at the tightest and then in all."""
-        left = {host: self.free[host][0][unit.first:unit.last] for host in self.hosts
+        left = {host: self.free[host][0][unit.first:unit.last] for host in self.may[unit]
                 if self.fits(unit, host)}
         return min(left, key=lambda host: (min(left[host]), sum(left[host]), host), default=None)
-
-    def options(self, unit: Unit) -> list[tuple[int, list[Unit]]]:
-        """On which hosts a VM would fit if some others went."""
-        found = [(host, self.blockers(unit, host)) for host in self.may[unit]]
-        return [(host, pushed) for host, pushed in found if pushed is not None]
 
     def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
         """A few VMs without which another would fit on a host; None if they are not enough."""
@@ -7369,20 +7380,19 @@ class Scene:
 
     def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
         """Of some cuts, in order, those after which a VM finds too little."""
-        return sorted({n for row, figure in zip(free, unit.figures) if figure
-                       for n in among if row[n - unit.first] < figure})
-
-    def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
-        """Puts a VM on a host, and those off that are in its way."""
-        for each in pushed:
-            self.put(each, None)
-        self.put(unit, host)
+        found, first = [], unit.first
+        for row, figure in zip(free, unit.figures):
+            if figure and min(row) < figure:
+                found += [n for n in among if row[n - first] < figure]
+                among = [n for n in among if row[n - first] >= figure]
+        return sorted(found)
 
     def solve(self, looks: int, turn: int) -> bool:
         """Whether the new VMs find hosts, after so many looks at most."""
         dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
         out, left = [*self.new], {}
         self.looks = looks
+        self.reset()
         for _ in range(PUSHES):
             if self.looks < 0:
                 return False
@@ -7393,13 +7403,16 @@ class Scene:
                 unit.failures += 1
                 options = [(sum(each.failures for each in pushed) + dice.random() / 2
                             + 3 * (left.get(unit) == host), host, pushed)  # not back at once
-                           for host, pushed in self.options(unit)]
+                           for host in self.may[unit]
+                           if (pushed := self.blockers(unit, host)) is not None]
                 if not options:
                     return False
                 _, host, pushed = min(options, key=lambda option: option[:2])
             left |= dict.fromkeys(pushed, host)
             out += pushed
-            self.push(unit, host, pushed)
+            for each in pushed:
+                self.put(each, None)
+            self.put(unit, host)
             if not out:
                 return True
         return False
@@ -7461,14 +7474,17 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
-    read, seen = functools.cache(lambda *hosts: in_the_way(need, hosts, now, own)), 0
+
+    @functools.cache
+    def scene_on(*hosts: int) -> tuple[Scene, int]:
+        others, seen = in_the_way(need, hosts, now, own)
+        return Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(hosts)),
+                     had, others), seen
+    seen = 0
     for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         if seen > MOST_SEEN and width > SEARCHED[0][0]:
             break  # to read as much again would take too long
-        chosen = nearest[:max(width, 2 * need.number)]
-        others, seen = read(*chosen)
-        scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
-                                 json.dumps(chosen)), had, others)
+        scene, seen = scene_on(*nearest[:max(width, 2 * need.number)])
         if scene.solve(looks, turn):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
@@ -15997,11 +16013,10 @@ class Claims(Operations):
                 if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes, host = {}, claim.host if claim.twice else seat.host or claim.host
+                takes, host = {}, (seat.host if seat.takes or not claim.twice else '') or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
-                    host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
                        **takes)  # what looks saw that began before is older
@@ -21611,7 +21626,9 @@ class LeaseRequests:
             return given | {'flavor': asked['flavor_id']}
         if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
             if not given['image']:
-                return given | {'each': Amount(1, *each)}
+                row = self.acting.look.resource_row(given['resource'])
+                size = Flavor(*each, disk=asked.get('disk_gb') or 1)  # as `lent_things` lends it
+                return given | {'each': takes_of(size, row)}
             given['flavor'] = self.flavor(cloud, *each)
         return given
 
@@ -28107,9 +28124,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
             moves: bool) -> dict[str, bool | list | None]:
-        """What the cmres says that has some resources, None of what does not count there yet; a
-        refusal is logged with its reason.
-        """
+        """What a cmres says of some resources, None where it is outside; a refusal is logged."""
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
