@@ -58,12 +58,13 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import dataclasses
 import functools
-import gc
 import getpass
 import hashlib
-import heapq
 import importlib
 import inspect
 import io
@@ -89,7 +90,6 @@ from types import SimpleNamespace, UnionType
 from typing import Any, Callable, Iterable, Iterator, NewType, Union, get_args, get_origin
 from zoneinfo import ZoneInfo
 
-gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
@@ -117,12 +117,12 @@ class Function:
         return found(*args, **kwargs)
 
 
-base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
-    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
-    zlib = map(Module, (
-        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
-        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
-        'zlib'.split()))
+base64, bottle, configparser, csv, difflib, fire, gzip, heapq, hmac, ipaddress, queue, random, \
+    secrets, select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, \
+    waitress, yaml, zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip heapq hmac ipaddress queue random '
+        'secrets select shlex shutil signal smtplib string traceback unicodedata uuid '
+        'waitress yaml zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 escape, unescape = map(Function, ('html.escape', 'html.unescape'))
@@ -137,16 +137,16 @@ class MadeOfFields(type):
     def __new__(cls, name: str, bases: tuple, body: dict):
         if not bases:
             return super().__new__(cls, name, bases, body)
-        fields = body['__annotations__']
+        fields, module = body['__annotations__'], body.pop('__module__')
         usual = [body.pop(each) for each in fields if each in body]
-        made = namedtuple(name, fields, defaults=usual, module=body['__module__'])
-        for each in body.keys() - {'__module__', '__qualname__'}:
+        made = namedtuple(name, fields, defaults=usual, module=module)
+        for each in body.keys() - {'__qualname__'}:
             setattr(made, each, body[each])
         return made
 
 
-class NamedTuple(metaclass=MadeOfFields):
-    """As that of typing, which reads what stands behind each field: a thirtieth of `list`."""
+#: As that of typing, which reads what stands behind each field: a thirtieth of `list`.
+NamedTuple = MadeOfFields('NamedTuple', (), {})
 
 
 __version__ = '0.1'
@@ -1406,7 +1406,7 @@ def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(init=False, repr=False, eq=False)  # what it would make costs 3 ms
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1512,9 +1512,6 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
-
-    def __setattr__(self, name: str, value):
-        raise AttributeError(f"The setting '{name}' is as it was read.")
 
     def __init__(self, **given):
         known = self.__dataclass_fields__
@@ -3999,9 +3996,6 @@ class Table(peewee.Model):
         legacy_table_names = False
 
 
-Table._meta.primary_key = None  # of which each model would make a copy, in place of its own `id`
-
-
 class Resource(Table):
     name = peewee.CharField()
     cell = peewee.CharField()
@@ -5699,9 +5693,9 @@ def widen_orders() -> None:
     for by, first in (('', ''), ('project_', 'of_project, '), ('user_', 'of_user, '),
                       ('place_', 'resource_id, ')):
         for half, which in (('live', 'due IS NOT NULL'), ('over', 'due IS NULL')):
-            run_all(f"""DROP INDEX occurrence_{by}{half};
-                CREATE INDEX occurrence_{by}{half}
-                  ON occurrence ({first}start, id, "end") WHERE {which}""")
+            run(f'DROP INDEX occurrence_{by}{half}')
+            run(f'CREATE INDEX occurrence_{by}{half} ON occurrence ({first}start, id, "end") '
+                f'WHERE {which}')
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -10846,6 +10840,9 @@ WAYS = {'waiting': [('series',
 MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
+#: Those of its texts that may be long.
+LONG_IN_BRIEF = operator.attrgetter('description', 'metadata', 'notify', 'invite', 'series', 'where',
+                                    'security_groups', 'classes', 'repeat', 'fault', 'change')
 MOST_INVITED = 200  # people to one reservation
 MAIL_ADDRESS = Pattern(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
@@ -10938,14 +10935,6 @@ def shown_fields(kind: type) -> tuple[list, Callable, list, list]:
             [each for each in names if each in JSON])
 
 
-@functools.lru_cache
-def long_fields(kind: type) -> Callable:
-    """What picks from a row the texts that may be long."""
-    models = [each for model in (Reservation, Occurrence) for each in model._meta.sorted_fields]
-    long = [each.name for each in models if isinstance(each, peewee.TextField)] + ['change']
-    return operator.attrgetter(*(name for name in kind._fields if name in long))
-
-
 def read_json(text: str):
     """What a column holds; most hold nothing."""
     return [] if text == '[]' else {} if not text or text == '{}' else json.loads(text)
@@ -10953,8 +10942,7 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(map(len, map(str, long_fields(type(each))(each))))
-                                 for each in found)
+    sizes = itertools.accumulate(sum(map(len, map(str, LONG_IN_BRIEF(each)))) for each in found)
     return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
             or not number]
 
@@ -17905,10 +17893,8 @@ class LostLease(Error):
 
 @functools.cache
 def neighbours() -> int:
-    """What all processes have in common that see one another by number: a container, until a start.
-    """
-    seen = identity_of((stat_of('/proc/self/ns/pid'),))
-    return zlib.crc32(f'{boot_id()} {seen}'.encode())
+    """What those have in common who see one another by number: a container, until a start."""
+    return zlib.crc32(f'{boot_id()} {identity_of((stat_of("/proc/self/ns/pid"),))}'.encode())
 
 
 def has_died(holder: str) -> bool:
@@ -29113,38 +29099,48 @@ def commands(leaf: Callable) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
-    options, zone, code = {}, UTC, 0
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, options = list(sys.argv[1:] if argv is None else argv), {}
     if '_CMRES_COMPLETE' in os.environ:
         print('\n'.join(completed(argv)))
         return 0
     try:
-        argv = take_options(argv, options)
-        if argv == ['--version']:
-            print(f'cmres {__version__}')
-            return 0
-        config = load_config(options.get('config'))
-        config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
-        zone = config.zone
-        run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call)
-                    else call)
+        run_line(take_options(argv, options), options)
         return 0
-    except Error as error:
-        refusal = error
-    except STORE_ERRORS as error:
-        if not (refusal := trouble(error)):
-            raise
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
-    except KeyboardInterrupt as stopped:
-        refusal, code = Error(f"Interrupted. {str(stopped) or 'Nothing was changed.'}"), 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    said = (json_text(error_body(refusal), indent=2) if options.get('format') in ('json', 'jsonl')
-            else '\n'.join(in_words(refusal, zone)))
+    except (Error, KeyboardInterrupt, *STORE_ERRORS) as error:
+        return tell_refusal(error, options)
+
+
+def run_line(argv: list[str], options: dict) -> None:
+    """Runs a line without the options of every command, which learn the zone that is used."""
+    if argv == ['--version']:
+        print(f'cmres {__version__}')
+        return
+    config = load_config(options.get('config'))
+    config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
+    options['zone'] = config.zone
+    run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
+
+
+def tell_refusal(error: BaseException, options: dict) -> int:
+    """Tells why a line was not carried out, in the form that it asked for; its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        refusal, code = Error(f"Interrupted. {str(error) or 'Nothing was changed.'}"), 130
+    else:
+        refusal = error if isinstance(error, Error) else trouble(error)
+        code = 2 if isinstance(error, Invalid) else 1
+    if not refusal:
+        raise error
+    if options.get('format') in ('json', 'jsonl'):
+        said = json_text(error_body(refusal), indent=2)
+    else:
+        said = '\n'.join(in_words(refusal, options.get('zone', UTC)))
     print(legible(said).rstrip('\n'), file=sys.stderr)
-    return code or (2 if isinstance(refusal, Invalid) else 1)
+    return code
 
 
 def take_options(argv: list[str], options: dict) -> list[str]:
@@ -29384,36 +29380,51 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     operation, form = call._operation, options.get('format', 'table')
     bound = bound_call(call, config, options)
     look = Look.of(options, '' if operation.name == 'events' else COLUMNS.get(operation.name, ''))
+    shown = functools.partial(render, form=form, zone=config.zone, look=look)
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        return answer if answer is None else render(answer, form, config.zone, look)
-    begins = operation.name in BEGINS and not bound.get('dry_run')
-    if begins and not config.url and is_missing(config.database):
-        print(told_made(config), file=sys.stderr)
-    service = reached(config, begins)
+        return answer if answer is None else shown(answer)
+    service = reached_for(operation, bound, config)
     asked = getattr(service, operation.name)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
     while options.get('watch') and not operation.changes:
-        shown = render(asked(**bound), form, config.zone, look)
-        print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
+        print(f"{CLEAR if sys.stdout.isatty() else ''}{shown(asked(**bound))}", flush=True)
         time.sleep(2)
-    answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
-              else asked(**bound))
-    text = render(answer, form, config.zone, look)
-    id, _, at = getattr(service, 'token_ends', '').partition(' ')
-    if at:
-        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
-              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
-    if more := what_follows(operation, asked, bound, answer):
-        said = f'There is more: add {more}, or a higher --limit.'
-        if form == 'table':
-            text += f'\n{said}'
-        else:  # no program takes it for a line of the list
-            print(said, file=sys.stderr)
+    stays = operation.changes and not config.url
+    answer = kept_if_stopped(asked, bound) if stays else asked(**bound)
+    tell_ending(service, config.zone)
+    more = what_follows(operation, asked, bound, answer)
+    text = with_more(shown(answer), more, form)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
+    return text
+
+
+def reached_for(operation: Operation, bound: dict, config: Config) -> Reservations | Client:
+    """The service that a call works with; what an operator begins with may make its database."""
+    begins = operation.name in BEGINS and not bound.get('dry_run')
+    if begins and not config.url and is_missing(config.database):
+        print(told_made(config), file=sys.stderr)
+    return reached(config, begins)
+
+
+def tell_ending(service: Reservations | Client, zone: ZoneInfo) -> None:
+    """Tells of a token on a server that ends soon."""
+    id, _, at = getattr(service, 'token_ends', '').partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
+
+
+def with_more(text: str, more: str, form: str) -> str:
+    """An answer with where its list goes on; no program takes that for a line of the list."""
+    said = f'There is more: add {more}, or a higher --limit.' if more else ''
+    if form == 'table':
+        return f'{text}\n{said}' if said else text
+    if said:
+        print(said, file=sys.stderr)
     return text
 
 
