@@ -322,11 +322,7 @@ def zone_table() -> str:
 
 
 def read_zone(name: str) -> ZoneInfo:
-    """The time zone of a name.
-
-    Raises:
-      Invalid: there is none of that name.
-    """
+    """The time zone of a name; Invalid if there is none."""
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, KeyError):
@@ -450,10 +446,7 @@ def read_clock(word: str) -> timedelta | None:
 
 def dates_of(words: str, today: date) -> list[date]:
     """The dates that words may mean, the nearest first; those without a year come again.
-
-    Raises:
-      ValueError: they name two days, such as 01/02/2026.
-    """
+    ValueError: they name two days, such as 01/02/2026."""
     if not words:
         return [today, today + timedelta(days=1), today + timedelta(days=2)]
     if words in NEAR_DAYS:
@@ -551,11 +544,8 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
 
 
 def parse_duration(text: str) -> Length:
-    """The length that a person typed; ValueError if it is none.
-
-    Args:
-      text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
-    """
+    """The length that a person typed; ValueError if it is none. `text`: 2h, +1d12h, 90min, 1.5h, 2
+    hours 30 minutes, 1:30, or PT2H."""
     word = re.sub(r'(?<=[a-z])(?: and|,) | and (?=\d)', ' ', text.strip(), flags=re.I)
     match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
     clock = CLOCK_LENGTH.fullmatch(word)
@@ -1394,12 +1384,13 @@ TEXTS = {
     'held': 'Please confirm: your calendar has far fewer events\n{message}',
     'dropped': 'No more mails today\n{message}',
 }
-#: What stands in braces there: the fields of a reservation as answers show it, and of the event.
-TEXT_FIELDS = frozenset((
-    'sentence message actor id label user project resource cell cloud region aggregate vms '
-    'at_end notify invite vcpus ram classes lead '
-    'description personal affinity repeat tz start end cancelled added changed up fault request '
-    'host state when what then link where').split())
+#: The fields of a reservation as answers show it, besides what its VMs are made of.
+RESERVATION_FIELDS = (
+    'id label user project resource cell cloud region aggregate vms at_end notify invite vcpus ram '
+    'classes lead description personal affinity where repeat tz start end cancelled added changed '
+    'up fault request host state')
+#: What stands in braces there: those, and fields of the event.
+TEXT_FIELDS = frozenset(f'{RESERVATION_FIELDS} sentence message actor when what then link'.split())
 
 
 def setting(default, least=None, most=10**9):
@@ -1816,17 +1807,14 @@ def exposition(samples: Iterable[tuple]) -> str:
         family = re.sub('_(bucket|sum|count)$', '', name)
         told = ','.join(f'{key}="{escaped_label(text)}"' for key, text in labels)
         lines[family].append(f"cmres_{name}{told and f'{{{told}}}'} {value:.10g}")
-    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n'
-                   f'# TYPE cmres_{name} {kind_of_metric(name)}\n'
+    kinds = {name: 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total')
+             else 'gauge' for name in lines}
+    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n# TYPE cmres_{name} {kinds[name]}\n'
                    + '\n'.join(found) + '\n' for name, found in lines.items())
 
 
 def escaped_label(text) -> str:
     return f'{text}'.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
-
-
-def kind_of_metric(name: str) -> str:
-    return 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total') else 'gauge'
 
 
 METRICS = Metrics()
@@ -2081,8 +2069,7 @@ WORDS = {
 }
 
 #: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
-          for name, about, example in (
+GROUPS = {name: (about, f'{name} {example}') for name, about, example in (
     ('resource', 'Things that people can reserve, and their capacities.',
      'add india --cloud simulated --vms 40'),
     ('token', 'Tokens: they sign people in to the page, and programs to REST.',
@@ -2115,6 +2102,7 @@ class Operation:
     role: str
     routes: list
     made: str = ''
+    examples: tuple = ()  # of its command
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -2130,9 +2118,9 @@ class Operation:
         return self.routes[0][0] != 'GET'
 
     @property
-    def help(self) -> tuple[str, str]:
-        """What it does, and examples of its command."""
-        return split_help(inspect.getdoc(self.method))
+    def help(self) -> str:
+        """What it does."""
+        return inspect.getdoc(self.method)
 
     @property
     def words(self) -> str:
@@ -2155,11 +2143,6 @@ def signature_of(method: Callable) -> inspect.Signature:
     return plain.replace(parameters=[*found.values()])
 
 
-def split_help(text: str) -> tuple[str, str]:
-    about, *examples = re.split(r'\n\nExample:\s+', text.strip())
-    return about, '\n'.join(f'  {each.strip()}' for each in ''.join(examples).splitlines())
-
-
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
     return WORDS.get(f'{operation.name}.{name}') or WORDS[name]
@@ -2168,10 +2151,11 @@ def argument_help(operation: Operation, name: str) -> str:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
+def api(verb: str, path: str, *examples: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method for who has at least a role (a reader for a GET, else a user); of several
-    marks the topmost is the address that clients use. What it makes is found at `made`, whose parts
-    are fields of the answer; an address stands for its `fixed` arguments."""
+    marks the topmost is the address that clients use, the lowest has examples of its command. What
+    it makes is found at `made`, whose parts are fields of the answer; an address stands for its
+    `fixed` arguments."""
     def publish(method):
         known = API.get(method.__name__)
         if known:
@@ -2180,7 +2164,7 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
             return method
         needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, needed, [(verb, path, fixed)], made)
+            method.__name__, method, needed, [(verb, path, fixed)], made, examples)
         return guarded_by_role(method)
     return publish
 
@@ -2708,16 +2692,11 @@ def choices_of(kind) -> tuple:
     return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
 
 
-#: Of which type a field is whose answer says no other.
+#: Of which type a field is whose answer says no other; of a name that is not here, text.
 FIELD_TYPES = {name: kind for kind, names in (
     (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
           'min_free_time steps differences count ignored tried_again tokens'),
     (Label, 'label'),
-    (str, 'user project resource cell cloud region aggregate flavor '
-          'at_end description affinity where repeat tz fault request host outcome why message '
-          'ends_with name snapshot account login on_conflict error mode default_flavor '
-          'default_image planned_by what reason summary held needs_confirmation kind actor code '
-          'sentence role purpose application trust status'),
     (list[str], 'notify invite warnings addresses hosts scopes'),
     (dict[str, str], 'properties'),
     (dict[str, int], 'classes held_now used_now'),
@@ -2737,8 +2716,6 @@ FIELD_TYPES = {name: kind for kind, names in (
     ) for name in names.split()} | {
         name: {Names: list[str], Pairs: dict[str, str]}.get(each.kind, str)
         for name, each in MADE_OF.items()}
-
-
 #: The fields that hold instants, wherever they appear: those, and some in details of refusals.
 INSTANTS = frozenset(name for name, kind in FIELD_TYPES.items() if datetime in choices_of(kind)) | {
     'decide_before', 'latest_end', 'next_start'}
@@ -2748,7 +2725,7 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
     """A kind of answer: what it is about and its fields, with ? those that may be missing; `kinds`
     are types that fields have only here."""
     named = {each.rstrip('?'): not each.endswith('?') for each in fields.split()}
-    own = {each: Field(kinds.get(each) or FIELD_TYPES[each], always)
+    own = {each: Field(kinds.get(each) or FIELD_TYPES.get(each, str), always)
            for each, always in named.items()}
     return type(f'{name}Answer', (of,), {
         '__doc__': about, 'fields': of.fields | own, 'more': more or of.more})
@@ -2757,17 +2734,12 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
 ReservationAnswer = answer_kind(
     'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
     'state.',
-    f"id label user project resource cell cloud region aggregate vms {' '.join(MADE_SHOWN)} "
-    'at_end notify invite vcpus ram classes lead description '
-    'personal affinity where repeat tz start end cancelled added changed up fault request host '
-    'state change?', fault=str | None)
+    f"{RESERVATION_FIELDS} {' '.join(MADE_SHOWN)} change?", fault=str | None)
 OutcomeAnswer = answer_kind(
-    'Outcome', 'What became of one occurrence of a series.',
-    'start end vms outcome why?')
+    'Outcome', 'What became of one occurrence of a series.', 'start end vms outcome why?')
 BookedAnswer = answer_kind(
     'Booked', 'A reservation that was made or changed; of a series, what became of each '
-    'occurrence.',
-    'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
+    'occurrence.', 'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
     occurrences=list[OutcomeAnswer])
 GroupAnswer = answer_kind(
     'Group', 'Several reservations that were made together, or not at all.',
@@ -2784,8 +2756,7 @@ KeptAnswer = answer_kind(
     'Kept', 'A VM that was stopped or shelved at the end of its reservation and stays.',
     'id name label project user state addresses end account uid', state=str)
 ComingAnswer = answer_kind(
-    'Coming', 'A current or future occurrence of a series.',
-    'start end vms resource state')
+    'Coming', 'A current or future occurrence of a series.', 'start end vms resource state')
 DetailAnswer = answer_kind(
     'Detail', 'All of a reservation, with its VMs, and what comes of a series.',
     'user_data servers on_conflict? booked_until? occurrences?', of=ReservationAnswer,
@@ -2793,15 +2764,12 @@ DetailAnswer = answer_kind(
 DetailGroupAnswer = answer_kind(
     'DetailGroup', 'All of several reservations that were made together.',
     'label parts', parts=list[DetailAnswer])
-DurationAnswer = answer_kind(
-    'Duration', 'How long a reservation is.',
-    'label duration seconds')
+DurationAnswer = answer_kind('Duration', 'How long a reservation is.', 'label duration seconds')
 DurationGroupAnswer = answer_kind(
     'DurationGroup', 'How long the parts of a group are.',
     'label parts', parts=list[DurationAnswer])
 RefusedLineAnswer = answer_kind(
-    'RefusedLine', 'A line of many that was refused, and why.',
-    'line label error', label=Any)
+    'RefusedLine', 'A line of many that was refused, and why.', 'line label error', label=Any)
 LoadedAnswer = answer_kind(
     'Loaded', 'What became of many reservations.',
     'taken refused', taken=list[BookedAnswer | GroupAnswer], refused=list[RefusedLineAnswer])
@@ -2810,8 +2778,7 @@ SlotAnswer = answer_kind(
     'resource start until duration vms')
 UsageAnswer = answer_kind(
     'Usage', 'How much of a resource is used in a time window; further fields are resource '
-    'classes.',
-    'start end vms vcpus ram free_vms', more=int)
+    'classes.', 'start end vms vcpus ram free_vms', more=int)
 ResourceAnswer = answer_kind(
     'Resource', 'A resource: its location and its capacity, without a number where that is '
     'unlimited.',
@@ -2824,15 +2791,11 @@ ResourceNowAnswer = answer_kind(
 ResourceChangedAnswer = answer_kind(
     'ResourceChanged', 'A resource that was changed, and what no longer fits.',
     'no_longer_fit warnings?', of=ResourceAnswer, no_longer_fit=list[ReservationAnswer])
-HostAnswer = answer_kind(
-    'Host', 'A host, and what is known of it.',
-    'name properties')
+HostAnswer = answer_kind('Host', 'A host, and what is known of it.', 'name properties')
 DifferenceAnswer = answer_kind(
-    'Difference', 'A field of a resource that a cloud has otherwise.',
-    'resource what before after')
+    'Difference', 'A field of a resource that a cloud has otherwise.', 'resource what before after')
 AffectedAnswer = answer_kind(
-    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of '
-    'it.',
+    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of it.',
     'label user project vms start end outcome')
 CapacityChangeAnswer = answer_kind(
     'CapacityChange', 'A capacity change or a maintenance that was made, and whom it affects.',
@@ -2843,14 +2806,12 @@ MaintenanceAnswer = answer_kind(
     'id resource start end vms vcpus ram classes host reason', vms=int | None, vcpus=int | None,
     ram=int | None)
 CalledOffAnswer = answer_kind(
-    'CalledOff', 'A capacity change or a maintenance that was called off.',
-    'id reason')
+    'CalledOff', 'A capacity change or a maintenance that was called off.', 'id reason')
 CheckAnswer = answer_kind(
     'Check', 'How many steps of usage were compared, and in how many they differed.',
     'steps differences')
 ClaimAnswer = answer_kind(
-    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on '
-    'any).',
+    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on any).',
     'resource passes why hosts', hosts=list[str] | None)
 EventOutcomeAnswer = answer_kind(
     'EventOutcome', 'What became of an event of a calendar.',
@@ -2864,8 +2825,7 @@ CalendarAnswer = answer_kind(
     'id kind user project shows? added? revoked? polled? fault? held? needs_confirmation?',
     revoked=datetime)
 FeedAnswer = answer_kind(
-    'Feed', 'The address of a feed; of a dry run, whose it would be.',
-    'feed? user? project?')
+    'Feed', 'The address of a feed; of a dry run, whose it would be.', 'feed? user? project?')
 EventAnswer = answer_kind(
     'Event', 'A line of the event log.',
     'id at actor code label project sentence', label=Label | None, project=str | None)
@@ -2874,8 +2834,7 @@ LatenessAnswer = answer_kind(
     'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
     'tried_again', servers=int)
 FailedAnswer = answer_kind(
-    'Failed', 'A VM that did not start.',
-    'cloud label name tries planned fault')
+    'Failed', 'A VM that did not start.', 'cloud label name tries planned fault')
 PunctualityAnswer = answer_kind(
     'Punctuality', 'How late VMs were, and which failed.',
     'clouds failed', clouds=list[LatenessAnswer], failed=list[FailedAnswer])
@@ -2893,9 +2852,7 @@ CredentialAnswer = answer_kind(
 NewTokenAnswer = answer_kind(
     'NewToken', 'A token that was made; of a dry run, whose it would be.',
     'token? user? project? role? ends?', ends=datetime)
-EndedAnswer = answer_kind(
-    'Ended', 'How many tokens of a person have ended.',
-    'user tokens')
+EndedAnswer = answer_kind('Ended', 'How many tokens of a person have ended.', 'user tokens')
 RefusalAnswer = answer_kind(
     'Refusal', 'Why a request was refused, in a sentence; `details` say more to programs.',
     'error kind details?')
@@ -4273,8 +4230,8 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last, and a little later each time: a look that began
-    # with another one here tells of before
+    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
+    # look that began when it was another one tells of before
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -7691,8 +7648,7 @@ def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
 
 class Flavor(NamedTuple):
     """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them, and
-    of the disk of its host, in GB.
-    """
+    of the disk of its host, in GB."""
     vcpus: int
     ram: int
     classes: tuple = ()
@@ -7815,8 +7771,7 @@ def not_ours(uids: Iterable[str], now: float) -> set[str]:
 
 def classes_of(extra_specs: dict) -> tuple:
     """The resource classes that a flavor asks for, of all its groups (Nova's extra specs
-    resources*:CLASS).
-    """
+    resources*:CLASS)."""
     found: dict = defaultdict(int)
     for key, value in extra_specs.items():
         match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
@@ -7830,8 +7785,7 @@ LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whos
 
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a host in an aggregate, a floating IP of a network.
-    """
+    server group of a policy, a host in an aggregate, a floating IP of a network."""
     lease: str
     part: str
     project: str = ''  # its id
@@ -7855,8 +7809,7 @@ class Seat(NamedTuple):
 
 class Seen(NamedTuple):
     """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
-    1970.
-    """
+    1970."""
     uid: str
     mark: str
     state: str
@@ -7928,11 +7881,8 @@ class Cloud:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
 
     def find(self, kind: str, name: str, sight: Sight = EVERYTHING) -> Thing | None:
-        """The one thing in sight of that name or id; None if there is none.
-
-        Raises:
-          Invalid: there are several.
-        """
+        """The one thing in sight of that name or id; None if there is none, Invalid if there are
+        several."""
         found = [each for each in self.things(kind, name) if sight.shows(kind, each)]
         found = [each for each in found if each.id == name] or found
         if len(found) > 1:
@@ -7957,16 +7907,14 @@ class Cloud:
 
     def delete(self, uid: str) -> None:
         """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
-        already is fine.
-        """
+        already is fine."""
 
     def server(self, uid: str) -> Seen | None:
         """One server by its id, with our mark or without; None if it is not there."""
 
     def start(self, uid: str) -> None:
         """Begins to make a server active that is at rest, in rescue or resized; one that is active
-        is fine.
-        """
+        is fine."""
 
     def stop(self, uid: str) -> None:
         """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
@@ -7976,8 +7924,7 @@ class Cloud:
 
     def snapshot(self, uid: str, name: str) -> str:
         """Begins to make an image of a server, unless there is one of that name, and tells the
-        image's id.
-        """
+        image's id."""
 
     def saved(self, image: str) -> bool | None:
         """Whether an image is complete; None if it never will be."""
@@ -8007,8 +7954,7 @@ class Cloud:
 
     def mark(self, aggregate: Aggregate, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
-        store, so that no other one takes it; '' takes the marks away.
-        """
+        store, so that no other one takes it; '' takes the marks away."""
 
     def states(self) -> dict[str, tuple[str, list[str]]]:
         """What Nova says of each host, as HostTold has it; of one that is down, its servers."""
@@ -8024,16 +7970,12 @@ class Cloud:
 
     def time(self) -> float | None:
         """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
-        none.
-        """
+        none."""
         return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
-        """What is found for (kind, name) pairs, in their order.
-
-        Raises:
-          Invalid: no such thing is in sight; the sentence tells the nearest name that is.
-        """
+        """What is found for (kind, name) pairs, in order; Invalid if no such thing is in sight:
+        the sentence tells the nearest name that is."""
         found = []
         for kind, name in named:
             thing = self.find(kind, name, sight)
@@ -8080,11 +8022,8 @@ class OpenStack(Cloud):
             self.verb.began = before
 
     def time_left(self) -> float:
-        """The seconds that this thread's verb may still take.
-
-        Raises:
-          CloudError: none; it is sure, as no request is begun then.
-        """
+        """The seconds that this thread's verb may still take; CloudError if none: it is sure, as no
+        request is begun then."""
         most = self.config.call_timeout
         left = (getattr(self.verb, 'began', None) or time.monotonic()) + most - time.monotonic()
         if left <= 0:
@@ -8342,11 +8281,9 @@ class OpenStack(Cloud):
             self.once(cloud.compute, cloud.compute.shelve_server, uid, 'SHELVED.*', 'shelving.*')
 
     def once(self, compute, verb: Callable, uid: str, status: str, task: str) -> None:
-        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it.
-
-        Args:
-          status, task: Nova's status of a server when that is done, its task while it is under way
-        """
+        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it;
+        `status, task`: Nova's status of a server when that is done, its task while it is under
+        way."""
         from openstack.exceptions import ConflictException
         try:
             verb(uid)
@@ -8411,8 +8348,7 @@ class OpenStack(Cloud):
 
     def host_holds(self, host: str, nodes: list) -> tuple[Amount, HostTold]:
         """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
-        which class only some amounts, what is in use there, and its traits.
-        """
+        which class only some amounts, what is in use there, and its traits."""
         found, units, used, traits = Counter(), {}, defaultdict(Counter), {}
         with self.calling('tell what a host holds', sure=True) as cloud:
             placement = cloud.placement
@@ -8616,7 +8552,8 @@ class OpenStack(Cloud):
             offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
-            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
+            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING',
+                                       'ERROR')  # a resize that failed may have left both sides
             if not (server.flavor and server.flavor.vcpus):
                 return Seat(host)
             takes = self.takes(server.flavor, bool(server.image and server.image.id))
@@ -8758,11 +8695,7 @@ def cipher(config: Config):
 
 
 def decrypted(config: Config, secret: str) -> str:
-    """A secret as it was given.
-
-    Raises:
-      CloudError: it was encrypted with another key.
-    """
+    """A secret as it was given; CloudError if it was encrypted with another key."""
     from cryptography.fernet import InvalidToken
     try:
         return cipher(config).decrypt(secret.encode()).decode()
@@ -8811,8 +8744,7 @@ class Clouds:
     @functools.cached_property
     def store(self) -> str:
         """What all our marks begin with: two installations on one cloud don't touch each other's
-        servers.
-        """
+        servers."""
         return f"cmres-{fact('store')}"
 
     def names(self) -> set[str]:
@@ -9039,8 +8971,7 @@ def deliver(config: Config, notice, about: dict) -> None:
     try:
         if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
-                    'actor': notice.actor,
-                    'sentence': notice.sentence, 'reservation': about}
+                    'actor': notice.actor, 'sentence': notice.sentence, 'reservation': about}
             post(config, notice.target, json_text(body).encode())
         else:
             send_mail(config, notice, about)
@@ -9450,8 +9381,7 @@ class Shares:
     def __init__(self, config: Config):
         self.patience = config.outside_timeout
         self.most = {'all': max(config.threads // 2, 1), 'wait': max(config.threads // 8, 1),
-                     'user': config.slow_per_user,
-                     'target': config.slow_per_target}
+                     'user': config.slow_per_user, 'target': config.slow_per_target}
         self.rates, self.uses = Rates(config), Uses()
         self.wrong: Counter = Counter()  # tokens, by address
         self.changed = threading.Condition()
@@ -10346,11 +10276,8 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
             said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
         said = defaults, [], False, '', str(error)
-    return Booking(uid, title_of(head), guessed(head), head.name, *said)
-
-
-def title_of(entry: Entry) -> str:
-    return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
+    title = re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', head.text('SUMMARY'))[:1000]
+    return Booking(uid, title, guessed(head), head.name, *said)
 
 
 def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> dict[int, Want]:
@@ -10486,12 +10413,11 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
     return sorted(days), [str(error) for error in refused]
 
 
-def calendar_name(text: str, number: int = 0) -> str:
+def calendar_name(text: str) -> str:
     """A label out of a title: its letters and digits."""
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
-    name = f'{name}-event' if name in NO_LABELS else name
-    return f'{name}-{number}' if number else name
+    return f'{name}-event' if name in NO_LABELS else name
 
 
 class Shown(NamedTuple):
@@ -10921,11 +10847,6 @@ def grouped(found: Iterable, name: str) -> list[list]:
     return [*groups.values()]
 
 
-def with_twins(answer: dict, twins: dict) -> dict:
-    """An answer that shows fields under their new names as well."""
-    return answer | {new: answer[old] for old, new in twins.items() if old in answer}
-
-
 @functools.lru_cache
 def shown_fields(kind: type) -> tuple[list, Callable, list, list]:
     """Of the fields that rows show: their names, what picks them from one, and which of them are
@@ -11143,8 +11064,7 @@ class Service:
     def ask_admins(self, now: float, sentence: str, reservation: int,
                    notify: Iterable[str]) -> None:
         """Appends that an admin must answer, which admins hear of as well."""
-        self.journal(now, 'pending', sentence, reservation,
-                     dict.fromkeys([*notify, *self.admins]))
+        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *self.admins]))
 
     def tell(self, now: float, code: str, sentence: str, found,
              occurrence: int | None = None, admins: bool = False) -> None:
@@ -11760,8 +11680,7 @@ class Wishes:
             return '', None
         named = json.loads(place.named or '{}')
         if name not in named:
-            raise NotFound(f"Resource '{place.name}' has no host "
-                           f"'{name}'{nearest(name, named)}" + (
+            raise NotFound(f"Resource '{place.name}' has no host '{name}'{nearest(name, named)}" + (
                            '' if named else ' You cannot reserve single hosts here.'))
         holds = named[name]
         classes = tuple(sorted((figure, most) for figure, most in holds.items()
@@ -11873,8 +11792,7 @@ class Wishes:
         until, count = asked.get('until'), asked.get('count')
         if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
             raise Invalid('Choose one end for the series: a last date, a number of occurrences, '
-                          'or an end in the RRULE.',
-                          hint='--until, --count or an RRULE with UNTIL')
+                          'or an end in the RRULE.', hint='--until, --count or an RRULE with UNTIL')
         if until is not None:
             until = self.service.here.now + until if isinstance(until, timedelta) else until
             last = (datetime.combine(until, datetime.max.time()) if type(until) is date
@@ -12344,10 +12262,9 @@ class Limits:
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
             if waits >= most:
-                raise Conflict(f"{who.capitalize()} '{name}' can have "
-                               f"{counted(most, 'request')} on the waiting list and "
-                               f'already has {waits}. '
-                               'Cancel one first.', limit='waiting', value=most, passes=0)
+                raise Conflict(f"{who.capitalize()} '{name}' can have {counted(most, 'request')} "
+                               f'on the waiting list and already has {waits}. Cancel one '
+                               'first.', limit='waiting', value=most, passes=0)
 
 
 # Policy ######################################################################
@@ -12518,8 +12435,7 @@ class Policy:
     def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
                   view: View) -> dict[int, int] | None:
         """The hosts of what a change wants. VMs that stay after it are, if they can be, where there
-        is room for good, and where those that are started again have been.
-        """
+        is room for good, and where those that are started again have been."""
         if not wish.stays:
             return find_hosts(need, had, stay, view.now, view.own)
         stay, had = stay or bool(view.seats and not had), had or view.seats
@@ -12545,8 +12461,7 @@ class Policy:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
             raise Conflict(f"Server '{wish.server}' is reserved{whose} at that time. Choose "
-                           'another time.',
-                           in_the_way=[self.reasons.seen_in_the_way(other)])
+                           'another time.', in_the_way=[self.reasons.seen_in_the_way(other)])
 
     def refuse_unlimited(self, change: Change, view: View) -> None:
         """Refuses what goes beyond a limit."""
@@ -12782,6 +12697,7 @@ class Bookings:
             if not more or not span and not self.proposes_all:
                 return made
             if old.pending is not None:
+                change(Reservation, old.reservation, pending=int(now) + span, confirm=0)
                 self.await_approval(old.reservation, int(now) + span, deal.wish, now)
                 return made
             attempt.undo()
@@ -12792,8 +12708,7 @@ class Bookings:
 
     def make_way(self, growth: list[Hold], now: float) -> None:
         """Moves what makes way for a change that is proposed, where that doesn't need what the
-        change gives up.
-        """
+        change gives up."""
         if not make_moves(replans.made, now):
             raise NoCapacity('')
         refuse_without_room(growth, now)
@@ -13182,11 +13097,7 @@ class Bookings:
 
     def stand_in_line(self, reservation: int) -> None:
         """Notes where one that waits could be, as it is now; one that waits no more makes way."""
-        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
-                         reservation):
-            call_waiting(*each)
-        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        remembered.change()
+        self.leave_line(reservation)
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
                     'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id '
                     'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
@@ -13196,9 +13107,16 @@ class Bookings:
             insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
                    until=found.end, since=found.waiting, limited=False, due=0)
 
+    def leave_line(self, reservation: int) -> None:
+        """Takes one that waits out of the line; those that it kept back are called."""
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
+                         reservation):
+            call_waiting(*each)
+        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
+
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
-        """Lets a reservation wait for an admin until an instant."""
-        change(Reservation, reservation, pending=until, confirm=0)
+        """Lets admins know that they must approve a reservation before an instant."""
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
@@ -13511,9 +13429,7 @@ class Admission:
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
         if pending:
-            until = self.service.config.told_time(pending, wish.tz)
-            self.service.ask_admins(now, f'an admin must approve it before {until}', reservation,
-                                    wish.notify)
+            self.bookings.await_approval(reservation, pending, wish, now)
         return reservation, done
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -13844,8 +13760,7 @@ class Waiting:
 
     def admit_waiting(self, now: float) -> bool:
         """Gives room to those that wait, and frees what waited for a word in vain; whether those
-        that wait are to be looked at once more, in their order.
-        """
+        that wait are to be looked at once more, in their order."""
         more = self.admit_in_order(now)
         for each in self.look.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
                                       (NEXT_OF_ITS, None)]):
@@ -13905,23 +13820,14 @@ class Waiting:
             found[(each.project, each.request) if each.request else each.id].append(each)
         over = whole - {each.reservation for request in found.values() for each in request}
         if over:
-            self.leave_line(over)
+            for each in over:
+                self.bookings.leave_line(each)
             return self.waiting_requests(now)
         return [*found.values()]
 
-    def leave_line(self, reservations: Iterable[int]) -> None:
-        """Takes out of the line whose window is over; those that they kept back are called."""
-        for each in reservations:
-            for place in rows('SELECT resource_id, held_from, until FROM wait '
-                              'WHERE reservation_id = ?', each):
-                call_waiting(*place)
-            run('DELETE FROM wait WHERE reservation_id = ?', each)
-            remembered.change()
-
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those without room are tried again, if nothing is given back before: of a
-        window that has begun, what is held by others goes by with the next change of level.
-        """
+        window that has begun, what is held by others goes by with the next change of level."""
         for each in request:
             names = {name for _, amount in self.choices(each) for name in amount.names}
             for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?',
@@ -13953,8 +13859,7 @@ class Waiting:
         until = self.service.config.told_time(pending or now, found.tz)
         asks = f'the capacity is free now; {whose} before {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
-            'admitted',
-            f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
+            'admitted', f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
             f'{format_duration(int(now) - found.waiting)}')
         self.service.tell(now, code, sentence, found)
 
@@ -14121,13 +14026,11 @@ PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
-    @api('POST', '/reservation/<label>/approve', role=ADMIN)
+    @api('POST', '/reservation/<label>/approve',
+         "approve lab --project biology --reason 'as agreed'", role=ADMIN)
     def approve(self, label: Label, project: Name = '', reason: Text = '',
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Approves a pending reservation, or a pending change of a reservation.
-
-        Example: python cmres.py approve lab --project biology --reason 'as agreed'
-        """
+        """Approves a pending reservation, or a pending change of a reservation."""
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
             for each in pending:
@@ -14140,13 +14043,10 @@ class Approvals(Operations):
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
-    @api('POST', '/reservation/<label>/accept')
+    @api('POST', '/reservation/<label>/accept', 'accept lab')
     def accept(self, label: Label, project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Accepts the capacity that the waiting list offers you.
-
-        Example: python cmres.py accept lab
-        """
+        """Accepts the capacity that the waiting list offers you."""
         with self.writing(dry_run) as now:
             _, pending, _ = self.pending_of(label, project)
             mine = [each for each in pending if each.confirm]
@@ -14157,14 +14057,13 @@ class Approvals(Operations):
                 self.settle(each, 'accepted', now)
             return self.told_parts(label, pending)
 
-    @api('POST', '/reservation/<label>/reject', role=ADMIN)
+    @api('POST', '/reservation/<label>/reject',
+         "reject lab --reason 'not before the exam'", role=ADMIN)
     def reject(self, label: Label, reason: Text = '', project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Rejects a pending reservation. Its capacity is free again. Rejects all parts of a group.
 
         A change of an approved reservation is rejected alone: the reservation stays as it was.
-
-        Example: python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
@@ -14178,8 +14077,7 @@ class Approvals(Operations):
 
     def take_back(self, ids: list[int]) -> list[str]:
         """Undoes changes for which what they gave back is still held; the labels of what they
-        changed.
-        """
+        changed."""
         def deed(now: float) -> list[str]:
             labels = []
             for id in ids:
@@ -14251,11 +14149,8 @@ FROM_WHEN = (f"CASE WHEN {STAGED} OR {LATER} THEN "
 
 
 def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
-    """Lets the life cycle call operations at an instant, unless the fact that it names is gone.
-
-    Args:
-      about: of each that can be taken back its label, project and occurrence, 0 for all of them
-    """
+    """Lets the life cycle call operations at an instant, unless the fact that it names is gone;
+    `about`: of each that can be taken back its label, project and occurrence, 0 for all of them."""
     name = f'later-{secrets.token_hex(8)}'
     note_fact(name, f'{due:.3f} ' + json.dumps({
         'by': [by.user, by.project, by.role], 'about': about, 'calls': calls}))
@@ -14348,6 +14243,9 @@ class Requests(Operations):
     @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+         'add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros',
+         "add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20",
+         'add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20',
          resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, *,
             at_end: Name = '', notify: Names = (), invite: Names = (), lead: Span = None,
@@ -14375,21 +14273,13 @@ class Requests(Operations):
 
         With several --part, all parts are reserved, or none. The parts are called LABEL-1, LABEL-2
         and so on; commands on LABEL act on every part.
-
-        Example:
-          python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
-          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20
-          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
         return self.reserve([self.read_request(asked)], dry_run)
 
     def reserve(self, requests: list[Request], dry_run: bool = False,
                 also: Callable[[dict], None] = lambda answer: None) -> dict:
-        """Takes the first of some requests that fits; of the last one a refusal tells why.
-
-        Args:
-          also: done with the answer, in the same transaction
-        """
+        """Takes the first of some requests that fits; of the last one a refusal tells why. `also`:
+        done with the answer, in the same transaction."""
         last = requests[-1]
 
         def instead(wish: Wish, field: str) -> None:
@@ -14455,15 +14345,13 @@ class Requests(Operations):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load', made='/reservation/')
+    @api('POST', '/reservation/load', 'load class.csv --partial', made='/reservation/')
     def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations from a file: all of them, or with --partial those that fit.
 
         Each refused line is shown with its number and the reason. The first line of a CSV file
         names the fields, as in `add`; the output of `list --format csv` is such a file. At most
         100000 lines.
-
-        Example: python cmres.py load class.csv --partial
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
@@ -14535,14 +14423,12 @@ class Requests(Operations):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate', made='/reservation/')
+    @api('POST', '/reservation/generate', 'generate demo --count 20', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None,
                  flavor: Name = '', image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, to try things out.
 
         Those that do not fit are left out.
-
-        Example: python cmres.py generate demo --count 20
         """
         chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
@@ -14554,7 +14440,7 @@ class Requests(Operations):
         return self.load(wanted, partial=True, dry_run=dry_run)
 
     @api('GET', '/reservation/')
-    @api('GET', '/reservation/<label>')
+    @api('GET', '/reservation/<label>', 'list --resource demo --state starting,active')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
              cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
              state: Names = (), start: When = None, end: When = None, limit: Page = 100,
@@ -14565,8 +14451,6 @@ class Requests(Operations):
         you see only the current or next occurrence; with a label or a time window you see all of
         them. A page has at most --limit lines; cmres says if there are more. `show` has long
         descriptions and user data.
-
-        Example: python cmres.py list --resource demo --state starting,active
         """
         self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
@@ -14624,15 +14508,13 @@ class Requests(Operations):
             also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
 
-    @api('GET', '/reservation/<label>/show')
+    @api('GET', '/reservation/<label>/show', 'show lab')
     @for_each_part
     def show(self, label: Label, project: Name = '', occurrence: Day = None,
              tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows everything about one reservation.
 
         Its fields, its state, its VMs, and the future occurrences of a series.
-
-        Example: python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = self.with_changes([found])[0] | {
@@ -14646,40 +14528,34 @@ class Requests(Operations):
             some_of_public(each, 'resource', 'vms', 'start', 'end', 'state') for each in comes]}
 
     @api('GET', '/server/')
-    @api('GET', '/reservation/<label>/servers')
+    @api('GET', '/reservation/<label>/servers', 'servers lab', 'servers --kept')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None,
                 kept: bool = False, tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the VMs of a reservation: state, addresses and times.
 
         With --kept, it lists the VMs that stayed after their end, stopped or shelved.
-
-        Example:
-          python cmres.py servers lab
-          python cmres.py servers --kept
         """
         if kept:
             return [public(each) for each in self.look.kept_servers(label, project)]
         if not label:
             raise Invalid('Choose a reservation by its label, or the VMs that stayed after their '
-                          'end.',
-                          hint='LABEL or --kept')
+                          'end.', hint='LABEL or --kept')
         found = self.look.parts_of(label, project)
         return [line for each in found or [None] for line in self.look.servers_of(self.look.mine(
             each.label if each else label, each.project if each else project, live=False,
             occurrence=occurrence).id)]
 
-    @api('GET', '/reservation/<label>/duration')
+    @api('GET', '/reservation/<label>/duration', 'duration lab')
     @for_each_part
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
-        """Shows how long a reservation is.
-
-        Example: python cmres.py duration lab
-        """
+        """Shows how long a reservation is."""
         found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
         return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
 
-    @api('PATCH', '/reservation/<label>')
+    @api('PATCH', '/reservation/<label>',
+         'update lab --start 2026-12-01T10:00 --vms 5',
+         'update class --occurrence 2027-02-02 --start 2027-02-03T09:00')
     @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
                vms: Count = None, *, at_end: Name = None, notify: Names = None,
@@ -14698,10 +14574,6 @@ class Requests(Operations):
         series, all future occurrences change; with --occurrence only that one, with --following
         also those after it. An occurrence that you changed alone does not follow later changes of
         the series.
-
-        Example:
-          python cmres.py update lab --start 2026-12-01T10:00 --vms 5
-          python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
         apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following', 'reason')
         asked = {name: value for name, value in asked.items()
@@ -14712,17 +14584,13 @@ class Requests(Operations):
         return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
                           occurrence=occurrence, alone=bool(occurrence) and not following)
 
-    @api('POST', '/reservation/<label>/extend')
+    @api('POST', '/reservation/<label>/extend', 'extend lab +1h', 'extend lab --until 17:00')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None,
                tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Makes a reservation longer; works until its end.
 
         Of a series, only the current or next occurrence.
-
-        Example:
-          python cmres.py extend lab +1h
-          python cmres.py extend lab --until 17:00
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {format_duration(by.total_seconds())} is not longer. Write for '
@@ -14730,15 +14598,13 @@ class Requests(Operations):
         return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
                             'updated', dry_run)
 
-    @api('POST', '/reservation/<label>/end')
+    @api('POST', '/reservation/<label>/end', 'end lab')
     @for_each_part
     def end(self, label: Label, project: Name = '', dry_run: bool = False) -> (
             BookedAnswer | GroupAnswer):
         """Ends a running reservation now, with its agreed action at the end.
 
         Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
-
-        Example: python cmres.py end lab
         """
         def now_on(old) -> datetime:
             if self.clock() < old.start:
@@ -14747,15 +14613,13 @@ class Requests(Operations):
             return instant(int(self.clock()) + 1)
         return self.prolong(label, project, None, now_on, 'updated', dry_run)
 
-    @api('POST', '/reservation/<label>/keep')
+    @api('POST', '/reservation/<label>/keep', 'keep lab +2h')
     @for_each_part
     def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
              dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Keeps the running VMs until a later time, if the capacity is free.
 
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
-
-        Example: python cmres.py keep lab +2h
         """
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
@@ -14790,7 +14654,8 @@ class Requests(Operations):
                          'o.due IS NOT NULL', label, project):
             yield On.RESOURCE, each.resource_id
 
-    @api('POST', '/reservation/<label>/skip')
+    @api('POST', '/reservation/<label>/skip',
+         'skip lab', 'skip class --occurrence 2027-02-02 --undo')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
              tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
@@ -14798,10 +14663,6 @@ class Requests(Operations):
 
         With --undo, it restores a skipped or cancelled occurrence of a series, if it still fits:
         the next one, or the one of --occurrence.
-
-        Example:
-          python cmres.py skip lab
-          python cmres.py skip class --occurrence 2027-02-02 --undo
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
@@ -14813,8 +14674,7 @@ class Requests(Operations):
                 found = (self.look.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
                 raise Conflict(f"'{label}' has already started and cannot be skipped. Cancel it "
-                               'to end it now.',
-                               hint=f'delete {label}')
+                               'to end it now.', hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
         return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
@@ -14971,7 +14831,8 @@ class Requests(Operations):
     @api('DELETE',
          '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
     @api('POST',
-         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+         'delete --resource demo --user eva --dry-run')
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
                cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                vms: Count = None, start: When = None, end: When = None, count: Count = None,
@@ -14984,8 +14845,6 @@ class Requests(Operations):
         many reservations you expect to cancel. Finished reservations do not change. Of a series,
         --occurrence cancels only that one, and --following also those after it. With --kept, it
         deletes the VMs that stayed after their end.
-
-        Example: python cmres.py delete --resource demo --user eva --dry-run
         """
         self.refuse_unknown_states(state)
         if not any([state, *(asked[name] for name in FILTERS)]):
@@ -15121,11 +14980,11 @@ class Requests(Operations):
                 raise refusal
         if (not label or count) and count != len(found) and not asked['dry_run']:
             raise Conflict(f"This would cancel {counted(len(found), 'reservation')}. Nothing was "
-                           'cancelled.',
-                           hint=f'--count {len(found)} confirms it',
+                           'cancelled.', hint=f'--count {len(found)} confirms it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
-    @api('GET', '/resource/<resource>/find')
+    @api('GET', '/resource/<resource>/find',
+         'find demo 2h --vms 4', 'find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon')
     def find(self, resource: Place, duration: Span, vms: Count = 1, flavor: Name = '',
              classes: Classes = None, lead: Span = None, after: When = None, before: When = None,
              limit: Page = 10) -> list[SlotAnswer]:
@@ -15133,10 +14992,6 @@ class Requests(Operations):
 
         Each slot shows from when until when the capacity is free. With - as RESOURCE, cmres looks
         at all resources. The search ends a year from now, or at --before.
-
-        Example:
-          python cmres.py find demo 2h --vms 4
-          python cmres.py find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon
         """
         if duration < timedelta(seconds=1):
             raise Invalid('duration: a free slot has at least one second.')
@@ -15162,13 +15017,11 @@ class Requests(Operations):
                  'duration': format_duration(last - first), 'vms': vms}
                 for first, name, last in sorted(found)[:limit]]
 
-    @api('GET', '/resource/<resource>/usage')
+    @api('GET', '/resource/<resource>/usage', 'usage demo --end +1d')
     def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Shows how much of a resource is reserved over time (without names).
 
         Default: the next 7 days.
-
-        Example: python cmres.py usage demo --end +1d
         """
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
@@ -15200,7 +15053,8 @@ NEW_RESOURCE = dict.fromkeys((*RESOURCE_LENGTHS.values(), 'default_vms'), 0) | d
 class Plan(Operations):
     """The operations on resources, their capacity over time, and limits."""
 
-    @api('POST', '/limit/', role=ADMIN, made='/limit/')
+    @api('POST', '/limit/',
+         'limit add --project biology --max-vms 20 --max-duration 7d', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', *,
                   exempt_within: Span = None, lock: Span = None, dry_run: bool = False,
                   **figures: LIMIT_ARGUMENTS) -> LimitAnswer:
@@ -15209,8 +15063,6 @@ class Plan(Operations):
         Without both, the limit applies to every project that has no limit of its own. With
         --resource it applies to that resource; otherwise to all resources together. Reservations
         that start within --exempt-within and take at most a day (`exempt_longest`) have no limit.
-
-        Example: python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
         """
         said = {name: seconds_of(each) if isinstance(each, timedelta) else each
                 for name, each in figures.items() if each is not None}
@@ -15226,20 +15078,14 @@ class Plan(Operations):
 
     @api('GET', '/limit/')
     def limit_list(self) -> list[LimitAnswer]:
-        """Lists the limits; only admins see the limits of others.
-
-        Example: python cmres.py limit list
-        """
+        """Lists the limits; only admins see the limits of others."""
         found = rows(f'{LIMITS} ORDER BY l.id')
         return [shown_limit(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
-    @api('DELETE', '/limit/<id>', role=ADMIN)
+    @api('DELETE', '/limit/<id>', 'limit delete 1', role=ADMIN)
     def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
-        """Removes a limit.
-
-        Example: python cmres.py limit delete 1
-        """
+        """Removes a limit."""
         with self.writing(dry_run) as now:
             found = row(f'{LIMITS} WHERE l.id = ?', id)
             if not found:
@@ -15250,16 +15096,15 @@ class Plan(Operations):
             self.journal(now, 'limit', f'removed limit {id}')
             return shown_limit(found)
 
-    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
+    @api('POST', '/resource/',
+         'resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G',
+         role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, *, dry_run: bool = False, asked: dict = None,
                      **said: RESOURCE_ANEW) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
         With --classes, other resource classes of Placement count, too. Flavors name them in their
         extra specs, for example resources:CUSTOM_GPU=1.
-
-        Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
@@ -15278,29 +15123,23 @@ class Plan(Operations):
             f"The cloud '{cloud}' is not in clouds.yaml, so no VM can start there."
             f"{nearest(cloud, known).strip('.')}"]}
 
-    @api('GET', '/resource/')
+    @api('GET', '/resource/', 'resource list --cloud simulated')
     def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
                       aggregate: Name = '') -> list[ResourceAnswer]:
-        """Lists the resources with their locations and capacities.
-
-        Example: python cmres.py resource list --cloud simulated
-        """
+        """Lists the resources with their locations and capacities."""
         return [self.resource_public(each)
                 for each in self.look.places(cell, cloud, region, aggregate)]
 
-    @api('GET', '/resource/<name>')
+    @api('GET', '/resource/<name>', 'resource show demo')
     def resource_show(self, name: Label) -> ResourceNowAnswer:
-        """Shows a resource, and how much of it is reserved now.
-
-        Example: python cmres.py resource show demo
-        """
+        """Shows a resource, and how much of it is reserved now."""
         found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
         used = in_figures(held)
         how = 'hosts' if planned_by_host(found.id) else 'sum'
         return self.resource_public(found) | {'planned_by': how, 'held_now': used, 'used_now': used}
 
-    @api('PATCH', '/resource/<name>', role=ADMIN)
+    @api('PATCH', '/resource/<name>', 'resource update demo --vms 8 --dry-run', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', *, spare: Figure = None,
                         force: bool = False, dry_run: bool = False, asked: dict = None,
                         **said: RESOURCE_OTHERWISE) -> ResourceChangedAnswer:
@@ -15309,8 +15148,6 @@ class Plan(Operations):
         With --spare, nobody can reserve so many of its hosts: VMs go there whose own host fails. If
         existing reservations no longer fit, the change needs --force. It cancels nothing; the
         answer lists the affected occurrences, the newest first.
-
-        Example: python cmres.py resource update demo --vms 8 --dry-run
         """
         with self.writing(dry_run) as now:
             before = self.look.resource_row(name)
@@ -15354,12 +15191,9 @@ class Plan(Operations):
         return new | self.read_default(before, new.get('cloud', before['cloud']), {
             name: given[name] for name in given if name.startswith('default_')})
 
-    @api('DELETE', '/resource/<name>', role=ADMIN)
+    @api('DELETE', '/resource/<name>', 'resource delete demo', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
-        """Removes a resource without current or future reservations. Its history stays.
-
-        Example: python cmres.py resource delete demo
-        """
+        """Removes a resource without current or future reservations. Its history stays."""
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
             busy = self.look.page([('place_live',
@@ -15384,7 +15218,7 @@ class Plan(Operations):
     def resource_public(self, found) -> dict:
         """A resource as answers show it."""
         shown = {name: value for name, value in public(found).items() if name != 'removed'}
-        return with_twins(shown, {'hold': 'min_free_time'})
+        return shown | {'min_free_time': shown['hold']}
 
     def read_default(self, before: dict, cloud: str, new: dict) -> dict:
         """The VMs that an event without words gets, as far as they are to be otherwise."""
@@ -15422,7 +15256,8 @@ class Plan(Operations):
                               'shared, or 0s.',
                               hint=f'--mode exclusive, --mode shared, or --{option} 0s')
 
-    @api('POST', '/resource/sync', role=ADMIN)
+    @api('POST', '/resource/sync',
+         'resource sync chameleon --aggregate gpu --mode exclusive --dry-run', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '',
                       min_free_time: Span = None, reservable_hosts: bool = None,
                       flavors: bool = None, user_started: Name = '', force: bool = False,
@@ -15438,8 +15273,6 @@ class Plan(Operations):
         --flavors, `openstack server create --flavor RESERVATION_ID` works for leases of VMs there,
         as with Blazar. On a new exclusive resource, VMs that users started themselves are deleted
         when their reservation ends; with --user-started keep they stay.
-
-        Example: python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
         there = self.shares.ask(target, opened.aggregates)
@@ -15479,8 +15312,7 @@ class Plan(Operations):
     def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False,
                      searches: int = SEARCHES) -> list:
         """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
-        end with lines, and without any line there is nothing to do.
-        """
+        end with lines, and without any line there is nothing to do."""
         replans.found, replans.searches = {}, searches
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
@@ -15513,8 +15345,7 @@ class Plan(Operations):
 
     def follow_flavors(self, cloud: str, told: list[Thing]) -> None:
         """Lets what has not begun take what its flavor takes by now, where that is otherwise than
-        at the last look; who finds no room for it is told.
-        """
+        at the last look; who finds no room for it is told."""
         key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
                                           for name in (each.name, each.id)}
         before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
@@ -15574,8 +15405,7 @@ class Plan(Operations):
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
         """The resource of an aggregate: by Nova's id, as names change; where none is known or that
-        one is gone, by the name.
-        """
+        one is gone, by the name."""
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
                         OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
@@ -15644,9 +15474,8 @@ class Plan(Operations):
 
     def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: list[tuple],
                             force: bool, now: float) -> list[dict]:
-        """Plans anew what must be after its resource has changed, and refuses that, or with
-        `force` tells whom it affects; a line if these are others than before.
-        """
+        """Plans anew what must be after its resource has changed, and refuses that, or with `force`
+        tells whom it affects; a line if these are others than before."""
         key = f'affected {place.id}'
         before = [*map(int, json.loads(fact(key) or '[]'))]
         if not (changed or suspects or before):
@@ -15673,8 +15502,7 @@ class Plan(Operations):
     def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
         """Notes the hosts of a resource as its cloud tells them; of those that are otherwise, what
-        they were and what they are, and of those that were there, whether they are gone.
-        """
+        they were and what they are, and of those that were there, whether they are gone."""
         known = {each.name: each for each in rows('SELECT * FROM host WHERE resource_id = ?',
                                                   place.id)}
         told = {name: self.host_columns(holds, aggregate.told.get(name, HostTold()),
@@ -15706,8 +15534,7 @@ class Plan(Operations):
 
     def keep_spare(self, place, now: float) -> None:
         """Keeps some hosts, the last in their order and never all, for when others fail: what has
-        not begun there is planned elsewhere, if it can be.
-        """
+        not begun there is planned elsewhere, if it can be."""
         there = rows('SELECT id FROM host WHERE resource_id = ? AND until = ? ORDER BY id DESC',
                      place.id, FOREVER)
         last = [each.id for each in there[:-1][:place.spare]]
@@ -15720,8 +15547,7 @@ class Plan(Operations):
                 those: Iterable[int] | None = ()) -> list[int]:
         """Plans anew what is on a suspect that is gone (True), has too little (False), or is kept
         (None), and those of some ids, None: all; the ids of what finds no host. What has begun
-        comes first, then the priority, then the start.
-        """
+        comes first, then the priority, then the start."""
         on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
         live = rows(f"""
             SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
@@ -15745,8 +15571,7 @@ class Plan(Operations):
 
     def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
         """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
-        planned whole then.
-        """
+        planned whole then."""
         need, placed = on_hosts(found, now)
         off = {host: number for host, number in placed.items() if suspects.get(host)
                or host in suspects and found.held_from > now
@@ -15758,11 +15583,8 @@ class Plan(Operations):
         return sum(placed.values()) < need.number and need.takes
 
     def finds_hosts(self, id: int, stay_on: dict, now: float) -> bool:
-        """Plans those VMs of an occurrence that have no host; whether all have one then.
-
-        Args:
-          stay_on: where VMs of the same reservation are that stay stopped until they start again
-        """
+        """Plans those VMs of an occurrence that have no host; whether all have one then. `stay_on`:
+        where VMs of the same reservation are that stay stopped until they start again."""
         found = row('SELECT o.*, r.affinity, r."where", (SELECT min(n.held_from) FROM occurrence n '
                     'WHERE n.reservation_id = r.id AND n.held_from >= o.held_until AND '
                     "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
@@ -15804,14 +15626,12 @@ class Plan(Operations):
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
                      f"'{new['aggregate']}'")
 
-    @api('PATCH', '/host/<name>', role=ADMIN)
+    @api('PATCH', '/host/<name>', 'host set lab-compute-1 gpu_count=2,arch=x86_64', role=ADMIN)
     def host_set(self, name: Name, properties: Pairs, private: bool = False,
                  dry_run: bool = False) -> HostAnswer:
         """Says what a host is like, so that people can choose: add ... --where gpu_count>=2.
 
         An empty value takes a property away. With --private, nobody is shown these properties.
-
-        Example: python cmres.py host set lab-compute-1 gpu_count=2,arch=x86_64
         """
         found = rows('SELECT h.id, h.resource_id, s.cloud FROM host h JOIN resource s ON '
                      's.id = h.resource_id WHERE h.name = ? AND s.removed IS NULL', name)
@@ -15825,7 +15645,9 @@ class Plan(Operations):
             shown = properties_of(found[0].resource_id)[found[0].id]
             return {'name': name, 'properties': shown | properties}
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
+    @api('POST', '/resource/<name>/capacity',
+         'resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run',
+         role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
                           vcpus: Most = None, ram: MostMemory = None, classes: Classes = None,
                           reason: Text = '', affected: Name = 'notify',
@@ -15835,9 +15657,6 @@ class Plan(Operations):
         Affected reservations stay and their owners are notified (--affected notify), are moved to
         another resource of the same cloud or to the next time that fits (move), or are cancelled
         (cancel).
-
-        Example:
-          python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
         """
         if vms is vcpus is ram is None and not classes:
             raise Invalid('Choose a capacity: VMs, vCPUs, RAM or resource classes.',
@@ -15846,7 +15665,9 @@ class Plan(Operations):
         return self.change_capacity(name, start, end, most, reason or 'another capacity', affected,
                                     dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
+    @api('POST', '/maintenance/',
+         "maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run",
+         role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
                         affected: Name = 'notify', host: Name = '',
                         dry_run: bool = False) -> CapacityChangeAnswer:
@@ -15856,19 +15677,13 @@ class Plan(Operations):
         What is planned on a closed host is planned on others first, if it has not begun.
 
         --affected says what happens to affected reservations. With --dry-run you see them first.
-
-        Example:
-          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run
         """
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', affected,
                                     dry_run, host)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
-        """Lists current and future maintenances and other capacity changes.
-
-        Example: python cmres.py maintenance list
-        """
+        """Lists current and future maintenances and other capacity changes."""
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
                      'c.classes, c.host, c.reason FROM capacity c '
                      'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ?'
@@ -15879,12 +15694,9 @@ class Plan(Operations):
             line['classes'].pop(CLOSED, None)
         return lines
 
-    @api('DELETE', '/maintenance/<id>', role=ADMIN)
+    @api('DELETE', '/maintenance/<id>', 'maintenance delete 1', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
-        """Cancels a maintenance or another capacity change.
-
-        Example: python cmres.py maintenance delete 1
-        """
+        """Cancels a maintenance or another capacity change."""
         with self.writing(dry_run) as now:
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
             if not found:
@@ -15915,8 +15727,7 @@ class Plan(Operations):
             held = self.difference(place, most)
             if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
-                               'Set one first.',
-                               hint=f'resource update {name} --vms N')
+                               'Set one first.', hint=f'resource update {name} --vms N')
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'), host=host, reason=reason, added=int(now),
@@ -15946,8 +15757,7 @@ class Plan(Operations):
 
     def on_closed_host(self, closing, now: float) -> list[int]:
         """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
-        stays there, or has no host.
-        """
+        stays there, or has no host."""
         for host in self.hold_closing(closing.id, closing.resource_id, now, 1):
             stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
                         'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
@@ -15958,8 +15768,7 @@ class Plan(Operations):
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
-        thousands. If cmres is ended meanwhile, the rest stays as it is.
-        """
+        thousands. If cmres is ended meanwhile, the rest stays as it is."""
         # of a series all at once: after each cancelling it is carried on
         left = deque(grouped(homeless, 'reservation') if then == 'cancel'
                      else [[each] for each in homeless])
@@ -16039,8 +15848,7 @@ class Plan(Operations):
 
     def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
         """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise
-        than the others of its series.
-        """
+        than the others of its series."""
         altered = bool(found.repeats and alone or found.altered)
         # what was moved before this may have moved it to another host
         found = found._replace(placed=row('SELECT placed FROM occurrence WHERE id = ?',
@@ -16098,8 +15906,7 @@ class Plan(Operations):
         fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
                     'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? '
-                    'AND held_from < ?',
-                    resource, begin, until) + rows(
+                    'AND held_from < ?', resource, begin, until) + rows(
             f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
             'AND held_until > held_from ORDER BY +id DESC', resource, until, begin, until)
@@ -16132,10 +15939,7 @@ class Plan(Operations):
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> CheckAnswer:
-        """Checks the stored usage against all reservations. Exit code 1 if they differ.
-
-        Example: python cmres.py check
-        """
+        """Checks the stored usage against all reservations. Exit code 1 if they differ."""
         differences, steps_seen = [], 0
         with db.atomic(db.snapshot):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
@@ -16174,15 +15978,15 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
             'WHERE h.reservation = r.id AND h.part = ?))')
 
 
-#: How a refusal ends that may be over: servers count that are gone, or take less by now.
-PASSING = 'in use', 'has room for it until then'
+#: What stands in a refusal that may be over: servers count that are gone, or take less by now.
+PASSING = 'in use', 'is not free for', 'has room for it until then'
 OUTSIDE = 'it is outside'  # of a server that moves
 
 
 class Claims(Operations):
     """What may be booked through Nova."""
 
-    @api('POST', '/claim/', role=ADMIN)
+    @api('POST', '/claim/', 'claim 7c1f gpu biology --vcpus 4 --ram 8192', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
               hosts: Names = (), store: Name = '', moves: bool = False, disk: Figure = 0,
@@ -16194,8 +15998,6 @@ class Claims(Operations):
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
         With --moves, only a server passes that counts there already; what it was and what it is to
         be count until cmres has seen which of them it is.
-
-        Example: python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
         """
         if store not in ('', self.clouds.store):
             raise NotFound(f'these resources are of the cmres {store}; this is '
@@ -16210,7 +16012,8 @@ class Claims(Operations):
                     name, server, projects, users, flavor, label, project, user, hosts, moves,
                     migrates, now) for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith(PASSING)]
+        in_use = [each['resource'] for each in answers
+                  if any(said in each['why'] for said in PASSING)]
         seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '')
         return decide({*seen.values()} == {True}) if seen else answers
 
@@ -16261,7 +16064,8 @@ class Claims(Operations):
                     del takes['vms']
                     host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
-                change(Claim, claim.id, due=now + pause, host=host, **takes)
+                change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
+                       **takes)  # what looks saw that began before is older
                 if host not in ('', claim.host):
                     self.follow_seat(claim, host, now)
 
@@ -16336,7 +16140,7 @@ class Claims(Operations):
         host = chosen[0] if chosen and not chosen[1:] else ''
         columns = stored(both or need) | {
             'twice': bool(both), 'occurrence': found.id if found else None,
-            'asked': max(now, known.asked + 1e-3) if known else now,
+            'asked': max(now, known.asked + 1e-5) if known else now,
             'due': now + self.config.lost_answer_wait,
             'host': host if not both or host == there.host else ''}
         del columns['vms']
@@ -16368,7 +16172,8 @@ class Claims(Operations):
         taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
         if placed:
             taken[before] += stays
-        loose = taken[''] + need  # what Nova holds twice may be here, or there
+        # what Nova holds twice may be here, or there
+        loose = taken.get('', NOTHING) + need
         planned = [names[host] for host in placed if host in names
                    and (taken[names[host]] + loose).within(limit_of(each * placed[host]))]
         if planned or not need.within(limit_of(each)):
@@ -16508,7 +16313,7 @@ def repeats(booking: Booking) -> bool:
 class Calendars(Operations):
     """Imports, subscriptions and feeds."""
 
-    @api('POST', '/reservation/import')
+    @api('POST', '/reservation/import', 'import class.ics --resource demo --image cirros --dry-run')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
                 network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
                 notify: Names = (), on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
@@ -16521,8 +16326,6 @@ class Calendars(Operations):
         The options here are the defaults. Other events are ignored; a refused event does not stop
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
-
-        Example: python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -16535,7 +16338,7 @@ class Calendars(Operations):
                           Want(**{name: said[name] for name in Want._fields if name in said}))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
-        lines = self.read_bookings(wanted, said, zone)
+        lines = self.read_bookings(wanted, said)
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -16609,14 +16412,14 @@ class Calendars(Operations):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
+    def read_bookings(self, wanted: list[Booking], said: dict) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them; what is plain first."""
         lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:
                 with budget.event(repeats(booking)):
-                    wish, coming = self.read_booking(booking, said, zone)
+                    wish, coming = self.read_booking(booking, said)
                 if len(coming) > left:
                     raise Invalid(f'Its calendar asks for more than {10 * MOST_OCCURRENCES} '
                                   'occurrences within the horizon. Put it into a calendar of its '
@@ -16627,8 +16430,7 @@ class Calendars(Operations):
                 lines[booking.uid] = booking, None, error
         return deque(lines[booking.uid] for booking in wanted)
 
-    def read_booking(self, booking: Booking, said: dict,
-                     zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
+    def read_booking(self, booking: Booking, said: dict) -> tuple[Wish | None, list[Slot]]:
         """The wish of a booking, and what it wants until the horizon; Error if it is refused."""
         want = booking.want
         if booking.error:
@@ -16646,8 +16448,7 @@ class Calendars(Operations):
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
-                          'default resource.',
-                          hint='--resource NAME')
+                          'default resource.', hint='--resource NAME')
         wish = self.wishes.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
@@ -16754,10 +16555,7 @@ class Calendars(Operations):
 
     @api('GET', '/calendar/')
     def calendar_list(self) -> list[CalendarAnswer]:
-        """Lists calendar feeds and subscriptions, without their secrets.
-
-        Example: python cmres.py calendar list
-        """
+        """Lists calendar feeds and subscriptions, without their secrets."""
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
         feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
@@ -16770,15 +16568,13 @@ class Calendars(Operations):
         return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
                                        for each in subscribed)]
 
-    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
+    @api('POST', '/calendar/feed', 'calendar feed --resource demo', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
                       project: Name = '', dry_run: bool = False) -> FeedAnswer:
         """Creates a secret address that shows your reservations to calendar programs.
 
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
         all reservations of that resource; those of other projects only as busy.
-
-        Example: python cmres.py calendar feed --resource demo
         """
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
@@ -16792,12 +16588,9 @@ class Calendars(Operations):
         return {'user': user, 'project': project} if dry_run else {
             'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
 
-    @api('DELETE', '/calendar/<id>')
+    @api('DELETE', '/calendar/<id>', 'calendar revoke 1')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Disables the address of a feed at once.
-
-        Example: python cmres.py calendar revoke 1
-        """
+        """Disables the address of a feed at once."""
         with self.writing(dry_run) as now:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
             change(Feed, id, revoked=int(now))
@@ -16805,7 +16598,8 @@ class Calendars(Operations):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/', made='/calendar/')
+    @api('POST', '/calendar/subscription/',
+         'calendar subscribe https://example.org/secret/eva.ics --resource demo', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '',
                            image: Name = '', network: Name = '', key: Name = '', vms: Count = 1,
                            at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
@@ -16817,9 +16611,6 @@ class Calendars(Operations):
         `import` do. cmres cancels nothing because it could not read the calendar. Before it cancels
         more than half of the future occurrences, it waits for `calendar confirm`. Running VMs stay
         until their end.
-
-        Example:
-          python cmres.py calendar subscribe https://example.org/secret/eva.ics --resource demo
         """
         said = {name: value for name, value in asked.items() if name not in ('url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
@@ -16848,20 +16639,14 @@ class Calendars(Operations):
         return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
                 'shows': parts.hostname}
 
-    @api('DELETE', '/calendar/subscription/<id>')
+    @api('DELETE', '/calendar/subscription/<id>', 'calendar unsubscribe 1')
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Stops reading a calendar; its reservations stay.
-
-        Example: python cmres.py calendar unsubscribe 1
-        """
+        """Stops reading a calendar; its reservations stay."""
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
-    @api('POST', '/calendar/subscription/<id>/confirm')
+    @api('POST', '/calendar/subscription/<id>/confirm', 'calendar confirm 1')
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Confirms that a calendar may cancel most of its reservations.
-
-        Example: python cmres.py calendar confirm 1
-        """
+        """Confirms that a calendar may cancel most of its reservations."""
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
         return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='',
@@ -17052,7 +16837,9 @@ ACCESS = f'''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
 class Tokens(Operations):
     """Tokens, and what ends with the last one of a person; see Service."""
 
-    @api('POST', '/token/', role=READER, made='/token/')
+    @api('POST', '/token/',
+         'token add eva --project biology --role user --for 90d',
+         'token add --scopes calendar --name phone', role=READER, made='/token/')
     def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
                   lasts: Span = None, scopes: Names = (), resource: Name = '',
                   dry_run: bool = False) -> NewTokenAnswer:
@@ -17061,10 +16848,6 @@ class Tokens(Operations):
         Admins can create tokens for others.
 
         Without --for, a token for yourself is valid for 90 days.
-
-        Example:
-          python cmres.py token add eva --project biology --role user --for 90d
-          python cmres.py token add --scopes calendar --name phone
         """
         user = user or self.actor.user
         mine = user == self.actor.user
@@ -17129,8 +16912,6 @@ class Tokens(Operations):
         """Lists your tokens (as an admin: all tokens): what for, until when, last use.
 
         cmres stores only hashes, so it cannot show the tokens again.
-
-        Example: python cmres.py token list
         """
         own, values = self.own_tokens()
         return [self.token_public(each) for each in rows(
@@ -17157,12 +16938,9 @@ class Tokens(Operations):
             raise NotFound(f'There is no active token with the id {id}.')
         return found
 
-    @api('POST', '/token/<id>/renew', role=READER)
+    @api('POST', '/token/<id>/renew', 'token renew 3 --for 90d', role=READER)
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
-        """Makes a token valid for longer: 90 days from now, or as --for says.
-
-        Example: python cmres.py token renew 3 --for 90d
-        """
+        """Makes a token valid for longer: 90 days from now, or as --for says."""
         with self.writing(dry_run) as now:
             found = self.own_token(id)
             if self.actor.role != ADMIN and ROLES.index(found.role) > ROLES.index(self.actor.role):
@@ -17174,14 +16952,12 @@ class Tokens(Operations):
             self.journal(now, 'token', f'renewed token {id} of {found.user} {until}')
             return self.token_public(self.own_token(id))
 
-    @api('DELETE', '/token/<id>', role=READER)
+    @api('DELETE', '/token/<id>', 'token revoke 3', role=READER)
     def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token invalid at once.
 
         With the last token of a user in a project, the user's feeds, subscriptions and shared pages
         end, too. Their reservations stay.
-
-        Example: python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -17196,13 +16972,11 @@ class Tokens(Operations):
         if not rehearsal.on:
             run('DELETE FROM session WHERE token_id = ?', id)
 
-    @api('DELETE', '/user/<user>', role=ADMIN)
+    @api('DELETE', '/user/<user>', 'user end eva --project biology', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
         """Ends all access of a person: tokens, sign-ins, feeds, subscriptions and shared pages.
 
         In all projects, or in one. Their reservations stay.
-
-        Example: python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
             found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
@@ -17218,7 +16992,9 @@ class Tokens(Operations):
             self.journal(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
         return {'user': user, 'tokens': len(tokens)}
 
-    @api('POST', '/credential/', made='/credential/')
+    @api('POST', '/credential/',
+         'credential add chameleon 8f2c... SECRET',
+         'credential add chameleon --trust 709e...', made='/credential/')
     def credential_add(self, cloud: Name, application: Name = '', secret: Name = '',
                        trust: Name = '', dry_run: bool = False) -> CredentialAnswer:
         """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
@@ -17226,10 +17002,6 @@ class Tokens(Operations):
         Give an application credential of yours, or a trust from you to the user of cmres there. The
         secret is kept encrypted, and the key is not in the database. What is reserved already uses
         it for VMs that are not started yet.
-
-        Example:
-          python cmres.py credential add chameleon 8f2c... SECRET
-          python cmres.py credential add chameleon --trust 709e...
         """
         if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
             raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
@@ -17263,22 +17035,16 @@ class Tokens(Operations):
 
     @api('GET', '/credential/')
     def credential_list(self) -> list[CredentialAnswer]:
-        """Lists your credentials, as an admin all.
-
-        Example: python cmres.py credential list
-        """
+        """Lists your credentials, as an admin all."""
         own, values = self.own_tokens()
         return [public(each) for each in rows(
             "SELECT id, user, project, cloud, iif(secret = '', '', name) AS application, "
             "iif(secret = '', name, '') AS trust, added FROM credential t "
             f'WHERE {own} ORDER BY id', *values)]
 
-    @api('DELETE', '/credential/<id>')
+    @api('DELETE', '/credential/<id>', 'credential delete 1')
     def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
-        """Takes a credential away: what starts from now on is made as it is for your project.
-
-        Example: python cmres.py credential delete 1
-        """
+        """Takes a credential away: what starts from now on is made as it is for your project."""
         with self.writing(dry_run) as now:
             found = [each for each in self.credential_list() if each['id'] == id]
             if not found:
@@ -17306,8 +17072,7 @@ class Tokens(Operations):
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
         """Ends the feeds and shared pages of who has no token any more, the subscriptions of who
-        may not book; the end of a sentence that says so.
-        """
+        may not book; the end of a sentence that says so."""
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
             f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
@@ -17370,14 +17135,12 @@ class Records(Operations):
     """What was."""
 
     @api('GET', '/event/')
-    @api('GET', '/reservation/<label>/events')
+    @api('GET', '/reservation/<label>/events', 'events lab --follow')
     def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
                since: When = None) -> list[EventAnswer]:
         """Shows the event log; the newest lines are last.
 
         On the command line, --follow shows each new event at once, until Ctrl-C.
-
-        Example: python cmres.py events lab --follow
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
@@ -17403,13 +17166,11 @@ class Records(Operations):
             low, high = (found.id, high) if found.at < at else (low, middle - 1)
         return low
 
-    @api('GET', '/punctuality/')
+    @api('GET', '/punctuality/', 'punctuality --since 2026-11-01')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Shows the start delay of VMs per cloud, and which VMs failed.
 
         In seconds: median, 95th percentile, worst. `delays` is the same.
-
-        Example: python cmres.py punctuality --since 2026-11-01
         """
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
@@ -17437,7 +17198,7 @@ class Records(Operations):
                     name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
                                                            'fault')} for each in failed[-100:]]}
 
-    @api('GET', '/report/')
+    @api('GET', '/report/', 'report --since 2027-01-01 --by user --format csv')
     def report(self, since: When = None, until: When = None,
                group_by: Name = 'project') -> list[ReportAnswer]:
         """Sums up VM-hours, refused requests and start delays.
@@ -17445,8 +17206,6 @@ class Records(Operations):
         VM-hours are reserved, used and unused, per project, user or resource.
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
-
-        Example: python cmres.py report --since 2027-01-01 --by user --format csv
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
         refuse_unknown_word('group_by', group_by, columns)
@@ -17696,8 +17455,7 @@ def named(found: list, most: int = 5) -> str:
 def is_due(what: str, now: float) -> bool:
     """Whether anything of a kind is due."""
     table, column, which = DUE[what]
-    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
-                    now))
+    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
 
 
 def those_due(what: str, query: str, now: float, tail: str = '', *values) -> list:
@@ -17755,8 +17513,7 @@ def note_of(config: Config, now: float, code: str, sentence: str, about,
          notify: Iterable[str] | None = None) -> None:
     """An event of one server, which is only logged: `tell_up` tells of all of them together."""
     occurrence = getattr(about, 'occurrence_id', about.id)
-    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
-            occurrence)
+    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
 
 
 def tell_of(config: Config, now: float, code: str, sentence: str, about) -> None:
@@ -17852,8 +17609,7 @@ class Clocks:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
         before, self.trust = self.trust, said or self.judged()[0]
         run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-            'excluded.value',
-            'clocks', json.dumps(self.trust))
+            'excluded.value', 'clocks', json.dumps(self.trust))
         if self.trust.doubted == (before and before.doubted):
             return
         sentence = 'the clock of this computer is right again'
@@ -18331,11 +18087,8 @@ class Health:
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
 
     def pause(self, failures: int, longest: float = 0) -> float:
-        """The seconds before something is tried again that has failed so often.
-
-        Args:
-          longest: seconds that it grows to; 0: those of the setting `retry_most`
-        """
+        """The seconds before something is tried again that has failed so often; `longest`: seconds
+        that it grows to; 0: those of the setting `retry_most`."""
         pause = self.config.retry_first * 2 ** min(failures - 1, 20)
         return min(pause, longest or self.config.retry_max) * random.uniform(0.8, 1.2)
 
@@ -18408,9 +18161,8 @@ class Post:
             return False
         with transaction():
             total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
-                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                         'number = 1 + iif(mailed.day = excluded.day, mailed.number, 0) '
-                         'RETURNING number',
+                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, number = '
+                         '1 + iif(mailed.day = excluded.day, mailed.number, 0) RETURNING number',
                          f'{notice.owner} invites', int(now // 86400)).fetchone()
             if enough := total > self.config.invitations_per_day:
                 change(Outbox, notice.id, due=None, fault='too many invitations today')
@@ -18480,9 +18232,8 @@ class Planner:
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
-               's.cloud, s.user_started, '
-               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
-               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+               's.cloud, s.user_started, r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, '
+               's.no_show, s.mode FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
         there = ('AND s.cloud IN names(?) ORDER BY +o.start DESC LIMIT ?',  # + for the index of due
                  json.dumps([*self.leader.served]))
@@ -18578,18 +18329,16 @@ class Planner:
         """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                         "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
-                        "AND NOT v.borrowed "
-                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
+                        "AND NOT v.borrowed AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
                         occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
         """The VMs that a series has stopped or shelved before, on the same account."""
         account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
-        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
-                    "v.occurrence_id = o.id "
-                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
-                    "v.borrowed "
-                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
+        return rows('SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON '
+                    'v.occurrence_id = o.id WHERE o.reservation_id = ? AND o.resource_id = ? AND '
+                    "v.state = 'kept' AND NOT v.borrowed AND v.goal IN ('stop', 'shelve') AND "
+                    'v.account = ? ORDER BY v.n, v.id',
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
@@ -18612,17 +18361,15 @@ class Planner:
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
-                        'o.reservation_id '
-                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
-                        "NULL AND o.due IS NOT NULL "
-                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
+                        "o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND "
+                        'o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND '
+                        'o."end" > ?', occurrence.server, occurrence.id,
                         now, now))
 
     def force(self, occurrence, now: float) -> None:
         """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
-                    "NOT borrowed "
-                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
+                    "NOT borrowed AND state NOT IN ('deleted', 'kept')", occurrence.id)
         for server in late:  # an image that is not complete by now never will be
             change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
         if late:
@@ -18640,8 +18387,7 @@ class Planner:
         begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
         if now >= begun + occurrence.no_show:
             found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now,
-                                'nobody started a VM in it within '
+            self.service.admission.cancel([found], now, 'nobody started a VM in it within '
                                 f'{format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
@@ -18655,8 +18401,7 @@ class Planner:
 
     def end_foreign(self, occurrence, now: float) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set, again and again until they are gone.
-        """
+        that is set, again and again until they are gone."""
         foreign, ends = self.foreign(occurrence)
         if foreign and not occurrence.told & FOREIGN:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
@@ -18829,8 +18574,7 @@ class Planner:
                      occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
-               "LIMIT 1",
-               occurrence.id):
+               "LIMIT 1", occurrence.id):
             return now + self.config.poll_changing
         if all(self.foreign(occurrence)):
             return now + self.config.lost_answer_wait
@@ -18942,11 +18686,8 @@ class Dispatcher:
         return True
 
     def must_wait(self, server, waits: dict, now: float) -> bool:
-        """Whether a server can't start since its resource is closed or has less than is booked.
-
-        Args:
-          waits: by resource, what is known of that in this pass
-        """
+        """Whether a server can't start since its resource is closed or has less than is booked;
+        `waits`: by resource, what is known of that in this pass."""
         if server.resource_id not in waits:
             place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
             waits[place.id] = self.service.waits_for(place, now)
@@ -19018,8 +18759,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
 
 class Lender:
     """Has clouds know what the leases have that are active: flavors, server groups and aggregates
-    where that is wanted, and floating IPs.
-    """
+    where that is wanted, and floating IPs."""
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, workers: Workers):
@@ -19085,8 +18825,7 @@ class HostWatch:
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
-        them, 'states' whether they take VMs, 'flavors' what VMs take.
-        """
+        them, 'states' whether they take VMs, 'flavors' what VMs take."""
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
         for cloud in sorted(planned & self.leader.served):  # on an account of its own
@@ -19435,8 +19174,7 @@ class Reconciler:
                          uid=None)
         else:
             self.write_off(server, now)
-            change(Server, server.id, state='planned', uid=None,
-                   fault='the cloud lost it', due=now)
+            change(Server, server.id, state='planned', uid=None, fault='the cloud lost it', due=now)
             return [server]
         return []
 
@@ -19740,8 +19478,7 @@ class LifeCycle:
             self.zones = stamp
         stale = [] if done else rows(
             "SELECT id FROM reservation WHERE series <> '' AND over > ? "
-            'AND carried IS NOT ? LIMIT 20',
-            int(now), stamp)
+            'AND carried IS NOT ? LIMIT 20', int(now), stamp)
         for each in stale:
             self.carry_on(each.id, stamp, now)
         self.stale = bool(stale)
@@ -19762,8 +19499,7 @@ class LifeCycle:
             raise
         except Exception as error:
             log.warning('the series of reservation %s could not be continued: %s', reservation,
-                        error,
-                        exc_info=not isinstance(error, Error))
+                        error, exc_info=not isinstance(error, Error))
             with self.leader.acting():
                 change(Reservation, reservation, carried=stamp)
                 journal(self.config, now, 'cmres', 'trouble',
@@ -19944,7 +19680,7 @@ REFUSALS = {
     429: 'too many requests; try again later', 500: 'a mistake in cmres; its log has more',
     502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
 
-TAGS = {name: about.partition('\n')[0] for name, about in GROUPS.items()
+TAGS = {name: about for name, (about, _) in GROUPS.items()
         if any(each.routes[0][1].startswith(f'/{name}/') for each in API.values())} | {
     'reservation': 'VMs or capacity of a resource for a time window, once or in a series.',
     'server': 'VMs that stay after their end.', 'claim': 'For the Nova scheduler filter.',
@@ -20161,13 +19897,13 @@ def refusal_name(status: int) -> str:
 
 def said_of(operation: Operation) -> dict:
     """What its help says of an operation, for who types nothing."""
-    summary, _, more = operation.help[0].partition('\n\n')
+    summary, _, more = operation.help.partition('\n\n')
     return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
 
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
-    first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
+    first = (*operation.examples, operation.words)[0]
     words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
     example = dict(zip(operation.parameters, plain))
@@ -20260,8 +19996,6 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
-    def no_metrics():
-        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
@@ -20270,7 +20004,8 @@ def health_of(service: Reservations, told: Callable | None = None):
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route(METRICS_PATH, 'GET', no_metrics)
+    app.route(METRICS_PATH, 'GET', lambda: refused(NotFound(
+        '`serve` counts, and only there are metrics')))
     return app
 
 
@@ -21367,8 +21102,7 @@ class Blazar:
 
     def answering(self, handle: Callable, needed: str, status: int) -> Callable:
         """A handler for who may call the operation that is needed: the answer, or what Blazar's
-        clients read of none.
-        """
+        clients read of none."""
         def handler(**path):
             request = bottle.request
             try:
@@ -21538,7 +21272,6 @@ class Blazar:
             'id': name, 'resource_type': 'physical:host', 'property_name': name,
             'private': private, 'created_at': None, 'updated_at': None}}
 
-
     # Floating IPs
 
     def add_address(self, view: LeaseView, given: dict) -> dict:
@@ -21638,8 +21371,7 @@ class LeaseView:
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
         ids = json.dumps([each.id for each in found])
-        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)',
-                     ids)
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)', ids)
         among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
         there = {each.reservation: each for each in listing(
             self.acting.clock(), among[0], among[1:], fields=BRIEF)} if holds else {}
@@ -21764,8 +21496,7 @@ class LeaseView:
 
     def hosts(self, addresses: bool = False) -> list[LeaseHost]:
         """All hosts that can be reserved by their names; of resources without such, themselves; or
-        all floating IPs.
-        """
+        all floating IPs."""
         extras, found = said_of_hosts(), []
         for place in self.acting.look.places():
             named, network = json.loads(place.named or '{}'), network_behind(place)[2]
@@ -22820,7 +22551,7 @@ class Draft:
             if unescaped(each.read('SUMMARY')[1]) == old.description:
                 said['description'] = booking.summary[:1000]
         with Budget().event(repeats(booking)):
-            return acting.read_booking(booking, said, self.event.zone)[0]
+            return acting.read_booking(booking, said)[0]
 
     def reserve(self) -> str:
         """Books what an event asks for, and keeps its text; what is shown of it then."""
@@ -22856,8 +22587,7 @@ class Draft:
         old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     'numbers(?)', self.known and self.known.id,
-                     json.dumps([*left]))
+                     'numbers(?)', self.known and self.known.id, json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
 
@@ -23102,6 +22832,7 @@ class Query:
                 window = max(begin - offset - 1, 0), until - offset + 1
                 for each in self.occurrences(groups, *window):
                     yield int(each[side].timestamp()) + offset if each else begin
+
 
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
@@ -26228,8 +25959,7 @@ class OpenId:
             raise Unauthorized(f"you are not signed in: {said.get('error') or 'start again'}")
         try:
             token = self.client(back).fetch_token(
-                self.provider['token_endpoint'], code=said['code'],
-                code_verifier=known['verifier'])
+                self.provider['token_endpoint'], code=said['code'], code_verifier=known['verifier'])
             return self.claims(token, known['nonce'], now)
         except (AuthlibBaseError, JoseError, LookupError, ValueError) as error:
             log.warning('the OpenID provider: %s', first_line(error))
@@ -26627,8 +26357,7 @@ class Lists(Visit):
         """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
-                         'occurrence_id IN numbers(?)',
-                         json.dumps([each['id'] for each in found])):
+                         'occurrence_id IN numbers(?)', json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
         lines = []
         for each in map(self.as_left, found):
@@ -28350,8 +28079,7 @@ def nova_settings():
 
 class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not
-    concerned.
-    """
+    concerned."""
 
     RUN_ON_REBUILD = False
     known: dict[str, tuple] = {}  # which address and token are those of a store
@@ -28387,16 +28115,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def with_lost(self, hosts: list, lost: list, spec) -> list:
         """The hosts of a request, and those that it lost here before: of several servers at once,
-        Nova asks for each with what the one before has left.
-        """
+        Nova asks for each with what the one before has left."""
         group = spec.obj_attr_is_set('instance_group') and spec.instance_group
         return [each for each in [*hosts, *(each for each in lost if each not in hosts)]
                 if not group or self.takes_in(each, group, spec.instance_uuid)]
 
     def takes_in(self, host, group, server: str) -> bool:
         """Whether a server of a server group may go to a host: Nova's own filters say the same, but
-        after this one, which has to plan another host then.
-        """
+        after this one, which has to plan another host then."""
         if group.policy == 'anti-affinity' and server not in host.instances:
             most = int((group.rules or {}).get('max_server_per_host', 1))
             return len({*group.members} & {*host.instances}) < most
@@ -28404,8 +28130,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
-        it names none.
-        """
+        it names none."""
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
         return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
@@ -28503,12 +28228,8 @@ Works on the database in this folder, or with CMRES_URL and CMRES_TOKEN on a ser
 --tz ZONE and --format table|json|csv|yaml. Tables take --columns A,B, --sort A (or --sort=-A: the
 last first), --wide (all columns) and --watch (again every 2 seconds).
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
-
-Example:
-  python cmres.py serve
-  python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
-  python cmres.py list
 """
+FIRST_COMMANDS = ('serve', 'add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros', 'list')
 
 #: The commands as help lists them.
 SHELVES = {
@@ -28578,8 +28299,6 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     Creates the database if there never was one. In a folder without database, key and
     configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
     The token is shown once.
-
-    Example: python cmres.py serve --port 8080
     """
     in_utc(config)
     sys.setswitchinterval(NIMBLE)
@@ -28618,8 +28337,6 @@ def scheduler(config: Config, port: int = None) -> None:
     """Runs only the scheduler, until you stop it: it starts and ends VMs.
 
     With --once it runs once, like `tick`.
-
-    Example: python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -28642,8 +28359,6 @@ def tick(config: Config) -> None:
 
     Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
     for which another scheduler acts. `scheduler --once` is the same.
-
-    Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
@@ -28658,8 +28373,6 @@ def store_backup(config: Config, path: Name) -> dict:
 
     The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
     then people sign in to the page again.
-
-    Example: python cmres.py store backup cmres-monday.db
     """
     refuse_missing(config.database)
     copy_store(config.database, path)
@@ -28671,8 +28384,6 @@ def store_copy(config: Config, target: Name) -> dict:
 
     Stop all processes of cmres first, and start them on the target afterwards (setting database).
     The copy is checked. It has the same key, so everybody stays signed in.
-
-    Example: python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
@@ -28688,8 +28399,6 @@ def store_verify(config: Config, path: Name = '') -> dict:
     """Reads the whole database, or a copy, and checks it for damage.
 
     Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
-
-    Example: python cmres.py store verify cmres-monday.db
     """
     return verify_store(path or config.database)
 
@@ -28699,8 +28408,6 @@ def store_restore(config: Config, path: Name) -> dict:
 
     The old database is kept beside it. VMs that started after the copy was written stay until an
     admin chooses `store orphans --delete` or `--adopt`.
-
-    Example: python cmres.py store restore cmres-monday.db
     """
     return restore_store(config.database, path, config.key)
 
@@ -28710,8 +28417,6 @@ def store_migrate(config: Config) -> dict:
 
     cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
     start.
-
-    Example: python cmres.py store migrate
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
@@ -28726,8 +28431,6 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
     that of the setting `address`.
-
-    Example: python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
     address = address or config.public_url
     if not is_web(address):
@@ -28743,8 +28446,6 @@ def key_rotate(config: Config) -> dict:
 
     Running processes use it at once. Links to shared pages end at that time, too. After a theft,
     use `user end`, or stop cmres and remove the key file: then everybody must sign in again.
-
-    Example: python cmres.py key rotate
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
@@ -28760,8 +28461,6 @@ def config_show(config: Config) -> Rows:
     """Lists all settings, where each comes from, and which need a restart.
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
-
-    Example: python cmres.py config show
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
@@ -28769,10 +28468,7 @@ def config_show(config: Config) -> Rows:
 
 
 def config_check(config: Config) -> dict:
-    """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
-
-    Example: python cmres.py config check --config /etc/cmres.ini
-    """
+    """Checks the settings; exit code 2 if one is wrong. Nothing is changed."""
     if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
     return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
@@ -28809,8 +28505,6 @@ def event_export(config: Config, since: When = None) -> None:
     """Prints the whole event log, one line of JSON for each event, the oldest first.
 
     `events export` and `journal export` are the same.
-
-    Example: python cmres.py event export --since 2027-01-01
     """
     service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
@@ -28825,8 +28519,6 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
 
     They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
     never touches them again. `add --server ID` reserves one of them.
-
-    Example: python cmres.py store orphans --adopt
     """
     if delete and adopt:
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
@@ -28876,9 +28568,6 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
 
     Nothing is reserved. Times without a zone and whole days are in the zone of --tz. Events that
     cmres cannot understand are named on the error output. `calendar preview` is the same.
-
-    Example:
-      python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
     def moment(given, origin: datetime, default: timedelta) -> datetime:
         return given if isinstance(given, datetime) else origin + (given or default)
@@ -28896,13 +28585,12 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Callable:
-    """A command that only prints a text, which belongs into a file."""
+def printing(name: str, about: str, file: str, text: Callable[[], str]) -> tuple[Callable, str]:
+    """A command that only prints a text, which belongs into a file, and its example."""
     def command(config: Config) -> None:
         print(text().strip('\n'))
-    command.__name__ = name
-    command.__doc__ = f'{about}\n\nExample: python cmres.py {name} > {file}'
-    return command
+    command.__name__, command.__doc__ = name, about
+    return command, f'{name} > {file}'
 
 
 PRINTING = (
@@ -28915,10 +28603,7 @@ PRINTING = (
 
 
 def completion(config: Config, shell: Name) -> None:
-    """Prints a script that completes commands, options, labels and resources in a shell.
-
-    Example: python cmres.py completion bash >> ~/.bashrc
-    """
+    """Prints a script that completes commands, options, labels and resources in a shell."""
     if shell not in COMPLETIONS:
         raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
                       f"one of {', '.join(COMPLETIONS)}.")
@@ -28945,10 +28630,20 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 """}
 
 
-LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
-         for each in (serve, scheduler, tick, occurrences, store_backup, store_copy, store_verify,
-                      store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, *PRINTING)}
+#: Commands of this computer alone, with an example of each.
+LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})], '', examples)
+         for each, *examples in (
+    (serve, 'serve --port 8080'), (scheduler,), (tick,),
+    (occurrences,
+     'occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris'),
+    (store_backup, 'store backup cmres-monday.db'),
+    (store_copy, 'store copy postgresql://cmres@db.example.org/cmres'),
+    (store_verify, 'store verify cmres-monday.db'),
+    (store_restore, 'store restore cmres-monday.db'), (store_migrate,),
+    (store_orphans, 'store orphans --adopt'), (completion, 'completion bash >> ~/.bashrc'),
+    (key_rotate,), (config_show,), (config_check, 'config check --config /etc/cmres.ini'),
+    (catalog_add, 'catalog add chameleon --address https://cmres.example.org --dry-run'),
+    (event_export, 'event export --since 2027-01-01'), *PRINTING)}
 
 
 def in_utc(config: Config) -> None:
@@ -29068,8 +28763,7 @@ class Call:
         return []
 
 
-class Untyped(str):
-    """The default of an argument; what is this was not typed."""
+UNTYPED = object()  # the default of an argument: what is this was not typed
 
 
 def command(operation: Operation) -> Callable:
@@ -29078,10 +28772,9 @@ def command(operation: Operation) -> Callable:
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
-                                if not isinstance(value, Untyped)})
-    note.__signature__ = inspect.Signature([
-        each.replace(annotation=REQUIRED, default=Untyped(''))
-        for each in operation.parameters.values()])
+                                if value is not UNTYPED})
+    note.__signature__ = inspect.Signature([each.replace(annotation=REQUIRED, default=UNTYPED)
+                                            for each in operation.parameters.values()])
     note.__name__, note._operation = operation.name, operation
     return note
 
@@ -29206,9 +28899,9 @@ def run_command(argv: list[str], finish: Callable) -> None:
 
 def help_of_group(here: dict, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, example = split_help(GROUPS[path[0]] if path else HELP)
+    text, *examples = GROUPS[path[0]] if path else (HELP.strip(), *FIRST_COMMANDS)
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    about = {name: each.help[0] if isinstance(each, Operation) else GROUPS[name]
+    about = {name: each.help if isinstance(each, Operation) else GROUPS[name][0]
              for name, each in here.items()}
     first = {name: re.split(r'(?<=[.])\s|\n\n', said)[0].replace('\n', ' ')
              for name, said in about.items()}
@@ -29218,12 +28911,11 @@ def help_of_group(here: dict, path: list[str]) -> str:
              for title, names in shelves.items()]
     also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
     return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
-                        f'Example:\n{example}'])
+                        as_examples(examples)])
 
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
-    text, example = operation.help
     kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
              for name, each in operation.parameters.items()}
     needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
@@ -29236,8 +28928,13 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
         words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
-    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text),
-                        *map('\n'.join, filter(None, blocks)), f'Example:\n{example}'])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(operation.help),
+                        *map('\n'.join, filter(None, blocks)),
+                        as_examples(operation.examples or [operation.words])])
+
+
+def as_examples(commands: Iterable[str]) -> str:
+    return '\n  python cmres.py '.join(['Example:', *commands])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
@@ -29595,8 +29292,9 @@ class Look(NamedTuple):
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
         is_wide = options.get('wide')
         columns = chosen or (not is_wide and usual.split()) or None
+        width = shutil.get_terminal_size().columns
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
+                    width if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -29740,7 +29438,7 @@ def drawn(names: list[str], lines: list) -> str:
     for *first, last in table:
         parts = last.split('\n')
         if on_terminal:
-            room = max(terminal_width() - margin, 20)
+            room = max(shutil.get_terminal_size().columns - margin, 20)
             parts = [piece for part in parts
                      for piece in textwrap.wrap(part, room, break_on_hyphens=False) or ['']]
         head = ''.join(cell + ' ' * (width + 2 - wide(cell)) for cell, width in zip(first, widths))
@@ -29756,10 +29454,6 @@ def wide(text: str) -> int:
         return len(text)
     return sum(1 + (unicodedata.east_asian_width(each) in 'WF') for each in text
                if not unicodedata.combining(each))
-
-
-def terminal_width() -> int:
-    return shutil.get_terminal_size().columns
 
 
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:

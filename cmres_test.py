@@ -22455,6 +22455,20 @@ def test_help_at_the_top_names_every_command_and_group(run, line):
         assert re.search(rf'^\s+{name.split()[0]}\b', out, re.M), name
 
 
+def test_the_examples_of_help_are_commands_that_are_understood():
+    tree = cmres.commands(lambda operation: operation)
+    seen = 0
+    for operation in (cmres.API | cmres.LOCAL).values():
+        for example in operation.examples or [operation.words]:
+            words = cmres.take_options(shlex.split(example.partition(' >')[0]), {})
+            path, found = cmres.command_path(tree, words)
+            assert found is operation or words[:1] == ['keep'], example  # which is `extend --until`
+            flags, plain = cmres.read_words(found, words[len(path):])
+            assert len(plain) <= len(found.parameters) - len(flags), example
+            seen += 1
+    assert seen > 70
+
+
 @pytest.mark.parametrize('group', list(cmres.GROUPS))
 @pytest.mark.parametrize('flag', ['', '--help'])
 def test_help_of_a_group_names_its_commands(run, group, flag):
@@ -22975,7 +22989,7 @@ def public_sentences():
     yield from cmres.WORDS.values()
     yield from cmres.MEANS.values()
     yield from cmres.TEXTS.values()
-    yield from cmres.GROUPS.values()
+    yield from (about for about, _ in cmres.GROUPS.values())
     yield from cmres.TAGS.values()
     yield from cmres.MEASURED.values()
     yield from (text for name, text in vars(cmres).items() if isinstance(text, str) and ' ' in text
@@ -27852,6 +27866,16 @@ def claimed(world, server, need='g4', project='biology', **more):
 def seated(monkeypatch, seats):
     """Lets the cloud show servers where `seats` has them."""
     monkeypatch.setattr(cmres.Simulated, 'hosts', lambda self, uids: {uid: seats.get(uid) for uid in uids})
+
+
+def test_who_has_reserved_nothing_is_sent_to_a_host_that_stays_free(racks, monkeypatch):
+    racks.service.resource_update('gpu', mode='shared', hold=hours(1))
+    gpus(racks, 'lab', 'g8', start=0.5)
+    assert claimed(racks, 's1', 'g4') == claimed(racks, 's2', 'g4') == ['h2']
+    assert claimed(racks, 's3', 'g4') == "'gpu' is not free for 1h"
+    racks.now += 1
+    seated(monkeypatch, {'s1': cmres.Seat('h2', until_moved=cmres.Simulated.FLAVORS['g4'])})
+    assert claimed(racks, 's3', 'g4') == ['h2']
 
 
 def test_nova_is_told_the_planned_host_of_each_server(racks):
