@@ -19,7 +19,7 @@ test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on Pos
 	STORE_ENGINE=postgresql $(PYTEST) --assert=plain -n 4 --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
 
 test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done $(VENV)-clients/tempest/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
-	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m openstack cmres_test.py
+	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -p no:warnings --tb short --maxfail 8 -m openstack cmres_test.py  # one host that is dead fails them all
 
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py

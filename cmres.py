@@ -86,8 +86,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from types import SimpleNamespace, UnionType
-from typing import (Any, Callable, Iterable, Iterator, NamedTuple, NewType, Union, get_args,
-                    get_origin)
+from typing import Any, Callable, Iterable, Iterator, NewType, Union, get_args, get_origin
 from zoneinfo import ZoneInfo
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
@@ -129,6 +128,26 @@ email_message, email_utils, futures, http_client, ElementTree = map(Module, (
 escape, unescape = map(Function, ('html.escape', 'html.unescape'))
 parse_qsl, quote, unquote, urlencode, urljoin, urlsplit = map(Function, map(
     'urllib.parse.{}'.format, 'parse_qsl quote unquote urlencode urljoin urlsplit'.split()))
+
+
+
+class MadeOfFields(type):
+    """What makes tuples with names of classes that list fields."""
+
+    def __new__(cls, name: str, bases: tuple, body: dict):
+        if not bases:
+            return super().__new__(cls, name, bases, body)
+        fields = body['__annotations__']
+        usual = [body.pop(each) for each in fields if each in body]
+        made = namedtuple(name, fields, defaults=usual, module=body['__module__'])
+        for each in body.keys() - {'__module__', '__qualname__'}:
+            setattr(made, each, body[each])
+        return made
+
+
+class NamedTuple(metaclass=MadeOfFields):
+    """As that of typing, which reads what stands behind each field: a thirtieth of `list`."""
+
 
 __version__ = '0.1'
 
@@ -286,6 +305,7 @@ class Length(timedelta):
     nominal: int = 0  # seconds of its whole days
 
 
+@functools.lru_cache(4096)  # lists show the same ones again and again
 def instant(seconds: float | None) -> datetime | None:
     """The aware UTC datetime of seconds since 1970."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
@@ -302,11 +322,7 @@ def zone_table() -> str:
 
 
 def read_zone(name: str) -> ZoneInfo:
-    """The time zone of a name.
-
-    Raises:
-      Invalid: there is none of that name.
-    """
+    """The time zone of a name; Invalid if there is none."""
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, KeyError):
@@ -317,8 +333,8 @@ def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
     """The zone that the clocks of this machine show: by TZ, else by what `link` points to."""
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
-    return (name if known_zone(name) and not re.fullmatch('(Etc/)?(UTC|UCT|Zulu|Universal)', name)
-            else 'UTC')
+    is_utc = name.removeprefix('Etc/') in ('UTC', 'UCT', 'Zulu', 'Universal')
+    return name if known_zone(name) and not is_utc else 'UTC'
 
 
 def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
@@ -430,10 +446,7 @@ def read_clock(word: str) -> timedelta | None:
 
 def dates_of(words: str, today: date) -> list[date]:
     """The dates that words may mean, the nearest first; those without a year come again.
-
-    Raises:
-      ValueError: they name two days, such as 01/02/2026.
-    """
+    ValueError: they name two days, such as 01/02/2026."""
     if not words:
         return [today, today + timedelta(days=1), today + timedelta(days=2)]
     if words in NEAR_DAYS:
@@ -531,11 +544,8 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
 
 
 def parse_duration(text: str) -> Length:
-    """The length that a person typed; ValueError if it is none.
-
-    Args:
-      text: 2h, +1d12h, 90min, 1.5h, 2 hours 30 minutes, 1:30, or PT2H
-    """
+    """The length that a person typed; ValueError if it is none. `text`: 2h, +1d12h, 90min, 1.5h, 2
+    hours 30 minutes, 1:30, or PT2H."""
     word = re.sub(r'(?<=[a-z])(?: and|,) | and (?=\d)', ' ', text.strip(), flags=re.I)
     match = DURATION.fullmatch(word) or ISO_DURATION.fullmatch(word)
     clock = CLOCK_LENGTH.fullmatch(word)
@@ -1374,19 +1384,20 @@ TEXTS = {
     'held': 'Please confirm: your calendar has far fewer events\n{message}',
     'dropped': 'No more mails today\n{message}',
 }
-#: What stands in braces there: the fields of a reservation as answers show it, and of the event.
-TEXT_FIELDS = frozenset((
-    'sentence message actor id label user project resource cell cloud region aggregate vms '
-    'at_end notify invite vcpus ram classes lead '
-    'description personal affinity repeat tz start end cancelled added changed up fault request '
-    'host state when what then link where').split())
+#: The fields of a reservation as answers show it, besides what its VMs are made of.
+RESERVATION_FIELDS = (
+    'id label user project resource cell cloud region aggregate vms at_end notify invite vcpus ram '
+    'classes lead description personal affinity where repeat tz start end cancelled added changed '
+    'up fault request host state')
+#: What stands in braces there: those, and fields of the event.
+TEXT_FIELDS = frozenset(f'{RESERVATION_FIELDS} sentence message actor when what then link'.split())
 
 
 def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
+@dataclasses.dataclass(init=False, repr=False, eq=False)  # what it would make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1492,6 +1503,9 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+
+    def __setattr__(self, name: str, value):
+        raise AttributeError(f"The setting '{name}' is as it was read.")
 
     def __init__(self, **given):
         known = self.__dataclass_fields__
@@ -1796,17 +1810,14 @@ def exposition(samples: Iterable[tuple]) -> str:
         family = re.sub('_(bucket|sum|count)$', '', name)
         told = ','.join(f'{key}="{escaped_label(text)}"' for key, text in labels)
         lines[family].append(f"cmres_{name}{told and f'{{{told}}}'} {value:.10g}")
-    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n'
-                   f'# TYPE cmres_{name} {kind_of_metric(name)}\n'
+    kinds = {name: 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total')
+             else 'gauge' for name in lines}
+    return ''.join(f'# HELP cmres_{name} {MEASURED[name]}\n# TYPE cmres_{name} {kinds[name]}\n'
                    + '\n'.join(found) + '\n' for name, found in lines.items())
 
 
 def escaped_label(text) -> str:
     return f'{text}'.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
-
-
-def kind_of_metric(name: str) -> str:
-    return 'histogram' if name in BOUNDS else 'counter' if name.endswith('_total') else 'gauge'
 
 
 METRICS = Metrics()
@@ -2061,8 +2072,7 @@ WORDS = {
 }
 
 #: Groups of commands: what they are about, and an example.
-GROUPS = {name: f'{about}\n\nExample: python cmres.py {name} {example}'
-          for name, about, example in (
+GROUPS = {name: (about, f'{name} {example}') for name, about, example in (
     ('resource', 'Things that people can reserve, and their capacities.',
      'add india --cloud simulated --vms 40'),
     ('token', 'Tokens: they sign people in to the page, and programs to REST.',
@@ -2095,6 +2105,7 @@ class Operation:
     role: str
     routes: list
     made: str = ''
+    examples: tuple = ()  # of its command
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -2110,9 +2121,9 @@ class Operation:
         return self.routes[0][0] != 'GET'
 
     @property
-    def help(self) -> tuple[str, str]:
-        """What it does, and examples of its command."""
-        return split_help(inspect.getdoc(self.method))
+    def help(self) -> str:
+        """What it does."""
+        return inspect.getdoc(self.method)
 
     @property
     def words(self) -> str:
@@ -2135,11 +2146,6 @@ def signature_of(method: Callable) -> inspect.Signature:
     return plain.replace(parameters=[*found.values()])
 
 
-def split_help(text: str) -> tuple[str, str]:
-    about, *examples = re.split(r'\n\nExample:\s+', text.strip())
-    return about, '\n'.join(f'  {each.strip()}' for each in ''.join(examples).splitlines())
-
-
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
     return WORDS.get(f'{operation.name}.{name}') or WORDS[name]
@@ -2148,10 +2154,11 @@ def argument_help(operation: Operation, name: str) -> str:
 API: dict[str, Operation] = {}
 
 
-def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
+def api(verb: str, path: str, *examples: str, role: str | None = None, made: str = '', **fixed):
     """Publishes a method for who has at least a role (a reader for a GET, else a user); of several
-    marks the topmost is the address that clients use. What it makes is found at `made`, whose parts
-    are fields of the answer; an address stands for its `fixed` arguments."""
+    marks the topmost is the address that clients use, the lowest has examples of its command. What
+    it makes is found at `made`, whose parts are fields of the answer; an address stands for its
+    `fixed` arguments."""
     def publish(method):
         known = API.get(method.__name__)
         if known:
@@ -2160,7 +2167,7 @@ def api(verb: str, path: str, role: str | None = None, made: str = '', **fixed):
             return method
         needed = role or (READER if verb == 'GET' else USER)
         API[method.__name__] = Operation(
-            method.__name__, method, needed, [(verb, path, fixed)], made)
+            method.__name__, method, needed, [(verb, path, fixed)], made, examples)
         return guarded_by_role(method)
     return publish
 
@@ -2688,16 +2695,11 @@ def choices_of(kind) -> tuple:
     return get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
 
 
-#: Of which type a field is whose answer says no other.
+#: Of which type a field is whose answer says no other; of a name that is not here, text.
 FIELD_TYPES = {name: kind for kind, names in (
     (int, 'id vms vcpus ram lead up n tries seconds line hold approval no_show default_vms spare '
           'min_free_time steps differences count ignored tried_again tokens'),
     (Label, 'label'),
-    (str, 'user project resource cell cloud region aggregate flavor '
-          'at_end description affinity where repeat tz fault request host outcome why message '
-          'ends_with name snapshot account login on_conflict error mode default_flavor '
-          'default_image planned_by what reason summary held needs_confirmation kind actor code '
-          'sentence role purpose application trust status'),
     (list[str], 'notify invite warnings addresses hosts scopes'),
     (dict[str, str], 'properties'),
     (dict[str, int], 'classes held_now used_now'),
@@ -2717,8 +2719,6 @@ FIELD_TYPES = {name: kind for kind, names in (
     ) for name in names.split()} | {
         name: {Names: list[str], Pairs: dict[str, str]}.get(each.kind, str)
         for name, each in MADE_OF.items()}
-
-
 #: The fields that hold instants, wherever they appear: those, and some in details of refusals.
 INSTANTS = frozenset(name for name, kind in FIELD_TYPES.items() if datetime in choices_of(kind)) | {
     'decide_before', 'latest_end', 'next_start'}
@@ -2728,7 +2728,7 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
     """A kind of answer: what it is about and its fields, with ? those that may be missing; `kinds`
     are types that fields have only here."""
     named = {each.rstrip('?'): not each.endswith('?') for each in fields.split()}
-    own = {each: Field(kinds.get(each) or FIELD_TYPES[each], always)
+    own = {each: Field(kinds.get(each) or FIELD_TYPES.get(each, str), always)
            for each, always in named.items()}
     return type(f'{name}Answer', (of,), {
         '__doc__': about, 'fields': of.fields | own, 'more': more or of.more})
@@ -2737,17 +2737,12 @@ def answer_kind(name: str, about: str, fields: str, of: type = Answer, more=None
 ReservationAnswer = answer_kind(
     'Reservation', 'An occurrence of a reservation: what was asked for, when it is, and in which '
     'state.',
-    f"id label user project resource cell cloud region aggregate vms {' '.join(MADE_SHOWN)} "
-    'at_end notify invite vcpus ram classes lead description '
-    'personal affinity where repeat tz start end cancelled added changed up fault request host '
-    'state change?', fault=str | None)
+    f"{RESERVATION_FIELDS} {' '.join(MADE_SHOWN)} change?", fault=str | None)
 OutcomeAnswer = answer_kind(
-    'Outcome', 'What became of one occurrence of a series.',
-    'start end vms outcome why?')
+    'Outcome', 'What became of one occurrence of a series.', 'start end vms outcome why?')
 BookedAnswer = answer_kind(
     'Booked', 'A reservation that was made or changed; of a series, what became of each '
-    'occurrence.',
-    'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
+    'occurrence.', 'message? booked_until? occurrences? warnings?', of=ReservationAnswer,
     occurrences=list[OutcomeAnswer])
 GroupAnswer = answer_kind(
     'Group', 'Several reservations that were made together, or not at all.',
@@ -2764,8 +2759,7 @@ KeptAnswer = answer_kind(
     'Kept', 'A VM that was stopped or shelved at the end of its reservation and stays.',
     'id name label project user state addresses end account uid', state=str)
 ComingAnswer = answer_kind(
-    'Coming', 'A current or future occurrence of a series.',
-    'start end vms resource state')
+    'Coming', 'A current or future occurrence of a series.', 'start end vms resource state')
 DetailAnswer = answer_kind(
     'Detail', 'All of a reservation, with its VMs, and what comes of a series.',
     'user_data servers on_conflict? booked_until? occurrences?', of=ReservationAnswer,
@@ -2773,15 +2767,12 @@ DetailAnswer = answer_kind(
 DetailGroupAnswer = answer_kind(
     'DetailGroup', 'All of several reservations that were made together.',
     'label parts', parts=list[DetailAnswer])
-DurationAnswer = answer_kind(
-    'Duration', 'How long a reservation is.',
-    'label duration seconds')
+DurationAnswer = answer_kind('Duration', 'How long a reservation is.', 'label duration seconds')
 DurationGroupAnswer = answer_kind(
     'DurationGroup', 'How long the parts of a group are.',
     'label parts', parts=list[DurationAnswer])
 RefusedLineAnswer = answer_kind(
-    'RefusedLine', 'A line of many that was refused, and why.',
-    'line label error', label=Any)
+    'RefusedLine', 'A line of many that was refused, and why.', 'line label error', label=Any)
 LoadedAnswer = answer_kind(
     'Loaded', 'What became of many reservations.',
     'taken refused', taken=list[BookedAnswer | GroupAnswer], refused=list[RefusedLineAnswer])
@@ -2790,8 +2781,7 @@ SlotAnswer = answer_kind(
     'resource start until duration vms')
 UsageAnswer = answer_kind(
     'Usage', 'How much of a resource is used in a time window; further fields are resource '
-    'classes.',
-    'start end vms vcpus ram free_vms', more=int)
+    'classes.', 'start end vms vcpus ram free_vms', more=int)
 ResourceAnswer = answer_kind(
     'Resource', 'A resource: its location and its capacity, without a number where that is '
     'unlimited.',
@@ -2804,15 +2794,11 @@ ResourceNowAnswer = answer_kind(
 ResourceChangedAnswer = answer_kind(
     'ResourceChanged', 'A resource that was changed, and what no longer fits.',
     'no_longer_fit warnings?', of=ResourceAnswer, no_longer_fit=list[ReservationAnswer])
-HostAnswer = answer_kind(
-    'Host', 'A host, and what is known of it.',
-    'name properties')
+HostAnswer = answer_kind('Host', 'A host, and what is known of it.', 'name properties')
 DifferenceAnswer = answer_kind(
-    'Difference', 'A field of a resource that a cloud has otherwise.',
-    'resource what before after')
+    'Difference', 'A field of a resource that a cloud has otherwise.', 'resource what before after')
 AffectedAnswer = answer_kind(
-    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of '
-    'it.',
+    'Affected', 'An occurrence that no longer fits after a capacity change, and what became of it.',
     'label user project vms start end outcome')
 CapacityChangeAnswer = answer_kind(
     'CapacityChange', 'A capacity change or a maintenance that was made, and whom it affects.',
@@ -2823,14 +2809,12 @@ MaintenanceAnswer = answer_kind(
     'id resource start end vms vcpus ram classes host reason', vms=int | None, vcpus=int | None,
     ram=int | None)
 CalledOffAnswer = answer_kind(
-    'CalledOff', 'A capacity change or a maintenance that was called off.',
-    'id reason')
+    'CalledOff', 'A capacity change or a maintenance that was called off.', 'id reason')
 CheckAnswer = answer_kind(
     'Check', 'How many steps of usage were compared, and in how many they differed.',
     'steps differences')
 ClaimAnswer = answer_kind(
-    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on '
-    'any).',
+    'Claim', 'Whether a server may start on a resource, why, and on which hosts (no list: on any).',
     'resource passes why hosts', hosts=list[str] | None)
 EventOutcomeAnswer = answer_kind(
     'EventOutcome', 'What became of an event of a calendar.',
@@ -2844,8 +2828,7 @@ CalendarAnswer = answer_kind(
     'id kind user project shows? added? revoked? polled? fault? held? needs_confirmation?',
     revoked=datetime)
 FeedAnswer = answer_kind(
-    'Feed', 'The address of a feed; of a dry run, whose it would be.',
-    'feed? user? project?')
+    'Feed', 'The address of a feed; of a dry run, whose it would be.', 'feed? user? project?')
 EventAnswer = answer_kind(
     'Event', 'A line of the event log.',
     'id at actor code label project sentence', label=Label | None, project=str | None)
@@ -2854,8 +2837,7 @@ LatenessAnswer = answer_kind(
     'cloud servers begun_median begun_95 begun_worst ready_median ready_95 ready_worst '
     'tried_again', servers=int)
 FailedAnswer = answer_kind(
-    'Failed', 'A VM that did not start.',
-    'cloud label name tries planned fault')
+    'Failed', 'A VM that did not start.', 'cloud label name tries planned fault')
 PunctualityAnswer = answer_kind(
     'Punctuality', 'How late VMs were, and which failed.',
     'clouds failed', clouds=list[LatenessAnswer], failed=list[FailedAnswer])
@@ -2873,9 +2855,7 @@ CredentialAnswer = answer_kind(
 NewTokenAnswer = answer_kind(
     'NewToken', 'A token that was made; of a dry run, whose it would be.',
     'token? user? project? role? ends?', ends=datetime)
-EndedAnswer = answer_kind(
-    'Ended', 'How many tokens of a person have ended.',
-    'user tokens')
+EndedAnswer = answer_kind('Ended', 'How many tokens of a person have ended.', 'user tokens')
 RefusalAnswer = answer_kind(
     'Refusal', 'Why a request was refused, in a sentence; `details` say more to programs.',
     'error kind details?')
@@ -3408,7 +3388,8 @@ class SQLite(peewee.SqliteDatabase):
     @functools.lru_cache(2000)
     def spell(sql: str) -> str:
         """A statement as SQLite understands it."""
-        return IN_LIST.sub(r'(SELECT value FROM json_each(?\2))', sql)
+        return (IN_LIST.sub(r'(SELECT value FROM json_each(?\2))', sql)
+                if 'numbers(' in sql or 'names(' in sql else sql)
 
     def state(self) -> tuple:
         """What is another as soon as anything was written, by this connection or by another one."""
@@ -3975,6 +3956,9 @@ class Table(peewee.Model):
         legacy_table_names = False
 
 
+Table._meta.primary_key = None  # of which each model would make a copy, in place of its own `id`
+
+
 class Resource(Table):
     name = peewee.CharField()
     cell = peewee.CharField()
@@ -4090,7 +4074,7 @@ class Occurrence(Table):
 
 #: What lists walk, in order of start: what is live and what is over for good apart, so that what is
 #: asked for most is not found among history. Each costs about a page of the journal at every
-#: change.
+#: change. They know ends: what begins in the day before a window is judged without its row.
 WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('resource_id',)}
 HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
 DAY, MONTH = 86400, 31 * 86400
@@ -4099,7 +4083,7 @@ ORDERS = {'series': ('reservation_id, (due IS NULL), start', ''), 'due': ('due',
           'cancelled': ('start', 'cancelled IS NOT NULL'), 'failed': ('start', 'told & 128'),
           'long': ('start', f'"end" - start > {DAY}'),
           'longest': ('start', f'"end" - start > {MONTH}')} | {
-    '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start')), rows)
+    '_'.join(filter(None, (by, half))): (', '.join((*columns, 'start, id, "end"')), rows)
     for by, columns in WALKED.items() for half, rows in HALVES.items()}
 
 
@@ -4242,7 +4226,8 @@ class Claim(Table):
     resource = peewee.ForeignKeyField(Resource, index=False)
     occurrence = peewee.IntegerField(null=True)  # it boots on; NULL: on what nobody has reserved
     server = peewee.CharField()   # Nova's id
-    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])  # where it is
+    # where it is; '': not known, or, if it takes that twice, on any two hosts
+    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
     # until a resize is confirmed, what it takes before and after it
     twice = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
     project = peewee.CharField()  # Nova's ids
@@ -4251,7 +4236,8 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last: what was seen before is older
+    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
+    # look that began when it was another one tells of before
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -4554,7 +4540,8 @@ MIGRATIONS: list[Callable] = [
     lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
     lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
     lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
-    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked()]
+    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked(),
+    lambda: widen_orders()]
 
 
 def long_texts(row: str) -> str:
@@ -4803,7 +4790,7 @@ def key_file(path: str, key: str = '') -> str:
 def known_store(file: str) -> str:
     """The id of the store that a key remembers; '' if there is none."""
     try:
-        with open(file, encoding='ascii') as lines:
+        with open(file, encoding='utf-8') as lines:
             return [*lines.read().splitlines(), '', ''][1].strip()
     except FileNotFoundError:
         return ''
@@ -5664,6 +5651,16 @@ def add_asked() -> None:
     add_columns('claim', {'asked': 'REAL NOT NULL DEFAULT 0'})
 
 
+def widen_orders() -> None:
+    """Version 28: what lists walk is in order of start and id, and knows ends."""
+    for by, first in (('', ''), ('project_', 'of_project, '), ('user_', 'of_user, '),
+                      ('place_', 'resource_id, ')):
+        for half, which in (('live', 'due IS NOT NULL'), ('over', 'due IS NULL')):
+            run_all(f"""DROP INDEX occurrence_{by}{half};
+                CREATE INDEX occurrence_{by}{half}
+                  ON occurrence ({first}start, id, "end") WHERE {which}""")
+
+
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
@@ -6343,6 +6340,10 @@ BRIEF = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description,',
     "iif(length(r.description) > 200, substr(r.description, 1, 197) || '...', r.description) "
     'AS description,')
+#: Its columns: what a line shows, and what it is made of; none that only changes read.
+IN_BRIEF = quoted(('reservation', 'user_data', 'held_from', 'held_until', 'resource_id', 'slot',
+                   'waiting', 'pending', 'confirm', 'series', 'repeats', 'runs',
+                   *(name for name in ReservationAnswer.fields if name != 'state')))
 #: Of many at once, also without long metadata.
 SLIM = BRIEF.replace('r.metadata,',
                      "iif(length(r.metadata) > 1000, '{}', r.metadata) AS metadata,")
@@ -6362,11 +6363,12 @@ STATES = ('waiting', 'pending', 'reserved', 'starting', 'active', 'degraded', 'e
           'cancelled', 'failed')
 
 
-def listing(now: float, where: str = 'TRUE', values: tuple = (), state: str = 'TRUE',
-            tail: str = '', fields: str = LISTING) -> list:
-    """Occurrences with reservation and state, by conditions on o, r and s, then on the state."""
-    return rows(f'SELECT * FROM (SELECT *, {STATE} AS state FROM ({fields} WHERE {where}) o) o '
-                f'WHERE {state} {tail}', int(now), *values)
+def listing(now: float, where: str = 'TRUE', values: Iterable = (), tail: str = '',
+            fields: str = LISTING) -> list:
+    """Occurrences with reservation and state, by conditions on o, r and s."""
+    columns = IN_BRIEF if fields is BRIEF else '*'
+    return rows(f'SELECT {columns}, {STATE} AS state FROM ({fields} WHERE {where}) o {tail}',
+                int(now), *values)
 
 
 #: What is held before an instant starts at most so much after it; leads are few, and an index knows
@@ -7652,8 +7654,7 @@ def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
 
 class Flavor(NamedTuple):
     """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them, and
-    of the disk of its host, in GB.
-    """
+    of the disk of its host, in GB."""
     vcpus: int
     ram: int
     classes: tuple = ()
@@ -7776,8 +7777,7 @@ def not_ours(uids: Iterable[str], now: float) -> set[str]:
 
 def classes_of(extra_specs: dict) -> tuple:
     """The resource classes that a flavor asks for, of all its groups (Nova's extra specs
-    resources*:CLASS).
-    """
+    resources*:CLASS)."""
     found: dict = defaultdict(int)
     for key, value in extra_specs.items():
         match = re.fullmatch('resources[A-Za-z0-9_-]*:([A-Z0-9_]+)', key)
@@ -7791,8 +7791,7 @@ LENT_BY = 'cmres_lent'  # in the metadata of an aggregate that a lease has: whos
 
 class Lent(NamedTuple):
     """What a part of a lease has on a cloud while it is active: a flavor as `like` or of sizes, a
-    server group of a policy, a host in an aggregate, a floating IP of a network.
-    """
+    server group of a policy, a host in an aggregate, a floating IP of a network."""
     lease: str
     part: str
     project: str = ''  # its id
@@ -7810,12 +7809,13 @@ class Seat(NamedTuple):
     host: str  # '': nowhere yet
     #: None: as before, or not settled, while Nova may hold it on two hosts, or twice on one.
     takes: Flavor | None = None
+    #: What it takes until Nova's scheduler has answered, where it is about to be resized or moved.
+    until_moved: Flavor | None = None
 
 
 class Seen(NamedTuple):
     """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
-    1970.
-    """
+    1970."""
     uid: str
     mark: str
     state: str
@@ -7887,11 +7887,8 @@ class Cloud:
         """What there is of one of KINDS; with a name, only what has it as its name or id."""
 
     def find(self, kind: str, name: str, sight: Sight = EVERYTHING) -> Thing | None:
-        """The one thing in sight of that name or id; None if there is none.
-
-        Raises:
-          Invalid: there are several.
-        """
+        """The one thing in sight of that name or id; None if there is none, Invalid if there are
+        several."""
         found = [each for each in self.things(kind, name) if sight.shows(kind, each)]
         found = [each for each in found if each.id == name] or found
         if len(found) > 1:
@@ -7916,16 +7913,14 @@ class Cloud:
 
     def delete(self, uid: str) -> None:
         """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
-        already is fine.
-        """
+        already is fine."""
 
     def server(self, uid: str) -> Seen | None:
         """One server by its id, with our mark or without; None if it is not there."""
 
     def start(self, uid: str) -> None:
         """Begins to make a server active that is at rest, in rescue or resized; one that is active
-        is fine.
-        """
+        is fine."""
 
     def stop(self, uid: str) -> None:
         """Begins to stop a server; it is SHUTOFF then. One that is so already is fine."""
@@ -7935,8 +7930,7 @@ class Cloud:
 
     def snapshot(self, uid: str, name: str) -> str:
         """Begins to make an image of a server, unless there is one of that name, and tells the
-        image's id.
-        """
+        image's id."""
 
     def saved(self, image: str) -> bool | None:
         """Whether an image is complete; None if it never will be."""
@@ -7966,8 +7960,7 @@ class Cloud:
 
     def mark(self, aggregate: Aggregate, resource: str) -> None:
         """Marks an aggregate with a resource, so that Nova's scheduler asks for it, and with this
-        store, so that no other one takes it; '' takes the marks away.
-        """
+        store, so that no other one takes it; '' takes the marks away."""
 
     def states(self) -> dict[str, tuple[str, list[str]]]:
         """What Nova says of each host, as HostTold has it; of one that is down, its servers."""
@@ -7977,18 +7970,18 @@ class Cloud:
     def hosts(self, uids: Iterable[str]) -> dict[str, Seat | None]:
         """Where each server is; None if it is gone, has failed or takes nothing of any host."""
 
+    def migrates(self, uid: str) -> bool:
+        """Whether a server moves as it is, which operators alone can wish, and is not resized."""
+        return True
+
     def time(self) -> float | None:
         """The cloud's own clock, in seconds since 1970, to about a second; None where it tells
-        none.
-        """
+        none."""
         return None
 
     def check(self, named: Iterable[tuple[str, str]], sight: Sight = EVERYTHING) -> list[Thing]:
-        """What is found for (kind, name) pairs, in their order.
-
-        Raises:
-          Invalid: no such thing is in sight; the sentence tells the nearest name that is.
-        """
+        """What is found for (kind, name) pairs, in order; Invalid if no such thing is in sight:
+        the sentence tells the nearest name that is."""
         found = []
         for kind, name in named:
             thing = self.find(kind, name, sight)
@@ -8035,11 +8028,8 @@ class OpenStack(Cloud):
             self.verb.began = before
 
     def time_left(self) -> float:
-        """The seconds that this thread's verb may still take.
-
-        Raises:
-          CloudError: none; it is sure, as no request is begun then.
-        """
+        """The seconds that this thread's verb may still take; CloudError if none: it is sure, as no
+        request is begun then."""
         most = self.config.call_timeout
         left = (getattr(self.verb, 'began', None) or time.monotonic()) + most - time.monotonic()
         if left <= 0:
@@ -8297,11 +8287,9 @@ class OpenStack(Cloud):
             self.once(cloud.compute, cloud.compute.shelve_server, uid, 'SHELVED.*', 'shelving.*')
 
     def once(self, compute, verb: Callable, uid: str, status: str, task: str) -> None:
-        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it.
-
-        Args:
-          status, task: Nova's status of a server when that is done, its task while it is under way
-        """
+        """Begins what an earlier call may have begun, whose answer was lost: then Nova refuses it;
+        `status, task`: Nova's status of a server when that is done, its task while it is under
+        way."""
         from openstack.exceptions import ConflictException
         try:
             verb(uid)
@@ -8366,8 +8354,7 @@ class OpenStack(Cloud):
 
     def host_holds(self, host: str, nodes: list) -> tuple[Amount, HostTold]:
         """What Placement gives out of a host and of what is in it (total, reserved, ratio), of
-        which class only some amounts, what is in use there, and its traits.
-        """
+        which class only some amounts, what is in use there, and its traits."""
         found, units, used, traits = Counter(), {}, defaultdict(Counter), {}
         with self.calling('tell what a host holds', sure=True) as cloud:
             placement = cloud.placement
@@ -8553,6 +8540,14 @@ class OpenStack(Cloud):
     def hosts(self, uids):
         return {uid: self.seat_of(uid) for uid in uids}
 
+    def migrates(self, uid):
+        with self.calling('tell why a server moves', sure=True) as cloud:
+            told = cloud.compute.get(f'/servers/{uid}/os-instance-actions').json()
+            moves = ('resize', 'migrate', 'live-migration', 'evacuate', 'unshelve')
+            done = [each['action'] for each in told.get('instanceActions', ())  # the newest first
+                    if each['action'] in moves]
+            return done[:1] not in ([], ['resize'])
+
     def seat_of(self, uid: str) -> Seat | None:
         """Where a server is, as `hosts` tells it."""
         with self.calling('tell where a server is', sure=True) as cloud:
@@ -8563,11 +8558,14 @@ class OpenStack(Cloud):
             offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
-            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING')
-            has = server.flavor if server.flavor and server.flavor.vcpus else None
-            root = bool(server.image and server.image.id)
-            settled = has and not moving and not server.task_state
-            return Seat(host, self.takes(has, root) if settled else None)
+            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING',
+                                       'ERROR')  # a resize that failed may have left both sides
+            if not (server.flavor and server.flavor.vcpus):
+                return Seat(host)
+            takes = self.takes(server.flavor, bool(server.image and server.image.id))
+            if server.task_state in ('resize_prep', 'migrating'):  # its flavor changes after that
+                return Seat(host, until_moved=takes)
+            return Seat(host, None if moving or server.task_state else takes)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -8703,11 +8701,7 @@ def cipher(config: Config):
 
 
 def decrypted(config: Config, secret: str) -> str:
-    """A secret as it was given.
-
-    Raises:
-      CloudError: it was encrypted with another key.
-    """
+    """A secret as it was given; CloudError if it was encrypted with another key."""
     from cryptography.fernet import InvalidToken
     try:
         return cipher(config).decrypt(secret.encode()).decode()
@@ -8756,8 +8750,7 @@ class Clouds:
     @functools.cached_property
     def store(self) -> str:
         """What all our marks begin with: two installations on one cloud don't touch each other's
-        servers.
-        """
+        servers."""
         return f"cmres-{fact('store')}"
 
     def names(self) -> set[str]:
@@ -8984,8 +8977,7 @@ def deliver(config: Config, notice, about: dict) -> None:
     try:
         if is_web(notice.target):
             body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
-                    'actor': notice.actor,
-                    'sentence': notice.sentence, 'reservation': about}
+                    'actor': notice.actor, 'sentence': notice.sentence, 'reservation': about}
             post(config, notice.target, json_text(body).encode())
         else:
             send_mail(config, notice, about)
@@ -9395,8 +9387,7 @@ class Shares:
     def __init__(self, config: Config):
         self.patience = config.outside_timeout
         self.most = {'all': max(config.threads // 2, 1), 'wait': max(config.threads // 8, 1),
-                     'user': config.slow_per_user,
-                     'target': config.slow_per_target}
+                     'user': config.slow_per_user, 'target': config.slow_per_target}
         self.rates, self.uses = Rates(config), Uses()
         self.wrong: Counter = Counter()  # tokens, by address
         self.changed = threading.Condition()
@@ -10291,11 +10282,8 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
             said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
     except BadCalendar as error:
         said = defaults, [], False, '', str(error)
-    return Booking(uid, title_of(head), guessed(head), head.name, *said)
-
-
-def title_of(entry: Entry) -> str:
-    return re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', entry.text('SUMMARY'))[:1000]
+    title = re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', head.text('SUMMARY'))[:1000]
+    return Booking(uid, title, guessed(head), head.name, *said)
 
 
 def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> dict[int, Want]:
@@ -10431,12 +10419,11 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
     return sorted(days), [str(error) for error in refused]
 
 
-def calendar_name(text: str, number: int = 0) -> str:
+def calendar_name(text: str) -> str:
     """A label out of a title: its letters and digits."""
     plain = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     name = re.sub('[^a-z0-9._-]+', '-', MARKED.sub('', plain)).strip('-.')[:56] or 'event'
-    name = f'{name}-event' if name in NO_LABELS else name
-    return f'{name}-{number}' if number else name
+    return f'{name}-event' if name in NO_LABELS else name
 
 
 class Shown(NamedTuple):
@@ -10810,14 +10797,18 @@ def without_secrets(found):
 
 def public(found) -> dict:
     """A row as an answer shows it: instants as datetimes, stored JSON read, nothing internal."""
-    names, pick, read = shown_fields(found._fields)
+    names, pick, instants, stored = shown_fields(type(found))
     shown = dict(zip(names, pick(found)))
-    for name, reader in read:
-        shown[name] = reader(shown[name])
+    for name in instants:
+        shown[name] = instant(shown[name])
+    for name in stored:
+        shown[name] = read_json(shown[name])
+    if 'personal' in shown:
+        shown['personal'] = bool(shown['personal'])
     if shown.get('repeat') and (stretches := read_stretches(found.series)):
         shown['repeat'] = rule_from(stretches, found.slot)
-    if not shown.get('change', True):
-        del shown['change']  # nothing of it awaits approval
+    if change := shown.pop('change', ''):
+        shown['change'] = from_plain(json.loads(change))  # what of it awaits approval
     return shown
 
 
@@ -10859,21 +10850,21 @@ def grouped(found: Iterable, name: str) -> list[list]:
     return [*groups.values()]
 
 
-def with_twins(answer: dict, twins: dict) -> dict:
-    """An answer that shows fields under their new names as well."""
-    return answer | {new: answer[old] for old, new in twins.items() if old in answer}
+@functools.lru_cache
+def shown_fields(kind: type) -> tuple[list, Callable, list, list]:
+    """Of the fields that rows show: their names, what picks them from one, and which of them are
+    stored as seconds and which as JSON."""
+    names = [name for name in kind._fields if name not in HIDDEN]
+    return (names, operator.attrgetter(*names), [each for each in names if each in INSTANTS],
+            [each for each in names if each in JSON])
 
 
 @functools.lru_cache
-def shown_fields(fields: tuple) -> tuple[list, Callable, list]:
-    """Of the fields that are shown: their names, what picks them from a row, what some are read by.
-    """
-    readers = dict.fromkeys(INSTANTS, instant) | dict.fromkeys(JSON, read_json) | {
-        'personal': bool, 'change': lambda text: from_plain(read_json(text or 'null'))}
-    shown = [(name, place) for place, name in enumerate(fields) if name not in HIDDEN]
-    names, places = zip(*shown)
-    return names, operator.itemgetter(*places), [each for each in readers.items()
-                                                 if each[0] in names]
+def long_fields(kind: type) -> Callable:
+    """What picks from a row the texts that may be long."""
+    models = [each for model in (Reservation, Occurrence) for each in model._meta.sorted_fields]
+    long = [each.name for each in models if isinstance(each, peewee.TextField)] + ['change']
+    return operator.attrgetter(*(name for name in kind._fields if name in long))
 
 
 def read_json(text: str):
@@ -10883,8 +10874,8 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(len(each) for each in line if type(each) is str)
-                                 for line in found)
+    sizes = itertools.accumulate(sum(map(len, map(str, long_fields(type(each))(each))))
+                                 for each in found)
     return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
             or not number]
 
@@ -11085,8 +11076,7 @@ class Service:
     def ask_admins(self, now: float, sentence: str, reservation: int,
                    notify: Iterable[str]) -> None:
         """Appends that an admin must answer, which admins hear of as well."""
-        self.journal(now, 'pending', sentence, reservation,
-                     dict.fromkeys([*notify, *self.admins]))
+        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *self.admins]))
 
     def tell(self, now: float, code: str, sentence: str, found,
              occurrence: int | None = None, admins: bool = False) -> None:
@@ -11205,12 +11195,10 @@ class Lookup:
         return ([each for each in meant if each in parts and each.added == latest.added]
                 if latest in parts else [])
 
-    def search(self, where: list, state: Iterable[str] = (), limit: int = -1,
-               tail: str = 'ORDER BY start, id', fields: str = LISTING) -> list:
+    def search(self, where: list, limit: int = -1, tail: str = 'ORDER BY start, id',
+               fields: str = LISTING) -> list:
         """Rows of the listing that meet all conditions, a page of them."""
-        condition = f'TRUE{all_of(where)}'
-        in_state = f"state IN ({', '.join('?' * len(state))})" if state else 'TRUE'
-        found = listing(self.service.clock(), condition, (*given(where), *state), in_state,
+        found = listing(self.service.clock(), f'TRUE{all_of(where)}', given(where),
                         f'{tail} LIMIT {limit}', fields)
         return list(map(without_secrets, found)) if self.service.actor.role == READER else found
 
@@ -11237,8 +11225,8 @@ class Lookup:
 
     def in_order(self, ids: list[int], state: Iterable[str] = (), fields: str = LISTING) -> list:
         """The listing of occurrences, if they are in some states, in the order of their ids."""
-        found = self.search([self.among('o.id', ids)], state, tail='', fields=fields) if ids else ()
-        lines = {each.id: each for each in found}
+        found = self.search([self.among('o.id', ids)], tail='', fields=fields) if ids else ()
+        lines = {each.id: each for each in found if not state or each.state in state}
         return [lines[id] for id in ids if id in lines]
 
     def among(self, column: str, ids: list[int]) -> tuple[str, str]:
@@ -11704,8 +11692,7 @@ class Wishes:
             return '', None
         named = json.loads(place.named or '{}')
         if name not in named:
-            raise NotFound(f"Resource '{place.name}' has no host "
-                           f"'{name}'{nearest(name, named)}" + (
+            raise NotFound(f"Resource '{place.name}' has no host '{name}'{nearest(name, named)}" + (
                            '' if named else ' You cannot reserve single hosts here.'))
         holds = named[name]
         classes = tuple(sorted((figure, most) for figure, most in holds.items()
@@ -11817,8 +11804,7 @@ class Wishes:
         until, count = asked.get('until'), asked.get('count')
         if (until is not None) + (count is not None) + bool(re.search('UNTIL|COUNT', rule)) > 1:
             raise Invalid('Choose one end for the series: a last date, a number of occurrences, '
-                          'or an end in the RRULE.',
-                          hint='--until, --count or an RRULE with UNTIL')
+                          'or an end in the RRULE.', hint='--until, --count or an RRULE with UNTIL')
         if until is not None:
             until = self.service.here.now + until if isinstance(until, timedelta) else until
             last = (datetime.combine(until, datetime.max.time()) if type(until) is date
@@ -11942,16 +11928,28 @@ class Reasons:
             return NoCapacity(f"Host '{need.host}' {is_so}. Choose another host or time.",
                               cause='host')
         if most < need.number:
-            largest = amount_in_words(max((amount_of_host(each) for each in rows(
-                'SELECT * FROM host WHERE resource_id = ?', need.resource)), key=lambda each: (
-                each.classes, each)))
             return NoCapacity(
                 f"The hosts of '{name}' hold {most} of {number} at most, when they are empty: each "
-                f'takes {takes} of one host. The largest host has {largest}. Reserve fewer or '
+                f'takes {takes} of one host. {self.largest_host(need)} Reserve fewer or '
                 'smaller VMs.', cause='too_large')
         return NoCapacity(
             f"'{name}' has enough free in all from {when}, but not on single hosts: no plan was "
             f'found for {number} that each take {takes} of one host.', cause='host')
+
+    def largest_host(self, need: Need) -> str:
+        """What the largest host of a resource has, and how many are closed."""
+        hosts = rows('SELECT * FROM host WHERE resource_id = ? AND state <> ?', need.resource,
+                     GONE_AWAY)
+        well = [each for each in hosts if not each.state]
+        closed = len(hosts) - len(well)
+        if not hosts:
+            return 'It has none any more.'
+        largest = max(map(amount_of_host, well or hosts), key=lambda each: (each.classes, each))
+        said = f'The largest host has {amount_in_words(largest)}.'
+        if closed:
+            said += f" {closed} of {counted(len(hosts), 'host')} {'are' if closed > 1 else 'is'} " \
+                    'disabled or down.'
+        return said
 
     def why_less(self, name: str, lack: Lack, when: str, tz: str) -> str:
         """The sentence for what does not fit since there is less for a while, or nothing."""
@@ -12276,10 +12274,9 @@ class Limits:
                          f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
                          name, int(self.service.clock())).fetchone()
             if waits >= most:
-                raise Conflict(f"{who.capitalize()} '{name}' can have "
-                               f"{counted(most, 'request')} on the waiting list and "
-                               f'already has {waits}. '
-                               'Cancel one first.', limit='waiting', value=most, passes=0)
+                raise Conflict(f"{who.capitalize()} '{name}' can have {counted(most, 'request')} "
+                               f'on the waiting list and already has {waits}. Cancel one '
+                               'first.', limit='waiting', value=most, passes=0)
 
 
 # Policy ######################################################################
@@ -12450,8 +12447,7 @@ class Policy:
     def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
                   view: View) -> dict[int, int] | None:
         """The hosts of what a change wants. VMs that stay after it are, if they can be, where there
-        is room for good, and where those that are started again have been.
-        """
+        is room for good, and where those that are started again have been."""
         if not wish.stays:
             return find_hosts(need, had, stay, view.now, view.own)
         stay, had = stay or bool(view.seats and not had), had or view.seats
@@ -12477,8 +12473,7 @@ class Policy:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
             raise Conflict(f"Server '{wish.server}' is reserved{whose} at that time. Choose "
-                           'another time.',
-                           in_the_way=[self.reasons.seen_in_the_way(other)])
+                           'another time.', in_the_way=[self.reasons.seen_in_the_way(other)])
 
     def refuse_unlimited(self, change: Change, view: View) -> None:
         """Refuses what goes beyond a limit."""
@@ -12714,6 +12709,7 @@ class Bookings:
             if not more or not span and not self.proposes_all:
                 return made
             if old.pending is not None:
+                change(Reservation, old.reservation, pending=int(now) + span, confirm=0)
                 self.await_approval(old.reservation, int(now) + span, deal.wish, now)
                 return made
             attempt.undo()
@@ -12724,8 +12720,7 @@ class Bookings:
 
     def make_way(self, growth: list[Hold], now: float) -> None:
         """Moves what makes way for a change that is proposed, where that doesn't need what the
-        change gives up.
-        """
+        change gives up."""
         if not make_moves(replans.made, now):
             raise NoCapacity('')
         refuse_without_room(growth, now)
@@ -13114,11 +13109,7 @@ class Bookings:
 
     def stand_in_line(self, reservation: int) -> None:
         """Notes where one that waits could be, as it is now; one that waits no more makes way."""
-        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
-                         reservation):
-            call_waiting(*each)
-        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        remembered.change()
+        self.leave_line(reservation)
         found = row('SELECT r.choices, r.waiting, o.resource_id, o.held_from, o."end" '
                     'FROM reservation r JOIN occurrence o ON o.reservation_id = r.id '
                     'WHERE r.id = ? AND r.waiting IS NOT NULL AND o.cancelled IS NULL', reservation)
@@ -13128,9 +13119,16 @@ class Bookings:
             insert(Wait, reservation=reservation, resource=resource, held_from=found.held_from,
                    until=found.end, since=found.waiting, limited=False, due=0)
 
+    def leave_line(self, reservation: int) -> None:
+        """Takes one that waits out of the line; those that it kept back are called."""
+        for each in rows('SELECT resource_id, held_from, until FROM wait WHERE reservation_id = ?',
+                         reservation):
+            call_waiting(*each)
+        run('DELETE FROM wait WHERE reservation_id = ?', reservation)
+        remembered.change()
+
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
-        """Lets a reservation wait for an admin until an instant."""
-        change(Reservation, reservation, pending=until, confirm=0)
+        """Lets admins know that they must approve a reservation before an instant."""
         said = self.service.config.told_time(until, wish.tz)
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
                                 wish.notify)
@@ -13443,9 +13441,7 @@ class Admission:
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
         if pending:
-            until = self.service.config.told_time(pending, wish.tz)
-            self.service.ask_admins(now, f'an admin must approve it before {until}', reservation,
-                                    wish.notify)
+            self.bookings.await_approval(reservation, pending, wish, now)
         return reservation, done
 
     def told_series(self, wish: Wish, done: list[dict]) -> str:
@@ -13776,8 +13772,7 @@ class Waiting:
 
     def admit_waiting(self, now: float) -> bool:
         """Gives room to those that wait, and frees what waited for a word in vain; whether those
-        that wait are to be looked at once more, in their order.
-        """
+        that wait are to be looked at once more, in their order."""
         more = self.admit_in_order(now)
         for each in self.look.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
                                       (NEXT_OF_ITS, None)]):
@@ -13837,23 +13832,14 @@ class Waiting:
             found[(each.project, each.request) if each.request else each.id].append(each)
         over = whole - {each.reservation for request in found.values() for each in request}
         if over:
-            self.leave_line(over)
+            for each in over:
+                self.bookings.leave_line(each)
             return self.waiting_requests(now)
         return [*found.values()]
 
-    def leave_line(self, reservations: Iterable[int]) -> None:
-        """Takes out of the line whose window is over; those that they kept back are called."""
-        for each in reservations:
-            for place in rows('SELECT resource_id, held_from, until FROM wait '
-                              'WHERE reservation_id = ?', each):
-                call_waiting(*place)
-            run('DELETE FROM wait WHERE reservation_id = ?', each)
-            remembered.change()
-
     def try_later(self, request: list, limited: bool, now: float) -> None:
         """Notes when those without room are tried again, if nothing is given back before: of a
-        window that has begun, what is held by others goes by with the next change of level.
-        """
+        window that has begun, what is held by others goes by with the next change of level."""
         for each in request:
             names = {name for _, amount in self.choices(each) for name in amount.names}
             for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?',
@@ -13885,8 +13871,7 @@ class Waiting:
         until = self.service.config.told_time(pending or now, found.tz)
         asks = f'the capacity is free now; {whose} before {until}' if pending else ''
         code, sentence = ('pending', asks) if pending else (
-            'admitted',
-            f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
+            'admitted', f"{counted(found.vms, 'VM')} on {place.name}, after waiting for "
             f'{format_duration(int(now) - found.waiting)}')
         self.service.tell(now, code, sentence, found)
 
@@ -14053,13 +14038,11 @@ PROPOSED = f"SELECT * FROM proposal WHERE code <> '{UNDO}'"
 class Approvals(Operations):
     """What admins say of what waits for their word."""
 
-    @api('POST', '/reservation/<label>/approve', role=ADMIN)
+    @api('POST', '/reservation/<label>/approve',
+         "approve lab --project biology --reason 'as agreed'", role=ADMIN)
     def approve(self, label: Label, project: Name = '', reason: Text = '',
                 dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Approves a pending reservation, or a pending change of a reservation.
-
-        Example: python cmres.py approve lab --project biology --reason 'as agreed'
-        """
+        """Approves a pending reservation, or a pending change of a reservation."""
         def deed(now: float) -> dict:
             found, pending, proposals = self.pending_of(label, project)
             for each in pending:
@@ -14072,13 +14055,10 @@ class Approvals(Operations):
             return self.told_parts(label, pending or found)
         return self.carry_out(deed, dry_run)
 
-    @api('POST', '/reservation/<label>/accept')
+    @api('POST', '/reservation/<label>/accept', 'accept lab')
     def accept(self, label: Label, project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
-        """Accepts the capacity that the waiting list offers you.
-
-        Example: python cmres.py accept lab
-        """
+        """Accepts the capacity that the waiting list offers you."""
         with self.writing(dry_run) as now:
             _, pending, _ = self.pending_of(label, project)
             mine = [each for each in pending if each.confirm]
@@ -14089,14 +14069,13 @@ class Approvals(Operations):
                 self.settle(each, 'accepted', now)
             return self.told_parts(label, pending)
 
-    @api('POST', '/reservation/<label>/reject', role=ADMIN)
+    @api('POST', '/reservation/<label>/reject',
+         "reject lab --reason 'not before the exam'", role=ADMIN)
     def reject(self, label: Label, reason: Text = '', project: Name = '',
                dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Rejects a pending reservation. Its capacity is free again. Rejects all parts of a group.
 
         A change of an approved reservation is rejected alone: the reservation stays as it was.
-
-        Example: python cmres.py reject lab --reason 'not before the exam'
         """
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
@@ -14110,8 +14089,7 @@ class Approvals(Operations):
 
     def take_back(self, ids: list[int]) -> list[str]:
         """Undoes changes for which what they gave back is still held; the labels of what they
-        changed.
-        """
+        changed."""
         def deed(now: float) -> list[str]:
             labels = []
             for id in ids:
@@ -14183,11 +14161,8 @@ FROM_WHEN = (f"CASE WHEN {STAGED} OR {LATER} THEN "
 
 
 def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
-    """Lets the life cycle call operations at an instant, unless the fact that it names is gone.
-
-    Args:
-      about: of each that can be taken back its label, project and occurrence, 0 for all of them
-    """
+    """Lets the life cycle call operations at an instant, unless the fact that it names is gone;
+    `about`: of each that can be taken back its label, project and occurrence, 0 for all of them."""
     name = f'later-{secrets.token_hex(8)}'
     note_fact(name, f'{due:.3f} ' + json.dumps({
         'by': [by.user, by.project, by.role], 'about': about, 'calls': calls}))
@@ -14280,6 +14255,9 @@ class Requests(Operations):
     @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+         'add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros',
+         "add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20",
+         'add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20',
          resource=ANY)
     def add(self, label: NewLabel, resource: Place, start: When, end: When, vms: Count = 1, *,
             at_end: Name = '', notify: Names = (), invite: Names = (), lead: Span = None,
@@ -14307,21 +14285,13 @@ class Requests(Operations):
 
         With several --part, all parts are reserved, or none. The parts are called LABEL-1, LABEL-2
         and so on; commands on LABEL act on every part.
-
-        Example:
-          python cmres.py add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros
-          python cmres.py add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20
-          python cmres.py add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20
         """
         return self.reserve([self.read_request(asked)], dry_run)
 
     def reserve(self, requests: list[Request], dry_run: bool = False,
                 also: Callable[[dict], None] = lambda answer: None) -> dict:
-        """Takes the first of some requests that fits; of the last one a refusal tells why.
-
-        Args:
-          also: done with the answer, in the same transaction
-        """
+        """Takes the first of some requests that fits; of the last one a refusal tells why. `also`:
+        done with the answer, in the same transaction."""
         last = requests[-1]
 
         def instead(wish: Wish, field: str) -> None:
@@ -14387,15 +14357,13 @@ class Requests(Operations):
             raise refusal
         return found
 
-    @api('POST', '/reservation/load', made='/reservation/')
+    @api('POST', '/reservation/load', 'load class.csv --partial', made='/reservation/')
     def load(self, rows: Rows, partial: bool = False, dry_run: bool = False) -> LoadedAnswer:
         """Adds many reservations from a file: all of them, or with --partial those that fit.
 
         Each refused line is shown with its number and the reason. The first line of a CSV file
         names the fields, as in `add`; the output of `list --format csv` is such a file. At most
         100000 lines.
-
-        Example: python cmres.py load class.csv --partial
         """
         unread, requests = [], []
         for number, given in enumerate(self.progress(rows), 1):
@@ -14467,14 +14435,12 @@ class Requests(Operations):
         defaults = {name: each.default for name, each in operation.parameters.items()}
         return defaults | bind(operation, given, self.here)
 
-    @api('POST', '/reservation/generate', made='/reservation/')
+    @api('POST', '/reservation/generate', 'generate demo --count 20', made='/reservation/')
     def generate(self, resource: Label = 'demo', count: Page = 10, seed: int = None,
                  flavor: Name = '', image: Name = '', dry_run: bool = False) -> LoadedAnswer:
         """Adds random reservations within the next week, to try things out.
 
         Those that do not fit are left out.
-
-        Example: python cmres.py generate demo --count 20
         """
         chance, place, now = random.Random(seed), self.look.resource_row(resource), self.here.now
         most = min(place.vms or 8, 8)
@@ -14486,7 +14452,7 @@ class Requests(Operations):
         return self.load(wanted, partial=True, dry_run=dry_run)
 
     @api('GET', '/reservation/')
-    @api('GET', '/reservation/<label>')
+    @api('GET', '/reservation/<label>', 'list --resource demo --state starting,active')
     def list(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
              cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
              state: Names = (), start: When = None, end: When = None, limit: Page = 100,
@@ -14497,8 +14463,6 @@ class Requests(Operations):
         you see only the current or next occurrence; with a label or a time window you see all of
         them. A page has at most --limit lines; cmres says if there are more. `show` has long
         descriptions and user data.
-
-        Example: python cmres.py list --resource demo --state starting,active
         """
         self.refuse_unknown_states(state)
         found = self.matching(label, asked, state, start, end, limit, after)
@@ -14556,15 +14520,13 @@ class Requests(Operations):
             also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
         return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
 
-    @api('GET', '/reservation/<label>/show')
+    @api('GET', '/reservation/<label>/show', 'show lab')
     @for_each_part
     def show(self, label: Label, project: Name = '', occurrence: Day = None,
              tz: Zone = '') -> DetailAnswer | DetailGroupAnswer:
         """Shows everything about one reservation.
 
         Its fields, its state, its VMs, and the future occurrences of a series.
-
-        Example: python cmres.py show lab
         """
         found = self.look.mine(label, project, live=False, occurrence=occurrence)
         answer = self.with_changes([found])[0] | {
@@ -14578,40 +14540,34 @@ class Requests(Operations):
             some_of_public(each, 'resource', 'vms', 'start', 'end', 'state') for each in comes]}
 
     @api('GET', '/server/')
-    @api('GET', '/reservation/<label>/servers')
+    @api('GET', '/reservation/<label>/servers', 'servers lab', 'servers --kept')
     def servers(self, label: Label = '', project: Name = '', occurrence: Day = None,
                 kept: bool = False, tz: Zone = '') -> list[ServerAnswer | KeptAnswer]:
         """Lists the VMs of a reservation: state, addresses and times.
 
         With --kept, it lists the VMs that stayed after their end, stopped or shelved.
-
-        Example:
-          python cmres.py servers lab
-          python cmres.py servers --kept
         """
         if kept:
             return [public(each) for each in self.look.kept_servers(label, project)]
         if not label:
             raise Invalid('Choose a reservation by its label, or the VMs that stayed after their '
-                          'end.',
-                          hint='LABEL or --kept')
+                          'end.', hint='LABEL or --kept')
         found = self.look.parts_of(label, project)
         return [line for each in found or [None] for line in self.look.servers_of(self.look.mine(
             each.label if each else label, each.project if each else project, live=False,
             occurrence=occurrence).id)]
 
-    @api('GET', '/reservation/<label>/duration')
+    @api('GET', '/reservation/<label>/duration', 'duration lab')
     @for_each_part
     def duration(self, label: Label, project: Name = '') -> DurationAnswer | DurationGroupAnswer:
-        """Shows how long a reservation is.
-
-        Example: python cmres.py duration lab
-        """
+        """Shows how long a reservation is."""
         found = self.look.mine(label, project, live=False)
         seconds = found.end - found.start
         return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
 
-    @api('PATCH', '/reservation/<label>')
+    @api('PATCH', '/reservation/<label>',
+         'update lab --start 2026-12-01T10:00 --vms 5',
+         'update class --occurrence 2027-02-02 --start 2027-02-03T09:00')
     @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
                vms: Count = None, *, at_end: Name = None, notify: Names = None,
@@ -14630,10 +14586,6 @@ class Requests(Operations):
         series, all future occurrences change; with --occurrence only that one, with --following
         also those after it. An occurrence that you changed alone does not follow later changes of
         the series.
-
-        Example:
-          python cmres.py update lab --start 2026-12-01T10:00 --vms 5
-          python cmres.py update class --occurrence 2027-02-02 --start 2027-02-03T09:00
         """
         apart = ('label', 'rename', 'project', 'dry_run', 'occurrence', 'following', 'reason')
         asked = {name: value for name, value in asked.items()
@@ -14644,17 +14596,13 @@ class Requests(Operations):
         return self.alter(label, project, asked | ({'label': rename} if rename else {}), dry_run,
                           occurrence=occurrence, alone=bool(occurrence) and not following)
 
-    @api('POST', '/reservation/<label>/extend')
+    @api('POST', '/reservation/<label>/extend', 'extend lab +1h', 'extend lab --until 17:00')
     @for_each_part
     def extend(self, label: Label, by: Span, project: Name = '', occurrence: Day = None,
                tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Makes a reservation longer; works until its end.
 
         Of a series, only the current or next occurrence.
-
-        Example:
-          python cmres.py extend lab +1h
-          python cmres.py extend lab --until 17:00
         """
         if by <= timedelta(0):
             raise Invalid(f'by: {format_duration(by.total_seconds())} is not longer. Write for '
@@ -14662,15 +14610,13 @@ class Requests(Operations):
         return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
                             'updated', dry_run)
 
-    @api('POST', '/reservation/<label>/end')
+    @api('POST', '/reservation/<label>/end', 'end lab')
     @for_each_part
     def end(self, label: Label, project: Name = '', dry_run: bool = False) -> (
             BookedAnswer | GroupAnswer):
         """Ends a running reservation now, with its agreed action at the end.
 
         Its VMs are deleted, stopped, shelved or saved, as agreed. The rest of its time is free.
-
-        Example: python cmres.py end lab
         """
         def now_on(old) -> datetime:
             if self.clock() < old.start:
@@ -14679,15 +14625,13 @@ class Requests(Operations):
             return instant(int(self.clock()) + 1)
         return self.prolong(label, project, None, now_on, 'updated', dry_run)
 
-    @api('POST', '/reservation/<label>/keep')
+    @api('POST', '/reservation/<label>/keep', 'keep lab +2h')
     @for_each_part
     def keep(self, label: Label, until: When, project: Name = '', tz: Zone = '',
              dry_run: bool = False) -> BookedAnswer | GroupAnswer:
         """Keeps the running VMs until a later time, if the capacity is free.
 
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
-
-        Example: python cmres.py keep lab +2h
         """
         def end(old) -> datetime:
             last = instant(old.end) + until if isinstance(until, timedelta) else until
@@ -14722,7 +14666,8 @@ class Requests(Operations):
                          'o.due IS NOT NULL', label, project):
             yield On.RESOURCE, each.resource_id
 
-    @api('POST', '/reservation/<label>/skip')
+    @api('POST', '/reservation/<label>/skip',
+         'skip lab', 'skip class --occurrence 2027-02-02 --undo')
     @for_each_part
     def skip(self, label: Label, project: Name = '', occurrence: Day = None, undo: bool = False,
              tz: Zone = '', dry_run: bool = False) -> BookedAnswer | GroupAnswer:
@@ -14730,10 +14675,6 @@ class Requests(Operations):
 
         With --undo, it restores a skipped or cancelled occurrence of a series, if it still fits:
         the next one, or the one of --occurrence.
-
-        Example:
-          python cmres.py skip lab
-          python cmres.py skip class --occurrence 2027-02-02 --undo
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
@@ -14745,8 +14686,7 @@ class Requests(Operations):
                 found = (self.look.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
                 raise Conflict(f"'{label}' has already started and cannot be skipped. Cancel it "
-                               'to end it now.',
-                               hint=f'delete {label}')
+                               'to end it now.', hint=f'delete {label}')
             self.admission.cancel([found], now, f'skipped by {self.actor.user}')
             return public(self.look.occurrence(found.id))
         return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
@@ -14903,7 +14843,8 @@ class Requests(Operations):
     @api('DELETE',
          '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
     @api('POST',
-         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>')
+         '/reservation/delete/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
+         'delete --resource demo --user eva --dry-run')
     def delete(self, label: Label = '', user: Name = '', project: Name = '', resource: Name = '',
                cell: Name = '', cloud: Name = '', region: Name = '', aggregate: Name = '',
                vms: Count = None, start: When = None, end: When = None, count: Count = None,
@@ -14916,8 +14857,6 @@ class Requests(Operations):
         many reservations you expect to cancel. Finished reservations do not change. Of a series,
         --occurrence cancels only that one, and --following also those after it. With --kept, it
         deletes the VMs that stayed after their end.
-
-        Example: python cmres.py delete --resource demo --user eva --dry-run
         """
         self.refuse_unknown_states(state)
         if not any([state, *(asked[name] for name in FILTERS)]):
@@ -15053,11 +14992,11 @@ class Requests(Operations):
                 raise refusal
         if (not label or count) and count != len(found) and not asked['dry_run']:
             raise Conflict(f"This would cancel {counted(len(found), 'reservation')}. Nothing was "
-                           'cancelled.',
-                           hint=f'--count {len(found)} confirms it',
+                           'cancelled.', hint=f'--count {len(found)} confirms it',
                            labels=[each.label for each in found[:100]], count=len(found))
 
-    @api('GET', '/resource/<resource>/find')
+    @api('GET', '/resource/<resource>/find',
+         'find demo 2h --vms 4', 'find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon')
     def find(self, resource: Place, duration: Span, vms: Count = 1, flavor: Name = '',
              classes: Classes = None, lead: Span = None, after: When = None, before: When = None,
              limit: Page = 10) -> list[SlotAnswer]:
@@ -15065,10 +15004,6 @@ class Requests(Operations):
 
         Each slot shows from when until when the capacity is free. With - as RESOURCE, cmres looks
         at all resources. The search ends a year from now, or at --before.
-
-        Example:
-          python cmres.py find demo 2h --vms 4
-          python cmres.py find - 12h --vms 4 --classes CUSTOM_GPU=1 --before mon
         """
         if duration < timedelta(seconds=1):
             raise Invalid('duration: a free slot has at least one second.')
@@ -15094,13 +15029,11 @@ class Requests(Operations):
                  'duration': format_duration(last - first), 'vms': vms}
                 for first, name, last in sorted(found)[:limit]]
 
-    @api('GET', '/resource/<resource>/usage')
+    @api('GET', '/resource/<resource>/usage', 'usage demo --end +1d')
     def usage(self, resource: Label, start: When = None, end: When = None) -> list[UsageAnswer]:
         """Shows how much of a resource is reserved over time (without names).
 
         Default: the next 7 days.
-
-        Example: python cmres.py usage demo --end +1d
         """
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
@@ -15132,7 +15065,8 @@ NEW_RESOURCE = dict.fromkeys((*RESOURCE_LENGTHS.values(), 'default_vms'), 0) | d
 class Plan(Operations):
     """The operations on resources, their capacity over time, and limits."""
 
-    @api('POST', '/limit/', role=ADMIN, made='/limit/')
+    @api('POST', '/limit/',
+         'limit add --project biology --max-vms 20 --max-duration 7d', role=ADMIN, made='/limit/')
     def limit_add(self, project: Name = '', user: Name = '', resource: Label = '', *,
                   exempt_within: Span = None, lock: Span = None, dry_run: bool = False,
                   **figures: LIMIT_ARGUMENTS) -> LimitAnswer:
@@ -15141,8 +15075,6 @@ class Plan(Operations):
         Without both, the limit applies to every project that has no limit of its own. With
         --resource it applies to that resource; otherwise to all resources together. Reservations
         that start within --exempt-within and take at most a day (`exempt_longest`) have no limit.
-
-        Example: python cmres.py limit add --project biology --max-vms 20 --max-duration 7d
         """
         said = {name: seconds_of(each) if isinstance(each, timedelta) else each
                 for name, each in figures.items() if each is not None}
@@ -15158,20 +15090,14 @@ class Plan(Operations):
 
     @api('GET', '/limit/')
     def limit_list(self) -> list[LimitAnswer]:
-        """Lists the limits; only admins see the limits of others.
-
-        Example: python cmres.py limit list
-        """
+        """Lists the limits; only admins see the limits of others."""
         found = rows(f'{LIMITS} ORDER BY l.id')
         return [shown_limit(each) for each in found if self.actor.role == ADMIN
                 or each.project in ('', self.actor.project) and each.user in ('', self.actor.user)]
 
-    @api('DELETE', '/limit/<id>', role=ADMIN)
+    @api('DELETE', '/limit/<id>', 'limit delete 1', role=ADMIN)
     def limit_delete(self, id: int, dry_run: bool = False) -> LimitAnswer:
-        """Removes a limit.
-
-        Example: python cmres.py limit delete 1
-        """
+        """Removes a limit."""
         with self.writing(dry_run) as now:
             found = row(f'{LIMITS} WHERE l.id = ?', id)
             if not found:
@@ -15182,16 +15108,15 @@ class Plan(Operations):
             self.journal(now, 'limit', f'removed limit {id}')
             return shown_limit(found)
 
-    @api('POST', '/resource/', role=ADMIN, made='/resource/<name>')
+    @api('POST', '/resource/',
+         'resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G',
+         role=ADMIN, made='/resource/<name>')
     def resource_add(self, name: NewLabel, *, dry_run: bool = False, asked: dict = None,
                      **said: RESOURCE_ANEW) -> ResourceNowAnswer:
         """Adds a resource. Capacities that you leave out are unlimited.
 
         With --classes, other resource classes of Placement count, too. Flavors name them in their
         extra specs, for example resources:CUSTOM_GPU=1.
-
-        Example:
-          python cmres.py resource add india --cloud simulated --vms 40 --vcpus 320 --ram 640G
         """
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
@@ -15210,29 +15135,23 @@ class Plan(Operations):
             f"The cloud '{cloud}' is not in clouds.yaml, so no VM can start there."
             f"{nearest(cloud, known).strip('.')}"]}
 
-    @api('GET', '/resource/')
+    @api('GET', '/resource/', 'resource list --cloud simulated')
     def resource_list(self, cell: Name = '', cloud: Name = '', region: Name = '',
                       aggregate: Name = '') -> list[ResourceAnswer]:
-        """Lists the resources with their locations and capacities.
-
-        Example: python cmres.py resource list --cloud simulated
-        """
+        """Lists the resources with their locations and capacities."""
         return [self.resource_public(each)
                 for each in self.look.places(cell, cloud, region, aggregate)]
 
-    @api('GET', '/resource/<name>')
+    @api('GET', '/resource/<name>', 'resource show demo')
     def resource_show(self, name: Label) -> ResourceNowAnswer:
-        """Shows a resource, and how much of it is reserved now.
-
-        Example: python cmres.py resource show demo
-        """
+        """Shows a resource, and how much of it is reserved now."""
         found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
         used = in_figures(held)
         how = 'hosts' if planned_by_host(found.id) else 'sum'
         return self.resource_public(found) | {'planned_by': how, 'held_now': used, 'used_now': used}
 
-    @api('PATCH', '/resource/<name>', role=ADMIN)
+    @api('PATCH', '/resource/<name>', 'resource update demo --vms 8 --dry-run', role=ADMIN)
     def resource_update(self, name: Label, rename: NewLabel = '', *, spare: Figure = None,
                         force: bool = False, dry_run: bool = False, asked: dict = None,
                         **said: RESOURCE_OTHERWISE) -> ResourceChangedAnswer:
@@ -15241,8 +15160,6 @@ class Plan(Operations):
         With --spare, nobody can reserve so many of its hosts: VMs go there whose own host fails. If
         existing reservations no longer fit, the change needs --force. It cancels nothing; the
         answer lists the affected occurrences, the newest first.
-
-        Example: python cmres.py resource update demo --vms 8 --dry-run
         """
         with self.writing(dry_run) as now:
             before = self.look.resource_row(name)
@@ -15286,12 +15203,9 @@ class Plan(Operations):
         return new | self.read_default(before, new.get('cloud', before['cloud']), {
             name: given[name] for name in given if name.startswith('default_')})
 
-    @api('DELETE', '/resource/<name>', role=ADMIN)
+    @api('DELETE', '/resource/<name>', 'resource delete demo', role=ADMIN)
     def resource_delete(self, name: Label, dry_run: bool = False) -> ResourceAnswer:
-        """Removes a resource without current or future reservations. Its history stays.
-
-        Example: python cmres.py resource delete demo
-        """
+        """Removes a resource without current or future reservations. Its history stays."""
         with self.writing(dry_run) as now:
             found = self.look.resource_row(name)
             busy = self.look.page([('place_live',
@@ -15316,7 +15230,7 @@ class Plan(Operations):
     def resource_public(self, found) -> dict:
         """A resource as answers show it."""
         shown = {name: value for name, value in public(found).items() if name != 'removed'}
-        return with_twins(shown, {'hold': 'min_free_time'})
+        return shown | {'min_free_time': shown['hold']}
 
     def read_default(self, before: dict, cloud: str, new: dict) -> dict:
         """The VMs that an event without words gets, as far as they are to be otherwise."""
@@ -15354,7 +15268,8 @@ class Plan(Operations):
                               'shared, or 0s.',
                               hint=f'--mode exclusive, --mode shared, or --{option} 0s')
 
-    @api('POST', '/resource/sync', role=ADMIN)
+    @api('POST', '/resource/sync',
+         'resource sync chameleon --aggregate gpu --mode exclusive --dry-run', role=ADMIN)
     def resource_sync(self, cloud: Name, aggregates: Names = (), mode: Name = '',
                       min_free_time: Span = None, reservable_hosts: bool = None,
                       flavors: bool = None, user_started: Name = '', force: bool = False,
@@ -15370,8 +15285,6 @@ class Plan(Operations):
         --flavors, `openstack server create --flavor RESERVATION_ID` works for leases of VMs there,
         as with Blazar. On a new exclusive resource, VMs that users started themselves are deleted
         when their reservation ends; with --user-started keep they stay.
-
-        Example: python cmres.py resource sync chameleon --aggregate gpu --mode exclusive --dry-run
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
         there = self.shares.ask(target, opened.aggregates)
@@ -15411,8 +15324,7 @@ class Plan(Operations):
     def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False,
                      searches: int = SEARCHES) -> list:
         """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
-        end with lines, and without any line there is nothing to do.
-        """
+        end with lines, and without any line there is nothing to do."""
         replans.found, replans.searches = {}, searches
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
@@ -15445,8 +15357,7 @@ class Plan(Operations):
 
     def follow_flavors(self, cloud: str, told: list[Thing]) -> None:
         """Lets what has not begun take what its flavor takes by now, where that is otherwise than
-        at the last look; who finds no room for it is told.
-        """
+        at the last look; who finds no room for it is told."""
         key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
                                           for name in (each.name, each.id)}
         before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
@@ -15506,8 +15417,7 @@ class Plan(Operations):
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
         """The resource of an aggregate: by Nova's id, as names change; where none is known or that
-        one is gone, by the name.
-        """
+        one is gone, by the name."""
         return row("""SELECT * FROM resource WHERE cloud = ?1 AND removed IS NULL AND (
                         ?2 <> '' AND aggregate_id = ?2
                         OR (?2 = '' OR aggregate_id = '' OR hosts = '[]') AND aggregate = ?3)
@@ -15576,9 +15486,8 @@ class Plan(Operations):
 
     def see_whom_it_affects(self, place, suspects: dict[int, bool], changed: list[tuple],
                             force: bool, now: float) -> list[dict]:
-        """Plans anew what must be after its resource has changed, and refuses that, or with
-        `force` tells whom it affects; a line if these are others than before.
-        """
+        """Plans anew what must be after its resource has changed, and refuses that, or with `force`
+        tells whom it affects; a line if these are others than before."""
         key = f'affected {place.id}'
         before = [*map(int, json.loads(fact(key) or '[]'))]
         if not (changed or suspects or before):
@@ -15605,8 +15514,7 @@ class Plan(Operations):
     def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
         """Notes the hosts of a resource as its cloud tells them; of those that are otherwise, what
-        they were and what they are, and of those that were there, whether they are gone.
-        """
+        they were and what they are, and of those that were there, whether they are gone."""
         known = {each.name: each for each in rows('SELECT * FROM host WHERE resource_id = ?',
                                                   place.id)}
         told = {name: self.host_columns(holds, aggregate.told.get(name, HostTold()),
@@ -15638,8 +15546,7 @@ class Plan(Operations):
 
     def keep_spare(self, place, now: float) -> None:
         """Keeps some hosts, the last in their order and never all, for when others fail: what has
-        not begun there is planned elsewhere, if it can be.
-        """
+        not begun there is planned elsewhere, if it can be."""
         there = rows('SELECT id FROM host WHERE resource_id = ? AND until = ? ORDER BY id DESC',
                      place.id, FOREVER)
         last = [each.id for each in there[:-1][:place.spare]]
@@ -15652,8 +15559,7 @@ class Plan(Operations):
                 those: Iterable[int] | None = ()) -> list[int]:
         """Plans anew what is on a suspect that is gone (True), has too little (False), or is kept
         (None), and those of some ids, None: all; the ids of what finds no host. What has begun
-        comes first, then the priority, then the start.
-        """
+        comes first, then the priority, then the start."""
         on = ' '.join(f"OR o.placed LIKE '%\"{int(host)}\":%'" for host in suspects)
         live = rows(f"""
             SELECT o.* FROM occurrence o JOIN reservation r ON r.id = o.reservation_id
@@ -15677,8 +15583,7 @@ class Plan(Operations):
 
     def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
         """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
-        planned whole then.
-        """
+        planned whole then."""
         need, placed = on_hosts(found, now)
         off = {host: number for host, number in placed.items() if suspects.get(host)
                or host in suspects and found.held_from > now
@@ -15690,11 +15595,8 @@ class Plan(Operations):
         return sum(placed.values()) < need.number and need.takes
 
     def finds_hosts(self, id: int, stay_on: dict, now: float) -> bool:
-        """Plans those VMs of an occurrence that have no host; whether all have one then.
-
-        Args:
-          stay_on: where VMs of the same reservation are that stay stopped until they start again
-        """
+        """Plans those VMs of an occurrence that have no host; whether all have one then. `stay_on`:
+        where VMs of the same reservation are that stay stopped until they start again."""
         found = row('SELECT o.*, r.affinity, r."where", (SELECT min(n.held_from) FROM occurrence n '
                     'WHERE n.reservation_id = r.id AND n.held_from >= o.held_until AND '
                     "n.placed NOT IN ('', '{}') AND n.due IS NOT NULL) AS next FROM occurrence o "
@@ -15736,14 +15638,12 @@ class Plan(Operations):
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
                      f"'{new['aggregate']}'")
 
-    @api('PATCH', '/host/<name>', role=ADMIN)
+    @api('PATCH', '/host/<name>', 'host set lab-compute-1 gpu_count=2,arch=x86_64', role=ADMIN)
     def host_set(self, name: Name, properties: Pairs, private: bool = False,
                  dry_run: bool = False) -> HostAnswer:
         """Says what a host is like, so that people can choose: add ... --where gpu_count>=2.
 
         An empty value takes a property away. With --private, nobody is shown these properties.
-
-        Example: python cmres.py host set lab-compute-1 gpu_count=2,arch=x86_64
         """
         found = rows('SELECT h.id, h.resource_id, s.cloud FROM host h JOIN resource s ON '
                      's.id = h.resource_id WHERE h.name = ? AND s.removed IS NULL', name)
@@ -15757,7 +15657,9 @@ class Plan(Operations):
             shown = properties_of(found[0].resource_id)[found[0].id]
             return {'name': name, 'properties': shown | properties}
 
-    @api('POST', '/resource/<name>/capacity', role=ADMIN, made='/maintenance/')
+    @api('POST', '/resource/<name>/capacity',
+         'resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run',
+         role=ADMIN, made='/maintenance/')
     def resource_capacity(self, name: Label, start: When, end: When, vms: Most = None,
                           vcpus: Most = None, ram: MostMemory = None, classes: Classes = None,
                           reason: Text = '', affected: Name = 'notify',
@@ -15767,9 +15669,6 @@ class Plan(Operations):
         Affected reservations stay and their owners are notified (--affected notify), are moved to
         another resource of the same cloud or to the next time that fits (move), or are cancelled
         (cancel).
-
-        Example:
-          python cmres.py resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run
         """
         if vms is vcpus is ram is None and not classes:
             raise Invalid('Choose a capacity: VMs, vCPUs, RAM or resource classes.',
@@ -15778,7 +15677,9 @@ class Plan(Operations):
         return self.change_capacity(name, start, end, most, reason or 'another capacity', affected,
                                     dry_run)
 
-    @api('POST', '/maintenance/', role=ADMIN, made='/maintenance/')
+    @api('POST', '/maintenance/',
+         "maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run",
+         role=ADMIN, made='/maintenance/')
     def maintenance_add(self, resource: Label, start: When, end: When, reason: Text = '',
                         affected: Name = 'notify', host: Name = '',
                         dry_run: bool = False) -> CapacityChangeAnswer:
@@ -15788,19 +15689,13 @@ class Plan(Operations):
         What is planned on a closed host is planned on others first, if it has not begun.
 
         --affected says what happens to affected reservations. With --dry-run you see them first.
-
-        Example:
-          python cmres.py maintenance add demo 2027-03-01T08:00 +4h --reason 'new disks' --dry-run
         """
         return self.change_capacity(resource, start, end, None, reason or 'maintenance', affected,
                                     dry_run, host)
 
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
-        """Lists current and future maintenances and other capacity changes.
-
-        Example: python cmres.py maintenance list
-        """
+        """Lists current and future maintenances and other capacity changes."""
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
                      'c.classes, c.host, c.reason FROM capacity c '
                      'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ?'
@@ -15811,12 +15706,9 @@ class Plan(Operations):
             line['classes'].pop(CLOSED, None)
         return lines
 
-    @api('DELETE', '/maintenance/<id>', role=ADMIN)
+    @api('DELETE', '/maintenance/<id>', 'maintenance delete 1', role=ADMIN)
     def maintenance_delete(self, id: int, dry_run: bool = False) -> CalledOffAnswer:
-        """Cancels a maintenance or another capacity change.
-
-        Example: python cmres.py maintenance delete 1
-        """
+        """Cancels a maintenance or another capacity change."""
         with self.writing(dry_run) as now:
             found = row('SELECT * FROM capacity WHERE id = ? AND removed IS NULL', id)
             if not found:
@@ -15847,8 +15739,7 @@ class Plan(Operations):
             held = self.difference(place, most)
             if held == NOTHING and not host:
                 raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
-                               'Set one first.',
-                               hint=f'resource update {name} --vms N')
+                               'Set one first.', hint=f'resource update {name} --vms N')
             self.bookings.hold_capacity(place.id, begin, until, held)
             id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
                         **stored(held, 'held_'), host=host, reason=reason, added=int(now),
@@ -15878,8 +15769,7 @@ class Plan(Operations):
 
     def on_closed_host(self, closing, now: float) -> list[int]:
         """Plans elsewhere what has not begun on a host that is closed for a while; the ids of what
-        stays there, or has no host.
-        """
+        stays there, or has no host."""
         for host in self.hold_closing(closing.id, closing.resource_id, now, 1):
             stay = rows('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
                         'held_from <= ? AND held_until > ? AND placed LIKE ?', closing.resource_id,
@@ -15890,8 +15780,7 @@ class Plan(Operations):
 
     def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
-        thousands. If cmres is ended meanwhile, the rest stays as it is.
-        """
+        thousands. If cmres is ended meanwhile, the rest stays as it is."""
         # of a series all at once: after each cancelling it is carried on
         left = deque(grouped(homeless, 'reservation') if then == 'cancel'
                      else [[each] for each in homeless])
@@ -15971,8 +15860,7 @@ class Plan(Operations):
 
     def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
         """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise
-        than the others of its series.
-        """
+        than the others of its series."""
         altered = bool(found.repeats and alone or found.altered)
         # what was moved before this may have moved it to another host
         found = found._replace(placed=row('SELECT placed FROM occurrence WHERE id = ?',
@@ -16030,8 +15918,7 @@ class Plan(Operations):
         fields = 'resource_id, held_from, held_until, vms, vcpus, ram, classes'
         return rows(f'SELECT NULL AS id, {fields} FROM extra_hold WHERE resource_id = ? '
                     'AND host_id IS NULL AND proposal_id IS NOT NULL AND held_until > ? '
-                    'AND held_from < ?',
-                    resource, begin, until) + rows(
+                    'AND held_from < ?', resource, begin, until) + rows(
             f'SELECT id, {fields} FROM occurrence WHERE resource_id = ? AND due IS NOT NULL '
             f'AND start < ? + {LONGEST_LEAD} AND held_until > ? AND held_from < ? '
             'AND held_until > held_from ORDER BY +id DESC', resource, until, begin, until)
@@ -16064,10 +15951,7 @@ class Plan(Operations):
 
     @api('GET', '/check', role=ADMIN)
     def check(self) -> CheckAnswer:
-        """Checks the stored usage against all reservations. Exit code 1 if they differ.
-
-        Example: python cmres.py check
-        """
+        """Checks the stored usage against all reservations. Exit code 1 if they differ."""
         differences, steps_seen = [], 0
         with db.atomic(db.snapshot):  # one snapshot of all tables; nobody waits for it
             for place in self.progress(rows('SELECT id, name FROM resource')):
@@ -16106,14 +15990,15 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
             'WHERE h.reservation = r.id AND h.part = ?))')
 
 
-#: How a refusal ends that may be over: servers count that are gone, or take less by now.
-PASSING = 'in use', 'has room for it until then'
+#: What stands in a refusal that may be over: servers count that are gone, or take less by now.
+PASSING = 'in use', 'is not free for', 'has room for it until then'
+OUTSIDE = 'it is outside'  # of a server that moves
 
 
 class Claims(Operations):
     """What may be booked through Nova."""
 
-    @api('POST', '/claim/', role=ADMIN)
+    @api('POST', '/claim/', 'claim 7c1f gpu biology --vcpus 4 --ram 8192', role=ADMIN)
     def claim(self, server: Name, resources: Names, project: Name, user: Name = '',
               vcpus: Figure = 0, ram: Memory = 0, classes: Classes = None, label: Name = '',
               hosts: Names = (), store: Name = '', moves: bool = False, disk: Figure = 0,
@@ -16123,9 +16008,8 @@ class Claims(Operations):
         It also counts the server there, until it is gone. A server may start if an active
         reservation of its project has enough left, or on a shared resource with enough free
         capacity. Of the hosts that are left to Nova (--hosts), the answer names the planned one.
-        With --moves, only a server passes that counts there already.
-
-        Example: python cmres.py claim 7c1f gpu biology --vcpus 4 --ram 8192
+        With --moves, only a server passes that counts there already; what it was and what it is to
+        be count until cmres has seen which of them it is.
         """
         if store not in ('', self.clouds.store):
             raise NotFound(f'these resources are of the cmres {store}; this is '
@@ -16134,57 +16018,68 @@ class Claims(Operations):
         flavor = Flavor(vcpus, ram, tuple(some), disk)
         projects, users = self.names_of(project), self.names_of(user)
 
-        def decide() -> list[dict]:
+        def decide(migrates: bool = False) -> list[dict]:
             with self.writing(dry_run) as now:
                 return [{'resource': name} | self.claim_on(
-                    name, server, projects, users, flavor, label, project, user, hosts, moves, now)
-                    for name in resources]
+                    name, server, projects, users, flavor, label, project, user, hosts, moves,
+                    migrates, now) for name in resources]
         answers = decide()
-        in_use = [each['resource'] for each in answers if each['why'].endswith(PASSING)]
-        looked = in_use and not dry_run and self.look_at_claims(in_use)
-        return decide() if looked else answers
+        in_use = [each['resource'] for each in answers
+                  if any(said in each['why'] for said in PASSING)]
+        seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '')
+        return decide({*seen.values()} == {True}) if seen else answers
 
-    def look_at_claims(self, resources: list[str]) -> bool:
-        """Looks at once whether servers are still there that count; whether that was told."""
+    def look_at_claims(self, resources: list[str], server: str) -> dict[str, bool]:
+        """Looks at once whether servers are still there that count; by cloud that told, whether an
+        operator moves one `server` there. What that one takes is settled: Nova moves none that is
+        being moved.
+        """
+        found = {}
         for name in resources:
-            place, began = self.look.resource_row(name), self.clock()
-            uids = [each.server for each in rows(
-                'SELECT server FROM claim WHERE resource_id = ? AND due IS NOT NULL AND asked < ? '
-                'LIMIT 100', place.id, began)]
-            opened = self.clouds.open(place.cloud)
+            place = self.look.resource_row(name)
+            claims = rows('SELECT id, server, asked FROM claim WHERE resource_id = ? AND due IS '
+                          'NOT NULL AND asked < ? ORDER BY server <> ? LIMIT 100', place.id,
+                          self.clock(), server)
+            opened, uids = self.clouds.open(place.cloud), [each.server for each in claims]
             try:
-                seats = self.shares.ask(f'the cloud {place.cloud}', lambda: opened.hosts(uids))
+                seats, migrates = self.shares.ask(f'the cloud {place.cloud}', lambda: (
+                    opened.hosts(uids), server in uids and opened.migrates(server)))
             except Error:
-                return False
+                return {}
+            if seats.get(server):
+                seats[server] = seats[server]._replace(
+                    takes=seats[server].takes or seats[server].until_moved)
             with self.writing() as now:
-                self.note_seats(place.cloud, seats, now, began)
-        return True
+                self.note_seats(claims, seats, now)
+            found[place.cloud] = migrates or found.get(place.cloud, False)
+        return found
 
-    def note_seats(self, cloud: str, seats: dict[str, Seat | None], now: float,
-                   began: float) -> None:
+    def note_seats(self, claims: list, seats: dict[str, Seat | None], now: float) -> None:
         """Lets claims count while their servers are on a host of the resource, and as much as they
         take there.
 
         Args:
-          began: when the look began; what was decided later, it can't tell of
+          claims: as they were when the look began; of what was decided since, it can't tell
         """
-        for uid, seat in seats.items():
-            for claim in rows('SELECT c.* FROM claim c JOIN resource s ON '
-                              's.id = c.resource_id WHERE c.server = ? AND c.due IS NOT NULL '
-                              'AND c.asked <= ? AND s.cloud = ?', uid, began, cloud):
+        for each in claims:
+            seat = seats[each.server]
+            for claim in rows('SELECT * FROM claim WHERE id = ? AND due IS NOT NULL AND asked = ?',
+                              each.id, each.asked):
                 place = resource_of(claim.resource_id, removed=True)
                 hosts = json.loads(place.hosts)
-                if seat is None or seat.host and hosts and seat.host not in hosts:
+                if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes = {}
+                takes, host = {}, claim.host if claim.twice else seat.host or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
+                    host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
-                change(Claim, claim.id, due=now + pause, host=seat.host or claim.host, **takes)
-                if seat.host not in ('', claim.host):
-                    self.follow_seat(claim, seat.host, now)
+                change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
+                       **takes)  # what looks saw that began before is older
+                if host not in ('', claim.host):
+                    self.follow_seat(claim, host, now)
 
     def follow_seat(self, claim, host: str, now: float) -> None:
         """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
@@ -16197,23 +16092,23 @@ class Claims(Operations):
         if taken[host].vms > read_placed(found.placed).get(here.id, 0):
             self.journal(now, 'trouble', f'the server {claim.server} is on {host}, where it was '
                          'not planned', found.reservation_id, (), found.id)
-            need = self.put_on(found, here.id, taken, now)
-            if not any(rooms(need, [here.id], least=0)):
+            self.put_on(found, here.id, taken, now)
+            if not any(rooms(on_hosts(found, now)[0], [here.id], least=0)):
                 self.rehouse(claim.resource_id, {here.id: False}, now)
 
-    def put_on(self, found, host: int, taken: dict[str, Amount], now: float) -> Need:
-        """Plans one VM of an occurrence on a host instead of one on which none runs."""
+    def put_on(self, found, host: int, taken: dict[str, Amount], now: float) -> bool:
+        """Plans one VM of an occurrence on a host instead of one on which none runs, if any is."""
         need, placed = on_hosts(found, now)
         names = dict(run('SELECT id, name FROM host WHERE resource_id = ?',
                          need.resource).fetchall())
         for spare in placed:
-            if spare != host and placed[spare] > taken[names[spare]].vms:
+            if spare != host and placed[spare] > (taken[names[spare]] + taken['']).vms:
                 hold_on(need, {spare: -1, host: 1})
                 placed = Counter(placed) + Counter({host: 1}) - Counter({spare: 1})
                 self.note_plan(found.id, placed)
                 self.bookings.count_stopped(found.reservation_id, now)
-                break
-        return need
+                return True
+        return False
 
     def names_of(self, identity: str) -> list[str]:
         """What cmres calls whom OpenStack knows under an id."""
@@ -16222,25 +16117,24 @@ class Claims(Operations):
 
     def claim_on(self, name: str, server: str, projects: list[str], users: list[str],
                  flavor: Flavor, label: str, project: str, user: str, hosts: list[str], moves: bool,
-                 now: float) -> dict:
+                 migrates: bool, now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place or not place.mode:
             why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
             return {'passes': bool(place), 'why': why, 'hosts': None}
-        there = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ? '
-                    'AND due IS NOT NULL', place.id, server)
+        known = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ?', place.id,
+                    server)
+        there = known and known.due is not None and known
         need = takes_of(flavor, place)
         if moves and not there:
-            return {'passes': False, 'why': 'it is outside', 'hosts': None}
-        had = amount_of(there)._replace(vms=1) if there else need
-        moved, both = there and there.host and hosts and there.host not in hosts, None
-        # Until that is settled, Nova holds both; what was so before may be settled, or not.
-        if there and (moved or had != need):
-            again = there.twice and had == (need * 2)._replace(vms=1)  # it looks for other hosts
-            both = had if again else (had + need)._replace(vms=1)
+            return {'passes': False, 'why': OUTSIDE, 'hosts': None}
+        had, both = amount_of(there)._replace(vms=1) if there else need, None
+        if there and (moves or had != need):
+            # Until that is settled, Nova holds both; what was so before may be settled, or not.
+            both = (had + need)._replace(vms=1)
         found, why = self.may_boot(place, server, projects, users, both or need, label, now)
-        if not found and both and had == need:  # an operator must be able to move it also then
+        if not found and both and migrates:  # an operator must be able to move it also then
             both = None
             found, why = self.may_boot(place, server, projects, users, need, label, now)
         walks_in = False
@@ -16255,23 +16149,20 @@ class Claims(Operations):
             why = (f"'{found.host}' is no longer a host of '{name}'" if found and found.host else
                    f"no host of '{name}' has room for it until then")
             return {'passes': False, 'why': why, 'hosts': None}
+        host = chosen[0] if chosen and not chosen[1:] else ''
         columns = stored(both or need) | {
-            'twice': bool(both), 'occurrence': found.id if found else None, 'asked': now,
+            'twice': bool(both), 'occurrence': found.id if found else None,
+            'asked': max(now, known.asked + 1e-5) if known else now,
             'due': now + self.config.lost_answer_wait,
-            'host': chosen[0] if chosen and not chosen[1:] else ''}
+            'host': host if not both or host == there.host else ''}
         del columns['vms']
-        self.note_claim(there, columns, resource=place.id, server=server, project=project,
-                        user=user)
-        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
-
-    def note_claim(self, there, columns: dict, **whose) -> None:
-        """Lets a server count, in place of what was known of it."""
-        if there:
-            change(Claim, there.id, **columns)
+        if not there:
+            columns |= {'project': project, 'user': user, 'at': now, 'gone': None}
+        if known:
+            change(Claim, known.id, **columns)
         elif not rehearsal.on:
-            run('DELETE FROM claim WHERE resource_id = ? AND server = ?', whose['resource'],
-                whose['server'])
-            insert(Claim, at=columns['asked'], **whose, **columns)
+            insert(Claim, resource=place.id, server=server, **columns)
+        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
 
     def host_for(self, place, found, server: str, need: Amount, hosts: list[str], before: str,
                  stays: Amount, now: float) -> list[str] | None:
@@ -16293,8 +16184,10 @@ class Claims(Operations):
         taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
         if placed:
             taken[before] += stays
+        # what Nova holds twice may be here, or there
+        loose = taken.get('', NOTHING) + need
         planned = [names[host] for host in placed if host in names
-                   and (taken[names[host]] + need).within(limit_of(each * placed[host]))]
+                   and (taken[names[host]] + loose).within(limit_of(each * placed[host]))]
         if planned or not need.within(limit_of(each)):
             return [before] if before in planned else planned[:1]
         until = found.held_until if found else int(now + max(place.hold, 1))
@@ -16302,9 +16195,8 @@ class Claims(Operations):
                              "o.id = c.occurrence AND o.placed <> '')", place.id, server)
         one = Need(place.id, int(now), until, each, 1)
         for host, _ in rooms(one, names):
-            if any(rooms(one._replace(each=each + loose[names[host]]), [host])):
-                if placed:
-                    self.put_on(found, host, taken, now)
+            if any(rooms(one._replace(each=each + loose[names[host]]), [host])) and (
+                    not placed or self.put_on(found, host, taken, now)):
                 return [names[host]]
         return []
 
@@ -16433,7 +16325,7 @@ def repeats(booking: Booking) -> bool:
 class Calendars(Operations):
     """Imports, subscriptions and feeds."""
 
-    @api('POST', '/reservation/import')
+    @api('POST', '/reservation/import', 'import class.ics --resource demo --image cirros --dry-run')
     def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
                 network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
                 notify: Names = (), on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
@@ -16446,8 +16338,6 @@ class Calendars(Operations):
         The options here are the defaults. Other events are ignored; a refused event does not stop
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
-
-        Example: python cmres.py import class.ics --resource demo --image cirros --dry-run
         """
         return self.take_calendar(file, asked, dry_run)
 
@@ -16460,7 +16350,7 @@ class Calendars(Operations):
                           Want(**{name: said[name] for name in Want._fields if name in said}))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
-        lines = self.read_bookings(wanted, said, zone)
+        lines = self.read_bookings(wanted, said)
         before = []
         if not dry_run and not self.live_of(subscription, self.clock()):
             before = self.take_in_pieces(lines, owner, subscription)
@@ -16534,14 +16424,14 @@ class Calendars(Operations):
         self.ask_before_most_goes(subscription, had, now)
         return done
 
-    def read_bookings(self, wanted: list[Booking], said: dict, zone: ZoneInfo) -> deque[tuple]:
+    def read_bookings(self, wanted: list[Booking], said: dict) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them; what is plain first."""
         lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:
                 with budget.event(repeats(booking)):
-                    wish, coming = self.read_booking(booking, said, zone)
+                    wish, coming = self.read_booking(booking, said)
                 if len(coming) > left:
                     raise Invalid(f'Its calendar asks for more than {10 * MOST_OCCURRENCES} '
                                   'occurrences within the horizon. Put it into a calendar of its '
@@ -16552,8 +16442,7 @@ class Calendars(Operations):
                 lines[booking.uid] = booking, None, error
         return deque(lines[booking.uid] for booking in wanted)
 
-    def read_booking(self, booking: Booking, said: dict,
-                     zone: ZoneInfo) -> tuple[Wish | None, list[Slot]]:
+    def read_booking(self, booking: Booking, said: dict) -> tuple[Wish | None, list[Slot]]:
         """The wish of a booking, and what it wants until the horizon; Error if it is refused."""
         want = booking.want
         if booking.error:
@@ -16571,8 +16460,7 @@ class Calendars(Operations):
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
-                          'default resource.',
-                          hint='--resource NAME')
+                          'default resource.', hint='--resource NAME')
         wish = self.wishes.read_wish(asked, changes=())
         stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
         return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
@@ -16679,10 +16567,7 @@ class Calendars(Operations):
 
     @api('GET', '/calendar/')
     def calendar_list(self) -> list[CalendarAnswer]:
-        """Lists calendar feeds and subscriptions, without their secrets.
-
-        Example: python cmres.py calendar list
-        """
+        """Lists calendar feeds and subscriptions, without their secrets."""
         own = '' if self.actor.role == ADMIN else 'AND user = ? AND project = ?'
         who = () if self.actor.role == ADMIN else self.actor[:2]
         feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
@@ -16695,15 +16580,13 @@ class Calendars(Operations):
         return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
                                        for each in subscribed)]
 
-    @api('POST', '/calendar/feed', role=READER, made='/calendar/')
+    @api('POST', '/calendar/feed', 'calendar feed --resource demo', role=READER, made='/calendar/')
     def calendar_feed(self, resource: Label = '', whole_project: bool = False, user: Name = '',
                       project: Name = '', dry_run: bool = False) -> FeedAnswer:
         """Creates a secret address that shows your reservations to calendar programs.
 
         The address is shown only once. `calendar revoke ID` disables it. With --resource it shows
         all reservations of that resource; those of other projects only as busy.
-
-        Example: python cmres.py calendar feed --resource demo
         """
         user, project = self.owner({'user': user, 'project': project})
         secret = secrets.token_urlsafe(24)
@@ -16717,12 +16600,9 @@ class Calendars(Operations):
         return {'user': user, 'project': project} if dry_run else {
             'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
 
-    @api('DELETE', '/calendar/<id>')
+    @api('DELETE', '/calendar/<id>', 'calendar revoke 1')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Disables the address of a feed at once.
-
-        Example: python cmres.py calendar revoke 1
-        """
+        """Disables the address of a feed at once."""
         with self.writing(dry_run) as now:
             found = self.own_calendar('feed', 'revoked IS NULL', id)
             change(Feed, id, revoked=int(now))
@@ -16730,7 +16610,8 @@ class Calendars(Operations):
             return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
                     'revoked': instant(int(now))}
 
-    @api('POST', '/calendar/subscription/', made='/calendar/')
+    @api('POST', '/calendar/subscription/',
+         'calendar subscribe https://example.org/secret/eva.ics --resource demo', made='/calendar/')
     def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '',
                            image: Name = '', network: Name = '', key: Name = '', vms: Count = 1,
                            at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
@@ -16742,9 +16623,6 @@ class Calendars(Operations):
         `import` do. cmres cancels nothing because it could not read the calendar. Before it cancels
         more than half of the future occurrences, it waits for `calendar confirm`. Running VMs stay
         until their end.
-
-        Example:
-          python cmres.py calendar subscribe https://example.org/secret/eva.ics --resource demo
         """
         said = {name: value for name, value in asked.items() if name not in ('url', 'dry_run')}
         said['user'], said['project'] = self.owner(said)
@@ -16773,20 +16651,14 @@ class Calendars(Operations):
         return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
                 'shows': parts.hostname}
 
-    @api('DELETE', '/calendar/subscription/<id>')
+    @api('DELETE', '/calendar/subscription/<id>', 'calendar unsubscribe 1')
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Stops reading a calendar; its reservations stay.
-
-        Example: python cmres.py calendar unsubscribe 1
-        """
+        """Stops reading a calendar; its reservations stay."""
         return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
 
-    @api('POST', '/calendar/subscription/<id>/confirm')
+    @api('POST', '/calendar/subscription/<id>/confirm', 'calendar confirm 1')
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
-        """Confirms that a calendar may cancel most of its reservations.
-
-        Example: python cmres.py calendar confirm 1
-        """
+        """Confirms that a calendar may cancel most of its reservations."""
         if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
         return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='',
@@ -16977,7 +16849,9 @@ ACCESS = f'''SELECT id, project FROM token WHERE user = ?1 AND revoked IS NULL
 class Tokens(Operations):
     """Tokens, and what ends with the last one of a person; see Service."""
 
-    @api('POST', '/token/', role=READER, made='/token/')
+    @api('POST', '/token/',
+         'token add eva --project biology --role user --for 90d',
+         'token add --scopes calendar --name phone', role=READER, made='/token/')
     def token_add(self, user: Name = '', project: Name = '', role: Name = '', purpose: Name = '',
                   lasts: Span = None, scopes: Names = (), resource: Name = '',
                   dry_run: bool = False) -> NewTokenAnswer:
@@ -16986,10 +16860,6 @@ class Tokens(Operations):
         Admins can create tokens for others.
 
         Without --for, a token for yourself is valid for 90 days.
-
-        Example:
-          python cmres.py token add eva --project biology --role user --for 90d
-          python cmres.py token add --scopes calendar --name phone
         """
         user = user or self.actor.user
         mine = user == self.actor.user
@@ -17054,8 +16924,6 @@ class Tokens(Operations):
         """Lists your tokens (as an admin: all tokens): what for, until when, last use.
 
         cmres stores only hashes, so it cannot show the tokens again.
-
-        Example: python cmres.py token list
         """
         own, values = self.own_tokens()
         return [self.token_public(each) for each in rows(
@@ -17082,12 +16950,9 @@ class Tokens(Operations):
             raise NotFound(f'There is no active token with the id {id}.')
         return found
 
-    @api('POST', '/token/<id>/renew', role=READER)
+    @api('POST', '/token/<id>/renew', 'token renew 3 --for 90d', role=READER)
     def token_renew(self, id: int, lasts: Span = None, dry_run: bool = False) -> TokenAnswer:
-        """Makes a token valid for longer: 90 days from now, or as --for says.
-
-        Example: python cmres.py token renew 3 --for 90d
-        """
+        """Makes a token valid for longer: 90 days from now, or as --for says."""
         with self.writing(dry_run) as now:
             found = self.own_token(id)
             if self.actor.role != ADMIN and ROLES.index(found.role) > ROLES.index(self.actor.role):
@@ -17099,14 +16964,12 @@ class Tokens(Operations):
             self.journal(now, 'token', f'renewed token {id} of {found.user} {until}')
             return self.token_public(self.own_token(id))
 
-    @api('DELETE', '/token/<id>', role=READER)
+    @api('DELETE', '/token/<id>', 'token revoke 3', role=READER)
     def token_revoke(self, id: int, dry_run: bool = False) -> TokenAnswer:
         """Makes a token invalid at once.
 
         With the last token of a user in a project, the user's feeds, subscriptions and shared pages
         end, too. Their reservations stay.
-
-        Example: python cmres.py token revoke 3
         """
         with self.writing(dry_run) as now:
             found = self.own_token(id)
@@ -17121,13 +16984,11 @@ class Tokens(Operations):
         if not rehearsal.on:
             run('DELETE FROM session WHERE token_id = ?', id)
 
-    @api('DELETE', '/user/<user>', role=ADMIN)
+    @api('DELETE', '/user/<user>', 'user end eva --project biology', role=ADMIN)
     def user_end(self, user: Name, project: Name = '', dry_run: bool = False) -> EndedAnswer:
         """Ends all access of a person: tokens, sign-ins, feeds, subscriptions and shared pages.
 
         In all projects, or in one. Their reservations stay.
-
-        Example: python cmres.py user end eva --project biology
         """
         with self.writing(dry_run) as now:
             found = [each for each in rows(ACCESS, user) if project in ('', each.project)]
@@ -17143,7 +17004,9 @@ class Tokens(Operations):
             self.journal(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
         return {'user': user, 'tokens': len(tokens)}
 
-    @api('POST', '/credential/', made='/credential/')
+    @api('POST', '/credential/',
+         'credential add chameleon 8f2c... SECRET',
+         'credential add chameleon --trust 709e...', made='/credential/')
     def credential_add(self, cloud: Name, application: Name = '', secret: Name = '',
                        trust: Name = '', dry_run: bool = False) -> CredentialAnswer:
         """Creates your VMs on a cloud in your name: your project, quota, networks and keys.
@@ -17151,10 +17014,6 @@ class Tokens(Operations):
         Give an application credential of yours, or a trust from you to the user of cmres there. The
         secret is kept encrypted, and the key is not in the database. What is reserved already uses
         it for VMs that are not started yet.
-
-        Example:
-          python cmres.py credential add chameleon 8f2c... SECRET
-          python cmres.py credential add chameleon --trust 709e...
         """
         if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
             raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
@@ -17188,22 +17047,16 @@ class Tokens(Operations):
 
     @api('GET', '/credential/')
     def credential_list(self) -> list[CredentialAnswer]:
-        """Lists your credentials, as an admin all.
-
-        Example: python cmres.py credential list
-        """
+        """Lists your credentials, as an admin all."""
         own, values = self.own_tokens()
         return [public(each) for each in rows(
             "SELECT id, user, project, cloud, iif(secret = '', '', name) AS application, "
             "iif(secret = '', name, '') AS trust, added FROM credential t "
             f'WHERE {own} ORDER BY id', *values)]
 
-    @api('DELETE', '/credential/<id>')
+    @api('DELETE', '/credential/<id>', 'credential delete 1')
     def credential_delete(self, id: int, dry_run: bool = False) -> CredentialAnswer:
-        """Takes a credential away: what starts from now on is made as it is for your project.
-
-        Example: python cmres.py credential delete 1
-        """
+        """Takes a credential away: what starts from now on is made as it is for your project."""
         with self.writing(dry_run) as now:
             found = [each for each in self.credential_list() if each['id'] == id]
             if not found:
@@ -17231,8 +17084,7 @@ class Tokens(Operations):
 
     def end_calendars(self, user: str, project: str, now: float) -> str:
         """Ends the feeds and shared pages of who has no token any more, the subscriptions of who
-        may not book; the end of a sentence that says so.
-        """
+        may not book; the end of a sentence that says so."""
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
             f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
@@ -17295,14 +17147,12 @@ class Records(Operations):
     """What was."""
 
     @api('GET', '/event/')
-    @api('GET', '/reservation/<label>/events')
+    @api('GET', '/reservation/<label>/events', 'events lab --follow')
     def events(self, label: Label = '', project: Name = '', after: int = 0, limit: Page = 100,
                since: When = None) -> list[EventAnswer]:
         """Shows the event log; the newest lines are last.
 
         On the command line, --follow shows each new event at once, until Ctrl-C.
-
-        Example: python cmres.py events lab --follow
         """
         onward = bool(after or since)
         after = max(after, self.event_before(self.resolve(since, LAST)[0]) if since else 0)
@@ -17328,13 +17178,11 @@ class Records(Operations):
             low, high = (found.id, high) if found.at < at else (low, middle - 1)
         return low
 
-    @api('GET', '/punctuality/')
+    @api('GET', '/punctuality/', 'punctuality --since 2026-11-01')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
         """Shows the start delay of VMs per cloud, and which VMs failed.
 
         In seconds: median, 95th percentile, worst. `delays` is the same.
-
-        Example: python cmres.py punctuality --since 2026-11-01
         """
         first = self.resolve(since, LAST)[0] if since else int(self.clock()) - 30 * DAY
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
@@ -17362,7 +17210,7 @@ class Records(Operations):
                     name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
                                                            'fault')} for each in failed[-100:]]}
 
-    @api('GET', '/report/')
+    @api('GET', '/report/', 'report --since 2027-01-01 --by user --format csv')
     def report(self, since: When = None, until: When = None,
                group_by: Name = 'project') -> list[ReportAnswer]:
         """Sums up VM-hours, refused requests and start delays.
@@ -17370,8 +17218,6 @@ class Records(Operations):
         VM-hours are reserved, used and unused, per project, user or resource.
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
-
-        Example: python cmres.py report --since 2027-01-01 --by user --format csv
         """
         columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
         refuse_unknown_word('group_by', group_by, columns)
@@ -17621,8 +17467,7 @@ def named(found: list, most: int = 5) -> str:
 def is_due(what: str, now: float) -> bool:
     """Whether anything of a kind is due."""
     table, column, which = DUE[what]
-    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1',
-                    now))
+    return bool(row(f'SELECT 1 AS one FROM {table} WHERE {column} <= ? AND {which} LIMIT 1', now))
 
 
 def those_due(what: str, query: str, now: float, tail: str = '', *values) -> list:
@@ -17680,8 +17525,7 @@ def note_of(config: Config, now: float, code: str, sentence: str, about,
          notify: Iterable[str] | None = None) -> None:
     """An event of one server, which is only logged: `tell_up` tells of all of them together."""
     occurrence = getattr(about, 'occurrence_id', about.id)
-    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify,
-            occurrence)
+    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
 
 
 def tell_of(config: Config, now: float, code: str, sentence: str, about) -> None:
@@ -17777,8 +17621,7 @@ class Clocks:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
         before, self.trust = self.trust, said or self.judged()[0]
         run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-            'excluded.value',
-            'clocks', json.dumps(self.trust))
+            'excluded.value', 'clocks', json.dumps(self.trust))
         if self.trust.doubted == (before and before.doubted):
             return
         sentence = 'the clock of this computer is right again'
@@ -17816,14 +17659,18 @@ class LostLease(Error):
     """Another scheduler acts now; this one must not."""
 
 
-#: What all processes have in common that see one another by number: a container, until a start.
-NEIGHBOURS = zlib.crc32(f'{boot_id()} {identity_of((stat_of("/proc/self/ns/pid"),))}'.encode())
+@functools.cache
+def neighbours() -> int:
+    """What all processes have in common that see one another by number: a container, until a start.
+    """
+    seen = identity_of((stat_of('/proc/self/ns/pid'),))
+    return zlib.crc32(f'{boot_id()} {seen}'.encode())
 
 
 def has_died(holder: str) -> bool:
     """Whether a scheduler is no more, as far as that can be seen from here."""
     name, _, place = holder.rpartition(':')
-    if place != str(NEIGHBOURS):
+    if place != str(neighbours()):
         return False
     try:
         os.kill(int(name.rpartition(':')[2]), 0)
@@ -17844,7 +17691,7 @@ class Leadership:
 
     def __init__(self, config: Config, clocks: Clocks, clouds: Clouds):
         self.config, self.clocks, self.clouds = config, clocks, clouds
-        self.name = f'{socket.gethostname()}:{secrets.token_hex(4)}:{os.getpid()}:{NEIGHBOURS}'
+        self.name = f'{socket.gethostname()}:{secrets.token_hex(4)}:{os.getpid()}:{neighbours()}'
         self.known: list = []  # the leases as they were at the last look
         self.shares = False  # whether others are to have some; a line of cron takes all, and ends
         self.held: set[str] = set()
@@ -18043,7 +17890,8 @@ class Workers:
             'notice': self.do_notice, 'time': self.do_time, 'poll': self.do_poll,
             'ahead': self.do_ahead,
             'clear': lambda call: self.clouds.open(call.account).delete(call.target),
-            'trace': lambda call: self.clouds.open(call.account).hosts(call.target),
+            'trace': lambda call: self.clouds.open(call.account).hosts(
+                [each.server for each in call.target]),
             'lend': lambda call: self.clouds.open(call.account).lend(call.target),
             'verify': lambda call: self.clouds.open(call.account).saved(call.target.snapshot_id),
             'hosts': lambda call: self.clouds.open(call.target).aggregates(),
@@ -18253,11 +18101,8 @@ class Health:
         self.breakers: dict[str, Breaker] = defaultdict(Breaker)
 
     def pause(self, failures: int, longest: float = 0) -> float:
-        """The seconds before something is tried again that has failed so often.
-
-        Args:
-          longest: seconds that it grows to; 0: those of the setting `retry_most`
-        """
+        """The seconds before something is tried again that has failed so often; `longest`: seconds
+        that it grows to; 0: those of the setting `retry_most`."""
         pause = self.config.retry_first * 2 ** min(failures - 1, 20)
         return min(pause, longest or self.config.retry_max) * random.uniform(0.8, 1.2)
 
@@ -18330,9 +18175,8 @@ class Post:
             return False
         with transaction():
             total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
-                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, '
-                         'number = 1 + iif(mailed.day = excluded.day, mailed.number, 0) '
-                         'RETURNING number',
+                         'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, number = '
+                         '1 + iif(mailed.day = excluded.day, mailed.number, 0) RETURNING number',
                          f'{notice.owner} invites', int(now // 86400)).fetchone()
             if enough := total > self.config.invitations_per_day:
                 change(Outbox, notice.id, due=None, fault='too many invitations today')
@@ -18402,9 +18246,8 @@ class Planner:
     def plan(self, now: float) -> None:
         """Writes down the servers that occurrences want now, and gives up those they don't."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
-               's.cloud, s.user_started, '
-               'r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, s.no_show, s.mode '
-               'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
+               's.cloud, s.user_started, r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, '
+               's.no_show, s.mode FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
         there = ('AND s.cloud IN names(?) ORDER BY +o.start DESC LIMIT ?',  # + for the index of due
                  json.dumps([*self.leader.served]))
@@ -18500,18 +18343,16 @@ class Planner:
         """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
         return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
                         "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
-                        "AND NOT v.borrowed "
-                        "AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
+                        "AND NOT v.borrowed AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
                         occurrence.reservation_id, occurrence.id))
 
     def stopped_before(self, occurrence) -> list:
         """The VMs that a series has stopped or shelved before, on the same account."""
         account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
-        return rows("SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON "
-                    "v.occurrence_id = o.id "
-                    "WHERE o.reservation_id = ? AND o.resource_id = ? AND v.state = 'kept' AND NOT "
-                    "v.borrowed "
-                    "AND v.goal IN ('stop', 'shelve') AND v.account = ? ORDER BY v.n, v.id",
+        return rows('SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON '
+                    'v.occurrence_id = o.id WHERE o.reservation_id = ? AND o.resource_id = ? AND '
+                    "v.state = 'kept' AND NOT v.borrowed AND v.goal IN ('stop', 'shelve') AND "
+                    'v.account = ? ORDER BY v.n, v.id',
                     occurrence.reservation_id, occurrence.resource_id, account)
 
     def goal_after(self, occurrence, server, over: bool) -> str:
@@ -18534,17 +18375,15 @@ class Planner:
     def handed_on(self, occurrence, now: float) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
-                        'o.reservation_id '
-                        "WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND o.cancelled IS "
-                        "NULL AND o.due IS NOT NULL "
-                        'AND o.held_from <= ? AND o."end" > ?', occurrence.server, occurrence.id,
+                        "o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND "
+                        'o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND '
+                        'o."end" > ?', occurrence.server, occurrence.id,
                         now, now))
 
     def force(self, occurrence, now: float) -> None:
         """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
         late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
-                    "NOT borrowed "
-                    "AND state NOT IN ('deleted', 'kept')", occurrence.id)
+                    "NOT borrowed AND state NOT IN ('deleted', 'kept')", occurrence.id)
         for server in late:  # an image that is not complete by now never will be
             change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
         if late:
@@ -18562,8 +18401,7 @@ class Planner:
         begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
         if now >= begun + occurrence.no_show:
             found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now,
-                                'nobody started a VM in it within '
+            self.service.admission.cancel([found], now, 'nobody started a VM in it within '
                                 f'{format_duration(occurrence.no_show)}')
             return True
         if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
@@ -18577,8 +18415,7 @@ class Planner:
 
     def end_foreign(self, occurrence, now: float) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if
-        that is set, again and again until they are gone.
-        """
+        that is set, again and again until they are gone."""
         foreign, ends = self.foreign(occurrence)
         if foreign and not occurrence.told & FOREIGN:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
@@ -18751,8 +18588,7 @@ class Planner:
                      occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
-               "LIMIT 1",
-               occurrence.id):
+               "LIMIT 1", occurrence.id):
             return now + self.config.poll_changing
         if all(self.foreign(occurrence)):
             return now + self.config.lost_answer_wait
@@ -18845,12 +18681,12 @@ class Dispatcher:
         """Lets clouds be asked whether servers are still there that people have booted."""
         claims: dict = defaultdict(list)
         clouds = json.dumps([*self.leader.served])
-        for each in those_due('claim', 'SELECT c.server, s.cloud FROM claim c CROSS JOIN resource '
-                              's ON s.id = c.resource_id', now,
+        for each in those_due('claim', 'SELECT c.id, c.server, c.asked, s.cloud FROM claim c '
+                              'CROSS JOIN resource s ON s.id = c.resource_id', now,
                               'AND s.cloud IN names(?) LIMIT 100', clouds):
-            claims[each.cloud].append(each.server)
-        for account, uids in claims.items():
-            self.workers.submit(('claims', account), 'trace', account, uids, account)
+            claims[each.cloud].append(each)
+        for account, those in claims.items():
+            self.workers.submit(('claims', account), 'trace', account, those, account)
 
     def left_alone(self, server, now: float) -> bool:
         """Whether a cloud is in such trouble that calls to it wait; looks tell when it is over."""
@@ -18864,11 +18700,8 @@ class Dispatcher:
         return True
 
     def must_wait(self, server, waits: dict, now: float) -> bool:
-        """Whether a server can't start since its resource is closed or has less than is booked.
-
-        Args:
-          waits: by resource, what is known of that in this pass
-        """
+        """Whether a server can't start since its resource is closed or has less than is booked;
+        `waits`: by resource, what is known of that in this pass."""
         if server.resource_id not in waits:
             place = row('SELECT * FROM resource WHERE id = ?', server.resource_id)
             waits[place.id] = self.service.waits_for(place, now)
@@ -18940,8 +18773,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
 
 class Lender:
     """Has clouds know what the leases have that are active: flavors, server groups and aggregates
-    where that is wanted, and floating IPs.
-    """
+    where that is wanted, and floating IPs."""
     AGAIN = 30  # seconds after which what a cloud has refused is asked for once more
 
     def __init__(self, workers: Workers):
@@ -19007,8 +18839,7 @@ class HostWatch:
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
-        them, 'states' whether they take VMs, 'flavors' what VMs take.
-        """
+        them, 'states' whether they take VMs, 'flavors' what VMs take."""
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
         for cloud in sorted(planned & self.leader.served):  # on an account of its own
@@ -19201,11 +19032,11 @@ class Reconciler:
     def record_trace(self, result: Job, now: float) -> None:
         """Lets claims count what their servers really take."""
         if result.error:
-            run(f"UPDATE claim SET due = ? WHERE due <= ? AND server IN "
-                f"({', '.join('?' * len(result.target))})",
-                now + self.config.poll_running, now, *result.target)
+            run('UPDATE claim SET due = ? WHERE due <= ? AND id IN numbers(?)',
+                now + self.config.poll_running, now,
+                json.dumps([each.id for each in result.target]))
             return
-        self.service.note_seats(result.account, result.answer, now, result.began)
+        self.service.note_seats(result.target, result.answer, now)
 
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
@@ -19357,8 +19188,7 @@ class Reconciler:
                          uid=None)
         else:
             self.write_off(server, now)
-            change(Server, server.id, state='planned', uid=None,
-                   fault='the cloud lost it', due=now)
+            change(Server, server.id, state='planned', uid=None, fault='the cloud lost it', due=now)
             return [server]
         return []
 
@@ -19662,8 +19492,7 @@ class LifeCycle:
             self.zones = stamp
         stale = [] if done else rows(
             "SELECT id FROM reservation WHERE series <> '' AND over > ? "
-            'AND carried IS NOT ? LIMIT 20',
-            int(now), stamp)
+            'AND carried IS NOT ? LIMIT 20', int(now), stamp)
         for each in stale:
             self.carry_on(each.id, stamp, now)
         self.stale = bool(stale)
@@ -19684,8 +19513,7 @@ class LifeCycle:
             raise
         except Exception as error:
             log.warning('the series of reservation %s could not be continued: %s', reservation,
-                        error,
-                        exc_info=not isinstance(error, Error))
+                        error, exc_info=not isinstance(error, Error))
             with self.leader.acting():
                 change(Reservation, reservation, carried=stamp)
                 journal(self.config, now, 'cmres', 'trouble',
@@ -19866,7 +19694,7 @@ REFUSALS = {
     429: 'too many requests; try again later', 500: 'a mistake in cmres; its log has more',
     502: 'a cloud refused or did not answer', 503: 'not now; try again later'}
 
-TAGS = {name: about.partition('\n')[0] for name, about in GROUPS.items()
+TAGS = {name: about for name, (about, _) in GROUPS.items()
         if any(each.routes[0][1].startswith(f'/{name}/') for each in API.values())} | {
     'reservation': 'VMs or capacity of a resource for a time window, once or in a series.',
     'server': 'VMs that stay after their end.', 'claim': 'For the Nova scheduler filter.',
@@ -20083,13 +19911,13 @@ def refusal_name(status: int) -> str:
 
 def said_of(operation: Operation) -> dict:
     """What its help says of an operation, for who types nothing."""
-    summary, _, more = operation.help[0].partition('\n\n')
+    summary, _, more = operation.help.partition('\n\n')
     return {'summary': summary.rstrip('.').replace('\n', ' '), 'description': more or summary}
 
 
 def example_of(operation: Operation) -> dict:
     """The arguments of the first command in the help of an operation."""
-    first = operation.help[1].partition('\n')[0].partition('cmres.py ')[2]
+    first = (*operation.examples, operation.words)[0]
     words = shlex.split(first)[len(operation.words.split()):]
     plain = [*itertools.takewhile(lambda word: not word.startswith('--'), words)]
     example = dict(zip(operation.parameters, plain))
@@ -20182,8 +20010,6 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
 
 def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
-    def no_metrics():
-        return refused(NotFound('`serve` counts, and only there are metrics'))
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
     app.default_error_handler = told or (
@@ -20192,7 +20018,8 @@ def health_of(service: Reservations, told: Callable | None = None):
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route(METRICS_PATH, 'GET', no_metrics)
+    app.route(METRICS_PATH, 'GET', lambda: refused(NotFound(
+        '`serve` counts, and only there are metrics')))
     return app
 
 
@@ -21289,8 +21116,7 @@ class Blazar:
 
     def answering(self, handle: Callable, needed: str, status: int) -> Callable:
         """A handler for who may call the operation that is needed: the answer, or what Blazar's
-        clients read of none.
-        """
+        clients read of none."""
         def handler(**path):
             request = bottle.request
             try:
@@ -21460,7 +21286,6 @@ class Blazar:
             'id': name, 'resource_type': 'physical:host', 'property_name': name,
             'private': private, 'created_at': None, 'updated_at': None}}
 
-
     # Floating IPs
 
     def add_address(self, view: LeaseView, given: dict) -> dict:
@@ -21560,8 +21385,7 @@ class LeaseView:
     def leases(self, found: list) -> list[dict]:
         """Leases as Blazar's clients read them."""
         ids = json.dumps([each.id for each in found])
-        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)',
-                     ids)
+        holds = rows('SELECT * FROM blazar_hold WHERE lease_id IN names(?)', ids)
         among = self.acting.look.among('o.reservation_id', [each.reservation for each in holds])
         there = {each.reservation: each for each in listing(
             self.acting.clock(), among[0], among[1:], fields=BRIEF)} if holds else {}
@@ -21686,8 +21510,7 @@ class LeaseView:
 
     def hosts(self, addresses: bool = False) -> list[LeaseHost]:
         """All hosts that can be reserved by their names; of resources without such, themselves; or
-        all floating IPs.
-        """
+        all floating IPs."""
         extras, found = said_of_hosts(), []
         for place in self.acting.look.places():
             named, network = json.loads(place.named or '{}'), network_behind(place)[2]
@@ -22742,7 +22565,7 @@ class Draft:
             if unescaped(each.read('SUMMARY')[1]) == old.description:
                 said['description'] = booking.summary[:1000]
         with Budget().event(repeats(booking)):
-            return acting.read_booking(booking, said, self.event.zone)[0]
+            return acting.read_booking(booking, said)[0]
 
     def reserve(self) -> str:
         """Books what an event asks for, and keeps its text; what is shown of it then."""
@@ -22778,8 +22601,7 @@ class Draft:
         old = json.loads(had.why) if had and outcome in ('unchanged', 'changed') else {}
         left = {int(each['start'].timestamp()): each['why'] for each in done.get('occurrences', ())}
         there = rows('SELECT slot, start FROM occurrence WHERE reservation_id = ? AND start IN '
-                     'numbers(?)', self.known and self.known.id,
-                     json.dumps([*left]))
+                     'numbers(?)', self.known and self.known.id, json.dumps([*left]))
         new = {each.slot: left[each.start] for each in there if each.slot}
         return {slot: why for slot, why in old.items() if slot} | new
 
@@ -23024,6 +22846,7 @@ class Query:
                 window = max(begin - offset - 1, 0), until - offset + 1
                 for each in self.occurrences(groups, *window):
                     yield int(each[side].timestamp()) + offset if each else begin
+
 
 def is_absent(part) -> bool:
     """Whether a filter wants that something is not there."""
@@ -26150,8 +25973,7 @@ class OpenId:
             raise Unauthorized(f"you are not signed in: {said.get('error') or 'start again'}")
         try:
             token = self.client(back).fetch_token(
-                self.provider['token_endpoint'], code=said['code'],
-                code_verifier=known['verifier'])
+                self.provider['token_endpoint'], code=said['code'], code_verifier=known['verifier'])
             return self.claims(token, known['nonce'], now)
         except (AuthlibBaseError, JoseError, LookupError, ValueError) as error:
             log.warning('the OpenID provider: %s', first_line(error))
@@ -26549,8 +26371,7 @@ class Lists(Visit):
         """A table of reservations with their addresses and what can be done to them."""
         servers: dict = defaultdict(list)
         for each in rows('SELECT occurrence_id, addresses, ready, planned FROM server WHERE '
-                         'occurrence_id IN numbers(?)',
-                         json.dumps([each['id'] for each in found])):
+                         'occurrence_id IN numbers(?)', json.dumps([each['id'] for each in found])):
             servers[each.occurrence_id].append(each)
         lines = []
         for each in map(self.as_left, found):
@@ -28272,8 +28093,7 @@ def nova_settings():
 
 class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not
-    concerned.
-    """
+    concerned."""
 
     RUN_ON_REBUILD = False
     known: dict[str, tuple] = {}  # which address and token are those of a store
@@ -28292,14 +28112,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         outside = len(inside) < len(marks) and nova_settings().without_hint == 'outside'
         resources = sorted(set().union(*(names for _, names in marks)))
         asks = resources and not self.is_rebuild(spec)
-        moves = self.is_move(spec) and not label
-        verdicts = (self.ask_all(resources, spec, label, inside, True) if asks and moves
-                    else dict.fromkeys(resources, False))
-        stays = label or any(verdicts.values())
+        verdicts = (self.ask_all(resources, spec, label, inside, True)
+                    if asks and self.is_move(spec) else dict.fromkeys(resources))
+        comes, stays = [each for each in resources if verdicts[each] is None], label or any(
+            verdicts.values())
         if not asks:
             verdicts = {}
         elif label or not stays and not outside:
-            verdicts = self.ask_all(resources, spec, label, inside, False)
+            verdicts |= self.ask_all(comes, spec, label, inside, False)
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
             if passes and (names or not stays):
@@ -28309,16 +28129,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def with_lost(self, hosts: list, lost: list, spec) -> list:
         """The hosts of a request, and those that it lost here before: of several servers at once,
-        Nova asks for each with what the one before has left.
-        """
+        Nova asks for each with what the one before has left."""
         group = spec.obj_attr_is_set('instance_group') and spec.instance_group
         return [each for each in [*hosts, *(each for each in lost if each not in hosts)]
                 if not group or self.takes_in(each, group, spec.instance_uuid)]
 
     def takes_in(self, host, group, server: str) -> bool:
         """Whether a server of a server group may go to a host: Nova's own filters say the same, but
-        after this one, which has to plan another host then.
-        """
+        after this one, which has to plan another host then."""
         if group.policy == 'anti-affinity' and server not in host.instances:
             most = int((group.rules or {}).get('max_server_per_host', 1))
             return len({*group.members} & {*host.instances}) < most
@@ -28326,8 +28144,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
-        it names none.
-        """
+        it names none."""
         hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
         return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
@@ -28361,8 +28178,10 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return verdicts
 
     def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
-            moves: bool) -> dict[str, bool | list]:
-        """What the cmres says that has some resources; a refusal is logged with its reason."""
+            moves: bool) -> dict[str, bool | list | None]:
+        """What the cmres says that has some resources, None of what does not count there yet; a
+        refusal is logged with its reason.
+        """
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
@@ -28379,7 +28198,8 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
             if not each['passes']:
                 log.info('%s may not start on %s: %s', spec.instance_uuid, each['resource'],
                          each['why'])
-        return {each['resource']: each['passes'] and (each['hosts'] or True) for each in answer}
+        return {each['resource']: each['passes'] and (each['hosts'] or True)
+                if each['why'] != OUTSIDE else None for each in answer}
 
     def answer(self, store: str, settings, asked: list, **more) -> list[dict]:
         """What the first cmres answers that has a store; without several, it is the only one."""
@@ -28422,12 +28242,8 @@ Works on the database in this folder, or with CMRES_URL and CMRES_TOKEN on a ser
 --tz ZONE and --format table|json|csv|yaml. Tables take --columns A,B, --sort A (or --sort=-A: the
 last first), --wide (all columns) and --watch (again every 2 seconds).
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
-
-Example:
-  python cmres.py serve
-  python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
-  python cmres.py list
 """
+FIRST_COMMANDS = ('serve', 'add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros', 'list')
 
 #: The commands as help lists them.
 SHELVES = {
@@ -28497,8 +28313,6 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     Creates the database if there never was one. In a folder without database, key and
     configuration, and with --demo, it also creates the resource `demo` and a token for an admin.
     The token is shown once.
-
-    Example: python cmres.py serve --port 8080
     """
     in_utc(config)
     sys.setswitchinterval(NIMBLE)
@@ -28537,8 +28351,6 @@ def scheduler(config: Config, port: int = None) -> None:
     """Runs only the scheduler, until you stop it: it starts and ends VMs.
 
     With --once it runs once, like `tick`.
-
-    Example: python cmres.py scheduler
     """
     in_utc(config)
     told = prepared(config)
@@ -28561,8 +28373,6 @@ def tick(config: Config) -> None:
 
     Starts what is due, waits for the answers of the clouds and stores them. Does nothing for clouds
     for which another scheduler acts. `scheduler --once` is the same.
-
-    Example: python cmres.py tick
     """
     for line in prepared(config):
         print(line, file=sys.stderr)
@@ -28577,8 +28387,6 @@ def store_backup(config: Config, path: Name) -> dict:
 
     The key is not in the copy, so nobody can sign in with it. A restored copy works with a new key;
     then people sign in to the page again.
-
-    Example: python cmres.py store backup cmres-monday.db
     """
     refuse_missing(config.database)
     copy_store(config.database, path)
@@ -28590,8 +28398,6 @@ def store_copy(config: Config, target: Name) -> dict:
 
     Stop all processes of cmres first, and start them on the target afterwards (setting database).
     The copy is checked. It has the same key, so everybody stays signed in.
-
-    Example: python cmres.py store copy postgresql://cmres@db.example.org/cmres
     """
     refuse_missing(config.database)
     file = key_file(target, config.key)
@@ -28607,8 +28413,6 @@ def store_verify(config: Config, path: Name = '') -> dict:
     """Reads the whole database, or a copy, and checks it for damage.
 
     Exit code 1 if it is damaged. /readyz of `serve` shows the last result.
-
-    Example: python cmres.py store verify cmres-monday.db
     """
     return verify_store(path or config.database)
 
@@ -28618,8 +28422,6 @@ def store_restore(config: Config, path: Name) -> dict:
 
     The old database is kept beside it. VMs that started after the copy was written stay until an
     admin chooses `store orphans --delete` or `--adopt`.
-
-    Example: python cmres.py store restore cmres-monday.db
     """
     return restore_store(config.database, path, config.key)
 
@@ -28629,8 +28431,6 @@ def store_migrate(config: Config) -> dict:
 
     cmres writes a copy beside it first. `serve`, `scheduler` and `tick` do the same when they
     start.
-
-    Example: python cmres.py store migrate
     """
     refuse_missing(config.database)
     done = migrate_store(config.database)
@@ -28645,8 +28445,6 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
     Each line is a difference; with --dry-run that is all that happens, and where nothing is to be
     changed there is none. The entry of clouds.yaml must be an admin's. Without --address, it is
     that of the setting `address`.
-
-    Example: python cmres.py catalog add chameleon --address https://cmres.example.org --dry-run
     """
     address = address or config.public_url
     if not is_web(address):
@@ -28662,8 +28460,6 @@ def key_rotate(config: Config) -> dict:
 
     Running processes use it at once. Links to shared pages end at that time, too. After a theft,
     use `user end`, or stop cmres and remove the key file: then everybody must sign in again.
-
-    Example: python cmres.py key rotate
     """
     refuse_missing(config.database)
     file, until = key_file(config.database, config.key), int(time.time() + config.session_length)
@@ -28679,8 +28475,6 @@ def config_show(config: Config) -> Rows:
     """Lists all settings, where each comes from, and which need a restart.
 
     Secrets are not shown. `serve` and `scheduler` read the others again at SIGHUP.
-
-    Example: python cmres.py config show
     """
     return [{'setting': name, 'value': shown_setting(config, name),
              'from': config.sources.get(name, 'default'),
@@ -28688,10 +28482,7 @@ def config_show(config: Config) -> Rows:
 
 
 def config_check(config: Config) -> dict:
-    """Checks the settings; exit code 2 if one is wrong. Nothing is changed.
-
-    Example: python cmres.py config check --config /etc/cmres.ini
-    """
+    """Checks the settings; exit code 2 if one is wrong. Nothing is changed."""
     if faults := [*faults_of(config)]:
         raise Invalid('; '.join(faults))
     return {'file': config.path or 'none', 'set': len(config.sources), 'result': 'ok'}
@@ -28728,8 +28519,6 @@ def event_export(config: Config, since: When = None) -> None:
     """Prints the whole event log, one line of JSON for each event, the oldest first.
 
     `events export` and `journal export` are the same.
-
-    Example: python cmres.py event export --since 2027-01-01
     """
     service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
@@ -28744,8 +28533,6 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
 
     They stay until an admin decides: with --delete the scheduler deletes them, with --adopt cmres
     never touches them again. `add --server ID` reserves one of them.
-
-    Example: python cmres.py store orphans --adopt
     """
     if delete and adopt:
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
@@ -28795,9 +28582,6 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
 
     Nothing is reserved. Times without a zone and whole days are in the zone of --tz. Events that
     cmres cannot understand are named on the error output. `calendar preview` is the same.
-
-    Example:
-      python cmres.py occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris
     """
     def moment(given, origin: datetime, default: timedelta) -> datetime:
         return given if isinstance(given, datetime) else origin + (given or default)
@@ -28815,13 +28599,12 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def printing(name: str, about: str, file: str, text: Callable[[], str]) -> Callable:
-    """A command that only prints a text, which belongs into a file."""
+def printing(name: str, about: str, file: str, text: Callable[[], str]) -> tuple[Callable, str]:
+    """A command that only prints a text, which belongs into a file, and its example."""
     def command(config: Config) -> None:
         print(text().strip('\n'))
-    command.__name__ = name
-    command.__doc__ = f'{about}\n\nExample: python cmres.py {name} > {file}'
-    return command
+    command.__name__, command.__doc__ = name, about
+    return command, f'{name} > {file}'
 
 
 PRINTING = (
@@ -28834,10 +28617,7 @@ PRINTING = (
 
 
 def completion(config: Config, shell: Name) -> None:
-    """Prints a script that completes commands, options, labels and resources in a shell.
-
-    Example: python cmres.py completion bash >> ~/.bashrc
-    """
+    """Prints a script that completes commands, options, labels and resources in a shell."""
     if shell not in COMPLETIONS:
         raise Invalid(f"There is no completion for '{shell}'{nearest(shell, COMPLETIONS)} Choose "
                       f"one of {', '.join(COMPLETIONS)}.")
@@ -28864,10 +28644,20 @@ complete -c cmres -f -a '(_CMRES_COMPLETE=1 cmres (commandline -opc)[2..-1] (com
 """}
 
 
-LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})])
-         for each in (serve, scheduler, tick, occurrences, store_backup, store_copy, store_verify,
-                      store_restore, store_migrate, store_orphans, completion, key_rotate,
-                      catalog_add, config_show, config_check, event_export, *PRINTING)}
+#: Commands of this computer alone, with an example of each.
+LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})], '', examples)
+         for each, *examples in (
+    (serve, 'serve --port 8080'), (scheduler,), (tick,),
+    (occurrences,
+     'occurrences class.ics --start 2027-01-01 --end 2027-02-01 --tz Europe/Paris'),
+    (store_backup, 'store backup cmres-monday.db'),
+    (store_copy, 'store copy postgresql://cmres@db.example.org/cmres'),
+    (store_verify, 'store verify cmres-monday.db'),
+    (store_restore, 'store restore cmres-monday.db'), (store_migrate,),
+    (store_orphans, 'store orphans --adopt'), (completion, 'completion bash >> ~/.bashrc'),
+    (key_rotate,), (config_show,), (config_check, 'config check --config /etc/cmres.ini'),
+    (catalog_add, 'catalog add chameleon --address https://cmres.example.org --dry-run'),
+    (event_export, 'event export --since 2027-01-01'), *PRINTING)}
 
 
 def in_utc(config: Config) -> None:
@@ -28987,8 +28777,7 @@ class Call:
         return []
 
 
-class Untyped(str):
-    """The default of an argument; what is this was not typed."""
+UNTYPED = object()  # the default of an argument: what is this was not typed
 
 
 def command(operation: Operation) -> Callable:
@@ -28997,10 +28786,9 @@ def command(operation: Operation) -> Callable:
     def note(*args, **kwargs):
         typed = note.__signature__.bind(*args, **kwargs).arguments
         return Call(operation, {name: value for name, value in typed.items()
-                                if not isinstance(value, Untyped)})
-    note.__signature__ = inspect.Signature([
-        each.replace(annotation=REQUIRED, default=Untyped(''))
-        for each in operation.parameters.values()])
+                                if value is not UNTYPED})
+    note.__signature__ = inspect.Signature([each.replace(annotation=REQUIRED, default=UNTYPED)
+                                            for each in operation.parameters.values()])
     note.__name__, note._operation = operation.name, operation
     return note
 
@@ -29115,9 +28903,9 @@ def run_command(argv: list[str], finish: Callable) -> None:
 
 def help_of_group(here: dict, path: list[str]) -> str:
     """What a group of commands is for, and each of them in a line."""
-    text, example = split_help(GROUPS[path[0]] if path else HELP)
+    text, *examples = GROUPS[path[0]] if path else (HELP.strip(), *FIRST_COMMANDS)
     usage = ' '.join(['Usage: python cmres.py', *path, 'COMMAND [arguments]'])
-    about = {name: each.help[0] if isinstance(each, Operation) else GROUPS[name]
+    about = {name: each.help if isinstance(each, Operation) else GROUPS[name][0]
              for name, each in here.items()}
     first = {name: re.split(r'(?<=[.])\s|\n\n', said)[0].replace('\n', ' ')
              for name, said in about.items()}
@@ -29127,12 +28915,11 @@ def help_of_group(here: dict, path: list[str]) -> str:
              for title, names in shelves.items()]
     also = ', '.join(f'{new} (same as {old})' for new, old in ALIASES.items())
     return '\n\n'.join([usage, wrapped(text), *lists, *([] if path else [wrapped(f'Also: {also}')]),
-                        f'Example:\n{example}'])
+                        as_examples(examples)])
 
 
 def help_of_command(operation: Operation, path: list[str]) -> str:
     """How a command is written, what it does, and its arguments by kind."""
-    text, example = operation.help
     kinds = {name: SHOWN_AS.get(each.annotation, 'NAME')
              for name, each in operation.parameters.items()}
     needed = {name: 'FILE' if kinds[name] == 'FILE' else name.upper().replace('_', '-')
@@ -29145,8 +28932,13 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
         words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
-    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(text),
-                        *map('\n'.join, filter(None, blocks)), f'Example:\n{example}'])
+    return '\n\n'.join([' '.join(usage).rstrip(), wrapped(operation.help),
+                        *map('\n'.join, filter(None, blocks)),
+                        as_examples(operation.examples or [operation.words])])
+
+
+def as_examples(commands: Iterable[str]) -> str:
+    return '\n  python cmres.py '.join(['Example:', *commands])
 
 
 def kinds_of(names: list[str]) -> dict[str, list[str]]:
@@ -29489,8 +29281,9 @@ class Look(NamedTuple):
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
         is_wide = options.get('wide')
         columns = chosen or (not is_wide and usual.split()) or None
+        width = shutil.get_terminal_size().columns
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    terminal_width() if sys.stdout.isatty() and not is_wide else None)
+                    width if sys.stdout.isatty() and not is_wide else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
@@ -29634,7 +29427,7 @@ def drawn(names: list[str], lines: list) -> str:
     for *first, last in table:
         parts = last.split('\n')
         if on_terminal:
-            room = max(terminal_width() - margin, 20)
+            room = max(shutil.get_terminal_size().columns - margin, 20)
             parts = [piece for part in parts
                      for piece in textwrap.wrap(part, room, break_on_hyphens=False) or ['']]
         head = ''.join(cell + ' ' * (width + 2 - wide(cell)) for cell, width in zip(first, widths))
@@ -29650,10 +29443,6 @@ def wide(text: str) -> int:
         return len(text)
     return sum(1 + (unicodedata.east_asian_width(each) in 'WF') for each in text
                if not unicodedata.combining(each))
-
-
-def terminal_width() -> int:
-    return shutil.get_terminal_size().columns
 
 
 def in_words(error: Error, zone: ZoneInfo) -> list[str]:
