@@ -7230,7 +7230,8 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = (12, 6_000), (32, 6_000)  # so many hosts, and looks at them
+SEARCHED = (12, 12_000), (32, 3_000)  # so many hosts, and looks at them
+TURNS = 6  # so often it begins, if it has looks left
 PUSHES = 400
 MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
@@ -7381,11 +7382,10 @@ class Scene:
                 among = [n for n in among if row[n - first] >= figure]
         return sorted(found)
 
-    def solve(self, looks: int, turn: int) -> bool:
-        """Whether the new VMs find hosts, after so many looks at most."""
+    def solve(self, turn: int) -> bool:
+        """Whether the new VMs find hosts, with the looks that are left."""
         dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
         out, left = [*self.new], {}
-        self.looks = looks
         self.reset()
         for _ in range(PUSHES):
             if self.looks < 0:
@@ -7468,18 +7468,17 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
-
-    @functools.cache
-    def scene_on(*hosts: int) -> tuple[Scene, int]:
-        others, seen = in_the_way(need, hosts, now, own)
-        return Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(hosts)),
-                     had, others), seen
     seen = 0
-    for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
-        if seen > MOST_SEEN and width > SEARCHED[0][0]:
-            break  # to read as much again would take too long
-        scene, seen = scene_on(*nearest[:max(width, 2 * need.number)])
-        if scene.solve(looks, turn):
+    for width, looks in SEARCHED if possible else ():
+        again = width > SEARCHED[0][0]
+        if again and (seen > MOST_SEEN or len(nearest) <= SEARCHED[0][0]):
+            break  # to read as much again would take too long, or there are no more
+        chosen = nearest[:max(width, 2 * need.number)]
+        others, seen = in_the_way(need, chosen, now, own)
+        scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(chosen)),
+                      had, others)
+        scene.looks = looks
+        if any(scene.solve(turn) for turn in range(TURNS)):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
 
