@@ -29354,9 +29354,9 @@ class Look(NamedTuple):
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
         is_wide = options.get('wide')
         columns = chosen or (not is_wide and usual.split()) or None
-        width = shutil.get_terminal_size().columns
+        fits = sys.stdout.isatty() and not is_wide
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    width if sys.stdout.isatty() and not is_wide else None)
+                    shutil.get_terminal_size().columns if fits else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
