@@ -291,6 +291,7 @@ MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', '
 #: Days from today; what else names a date, `dates_of` reads.
 NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day after tomorrow': 2}
 
+
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
 
@@ -2306,7 +2307,7 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another ' 'name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another name.')
     return label
 
 
@@ -3795,6 +3796,7 @@ db.initialize(SQLITE)
 # as well (`persist`). Ids of events are drawn before others see them, so who writes marks how far
 # they were (`settled_event`).
 
+
 class On:
     """What a lock is on; the last is only marked."""
     RESOURCE, COUNTED, SERVER, MAILS, LABEL, LINE, EVENTS = range(1, 8)
@@ -4230,8 +4232,7 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
-    # look that began when it was another one tells of before
+    # when Nova's scheduler asked last, a little more with each look: what began before is older
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -4470,10 +4471,7 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Host, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait,
-          Limit, Step, Server, Claim, Tally, Token, Session, Share, OnceDone, Feed, Subscription,
-          CalendarObject, CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease,
-          BlazarHold, HostProperty, Credential, Fact, SimulatedServer]
+TABLES = Table.__subclasses__()
 
 #: Indexes that fields don't tell of. `occurrence_ended` finds what a wrong clock has ended.
 INDEXES = '''
@@ -4523,19 +4521,6 @@ UNIQUE = ('calendar_object_named ON calendar_object (user, project, calendar, na
           'claim_server ON claim (resource_id, server)',
           'resource_name ON resource (name) WHERE removed IS NULL')
 
-
-#: What brings an older store up to the models above, one function a version. None reads the models,
-#: which tell of today: each names its tables and columns.
-MIGRATIONS: list[Callable] = [
-    lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
-    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
-    lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
-    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
-    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
-    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked(),
-    lambda: widen_orders()]
 
 
 def long_texts(row: str) -> str:
@@ -5031,7 +5016,7 @@ def run_migrations(before: int) -> None:
     """Brings the tables of a version up to those of today, all in one transaction."""
     with transaction():
         for step in MIGRATIONS[before - 1:]:
-            step()
+            step() if callable(step) else run_all(step)
         db.note_version()
 
 
@@ -5266,15 +5251,14 @@ def columns_of(table: str) -> set[str]:
 
 
 def run_all(statements: str) -> None:
-    """Runs statements of the schema, with semicolons between, within the present transaction."""
+    """Runs statements of the schema, with semicolons between, within the present transaction. Among
+    them, `+ table.column TYPE` gives a table a column that it has not yet."""
     for each in statements.split(';'):
-        db.execute_sql(each)
-
-
-def add_columns(table: str, columns: dict[str, str]) -> None:
-    """Gives a table the columns, name by type, that it has not yet."""
-    for name in columns.keys() - columns_of(table):
-        run_all(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
+        added = re.match(r'\s*\+ (\w+)\.(\w+) (.+)', each, re.S)
+        if not added:
+            db.execute_sql(each)
+        elif added[2] not in columns_of(added[1]):
+            db.execute_sql(f'ALTER TABLE {added[1]} ADD COLUMN "{added[2]}" {added[3]}')
 
 
 def add_tracks() -> None:
@@ -5288,78 +5272,6 @@ def add_tracks() -> None:
     run_all(TABLES_OF_2)
     if 'track' not in columns_of('step'):
         run_all(STEPS_OF_2)
-
-
-def add_proposals() -> None:
-    """Version 3: changes that await approval, and what is held beside occurrences."""
-    run_all("""
-        CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
-          alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL, asked TEXT NOT NULL,
-          named INTEGER NOT NULL, wish TEXT NOT NULL, shown TEXT NOT NULL, until INTEGER NOT NULL);
-        CREATE INDEX IF NOT EXISTS proposal_reservation_id ON proposal (reservation_id);
-        CREATE INDEX IF NOT EXISTS proposal_until ON proposal (until);
-        CREATE TABLE IF NOT EXISTS extra_hold (id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id), proposal_id INTEGER REFERENCES proposal (id),
-          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
-          held_until INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
-          classes TEXT NOT NULL);
-        CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
-        CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
-        CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
-        CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""")
-
-
-def add_up_told() -> None:
-    """Version 4: how many servers were told to be up."""
-    add_columns('occurrence', {'up_told': 'INTEGER', 'up_check': 'REAL'})
-    # Of what was ready before this version, that was told.
-    run('UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2')
-
-
-def add_owners() -> None:
-    """Version 5: whose notices are on their way, and how many mails somebody has had sent."""
-    add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
-    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, '
-        'day INTEGER NOT NULL, number INTEGER NOT NULL)')
-
-
-def trust_names() -> None:
-    """Version 6: names are looked at with the rights of who asks; what was booked goes on."""
-    add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
-    run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
-             SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
-             SELECT 'image:' || image WHERE image <> '' UNION ALL
-             SELECT 'network:' || network WHERE network <> '' UNION ALL
-             SELECT 'key:' || key WHERE key <> '' UNION ALL
-             SELECT 'server:' || server WHERE server <> '' UNION ALL
-             SELECT 'security_group:' || value FROM json_each(security_groups)))''')
-    run('CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL')
-
-
-def add_sessions() -> None:
-    """Version 7: who has signed in, by hashes; the key that signs is not in the store any more."""
-    run_all("""
-        CREATE TABLE session (
-          hash VARCHAR(255) NOT NULL PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES token (id),
-          until INTEGER NOT NULL);
-        CREATE INDEX session_until ON session (until);
-        DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""")
-
-
-def add_ends_of_calls() -> None:
-    """Version 8: calls whose end is not known, how far series are, what waits or has ended."""
-    add_columns('server', {'intended': 'REAL'})
-    add_columns('reservation', {'carried': 'VARCHAR(255)'})
-    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT "
-        "NULL")
-    run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
-        'WHERE due IS NULL AND cancelled IS NULL')
-    run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series "
-        "!= ''")
-    run('UPDATE reservation SET waiting = NULL, pending = NULL '
-        'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
-        '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
 def keep_resource_ids() -> None:
@@ -5390,77 +5302,6 @@ def end_left_calendars() -> None:
             f'AND NOT EXISTS (SELECT 1 FROM {owner} AND t.revoked IS NULL)')
 
 
-#: The indexes that came with version 11, and those in whose place they are.
-INDEXES_OF_11 = """
-    DROP INDEX IF EXISTS claim_occurrence;
-    DROP INDEX IF EXISTS occurrence_held;
-    DROP INDEX IF EXISTS occurrence_reservation_id_start;
-    DROP INDEX IF EXISTS reservation_project_label_over;
-    DROP INDEX IF EXISTS server_occurrence_id;
-    CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
-    CREATE INDEX claim_gone ON claim (gone);
-    CREATE INDEX claim_of ON claim (occurrence, due);
-    CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
-    CREATE INDEX event_project ON event (project) WHERE project != '';
-    CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
-    CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
-    CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
-    CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
-    CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
-    CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
-    CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
-    CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
-    CREATE INDEX occurrence_series ON occurrence (reservation_id, due IS NULL, start);
-    CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
-    CREATE INDEX outbox_event ON outbox (event_id);
-    CREATE INDEX reservation_label_project_over ON reservation (label, project, over);
-    CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
-    CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
-    CREATE INDEX reservation_subscription ON reservation (subscription, over)
-      WHERE subscription IS NOT NULL;
-    CREATE INDEX server_deleted ON server (deleted);
-    CREATE INDEX server_of ON server (occurrence_id, n);
-    CREATE INDEX server_planned ON server (planned);
-    CREATE INDEX server_there ON server (account) WHERE state != 'deleted'"""
-
-
-def add_whose() -> None:
-    """Version 11: occurrences and events tell whose they are; indexes in the order of lists."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('occurrence', {'of_project': name, 'of_user': name})
-    run('UPDATE occurrence SET (of_project, of_user) = '
-        '(SELECT project, user FROM reservation r WHERE r.id = reservation_id)')
-    run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = '
-        'reservation_id) WHERE reservation_id IS NOT NULL')
-    run('UPDATE occurrence SET told = told | 128 '
-        "WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN "
-        "(SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL)")
-    run_all(INDEXES_OF_11)
-
-
-def add_waits() -> None:
-    """Version 12: who waits is found by the resources on which that could be."""
-    run_all("""
-        CREATE TABLE wait (
-          id INTEGER NOT NULL PRIMARY KEY, reservation_id INTEGER NOT NULL REFERENCES reservation (id),
-          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
-          until INTEGER NOT NULL, since INTEGER NOT NULL, limited INTEGER NOT NULL, due REAL NOT NULL);
-        INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
-          SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from, o."end",
-                 r.waiting, 0, 0
-            FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
-            JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
-           WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL;
-        CREATE INDEX wait_due ON wait (due);
-        CREATE INDEX wait_limited ON wait (limited) WHERE limited;
-        CREATE INDEX wait_reservation_id ON wait (reservation_id);
-        CREATE INDEX wait_since ON wait (resource_id, since);
-        CREATE INDEX wait_there ON wait (resource_id, until)""")
-
-
 def add_sums() -> None:
     """Version 13: the long texts of each project are counted; sums of days that are forgotten."""
     run_all("""
@@ -5478,126 +5319,13 @@ def add_sums() -> None:
         run(trigger)
 
 
-def add_once() -> None:
-    """Version 14: requests that name themselves are done once."""
-    run_all("""
-        CREATE TABLE once (
-          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
-          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
-          status INTEGER NOT NULL, answer TEXT NOT NULL,
-          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
-        CREATE INDEX once_at ON once (at)""")
-
-
-def add_ends_of_tokens() -> None:
-    """Version 15: tokens end, are for something, and tell when they were used."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('token', {'purpose': name, 'scopes': name})
-    add_columns('token', {'ends': 'INTEGER', 'last_used': 'INTEGER',
-                          'resource_id': 'INTEGER REFERENCES resource (id)'})
-    run_all("""
-        CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
-        CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
-        CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
-        CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
-          WHERE due IS NOT NULL""")
-
-
-def add_openstack() -> None:
-    """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
-    text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
-    add_columns('resource', {'flavors': f'{number} DEFAULT 0'})
-    run_all(f"""
-        CREATE TABLE IF NOT EXISTS blazar_lease (
-          "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
-          "start" {number}, "end" {number}, "before_end" INTEGER, "parts" TEXT NOT NULL,
-          "added" {number}, "changed" INTEGER);
-        CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
-        CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
-        CREATE TABLE IF NOT EXISTS blazar_hold (
-          "reservation" {number} PRIMARY KEY, "lease_id" {text}, "part" {text});
-        CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
-        CREATE TABLE IF NOT EXISTS host_property (
-          "host" {number}, "name" {text}, "value" {text}, PRIMARY KEY ("host", "name"))
-          WITHOUT ROWID;
-        CREATE TABLE IF NOT EXISTS credential (
-          "id" {number} PRIMARY KEY, "user" {text}, "project" {text}, "cloud" {text},
-          "name" {text}, "secret" TEXT NOT NULL, "added" {number});
-        CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
-          ON credential ("user", "project", "cloud")""")
-
-
-def add_calendar_objects() -> None:
-    """Version 17: what calendar programs write, and what a resource gives by itself."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('resource', {'default_flavor': name, 'default_image': name,
-                             'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
-    run_all("""
-        CREATE TABLE IF NOT EXISTS calendar_object (
-          id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
-          project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
-          uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
-          etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
-          last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
-          changed INTEGER NOT NULL, gone INTEGER);
-        CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
-        CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
-          ON calendar_object (user, project, calendar, name);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_uid
-          ON calendar_object (user, project, calendar, uid);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_rev
-          ON calendar_object (user, project, calendar, rev);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_until
-          ON calendar_object (user, project, calendar, last);
-        CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
-          WHERE gone IS NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
-          WHERE reservation_id IS NOT NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
-          WHERE gone IS NOT NULL;
-        CREATE TABLE IF NOT EXISTS calendar_property (
-          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
-          name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
-          PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""")
-
-
 def add_invitations() -> None:
     """Version 18: people without an account get reservations as events of their calendars."""
-    add_columns('reservation', {'invite': "TEXT NOT NULL DEFAULT '[]'"})
-    add_columns('outbox', {'invites': 'INTEGER NOT NULL DEFAULT 0'})
-    run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
-        'at INTEGER NOT NULL)')
+    run_all("""+ reservation.invite TEXT NOT NULL DEFAULT '[]';
+        + outbox.invites INTEGER NOT NULL DEFAULT 0;
+        CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY,
+          at INTEGER NOT NULL)""")
     run(INVITES_OF_18)
-
-
-def add_shares() -> None:
-    """Version 19: reservations have pages for who has their address."""
-    run_all("""
-        CREATE TABLE IF NOT EXISTS share (
-          id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id),
-          nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
-        CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
-
-
-def add_locks() -> None:
-    """Version 20: what is reserved can be locked before its start."""
-    for table in ('resource', 'limits'):
-        add_columns(table, {'lock': 'INTEGER NOT NULL DEFAULT 0'})
-
-
-def add_hosts() -> None:
-    """Version 21: reservations are planned on the hosts of a resource."""
-    add_columns('reservation', {'affinity': "VARCHAR(255) NOT NULL DEFAULT ''"})
-    add_columns('occurrence', {'placed': "TEXT NOT NULL DEFAULT ''"})
-    add_columns('claim', {'host': "VARCHAR(255) NOT NULL DEFAULT ''",
-                          'twice': 'INTEGER NOT NULL DEFAULT 0'})
-    run_all("""
-        CREATE TABLE IF NOT EXISTS host (
-          id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
-          name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
-          classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
-        CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
 
 
 def divide_lease() -> None:
@@ -5607,29 +5335,9 @@ def divide_lease() -> None:
         run(each)
 
 
-def add_host_states() -> None:
-    """Version 23: what Nova says of hosts, what they are like, and when one alone is closed."""
-    name, number = "VARCHAR(255) NOT NULL DEFAULT ''", 'INTEGER NOT NULL DEFAULT 0'
-    add_columns('resource', {'aggregate_id': name, 'spare': number})
-    add_columns('host', {'state': name, 'spare': number,
-                         'properties': "TEXT NOT NULL DEFAULT '{}'"})
-    add_columns('capacity', {'host': name})
-    add_columns('reservation', {'where': "TEXT NOT NULL DEFAULT ''"})
-
-
-def add_user_started() -> None:
-    """Version 24: what becomes of VMs that people started themselves is said for each resource."""
-    add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
-
-
-def add_hosts_of_extra() -> None:
-    """Version 25: what is held beside occurrences is held on hosts as well."""
-    add_columns('extra_hold', {'host_id': 'INTEGER REFERENCES host (id)'})
-
-
 def gather_figures() -> None:
     """Version 26: the figures of a limit stand in one column, so that others need none."""
-    add_columns('limits', {'figures': "TEXT NOT NULL DEFAULT '{}'"})
+    run_all("+ limits.figures TEXT NOT NULL DEFAULT '{}'")
     names = {'most_vms': 'max_vms', 'longest': 'max_duration', 'ahead': 'max_advance',
              'least_notice': 'min_notice', 'vcpu_hours': 'max_vcpu_hours', 'waiting': 'max_waiting'}
     for each in rows('SELECT * FROM limits'):
@@ -5640,11 +5348,6 @@ def gather_figures() -> None:
         run(f'ALTER TABLE limits DROP COLUMN {name}')
 
 
-def add_asked() -> None:
-    """Version 27: a claim tells when it was decided on last."""
-    add_columns('claim', {'asked': 'REAL NOT NULL DEFAULT 0'})
-
-
 def widen_orders() -> None:
     """Version 28: what lists walk is in order of start and id, and knows ends."""
     for by, first in (('', ''), ('project_', 'of_project, '), ('user_', 'of_user, '),
@@ -5653,6 +5356,227 @@ def widen_orders() -> None:
             run(f'DROP INDEX occurrence_{by}{half}')
             run(f'CREATE INDEX occurrence_{by}{half} ON occurrence ({first}start, id, "end") '
                 f'WHERE {which}')
+
+
+#: What brings an older store up to the models above: for each version from the second on what is
+#: called, or what `run_all` runs. None reads the models, which tell of today.
+MIGRATIONS: list[Callable | str] = [
+    add_tracks,
+    # 3: changes that await approval, and what is held beside occurrences
+    """CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
+         alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL,
+         asked TEXT NOT NULL, named INTEGER NOT NULL, wish TEXT NOT NULL, shown TEXT NOT NULL,
+         until INTEGER NOT NULL);
+       CREATE INDEX IF NOT EXISTS proposal_reservation_id ON proposal (reservation_id);
+       CREATE INDEX IF NOT EXISTS proposal_until ON proposal (until);
+       CREATE TABLE IF NOT EXISTS extra_hold (id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         proposal_id INTEGER REFERENCES proposal (id),
+         resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+         held_until INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL,
+         ram INTEGER NOT NULL, classes TEXT NOT NULL);
+       CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
+       CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
+       CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
+       CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""",
+    # 4: how many servers were told to be up; of what was ready before this version, that was told
+    """+ occurrence.up_told INTEGER; + occurrence.up_check REAL;
+       UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2""",
+    # 5: whose notices are on their way, and how many mails somebody has had sent
+    """+ outbox.owner VARCHAR(255) NOT NULL DEFAULT '';
+       CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY,
+         day INTEGER NOT NULL, number INTEGER NOT NULL)""",
+    # 6: names are looked at with the rights of who asks; what was booked goes on
+    """+ reservation.trusted TEXT NOT NULL DEFAULT '[]';
+       UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
+         SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
+         SELECT 'image:' || image WHERE image <> '' UNION ALL
+         SELECT 'network:' || network WHERE network <> '' UNION ALL
+         SELECT 'key:' || key WHERE key <> '' UNION ALL
+         SELECT 'server:' || server WHERE server <> '' UNION ALL
+         SELECT 'security_group:' || value FROM json_each(security_groups)));
+       CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL""",
+    # 7: who has signed in, by hashes; the key that signs is not in the store any more
+    """CREATE TABLE session (
+         hash VARCHAR(255) NOT NULL PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES token (id),
+         until INTEGER NOT NULL);
+       CREATE INDEX session_until ON session (until);
+       DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""",
+    # 8: calls whose end is not known, how far series are, what waits or has ended
+    """+ server.intended REAL; + reservation.carried VARCHAR(255);
+       UPDATE server SET intended = called
+        WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL;
+       CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end")
+         WHERE due IS NULL AND cancelled IS NULL;
+       CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried)
+         WHERE series != '';
+       UPDATE reservation SET waiting = NULL, pending = NULL
+        WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS
+         (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)""",
+    keep_resource_ids, end_left_calendars,
+    # 11: occurrences and events tell whose they are; indexes in the order of lists
+    """+ occurrence.of_project VARCHAR(255) NOT NULL DEFAULT '';
+       + occurrence.of_user VARCHAR(255) NOT NULL DEFAULT '';
+       UPDATE occurrence SET (of_project, of_user) =
+         (SELECT project, user FROM reservation r WHERE r.id = reservation_id);
+       UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = reservation_id)
+        WHERE reservation_id IS NOT NULL;
+       UPDATE occurrence SET told = told | 128
+        WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN
+         (SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL);
+       DROP INDEX IF EXISTS claim_occurrence;
+       DROP INDEX IF EXISTS occurrence_held;
+       DROP INDEX IF EXISTS occurrence_reservation_id_start;
+       DROP INDEX IF EXISTS reservation_project_label_over;
+       DROP INDEX IF EXISTS server_occurrence_id;
+       CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
+       CREATE INDEX claim_gone ON claim (gone);
+       CREATE INDEX claim_of ON claim (occurrence, due);
+       CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
+       CREATE INDEX event_project ON event (project) WHERE project != '';
+       CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
+       CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
+       CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
+       CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
+       CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
+       CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
+       CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
+       CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
+       CREATE INDEX occurrence_series ON occurrence (reservation_id, due IS NULL, start);
+       CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
+       CREATE INDEX outbox_event ON outbox (event_id);
+       CREATE INDEX reservation_label_project_over ON reservation (label, project, over);
+       CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
+       CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
+       CREATE INDEX reservation_subscription ON reservation (subscription, over)
+         WHERE subscription IS NOT NULL;
+       CREATE INDEX server_deleted ON server (deleted);
+       CREATE INDEX server_of ON server (occurrence_id, n);
+       CREATE INDEX server_planned ON server (planned);
+       CREATE INDEX server_there ON server (account) WHERE state != 'deleted'""",
+    # 12: who waits is found by the resources on which that could be
+    """CREATE TABLE wait (
+         id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+         until INTEGER NOT NULL, since INTEGER NOT NULL, limited INTEGER NOT NULL,
+         due REAL NOT NULL);
+       INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
+         SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from,
+                o."end", r.waiting, 0, 0
+           FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
+           JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
+          WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL;
+       CREATE INDEX wait_due ON wait (due);
+       CREATE INDEX wait_limited ON wait (limited) WHERE limited;
+       CREATE INDEX wait_reservation_id ON wait (reservation_id);
+       CREATE INDEX wait_since ON wait (resource_id, since);
+       CREATE INDEX wait_there ON wait (resource_id, until)""",
+    add_sums,
+    # 14: requests that name themselves are done once
+    """CREATE TABLE once (
+         user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+         digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+         status INTEGER NOT NULL, answer TEXT NOT NULL,
+         PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+       CREATE INDEX once_at ON once (at)""",
+    # 15: tokens end, are for something, and tell when they were used
+    """+ token.purpose VARCHAR(255) NOT NULL DEFAULT '';
+       + token.scopes VARCHAR(255) NOT NULL DEFAULT '';
+       + token.ends INTEGER; + token.last_used INTEGER;
+       + token.resource_id INTEGER REFERENCES resource (id);
+       CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
+       CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
+       CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
+       CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
+         WHERE due IS NOT NULL""",
+    # 16: leases of Blazar, properties of hosts, and credentials of people
+    """+ resource.flavors INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS blazar_lease (
+         "id" VARCHAR(255) NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL,
+         "user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL,
+         "start" INTEGER NOT NULL, "end" INTEGER NOT NULL, "before_end" INTEGER,
+         "parts" TEXT NOT NULL, "added" INTEGER NOT NULL, "changed" INTEGER);
+       CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
+       CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
+       CREATE TABLE IF NOT EXISTS blazar_hold (
+         "reservation" INTEGER NOT NULL PRIMARY KEY, "lease_id" VARCHAR(255) NOT NULL,
+         "part" VARCHAR(255) NOT NULL);
+       CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
+       CREATE TABLE IF NOT EXISTS host_property (
+         "host" INTEGER NOT NULL, "name" VARCHAR(255) NOT NULL, "value" VARCHAR(255) NOT NULL,
+         PRIMARY KEY ("host", "name")) WITHOUT ROWID;
+       CREATE TABLE IF NOT EXISTS credential (
+         "id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL,
+         "project" VARCHAR(255) NOT NULL, "cloud" VARCHAR(255) NOT NULL,
+         "name" VARCHAR(255) NOT NULL, "secret" TEXT NOT NULL, "added" INTEGER NOT NULL);
+       CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
+         ON credential ("user", "project", "cloud")""",
+    # 17: what calendar programs write, and what a resource gives by itself
+    """+ resource.default_flavor VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.default_image VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.default_vms INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS calendar_object (
+         id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
+         project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
+         uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
+         etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
+         last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
+         changed INTEGER NOT NULL, gone INTEGER);
+       CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
+       CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
+         ON calendar_object (user, project, calendar, name);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_uid
+         ON calendar_object (user, project, calendar, uid);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_rev
+         ON calendar_object (user, project, calendar, rev);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_until
+         ON calendar_object (user, project, calendar, last);
+       CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
+         WHERE gone IS NULL;
+       CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
+         WHERE reservation_id IS NOT NULL;
+       CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
+         WHERE gone IS NOT NULL;
+       CREATE TABLE IF NOT EXISTS calendar_property (
+         user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
+         name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
+         PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""",
+    add_invitations,
+    # 19: reservations have pages for who has their address
+    """CREATE TABLE IF NOT EXISTS share (
+         id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
+       CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""",
+    # 20: what is reserved can be locked before its start
+    '+ resource.lock INTEGER NOT NULL DEFAULT 0; + limits.lock INTEGER NOT NULL DEFAULT 0',
+    # 21: reservations are planned on the hosts of a resource
+    """+ reservation.affinity VARCHAR(255) NOT NULL DEFAULT '';
+       + occurrence.placed TEXT NOT NULL DEFAULT '';
+       + claim.host VARCHAR(255) NOT NULL DEFAULT ''; + claim.twice INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS host (
+         id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
+         name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
+         classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
+       CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""",
+    divide_lease,
+    # 23: what Nova says of hosts, what they are like, and when one alone is closed
+    """+ resource.aggregate_id VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.spare INTEGER NOT NULL DEFAULT 0; + host.state VARCHAR(255) NOT NULL DEFAULT '';
+       + host.spare INTEGER NOT NULL DEFAULT 0; + host.properties TEXT NOT NULL DEFAULT '{}';
+       + capacity.host VARCHAR(255) NOT NULL DEFAULT '';
+       + reservation.where TEXT NOT NULL DEFAULT ''""",
+    # 24: what becomes of VMs that people started themselves is said for each resource
+    "+ resource.user_started VARCHAR(255) NOT NULL DEFAULT ''",
+    # 25: what is held beside occurrences is held on hosts as well
+    '+ extra_hold.host_id INTEGER REFERENCES host (id)', gather_figures,
+    # 27: a claim tells when it was decided on last
+    '+ claim.asked REAL NOT NULL DEFAULT 0', widen_orders]
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -5901,6 +5825,7 @@ def forget_memories() -> None:
 # memory and on this connection alone. From its first write to a table on, its statements read and
 # write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
 # those in NAME_new. So a deed and its rehearsal are one program.
+
 
 class Rehearsal(threading.local):
     """What this thread rehearses: to which tables it has written, and the next ids there."""
@@ -6444,6 +6369,7 @@ def given(where: list) -> list:
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
+
 
 def quantity(name: str, number: int) -> str:
     """So much of a resource class, for people: 4 VMs, 1 vCPU, 512 MiB of RAM, 2 CUSTOM_GPU."""
@@ -7304,7 +7230,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
+SEARCHED = *[(12, 3_000)] * 4, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
@@ -7346,6 +7272,23 @@ class Scene:
         self.new = self.add(0, need, None, need.number)
         stay = (host for host, number in had.items() for _ in range(number))
         self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
+        self.leave_what_stays()
+
+    def leave_what_stays(self) -> None:
+        """Leaves each VM the hosts where it would fit if nothing were there that may move."""
+        self.looks = 0
+        for unit in self.units:
+            self.put(unit, None)
+        self.may = {unit: {host for host in may if self.fits(unit, host)}
+                    for unit, may in self.may.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Puts all back where it was."""
+        for unit in self.may:
+            if unit.host != unit.was:
+                self.put(unit, unit.was)
+            unit.failures = 1
 
     def read_free(self, resource: int, cuts: set[int]) -> None:
         """Reads what is free on the hosts, a row a figure, between any two cuts."""
@@ -7393,7 +7336,7 @@ class Scene:
 
     def fits(self, unit: Unit, host: int) -> bool:
         self.looks -= 1
-        return host in self.may[unit] and not self.siblings(unit, host) and all(
+        return not self.siblings(unit, host) and all(
             min(row[unit.first:unit.last]) >= figure
             for row, figure in zip(self.free[host], unit.figures) if figure)
 
@@ -7403,14 +7346,9 @@ class Scene:
 
     def best(self, unit: Unit) -> int | None:
         """The host that has least left of what is scarcest, at the tightest and then in all."""
-        left = {host: self.free[host][0][unit.first:unit.last] for host in self.hosts
+        left = {host: self.free[host][0][unit.first:unit.last] for host in self.may[unit]
                 if self.fits(unit, host)}
         return min(left, key=lambda host: (min(left[host]), sum(left[host]), host), default=None)
-
-    def options(self, unit: Unit) -> list[tuple[int, list[Unit]]]:
-        """On which hosts a VM would fit if some others went."""
-        found = [(host, self.blockers(unit, host)) for host in self.may[unit]]
-        return [(host, pushed) for host, pushed in found if pushed is not None]
 
     def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
         """A few VMs without which another would fit on a host; None if they are not enough."""
@@ -7436,20 +7374,19 @@ class Scene:
 
     def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
         """Of some cuts, in order, those after which a VM finds too little."""
-        return sorted({n for row, figure in zip(free, unit.figures) if figure
-                       for n in among if row[n - unit.first] < figure})
-
-    def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
-        """Puts a VM on a host, and those off that are in its way."""
-        for each in pushed:
-            self.put(each, None)
-        self.put(unit, host)
+        found, first = [], unit.first
+        for row, figure in zip(free, unit.figures):
+            if figure and min(row) < figure:
+                found += [n for n in among if row[n - first] < figure]
+                among = [n for n in among if row[n - first] >= figure]
+        return sorted(found)
 
     def solve(self, looks: int, turn: int) -> bool:
         """Whether the new VMs find hosts, after so many looks at most."""
         dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
         out, left = [*self.new], {}
         self.looks = looks
+        self.reset()
         for _ in range(PUSHES):
             if self.looks < 0:
                 return False
@@ -7460,13 +7397,16 @@ class Scene:
                 unit.failures += 1
                 options = [(sum(each.failures for each in pushed) + dice.random() / 2
                             + 3 * (left.get(unit) == host), host, pushed)  # not back at once
-                           for host, pushed in self.options(unit)]
+                           for host in self.may[unit]
+                           if (pushed := self.blockers(unit, host)) is not None]
                 if not options:
                     return False
                 _, host, pushed = min(options, key=lambda option: option[:2])
             left |= dict.fromkeys(pushed, host)
             out += pushed
-            self.push(unit, host, pushed)
+            for each in pushed:
+                self.put(each, None)
+            self.put(unit, host)
             if not out:
                 return True
         return False
@@ -7528,14 +7468,17 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
-    read, seen = functools.cache(lambda *hosts: in_the_way(need, hosts, now, own)), 0
+
+    @functools.cache
+    def scene_on(*hosts: int) -> tuple[Scene, int]:
+        others, seen = in_the_way(need, hosts, now, own)
+        return Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(hosts)),
+                     had, others), seen
+    seen = 0
     for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         if seen > MOST_SEEN and width > SEARCHED[0][0]:
             break  # to read as much again would take too long
-        chosen = nearest[:max(width, 2 * need.number)]
-        others, seen = read(*chosen)
-        scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
-                                 json.dumps(chosen)), had, others)
+        scene, seen = scene_on(*nearest[:max(width, 2 * need.number)])
         if scene.solve(looks, turn):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
@@ -7759,14 +7702,19 @@ def host_state(nodes: list) -> str:
     return DISABLED if all(each.status == 'disabled' for each in nodes) else ''
 
 
+LOOK_LASTS = 60  # seconds, at most, that it takes to read what hosts hold
+
+
 def not_ours(uids: Iterable[str], now: float) -> set[str]:
-    """The servers, by ids, for which nothing is held: not ours, and not of a reservation."""
+    """The servers, by ids, for which nothing is held: not ours, and not of a reservation. What
+    Nova said to be gone since a look began, may have been in what was seen."""
     names = json.dumps([*uids])
     return {*uids} - {uid for uid, in run(
         "SELECT uid FROM server WHERE uid IN names(?1) AND state <> 'deleted' "
         'UNION SELECT c.server FROM claim c LEFT JOIN occurrence o ON o.id = c.occurrence '
         'WHERE c.resource_id IN (SELECT id FROM resource) AND c.server IN names(?1) '
-        'AND c.due IS NOT NULL AND coalesce(o.held_until, ?2) >= ?2', names, now)}
+        'AND (c.due IS NOT NULL AND coalesce(o.held_until, ?2) >= ?2 OR c.gone > ?3)',
+        names, now, now - LOOK_LASTS)}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -15288,6 +15236,9 @@ class Plan(Operations):
         when their reservation ends; with --user-started keep they stay.
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
+        if not dry_run:
+            with self.writing():
+                note_fact(f'synced {cloud}', secrets.token_hex(4))
         there = self.shares.ask(target, opened.aggregates)
         names = [each.name for each in there]
         for name in aggregates:
@@ -16077,11 +16028,10 @@ class Claims(Operations):
                 if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes, host = {}, claim.host if claim.twice else seat.host or claim.host
+                takes, host = {}, (seat.host if seat.takes or not claim.twice else '') or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
-                    host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
                        **takes)  # what looks saw that began before is older
@@ -18239,6 +18189,7 @@ class Post:
 
 MOST_PLANNED = 50  # in one transaction
 
+
 class Planner:
     """Plans occurrences."""
 
@@ -18841,6 +18792,7 @@ class HostWatch:
     def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
         self.service, self.leader, self.workers = service, leader, workers
         self.told: list[Job] = []  # what clouds have told and nobody has looked at
+        self.synced: dict = {}  # which sync was the last before a cloud was asked something
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
@@ -18848,6 +18800,7 @@ class HostWatch:
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
         for cloud in sorted(planned & self.leader.served):  # on an account of its own
+            self.synced[verb, cloud] = fact(f'synced {cloud}')
             self.workers.submit((verb, cloud), verb, f' hosts of {cloud}', cloud, cloud)
 
     def record(self, result: Job, now: float) -> None:
@@ -18862,15 +18815,20 @@ class HostWatch:
         for each in told:
             if each.target not in self.leader.held:
                 continue
-            if each.verb != 'states':
+            if self.synced[each.verb, each.target] != fact(f'synced {each.target}'):
+                self.ask(each.verb)  # somebody knows more by now
+            elif each.verb != 'states':
                 follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors}
                 follow[each.verb](each.target, each.answer)
-                continue
-            if any(each.answer.get(host.name, (host.state,))[0] != host.state
-                   for host in rows(PLANNED_HOSTS, each.target)):
-                self.ask('hosts')
-            for host in self.service.leave_lost_hosts(each.target, now):
-                self.leave(host, each.answer.get(host, ('', []))[1], now)
+            else:
+                self.follow_states(each.target, each.answer, now)
+
+    def follow_states(self, cloud: str, told: dict[str, tuple[str, list]], now: float) -> None:
+        if any(told.get(host.name, (host.state,))[0] != host.state
+               for host in rows(PLANNED_HOSTS, cloud)):
+            self.ask('hosts')
+        for host in self.service.leave_lost_hosts(cloud, now):
+            self.leave(host, told.get(host, ('', []))[1], now)
 
     def leave(self, host: str, there: list[str], now: float) -> None:
         """Lets VMs on a host that is down be deleted and made again: Nova takes them for up."""
@@ -21696,7 +21654,9 @@ class LeaseRequests:
             return given | {'flavor': asked['flavor_id']}
         if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
             if not given['image']:
-                return given | {'each': Amount(1, *each)}
+                row = self.acting.look.resource_row(given['resource'])
+                size = Flavor(*each, disk=asked.get('disk_gb') or 1)  # as `lent_things` lends it
+                return given | {'each': takes_of(size, row)}
             given['flavor'] = self.flavor(cloud, *each)
         return given
 
@@ -28227,9 +28187,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
             moves: bool) -> dict[str, bool | list | None]:
-        """What the cmres says that has some resources, None of what does not count there yet; a
-        refusal is logged with its reason.
-        """
+        """What a cmres says of some resources, None where it is outside; a refusal is logged."""
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
