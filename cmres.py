@@ -65,6 +65,7 @@ import dataclasses
 import functools
 import getpass
 import hashlib
+import heapq
 import importlib
 import inspect
 import io
@@ -117,12 +118,12 @@ class Function:
         return found(*args, **kwargs)
 
 
-base64, bottle, configparser, csv, difflib, fire, gzip, heapq, hmac, ipaddress, queue, random, \
-    secrets, select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, \
-    waitress, yaml, zlib = map(Module, (
-        'base64 bottle configparser csv difflib fire gzip heapq hmac ipaddress queue random '
-        'secrets select shlex shutil signal smtplib string traceback unicodedata uuid '
-        'waitress yaml zlib'.split()))
+base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
+    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
+    zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
+        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
+        'zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 escape, unescape = map(Function, ('html.escape', 'html.unescape'))
