@@ -65,6 +65,7 @@ import dataclasses
 import functools
 import getpass
 import hashlib
+import heapq
 import importlib
 import inspect
 import io
@@ -117,12 +118,12 @@ class Function:
         return found(*args, **kwargs)
 
 
-base64, bottle, configparser, csv, difflib, fire, gzip, heapq, hmac, ipaddress, queue, random, \
-    secrets, select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, \
-    waitress, yaml, zlib = map(Module, (
-        'base64 bottle configparser csv difflib fire gzip heapq hmac ipaddress queue random '
-        'secrets select shlex shutil signal smtplib string traceback unicodedata uuid '
-        'waitress yaml zlib'.split()))
+base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
+    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
+    zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
+        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
+        'zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 escape, unescape = map(Function, ('html.escape', 'html.unescape'))
@@ -29311,9 +29312,9 @@ class Look(NamedTuple):
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
         is_wide = options.get('wide')
         columns = chosen or (not is_wide and usual.split()) or None
-        width = shutil.get_terminal_size().columns
+        fits = sys.stdout.isatty() and not is_wide
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    width if sys.stdout.isatty() and not is_wide else None)
+                    shutil.get_terminal_size().columns if fits else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
