@@ -58,12 +58,13 @@ The file reads from top to bottom; a section uses only the sections above it:
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import dataclasses
 import functools
-import gc
 import getpass
 import hashlib
-import heapq
 import importlib
 import inspect
 import io
@@ -89,7 +90,6 @@ from types import SimpleNamespace, UnionType
 from typing import Any, Callable, Iterable, Iterator, NewType, Union, get_args, get_origin
 from zoneinfo import ZoneInfo
 
-gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import peewee
 from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 
@@ -117,12 +117,12 @@ class Function:
         return found(*args, **kwargs)
 
 
-base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
-    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
-    zlib = map(Module, (
-        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
-        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
-        'zlib'.split()))
+base64, bottle, configparser, csv, difflib, fire, gzip, heapq, hmac, ipaddress, queue, random, \
+    secrets, select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, \
+    waitress, yaml, zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip heapq hmac ipaddress queue random '
+        'secrets select shlex shutil signal smtplib string traceback unicodedata uuid '
+        'waitress yaml zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 escape, unescape = map(Function, ('html.escape', 'html.unescape'))
@@ -137,16 +137,16 @@ class MadeOfFields(type):
     def __new__(cls, name: str, bases: tuple, body: dict):
         if not bases:
             return super().__new__(cls, name, bases, body)
-        fields = body['__annotations__']
+        fields, module = body['__annotations__'], body.pop('__module__')
         usual = [body.pop(each) for each in fields if each in body]
-        made = namedtuple(name, fields, defaults=usual, module=body['__module__'])
-        for each in body.keys() - {'__module__', '__qualname__'}:
+        made = namedtuple(name, fields, defaults=usual, module=module)
+        for each in body.keys() - {'__qualname__'}:
             setattr(made, each, body[each])
         return made
 
 
-class NamedTuple(metaclass=MadeOfFields):
-    """As that of typing, which reads what stands behind each field: a thirtieth of `list`."""
+#: As that of typing, which reads what stands behind each field: a thirtieth of `list`.
+NamedTuple = MadeOfFields('NamedTuple', (), {})
 
 
 __version__ = '0.1'
@@ -290,6 +290,7 @@ MONTH_NAMES = ('january', 'february', 'march', 'april', 'may', 'june', 'july', '
                'september', 'october', 'november', 'december')
 #: Days from today; what else names a date, `dates_of` reads.
 NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day after tomorrow': 2}
+
 
 class Typed(datetime):
     """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
@@ -938,9 +939,9 @@ def read_rule(rule: str, start: datetime) -> Rule:
             for day in parts.get('BYDAY', '').split(',') if day]
     unit = parts['FREQ']
     numbered = unit in ('MONTHLY', 'YEARLY')
-    by = By(months, monthdays, yeardays, weeks,
-            tuple(sorted({day for number, day in days if not (number and numbered)})),
-            tuple(sorted({day for day in days if day[0] and numbered})),
+    all_of_them = tuple(sorted({day for number, day in days if not (number and numbered)}))
+    some = tuple(sorted({day for day in days if day[0] and numbered}))
+    by = By(months, monthdays, yeardays, weeks, all_of_them, some,
             unit == 'MONTHLY' or bool(months), WEEKDAYS.index(parts.get('WKST', 'MO')))
     clock = (numbers_in(parts, name) or (now,) for name, now in
              zip(CLOCK_PARTS, (start.hour, start.minute, start.second)))
@@ -1397,7 +1398,7 @@ def setting(default, least=None, most=10**9):
     return dataclasses.field(default=default, metadata={'least': least, 'most': most})
 
 
-@dataclasses.dataclass(init=False, repr=False, eq=False)  # what it would make costs 3 ms
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
 class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
@@ -1503,9 +1504,6 @@ class Config:
     sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
     old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
     read: Config | None = dataclasses.field(default=None, compare=False)  # without options
-
-    def __setattr__(self, name: str, value):
-        raise AttributeError(f"The setting '{name}' is as it was read.")
 
     def __init__(self, **given):
         known = self.__dataclass_fields__
@@ -1636,11 +1634,11 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
             raise Invalid(f'{path}: there is no notification for an event '
                           f"'{name}'{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', template)
-    config = Config(**{name: read_setting(name, text) for name, text in settings.items()},
+    values = {name: read_setting(name, text) for name, text in settings.items()}
+    sources = {renamed.get(name, name): where for name, where in said.items()}
+    config = Config(**values, texts=TEXTS | sections['texts'], path=path, stamp=stamp,
                     credentials=sections['credentials'], identities=sections['identities'],
-                    texts=TEXTS | sections['texts'], path=path, stamp=stamp,
-                    sources={renamed.get(name, name): where for name, where in said.items()},
-                    old_names=tuple(name for name in said if name in renamed))
+                    sources=sources, old_names=tuple(name for name in said if name in renamed))
     # What is wrong with them is told here, not when they are used.
     config.zone, config.common, config.roles
     for name in {'trusted_proxies', 'identity_proxies'} & settings.keys():
@@ -2309,7 +2307,7 @@ def read_new_label(value, here=None) -> str:
         raise ValueError(f'{shown(label)} starts with -, like an option. Start with a letter or a '
                          'digit.')
     if label in TAKEN:
-        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another ' 'name.')
+        raise ValueError(f'{shown(label)} is an address of cmres already. Choose another name.')
     return label
 
 
@@ -3798,6 +3796,7 @@ db.initialize(SQLITE)
 # as well (`persist`). Ids of events are drawn before others see them, so who writes marks how far
 # they were (`settled_event`).
 
+
 class On:
     """What a lock is on; the last is only marked."""
     RESOURCE, COUNTED, SERVER, MAILS, LABEL, LINE, EVENTS = range(1, 8)
@@ -3954,9 +3953,6 @@ class Table(peewee.Model):
     class Meta:
         database = db
         legacy_table_names = False
-
-
-Table._meta.primary_key = None  # of which each model would make a copy, in place of its own `id`
 
 
 class Resource(Table):
@@ -4236,8 +4232,7 @@ class Claim(Table):
     ram = peewee.IntegerField()  # MiB
     classes = peewee.TextField(default='')
     at = peewee.DoubleField()
-    # when Nova's scheduler asked for it last, and a little later each time and with each look: a
-    # look that began when it was another one tells of before
+    # when Nova's scheduler asked last, a little more with each look: what began before is older
     asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
@@ -4476,10 +4471,7 @@ class SimulatedServer(Table):
     gone = peewee.DoubleField(null=True)
 
 
-TABLES = [Resource, Host, Reservation, Occurrence, Texts, Capacity, Proposal, ExtraHold, Wait,
-          Limit, Step, Server, Claim, Tally, Token, Session, Share, OnceDone, Feed, Subscription,
-          CalendarObject, CalendarProperty, Event, Outbox, Mailed, Uninvited, Lease, BlazarLease,
-          BlazarHold, HostProperty, Credential, Fact, SimulatedServer]
+TABLES = Table.__subclasses__()
 
 #: Indexes that fields don't tell of. `occurrence_ended` finds what a wrong clock has ended.
 INDEXES = '''
@@ -4529,19 +4521,6 @@ UNIQUE = ('calendar_object_named ON calendar_object (user, project, calendar, na
           'claim_server ON claim (resource_id, server)',
           'resource_name ON resource (name) WHERE removed IS NULL')
 
-
-#: What brings an older store up to the models above, one function a version. None reads the models,
-#: which tell of today: each names its tables and columns.
-MIGRATIONS: list[Callable] = [
-    lambda: add_tracks(), lambda: add_proposals(), lambda: add_up_told(), lambda: add_owners(),
-    lambda: trust_names(), lambda: add_sessions(), lambda: add_ends_of_calls(),
-    lambda: keep_resource_ids(), lambda: end_left_calendars(), lambda: add_whose(),
-    lambda: add_waits(), lambda: add_sums(), lambda: add_once(), lambda: add_ends_of_tokens(),
-    lambda: add_openstack(), lambda: add_calendar_objects(), lambda: add_invitations(),
-    lambda: add_shares(), lambda: add_locks(), lambda: add_hosts(),
-    lambda: divide_lease(), lambda: add_host_states(), lambda: add_user_started(),
-    lambda: add_hosts_of_extra(), lambda: gather_figures(), lambda: add_asked(),
-    lambda: widen_orders()]
 
 
 def long_texts(row: str) -> str:
@@ -5037,7 +5016,7 @@ def run_migrations(before: int) -> None:
     """Brings the tables of a version up to those of today, all in one transaction."""
     with transaction():
         for step in MIGRATIONS[before - 1:]:
-            step()
+            step() if callable(step) else run_all(step)
         db.note_version()
 
 
@@ -5272,15 +5251,14 @@ def columns_of(table: str) -> set[str]:
 
 
 def run_all(statements: str) -> None:
-    """Runs statements of the schema, with semicolons between, within the present transaction."""
+    """Runs statements of the schema, with semicolons between, within the present transaction. Among
+    them, `+ table.column TYPE` gives a table a column that it has not yet."""
     for each in statements.split(';'):
-        db.execute_sql(each)
-
-
-def add_columns(table: str, columns: dict[str, str]) -> None:
-    """Gives a table the columns, name by type, that it has not yet."""
-    for name in columns.keys() - columns_of(table):
-        run_all(f'ALTER TABLE {table} ADD COLUMN "{name}" {columns[name]}')
+        added = re.match(r'\s*\+ (\w+)\.(\w+) (.+)', each, re.S)
+        if not added:
+            db.execute_sql(each)
+        elif added[2] not in columns_of(added[1]):
+            db.execute_sql(f'ALTER TABLE {added[1]} ADD COLUMN "{added[2]}" {added[3]}')
 
 
 def add_tracks() -> None:
@@ -5294,78 +5272,6 @@ def add_tracks() -> None:
     run_all(TABLES_OF_2)
     if 'track' not in columns_of('step'):
         run_all(STEPS_OF_2)
-
-
-def add_proposals() -> None:
-    """Version 3: changes that await approval, and what is held beside occurrences."""
-    run_all("""
-        CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
-          alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL, asked TEXT NOT NULL,
-          named INTEGER NOT NULL, wish TEXT NOT NULL, shown TEXT NOT NULL, until INTEGER NOT NULL);
-        CREATE INDEX IF NOT EXISTS proposal_reservation_id ON proposal (reservation_id);
-        CREATE INDEX IF NOT EXISTS proposal_until ON proposal (until);
-        CREATE TABLE IF NOT EXISTS extra_hold (id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id), proposal_id INTEGER REFERENCES proposal (id),
-          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
-          held_until INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
-          classes TEXT NOT NULL);
-        CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
-        CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
-        CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
-        CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""")
-
-
-def add_up_told() -> None:
-    """Version 4: how many servers were told to be up."""
-    add_columns('occurrence', {'up_told': 'INTEGER', 'up_check': 'REAL'})
-    # Of what was ready before this version, that was told.
-    run('UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2')
-
-
-def add_owners() -> None:
-    """Version 5: whose notices are on their way, and how many mails somebody has had sent."""
-    add_columns('outbox', {'owner': "VARCHAR(255) NOT NULL DEFAULT ''"})
-    run('CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY, '
-        'day INTEGER NOT NULL, number INTEGER NOT NULL)')
-
-
-def trust_names() -> None:
-    """Version 6: names are looked at with the rights of who asks; what was booked goes on."""
-    add_columns('reservation', {'trusted': "TEXT NOT NULL DEFAULT '[]'"})
-    run('''UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
-             SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
-             SELECT 'image:' || image WHERE image <> '' UNION ALL
-             SELECT 'network:' || network WHERE network <> '' UNION ALL
-             SELECT 'key:' || key WHERE key <> '' UNION ALL
-             SELECT 'server:' || server WHERE server <> '' UNION ALL
-             SELECT 'security_group:' || value FROM json_each(security_groups)))''')
-    run('CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL')
-
-
-def add_sessions() -> None:
-    """Version 7: who has signed in, by hashes; the key that signs is not in the store any more."""
-    run_all("""
-        CREATE TABLE session (
-          hash VARCHAR(255) NOT NULL PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES token (id),
-          until INTEGER NOT NULL);
-        CREATE INDEX session_until ON session (until);
-        DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""")
-
-
-def add_ends_of_calls() -> None:
-    """Version 8: calls whose end is not known, how far series are, what waits or has ended."""
-    add_columns('server', {'intended': 'REAL'})
-    add_columns('reservation', {'carried': 'VARCHAR(255)'})
-    run("UPDATE server SET intended = called WHERE state = 'build' AND uid IS NULL AND due IS NOT "
-        "NULL")
-    run('CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end") '
-        'WHERE due IS NULL AND cancelled IS NULL')
-    run("CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried) WHERE series "
-        "!= ''")
-    run('UPDATE reservation SET waiting = NULL, pending = NULL '
-        'WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS '
-        '(SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)')
 
 
 def keep_resource_ids() -> None:
@@ -5396,77 +5302,6 @@ def end_left_calendars() -> None:
             f'AND NOT EXISTS (SELECT 1 FROM {owner} AND t.revoked IS NULL)')
 
 
-#: The indexes that came with version 11, and those in whose place they are.
-INDEXES_OF_11 = """
-    DROP INDEX IF EXISTS claim_occurrence;
-    DROP INDEX IF EXISTS occurrence_held;
-    DROP INDEX IF EXISTS occurrence_reservation_id_start;
-    DROP INDEX IF EXISTS reservation_project_label_over;
-    DROP INDEX IF EXISTS server_occurrence_id;
-    CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
-    CREATE INDEX claim_gone ON claim (gone);
-    CREATE INDEX claim_of ON claim (occurrence, due);
-    CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
-    CREATE INDEX event_project ON event (project) WHERE project != '';
-    CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
-    CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
-    CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
-    CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
-    CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
-    CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
-    CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
-    CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
-    CREATE INDEX occurrence_series ON occurrence (reservation_id, due IS NULL, start);
-    CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
-    CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
-    CREATE INDEX outbox_event ON outbox (event_id);
-    CREATE INDEX reservation_label_project_over ON reservation (label, project, over);
-    CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
-    CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
-    CREATE INDEX reservation_subscription ON reservation (subscription, over)
-      WHERE subscription IS NOT NULL;
-    CREATE INDEX server_deleted ON server (deleted);
-    CREATE INDEX server_of ON server (occurrence_id, n);
-    CREATE INDEX server_planned ON server (planned);
-    CREATE INDEX server_there ON server (account) WHERE state != 'deleted'"""
-
-
-def add_whose() -> None:
-    """Version 11: occurrences and events tell whose they are; indexes in the order of lists."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('occurrence', {'of_project': name, 'of_user': name})
-    run('UPDATE occurrence SET (of_project, of_user) = '
-        '(SELECT project, user FROM reservation r WHERE r.id = reservation_id)')
-    run('UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = '
-        'reservation_id) WHERE reservation_id IS NOT NULL')
-    run('UPDATE occurrence SET told = told | 128 '
-        "WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN "
-        "(SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL)")
-    run_all(INDEXES_OF_11)
-
-
-def add_waits() -> None:
-    """Version 12: who waits is found by the resources on which that could be."""
-    run_all("""
-        CREATE TABLE wait (
-          id INTEGER NOT NULL PRIMARY KEY, reservation_id INTEGER NOT NULL REFERENCES reservation (id),
-          resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
-          until INTEGER NOT NULL, since INTEGER NOT NULL, limited INTEGER NOT NULL, due REAL NOT NULL);
-        INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
-          SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from, o."end",
-                 r.waiting, 0, 0
-            FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
-            JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
-           WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL;
-        CREATE INDEX wait_due ON wait (due);
-        CREATE INDEX wait_limited ON wait (limited) WHERE limited;
-        CREATE INDEX wait_reservation_id ON wait (reservation_id);
-        CREATE INDEX wait_since ON wait (resource_id, since);
-        CREATE INDEX wait_there ON wait (resource_id, until)""")
-
-
 def add_sums() -> None:
     """Version 13: the long texts of each project are counted; sums of days that are forgotten."""
     run_all("""
@@ -5484,126 +5319,13 @@ def add_sums() -> None:
         run(trigger)
 
 
-def add_once() -> None:
-    """Version 14: requests that name themselves are done once."""
-    run_all("""
-        CREATE TABLE once (
-          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
-          digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
-          status INTEGER NOT NULL, answer TEXT NOT NULL,
-          PRIMARY KEY (user, project, key)) WITHOUT ROWID;
-        CREATE INDEX once_at ON once (at)""")
-
-
-def add_ends_of_tokens() -> None:
-    """Version 15: tokens end, are for something, and tell when they were used."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('token', {'purpose': name, 'scopes': name})
-    add_columns('token', {'ends': 'INTEGER', 'last_used': 'INTEGER',
-                          'resource_id': 'INTEGER REFERENCES resource (id)'})
-    run_all("""
-        CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
-        CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
-        CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
-        CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
-          WHERE due IS NOT NULL""")
-
-
-def add_openstack() -> None:
-    """Version 16: leases of Blazar, properties of hosts, and credentials of people."""
-    text, number = 'VARCHAR(255) NOT NULL', 'INTEGER NOT NULL'
-    add_columns('resource', {'flavors': f'{number} DEFAULT 0'})
-    run_all(f"""
-        CREATE TABLE IF NOT EXISTS blazar_lease (
-          "id" {text} PRIMARY KEY, "name" {text}, "user" {text}, "project" {text},
-          "start" {number}, "end" {number}, "before_end" INTEGER, "parts" TEXT NOT NULL,
-          "added" {number}, "changed" INTEGER);
-        CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
-        CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
-        CREATE TABLE IF NOT EXISTS blazar_hold (
-          "reservation" {number} PRIMARY KEY, "lease_id" {text}, "part" {text});
-        CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
-        CREATE TABLE IF NOT EXISTS host_property (
-          "host" {number}, "name" {text}, "value" {text}, PRIMARY KEY ("host", "name"))
-          WITHOUT ROWID;
-        CREATE TABLE IF NOT EXISTS credential (
-          "id" {number} PRIMARY KEY, "user" {text}, "project" {text}, "cloud" {text},
-          "name" {text}, "secret" TEXT NOT NULL, "added" {number});
-        CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
-          ON credential ("user", "project", "cloud")""")
-
-
-def add_calendar_objects() -> None:
-    """Version 17: what calendar programs write, and what a resource gives by itself."""
-    name = "VARCHAR(255) NOT NULL DEFAULT ''"
-    add_columns('resource', {'default_flavor': name, 'default_image': name,
-                             'default_vms': 'INTEGER NOT NULL DEFAULT 0'})
-    run_all("""
-        CREATE TABLE IF NOT EXISTS calendar_object (
-          id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
-          project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
-          uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
-          etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
-          last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
-          changed INTEGER NOT NULL, gone INTEGER);
-        CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
-        CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
-          ON calendar_object (user, project, calendar, name);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_uid
-          ON calendar_object (user, project, calendar, uid);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_rev
-          ON calendar_object (user, project, calendar, rev);
-        CREATE INDEX IF NOT EXISTS calendar_object_by_until
-          ON calendar_object (user, project, calendar, last);
-        CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
-          WHERE gone IS NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
-          WHERE reservation_id IS NOT NULL;
-        CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
-          WHERE gone IS NOT NULL;
-        CREATE TABLE IF NOT EXISTS calendar_property (
-          user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
-          name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
-          PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""")
-
-
 def add_invitations() -> None:
     """Version 18: people without an account get reservations as events of their calendars."""
-    add_columns('reservation', {'invite': "TEXT NOT NULL DEFAULT '[]'"})
-    add_columns('outbox', {'invites': 'INTEGER NOT NULL DEFAULT 0'})
-    run('CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY, '
-        'at INTEGER NOT NULL)')
+    run_all("""+ reservation.invite TEXT NOT NULL DEFAULT '[]';
+        + outbox.invites INTEGER NOT NULL DEFAULT 0;
+        CREATE TABLE IF NOT EXISTS uninvited (hash VARCHAR(255) NOT NULL PRIMARY KEY,
+          at INTEGER NOT NULL)""")
     run(INVITES_OF_18)
-
-
-def add_shares() -> None:
-    """Version 19: reservations have pages for who has their address."""
-    run_all("""
-        CREATE TABLE IF NOT EXISTS share (
-          id INTEGER NOT NULL PRIMARY KEY,
-          reservation_id INTEGER NOT NULL REFERENCES reservation (id),
-          nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
-        CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""")
-
-
-def add_locks() -> None:
-    """Version 20: what is reserved can be locked before its start."""
-    for table in ('resource', 'limits'):
-        add_columns(table, {'lock': 'INTEGER NOT NULL DEFAULT 0'})
-
-
-def add_hosts() -> None:
-    """Version 21: reservations are planned on the hosts of a resource."""
-    add_columns('reservation', {'affinity': "VARCHAR(255) NOT NULL DEFAULT ''"})
-    add_columns('occurrence', {'placed': "TEXT NOT NULL DEFAULT ''"})
-    add_columns('claim', {'host': "VARCHAR(255) NOT NULL DEFAULT ''",
-                          'twice': 'INTEGER NOT NULL DEFAULT 0'})
-    run_all("""
-        CREATE TABLE IF NOT EXISTS host (
-          id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
-          name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
-          classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
-        CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""")
 
 
 def divide_lease() -> None:
@@ -5613,29 +5335,9 @@ def divide_lease() -> None:
         run(each)
 
 
-def add_host_states() -> None:
-    """Version 23: what Nova says of hosts, what they are like, and when one alone is closed."""
-    name, number = "VARCHAR(255) NOT NULL DEFAULT ''", 'INTEGER NOT NULL DEFAULT 0'
-    add_columns('resource', {'aggregate_id': name, 'spare': number})
-    add_columns('host', {'state': name, 'spare': number,
-                         'properties': "TEXT NOT NULL DEFAULT '{}'"})
-    add_columns('capacity', {'host': name})
-    add_columns('reservation', {'where': "TEXT NOT NULL DEFAULT ''"})
-
-
-def add_user_started() -> None:
-    """Version 24: what becomes of VMs that people started themselves is said for each resource."""
-    add_columns('resource', {'user_started': "VARCHAR(255) NOT NULL DEFAULT ''"})
-
-
-def add_hosts_of_extra() -> None:
-    """Version 25: what is held beside occurrences is held on hosts as well."""
-    add_columns('extra_hold', {'host_id': 'INTEGER REFERENCES host (id)'})
-
-
 def gather_figures() -> None:
     """Version 26: the figures of a limit stand in one column, so that others need none."""
-    add_columns('limits', {'figures': "TEXT NOT NULL DEFAULT '{}'"})
+    run_all("+ limits.figures TEXT NOT NULL DEFAULT '{}'")
     names = {'most_vms': 'max_vms', 'longest': 'max_duration', 'ahead': 'max_advance',
              'least_notice': 'min_notice', 'vcpu_hours': 'max_vcpu_hours', 'waiting': 'max_waiting'}
     for each in rows('SELECT * FROM limits'):
@@ -5646,19 +5348,235 @@ def gather_figures() -> None:
         run(f'ALTER TABLE limits DROP COLUMN {name}')
 
 
-def add_asked() -> None:
-    """Version 27: a claim tells when it was decided on last."""
-    add_columns('claim', {'asked': 'REAL NOT NULL DEFAULT 0'})
-
-
 def widen_orders() -> None:
     """Version 28: what lists walk is in order of start and id, and knows ends."""
     for by, first in (('', ''), ('project_', 'of_project, '), ('user_', 'of_user, '),
                       ('place_', 'resource_id, ')):
         for half, which in (('live', 'due IS NOT NULL'), ('over', 'due IS NULL')):
-            run_all(f"""DROP INDEX occurrence_{by}{half};
-                CREATE INDEX occurrence_{by}{half}
-                  ON occurrence ({first}start, id, "end") WHERE {which}""")
+            run(f'DROP INDEX occurrence_{by}{half}')
+            run(f'CREATE INDEX occurrence_{by}{half} ON occurrence ({first}start, id, "end") '
+                f'WHERE {which}')
+
+
+#: What brings an older store up to the models above: for each version from the second on what is
+#: called, or what `run_all` runs. None reads the models, which tell of today.
+MIGRATIONS: list[Callable | str] = [
+    add_tracks,
+    # 3: changes that await approval, and what is held beside occurrences
+    """CREATE TABLE IF NOT EXISTS proposal (id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id), occurrence INTEGER NOT NULL,
+         alone INTEGER NOT NULL, user VARCHAR(255) NOT NULL, code VARCHAR(255) NOT NULL,
+         asked TEXT NOT NULL, named INTEGER NOT NULL, wish TEXT NOT NULL, shown TEXT NOT NULL,
+         until INTEGER NOT NULL);
+       CREATE INDEX IF NOT EXISTS proposal_reservation_id ON proposal (reservation_id);
+       CREATE INDEX IF NOT EXISTS proposal_until ON proposal (until);
+       CREATE TABLE IF NOT EXISTS extra_hold (id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         proposal_id INTEGER REFERENCES proposal (id),
+         resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+         held_until INTEGER NOT NULL, vms INTEGER NOT NULL, vcpus INTEGER NOT NULL,
+         ram INTEGER NOT NULL, classes TEXT NOT NULL);
+       CREATE INDEX IF NOT EXISTS extra_hold_reservation_id ON extra_hold (reservation_id);
+       CREATE INDEX IF NOT EXISTS extra_hold_proposal_id ON extra_hold (proposal_id);
+       CREATE INDEX IF NOT EXISTS extra_hold_resource_id ON extra_hold (resource_id);
+       CREATE INDEX IF NOT EXISTS server_kept ON server (account) WHERE state = 'kept'""",
+    # 4: how many servers were told to be up; of what was ready before this version, that was told
+    """+ occurrence.up_told INTEGER; + occurrence.up_check REAL;
+       UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2""",
+    # 5: whose notices are on their way, and how many mails somebody has had sent
+    """+ outbox.owner VARCHAR(255) NOT NULL DEFAULT '';
+       CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY,
+         day INTEGER NOT NULL, number INTEGER NOT NULL)""",
+    # 6: names are looked at with the rights of who asks; what was booked goes on
+    """+ reservation.trusted TEXT NOT NULL DEFAULT '[]';
+       UPDATE reservation SET trusted = (SELECT json_group_array(name) FROM (
+         SELECT 'flavor:' || flavor AS name WHERE flavor <> '' UNION ALL
+         SELECT 'image:' || image WHERE image <> '' UNION ALL
+         SELECT 'network:' || network WHERE network <> '' UNION ALL
+         SELECT 'key:' || key WHERE key <> '' UNION ALL
+         SELECT 'server:' || server WHERE server <> '' UNION ALL
+         SELECT 'security_group:' || value FROM json_each(security_groups)));
+       CREATE INDEX IF NOT EXISTS server_uid ON server (uid) WHERE uid IS NOT NULL""",
+    # 7: who has signed in, by hashes; the key that signs is not in the store any more
+    """CREATE TABLE session (
+         hash VARCHAR(255) NOT NULL PRIMARY KEY, token_id INTEGER NOT NULL REFERENCES token (id),
+         until INTEGER NOT NULL);
+       CREATE INDEX session_until ON session (until);
+       DELETE FROM fact WHERE name = 'page' OR name LIKE 'out %'""",
+    # 8: calls whose end is not known, how far series are, what waits or has ended
+    """+ server.intended REAL; + reservation.carried VARCHAR(255);
+       UPDATE server SET intended = called
+        WHERE state = 'build' AND uid IS NULL AND due IS NOT NULL;
+       CREATE INDEX IF NOT EXISTS occurrence_ended ON occurrence ("end")
+         WHERE due IS NULL AND cancelled IS NULL;
+       CREATE INDEX IF NOT EXISTS reservation_series ON reservation (over, carried)
+         WHERE series != '';
+       UPDATE reservation SET waiting = NULL, pending = NULL
+        WHERE (waiting IS NOT NULL OR pending IS NOT NULL) AND NOT EXISTS
+         (SELECT 1 FROM occurrence WHERE reservation_id = reservation.id AND cancelled IS NULL)""",
+    keep_resource_ids, end_left_calendars,
+    # 11: occurrences and events tell whose they are; indexes in the order of lists
+    """+ occurrence.of_project VARCHAR(255) NOT NULL DEFAULT '';
+       + occurrence.of_user VARCHAR(255) NOT NULL DEFAULT '';
+       UPDATE occurrence SET (of_project, of_user) =
+         (SELECT project, user FROM reservation r WHERE r.id = reservation_id);
+       UPDATE event SET project = (SELECT project FROM reservation r WHERE r.id = reservation_id)
+        WHERE reservation_id IS NOT NULL;
+       UPDATE occurrence SET told = told | 128
+        WHERE id IN (SELECT occurrence FROM event WHERE code = 'failed') OR reservation_id IN
+         (SELECT reservation_id FROM event WHERE code = 'failed' AND occurrence IS NULL);
+       DROP INDEX IF EXISTS claim_occurrence;
+       DROP INDEX IF EXISTS occurrence_held;
+       DROP INDEX IF EXISTS occurrence_reservation_id_start;
+       DROP INDEX IF EXISTS reservation_project_label_over;
+       DROP INDEX IF EXISTS server_occurrence_id;
+       CREATE INDEX capacity_end ON capacity ("end") WHERE removed IS NULL;
+       CREATE INDEX claim_gone ON claim (gone);
+       CREATE INDEX claim_of ON claim (occurrence, due);
+       CREATE INDEX claim_there ON claim (resource_id, occurrence) WHERE due IS NOT NULL;
+       CREATE INDEX event_project ON event (project) WHERE project != '';
+       CREATE INDEX event_refused ON event (at) WHERE code = 'refused';
+       CREATE INDEX occurrence_cancelled ON occurrence (start) WHERE cancelled IS NOT NULL;
+       CREATE INDEX occurrence_failed ON occurrence (start) WHERE told & 128;
+       CREATE INDEX occurrence_long ON occurrence (start) WHERE "end" - start > 86400;
+       CREATE INDEX occurrence_longest ON occurrence (start) WHERE "end" - start > 2678400;
+       CREATE INDEX occurrence_over ON occurrence (start) WHERE due IS NULL;
+       CREATE INDEX occurrence_place_live ON occurrence (resource_id, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_place_over ON occurrence (resource_id, start) WHERE due IS NULL;
+       CREATE INDEX occurrence_project_live ON occurrence (of_project, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_project_over ON occurrence (of_project, start) WHERE due IS NULL;
+       CREATE INDEX occurrence_series ON occurrence (reservation_id, due IS NULL, start);
+       CREATE INDEX occurrence_user_live ON occurrence (of_user, start) WHERE due IS NOT NULL;
+       CREATE INDEX occurrence_user_over ON occurrence (of_user, start) WHERE due IS NULL;
+       CREATE INDEX outbox_event ON outbox (event_id);
+       CREATE INDEX reservation_label_project_over ON reservation (label, project, over);
+       CREATE INDEX reservation_lead ON reservation (lead) WHERE lead > 0;
+       CREATE INDEX reservation_server ON reservation (server) WHERE server != '';
+       CREATE INDEX reservation_subscription ON reservation (subscription, over)
+         WHERE subscription IS NOT NULL;
+       CREATE INDEX server_deleted ON server (deleted);
+       CREATE INDEX server_of ON server (occurrence_id, n);
+       CREATE INDEX server_planned ON server (planned);
+       CREATE INDEX server_there ON server (account) WHERE state != 'deleted'""",
+    # 12: who waits is found by the resources on which that could be
+    """CREATE TABLE wait (
+         id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         resource_id INTEGER NOT NULL REFERENCES resource (id), held_from INTEGER NOT NULL,
+         until INTEGER NOT NULL, since INTEGER NOT NULL, limited INTEGER NOT NULL,
+         due REAL NOT NULL);
+       INSERT INTO wait (reservation_id, resource_id, held_from, until, since, limited, due)
+         SELECT r.id, coalesce(json_extract(c.value, '$[0]'), o.resource_id), o.held_from,
+                o."end", r.waiting, 0, 0
+           FROM reservation r JOIN occurrence o ON o.reservation_id = r.id
+           JOIN json_each(iif(r.choices = '', '[null]', r.choices)) c
+          WHERE r.waiting IS NOT NULL AND o.cancelled IS NULL AND o.due IS NOT NULL;
+       CREATE INDEX wait_due ON wait (due);
+       CREATE INDEX wait_limited ON wait (limited) WHERE limited;
+       CREATE INDEX wait_reservation_id ON wait (reservation_id);
+       CREATE INDEX wait_since ON wait (resource_id, since);
+       CREATE INDEX wait_there ON wait (resource_id, until)""",
+    add_sums,
+    # 14: requests that name themselves are done once
+    """CREATE TABLE once (
+         user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, key VARCHAR(255) NOT NULL,
+         digest VARCHAR(255) NOT NULL, mark VARCHAR(255) NOT NULL, at INTEGER NOT NULL,
+         status INTEGER NOT NULL, answer TEXT NOT NULL,
+         PRIMARY KEY (user, project, key)) WITHOUT ROWID;
+       CREATE INDEX once_at ON once (at)""",
+    # 15: tokens end, are for something, and tell when they were used
+    """+ token.purpose VARCHAR(255) NOT NULL DEFAULT '';
+       + token.scopes VARCHAR(255) NOT NULL DEFAULT '';
+       + token.ends INTEGER; + token.last_used INTEGER;
+       + token.resource_id INTEGER REFERENCES resource (id);
+       CREATE INDEX IF NOT EXISTS session_token_id ON session (token_id);
+       CREATE INDEX IF NOT EXISTS token_of ON token (user, project) WHERE revoked IS NULL;
+       CREATE INDEX IF NOT EXISTS feed_of ON feed (user, project) WHERE revoked IS NULL;
+       CREATE INDEX IF NOT EXISTS subscription_of ON subscription (user, project)
+         WHERE due IS NOT NULL""",
+    # 16: leases of Blazar, properties of hosts, and credentials of people
+    """+ resource.flavors INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS blazar_lease (
+         "id" VARCHAR(255) NOT NULL PRIMARY KEY, "name" VARCHAR(255) NOT NULL,
+         "user" VARCHAR(255) NOT NULL, "project" VARCHAR(255) NOT NULL,
+         "start" INTEGER NOT NULL, "end" INTEGER NOT NULL, "before_end" INTEGER,
+         "parts" TEXT NOT NULL, "added" INTEGER NOT NULL, "changed" INTEGER);
+       CREATE INDEX IF NOT EXISTS blazar_lease_project ON blazar_lease ("project");
+       CREATE INDEX IF NOT EXISTS blazar_lease_end ON blazar_lease ("end");
+       CREATE TABLE IF NOT EXISTS blazar_hold (
+         "reservation" INTEGER NOT NULL PRIMARY KEY, "lease_id" VARCHAR(255) NOT NULL,
+         "part" VARCHAR(255) NOT NULL);
+       CREATE INDEX IF NOT EXISTS blazar_hold_lease_id ON blazar_hold ("lease_id");
+       CREATE TABLE IF NOT EXISTS host_property (
+         "host" INTEGER NOT NULL, "name" VARCHAR(255) NOT NULL, "value" VARCHAR(255) NOT NULL,
+         PRIMARY KEY ("host", "name")) WITHOUT ROWID;
+       CREATE TABLE IF NOT EXISTS credential (
+         "id" INTEGER NOT NULL PRIMARY KEY, "user" VARCHAR(255) NOT NULL,
+         "project" VARCHAR(255) NOT NULL, "cloud" VARCHAR(255) NOT NULL,
+         "name" VARCHAR(255) NOT NULL, "secret" TEXT NOT NULL, "added" INTEGER NOT NULL);
+       CREATE UNIQUE INDEX IF NOT EXISTS credential_user_project_cloud
+         ON credential ("user", "project", "cloud")""",
+    # 17: what calendar programs write, and what a resource gives by itself
+    """+ resource.default_flavor VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.default_image VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.default_vms INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS calendar_object (
+         id INTEGER NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL,
+         project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL, name VARCHAR(255) NOT NULL,
+         uid VARCHAR(255) NOT NULL, text TEXT NOT NULL, shown TEXT NOT NULL,
+         etag VARCHAR(255) NOT NULL, rev INTEGER NOT NULL, first INTEGER NOT NULL,
+         last INTEGER NOT NULL, reservation_id INTEGER, why TEXT NOT NULL,
+         changed INTEGER NOT NULL, gone INTEGER);
+       CREATE INDEX IF NOT EXISTS calendar_object_rev ON calendar_object (rev);
+       CREATE UNIQUE INDEX IF NOT EXISTS calendar_object_named
+         ON calendar_object (user, project, calendar, name);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_uid
+         ON calendar_object (user, project, calendar, uid);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_rev
+         ON calendar_object (user, project, calendar, rev);
+       CREATE INDEX IF NOT EXISTS calendar_object_by_until
+         ON calendar_object (user, project, calendar, last);
+       CREATE INDEX IF NOT EXISTS calendar_object_last ON calendar_object (last)
+         WHERE gone IS NULL;
+       CREATE INDEX IF NOT EXISTS calendar_object_of ON calendar_object (reservation_id)
+         WHERE reservation_id IS NOT NULL;
+       CREATE INDEX IF NOT EXISTS calendar_object_gone ON calendar_object (gone)
+         WHERE gone IS NOT NULL;
+       CREATE TABLE IF NOT EXISTS calendar_property (
+         user VARCHAR(255) NOT NULL, project VARCHAR(255) NOT NULL, calendar INTEGER NOT NULL,
+         name VARCHAR(255) NOT NULL, value TEXT NOT NULL,
+         PRIMARY KEY (user, project, calendar, name)) WITHOUT ROWID""",
+    add_invitations,
+    # 19: reservations have pages for who has their address
+    """CREATE TABLE IF NOT EXISTS share (
+         id INTEGER NOT NULL PRIMARY KEY,
+         reservation_id INTEGER NOT NULL REFERENCES reservation (id),
+         nonce VARCHAR(255) NOT NULL, seats TEXT NOT NULL);
+       CREATE UNIQUE INDEX IF NOT EXISTS share_reservation_id ON share (reservation_id)""",
+    # 20: what is reserved can be locked before its start
+    '+ resource.lock INTEGER NOT NULL DEFAULT 0; + limits.lock INTEGER NOT NULL DEFAULT 0',
+    # 21: reservations are planned on the hosts of a resource
+    """+ reservation.affinity VARCHAR(255) NOT NULL DEFAULT '';
+       + occurrence.placed TEXT NOT NULL DEFAULT '';
+       + claim.host VARCHAR(255) NOT NULL DEFAULT ''; + claim.twice INTEGER NOT NULL DEFAULT 0;
+       CREATE TABLE IF NOT EXISTS host (
+         id INTEGER NOT NULL PRIMARY KEY, resource_id INTEGER NOT NULL REFERENCES resource (id),
+         name VARCHAR(255) NOT NULL, vcpus INTEGER NOT NULL, ram INTEGER NOT NULL,
+         classes TEXT NOT NULL, units TEXT NOT NULL, until INTEGER NOT NULL);
+       CREATE INDEX IF NOT EXISTS host_resource_id ON host (resource_id)""",
+    divide_lease,
+    # 23: what Nova says of hosts, what they are like, and when one alone is closed
+    """+ resource.aggregate_id VARCHAR(255) NOT NULL DEFAULT '';
+       + resource.spare INTEGER NOT NULL DEFAULT 0; + host.state VARCHAR(255) NOT NULL DEFAULT '';
+       + host.spare INTEGER NOT NULL DEFAULT 0; + host.properties TEXT NOT NULL DEFAULT '{}';
+       + capacity.host VARCHAR(255) NOT NULL DEFAULT '';
+       + reservation.where TEXT NOT NULL DEFAULT ''""",
+    # 24: what becomes of VMs that people started themselves is said for each resource
+    "+ resource.user_started VARCHAR(255) NOT NULL DEFAULT ''",
+    # 25: what is held beside occurrences is held on hosts as well
+    '+ extra_hold.host_id INTEGER REFERENCES host (id)', gather_figures,
+    # 27: a claim tells when it was decided on last
+    '+ claim.asked REAL NOT NULL DEFAULT 0', widen_orders]
 
 
 # What goes wrong with the store. SQLite's first error is what the user is told, with what helps.
@@ -5907,6 +5825,7 @@ def forget_memories() -> None:
 # memory and on this connection alone. From its first write to a table on, its statements read and
 # write instead of that the view NAME_now: the rows of the table without those in NAME_gone, and
 # those in NAME_new. So a deed and its rehearsal are one program.
+
 
 class Rehearsal(threading.local):
     """What this thread rehearses: to which tables it has written, and the next ids there."""
@@ -6450,6 +6369,7 @@ def given(where: list) -> list:
 #
 # Cost: a few index look-ups and one row per change of level inside the window, whatever the number
 # of reservations. `check` derives the same function from the occurrences and compares.
+
 
 def quantity(name: str, number: int) -> str:
     """So much of a resource class, for people: 4 VMs, 1 vCPU, 512 MiB of RAM, 2 CUSTOM_GPU."""
@@ -7310,7 +7230,7 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = *[(8, 2_500)] * 3, (32, 6_000)  # so many hosts, and looks at them
+SEARCHED = *[(12, 3_000)] * 4, (32, 6_000)  # so many hosts, and looks at them
 PUSHES = 200
 MOST_SEEN = 8_000  # rows
 SEARCHES = 20  # of one request, which may be a series
@@ -7352,6 +7272,23 @@ class Scene:
         self.new = self.add(0, need, None, need.number)
         stay = (host for host, number in had.items() for _ in range(number))
         self.may |= {unit: {host} for unit, host in zip(self.new, stay)}
+        self.leave_what_stays()
+
+    def leave_what_stays(self) -> None:
+        """Leaves each VM the hosts where it would fit if nothing were there that may move."""
+        self.looks = 0
+        for unit in self.units:
+            self.put(unit, None)
+        self.may = {unit: {host for host in may if self.fits(unit, host)}
+                    for unit, may in self.may.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Puts all back where it was."""
+        for unit in self.may:
+            if unit.host != unit.was:
+                self.put(unit, unit.was)
+            unit.failures = 1
 
     def read_free(self, resource: int, cuts: set[int]) -> None:
         """Reads what is free on the hosts, a row a figure, between any two cuts."""
@@ -7399,7 +7336,7 @@ class Scene:
 
     def fits(self, unit: Unit, host: int) -> bool:
         self.looks -= 1
-        return host in self.may[unit] and not self.siblings(unit, host) and all(
+        return not self.siblings(unit, host) and all(
             min(row[unit.first:unit.last]) >= figure
             for row, figure in zip(self.free[host], unit.figures) if figure)
 
@@ -7409,14 +7346,9 @@ class Scene:
 
     def best(self, unit: Unit) -> int | None:
         """The host that has least left of what is scarcest, at the tightest and then in all."""
-        left = {host: self.free[host][0][unit.first:unit.last] for host in self.hosts
+        left = {host: self.free[host][0][unit.first:unit.last] for host in self.may[unit]
                 if self.fits(unit, host)}
         return min(left, key=lambda host: (min(left[host]), sum(left[host]), host), default=None)
-
-    def options(self, unit: Unit) -> list[tuple[int, list[Unit]]]:
-        """On which hosts a VM would fit if some others went."""
-        found = [(host, self.blockers(unit, host)) for host in self.may[unit]]
-        return [(host, pushed) for host, pushed in found if pushed is not None]
 
     def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
         """A few VMs without which another would fit on a host; None if they are not enough."""
@@ -7442,20 +7374,19 @@ class Scene:
 
     def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
         """Of some cuts, in order, those after which a VM finds too little."""
-        return sorted({n for row, figure in zip(free, unit.figures) if figure
-                       for n in among if row[n - unit.first] < figure})
-
-    def push(self, unit: Unit, host: int, pushed: list[Unit]) -> None:
-        """Puts a VM on a host, and those off that are in its way."""
-        for each in pushed:
-            self.put(each, None)
-        self.put(unit, host)
+        found, first = [], unit.first
+        for row, figure in zip(free, unit.figures):
+            if figure and min(row) < figure:
+                found += [n for n in among if row[n - first] < figure]
+                among = [n for n in among if row[n - first] >= figure]
+        return sorted(found)
 
     def solve(self, looks: int, turn: int) -> bool:
         """Whether the new VMs find hosts, after so many looks at most."""
         dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
         out, left = [*self.new], {}
         self.looks = looks
+        self.reset()
         for _ in range(PUSHES):
             if self.looks < 0:
                 return False
@@ -7466,13 +7397,16 @@ class Scene:
                 unit.failures += 1
                 options = [(sum(each.failures for each in pushed) + dice.random() / 2
                             + 3 * (left.get(unit) == host), host, pushed)  # not back at once
-                           for host, pushed in self.options(unit)]
+                           for host in self.may[unit]
+                           if (pushed := self.blockers(unit, host)) is not None]
                 if not options:
                     return False
                 _, host, pushed = min(options, key=lambda option: option[:2])
             left |= dict.fromkeys(pushed, host)
             out += pushed
-            self.push(unit, host, pushed)
+            for each in pushed:
+                self.put(each, None)
+            self.put(unit, host)
             if not out:
                 return True
         return False
@@ -7534,14 +7468,17 @@ def replan(need: Need, had: dict[int, int], now: float,
                for host, room in rooms(need, least=WHATEVER)}
     nearest = sorted(lacking, key=lambda host: (host not in had, lacking[host], host))
     possible = nearest and had.keys() <= lacking.keys()
-    read, seen = functools.cache(lambda *hosts: in_the_way(need, hosts, now, own)), 0
+
+    @functools.cache
+    def scene_on(*hosts: int) -> tuple[Scene, int]:
+        others, seen = in_the_way(need, hosts, now, own)
+        return Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(hosts)),
+                     had, others), seen
+    seen = 0
     for turn, (width, looks) in enumerate(SEARCHED if possible else ()):
         if seen > MOST_SEEN and width > SEARCHED[0][0]:
             break  # to read as much again would take too long
-        chosen = nearest[:max(width, 2 * need.number)]
-        others, seen = read(*chosen)
-        scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)',
-                                 json.dumps(chosen)), had, others)
+        scene, seen = scene_on(*nearest[:max(width, 2 * need.number)])
         if scene.solve(looks, turn):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None
@@ -10241,10 +10178,11 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
                       until: datetime) -> list[dict]:
     """The occurrences of one UID in a window; one without length is in it if it begins there."""
     table = timetable(group, owner)
+    first, last = begin.timestamp(), until.timestamp()
+    slots = [slot for slot in table.slots(first - 1, last)
+             if slot.end > first or slot.start == slot.end >= first]
     return [{'uid': group[0].uid, 'start': instant(slot.start), 'end': instant(slot.end),
-             'status': table.status.get(slot.key, table.usual)}
-            for slot in table.slots(begin.timestamp() - 1, until.timestamp())
-            if slot.end > begin.timestamp() or slot.start == slot.end >= begin.timestamp()]
+             'status': table.status.get(slot.key, table.usual)} for slot in slots]
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
@@ -10382,9 +10320,10 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
     if not want and not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
         return None
-    said = {each.field: each.read(entry.text(name)) for name, each in PROGRAMMED.items()
-            if name in entry.said and not (want and each.field in IN_WORDS)
-            and (entry.text(name) or not each.default)}
+    there = {name: each for name, each in PROGRAMMED.items() if name in entry.said
+             and (entry.text(name) or not each.default)}
+    said = {each.field: each.read(entry.text(name)) for name, each in there.items()
+            if not (want and each.field in IN_WORDS)}
     return (want or defaults)._replace(**said)
 
 
@@ -10772,6 +10711,10 @@ WAYS = {'waiting': [('series',
 MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
+#: Those of its texts that may be long.
+LONG_IN_BRIEF = operator.attrgetter(
+    *(JSON & ReservationAnswer.fields.keys()), 'description', 'series', 'repeat', 'where', 'fault',
+    'change')
 MOST_INVITED = 200  # people to one reservation
 MAIL_ADDRESS = Pattern(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
@@ -10859,14 +10802,6 @@ def shown_fields(kind: type) -> tuple[list, Callable, list, list]:
             [each for each in names if each in JSON])
 
 
-@functools.lru_cache
-def long_fields(kind: type) -> Callable:
-    """What picks from a row the texts that may be long."""
-    models = [each for model in (Reservation, Occurrence) for each in model._meta.sorted_fields]
-    long = [each.name for each in models if isinstance(each, peewee.TextField)] + ['change']
-    return operator.attrgetter(*(name for name in kind._fields if name in long))
-
-
 def read_json(text: str):
     """What a column holds; most hold nothing."""
     return [] if text == '[]' else {} if not text or text == '{}' else json.loads(text)
@@ -10874,8 +10809,7 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(map(len, map(str, long_fields(type(each))(each))))
-                                 for each in found)
+    sizes = itertools.accumulate(sum(map(len, map(str, LONG_IN_BRIEF(each)))) for each in found)
     return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
             or not number]
 
@@ -11639,31 +11573,38 @@ class Wishes:
         if not place.cloud:
             raise Invalid(f"Resource '{place.name}' has no cloud that knows the "
                           f"{named[0][0].replace('_', ' ')} '{named[0][1]}'. Remove it.")
-        project = asked.get('project', self.service.actor.project)
-        user = asked.get('user', self.service.actor.user)
-        account = self.service.clouds.account(place.cloud, project, user)
-        admin = self.service.actor.role == ADMIN
-        sight = self.service.clouds.sight(account, project, asked.get('trusted', ()), admin)
         try:
-            cloud = self.service.clouds.open(account)
-
-            def looked_up() -> list:  # at once: between two calls others may take the place
-                found = cloud.check(named, sight)
-                if asked.get('image') and asked.get('network') in ('', 'auto'):
-                    cloud.refuse_any_network(sight)
-                return found
-            found = self.service.shares.ask(f'the cloud {account}', looked_up)
-            return dict(zip((kind for kind, _ in named), found))
+            found = self.looked_up(place, asked, named)
         except CloudError as error:
-            if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
-                raise CloudError(f"{str(error).rstrip('.')}. cmres needs the size of flavor "
-                                 f"'{asked['flavor']}' to check the capacity of '{place.name}'. "
-                                 'Try again later.') from None
-            if asked.get('server'):
-                raise CloudError(f"{str(error).rstrip('.')}. cmres must find the server "
-                                 f"'{asked['server']}' first. Try again later.") from None
+            self.refuse_unsure(place, asked, error)
             warnings.append(f'cmres could not check the names: {error}')
             return {}
+        return dict(zip((kind for kind, _ in named), found))
+
+    def looked_up(self, place, asked: dict, named: list) -> list:
+        """What a cloud knows under some names, as whoever asks sees them there."""
+        actor, clouds = self.service.actor, self.service.clouds
+        project = asked.get('project', actor.project)
+        account = clouds.account(place.cloud, project, asked.get('user', actor.user))
+        sight = clouds.sight(account, project, asked.get('trusted', ()), actor.role == ADMIN)
+        cloud = clouds.open(account)
+
+        def at_once() -> list:  # between two calls others may take the place
+            found = cloud.check(named, sight)
+            if asked.get('image') and asked.get('network') in ('', 'auto'):
+                cloud.refuse_any_network(sight)
+            return found
+        return self.service.shares.ask(f'the cloud {account}', at_once)
+
+    def refuse_unsure(self, place, asked: dict, error: CloudError) -> None:
+        """CloudError where only a cloud that can't be asked could tell what is needed."""
+        said = f"{str(error).rstrip('.')}. cmres"
+        if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
+            raise CloudError(f"{said} needs the size of flavor '{asked['flavor']}' to check the "
+                             f"capacity of '{place.name}'. Try again later.") from None
+        if asked.get('server'):
+            raise CloudError(f"{said} must find the server '{asked['server']}' first. "
+                             'Try again later.') from None
 
     def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
         """The names that an admin gave a reservation, now or before, as KIND:NAME."""
@@ -12009,10 +11950,9 @@ class Reasons:
             return
         most = capacity(wish.resource)
         used = peak(wish.resource.id, begin, until, wish.amount.names)
-        left = {name: most.most(name) - held for name, held in used.classes
-                if most.most(name) is not None} | {
-                name: limit - held for name, limit, held in zip(FIGURES, most, used)
-                if limit is not None}
+        figures = [*zip(FIGURES, most, used),
+                   *((name, most.most(name), held) for name, held in used.classes)]
+        left = {name: limit - held for name, limit, held in figures if limit is not None}
         many = min((left[name] // need for name, need in in_figures(wish.each).items() if need
                     and name in left), default=0)
         # Who asks for more than there ever is must ask for something else, however much is free.
@@ -12317,9 +12257,10 @@ def change_to(before, after: Wish, now: float, key: str = '', waits: bool = Fals
     if before and before.start == after.start and before.start <= now:
         begin = min(before.held_from, after.start)
     wants = [] if waits else [Hold(after.resource.id, begin, after.end, after.amount)]
+    stays = [each for each in had if wants and each.host and each.resource == wants[0].resource
+             and each.begin < after.end and each.until > begin]
     keeps = wants + [each._replace(begin=max(each.begin, begin), until=min(each.until, after.end))
-                     for each in had if wants and each.host and each.resource == wants[0].resource
-                     and each.begin < after.end and each.until > begin]
+                     for each in stays]
     return Change(before, after, key, had, wants, beyond(had, keeps), beyond(wants, had),
                   {'held_from': begin, 'held_until': begin if waits else after.end,
                    'placed': '' if waits or not before else before.placed} | columns)
@@ -12339,8 +12280,8 @@ def is_same(change: Change) -> bool:
     is_at, to_be = change.before, change.after
     if not is_at or not to_be or is_at.cancelled is not None:
         return False
-    return (is_at.start, is_at.end, is_at.resource_id, amount_of(is_at)) == (
-        to_be.start, to_be.end, to_be.resource.id, to_be.amount) and all(
+    there = is_at.start, is_at.end, is_at.resource_id, amount_of(is_at)
+    return there == (to_be.start, to_be.end, to_be.resource.id, to_be.amount) and all(
         getattr(is_at, name) == value for name, value in change.columns.items())
 
 
@@ -12889,10 +12830,10 @@ class Bookings:
         text = (f'{len(refused)} of {number} occurrences do not fit. Nothing was changed. '
                 f'First problem: {first}: {error}')
         hint = {'hint': RESERVE_THE_OTHERS} if len(refused) < number else {}
-        refusal = NoCapacity(
-            text if number > 1 else str(error),
-            conflicts=[{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
-                        'why': str(why)} for each, why in refused[:1000]], **error.details | hint)
+        conflicts = [{'start': instant(each.start), 'end': instant(each.end), 'vms': each.vms,
+                      'why': str(why)} for each, why in refused[:1000]]
+        refusal = NoCapacity(text if number > 1 else str(error), conflicts=conflicts,
+                             **error.details | hint)
         refusal.most_vms = min(getattr(why, 'most_vms', 0) for _, why in refused)
         return refusal
 
@@ -13751,12 +13692,11 @@ class Waiting:
         wish = wishes[0]
         choices = [[each.resource.id, bool(each.whole), stored(each.whole or each.each)]
                    for each in wishes]
-        made = self.bookings.commit(Deal('waiting', wish, [change_to(None, wish, now, waits=True)],
-                                         columns={
-                                             'waiting': int(now), 'priority': request.priority,
-                                             'confirm': request.confirm, 'request': request.name,
-                                             'choices': json.dumps(choices) if len(choices) > 1
-                                             else ''}), now)
+        columns = {'waiting': int(now), 'priority': request.priority, 'confirm': request.confirm,
+                   'request': request.name,
+                   'choices': json.dumps(choices) if len(choices) > 1 else ''}
+        changes = [change_to(None, wish, now, waits=True)]
+        made = self.bookings.commit(Deal('waiting', wish, changes, columns=columns), now)
         places = ' or '.join(each.resource.name for each in wishes[:20])
         self.service.journal(now, 'waiting', f"{counted(wish.vms, 'VM')} on {places} are not free",
                              made.reservation, wish.notify)
@@ -15038,9 +14978,13 @@ class Requests(Operations):
         place = self.look.resource_row(resource)
         begin, until = self.resolve(start or self.here.now, end or timedelta(days=7))
         levels = [*steps(place.id, begin, until, capacity(place).names), (until, NOTHING)]
+
+        def free(held: Amount) -> int | None:
+            if dict(held.classes).get(CLOSED):
+                return 0
+            return None if place.vms is None else place.vms - held.vms
         return [{'start': instant(at), 'end': instant(after), **in_figures(held),
-                 'free_vms': 0 if dict(held.classes).get(CLOSED) else None if place.vms is None else
-                 place.vms - held.vms} for (at, held), (after, _) in zip(levels, levels[1:])]
+                 'free_vms': free(held)} for (at, held), (after, _) in zip(levels, levels[1:])]
 
 
 # Plan ########################################################################
@@ -15364,9 +15308,10 @@ class Plan(Operations):
         if text == fact(key):
             return
         as_read = json.loads(text)
-        other = {name: (Flavor(*before[name][:2], (*map(tuple, before[name][2]),), before[name][3]),
-                        sizes[name]) for name in sizes if before.get(name, 0) not in (
-                            0, as_read[name])}
+        changed = [name for name in sizes if before.get(name, 0) not in (0, as_read[name])]
+        had = {name: before[name][:2] + [(*map(tuple, before[name][2]),), before[name][3]]
+               for name in changed}
+        other = {name: (Flavor(*had[name]), sizes[name]) for name in changed}
         self.after_search(lambda now: [(self.resize(cloud, other, now),)], searches=FEW_SEARCHES)
         with self.writing():
             note_fact(key, text)
@@ -15436,9 +15381,9 @@ class Plan(Operations):
             wanted = {'user_started': 'delete'} | wanted
         new = self.synced(aggregate, before, named) | wanted
         name = found.name if found else calendar_name(aggregate.name)
+        pairs = [(field, getattr(found, field, None), value) for field, value in new.items()]
         lines = [{'resource': name, 'what': field, 'before': in_brief(field, was),
-                  'after': in_brief(field, value)} for field, value in new.items()
-                 for was in [getattr(found, field, None)]
+                  'after': in_brief(field, value)} for field, was, value in pairs
                  if was != value and (found or not field.startswith('aggregate'))]
         if not found:
             self.add_synced(cloud, name, new, now)
@@ -15733,22 +15678,14 @@ class Plan(Operations):
             begin, until = self.resolve(start, end)
             if until <= now:
                 raise Invalid(f'The end ({self.config.told_time(until)}) is not in the future.')
-            classes = (CLOSED, *capacity(place).names)
-            closed = Amount(0, 0, 0, tuple((each, 0) for each in classes))
-            most = Amount(None, None, None) if host else most or closed
-            held = self.difference(place, most)
-            if held == NOTHING and not host:
-                raise Conflict(f"'{name}' has no capacity limit, so there is nothing to reduce. "
-                               'Set one first.', hint=f'resource update {name} --vms N')
-            self.bookings.hold_capacity(place.id, begin, until, held)
-            id = insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
-                        **stored(held, 'held_'), host=host, reason=reason, added=int(now),
-                        removed=None)
-            when = self.config.told_window(begin, until)
+            if host or not most:
+                classes = ((each, 0) for each in (CLOSED, *capacity(place).names))
+                most = Amount(None, None, None) if host else Amount(0, 0, 0, tuple(classes))
+            id = self.insert_capacity(place, begin, until, most, host, reason, now)
             closes = host or dict(most.classes).get(CLOSED) == 0
             what = 'is closed' if closes else 'has another capacity'
             whose = f"The host {host} of '{name}'" if host else f"'{name}'"
-            why = f"{whose} {what} from {when}: {reason}"
+            why = f'{whose} {what} from {self.config.told_window(begin, until)}: {reason}'
             self.journal(now, 'resource', why)
             homeless = self.look.in_order(
                 self.on_closed_host(row('SELECT * FROM capacity WHERE id = ?', id), now) if host
@@ -15759,6 +15696,18 @@ class Plan(Operations):
             self.wake()
         return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                 'reason': reason, 'hit': hit, 'affected': hit}
+
+    def insert_capacity(self, place, begin: int, until: int, most: Amount, host: str, reason: str,
+                        now: float) -> int:
+        """Writes a change of capacity, and holds what is less; its id."""
+        held = self.difference(place, most)
+        if held == NOTHING and not host:
+            raise Conflict(f"'{place.name}' has no capacity limit, so there is nothing to reduce. "
+                           'Set one first.', hint=f'resource update {place.name} --vms N')
+        self.bookings.hold_capacity(place.id, begin, until, held)
+        return insert(Capacity, resource=place.id, start=begin, end=until, **stored(most),
+                      **stored(held, 'held_'), host=host, reason=reason, added=int(now),
+                      removed=None)
 
     def hold_closing(self, closing: int, resource: int, now: float, sign: int) -> list[int]:
         """Holds all of the host that a change of capacity closes, or gives it back; its id."""
@@ -15796,11 +15745,12 @@ class Plan(Operations):
     def difference(self, place, most: Amount) -> Amount:
         """What must be held for another capacity; an unlimited figure stays so."""
         always, told = capacity(place), dict(most.classes)
-        return Amount(*(0 if each is None or wanted in (None, UNLIMITED) else each - wanted
-                        for each, wanted in zip(always[:3], most)),
-                      (*(((CLOSED, 1),) if CLOSED in told else ()),
-                       *((name, each - told.get(name, each)) for name, each in always.classes
-                         if told.get(name, each) not in (UNLIMITED, each))))
+        plain = (0 if each is None or wanted in (None, UNLIMITED) else each - wanted
+                 for each, wanted in zip(always[:3], most))
+        closes = [(CLOSED, 1)] if CLOSED in told else []
+        less = [(name, each - told.get(name, each)) for name, each in always.classes
+                if told.get(name, each) not in (UNLIMITED, each)]
+        return Amount(*plain, (*closes, *less))
 
     def rehold_changes(self, place, now: float) -> None:
         """Lets changes of capacity be what they were meant to be, after that has changed."""
@@ -16070,11 +16020,10 @@ class Claims(Operations):
                 if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes, host = {}, claim.host if claim.twice else seat.host or claim.host
+                takes, host = {}, (seat.host if seat.takes or not claim.twice else '') or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
-                    host = seat.host or claim.host
                 pause = self.config.poll_running if seat.host else self.config.poll_changing
                 change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
                        **takes)  # what looks saw that began before is older
@@ -17201,14 +17150,14 @@ class Records(Operations):
         def spreads(servers: list, what: str) -> dict:
             delays = (getattr(each, what) for each in servers)
             return spread(what, [each for each in delays if each is not None])
-        failed = [each for each in found if each.ready is None and each.fault]
-        return {'clouds': [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
-                            **spreads(servers, 'ready'),
-                            'tried_again': sum(each.tries > 1 for each in servers)}
-                           for cloud, servers in late.items()],
-                'failed': [{'planned': instant(each.planned)} | {
-                    name: getattr(each, name) for name in ('cloud', 'label', 'name', 'tries',
-                                                           'fault')} for each in failed[-100:]]}
+        clouds = [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+                   **spreads(servers, 'ready'),
+                   'tried_again': sum(each.tries > 1 for each in servers)}
+                  for cloud, servers in late.items()]
+        failed = [{'planned': instant(each.planned), 'cloud': each.cloud, 'label': each.label,
+                   'name': each.name, 'tries': each.tries, 'fault': each.fault}
+                  for each in found if each.ready is None and each.fault]
+        return {'clouds': clouds, 'failed': failed[-100:]}
 
     @api('GET', '/report/', 'report --since 2027-01-01 --by user --format csv')
     def report(self, since: When = None, until: When = None,
@@ -17661,10 +17610,8 @@ class LostLease(Error):
 
 @functools.cache
 def neighbours() -> int:
-    """What all processes have in common that see one another by number: a container, until a start.
-    """
-    seen = identity_of((stat_of('/proc/self/ns/pid'),))
-    return zlib.crc32(f'{boot_id()} {seen}'.encode())
+    """What those have in common who see one another by number: a container, until a start."""
+    return zlib.crc32(f'{boot_id()} {identity_of((stat_of("/proc/self/ns/pid"),))}'.encode())
 
 
 def has_died(holder: str) -> bool:
@@ -17958,10 +17905,10 @@ class Workers:
     def do_boot(self, call: Job) -> str:
         server = call.target
         made = made_in(server)
+        sight = self.clouds.sight(call.account, server.project, json.loads(server.trusted))
         return self.clouds.open(call.account).boot(Machine(
             server.name, self.mark(server), **{name: made[name] for name in BOOTED},
-            hint=server.label if server.mode else '',
-            sight=self.clouds.sight(call.account, server.project, json.loads(server.trusted)),
+            hint=server.label if server.mode else '', sight=sight,
             fence=lambda: self.go_on(call)))
 
     def do_verb(self, call: Job) -> None:
@@ -18233,6 +18180,7 @@ class Post:
 # at all that runs there: piece by piece, those first that have started last.
 
 MOST_PLANNED = 50  # in one transaction
+
 
 class Planner:
     """Plans occurrences."""
@@ -18581,10 +18529,10 @@ class Planner:
     def next_look(self, occurrence, over: bool, now: float) -> float | None:
         """When an occurrence must be planned again; None once it is over and nothing is to do."""
         if not over:
+            asked = max(occurrence.start, occurrence.changed)
             comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
                      occurrence.end, occurrence.held_from - self.config.check_ahead,
-                     *(max(occurrence.start, occurrence.changed) + each
-                       for each in (occurrence.no_show // 2, occurrence.no_show)),
+                     asked + occurrence.no_show // 2, asked + occurrence.no_show,
                      occurrence.up_check or 0)
             return min(each for each in comes if each > now)
         if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
@@ -19250,12 +19198,7 @@ class LifeCycle:
             self.workers.forget()
             return False
         now = self.believed()  # we may have been frozen since
-        if now < self.clocks.latest - 2:
-            log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
-            with self.leader.acting():
-                self.pull_forward(now, self.leader.held)
-            self.sweep()
-        self.clocks.latest = now
+        self.follow_clock(now)
         self.reconciler.record(now)
         self.watch.follow(now)
         self.workers.give_up()
@@ -19265,18 +19208,31 @@ class LifeCycle:
         self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
         self.planner.goes_on = False
         if self.has_work(now):
-            if acts_for_none:
-                self.admit_waiting(now)
-                self.drop_staged(now)
-                self.do_later(now)
-            self.planner.plan(now)
-            self.lead(self.clocks.clock())  # all that may have taken long
-            self.dispatcher.call(now)
-            self.lender.lend(now)
-            self.soonest, self.seen = self.next_due(now), None
+            self.work(now, acts_for_none)
         if acts_for_none:
             self.tidy(now)
         return True
+
+    def follow_clock(self, now: float) -> None:
+        """Looks at all anew where the clock was set back."""
+        if now < self.clocks.latest - 2:
+            log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
+            with self.leader.acting():
+                self.pull_forward(now, self.leader.held)
+            self.sweep()
+        self.clocks.latest = now
+
+    def work(self, now: float, acts_for_none: bool) -> None:
+        """What is due: who waits and what goes, then what VMs need, then the calls for that."""
+        if acts_for_none:
+            self.admit_waiting(now)
+            self.drop_staged(now)
+            self.do_later(now)
+        self.planner.plan(now)
+        self.lead(self.clocks.clock())  # all that may have taken long
+        self.dispatcher.call(now)
+        self.lender.lend(now)
+        self.soonest, self.seen = self.next_due(now), None
 
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
@@ -21683,7 +21639,9 @@ class LeaseRequests:
             return given | {'flavor': asked['flavor_id']}
         if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
             if not given['image']:
-                return given | {'each': Amount(1, *each)}
+                row = self.acting.look.resource_row(given['resource'])
+                size = Flavor(*each, disk=asked.get('disk_gb') or 1)  # as `lent_things` lends it
+                return given | {'each': takes_of(size, row)}
             given['flavor'] = self.flavor(cloud, *each)
         return given
 
@@ -24942,6 +24900,14 @@ CHOICE_WORDS = {
     **{name: dict.fromkeys(('', *words)) for name, words in CHOICES.items()
        if name not in ('affinity', 'at_end', 'affected')}}
 UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
+
+
+def with_units(most: Amount) -> list[tuple[int, str]]:
+    """What of a capacity is limited, each with its unit."""
+    return [(n, UNITS.get(name, name.removeprefix('CUSTOM_')))
+            for name, n in in_figures(most).items() if n is not None]
+
+
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
 #: What VMs are made of besides what everybody says.
 MADE_MORE = [name for name in MADE_OF if name not in ('flavor', 'image')]
@@ -25365,6 +25331,17 @@ def in_lanes(groups: list[tuple[list, list]]) -> Iterator[tuple[int, Spot] | Non
         yield found
 
 
+def in_json(rows: Iterable) -> str:
+    """Rows as scripts of the page read them."""
+    return json.dumps([*rows], separators=(',', ':'))
+
+
+def is_covered(x: float, closed: list[tuple]) -> bool:
+    """Whether a figure would stand on the words of a time in which a resource is closed."""
+    return any(begin <= x < begin + (text_width(words) + 8) * 100 / WIDE
+               for begin, _, words in closed)
+
+
 class Drawing:
     """Draws the plan for somebody."""
 
@@ -25376,33 +25353,35 @@ class Drawing:
     def row(self, place, found: list, changes: list[dict], hint: int) -> SimpleNamespace:
         """All that stands in the row of a resource; `hint`: where it says how to begin."""
         line, month, most = self.line, self.line.view == 'month', capacity(place)
-        limits = {name: n for name, n in in_figures(most).items() if n is not None}
-        units = [UNITS.get(name, name.removeprefix('CUSTOM_')) for name in limits]
-        names = ', '.join(f'{n} {unit}' for n, unit in zip(limits.values(), units))
-        caps = [(n, '' if unit == 'VMs' else f'{unit} ')
-                for n, unit in zip(limits.values(), units)]
+        limits = with_units(most)
+        names = ', '.join(f'{n} {unit}' for n, unit in limits)
+        caps = [(n, '' if unit == 'VMs' else f'{unit} ') for n, unit in limits]
         changes = [*self.changes(each for each in changes if each['resource'] == place.name)]
         closed = [(*line.extent(*edges), words) for *edges, words in changes]
         levels = levels_of(place, line, self.days)
+        bars, more, height = self.bars([each for each in found if each.resource_id == place.id])
+        row = SimpleNamespace(name=place.name, limited=bool(limits), hint=hint, closed=closed,
+                              levels=levels, bars=bars, more=more, height=height,
+                              caps=json.dumps(caps), **self.free_now(place, most, caps, levels))
+        row.holds = (names or 'no limit') + ' · approval' * bool(place.approval)
+        row.used = drawn_use(levels, line, month)
+        row.steps = in_json([round(each.at), each.free, each.unit] for each in levels)
+        row.shut = in_json([round(first), round(last), words] for first, last, words in changes)
+        row.figures = [each for each in drawn_figures(levels, line, self.now, row.limited)
+                       if month or not is_covered(each[0], closed)]
+        return row
+
+    def free_now(self, place, most: Amount, caps: list, levels: list) -> dict:
+        """How much of a resource is free now, and at least at any time."""
         there = level(place.id, self.instant, (CLOSED, *most.names))
         now, = levelled([(0, there)], in_figures(most))
-        bars, more, height = self.bars([each for each in found if each.resource_id == place.id])
+        if not caps:
+            return {'share': now.share, 'now': now.free, 'unit': 'used',
+                    'summary': 'nothing limits it'}
+        most, unit = caps[now.unit]
         least = max(levels, key=lambda each: each.share).free
-        most, unit = caps[now.unit] if caps else ('', '')
-        return SimpleNamespace(
-            name=place.name, limited=bool(limits), share=now.share, hint=hint, closed=closed,
-            holds=(names or 'no limit') + ' · approval' * bool(place.approval), levels=levels,
-            now=f'{now.free} of {most}' if caps else now.free, bars=bars, more=more,
-            unit=f'{unit}free' if caps else 'used', height=height,
-            summary=f'at least {least} free at any time' if caps else 'nothing limits it',
-            caps=json.dumps(caps), used=drawn_use(levels, line, month),
-            steps=json.dumps([[round(each.at), each.free, each.unit] for each in levels],
-                             separators=(',', ':')),
-            shut=json.dumps([[round(first), round(last), words]
-                             for first, last, words in changes]),
-            figures=[each for each in drawn_figures(levels, line, self.now, bool(limits))
-                     if month or not any(
-                x <= each[0] < x + (text_width(words) + 8) * 100 / WIDE for x, _, words in closed)])
+        return {'share': now.share, 'now': f'{now.free} of {most}', 'unit': f'{unit}free',
+                'summary': f'at least {least} free at any time'}
 
     def changes(self, changes: Iterable[dict]) -> Iterator[tuple]:
         """When capacity is another, in minutes, and what is said of it."""
@@ -25778,10 +25757,10 @@ class Visit:
         parameter, choices = operation.parameters[name], ()
         needed = parameter.default is REQUIRED
         if name == 'resource' or (operation.name, name) == ('resource_capacity', 'name'):
-            choices = [('', '')] * (not needed) + [(each.name, ' · '.join([each.name, *(
-                f'{n} {UNITS.get(name, name.removeprefix("CUSTOM_"))}'
-                for name, n in in_figures(capacity(each)).items() if n is not None)]))
-                for each in self.places()]
+            sizes = [(each.name, [f'{n} {unit}' for n, unit in with_units(capacity(each))])
+                     for each in self.places()]
+            choices = [('', '')] * (not needed) + [(place, ' · '.join([place, *size]))
+                                                   for place, size in sizes]
         elif found := (names or {}).get(name):
             choices = [('', f'choose: {name}'), *found]
         elif name in CHOICE_WORDS:
@@ -25851,11 +25830,12 @@ class Visit:
         later = [(each.name, *each.value.partition(' ')[::2])
                  for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
         changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
-        return [(*about, name * (said['by'][:2] == me), float(until), True)
-                for name, until, said in ((*each, json.loads(text)) for *each, text in later)
-                for about in said['about']] + [
-            (each.label, each.project, each.occurrence, f'{each.id}' * (each.user == me[0]),
-             each.until, False) for each in reversed(changed)]
+        put_off = [(*about, name * (said['by'][:2] == me), float(until), True)
+                   for name, until, said in ((*each, json.loads(text)) for *each, text in later)
+                   for about in said['about']]
+        return put_off + [(each.label, each.project, each.occurrence,
+                           f'{each.id}' * (each.user == me[0]), each.until, False)
+                          for each in reversed(changed)]
 
     def way_back(self, answer: dict) -> tuple[str, float]:
         """What takes back what has just been changed, and for how many seconds."""
@@ -26279,6 +26259,8 @@ class PlanPage(Visit):
             hint = 0
         inside = line.first <= self.today < line.after
         middle = self.today if inside else line.first + (line.after - line.first) / 2
+        legend = dict.fromkeys((each.state, each.state) if drawing.is_own(each)
+                               else ('other', 'other people’s') for each in found)
         return self.render(
             'plan', first=self.first_day(places) if first else '', way=way, mine=mine, span=line,
             line=self.ask_line() if self.writes else '', cards=self.cards(coming), VIEWS=VIEWS,
@@ -26286,9 +26268,7 @@ class PlanPage(Visit):
             days=drawing.with_shares(sum(groups.values(), [])),
             grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
             corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
-            legend=dict.fromkeys((each.state, each.state) if drawing.is_own(each) else (
-                'other', 'other people’s') for each in found),
-            most=most if len(found) > most else 0, **values)
+            legend=legend, most=most if len(found) > most else 0, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -27187,8 +27167,8 @@ class Admin(Visit):
         operation = API.get(name)
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
-        onward, sure, once = local(given.get('next')), given.pop('sure', ''), given.pop('once', '')
-        checks = given.pop('check', '')
+        onward, sure = local(given.get('next')), given.pop('sure', '')
+        once, checks = given.pop('once', ''), given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
         ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
@@ -27199,28 +27179,41 @@ class Admin(Visit):
                            'Go back to the form.')
         puts_off = name in PUT_OFF and self.config.undo_time and said.get('label') and not (
             said.get('dry_run') or said.get('undo'))
+        tried = {'dry_run': True} if checks or puts_off else {}
         try:
-            bound = bind(operation, asked | {'dry_run': True} if checks or puts_off else asked,
-                         self.here)
-            answer = getattr(self.service, name)(**bound)
+            answer = getattr(self.service, name)(**bind(operation, asked | tried, self.here))
         except Error as error:
             return self.refused(name, said, error, onward)
         if checks:
-            affects = [each | {'resource': answer['resource']} for each in answer['hit']]
-            self.note_refusal(said | {'operation': name, 'affects': affects}, '', 200)
-            return self.admin({}, 'maintenance')
-        words = told_done(name, asked, answer)
-        undo = self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
-        if puts_off:
-            whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
-            first = answer if isinstance(answer, dict) else answer[0]
-            about = said['label'], first['project'], 0 if whole else first['id']
-            undo = self.later([(name, asked)], [about])
-        if secret := SECRET & set(answer if isinstance(answer, dict) else ()):
-            self.pages.sent.append(once)
-            return self.page('Done', self.render('secret', words=words, back=onward,
-                                                 secret=answer[secret.pop()]))
-        return self.onward(onward, words, undo)
+            return self.show_affected(name, said, answer)
+        undo = self.put_off(name, said, asked, answer) if puts_off else self.undo_of(name, answer)
+        return self.tell_done(onward, told_done(name, asked, answer), undo, answer, once)
+
+    def show_affected(self, name: str, said: dict, answer: dict):
+        """The form of a maintenance again, with whom it would affect."""
+        affects = [each | {'resource': answer['resource']} for each in answer['hit']]
+        self.note_refusal(said | {'operation': name, 'affects': affects}, '', 200)
+        return self.admin({}, 'maintenance')
+
+    def put_off(self, name: str, said: dict, asked: dict, answer) -> tuple[str, float]:
+        """Lets what was tried be done in a moment: what takes it back, and for how long."""
+        whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
+        first = answer if isinstance(answer, dict) else answer[0]
+        about = said['label'], first['project'], 0 if whole else first['id']
+        return self.later([(name, asked)], [about])
+
+    def undo_of(self, name: str, answer) -> tuple[str, float]:
+        """What takes back what was done, and for how long."""
+        return self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
+
+    def tell_done(self, onward: str, words: str, undo: tuple[str, float], answer, once: str):
+        """The page after something was done; a secret is shown this once."""
+        secret = SECRET & set(answer if isinstance(answer, dict) else ())
+        if not secret:
+            return self.onward(onward, words, undo)
+        self.pages.sent.append(once)
+        return self.page('Done', self.render('secret', words=words, back=onward,
+                                             secret=answer[secret.pop()]))
 
     def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
         """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
@@ -28179,9 +28172,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def ask(self, store: str, names: list[str], spec, label: str, hosts: list[str],
             moves: bool) -> dict[str, bool | list | None]:
-        """What the cmres says that has some resources, None of what does not count there yet; a
-        refusal is logged with its reason.
-        """
+        """What a cmres says of some resources, None where it is outside; a refusal is logged."""
         settings, flavor = nova_settings(), spec.flavor
         try:
             answer = self.answer(store, settings, [
@@ -28806,38 +28797,48 @@ def commands(leaf: Callable) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and tells its exit code."""
-    options, zone, code = {}, UTC, 0
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, options = list(sys.argv[1:] if argv is None else argv), {}
     if '_CMRES_COMPLETE' in os.environ:
         print('\n'.join(completed(argv)))
         return 0
     try:
-        argv = take_options(argv, options)
-        if argv == ['--version']:
-            print(f'cmres {__version__}')
-            return 0
-        config = load_config(options.get('config'))
-        config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
-        zone = config.zone
-        run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call)
-                    else call)
+        run_line(take_options(argv, options), options)
         return 0
-    except Error as error:
-        refusal = error
-    except STORE_ERRORS as error:
-        if not (refusal := trouble(error)):
-            raise
     except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
         return leaving.code or 0
-    except KeyboardInterrupt as stopped:
-        refusal, code = Error(f"Interrupted. {str(stopped) or 'Nothing was changed.'}"), 130
     except BrokenPipeError:  # whoever reads us has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    said = (json_text(error_body(refusal), indent=2) if options.get('format') in ('json', 'jsonl')
-            else '\n'.join(in_words(refusal, zone)))
+    except (Error, KeyboardInterrupt, *STORE_ERRORS) as error:
+        return tell_refusal(error, options)
+
+
+def run_line(argv: list[str], options: dict) -> None:
+    """Runs a line without the options of every command, which learn the zone that is used."""
+    if argv == ['--version']:
+        print(f'cmres {__version__}')
+        return
+    config = load_config(options.get('config'))
+    config = dataclasses.replace(config, timezone=options.get('tz', config.timezone))
+    options['zone'] = config.zone
+    run_command(argv, lambda call: make(call, config, options) if isinstance(call, Call) else call)
+
+
+def tell_refusal(error: BaseException, options: dict) -> int:
+    """Tells why a line was not carried out, in the form that it asked for; its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        refusal, code = Error(f"Interrupted. {str(error) or 'Nothing was changed.'}"), 130
+    else:
+        refusal = error if isinstance(error, Error) else trouble(error)
+        code = 2 if isinstance(error, Invalid) else 1
+    if not refusal:
+        raise error
+    if options.get('format') in ('json', 'jsonl'):
+        said = json_text(error_body(refusal), indent=2)
+    else:
+        said = '\n'.join(in_words(refusal, options.get('zone', UTC)))
     print(legible(said).rstrip('\n'), file=sys.stderr)
-    return code or (2 if isinstance(refusal, Invalid) else 1)
+    return code
 
 
 def take_options(argv: list[str], options: dict) -> list[str]:
@@ -29081,36 +29082,51 @@ def make(call: Call, config: Config, options: dict) -> str | None:
     operation, form = call._operation, options.get('format', 'table')
     bound = bound_call(call, config, options)
     look = Look.of(options, '' if operation.name == 'events' else COLUMNS.get(operation.name, ''))
+    shown = functools.partial(render, form=form, zone=config.zone, look=look)
     if operation.name in LOCAL:
         answer = operation.method(config, **bound)
-        return answer if answer is None else render(answer, form, config.zone, look)
-    begins = operation.name in BEGINS and not bound.get('dry_run')
-    if begins and not config.url and is_missing(config.database):
-        print(told_made(config), file=sys.stderr)
-    service = reached(config, begins)
+        return answer if answer is None else shown(answer)
+    service = reached_for(operation, bound, config)
     asked = getattr(service, operation.name)
     if options.get('follow'):
         follow(asked, bound, form, config.zone)
     while options.get('watch') and not operation.changes:
-        shown = render(asked(**bound), form, config.zone, look)
-        print(f'{CLEAR if sys.stdout.isatty() else ""}{shown}', flush=True)
+        print(f"{CLEAR if sys.stdout.isatty() else ''}{shown(asked(**bound))}", flush=True)
         time.sleep(2)
-    answer = (kept_if_stopped(asked, bound) if operation.changes and not config.url
-              else asked(**bound))
-    text = render(answer, form, config.zone, look)
-    id, _, at = getattr(service, 'token_ends', '').partition(' ')
-    if at:
-        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), config.zone)}. '
-              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
-    if more := what_follows(operation, asked, bound, answer):
-        said = f'There is more: add {more}, or a higher --limit.'
-        if form == 'table':
-            text += f'\n{said}'
-        else:  # no program takes it for a line of the list
-            print(said, file=sys.stderr)
+    stays = operation.changes and not config.url
+    answer = kept_if_stopped(asked, bound) if stays else asked(**bound)
+    tell_ending(service, config.zone)
+    more = what_follows(operation, asked, bound, answer)
+    text = with_more(shown(answer), more, form)
     if refused := nothing_taken(operation.name, answer):
         print(text)
         raise refused
+    return text
+
+
+def reached_for(operation: Operation, bound: dict, config: Config) -> Reservations | Client:
+    """The service that a call works with; what an operator begins with may make its database."""
+    begins = operation.name in BEGINS and not bound.get('dry_run')
+    if begins and not config.url and is_missing(config.database):
+        print(told_made(config), file=sys.stderr)
+    return reached(config, begins)
+
+
+def tell_ending(service: Reservations | Client, zone: ZoneInfo) -> None:
+    """Tells of a token on a server that ends soon."""
+    id, _, at = getattr(service, 'token_ends', '').partition(' ')
+    if at:
+        print(f'Your token {id} ends at {format_time(datetime.fromisoformat(at), zone)}. '
+              f'Renew it: token renew {id} --for 90d', file=sys.stderr)
+
+
+def with_more(text: str, more: str, form: str) -> str:
+    """An answer with where its list goes on; no program takes that for a line of the list."""
+    said = f'There is more: add {more}, or a higher --limit.' if more else ''
+    if form == 'table':
+        return f'{text}\n{said}' if said else text
+    if said:
+        print(said, file=sys.stderr)
     return text
 
 
