@@ -7702,14 +7702,19 @@ def host_state(nodes: list) -> str:
     return DISABLED if all(each.status == 'disabled' for each in nodes) else ''
 
 
+LOOK_LASTS = 60  # seconds, at most, that it takes to read what hosts hold
+
+
 def not_ours(uids: Iterable[str], now: float) -> set[str]:
-    """The servers, by ids, for which nothing is held: not ours, and not of a reservation."""
+    """The servers, by ids, for which nothing is held: not ours, and not of a reservation. What
+    Nova said to be gone since a look began, may have been in what was seen."""
     names = json.dumps([*uids])
     return {*uids} - {uid for uid, in run(
         "SELECT uid FROM server WHERE uid IN names(?1) AND state <> 'deleted' "
         'UNION SELECT c.server FROM claim c LEFT JOIN occurrence o ON o.id = c.occurrence '
         'WHERE c.resource_id IN (SELECT id FROM resource) AND c.server IN names(?1) '
-        'AND c.due IS NOT NULL AND coalesce(o.held_until, ?2) >= ?2', names, now)}
+        'AND (c.due IS NOT NULL AND coalesce(o.held_until, ?2) >= ?2 OR c.gone > ?3)',
+        names, now, now - LOOK_LASTS)}
 
 
 def classes_of(extra_specs: dict) -> tuple:
@@ -15231,6 +15236,9 @@ class Plan(Operations):
         when their reservation ends; with --user-started keep they stay.
         """
         opened, target = self.clouds.open(cloud), f'the cloud {cloud}'
+        if not dry_run:
+            with self.writing():
+                note_fact(f'synced {cloud}', secrets.token_hex(4))
         there = self.shares.ask(target, opened.aggregates)
         names = [each.name for each in there]
         for name in aggregates:
@@ -18784,6 +18792,7 @@ class HostWatch:
     def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
         self.service, self.leader, self.workers = service, leader, workers
         self.told: list[Job] = []  # what clouds have told and nobody has looked at
+        self.synced: dict = {}  # which sync was the last before a cloud was asked something
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
@@ -18791,6 +18800,7 @@ class HostWatch:
         planned = {cloud for cloud, in run('SELECT cloud FROM resource WHERE removed IS NULL AND '
                                            'id IN (SELECT resource_id FROM host)')}
         for cloud in sorted(planned & self.leader.served):  # on an account of its own
+            self.synced[verb, cloud] = fact(f'synced {cloud}')
             self.workers.submit((verb, cloud), verb, f' hosts of {cloud}', cloud, cloud)
 
     def record(self, result: Job, now: float) -> None:
@@ -18805,15 +18815,20 @@ class HostWatch:
         for each in told:
             if each.target not in self.leader.held:
                 continue
-            if each.verb != 'states':
+            if self.synced[each.verb, each.target] != fact(f'synced {each.target}'):
+                self.ask(each.verb)  # somebody knows more by now
+            elif each.verb != 'states':
                 follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors}
                 follow[each.verb](each.target, each.answer)
-                continue
-            if any(each.answer.get(host.name, (host.state,))[0] != host.state
-                   for host in rows(PLANNED_HOSTS, each.target)):
-                self.ask('hosts')
-            for host in self.service.leave_lost_hosts(each.target, now):
-                self.leave(host, each.answer.get(host, ('', []))[1], now)
+            else:
+                self.follow_states(each.target, each.answer, now)
+
+    def follow_states(self, cloud: str, told: dict[str, tuple[str, list]], now: float) -> None:
+        if any(told.get(host.name, (host.state,))[0] != host.state
+               for host in rows(PLANNED_HOSTS, cloud)):
+            self.ask('hosts')
+        for host in self.service.leave_lost_hosts(cloud, now):
+            self.leave(host, told.get(host, ('', []))[1], now)
 
     def leave(self, host: str, there: list[str], now: float) -> None:
         """Lets VMs on a host that is down be deleted and made again: Nova takes them for up."""

@@ -13033,6 +13033,36 @@ def test_what_others_take_of_a_host_is_not_promised(racks, monkeypatch):
     gpus(racks, 'yes', 'g6', vms=2, start=3, end=4)
 
 
+def test_what_went_while_hosts_were_read_takes_nothing_of_them(racks, monkeypatch):
+    gpus(racks, 'lab', 'g4', start=0)
+    assert claimed(racks, 's1', 'g4') == ['h1']
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': {'s1': cmres.Amount(0, 64, 2**19, (('CUSTOM_GPU', 4),))}}})
+    seated(monkeypatch, {})
+    racks.now += 1
+    assert claimed(racks, 's2', 'g4') == ['h1']  # since a look told that s1 is gone
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16
+    racks.now += 61
+    survey(racks)
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 12  # it came back
+
+
+def test_hosts_that_were_read_before_a_sync_are_read_anew(racks, monkeypatch):
+    asked, looks = [], cmres.Simulated.aggregates
+
+    def aggregates(cloud):
+        found = looks(cloud)
+        asked.append(cloud)
+        if len(asked) == 1:  # while the life cycle reads, h2 comes back, and an admin syncs
+            told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
+            racks.service.resource_sync('simulated')
+        return found
+    monkeypatch.setattr(cmres.Simulated, 'aggregates', aggregates)
+    told_hosts(monkeypatch, {'h1': 8})
+    survey(racks, 'hosts')
+    assert racks.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 16 and len(asked) >= 3
+
+
 def test_servers_of_ours_are_nobody_elses(racks, monkeypatch):
     gpus(racks, 'mine', 'g2', image='cirros')
     racks.at(1.5)
