@@ -16255,6 +16255,8 @@ def test_a_scheduler_of_this_computer_that_was_killed_is_followed_at_once(tmp_pa
         assert sorted(each['tries'] for each in world.service.servers('lab')) == [1, 1, 1, 2, 2]
     finally:
         hang.set(), kill()
+        for pool in [*first.workers.pools.values(), *world.cycle.workers.pools.values()]:
+            pool.shutdown()  # or its threads write to what the next test was lent
 
 
 def test_who_follows_long_after_a_kill_waits_for_no_call(tmp_path):
