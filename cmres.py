@@ -16025,10 +16025,11 @@ class Claims(Operations):
                               each.id, each.asked):
                 place = resource_of(claim.resource_id, removed=True)
                 hosts = json.loads(place.hosts)
-                if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
+                there = seat.host if seat and (seat.takes or not claim.twice) else ''
+                if seat is None or there and hosts and there not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes, host = {}, (seat.host if seat.takes or not claim.twice else '') or claim.host
+                takes, host = {}, there or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']

@@ -28056,7 +28056,7 @@ def test_resizes_that_are_reverted_one_right_after_the_other_are_settled_by_a_lo
     for _ in range(6):
         racks.now += 0.1
         seated(monkeypatch, {'s1': cmres.Seat('h1', until_moved=cmres.Simulated.FLAVORS['g4'])})  # Nova asks
-        assert claimed(racks, 's1', 'g3', hosts=['h1']) == ['h1']
+        assert claimed(racks, 's1', 'g3', hosts=['h1'], moves=True) == ['h1']
         seated(monkeypatch, {'s1': cmres.Seat('h1', until_moved=cmres.Simulated.FLAVORS['g4'])})  # it was told so
         racks.now += 0.1
         assert claimed(racks, 's2', 'g4').endswith('in use')
@@ -28099,9 +28099,11 @@ def test_a_server_that_is_resized_onto_another_host_takes_no_room_of_others(rack
     assert planned('two') == [{'h2': 2}]
 
 
-def test_a_server_may_move_when_all_of_its_reservation_is_in_use(racks):
+def test_a_server_may_move_when_all_of_its_reservation_is_in_use(racks, monkeypatch):
     gpus(racks, 'lab', 'g8', 1, start=0)
     assert claimed(racks, 's1', 'g8', hosts=['h1', 'h2']) == ['h1']
+    seated(monkeypatch, {'s1': cmres.Seat('h1', until_moved=cmres.Simulated.FLAVORS['g8'])})
+    racks.now += 1
     assert claimed(racks, 's1', 'g8', hosts=['h2'], moves=True) == ['h2'] and planned('lab') == [{'h2': 1}]
     assert claimed(racks, 's2', 'g8').endswith('in use') and claimed(racks, 's3', 'g8', moves=True) == 'it is outside'
     assert racks.service.check()['differences'] == 0
