@@ -65,6 +65,7 @@ import dataclasses
 import functools
 import getpass
 import hashlib
+import heapq
 import importlib
 import inspect
 import io
@@ -117,12 +118,12 @@ class Function:
         return found(*args, **kwargs)
 
 
-base64, bottle, configparser, csv, difflib, fire, gzip, heapq, hmac, ipaddress, queue, random, \
-    secrets, select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, \
-    waitress, yaml, zlib = map(Module, (
-        'base64 bottle configparser csv difflib fire gzip heapq hmac ipaddress queue random '
-        'secrets select shlex shutil signal smtplib string traceback unicodedata uuid '
-        'waitress yaml zlib'.split()))
+base64, bottle, configparser, csv, difflib, fire, gzip, hmac, ipaddress, queue, random, secrets, \
+    select, shlex, shutil, signal, smtplib, string, traceback, unicodedata, uuid, waitress, yaml, \
+    zlib = map(Module, (
+        'base64 bottle configparser csv difflib fire gzip hmac ipaddress queue random secrets '
+        'select shlex shutil signal smtplib string traceback unicodedata uuid waitress yaml '
+        'zlib'.split()))
 email_message, email_utils, futures, http_client, ElementTree = map(Module, (
     'email.message', 'email.utils', 'concurrent.futures', 'http.client', 'xml.etree.ElementTree'))
 escape, unescape = map(Function, ('html.escape', 'html.unescape'))
@@ -16024,10 +16025,11 @@ class Claims(Operations):
                               each.id, each.asked):
                 place = resource_of(claim.resource_id, removed=True)
                 hosts = json.loads(place.hosts)
-                if seat is None or seat.takes and seat.host and hosts and seat.host not in hosts:
+                there = seat.host if seat and (seat.takes or not claim.twice) else ''
+                if seat is None or there and hosts and there not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue
-                takes, host = {}, (seat.host if seat.takes or not claim.twice else '') or claim.host
+                takes, host = {}, there or claim.host
                 if seat.takes:
                     takes = stored(takes_of(seat.takes, place)) | {'twice': False}
                     del takes['vms']
@@ -29311,9 +29313,9 @@ class Look(NamedTuple):
         chosen = [each.strip() for each in options.get('columns', '').split(',') if each.strip()]
         is_wide = options.get('wide')
         columns = chosen or (not is_wide and usual.split()) or None
-        width = shutil.get_terminal_size().columns
+        fits = sys.stdout.isatty() and not is_wide
         return Look(columns and tuple(columns), bool(chosen), options.get('sort', ''),
-                    width if sys.stdout.isatty() and not is_wide else None)
+                    shutil.get_terminal_size().columns if fits else None)
 
 
 def render(answer, form: str, zone: ZoneInfo, look: Look = Look()) -> str:
