@@ -7753,6 +7753,7 @@ class Seat(NamedTuple):
     takes: Flavor | None = None
     #: What it takes until Nova's scheduler has answered, where it is about to be resized or moved.
     until_moved: Flavor | None = None
+    moves: bool = False  #: Its host may change, or was another and may be that again.
 
 
 class Seen(NamedTuple):
@@ -7935,6 +7936,10 @@ class Cloud:
 
 
 UUID = Pattern('[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
+
+
+#: While Nova may hold a server on two hosts; a resize that failed may have left both sides.
+MOVING = ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING', 'REBUILD', 'ERROR')
 
 
 class OpenStack(Cloud):
@@ -8500,14 +8505,13 @@ class OpenStack(Cloud):
             offloaded = server.status == 'SHELVED_OFFLOADED' and not server.task_state
             if offloaded or server.status == 'DELETED' or server.status == 'ERROR' and not host:
                 return None  # what is deleted softly can come back without a question
-            moving = server.status in ('RESIZE', 'VERIFY_RESIZE', 'REVERT_RESIZE', 'MIGRATING',
-                                       'ERROR')  # a resize that failed may have left both sides
+            moving = server.status in MOVING
             if not (server.flavor and server.flavor.vcpus):
-                return Seat(host)
+                return Seat(host, moves=moving)
             takes = self.takes(server.flavor, bool(server.image and server.image.id))
             if server.task_state in ('resize_prep', 'migrating'):  # its flavor changes after that
-                return Seat(host, until_moved=takes)
-            return Seat(host, None if moving or server.task_state else takes)
+                return Seat(host, until_moved=takes, moves=True)
+            return Seat(host, None if moving or server.task_state else takes, moves=moving)
 
     def time(self):  # the header Date of any answer, RFC 9110, section 6.6.1
         from email.utils import parsedate_to_datetime
@@ -16006,7 +16010,7 @@ class Claims(Operations):
                 return {}
             if seats.get(server):
                 seats[server] = seats[server]._replace(
-                    takes=seats[server].takes or seats[server].until_moved)
+                    takes=seats[server].takes or seats[server].until_moved, moves=False)
             with self.writing() as now:
                 self.note_seats(claims, seats, now)
             found[place.cloud] = migrates or found.get(place.cloud, False)
@@ -16025,7 +16029,8 @@ class Claims(Operations):
                               each.id, each.asked):
                 place = resource_of(claim.resource_id, removed=True)
                 hosts = json.loads(place.hosts)
-                there = seat.host if seat and (seat.takes or not claim.twice) else ''
+                sure = seat and not seat.moves and (seat.takes or not claim.twice)
+                there = seat.host if sure else ''
                 if seat is None or there and hosts and there not in hosts:
                     change(Claim, claim.id, due=None, gone=now, host='')
                     continue

@@ -28218,7 +28218,7 @@ def test_what_moves_in_from_elsewhere_counts_before_it_is_there(racks, monkeypat
     """Else it would come to a host where it counts no more."""
     gpus(racks, 'lab', 'g4', 1, start=0)
     assert claimed(racks, 's1', 'g4') == ['h1']
-    for seat, counts in (cmres.Seat('elsewhere'), True), (cmres.Seat('elsewhere', cmres.Simulated.FLAVORS['g4']), False):
+    for seat, counts in (cmres.Seat('elsewhere', moves=True), True), (cmres.Seat('elsewhere', cmres.Simulated.FLAVORS['g4']), False):
         seated(monkeypatch, {'s1': seat})
         racks.now += 1000
         racks.cycle.settle()
