@@ -26791,6 +26791,9 @@ class StandIn(Proxy):
         server['status'] = after
         return 202, None
 
+    def list_actions(self, user, query, said, id):
+        return 200, {'instanceActions': [{'action': each} for each in self.servers[id]['actions']]}
+
     def list_flavors(self, user, query, said):
         listed = self.flavors | (self.hidden_flavors if query.get('is_public') == 'None' and user == self.ADMIN else {})
         lent = [each for each in self.lent.values() if user in (self.ADMIN, *each['to'])]
@@ -26940,7 +26943,7 @@ ROUTES = [(re.compile(pattern), getattr(StandIn, name)) for pattern, name in (
     ('POST /v3/(service|endpoint)s', 'add_to_catalog'), ('PATCH /v3/endpoints/([^/]+)', 'change_endpoint'), ('GET (/|/v3/?|/v2.1/?|/image/?|/placement/?)', 'versions'),
     ('GET /v2.1/servers/detail', 'list_servers'), ('GET /v2.1/servers/([^/]+)', 'show_server'),
     ('POST /v2.1/servers', 'make_server'), ('DELETE /v2.1/servers/([^/]+)', 'delete_server'),
-    ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/flavors/detail', 'list_flavors'),
+    ('POST /v2.1/servers/([^/]+)/action', 'act'), ('GET /v2.1/servers/([^/]+)/os-instance-actions', 'list_actions'), ('GET /v2.1/flavors/detail', 'list_flavors'),
     ('POST /v2.1/flavors', 'make_flavor'), ('DELETE /v2.1/flavors/([^/]+)', 'delete_flavor'),
     ('POST /v2.1/flavors/([^/]+)/(action|os-extra_specs)', 'change_flavor'),
     ('GET /v2.1/limits', 'limits'),
@@ -27379,6 +27382,26 @@ def verbs(nova, account='lab', **settings):
 
 
 PLAIN_SERVER = cmres.Machine('lab-1-1', 'cmres-0-1-1', 'm1.tiny', 'tiny')
+
+
+@pytest.mark.parametrize('done, moves', [
+    ('resize create', False), ('migrate resize create', True), ('reboot live-migration create', True), ('resize migrate create', False),
+    ('evacuate create', True), ('unshelve shelve create', True), ('create', False), ('', False)])
+def test_nova_tells_whether_an_operator_moves_a_server(nova, done, moves):
+    assert verbs(nova).migrates(nova.server('lab-1', actions=done.split())) == moves
+
+
+@pytest.mark.parametrize('status, task, takes, until_moved, moves', [
+    ('ACTIVE', None, 1, 0, False), ('ACTIVE', 'image_snapshot', 0, 0, False), ('RESIZE', 'resize_prep', 0, 1, True),
+    ('RESIZE', 'resize_migrating', 0, 0, True), ('VERIFY_RESIZE', None, 0, 0, True), ('REVERT_RESIZE', 'resize_reverting', 0, 0, True),
+    ('MIGRATING', 'migrating', 0, 1, True), ('ERROR', None, 0, 0, True), ('SHUTOFF', None, 1, 0, False),
+    ('REBUILD', 'rebuilding', 0, 0, True), ('BUILD', 'spawning', 0, 0, False), ('SHELVED', None, 1, 0, False)])
+def test_what_a_server_takes_is_told_when_that_is_settled(nova, status, task, takes, until_moved, moves):
+    uid = nova.server('lab-1', status=status, flavor={'vcpus': 3, 'ram': 512, 'disk': 1}, **{'OS-EXT-STS:task_state': task})
+    nova.untagged = 9  # it stays as it is
+    seat = verbs(nova).hosts([uid])[uid]
+    assert (seat.host, bool(seat.takes), bool(seat.until_moved), seat.moves) == ('gpu-1', takes, until_moved, moves)
+    assert {each.vcpus for each in (seat.takes, seat.until_moved) if each} <= {3}
 
 
 def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova):
@@ -28778,6 +28801,23 @@ class TestWaysRound:
         until(lambda: not cmres.rows('SELECT id FROM claim WHERE due IS NOT NULL AND server = ?', other.id))
         user.unshelve_server(before)
         assert until(lambda: admin.get_server(before.id).status == 'ACTIVE')
+
+    def test_an_admin_moves_what_uses_a_reservation_up_and_its_owner_does_not(self, only):
+        admin, user = sdk('lab-admin').compute, sdk('lab-user').compute
+        only.reserve(vms=1, flavor=only.flavor.name)
+        before, = self.boots(only)
+        same = admin.create_flavor(name=unique('same-'), **self.QUARTER)
+        try:
+            user.resize_server(before, same.id)  # until it is confirmed Nova holds both
+            assert self.server(only).flavor.original_name == only.flavor.name
+            admin.migrate_server(before)
+            after = self.server(only, 'VERIFY_RESIZE')
+            assert {before.compute_host, after.compute_host} == {*only.hosts}
+            user.confirm_server_resize(after)
+            assert self.server(only).compute_host == after.compute_host
+            assert self.where(only) == ['']
+        finally:
+            admin.delete_flavor(same)
 
     @pytest.mark.parametrize('how', ['cold', 'live'])
     def test_a_migration_stays_inside_and_others_keep_theirs(self, only, how):
