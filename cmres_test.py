@@ -4463,7 +4463,7 @@ def test_processes_and_threads_adding_at_once_never_overbook(world):
     crowd = [subprocess.Popen([sys.executable, '-c', ADDER, world.config.database, str(n), '32'], **beside(world),
                               stdout=subprocess.PIPE, text=True) for n in range(number)]
     counts = [each.communicate(timeout=120)[0].split(maxsplit=2) for each in crowd]
-    assert [other for _, _, other in counts] == ['[]\n'] * number
+    assert [other for _, _, other in counts] == ['[]\n'] * number, counts
     assert sum(int(taken) for taken, _, _ in counts) == 10
     assert sum(int(refused) for _, refused, _ in counts) == 32 * number - 10
     assert world.service.check()['differences'] == 0
