@@ -22379,6 +22379,12 @@ def elsewhere(acting: Reservations, places: str, since: int) -> list:
                 *acting.actor[:2], places, *([since] if since else []))
 
 
+def series_of(acting: Reservations, id: int) -> list[Stretch]:
+    """The stretches of a series; none of what is once: of an event that is, one stands there."""
+    found = acting.look.stretches(id)
+    return [] if all(each.single for each in found) else found
+
+
 def take_in(acting: Reservations, id: int) -> None:
     """Shows a reservation that was made elsewhere in the calendar of its resource."""
     first = row('SELECT resource_id FROM occurrence o WHERE reservation_id = ? AND cancelled '
@@ -22391,7 +22397,7 @@ def take_in(acting: Reservations, id: int) -> None:
     if not uid:  # so that it is known in another calendar as well
         uid = f'reservation-{id}@{acting.clouds.store}'
         change(Reservation, id, uid=uid)
-    last = int(LAST.timestamp()) if acting.look.stretches(id) else acting.look.next_of(id).end
+    last = int(LAST.timestamp()) if series_of(acting, id) else acting.look.next_of(id).end
     folder.write(f'reservation-{id}.ics', '', reservation_text(folder, id), uid=uid, first=0,
                  last=last, reservation=id, why='{}', gone=None)
 
@@ -22404,7 +22410,7 @@ def reservation_text(folder: Folder, id: int) -> str:
     live = [each for each in there if each.cancelled is None and each.resource == folder.id]
     if not live:
         return ''
-    found, stretches = look.next_of(id), look.stretches(id)
+    found, stretches = look.next_of(id), series_of(folder.acting, id)
     zone = read_zone(stretches[0].zone) if stretches else UTC
     times = series_lines(stretches, there, zone) if stretches else [
         f'DTSTART:{stamp_of(live[0].start)}', f'DTEND:{stamp_of(live[0].end)}']

@@ -19939,6 +19939,15 @@ def test_what_was_reserved_elsewhere_stands_in_the_calendar_and_can_be_edited_th
     assert labels(eva.list()) == [] and dav.changes(token)[1] == {name: None}
 
 
+def test_an_event_that_was_imported_stands_in_the_calendar_and_can_be_dragged_there(dav, world):
+    eva, lines = world.as_user(), ('DTSTART:20261202T150000Z', 'DURATION:PT1H', 'SUMMARY:once', 'DESCRIPTION:1 x m1.small on demo')
+    eva.import_(calendar(event(*lines, uid='once')).decode())
+    name, = (each.removesuffix('.ics') for each in dav.changes()[1])
+    assert [each['DTSTART'].dt for each in dav.shown(name)] == reserved_at(world, 'once') == [NOON + hours(27)]
+    dav.put(name, dav.get(name).replace('20261202T', '20261203T'), 204)
+    assert reserved_at(world, 'once') == [NOON + hours(51)] and labels(eva.list()) == ['once']
+
+
 def test_what_is_cancelled_elsewhere_is_gone_from_the_calendar(dav, world):
     eva = world.as_user()
     book(eva, 'lab', 2, 4)
