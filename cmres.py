@@ -2596,12 +2596,14 @@ class Making(NamedTuple):
       ask: puts it into the request that makes a server, from its value and the ids of what it names
       tend: looks after what servers have of it on a cloud, whenever they are listed: the
         connection, the tag of the store, and the servers as the SDK has them
+      address: the address that one has by it on a simulated cloud, from a number of the server
       head, hint: what stands on the page above its field, if not its name, and in it
     """
     kind: Any
     thing: str = ''
     ask: Callable[[dict, Any, list], None] | None = None
     tend: Callable[[Any, str, list], None] | None = None
+    address: Callable[[int], str] | None = None
     head: str = ''
     hint: str = ''
 
@@ -8194,7 +8196,11 @@ class OpenStack(Cloud):
         with self.calling('list servers', sure=True) as cloud:
             found = [*cloud.compute.servers(tags=self.store)]
             for tend in filter(None, (each.tend for each in MADE_OF.values())):
-                tend(cloud, self.store, found)
+                try:
+                    with self.telling('look after the servers'):
+                        tend(cloud, self.store, found)
+                except CloudError as error:  # they are there all the same
+                    log.warning('%s', error)
             return [self.seen(server) for server in found]
 
     def seen(self, server) -> Seen:
@@ -8590,9 +8596,19 @@ class Simulated(Cloud):
     def seen(self, server) -> Seen:
         up = self.clock() >= server.made + server.boots
         state = 'build' if not up else 'error' if server.fault else server.power
-        address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
+        addresses = [f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}',
+                     *self.further_addresses(server)] if up else []
         return Seen(server.uid, server.mark, state, server.made, server.fault if up else '',
-                    [address] if up else [], server.name)
+                    addresses, server.name)
+
+    def further_addresses(self, server) -> list[str]:
+        """What addresses a server has of what its reservation asks for."""
+        gives = {name: each.address for name, each in MADE_OF.items() if each.address}
+        asked = row(f'SELECT {MADE_COLUMNS} FROM server v JOIN occurrence o ON o.id = '
+                    'v.occurrence_id JOIN reservation r ON r.id = o.reservation_id '
+                    'WHERE v.uid = ?', server.uid) if gives else None
+        made = made_in(asked) if asked else {}
+        return [give_one(server.id) for name, give_one in gives.items() if made.get(name)]
 
     def delete(self, uid):
         self.set(uid, gone=self.clock())
@@ -9536,13 +9552,15 @@ TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 
 
 class EventProperty(NamedTuple):
-    """In what an event says something of what it wants: the field of a reservation, what reads it,
-    and who is told it: calendar programs of what they have not written, and feeds."""
-    field: str
+    """In what an event says something of what it wants: the field of a reservation ('': it wants
+    nothing), what reads it, and who is told it: calendar programs of what they have not written,
+    and feeds. `write` makes its value of a row and the configuration, if it is not that field."""
+    field: str = ''
     read: Callable = read_name
     default: Any = ''
     in_events: bool = False
     in_feeds: bool = False
+    write: Callable[[Any, Config], str] | None = None
 
 
 PROGRAMMED = {
@@ -9552,11 +9570,12 @@ PROGRAMMED = {
     'X-VM-RESOURCE': EventProperty('resource'),
     'X-VM-NETWORK': EventProperty('network'),
     'X-VM-KEY': EventProperty('key')}
+ASKING = {name: each for name, each in PROGRAMMED.items() if each.field}
 #: What words can say as well, as in 2 x m1.small cirros on demo.
 IN_WORDS = ('vms', 'flavor', 'image', 'resource')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
-                  *PROGRAMMED))
+                  *ASKING))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = Pattern(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
@@ -9568,8 +9587,8 @@ OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 #: What an event of a calendar asks for; '' is for the defaults of the import.
-Want = namedtuple('Want', [each.field for each in PROGRAMMED.values()],
-                  defaults=[each.default for each in PROGRAMMED.values()])
+Want = namedtuple('Want', [each.field for each in ASKING.values()],
+                  defaults=[each.default for each in ASKING.values()])
 
 
 class Booking(NamedTuple):
@@ -10329,7 +10348,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
     if not want and not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
         return None
-    there = {name: each for name, each in PROGRAMMED.items() if name in entry.said
+    there = {name: each for name, each in ASKING.items() if name in entry.said
              and (entry.text(name) or not each.default)}
     said = {each.field: each.read(entry.text(name)) for name, each in there.items()
             if not (want and each.field in IN_WORDS)}
@@ -10388,11 +10407,11 @@ class Shown(NamedTuple):
     more: tuple = ()  # further properties with their values
 
 
-def programmed(found, who: str) -> dict[str, str]:
+def programmed(found, who: str, config: Config) -> dict[str, str]:
     """The properties in which some are told what a row has, as text."""
-    said = {name: getattr(found, each.field) for name, each in PROGRAMMED.items()
-            if getattr(each, who)}
-    return {name: escaped(str(value)) for name, value in said.items()}
+    return {name: each.write(found, config) if each.write
+            else escaped(str(getattr(found, each.field)))
+            for name, each in PROGRAMMED.items() if getattr(each, who)}
 
 
 @functools.lru_cache(20_000)
@@ -16783,7 +16802,7 @@ class Calendars(Operations):
             ('waiting', 'pending'), 'TENTATIVE')
         return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
                      status.get(found.state, 'CONFIRMED'),
-                     tuple(programmed(found, 'in_feeds').items()))
+                     tuple(programmed(found, 'in_feeds', self.config).items()))
 
 
 # Tokens ######################################################################
@@ -22417,27 +22436,27 @@ def reservation_text(folder: Folder, id: int) -> str:
     said = {'UID': row('SELECT uid FROM reservation WHERE id = ?', id).uid,
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
-             *want_lines(found, found.vms), 'END:VEVENT']
+             *want_lines(folder, found, found.vms), 'END:VEVENT']
     form = Form(Component([folded(each) for each in lines]), zone)
     plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
     for each in live if stretches else ():
         slot = plan.get(each.slot)
         if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
             events.append(form.exception(Slot(each.slot, *each[1:5])))
-            for line in want_lines(found, each.vms):
+            for line in want_lines(folder, found, each.vms):
                 events[-1].put_line(line.partition(':')[0], folded(line))
     Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
 
 
-def want_lines(found, vms: int) -> list[str]:
+def want_lines(folder: Folder, found, vms: int) -> list[str]:
     """What of an event says which VMs a reservation has, and its description."""
     plain = f"{vms} x {' '.join(filter(None, (found.flavor, found.image)))}"
     match = WANT.fullmatch(plain)
     text = found.description
     if match and match.group(2, 3) == (found.flavor, found.image):  # it says all of it
         text = '\n'.join(filter(None, (plain, text)))
-    said = programmed(found._replace(vms=vms), 'in_events')
+    said = programmed(found._replace(vms=vms), 'in_events', folder.acting.config)
     return ['CATEGORIES:VM', *(f'{name}:{value}' for name, value in said.items()),
             f'DESCRIPTION:{escaped(text)}']
 

@@ -23493,6 +23493,17 @@ def test_what_others_cancelled_keeps_nobody_from_anything(app, world):
     assert check_by_the_rules(fetch(app, path).body) == []
 
 
+def test_what_is_no_field_of_a_reservation_can_be_told_in_events_of_ones_own(app, dav, world, monkeypatch):
+    monkeypatch.setitem(cmres.PROGRAMMED, 'URL', cmres.EventProperty(
+        in_events=True, in_feeds=True, write=lambda found, config: f'{config.timezone}/r/{found.label}'))
+    book(world.as_user(), 'lab')
+    name, = dav.changes()[1]
+    assert 'URL:UTC/r/lab\r\n' in dav.get(name.removesuffix('.ics'))
+    for user, shown in ('eva', 1), ('bob', 0):
+        address = world.as_user(user, 'biology' if shown else 'chemistry').calendar_feed(resource='demo')['feed']
+        assert app.web.get(urlsplit(address).path).text.count('URL:UTC/r/lab\r\n') == shown
+
+
 def test_a_cancelled_reservation_stays_in_the_feed_as_cancelled(app, world):
     book(world.service)
     path = feed(app)
@@ -27411,6 +27422,26 @@ def test_what_a_server_takes_is_told_when_that_is_settled(nova, status, task, ta
     seat = verbs(nova).hosts([uid])[uid]
     assert (seat.host, bool(seat.takes), bool(seat.until_moved), seat.moves) == ('gpu-1', takes, until_moved, moves)
     assert {each.vcpus for each in (seat.takes, seat.until_moved) if each} <= {3}
+
+
+def test_servers_are_seen_also_while_what_they_have_beside_cannot_be_looked_after(nova, monkeypatch, caplog):
+    def tend(cloud, store, servers):
+        raise LookupError(f'no address is left for {[each.name for each in servers]} of {store}')
+    monkeypatch.setitem(cmres.MADE_OF, 'network', cmres.MADE_OF['network']._replace(tend=tend))
+    cloud = verbs(nova)
+    cloud.boot(PLAIN_SERVER)
+    assert [each.name for each in cloud.servers()] == ['lab-1-1']
+    assert "could not look after the servers: no address is left for ['lab-1-1'] of cmres-0" in caplog.text
+
+
+def test_a_simulated_server_has_the_addresses_of_what_it_is_made_of(world, monkeypatch):
+    monkeypatch.setitem(cmres.MADE_OF, 'network', cmres.MADE_OF['network']._replace(address=lambda number: f'203.0.113.{number}'))
+    for label, network in ('lab', 'public'), ('plain', ''):
+        book(world.service, label, flavor='m1.small', image='cirros', network=network)
+    world.at(1), world.at(1.01)
+    (mine,), (other,) = ([each['addresses'] for each in world.service.servers(label)] for label in ('lab', 'plain'))
+    number = int(mine[0].rpartition('.')[2]) - 1  # either may have been made first
+    assert mine == [f'10.0.0.{number + 1}', f'203.0.113.{number}'] and other == [f'10.0.0.{4 - number}']
 
 
 def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova):
