@@ -21067,7 +21067,8 @@ AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
               | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
 ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
-LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
+LEASE_WORDS = (*dict.fromkeys(('image', *(name for name, each in MADE_OF.items()
+                                          if each.kind is Name and each.ask))), 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
 MOST_LEASES = 10_000  # that one list has
 

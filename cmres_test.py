@@ -18883,6 +18883,15 @@ def test_a_lease_of_instances_holds_what_they_take(leases):
     leases.make(instances(1, vcpus=2))
 
 
+@pytest.mark.parametrize('name', [name for name, each in cmres.MADE_OF.items() if each.kind is cmres.Name and each.ask])
+def test_whatever_vms_are_made_of_by_name_can_be_said_in_a_lease(leases, name):
+    value = [*cmres.Simulated.NAMES[cmres.MADE_OF[name].thing]][0]
+    said = {'image': 'cirros', name: value}
+    properties = json.dumps(['and', *(['==', f'${each}', word] for each, word in said.items())])
+    leases.as_user('root', 'default', 'admin').make(instances(1, 1, resource_properties=properties))
+    assert leases.world.service.show('my-lease')[name] == value
+
+
 def test_a_lease_goes_through_its_states(leases):
     lease = leases.make(instances(), before_end_date='2026-12-01 13:50')
     for hour, state, part, done in ((0, 'PENDING', 'pending', ''), (1.5, 'ACTIVE', 'active', 'start_lease'),
