@@ -12048,6 +12048,7 @@ class Bounded(NamedTuple):
       old: its occurrence as it was, which doesn't count; what it had already, it may keep
       others: the other occurrences of its series as they will be
       own: its reservation
+      handed: it is as it was, but of somebody else
     """
     limit: Any
     wish: Wish
@@ -12056,6 +12057,7 @@ class Bounded(NamedTuple):
     others: Others | None
     own: int
     config: Config
+    handed: bool
 
     def duration(self, most: int) -> tuple[bool, str]:
         length = self.wish.end - self.wish.start
@@ -12085,7 +12087,8 @@ class Bounded(NamedTuple):
     def within(self) -> bool:
         """Whether it has no more time than before, nor other."""
         wish, old = self.wish, self.old
-        if not old or self.limit.resource_id and old.resource_id != wish.resource.id:
+        if not old or self.handed or (
+                self.limit.resource_id and old.resource_id != wish.resource.id):
             return False
         return old.start <= wish.start and wish.end <= old.end and (
             old.start <= self.now or old.held_from <= wish.held[0])
@@ -12208,16 +12211,18 @@ class Limits:
             yield On.COUNTED, f'{project}/{limit.user and wish.user}'
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
-                      own: int = 0) -> None:
+                      own: int = 0, handed: bool = False) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it; what else
         it is given says Bounded."""
         decide_on(also=self.counted_for(wish))
         config = self.service.config
         for limit in self.limits_for(wish):
+            if handed and not limit.user:  # it counts for whom it has counted
+                continue
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= config.exempt_longest)
             if not near or old and old.start <= now:
-                bounded = Bounded(limit, wish, int(now), old, others, own, config)
+                bounded = Bounded(limit, wish, int(now), old, others, own, config, handed)
                 said = figures_of(limit)
                 for name, figure in LIMIT_FIGURES.items():
                     value = said.get(name) if figure.allows else None
@@ -12369,7 +12374,7 @@ class Policy:
     def refuse_deal(self, deal: Deal, now: float) -> None:
         """Raises what the first rule says that is against a deal, whatever it wants to hold."""
         for rule in (self.refuse_fixed, self.refuse_locked, self.refuse_waiting_series,
-                     self.refuse_taken_label, self.refuse_less_than_runs):
+                     self.refuse_taken_label, self.refuse_less_than_runs, self.refuse_handed_on):
             rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
@@ -12566,6 +12571,20 @@ class Policy:
             if runs > after.vms:
                 raise Conflict(f"Users have started {counted(runs, 'VM')} in '{deal.old.label}', "
                                'so it needs as many. Delete some first.')
+
+    def refuse_handed_on(self, deal: Deal, now: float) -> None:
+        """Refuses to hand on what is beyond the limits of who gets it."""
+        old, wish = deal.old, deal.wish
+        if not old or wish.user == old.user or deal.code == UNDO or not standing().limits:
+            return
+        others = Others(old.reservation, now)
+        for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+                         'AND held_until > held_from ORDER BY start', old.reservation):
+            one = wish._replace(start=each.start, end=each.end, lead=each.start - each.held_from,
+                                resource=resource_of(each.resource_id, removed=True),
+                                vms=each.vms, whole=amount_of(each))
+            self.limits.refuse_beyond(one, now, each, others, old.reservation, handed=True)
+            others.put(each.slot, [hold_of(each)], each.start)
 
     def refuse_fixed(self, deal: Deal, now: float) -> None:
         """A reservation that has begun keeps what its machines are made of."""

@@ -9472,6 +9472,25 @@ def test_vcpu_hours_that_one_had_before_the_limit_one_may_keep_and_make_less(wor
     world.as_user().update('lab', **change)
 
 
+@pytest.mark.parametrize('limit, word', [({'max_vms': 4}, 'already uses 2 then'), ({'max_vcpu_hours': 6}, r'has 4 of 6 vCPU-hours left'),
+                                         ({'max_vms': 3, 'resource': 'demo'}, 'already uses 2 then')])
+@pytest.mark.parametrize('series', [{}, {'repeat': 'daily', 'count': 3}])
+def test_what_is_handed_to_somebody_counts_against_their_limits(world, limit, word, series):
+    world.service.limit_add(user='eva', **limit)
+    world.service.token_add('eva', 'biology')
+    bob = world.as_user('bob')
+    book(world.as_user(), 'mine', 1, 2, vms=2, flavor='m1.tiny')
+    book(bob, 'his', 1, 3, vms=3, flavor='m1.tiny', **series)
+    world.service.limit_add(project='biology', max_vms=1)  # of which both have more since before
+    before = dump()
+    with pytest.raises(Conflict, match=f"^User 'eva' .*{word}"):
+        bob.update('his', user='eva')
+    assert dump() == before
+    world.as_user().delete('mine')
+    if not series or 'max_vcpu_hours' not in limit:
+        assert bob.update('his', user='eva')['user'] == 'eva'
+
+
 def test_moving_a_reservation_beside_another_is_counted(world):
     eva = world.as_user()
     world.service.limit_add(project='biology', most_vms=4)
