@@ -2596,12 +2596,14 @@ class Making(NamedTuple):
       ask: puts it into the request that makes a server, from its value and the ids of what it names
       tend: looks after what servers have of it on a cloud, whenever they are listed: the
         connection, the tag of the store, and the servers as the SDK has them
+      address: the address that one has by it on a simulated cloud, from a number of the server
       head, hint: what stands on the page above its field, if not its name, and in it
     """
     kind: Any
     thing: str = ''
     ask: Callable[[dict, Any, list], None] | None = None
     tend: Callable[[Any, str, list], None] | None = None
+    address: Callable[[int], str] | None = None
     head: str = ''
     hint: str = ''
 
@@ -8194,7 +8196,11 @@ class OpenStack(Cloud):
         with self.calling('list servers', sure=True) as cloud:
             found = [*cloud.compute.servers(tags=self.store)]
             for tend in filter(None, (each.tend for each in MADE_OF.values())):
-                tend(cloud, self.store, found)
+                try:
+                    with self.telling('look after the servers'):
+                        tend(cloud, self.store, found)
+                except CloudError as error:  # they are there all the same
+                    log.warning('%s', error)
             return [self.seen(server) for server in found]
 
     def seen(self, server) -> Seen:
@@ -8590,9 +8596,19 @@ class Simulated(Cloud):
     def seen(self, server) -> Seen:
         up = self.clock() >= server.made + server.boots
         state = 'build' if not up else 'error' if server.fault else server.power
-        address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
+        addresses = [f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}',
+                     *self.further_addresses(server)] if up else []
         return Seen(server.uid, server.mark, state, server.made, server.fault if up else '',
-                    [address] if up else [], server.name)
+                    addresses, server.name)
+
+    def further_addresses(self, server) -> list[str]:
+        """What addresses a server has of what its reservation asks for."""
+        gives = {name: each.address for name, each in MADE_OF.items() if each.address}
+        asked = row(f'SELECT {MADE_COLUMNS} FROM server v JOIN occurrence o ON o.id = '
+                    'v.occurrence_id JOIN reservation r ON r.id = o.reservation_id '
+                    'WHERE v.uid = ?', server.uid) if gives else None
+        made = made_in(asked) if asked else {}
+        return [give_one(server.id) for name, give_one in gives.items() if made.get(name)]
 
     def delete(self, uid):
         self.set(uid, gone=self.clock())
@@ -9536,13 +9552,15 @@ TIMES = ('DTSTART', 'DTEND', 'RECURRENCE-ID', 'RDATE', 'EXDATE')
 
 
 class EventProperty(NamedTuple):
-    """In what an event says something of what it wants: the field of a reservation, what reads it,
-    and who is told it: calendar programs of what they have not written, and feeds."""
-    field: str
+    """In what an event says something of what it wants: the field of a reservation ('': it wants
+    nothing), what reads it, and who is told it: calendar programs of what they have not written,
+    and feeds. `write` makes its value of a row and the configuration, if it is not that field."""
+    field: str = ''
     read: Callable = read_name
     default: Any = ''
     in_events: bool = False
     in_feeds: bool = False
+    write: Callable[[Any, Config], str] | None = None
 
 
 PROGRAMMED = {
@@ -9552,11 +9570,12 @@ PROGRAMMED = {
     'X-VM-RESOURCE': EventProperty('resource'),
     'X-VM-NETWORK': EventProperty('network'),
     'X-VM-KEY': EventProperty('key')}
+ASKING = {name: each for name, each in PROGRAMMED.items() if each.field}
 #: What words can say as well, as in 2 x m1.small cirros on demo.
 IN_WORDS = ('vms', 'flavor', 'image', 'resource')
 KEPT = frozenset((*TIMES, 'UID', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES', 'STATUS',
                   'SEQUENCE', 'DURATION', 'TZOFFSETFROM', 'TZOFFSETTO', 'RRULE', 'EXRULE',
-                  *PROGRAMMED))
+                  *ASKING))
 #: No event wants a VM without one of these in its text: #vm, 2 x, 2 &times;, VM.
 WISH = Pattern(rb'&(?:#|num)|#vm|^CATEGORIES.*vm'
                rb'|[\d\x80-\xff](?:[ \t\x80-\xff]|&[a-z0-9#]{1,9};)*(?:[x&]|\xc3\x97)', re.I)
@@ -9568,8 +9587,8 @@ OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 #: What an event of a calendar asks for; '' is for the defaults of the import.
-Want = namedtuple('Want', [each.field for each in PROGRAMMED.values()],
-                  defaults=[each.default for each in PROGRAMMED.values()])
+Want = namedtuple('Want', [each.field for each in ASKING.values()],
+                  defaults=[each.default for each in ASKING.values()])
 
 
 class Booking(NamedTuple):
@@ -10329,7 +10348,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
     if not want and not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
         return None
-    there = {name: each for name, each in PROGRAMMED.items() if name in entry.said
+    there = {name: each for name, each in ASKING.items() if name in entry.said
              and (entry.text(name) or not each.default)}
     said = {each.field: each.read(entry.text(name)) for name, each in there.items()
             if not (want and each.field in IN_WORDS)}
@@ -10388,11 +10407,11 @@ class Shown(NamedTuple):
     more: tuple = ()  # further properties with their values
 
 
-def programmed(found, who: str) -> dict[str, str]:
+def programmed(found, who: str, config: Config) -> dict[str, str]:
     """The properties in which some are told what a row has, as text."""
-    said = {name: getattr(found, each.field) for name, each in PROGRAMMED.items()
-            if getattr(each, who)}
-    return {name: escaped(str(value)) for name, value in said.items()}
+    return {name: each.write(found, config) if each.write
+            else escaped(str(getattr(found, each.field)))
+            for name, each in PROGRAMMED.items() if getattr(each, who)}
 
 
 @functools.lru_cache(20_000)
@@ -12029,6 +12048,7 @@ class Bounded(NamedTuple):
       old: its occurrence as it was, which doesn't count; what it had already, it may keep
       others: the other occurrences of its series as they will be
       own: its reservation
+      handed: it is as it was, but of somebody else
     """
     limit: Any
     wish: Wish
@@ -12037,6 +12057,7 @@ class Bounded(NamedTuple):
     others: Others | None
     own: int
     config: Config
+    handed: bool
 
     def duration(self, most: int) -> tuple[bool, str]:
         length = self.wish.end - self.wish.start
@@ -12066,7 +12087,8 @@ class Bounded(NamedTuple):
     def within(self) -> bool:
         """Whether it has no more time than before, nor other."""
         wish, old = self.wish, self.old
-        if not old or self.limit.resource_id and old.resource_id != wish.resource.id:
+        if not old or self.handed or (
+                self.limit.resource_id and old.resource_id != wish.resource.id):
             return False
         return old.start <= wish.start and wish.end <= old.end and (
             old.start <= self.now or old.held_from <= wish.held[0])
@@ -12189,16 +12211,18 @@ class Limits:
             yield On.COUNTED, f'{project}/{limit.user and wish.user}'
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
-                      own: int = 0) -> None:
+                      own: int = 0, handed: bool = False) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it; what else
         it is given says Bounded."""
         decide_on(also=self.counted_for(wish))
         config = self.service.config
         for limit in self.limits_for(wish):
+            if handed and not limit.user:  # it counts for whom it has counted
+                continue
             near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
                 wish.end - wish.start <= config.exempt_longest)
             if not near or old and old.start <= now:
-                bounded = Bounded(limit, wish, int(now), old, others, own, config)
+                bounded = Bounded(limit, wish, int(now), old, others, own, config, handed)
                 said = figures_of(limit)
                 for name, figure in LIMIT_FIGURES.items():
                     value = said.get(name) if figure.allows else None
@@ -12350,7 +12374,7 @@ class Policy:
     def refuse_deal(self, deal: Deal, now: float) -> None:
         """Raises what the first rule says that is against a deal, whatever it wants to hold."""
         for rule in (self.refuse_fixed, self.refuse_locked, self.refuse_waiting_series,
-                     self.refuse_taken_label, self.refuse_less_than_runs):
+                     self.refuse_taken_label, self.refuse_less_than_runs, self.refuse_handed_on):
             rule(deal, now)
 
     def hold_if_allowed(self, change: Change, view: View) -> None:
@@ -12547,6 +12571,20 @@ class Policy:
             if runs > after.vms:
                 raise Conflict(f"Users have started {counted(runs, 'VM')} in '{deal.old.label}', "
                                'so it needs as many. Delete some first.')
+
+    def refuse_handed_on(self, deal: Deal, now: float) -> None:
+        """Refuses to hand on what is beyond the limits of who gets it."""
+        old, wish = deal.old, deal.wish
+        if not old or wish.user == old.user or deal.code == UNDO or not standing().limits:
+            return
+        others = Others(old.reservation, now)
+        for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+                         'AND held_until > held_from ORDER BY start', old.reservation):
+            one = wish._replace(start=each.start, end=each.end, lead=each.start - each.held_from,
+                                resource=resource_of(each.resource_id, removed=True),
+                                vms=each.vms, whole=amount_of(each))
+            self.limits.refuse_beyond(one, now, each, others, old.reservation, handed=True)
+            others.put(each.slot, [hold_of(each)], each.start)
 
     def refuse_fixed(self, deal: Deal, now: float) -> None:
         """A reservation that has begun keeps what its machines are made of."""
@@ -16783,7 +16821,7 @@ class Calendars(Operations):
             ('waiting', 'pending'), 'TENTATIVE')
         return Shown(*when, found.label, '\n'.join(filter(None, lines)), found.resource,
                      status.get(found.state, 'CONFIRMED'),
-                     tuple(programmed(found, 'in_feeds').items()))
+                     tuple(programmed(found, 'in_feeds', self.config).items()))
 
 
 # Tokens ######################################################################
@@ -21048,7 +21086,8 @@ AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
               | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
 ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
-LEASE_WORDS = ('image', 'flavor', 'network', 'key', 'at_end')
+LEASE_WORDS = (*dict.fromkeys(('image', *(name for name, each in MADE_OF.items()
+                                          if each.kind is Name and each.ask))), 'at_end')
 LEASE_PLACES = ('resource', *PLACE)
 MOST_LEASES = 10_000  # that one list has
 
@@ -22379,6 +22418,12 @@ def elsewhere(acting: Reservations, places: str, since: int) -> list:
                 *acting.actor[:2], places, *([since] if since else []))
 
 
+def series_of(acting: Reservations, id: int) -> list[Stretch]:
+    """The stretches of a series; none of what is once: of an event that is, one stands there."""
+    found = acting.look.stretches(id)
+    return [] if all(each.single for each in found) else found
+
+
 def take_in(acting: Reservations, id: int) -> None:
     """Shows a reservation that was made elsewhere in the calendar of its resource."""
     first = row('SELECT resource_id FROM occurrence o WHERE reservation_id = ? AND cancelled '
@@ -22391,7 +22436,7 @@ def take_in(acting: Reservations, id: int) -> None:
     if not uid:  # so that it is known in another calendar as well
         uid = f'reservation-{id}@{acting.clouds.store}'
         change(Reservation, id, uid=uid)
-    last = int(LAST.timestamp()) if acting.look.stretches(id) else acting.look.next_of(id).end
+    last = int(LAST.timestamp()) if series_of(acting, id) else acting.look.next_of(id).end
     folder.write(f'reservation-{id}.ics', '', reservation_text(folder, id), uid=uid, first=0,
                  last=last, reservation=id, why='{}', gone=None)
 
@@ -22404,34 +22449,34 @@ def reservation_text(folder: Folder, id: int) -> str:
     live = [each for each in there if each.cancelled is None and each.resource == folder.id]
     if not live:
         return ''
-    found, stretches = look.next_of(id), look.stretches(id)
+    found, stretches = look.next_of(id), series_of(folder.acting, id)
     zone = read_zone(stretches[0].zone) if stretches else UTC
     times = series_lines(stretches, there, zone) if stretches else [
         f'DTSTART:{stamp_of(live[0].start)}', f'DTEND:{stamp_of(live[0].end)}']
     said = {'UID': row('SELECT uid FROM reservation WHERE id = ?', id).uid,
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
-             *want_lines(found, found.vms), 'END:VEVENT']
+             *want_lines(folder, found, found.vms), 'END:VEVENT']
     form = Form(Component([folded(each) for each in lines]), zone)
     plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
     for each in live if stretches else ():
         slot = plan.get(each.slot)
         if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
             events.append(form.exception(Slot(each.slot, *each[1:5])))
-            for line in want_lines(found, each.vms):
+            for line in want_lines(folder, found, each.vms):
                 events[-1].put_line(line.partition(':')[0], folded(line))
     Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
 
 
-def want_lines(found, vms: int) -> list[str]:
+def want_lines(folder: Folder, found, vms: int) -> list[str]:
     """What of an event says which VMs a reservation has, and its description."""
     plain = f"{vms} x {' '.join(filter(None, (found.flavor, found.image)))}"
     match = WANT.fullmatch(plain)
     text = found.description
     if match and match.group(2, 3) == (found.flavor, found.image):  # it says all of it
         text = '\n'.join(filter(None, (plain, text)))
-    said = programmed(found._replace(vms=vms), 'in_events')
+    said = programmed(found._replace(vms=vms), 'in_events', folder.acting.config)
     return ['CATEGORIES:VM', *(f'{name}:{value}' for name, value in said.items()),
             f'DESCRIPTION:{escaped(text)}']
 

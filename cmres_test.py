@@ -9472,6 +9472,25 @@ def test_vcpu_hours_that_one_had_before_the_limit_one_may_keep_and_make_less(wor
     world.as_user().update('lab', **change)
 
 
+@pytest.mark.parametrize('limit, word', [({'max_vms': 4}, 'already uses 2 then'), ({'max_vcpu_hours': 6}, r'has 4 of 6 vCPU-hours left'),
+                                         ({'max_vms': 3, 'resource': 'demo'}, 'already uses 2 then')])
+@pytest.mark.parametrize('series', [{}, {'repeat': 'daily', 'count': 3}])
+def test_what_is_handed_to_somebody_counts_against_their_limits(world, limit, word, series):
+    world.service.limit_add(user='eva', **limit)
+    world.service.token_add('eva', 'biology')
+    bob = world.as_user('bob')
+    book(world.as_user(), 'mine', 1, 2, vms=2, flavor='m1.tiny')
+    book(bob, 'his', 1, 3, vms=3, flavor='m1.tiny', **series)
+    world.service.limit_add(project='biology', max_vms=1)  # of which both have more since before
+    before = dump()
+    with pytest.raises(Conflict, match=f"^User 'eva' .*{word}"):
+        bob.update('his', user='eva')
+    assert dump() == before
+    world.as_user().delete('mine')
+    if not series or 'max_vcpu_hours' not in limit:
+        assert bob.update('his', user='eva')['user'] == 'eva'
+
+
 def test_moving_a_reservation_beside_another_is_counted(world):
     eva = world.as_user()
     world.service.limit_add(project='biology', most_vms=4)
@@ -18883,6 +18902,15 @@ def test_a_lease_of_instances_holds_what_they_take(leases):
     leases.make(instances(1, vcpus=2))
 
 
+@pytest.mark.parametrize('name', [name for name, each in cmres.MADE_OF.items() if each.kind is cmres.Name and each.ask])
+def test_whatever_vms_are_made_of_by_name_can_be_said_in_a_lease(leases, name):
+    value = [*cmres.Simulated.NAMES[cmres.MADE_OF[name].thing]][0]
+    said = {'image': 'cirros', name: value}
+    properties = json.dumps(['and', *(['==', f'${each}', word] for each, word in said.items())])
+    leases.as_user('root', 'default', 'admin').make(instances(1, 1, resource_properties=properties))
+    assert leases.world.service.show('my-lease')[name] == value
+
+
 def test_a_lease_goes_through_its_states(leases):
     lease = leases.make(instances(), before_end_date='2026-12-01 13:50')
     for hour, state, part, done in ((0, 'PENDING', 'pending', ''), (1.5, 'ACTIVE', 'active', 'start_lease'),
@@ -19937,6 +19965,15 @@ def test_what_was_reserved_elsewhere_stands_in_the_calendar_and_can_be_edited_th
     assert eva.show('lab')['vms'] == 2 and dav.changes(token)[1].keys() == {name}
     dav.ask('DELETE', f'demo/{name}', status=204)
     assert labels(eva.list()) == [] and dav.changes(token)[1] == {name: None}
+
+
+def test_an_event_that_was_imported_stands_in_the_calendar_and_can_be_dragged_there(dav, world):
+    eva, lines = world.as_user(), ('DTSTART:20261202T150000Z', 'DURATION:PT1H', 'SUMMARY:once', 'DESCRIPTION:1 x m1.small on demo')
+    eva.import_(calendar(event(*lines, uid='once')).decode())
+    name, = (each.removesuffix('.ics') for each in dav.changes()[1])
+    assert [each['DTSTART'].dt for each in dav.shown(name)] == reserved_at(world, 'once') == [NOON + hours(27)]
+    dav.put(name, dav.get(name).replace('20261202T', '20261203T'), 204)
+    assert reserved_at(world, 'once') == [NOON + hours(51)] and labels(eva.list()) == ['once']
 
 
 def test_what_is_cancelled_elsewhere_is_gone_from_the_calendar(dav, world):
@@ -23482,6 +23519,17 @@ def test_what_others_cancelled_keeps_nobody_from_anything(app, world):
     path = feed(app.as_user(), resource='demo')
     world.as_user('mallory', 'chem').delete('classified')
     assert check_by_the_rules(fetch(app, path).body) == []
+
+
+def test_what_is_no_field_of_a_reservation_can_be_told_in_events_of_ones_own(app, dav, world, monkeypatch):
+    monkeypatch.setitem(cmres.PROGRAMMED, 'URL', cmres.EventProperty(
+        in_events=True, in_feeds=True, write=lambda found, config: f'{config.timezone}/r/{found.label}'))
+    book(world.as_user(), 'lab')
+    name, = dav.changes()[1]
+    assert 'URL:UTC/r/lab\r\n' in dav.get(name.removesuffix('.ics'))
+    for user, shown in ('eva', 1), ('bob', 0):
+        address = world.as_user(user, 'biology' if shown else 'chemistry').calendar_feed(resource='demo')['feed']
+        assert app.web.get(urlsplit(address).path).text.count('URL:UTC/r/lab\r\n') == shown
 
 
 def test_a_cancelled_reservation_stays_in_the_feed_as_cancelled(app, world):
@@ -27402,6 +27450,26 @@ def test_what_a_server_takes_is_told_when_that_is_settled(nova, status, task, ta
     seat = verbs(nova).hosts([uid])[uid]
     assert (seat.host, bool(seat.takes), bool(seat.until_moved), seat.moves) == ('gpu-1', takes, until_moved, moves)
     assert {each.vcpus for each in (seat.takes, seat.until_moved) if each} <= {3}
+
+
+def test_servers_are_seen_also_while_what_they_have_beside_cannot_be_looked_after(nova, monkeypatch, caplog):
+    def tend(cloud, store, servers):
+        raise LookupError(f'no address is left for {[each.name for each in servers]} of {store}')
+    monkeypatch.setitem(cmres.MADE_OF, 'network', cmres.MADE_OF['network']._replace(tend=tend))
+    cloud = verbs(nova)
+    cloud.boot(PLAIN_SERVER)
+    assert [each.name for each in cloud.servers()] == ['lab-1-1']
+    assert "could not look after the servers: no address is left for ['lab-1-1'] of cmres-0" in caplog.text
+
+
+def test_a_simulated_server_has_the_addresses_of_what_it_is_made_of(world, monkeypatch):
+    monkeypatch.setitem(cmres.MADE_OF, 'network', cmres.MADE_OF['network']._replace(address=lambda number: f'203.0.113.{number}'))
+    for label, network in ('lab', 'public'), ('plain', ''):
+        book(world.service, label, flavor='m1.small', image='cirros', network=network)
+    world.at(1), world.at(1.01)
+    (mine,), (other,) = ([each['addresses'] for each in world.service.servers(label)] for label in ('lab', 'plain'))
+    number = int(mine[0].rpartition('.')[2]) - 1  # either may have been made first
+    assert mine == [f'10.0.0.{number + 1}', f'203.0.113.{number}'] and other == [f'10.0.0.{4 - number}']
 
 
 def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova):
