@@ -2596,14 +2596,12 @@ class Making(NamedTuple):
       ask: puts it into the request that makes a server, from its value and the ids of what it names
       tend: looks after what servers have of it on a cloud, whenever they are listed: the
         connection, the tag of the store, and the servers as the SDK has them
-      address: the address that one has by it on a simulated cloud, from a number of the server
       head, hint: what stands on the page above its field, if not its name, and in it
     """
     kind: Any
     thing: str = ''
     ask: Callable[[dict, Any, list], None] | None = None
     tend: Callable[[Any, str, list], None] | None = None
-    address: Callable[[int], str] | None = None
     head: str = ''
     hint: str = ''
 
@@ -8596,19 +8594,9 @@ class Simulated(Cloud):
     def seen(self, server) -> Seen:
         up = self.clock() >= server.made + server.boots
         state = 'build' if not up else 'error' if server.fault else server.power
-        addresses = [f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}',
-                     *self.further_addresses(server)] if up else []
+        address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
         return Seen(server.uid, server.mark, state, server.made, server.fault if up else '',
-                    addresses, server.name)
-
-    def further_addresses(self, server) -> list[str]:
-        """What addresses a server has of what its reservation asks for."""
-        gives = {name: each.address for name, each in MADE_OF.items() if each.address}
-        asked = row(f'SELECT {MADE_COLUMNS} FROM server v JOIN occurrence o ON o.id = '
-                    'v.occurrence_id JOIN reservation r ON r.id = o.reservation_id '
-                    'WHERE v.uid = ?', server.uid) if gives else None
-        made = made_in(asked) if asked else {}
-        return [give_one(server.id) for name, give_one in gives.items() if made.get(name)]
+                    [address] if up else [], server.name)
 
     def delete(self, uid):
         self.set(uid, gone=self.clock())

@@ -27462,16 +27462,6 @@ def test_servers_are_seen_also_while_what_they_have_beside_cannot_be_looked_afte
     assert "could not look after the servers: no address is left for ['lab-1-1'] of cmres-0" in caplog.text
 
 
-def test_a_simulated_server_has_the_addresses_of_what_it_is_made_of(world, monkeypatch):
-    monkeypatch.setitem(cmres.MADE_OF, 'network', cmres.MADE_OF['network']._replace(address=lambda number: f'203.0.113.{number}'))
-    for label, network in ('lab', 'public'), ('plain', ''):
-        book(world.service, label, flavor='m1.small', image='cirros', network=network)
-    world.at(1), world.at(1.01)
-    (mine,), (other,) = ([each['addresses'] for each in world.service.servers(label)] for label in ('lab', 'plain'))
-    number = int(mine[0].rpartition('.')[2]) - 1  # either may have been made first
-    assert mine == [f'10.0.0.{number + 1}', f'203.0.113.{number}'] and other == [f'10.0.0.{4 - number}']
-
-
 def test_a_server_is_made_as_it_was_asked_for_and_every_verb_does_its_deed(nova):
     cloud = verbs(nova)
     whole = PLAIN_SERVER._replace(network='lab-net', key='lab-key', security_groups=('default', 'web'), user_data='#!/bin/sh',
