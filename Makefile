@@ -16,7 +16,7 @@ test: $(VENV)/cmres_test   ## run all tests that need no cloud
 	$(PYTEST) --assert=plain -n 6 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
 test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on PostgreSQL, which they start themselves
-	STORE_ENGINE=postgresql $(PYTEST) --assert=plain -n 4 --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
+	STORE_ENGINE=postgresql $(PYTEST) --assert=plain -n $(or $(WORKERS),4) --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
 
 test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done $(VENV)-clients/tempest/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -p no:warnings --tb short --maxfail 8 -m openstack cmres_test.py  # one host that is dead fails them all
