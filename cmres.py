@@ -300,6 +300,7 @@ class Typed(datetime):
     """
     wall: datetime | None = None  # of a result of arithmetic: not known
     zone: ZoneInfo | None = None
+    bare: bool = False  # it names no day: of a change, that of the reservation is meant
 
 
 class Length(timedelta):
@@ -400,12 +401,22 @@ def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> da
     today = (now if from_now else after).astimezone(zone).date()
     walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
     moments = [at_clock(wall, zone, called) for wall in walls]
-    return next((each for each in moments if each > after), moments[-1] if moments else None)
+    found = next((each for each in moments if is_later(each, after)), [None, *moments][-1])
+    if isinstance(found, Typed):
+        found.bare = not day
+    return found
+
+
+def is_later(one: datetime, other: datetime) -> bool:
+    """Whether a time is after another: of two that were typed in a zone, by its clocks."""
+    zone = getattr(one, 'zone', None)
+    by_clocks = zone and zone == getattr(other, 'zone', None)
+    return one.wall > other.wall if by_clocks else one > other
 
 
 #: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
-WITH_ZONE = Pattern(r'(.*\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
-                    r'(?: \(?([A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
+WITH_ZONE = Pattern(r'(.*?\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
+                    r'(?: \(?((?<=\()[\w/+-]+|[A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
 
 
 def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None, str]:
@@ -1251,18 +1262,20 @@ def rule_from(stretches: list[Stretch], key: str) -> str:
     return f'{endless(rule)};UNTIL={last:%Y%m%dT%H%M%S}'
 
 
+def ending_later(rule: str, seconds: int) -> str:
+    return re.sub('UNTIL=([^;]*)', lambda last: 'UNTIL={:%Y%m%dT%H%M%S}'.format(
+        read_until(last[1]) + timedelta(seconds=seconds)), rule)
+
+
 def shifted_rule(stretch: Stretch) -> str:
     """The RRULE of occurrences that are all moved by as much; '' if there is none."""
-    parts = dict(part.split('=') for part in stretch.rule.split(';'))
+    parts = parts_of(ending_later(stretch.rule, stretch.shift))
     first = datetime.fromisoformat(stretch.start)
     moved = first + timedelta(seconds=stretch.shift)
     days = (moved.date() - first.date()).days
     by = {name for name in parts if name.startswith('BY')}
     if by & {'BYHOUR', 'BYMINUTE', 'BYSECOND'}:
         return ''
-    if 'UNTIL' in parts:
-        last = read_until(parts['UNTIL']) + timedelta(seconds=stretch.shift)
-        parts['UNTIL'] = f'{last:%Y%m%dT%H%M%S}'
     if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
         if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
             parts['WKST'] = parts.get('WKST', 'MO')
@@ -1293,14 +1306,23 @@ def read_stretches(text: str) -> list[Stretch]:
     return [Stretch(**stretch) for stretch in json.loads(text)] if text else []
 
 
+def skipped_slots(stretch: Stretch, skip: str) -> list[str]:
+    """The slots of what is on a day, or at a wall time, of a stretch that is shifted."""
+    begin = datetime.fromisoformat(skip) - timedelta(seconds=stretch.shift)
+    end = begin + timedelta(days='T' not in skip, seconds='T' in skip)
+    found = itertools.takewhile(lambda wall: wall < end, walls(stretch, begin))
+    return [wall.isoformat() for wall in found if wall >= begin]
+
+
 def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
     """What to tell of dates to leave out on which a series has nothing anyway."""
     told = []
     for skip in skips:
         day = datetime.fromisoformat(skip)
-        near = [wall for stretch in stretches for wall in itertools.takewhile(
-            lambda wall: wall < day + timedelta(days=40),
-            walls(stretch._replace(skips=()), day - timedelta(days=40)))]
+        near = [wall + timedelta(seconds=stretch.shift)
+                for stretch in stretches for wall in itertools.takewhile(
+                    lambda wall: wall < day + timedelta(days=40),
+                    walls(stretch._replace(skips=()), day - timedelta(days=40)))]
         if not any(wall.isoformat().startswith(skip) for wall in near):
             nearest = min(near, key=lambda wall: abs(wall - day), default=None)
             told.append(f'The series has nothing on {format_day(day)}, so nothing is left out.' + (
@@ -2569,7 +2591,8 @@ def to_plain(value):
     if isinstance(value, (list, tuple)):
         return [to_plain(each) for each in value]
     if isinstance(value, Typed):  # only on the way to a server: answers hold plain instants
-        return f'{value.wall.isoformat()}[{value.zone.key}]'
+        return (f'{value.wall:%H:%M:%S} ({value.zone.key})' if value.bare
+                else f'{value.wall.isoformat()}[{value.zone.key}]')
     if isinstance(value, date) and not isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, datetime):
@@ -11046,6 +11069,8 @@ class Service:
             end = self.end_after(start, end) if isinstance(end, timedelta) else end
         except OverflowError:
             end = LAST
+        if end <= start and is_later(end, start):  # clocks skip the start
+            end = start + (end.wall - start.wall)
         if not start < end <= LAST:
             raise Invalid(f'The end ({self.config.told_time(end.timestamp())}) must be after the '
                           f'start ({self.config.told_time(start.timestamp())}) and before the '
@@ -11750,9 +11775,16 @@ class Wishes:
         warnings += unmet_skips(stretches, skips)
         skips += self.holidays(asked.get('holidays'), zone, now, warnings)
         ends = {'until', 'count'} & set(changes)
-        return [stretch._replace(skips=(*stretch.skips, *skips), rule=local_rule(self.ended_rule(
-            asked | {'repeat': endless(stretch.rule)}, zone), zone) if ends and stretch.rule
-                                 else stretch.rule) for stretch in stretches]
+
+        def ended(stretch: Stretch) -> Stretch:
+            rule = stretch.rule
+            if rule and ends:
+                asked_rule = self.ended_rule(asked | {'repeat': endless(rule)}, zone)
+                rule = ending_later(local_rule(asked_rule, zone), -stretch.shift)
+            more = [slot for skip in skips for slot in skipped_slots(stretch, skip)
+                    ] if stretch.shift else skips
+            return stretch._replace(skips=(*stretch.skips, *more), rule=rule)
+        return [*map(ended, stretches)]
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
         """The rule that is asked for with its end; a date is meant to its last second."""
@@ -14718,6 +14750,7 @@ class Requests(Operations):
         # what the cloud was asked about may be out of date by the time we write
         for _ in range(10):
             old, stretches, key = self.to_alter(label, project, occurrence, asked)
+            asked = self.on_its_day(asked, old)
             only = alone and bool(occurrence) and bool(old.repeats)
             self.refuse_common(old, asked, occurrence, only)
             stretches = [] if only else stretches
@@ -14736,6 +14769,22 @@ class Requests(Operations):
             if answer:
                 return answer
         raise Conflict(f"Others change '{label}' all the time. Try again.")
+
+    def on_its_day(self, asked: dict, old) -> dict:
+        """What is asked; of times without a day, the start on that of the reservation, and the
+        end the next one after the start, or near the old end of what takes long."""
+        start, end = asked.get('start'), asked.get('end')
+        if getattr(start, 'bare', False):
+            day = typed_wall(instant(old.start), start.zone).date()
+            asked = asked | {'start': at_clock(datetime.combine(day, start.wall.time()),
+                                               start.zone)}
+        if getattr(end, 'bare', False):
+            begin = asked.get('start') or instant(old.start)
+            begin = self.here.now + begin if isinstance(begin, timedelta) else begin
+            near = begin + timedelta(seconds=old.end - old.start - DAY // 2)
+            asked = asked | {'end': spoken_time(f'{end.wall:%H:%M:%S}', end.zone,
+                                                max(begin, near), begin)}
+        return asked
 
     def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool,
                 only: bool) -> dict:

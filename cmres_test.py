@@ -715,7 +715,7 @@ def test_a_time_that_may_be_two_or_none_is_refused_with_what_to_write(text, why)
 
 #: Their clocks go back by an hour or half of one, or at midnight; some have no letters for their time.
 ZONES_READ = ['Europe/Paris', 'America/New_York', 'Australia/Lord_Howe', 'America/Havana', 'Asia/Tashkent', 'Asia/Kathmandu',
-              'America/Santiago', 'Pacific/Apia', 'UTC', 'Africa/Casablanca']
+              'America/Santiago', 'Pacific/Apia', 'UTC', 'Africa/Casablanca', 'CET', 'Etc/GMT+5']
 
 
 @given(st.datetimes(datetime(1971, 1, 1), datetime(2199, 12, 30)).map(lambda each: each.replace(microsecond=0)),
@@ -738,6 +738,25 @@ def test_an_end_is_read_from_its_start_on(app, start, end, ends):
     body = {'label': 'lab', 'resource': 'demo', 'start': start, 'end': end}
     made = app.call('POST', '/reservation/', body, 201).json
     assert made['end'] == f'{ends}:00+00:00'
+
+
+@pytest.mark.parametrize('start, end', [('02:30', '03:30'), ('02:30', '2027-03-28 03:30'), ('02:15', '03:15')])
+def test_an_end_after_a_start_that_clocks_skip_is_as_much_later_as_was_typed(world, start, end):
+    typed(world.service, 'add', label='lab', resource='demo', start=f'2027-03-28 {start}', end=end)
+    found = world.service.show('lab')
+    assert found['end'] - found['start'] == hours(1)
+
+
+@pytest.mark.parametrize('had, asked, hours_then', [  # a time without a day is on that of the reservation, not the next from now
+    ((9, 11), {'start': '10:00'}, (10, 12)), ((9, 11), {'end': '10:00'}, (9, 10)), ((22, 30), {'end': '23:30'}, (22, 23.5)),
+    ((9, 11), {'start': '7:00', 'end': '8:00'}, (7, 8)), ((9, 107), {'end': '12:00'}, (9, 108)),
+    ((9, 11), {'start': '2027-01-12 9:00', 'end': '10:00'}, (33, 34))])
+def test_a_change_to_a_time_without_a_day_is_on_the_day_of_the_reservation(app, had, asked, hours_then):
+    day = datetime(2027, 1, 11, tzinfo=UTC)
+    start, end = (str(day + hours(each)) for each in had)
+    app.call('POST', '/reservation/', {'label': 'lab', 'resource': 'demo', 'start': start, 'end': end}, 201)
+    found = app.call('PATCH', '/reservation/lab', asked, 200).json
+    assert [found['start'], found['end']] == [(day + hours(each)).isoformat() for each in hours_then]
 
 
 @pytest.mark.parametrize('text', [
@@ -7453,6 +7472,9 @@ def test_what_clients_are_typed_reaches_the_server_as_it_was_typed(world):
     assert cmres.to_plain(start) == '2027-03-28T02:30:00[Europe/Paris]'
     again = cmres.read_when(cmres.to_plain(start), Here(UTC, NOON))
     assert (again, again.wall, again.zone.key) == (start, start.wall, PARIS.key)
+    bare = cmres.read_when('17:30', here)
+    again = cmres.read_when(cmres.to_plain(bare), Here(UTC, NOON))
+    assert (again, again.zone.key, again.bare) == (bare, PARIS.key, True)
     for text in ('+1d12h', '+2w', '+36h', 'PT90M', '+0s'):
         length = cmres.parse_duration(text)
         again = cmres.parse_duration(cmres.to_plain(length))
@@ -7960,6 +7982,24 @@ def test_after_any_changes_in_the_course_of_time_a_series_is_what_a_model_says(w
 
 
 # Changes one by one
+
+@pytest.mark.parametrize('changes, days', [  # days are those on which it is now, not those of its first plan
+    ({'until': date(2026, 12, 16)}, (2, 9, 16)), ({'until': date(2026, 12, 15)}, (2, 9)),
+    ({'skip_dates': ['2026-12-09']}, (2, 16, 23)), ({'skip_dates': ['2026-12-09T13:00']}, (2, 16, 23))])
+def test_the_dates_of_a_series_that_was_moved_are_those_of_now(service, changes, days):
+    series(service, count=4)
+    service.update('class', start=NOON + hours(24))
+    changed = service.update('class', **changes)
+    assert not changed.get('warnings')
+    assert [start // 24 + 1 for start, *_ in kept()] == [*days]
+
+
+def test_a_date_on_which_a_series_that_was_moved_has_nothing_is_told(service):
+    series(service, count=4)
+    service.update('class', start=NOON + hours(24))
+    assert service.update('class', skip_dates=['2026-12-08'])['warnings'] == [
+        'The series has nothing on Tue 8 Dec 2026, so nothing is left out. The nearest date is Wed 9 Dec 2026.']
+
 
 def test_an_occurrence_that_was_moved_stays_there_whatever_the_series_does(world, service):
     series(service, count=5)
