@@ -28996,7 +28996,7 @@ def run_command(argv: list[str], finish: Callable) -> None:
         own = os.path.basename(sys.argv[0]) == 'cmres'  # as it was started, it starts again
         print(text.replace('python cmres.py', 'cmres') if own else text)
         raise SystemExit(0)
-    flags, plain = read_words(here, argv[len(path):])
+    flags, plain = read_words(here, with_whole_times(argv[len(path):]))
     calls = plain_calls(here, flags, plain)
     if not calls:
         by_fire([*path, *plain, *(f'--{name}={value}' for name, value in flags.items())], finish)
@@ -29151,6 +29151,25 @@ def command_path(tree: dict, argv: list[str]) -> tuple[list[str], Any]:
             raise Invalid(f"There is no command '{' '.join([*path, word])}'{nearest(word, here)}")
         path, here = [*path, word], here[word]
     return path, here
+
+
+def with_whole_times(words: list[str]) -> list[str]:
+    """The words after a command; a date and what a clock shows behind it are one. The first word
+    may be a label `mon`."""
+    found = words[:1]
+    for before, word in zip(words, words[1:]):
+        day = before.rpartition('=')[2].lower()
+        if read_clock(word.lower()) is not None and found[1:] and is_day(day):
+            found[-1] += f' {word}'
+        else:
+            found.append(word)
+    return found
+
+
+def is_day(word: str) -> bool:
+    with suppress(ValueError):
+        return bool(word and dates_of(word, date(2000, 1, 1)))
+    return True  # one that may be two days
 
 
 def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -29571,8 +29590,12 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
              if 'vms' in each]
     lines += listed('Reserved then:', there)
     lines += listed('You could reserve:', offered(details, zone))
+    first, *rest = details.get('conflicts') or [{}]
+    others = [each for each in rest if each['why'] != first['why']]
     lines += [f"  {format_moment(each['start'], zone)}   {each['why']}"
-              for each in details.get('conflicts', [])[1:MOST_SHOWN]]
+              for each in others[:MOST_SHOWN]]
+    same = len(rest) - len(others)
+    lines += [f"  {counted(same, 'more date')} for the same reason"] if same else []
     lines += [f"  line {each['line']}: {each['label']}: {each['error']}"
               for each in details.get('refused', [])]
     lines += listed('Affected:', [f"{who_of(each)}{when_of(each, zone)}"

@@ -23065,6 +23065,25 @@ def test_a_line_that_lacks_a_value_or_has_too_much_is_refused_in_a_sentence(run,
     assert (code, err) == (2, f'cmres: {why}\n')
 
 
+@pytest.mark.parametrize('line, asks', [  # as people type it, without quotes
+    ('add lab demo 2030-01-11 9:00 2030-01-11 11:00', {'start': '2030-01-11 9:00', 'end': '2030-01-11 11:00'}),
+    ('add mon demo --start=mon 9am --end 11:00', {'label': 'mon', 'start': 'mon 9am', 'end': '11:00'}),
+    ('add lab demo tomorrow 9:00 --end 17:00', {'start': 'tomorrow 9:00', 'end': '17:00'}),
+    ('update lab --start 11.1.2030 9:00 --vms 2', {'start': '11.1.2030 9:00', 'vms': '2'}),
+    ('keep mon 17:00', {'label': 'mon', 'until': '17:00'}), ('extend tue 1:30', {'label': 'tue', 'by': '1:30'})])
+def test_a_date_and_the_time_behind_it_are_one(line, asks):
+    calls = []
+    cmres.run_command(line.split(), lambda call: calls.append(call._given))
+    assert asks.items() <= calls[0].items()
+
+
+def test_a_reason_that_holds_for_many_dates_is_told_once(run):
+    series = 'add lab demo +1d +2h --repeat daily --count 30'.split()
+    run('resource', 'add', 'demo', '--vms', '9')
+    _, _, err = run(*series, '--vms', '10')
+    assert err.count('You asked for 10') == 1 and err.endswith('\n  29 more dates for the same reason\n')
+
+
 def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
     new_store(tmp_path, empty)
     for words, code in ((['list'], 0), (['show', 'nobody'], 1), (['lst'], 2)):
