@@ -11725,6 +11725,10 @@ class Wishes:
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
                           exact=exact)
         wish.warnings.extend(unmet_skips([stretch], skips))
+        had = stretches[-1].rule if stretches else ''
+        if endless(had) != had and endless(rule) == rule:
+            wish.warnings.append('The series has no last date any more. Before, it was '
+                                 f'{rule_in_words(had)}.')
         days = self.holidays(asked.get('holidays'), zone, wish.start, wish.warnings)
         stretch = stretch._replace(skips=(*skips, *days))
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
@@ -11784,7 +11788,11 @@ class Wishes:
             more = [slot for skip in skips for slot in skipped_slots(stretch, skip)
                     ] if stretch.shift else skips
             return stretch._replace(skips=(*stretch.skips, *more), rule=rule)
-        return [*map(ended, stretches)]
+        found = [*map(ended, stretches)]
+        if not any(any(slots(each, now, LAST.timestamp())) for each in found):
+            raise Invalid('No occurrence of this series would be left. Choose other dates, or '
+                          'cancel the series.')
+        return found
 
     def ended_rule(self, asked: dict, zone: ZoneInfo) -> str:
         """The rule that is asked for with its end; a date is meant to its last second."""

@@ -8001,6 +8001,24 @@ def test_a_date_on_which_a_series_that_was_moved_has_nothing_is_told(service):
         'The series has nothing on Tue 8 Dec 2026, so nothing is left out. The nearest date is Wed 9 Dec 2026.']
 
 
+@pytest.mark.parametrize('changes', [{'until': date(2026, 11, 30)}, {'until': date(2025, 12, 16)},
+                                     {'skip_dates': ['2026-12-01', '2026-12-08']}])
+def test_a_series_is_not_cancelled_by_a_wrong_date(service, changes):
+    series(service, count=2)
+    with pytest.raises(Invalid, match='No occurrence of this series would be left'):
+        service.update('class', **changes)
+    assert len(kept()) == 2
+
+
+@pytest.mark.parametrize('had, changes, lost', [
+    ({'count': 4}, {'repeat': 'FREQ=WEEKLY;BYDAY=WE'}, True), ({'until': date(2026, 12, 20)}, {'repeat': 'FREQ=DAILY'}, True),
+    ({'count': 4}, {'repeat': 'FREQ=DAILY', 'count': 3}, False), ({}, {'repeat': 'FREQ=DAILY'}, False)])
+def test_who_changes_how_a_series_repeats_hears_that_it_has_no_end_now(service, had, changes, lost):
+    series(service, **had)
+    told = ' '.join(service.update('class', **changes).get('warnings') or ())
+    assert ('The series has no last date any more. Before, it was every week' in told) is lost
+
+
 def test_an_occurrence_that_was_moved_stays_there_whatever_the_series_does(world, service):
     series(service, count=5)
     service.update('class', occurrence=date(2026, 12, 8), start=lesson(1, 50))
