@@ -414,6 +414,11 @@ def is_later(one: datetime, other: datetime) -> bool:
     return one.wall > other.wall if by_clocks else one > other
 
 
+def end_after_gap(end: datetime, start: datetime) -> datetime:
+    """An end; after a start that clocks skip, as much later as was typed."""
+    return start + (end.wall - start.wall) if end <= start and is_later(end, start) else end
+
+
 #: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
 WITH_ZONE = Pattern(r'(.*?\d.*?)(?: ([A-Z]{1,5}|[+-]\d{2,4}))?'
                     r'(?: \(?((?<=\()[\w/+-]+|[A-Za-z]\w+/[\w/+-]+|UTC)\)?)?')
@@ -11069,8 +11074,7 @@ class Service:
             end = self.end_after(start, end) if isinstance(end, timedelta) else end
         except OverflowError:
             end = LAST
-        if end <= start and is_later(end, start):  # clocks skip the start
-            end = start + (end.wall - start.wall)
+        end = end_after_gap(end, start)
         if not start < end <= LAST:
             raise Invalid(f'The end ({self.config.told_time(end.timestamp())}) must be after the '
                           f'start ({self.config.told_time(start.timestamp())}) and before the '
@@ -23463,7 +23467,7 @@ def uninviting(service: Reservations) -> Callable:
 # part into the fields of a form. What is left has not been understood.
 
 CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
-NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from)\b|$)'
+NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from|on)\b|$)'
 #: Parts that a word begins, in the order in which they are taken out of the line.
 PHRASES = {name: Pattern(pattern) for name, pattern in {
     'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
@@ -23478,7 +23482,11 @@ PHRASES = {name: Pattern(pattern) for name, pattern in {
             r'(?:weeks?|days?|d|hours?|hrs?|h|minutes?|mins?)\b ?)+)',
     'at': r'(?:\bat )?\b(\d{1,2}:\d\d(?:am|pm)?|\d{1,2}(?:am|pm)|(?<=at )\d{1,2}|noon|midnight)\b',
     'now': r'\b(now)\b'}.items()}
-FILLERS = frozenset('a an and of on the with vm vms gpu gpus x machine machines starting'.split())
+FILLERS = frozenset('a an and from of on the with vm vms gpu gpus x machine machines '
+                    'starting'.split())
+#: Words that begin a repetition; weekdays only as `mondays`.
+REPEAT_WORDS = {'every', 'each', 'daily', 'weekly', 'biweekly', 'monthly', 'yearly', 'weekdays',
+                *(f'{name}s' for name in DAY_NAMES)}
 
 
 class QuickLine:
@@ -23490,6 +23498,7 @@ class QuickLine:
         self.today = here.now.astimezone(here.zone).date()
         self.fields: dict[str, str] = {}
         self.said: dict[str, Any] = {}
+        self.unread: list[str] = []
         self.read()
 
     def take(self, *names: str) -> None:
@@ -23517,10 +23526,19 @@ class QuickLine:
         for first, word in enumerate(words):
             for last in range(min(len(words), first + 9), first, -1):
                 said = ' '.join(words[first:last]).replace(' , ', ', ')
-                if word in ('every', 'daily', 'weekly', 'monthly', 'weekdays') and is_rule(said):
+                if word in REPEAT_WORDS and is_rule(said):
                     self.fields['repeat'] = said
                     self.left = ' '.join(words[:first] + words[last:])
                     return
+
+    def take_dates(self, name: str) -> list[date]:
+        """The dates that a part begins with; what stands behind them is no more of it."""
+        words = self.said.get(name, '').split()
+        for last in range(len(words), 0, -1):
+            if found := self.dates(' '.join(words[:last])):
+                self.left += ' ' + ' '.join(words[last:])
+                return found[:31]
+        return []
 
     def dates(self, text: str) -> list[date]:
         """The dates that some words name; none if they name none."""
@@ -23534,13 +23552,12 @@ class QuickLine:
     def read_dates(self) -> None:
         """The day of the first, the last one, and those that are left out."""
         for name in ('until', 'skip_dates', 'before'):
-            found = self.dates(self.said.get(name, ''))[:31] if name in self.said else []
-            if found:
+            if found := self.take_dates(name):
                 self.fields[name] = ', '.join(day_in_words(each) for each in found)
             elif name == 'until' and as_clock(self.said.get(name, '')):
                 self.said['end'] = self.said[name]
             elif name in self.said:
-                self.left += f' {self.said[name]}'
+                self.unread.append(self.said[name])
         words = self.left.split()
         runs = ((n, n + size) for size in range(4, 0, -1) for n in range(len(words) - size + 1))
         first, last = next((run for run in runs if words[run[0]] not in FILLERS | {','}
@@ -23564,6 +23581,7 @@ class QuickLine:
         end = start + length
         if other and as_clock(other):
             end = parse_time(as_clock(other), self.here.zone, self.here.now, start)
+            end = end_after_gap(end, start)
         self.start, self.end, self.length = start, end, end - start
 
     def first_at(self, clock: str) -> datetime:
@@ -23589,7 +23607,7 @@ class QuickLine:
                 unknown.append(word)
         self.fields |= {name: self.said[name] for name in ('label', 'count') if name in self.said}
         self.fields['what'] = 'hold' if 'hold' in self.said else 'image'
-        self.unknown = ' '.join(unknown)
+        self.unknown = ' '.join(unknown + self.unread)
 
     def named(self, word: str) -> tuple[str, str]:
         """Of which kind a word is a name, and that name: the latest that begins with it."""

@@ -745,6 +745,8 @@ def test_an_end_after_a_start_that_clocks_skip_is_as_much_later_as_was_typed(wor
     typed(world.service, 'add', label='lab', resource='demo', start=f'2027-03-28 {start}', end=end)
     found = world.service.show('lab')
     assert found['end'] - found['start'] == hours(1)
+    line = cmres.QuickLine('28 mar 2027 2:30-3:30', Here(PARIS, NOON), dict.fromkeys(('resource', 'flavor', 'image'), []))
+    assert line.length == hours(1)
 
 
 @pytest.mark.parametrize('had, asked, hours_then', [  # a time without a day is on that of the reservation, not the next from now
@@ -21222,6 +21224,11 @@ def test_without_segno_there_is_no_qr_code_and_with_it_there_is(monkeypatch):
     ('5 ubuntu every weekday 10-12 until 18 dec not 8 dec, 10 dec',
      {'vms': '5', 'image': 'ubuntu-24.04', 'repeat': 'every weekday', 'until': '18 Dec 2026',
       'skip_dates': '8 Dec 2026, 10 Dec 2026'}, '2026-12-02T10:00', '2026-12-02T12:00'),
+    ('5 ubuntu every tue 10-12 until 23 feb not 22 dec on gpu',
+     {'vms': '5', 'image': 'ubuntu-24.04', 'repeat': 'every tue', 'until': '23 Feb 2027', 'skip_dates': '22 Dec 2026',
+      'resource': 'gpu'}, '2026-12-08T10:00', '2026-12-08T12:00'),
+    ('5 ubuntu mondays 10-12 from 11 jan until 22 feb gpu', {'vms': '5', 'image': 'ubuntu-24.04', 'repeat': 'mondays',
+      'until': '22 Feb 2027', 'resource': 'gpu'}, '2027-01-11T10:00', '2027-01-11T12:00'),
     ('22-2 tomorrow', {}, '2026-12-02T22:00', '2026-12-03T02:00'),
     ('4 gpus for 12 h before monday, anywhere', {'vms': '4', 'before': '7 Dec 2026'}, '2026-12-01T13:00', '2026-12-02T01:00')])
 def test_a_line_is_read_into_the_fields_of_a_form(line, fields, start, end):
@@ -21236,6 +21243,12 @@ def test_what_is_not_understood_of_a_line_is_told_and_nothing_is_lost(world):
     page = as_visitor(world).get('/book?' + urlencode({'q': '3 windoze every tue 10-12 until caturday'}))
     assert [each.text for each in page.html.select('.said .no')] == ['not understoodwindoze caturday']
     assert page.html.select('.ask input')[0]['value'] == '3 windoze every tue 10-12 until caturday'
+
+
+def test_a_last_date_that_is_not_understood_is_no_first_one():
+    here, names = cmres.Here(now=NOON, zone=UTC), {'resource': ['gpu'], 'image': [], 'flavor': []}
+    line = cmres.QuickLine('every tue 10-12 until the week of 23 feb on gpu', here, names)
+    assert (line.unknown, line.start, line.fields['resource']) == ('the week of 23 feb', NOON + hours(7 * 24 - 2), 'gpu')
 
 
 def test_a_weekly_class_takes_one_line_and_one_button(world):
