@@ -262,7 +262,8 @@ def shown(value) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
+    said = getattr(error, 'strerror', None) or str(error)  # without the number of the system's
+    return textwrap.shorten(said or type(error).__name__, 200)
 
 
 # Time ########################################################################
@@ -1707,8 +1708,7 @@ def read_config_file(path: str) -> dict[str, dict]:
         with open(path, encoding='utf-8') as file:
             parser.read_file(file)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        why = str(error).splitlines()[0]
-        raise Invalid(f"Cannot read the configuration '{path}': {why}") from None
+        raise Invalid(f"Cannot read the configuration '{path}': {first_line(error)}") from None
     for section in set(parser.sections()) - set(SECTIONS):
         raise Invalid(f'{path}: unknown section [{section}]{nearest(section, SECTIONS)}')
     return {name: dict(parser[name]) if parser.has_section(name) else {} for name in SECTIONS}
@@ -28461,8 +28461,8 @@ def listening(app: Gate, config: Config) -> Front:
     try:
         front = Front(app, config, functools.partial(new_to_keystone, app.service))
     except (OSError, ValueError) as error:
-        raise Unavailable(f'cmres cannot listen on {config.host}:{config.port}: {error}. Choose '
-                          'another port.', hint='--port N') from None
+        raise Unavailable(f'Cannot listen on {config.host}:{config.port}: {first_line(error)}. '
+                          'Choose another port.', hint='--port N') from None
     config.take(port=front.port)
     return front
 
@@ -29085,7 +29085,10 @@ def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
     default, text = operation.parameters[name].default, argument_help(operation, name)
     said = default not in (None, '', (), False) and 'default' not in text
-    return f'{text} (default: {default})' if said else text
+    option = f"--{name.replace('_', '-')}"
+    also = [each for each, (words, other) in ALSO.items() if words and (
+        words == operation.words.split()[:len(words)] and other == option)]
+    return f"{text}{f' (default: {default})' * said}{''.join(f'; also {each}' for each in also)}"
 
 
 def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
