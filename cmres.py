@@ -62,6 +62,7 @@ import gc
 
 gc.disable()  # what is made while this is read stays: to look through it is a tenth of `list`
 import dataclasses
+import errno
 import functools
 import getpass
 import hashlib
@@ -4636,12 +4637,16 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
         raise Unavailable(STORE_GONE.format(path, file))
     if not make:
         refuse_missing(path)
+    lost = not os.path.exists(file) and not is_server(path) and not is_missing(path)
     try:
         if is_server(path):
             take_server(path, file, known, make)
         else:
             take_file(path, known)
         remember(file, store_file.store)
+        if lost:
+            log.warning("The key '%s' was missing. cmres made a new one: sign in to the page "
+                        'again, and give secrets of clouds again with `credential add`', file)
     except (Error, OSError, *STORE_ERRORS) as error:
         close_store()
         if isinstance(error, Error):
@@ -4811,8 +4816,10 @@ def read_key(file: str) -> bytes:
     try:
         with open(file, encoding='ascii') as lines:
             key = bytes.fromhex(lines.readline())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise Unavailable(f"Cannot read the key '{file}': {first_line(error)}") from None
+    except ValueError:
+        key = b''
     if len(key) < 32:
         raise Unavailable(f"'{file}' is not a key: its first line must be 64 hexadecimal digits.")
     return key
@@ -19454,7 +19461,8 @@ class LifeCycle:
     def lead(self, now: float) -> bool:
         """Whether this process may act; of what it has just taken over, it looks at everything."""
         if taken := self.leader.lead(now, self.pull_forward):
-            log.info('this scheduler acts for %s now', ', '.join(map(repr, sorted(taken))))
+            log.info('this scheduler acts for %s now', ', '.join(
+                repr(cloud) if cloud else 'what belongs to no cloud' for cloud in sorted(taken)))
             self.ask_clouds(taken, 'look', known_on)
         if self.leader.spare:
             self.give_one(now)
@@ -28121,7 +28129,7 @@ class Client:
             why = getattr(error, 'reason', error)
             if isinstance(why, ConnectionResetError) and key and not sent:
                 return self.call(operation, given, key)
-            raise Unavailable(f'No answer from {self.url}: {why}') from None
+            raise Unavailable(f'No answer from {self.url}: {first_line(why)}') from None
 
     def address(self, operation: Operation, given: dict) -> tuple[str, str, bytes | None]:
         """The verb, the first of the addresses whose parts are all given, and the body."""
@@ -28931,13 +28939,19 @@ def main(argv: list[str] | None = None) -> int:
         print('\n'.join(completed(argv)))
         return 0
     try:
-        run_line(take_options(argv, options), options)
-        return 0
-    except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
-        return leaving.code or 0
-    except BrokenPipeError:  # whoever reads us has read enough
+        code = 0
+        try:
+            run_line(take_options(argv, options), options)
+        except SystemExit as leaving:  # Fire's way to end: 0 after help, 2 after a mistake
+            code = leaving.code or 0
+        sys.stdout.flush()
+        return code
+    except OSError as error:  # whoever reads us has read enough, or the disk that we fill is full
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0 if isinstance(error, BrokenPipeError) else tell_refusal(
+            Unavailable(f'Cannot write the output: {first_line(error)}.'), options)
     except (Error, KeyboardInterrupt, *STORE_ERRORS) as error:
         return tell_refusal(error, options)
 
@@ -29660,8 +29674,15 @@ def offered(details: dict, zone: ZoneInfo) -> list[str]:
 def run_program() -> None:
     """Runs the command line of this process, and ends it. Workers may wait for a cloud that hangs:
     what became of their calls, the next pass finds out."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # it was started without; else a database would be there
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = sys.stdout or open(1, 'w'), sys.stderr or open(2, 'w')
     code = main()
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     store_file.leave()
     os._exit(code)
 

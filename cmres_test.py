@@ -22215,7 +22215,7 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     ('', ''), ('notice = soon', "Setting remind_before: 'soon' is not a number"), ('metrics = all', "'all' is not one of token, open, off"),
     ('log_format = xml', "'xml' is not one of text, json"), ('trusted_proxies = proxy', "'proxy' is not an address or a network"),
     ('database = nowhere/cmres.db', "database: cmres cannot write to its folder"), ('webhook = hook', "webhook: 'hook' is not an http(s) address"),
-    ('mail_server = host:smtp', "mail_server: 'host:smtp' is not HOST:PORT"), ('key = config.ini', "key: Cannot read the key")])
+    ('mail_server = host:smtp', "mail_server: 'host:smtp' is not HOST:PORT"), ('key = config.ini', "key: 'config.ini' is not a key: ")])
 def test_settings_are_checked_before_anything_starts(run, tmp_path, monkeypatch, text, sentence):
     monkeypatch.delenv(f"CMRES_{text.partition(' ')[0].upper()}", raising=False)
     (tmp_path / 'config.ini').write_text(f'[cmres]\n{text}\n')
@@ -23121,6 +23121,27 @@ def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
         ended = subprocess.run([sys.executable, '-B', str(MODULE), *words], cwd=tmp_path, env=environment(tmp_path),
                                capture_output=True, text=True)
         assert ended.returncode == code and 'Traceback' not in ended.stderr
+
+
+@pytest.mark.parametrize('line, to, code, said', [
+    ('list', '>/dev/full', 1, 'cmres: Cannot write the output: No space left on device.\n'), ('--help', '>/dev/full', 1, ''),
+    ('list', '>&-', 0, ''), ('show nobody', '>&- 2>&-', 1, ''), ('list', '| true', 0, ''), ('--version', '>&- 2>&- <&-', 0, '')])
+def test_where_the_output_cannot_go_there_is_no_traceback(tmp_path, empty, line, to, code, said):
+    new_store(tmp_path, empty)
+    ended = subprocess.run(['sh', '-c', f'"$0" -B "$1" {line} {to}', sys.executable, str(MODULE)], cwd=tmp_path,
+                           env=environment(tmp_path), capture_output=True, text=True)
+    assert ended.returncode == code and ended.stderr.endswith(said) and 'Traceback' not in ended.stderr
+    assert not list(tmp_path.glob('*.damaged')) and cmres.verify_store(str(tmp_path / 'cmres.db'))['result'] == 'ok'
+
+
+@pytest.mark.sqlite
+def test_a_lost_key_is_made_again_and_that_is_told(run, tmp_path, caplog):
+    run('resource', 'add', 'r1')
+    os.remove(key := cmres.key_file(os.environ.get('CMRES_DATABASE', 'cmres.db'), os.environ.get('CMRES_KEY', '')))
+    code, _, _ = run('list')
+    assert code == 0 and f"The key '{key}' was missing. cmres made a new one" in caplog.text
+    Path(key).write_text('no key\n')
+    assert "is not a key: its first line must be 64 hexadecimal digits." in run('list')[2]
 
 
 def test_events_can_be_followed_as_they_come(run, tmp_path):
