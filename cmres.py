@@ -24427,7 +24427,8 @@ keys · Escape closes what has opened</p></details>
 % if keystone:
 <p>Or with your OpenStack account. cmres sends your password to Keystone and stores it nowhere.</p>
 {{!post('/sign-in/keystone', to, 'fields', 'keystone')}}
-{{!field('user', 'User', needed=True)}}{{!field('password', 'Password', kind='password')}}
+{{!field('user', 'User', needed=True)}}
+{{!field('password', 'Password', kind='password', needed=True)}}
 {{!field('project', 'Project', needed=True)}}{{!field('domain', 'Domain', 'Default', needed=True)}}
 <div><button class="main">Sign in</button></div></form>
 % end
@@ -25020,7 +25021,7 @@ INPUT_KINDS = {Text: 'area', File: 'area', Count: 'number', Repeat: 'rules', Spa
 HINTS_OF = {'span': '2 hours, 3 days'}
 ATTRIBUTES = {**dict.fromkeys(('text', 'span'), ' autocomplete="off"'),
               'secret': ' type="password" autocomplete="off"', 'password': ' type="password" '
-              'autocomplete="current-password" required', 'rules': ' list="rules"',
+              'autocomplete="current-password"', 'rules': ' list="rules"',
               'number': ' type="number" min="1" max="1000000"'}
 #: The words of which an argument is one, as people read them.
 CHOICE_WORDS = {
@@ -28457,6 +28458,9 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
     told += [channels(config), *(welcome(service, url) if demo else [])]
+    if not (config.keystone or config.oidc or service.token_list()):
+        told.append('Nobody can sign in yet. Create the first token: cmres token add NAME --role '
+                    'admin')
     print(f'cmres {__version__} serves {url} from {without_password(config.database)}', *told,
           sep='\n', flush=True)
     note_start(service, 'serve')

@@ -23123,6 +23123,16 @@ def test_the_program_itself_lists_and_ends_with_its_code(tmp_path, empty):
         assert ended.returncode == code and 'Traceback' not in ended.stderr
 
 
+def test_who_serves_without_any_token_hears_how_to_make_the_first(tmp_path):
+    (tmp_path / 'config.ini').write_text('[cmres]\n')
+    serving = Serving(tmp_path)
+    try:
+        assert 'Nobody can sign in yet. Create the first token: cmres token add NAME --role admin' in serving.said()
+    finally:
+        serving.process.kill()
+        serving.process.wait()
+
+
 @pytest.mark.parametrize('line, to, code, said', [
     ('list', '>/dev/full', 1, 'cmres: Cannot write the output: No space left on device.\n'), ('--help', '>/dev/full', 1, ''),
     ('list', '>&-', 0, ''), ('show nobody', '>&- 2>&-', 1, ''), ('list', '| true', 0, ''), ('--version', '>&- 2>&- <&-', 0, '')])
