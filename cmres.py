@@ -11800,7 +11800,8 @@ class Wishes:
                     ] if stretch.shift else skips
             return stretch._replace(skips=(*stretch.skips, *more), rule=rule)
         found = [*map(ended, stretches)]
-        if not any(any(slots(each, now, LAST.timestamp())) for each in found):
+        left = any(any(slots(each, now, LAST.timestamp())) for each in found)
+        if goes_on(stretches, now) and not left:
             raise Invalid('No occurrence of this series would be left. Choose other dates, or '
                           'cancel the series.')
         return found
@@ -26950,7 +26951,8 @@ class BookForm(Visit):
         if str(error) == CHOOSE and not focus:
             return Verdict('', CHOOSE)
         waits = ''
-        if isinstance(error, NoCapacity) and not said.get('repeat'):
+        may_fit = isinstance(error, NoCapacity) and error.details['cause'] != 'too_large'
+        if may_fit and not said.get('repeat'):
             ahead = row('SELECT count(*) AS n FROM wait WHERE resource_id = (SELECT id FROM '
                         'resource WHERE name = ? AND removed IS NULL) AND until > ?',
                         said['resource'], int(self.service.clock())).n

@@ -21279,6 +21279,8 @@ def test_who_waits_is_told_their_place_in_the_line(world):
     visitor = as_visitor(world)
     page = visitor.get('/book?resource=demo&what=hold&label=lab&start=2026-12-02T09:00&end=2026-12-02T10:00')
     assert 'Wait for it, 2nd in line' in page
+    never = visitor.get('/book?resource=demo&what=hold&label=big&vms=17&start=2026-12-02T09:00&end=2026-12-02T10:00')
+    assert 'It does not fit' in never and 'Wait for it' not in never
     form_of(page, '/book').submit('wait', status=303)
     assert world.state('lab') == 'waiting'
 
