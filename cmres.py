@@ -14282,7 +14282,7 @@ class Requests(Operations):
     @api('POST', '/reservation/', made='/reservation/<label>')
     @api('POST', '/reservation/add/<label>/<resource>/<start>/<end>')
     @api('POST', '/reservation/add/<label>/<cell>/<cloud>/<region>/<aggregate>/<vms>/<start>/<end>',
-         'add lab demo 2026-12-01T09:00 +2h --vms 3 --flavor m1.small --image cirros',
+         'add lab demo 2027-01-11T09:00 +2h --vms 3 --flavor m1.small --image cirros',
          "add class demo 2027-01-12T09:00 +2h --repeat 'weekly on tue' --count 20",
          'add exam 2027-01-12T09:00 +2h --part gpu:2 --part cpu:20',
          resource=ANY)
@@ -14593,7 +14593,7 @@ class Requests(Operations):
         return {'label': label, 'duration': format_duration(seconds), 'seconds': seconds}
 
     @api('PATCH', '/reservation/<label>',
-         'update lab --start 2026-12-01T10:00 --vms 5',
+         'update lab --start 2027-01-11T10:00 --vms 5',
          'update class --occurrence 2027-02-02 --start 2027-02-03T09:00')
     @for_each_part
     def update(self, label: Label, resource: Label = None, start: When = None, end: When = None,
