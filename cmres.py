@@ -8524,7 +8524,17 @@ class OpenStack(Cloud):
         return None
 
     def hosts(self, uids):
-        return {uid: self.seat_of(uid) for uid in uids}
+        seats, error = {}, None
+        for uid in uids:
+            try:
+                seats[uid] = self.seat_of(uid)
+            except CloudError as caught:
+                error = caught
+                if error.details.get('status') != 500:
+                    raise
+        if error and not seats:
+            raise error  # else it can't tell where these are, and they count as they did
+        return {uid: seats.get(uid, Seat('', moves=True)) for uid in uids} if error else seats
 
     def migrates(self, uid):
         with self.calling('tell why a server moves', sure=True) as cloud:
@@ -15451,6 +15461,19 @@ class Plan(Operations):
                       each, each.id, admins=True)
         return len(found)
 
+    def make_way(self, clouds: set[str]) -> None:
+        """Plans elsewhere what is on hosts where Nova has VMs that were planned elsewhere."""
+        def deed(now: float) -> list[tuple]:
+            if not rehearsal.on:
+                run('DELETE FROM fact WHERE name = ?', name)
+            place, host = resource_of(resource, removed=True), int(name.partition('-')[2])
+            return [(self.see_whom_it_affects(place, {host: False}, [], True, now), True)]
+        for name, resource in run(
+                'SELECT f.name, s.id FROM fact f JOIN resource s ON s.id = CAST(f.value AS INTEGER)'
+                " WHERE f.name > 'crowded-' AND f.name < 'crowded.' AND s.cloud IN names(?)",
+                json.dumps([*clouds])).fetchall():
+            self.after_search(deed, searches=FEW_SEARCHES)
+
     def leave_lost_hosts(self, cloud: str, now: float) -> list[str]:
         """Plans elsewhere what has begun on hosts that are down for long enough: where there is
         room, in their order, spare ones last; then where what has not begun makes way. Their names.
@@ -16050,6 +16073,11 @@ NAMED_SO = (' AND (? IN (r.label, r.request) OR EXISTS (SELECT 1 FROM blazar_hol
 #: What stands in a refusal that may be over: servers count that are gone, or take less by now.
 PASSING = 'in use', 'is not free for', 'has room for it until then'
 OUTSIDE = 'it is outside'  # of a server that moves
+#: Of a claim c: it is of an occurrence, or on a resource, and of another server.
+OF_OTHERS, OF_RESOURCE = (f'c.{of} = ? AND c.server <> ?' for of in ('occurrence', 'resource_id'))
+#: Of a claim c: its server does not stay stopped at the end, as what stays so is held.
+NOT_STOPPED = ("NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server AND v.goal = 'stop' AND "
+               "NOT v.borrowed AND v.state <> 'deleted')")
 
 
 class Claims(Operations):
@@ -16075,28 +16103,30 @@ class Claims(Operations):
         flavor = Flavor(vcpus, ram, tuple(some), disk)
         projects, users = self.names_of(project), self.names_of(user)
 
-        def decide(migrates: bool = False) -> list[dict]:
+        def decide(names: list[str], migrates: bool = False) -> dict[str, dict]:
             with self.writing(dry_run) as now:
-                return [{'resource': name} | self.claim_on(
+                return {name: {'resource': name} | self.claim_on(
                     name, server, projects, users, flavor, label, project, user, hosts, moves,
-                    migrates, now) for name in resources]
-        answers = decide()
-        in_use = [each['resource'] for each in answers
+                    migrates, now) for name in names}
+        answers = decide(resources)
+        in_use = [name for name, each in answers.items()
                   if any(said in each['why'] for said in PASSING)]
-        seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '')
-        return decide({*seen.values()} == {True}) if seen else answers
+        seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '', project)
+        if seen:
+            answers |= decide(in_use, {*seen.values()} == {True})
+        return [*answers.values()]
 
-    def look_at_claims(self, resources: list[str], server: str) -> dict[str, bool]:
-        """Looks at once whether servers are still there that count; by cloud that told, whether an
-        operator moves one `server` there. What that one takes is settled: Nova moves none that is
-        being moved.
+    def look_at_claims(self, resources: list[str], server: str, project: str) -> dict[str, bool]:
+        """Looks at once whether servers are still there that count, those of a project first; by
+        cloud that told, whether an operator moves one `server` there. What that one takes is
+        settled: Nova moves none that is being moved.
         """
         found = {}
         for name in resources:
             place = self.look.resource_row(name)
             claims = rows('SELECT id, server, asked FROM claim WHERE resource_id = ? AND due IS '
-                          'NOT NULL AND asked < ? ORDER BY server <> ? LIMIT 100', place.id,
-                          self.clock(), server)
+                          'NOT NULL AND asked < ? ORDER BY server <> ?, project <> ?, due LIMIT '
+                          '100', place.id, self.clock(), server, project)
             opened, uids = self.clouds.open(place.cloud), [each.server for each in claims]
             try:
                 seats, migrates = self.shares.ask(f'the cloud {place.cloud}', lambda: (
@@ -16118,41 +16148,56 @@ class Claims(Operations):
         Args:
           claims: as they were when the look began; of what was decided since, it can't tell
         """
+        other = defaultdict(list)  # those that are otherwise than before, by occurrence
         for each in claims:
-            seat = seats[each.server]
             for claim in rows('SELECT * FROM claim WHERE id = ? AND due IS NOT NULL AND asked = ?',
                               each.id, each.asked):
-                place = resource_of(claim.resource_id, removed=True)
-                hosts = json.loads(place.hosts)
-                sure = seat and not seat.moves and (seat.takes or not claim.twice)
-                there = seat.host if sure else ''
-                if seat is None or there and hosts and there not in hosts:
-                    change(Claim, claim.id, due=None, gone=now, host='')
-                    continue
-                takes, host = {}, there or claim.host
-                if seat.takes:
-                    takes = stored(takes_of(seat.takes, place)) | {'twice': False}
-                    del takes['vms']
-                pause = self.config.poll_running if seat.host else self.config.poll_changing
-                change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
-                       **takes)  # what looks saw that began before is older
-                if host not in ('', claim.host):
-                    self.follow_seat(claim, host, now)
+                if self.note_seat(claim, seats[each.server], now):
+                    other[claim.occurrence].append(claim.id)
+        for id, changed in other.items():
+            self.follow_seats(id, changed, now)
 
-    def follow_seat(self, claim, host: str, now: float) -> None:
-        """Plans a VM of a reservation where Nova has it; what was planned there makes way."""
-        found = row('SELECT * FROM occurrence WHERE id = ?', claim.occurrence)
-        here = row('SELECT id FROM host WHERE resource_id = ? AND name = ?', claim.resource_id,
-                   host)
-        if not found or not found.placed or not here:
+    def note_seat(self, claim, seat: Seat | None, now: float) -> bool:
+        """Notes of a claim where its server is; whether that was not known, or is another host."""
+        place = resource_of(claim.resource_id, removed=True)
+        hosts = json.loads(place.hosts)
+        sure = seat and not seat.moves and (seat.takes or not claim.twice)
+        there = seat.host if sure else ''
+        strays = there not in ('', *hosts) or claim.occurrence is None and place.mode != 'shared'
+        if seat is None or hosts and strays:  # what strays a sync counts
+            change(Claim, claim.id, due=None, gone=now, host='')
+            return True
+        takes, host = {}, there or claim.host
+        if seat.takes:
+            takes = stored(takes_of(seat.takes, place)) | {'twice': False}
+            del takes['vms']
+        runs = seat.host or seat.moves
+        pause = self.config.poll_running if runs else self.config.poll_changing
+        change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
+               **takes)  # what looks saw that began before is older
+        return host != claim.host or bool(claim.twice and takes)
+
+    def follow_seats(self, id: int | None, changed: list[int], now: float) -> None:
+        """Plans VMs of an occurrence where Nova has them. Where that is too much, the life cycle
+        lets others make way, as it may search.
+        """
+        found = row('SELECT * FROM occurrence WHERE id = ?', id)
+        if not found or not found.placed:
             return
-        taken = self.claimed('c.occurrence = ?', found.id, '')
-        if taken[host].vms > read_placed(found.placed).get(here.id, 0):
-            self.journal(now, 'trouble', f'the server {claim.server} is on {host}, where it was '
-                         'not planned', found.reservation_id, (), found.id)
-            self.put_on(found, here.id, taken, now)
-            if not any(rooms(on_hosts(found, now)[0], [here.id], least=0)):
-                self.rehouse(claim.resource_id, {here.id: False}, now)
+        taken = self.claimed('c.occurrence = ?', id)
+        for host, name in run('SELECT id, name FROM host WHERE resource_id = ? AND name IN '
+                              'names(?)', found.resource_id, json.dumps([*taken])).fetchall():
+            there = run('SELECT server FROM claim WHERE occurrence = ? AND host = ? AND due IS NOT '
+                        'NULL ORDER BY id NOT IN numbers(?), id', id, name,
+                        json.dumps(changed)).fetchall()
+            for server, in there[:taken[name].vms - read_placed(found.placed).get(host, 0)]:
+                if not self.put_on(found, host, taken, now):
+                    break
+                self.journal(now, 'trouble', f'the server {server} is on {name}, where it was not '
+                             'planned', found.reservation_id, (), id)
+                found = row('SELECT * FROM occurrence WHERE id = ?', id)
+                if not any(rooms(on_hosts(found, now)[0], [host], least=0)):
+                    note_fact(f'crowded-{host}', f'{found.resource_id}')
 
     def put_on(self, found, host: int, taken: dict[str, Amount], now: float) -> bool:
         """Plans one VM of an occurrence on a host instead of one on which none runs, if any is."""
@@ -16197,15 +16242,18 @@ class Claims(Operations):
             found, why = self.may_boot(place, server, projects, users, need, label, now)
         walks_in = False
         if not found and not label and place.mode == 'shared':
-            walks_in, why = self.walk_in(place, server, need, now), (
+            walks_in, why = self.walk_in(place, server, both or need, now), (
                 f"'{name}' is not free for {format_duration(place.hold)}")
         if not (found or walks_in):
             return {'passes': False, 'why': why, 'hosts': None}
         chosen = self.host_for(place, found, server, need, hosts, there.host if there else '',
                                had if both else NOTHING, now)
         if chosen == []:
-            why = (f"'{found.host}' is no longer a host of '{name}'" if found and found.host else
-                   f"no host of '{name}' has room for it until then")
+            why = f"no host of '{name}' has room for it until then"
+            if found and found.host:
+                gone = found.host not in json.loads(place.hosts)
+                why = (f"'{found.host}' is no longer a host of '{name}'" if gone else
+                       f"the host '{found.host}' takes no VMs now")
             return {'passes': False, 'why': why, 'hosts': None}
         host = chosen[0] if chosen and not chosen[1:] else ''
         columns = stored(both or need) | {
@@ -16216,7 +16264,7 @@ class Claims(Operations):
         del columns['vms']
         if not there:
             columns |= {'project': project, 'user': user, 'at': now, 'gone': None}
-        if known:
+        if known and not rehearsal.on:
             change(Claim, known.id, **columns)
         elif not rehearsal.on:
             insert(Claim, resource=place.id, server=server, **columns)
@@ -16232,14 +16280,15 @@ class Claims(Operations):
         """
         if not planned_by_host(place.id):
             return self.hosts_left(place, found, now)
-        names = dict(run('SELECT id, name FROM host WHERE resource_id = ? AND until > ? AND name '
-                         'IN names(?)', place.id, int(now),
-                         json.dumps(hosts or json.loads(place.hosts))).fetchall())
+        shut = {host for _, closed, host in closings(place.id, now) if closed.begin <= now}
+        names = {host: each for host, each in run(
+            'SELECT id, name FROM host WHERE resource_id = ? AND until > ? AND name IN names(?)',
+            place.id, int(now), json.dumps(hosts or json.loads(place.hosts))) if host not in shut}
         if found and found.host:
             return [name for name in names.values() if name == found.host]
         placed = read_placed(found.placed) if found else {}
         each = amount_of(found) // found.vms if placed else need
-        taken = self.claimed('c.occurrence = ?', found.id, server) if placed else {}
+        taken = self.claimed(OF_OTHERS, found.id, server) if placed else {}
         if placed:
             taken[before] += stays
         # what Nova holds twice may be here, or there
@@ -16248,13 +16297,25 @@ class Claims(Operations):
                    and (taken[names[host]] + loose).within(limit_of(each * placed[host]))]
         if planned or not need.within(limit_of(each)):
             return [before] if before in planned else planned[:1]
+        besides = self.loose(f"{OF_RESOURCE} AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.id "
+                             f"= c.occurrence AND o.placed <> '' AND o.held_until > {int(now)})",
+                             place.id, server)
+        besides[before] += NOTHING if placed else stays
         until = found.held_until if found else int(now + max(place.hold, 1))
-        loose = self.claimed("c.resource_id = ? AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE "
-                             "o.id = c.occurrence AND o.placed <> '')", place.id, server)
-        one = Need(place.id, int(now), until, each, 1)
-        for host, _ in rooms(one, names):
-            if any(rooms(one._replace(each=each + loose[names[host]]), [host])) and (
-                    not placed or self.put_on(found, host, taken, now)):
+        able = able_hosts(place.id, found.where) if placed and found.where else None
+        one = Need(place.id, int(now), until, each, 1, able=able)
+        return self.other_host(one, found if placed else None, names, besides, taken, now)
+
+    def other_host(self, one: Need, found, names: dict[int, str], besides: dict[str, Amount],
+                   taken: dict[str, Amount], now: float) -> list[str]:
+        """A host that has room for a VM beside what is in no plan; from now on it is planned there,
+        unless that is not as its owner wished."""
+        if found and found.affinity == TOGETHER:
+            return []
+        placed = read_placed(found.placed) if found and found.affinity else {}
+        for host, _ in rooms(one, names.keys() - placed.keys()):
+            if any(rooms(one._replace(each=one.each + besides[names[host]]), [host])) and (
+                    not found or self.put_on(found, host, taken, now)):
                 return [names[host]]
         return []
 
@@ -16298,8 +16359,9 @@ class Claims(Operations):
         marks = ', '.join('?' * len(projects))
         # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that
         # anybody has reserved.
-        return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host FROM occurrence o '
-                    'CROSS JOIN reservation r ON r.id = o.reservation_id WHERE o.resource_id = ? '
+        return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host, r.affinity, '
+                    'r."where" FROM occurrence o CROSS JOIN reservation r ON '
+                    'r.id = o.reservation_id WHERE o.resource_id = ? '
                     f'AND o.due IS NOT NULL AND o.start > ? AND o.start <= ? + {LONGEST_LEAD} AND '
                     'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
                     'NULL AND r.pending IS NULL AND r.project IN '
@@ -16308,7 +16370,7 @@ class Claims(Operations):
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
-        taken = sum(self.claimed('c.occurrence = ?', found.id, server).values(), need)
+        taken = sum(self.claimed(OF_OTHERS, found.id, server).values(), need)
         has, loose = amount_of(found), need._replace(vms=0)
         if found.flavor or found.host or found.vcpus or found.ram:
             disks = tuple(each for each in need.classes if each[0] == DISK)
@@ -16319,28 +16381,32 @@ class Claims(Operations):
         return taken.vms <= has.vms and (
             loose == NOTHING or self.walk_in(place, server, loose, now))
 
-    def claimed(self, condition: str, value, server: str) -> dict[str, Amount]:
-        """What other servers than this one have claimed and still use, by host."""
+    def claimed(self, condition: str, *values, by: str = 'c.host') -> dict[Any, Amount]:
+        """What servers have claimed and still use, by host."""
         found: dict = defaultdict(lambda: NOTHING)
-        for each in rows('SELECT c.host, count(*) AS vms, sum(c.vcpus) AS vcpus, sum(c.ram) AS ram,'
-                         f' c.classes FROM claim c WHERE {condition} AND c.due IS NOT NULL '
-                         'AND c.server <> ? GROUP BY c.host, c.classes', value, server):
+        for each in rows(f'SELECT {by} AS part, count(*) AS vms, sum(c.vcpus) AS vcpus, '
+                         f'sum(c.ram) AS ram, c.classes FROM claim c WHERE {condition} AND '
+                         f'c.due IS NOT NULL GROUP BY {by}, c.classes', *values):
             amount = amount_of(each)
             classes = (Amount(classes=amount.classes) * each.vms).classes
-            found[each.host] += amount._replace(classes=classes)
+            found[each.part] += amount._replace(classes=classes)
         return found
+
+    def loose(self, condition: str, resource: int, *values, by: str = 'c.host') -> dict:
+        """The same on a resource, but for what is held as it is stopped, and for what a sync has
+        found in use by others."""
+        seen = fact(f'others {resource}') or '[]'
+        return self.claimed(f'{condition} AND {NOT_STOPPED} AND c.server NOT IN names(?)', resource,
+                            *values, seen, by=by)
 
     def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
         """Whether there is room from now for the hold time of a resource."""
-        loose = self.claimed('c.resource_id = ? AND c.occurrence IS NULL', place.id, server)
-        others = sum(loose.values(), NOTHING)
-        for each in rows('SELECT o.id, o.cancelled, o."end", o.vms, o.vcpus, o.ram, o.classes FROM '
-                         'occurrence o WHERE o.id IN (SELECT occurrence FROM claim WHERE '
-                         'resource_id = ? AND due IS NOT NULL)', place.id):
-            held = NOTHING if each.cancelled is not None or each.end <= now else amount_of(each)
-            # what is there and nobody holds
-            taken = self.claimed('c.occurrence = ?', each.id, server)
-            others += sum(taken.values(), NOTHING).beyond(held)
+        taken = self.loose(OF_RESOURCE, place.id, server, by='c.occurrence')
+        held = {each.id: amount_of(each) for each in rows(
+            'SELECT id, vms, vcpus, ram, classes FROM occurrence WHERE id IN numbers(?) AND '
+            'held_until > ?', json.dumps([id for id in taken if id]), int(now))}
+        # what is there and nobody holds
+        others = sum((each.beyond(held.get(id, NOTHING)) for id, each in taken.items()), NOTHING)
         used = peak(place.id, now, now + max(place.hold, 1), need.names)
         return (used + others + need).within(capacity(place))
 
@@ -18388,6 +18454,8 @@ class Planner:
         if before:
             # from now on it is the new row's
             change(Server, before.id, state='deleted', deleted=now)
+            run('UPDATE claim SET occurrence = ? WHERE resource_id = ? AND server = ?',
+                occurrence.id, occurrence.resource_id, before.uid)
             values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
                           account=before.account)
         insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
@@ -18478,8 +18546,9 @@ class Planner:
             tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
         for each in foreign if ends else ():
             self.workers.submit(('clear', each), 'clear', occurrence.cloud, each, occurrence.cloud)
-            run('UPDATE claim SET due = min(due, ?) WHERE server = ? AND due IS NOT NULL',
-                now + self.config.poll_changing, each)
+        if foreign and ends:
+            run('UPDATE claim SET due = min(due, ?) WHERE occurrence = ? AND due IS NOT NULL',
+                now + self.config.poll_changing, occurrence.id)
 
     def foreign(self, occurrence) -> tuple[list[str], bool]:
         """The VMs that people booted in an occurrence by themselves, and whether they end with it.
@@ -18923,6 +18992,7 @@ class HostWatch:
                 follow[each.verb](each.target, each.answer)
             else:
                 self.follow_states(each.target, each.answer, now)
+        self.service.make_way(self.leader.held)
 
     def follow_states(self, cloud: str, told: dict[str, tuple[str, list]], now: float) -> None:
         if any(told.get(host.name, (host.state,))[0] != host.state
@@ -19511,6 +19581,9 @@ class LifeCycle:
             'o.id FROM occurrence o CROSS JOIN resource s ON s.id = o.resource_id '
             f'WHERE o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD} AND s.cloud IN names(?))',
             now, now, latest, latest, those)
+        run('UPDATE claim SET due = ?1, asked = min(asked, ?2) WHERE due > ?1 AND resource_id IN '
+            '(SELECT id FROM resource WHERE cloud IN names(?3))',
+            now + self.config.poll_running, now, those)
         if '' in clouds:
             run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS '
                 'INT4)))) WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
