@@ -16185,8 +16185,9 @@ class Claims(Operations):
         if not found or not found.placed:
             return
         taken = self.claimed('c.occurrence = ?', id)
-        for host, name in run('SELECT id, name FROM host WHERE resource_id = ? AND name IN '
-                              'names(?)', found.resource_id, json.dumps([*taken])).fetchall():
+        for host, name in run('SELECT id, name FROM host WHERE resource_id = ? AND state <> ? AND '
+                              'name IN names(?)', found.resource_id, FAILING,
+                              json.dumps([*taken])).fetchall():
             there = run('SELECT server FROM claim WHERE occurrence = ? AND host = ? AND due IS NOT '
                         'NULL ORDER BY id NOT IN numbers(?), id', id, name,
                         json.dumps(changed)).fetchall()

@@ -28317,6 +28317,27 @@ def test_a_server_that_is_resized_onto_another_host_takes_no_room_of_others(rack
     assert planned('two') == [{'h2': 2}]
 
 
+def test_a_server_is_resized_on_its_host_only_where_both_sides_are_planned_there(racks):
+    gpus(racks, 'lab', 'g4', 2, start=0, affinity='apart')
+    assert claimed(racks, 's1') == ['h1'] and claimed(racks, 's1', 'g3') == ['h2']
+
+
+def test_the_plan_does_not_follow_servers_to_a_host_that_is_down(racks, monkeypatch):
+    """Where one of two is deleted there, the other stays planned where it can be made anew."""
+    racks.config.take(heal_after=0.0)
+    seats = {'s1': cmres.Seat('h1'), 's2': cmres.Seat('h1')}
+    seated(monkeypatch, seats)
+    gpus(racks, 'lab', 'g4', 2, start=0, end=9)
+    assert [claimed(racks, each) for each in seats] == [['h1']] * 2
+    told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'state': 'down'}})
+    for _ in range(2):
+        racks.now += 100
+        survey(racks)
+        assert planned('lab') == [{'h2': 2}]
+        seats.pop('s1', None)
+    assert not [each for each in racks.service.events() if 'not planned' in each['sentence']] and claimed(racks, 's3') == ['h2']
+
+
 def test_a_server_may_move_when_all_of_its_reservation_is_in_use(racks, monkeypatch):
     gpus(racks, 'lab', 'g8', 1, start=0)
     assert claimed(racks, 's1', 'g8', hosts=['h1', 'h2']) == ['h1']
@@ -28474,12 +28495,12 @@ def test_a_server_that_was_moved_beside_one_that_is_resized_is_followed_once_tha
     assert claimed(world, 's1', hosts=['h1']) == ['h1'] and claimed(world, 's2', hosts=['h3']) == ['h3']
     assert claimed(world, 's1', 'g3', hosts=['h2'], moves=True) == ['h2']
     seats |= {'s1': cmres.Seat('h1', moves=True), 's2': cmres.Seat('h4', has)}
-    for seat in seats['s1'], cmres.Seat('h1', has):
-        assert planned('lab') == [{'h1': 1, 'h2': 1, 'h3': 1}]
+    for seat, there in ((seats['s1'], [1, 2, 3]), (cmres.Seat('h1', has), [1, 3, 4]),
+                        (cmres.Seat('h2'), [2, 3, 4])):  # moved again, and its owner makes an image of it
         seats['s1'] = seat
         world.now += 100
         world.cycle.settle()
-    assert planned('lab') == [{'h1': 1, 'h3': 1, 'h4': 1}]
+        assert planned('lab') == [{f'h{n}': 1 for n in there}]
 
 
 def test_what_is_gone_makes_room_at_once_also_among_very_many(racks, monkeypatch):
