@@ -16080,6 +16080,14 @@ NOT_STOPPED = ("NOT EXISTS (SELECT 1 FROM server v WHERE v.uid = c.server AND v.
                "NOT v.borrowed AND v.state <> 'deleted')")
 
 
+def has_room_now(one: Need, host: int, besides: Amount) -> bool:
+    """Whether all that is planned on a host by now fits there, beside what is in no plan."""
+    now = one._replace(until=one.begin + 1, each=one.each + besides, host='*')
+    least = in_order(besides, now.each.names)
+    return any(all(map(operator.ge, room, least))
+               for _, room in rooms(now, [host], least=WHATEVER))
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
@@ -16294,10 +16302,10 @@ class Claims(Operations):
             taken[before] += stays
         # what Nova holds twice may be here, or there
         loose = taken.get('', NOTHING) + need
-        planned = [names[host] for host in placed if host in names
-                   and (taken[names[host]] + loose).within(limit_of(each * placed[host]))]
-        if planned or not need.within(limit_of(each)):
-            return [before] if before in planned else planned[:1]
+        planned = {host: names[host] for host in placed if host in names
+                   and (taken[names[host]] + loose).within(limit_of(each * placed[host]))}
+        if before in planned.values():
+            return [before]
         besides = self.loose(f"{OF_RESOURCE} AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.id "
                              f"= c.occurrence AND o.placed <> '' AND o.held_until > {int(now)})",
                              place.id, server)
@@ -16305,7 +16313,11 @@ class Claims(Operations):
         until = found.held_until if found else int(now + max(place.hold, 1))
         able = able_hosts(place.id, found.where) if placed and found.where else None
         one = Need(place.id, int(now), until, each, 1, able=able)
-        return self.other_host(one, found if placed else None, names, besides, taken, now)
+        free = next(([name] for host, name in planned.items()
+                     if has_room_now(one, host, besides[name])), [])
+        if not free and need.within(limit_of(each)):
+            free = self.other_host(one, found if placed else None, names, besides, taken, now)
+        return free or [*planned.values()][:1]
 
     def other_host(self, one: Need, found, names: dict[int, str], besides: dict[str, Amount],
                    taken: dict[str, Amount], now: float) -> list[str]:
@@ -16348,7 +16360,7 @@ class Claims(Operations):
             elif self.has_left(place, each, server, need, now):
                 return each, ''
             else:
-                has = ', '.join(quantity(name, getattr(each, name)) for name in FIGURES)
+                has = amount_in_words(amount_of(each))
                 why = f"'{each.label}' has {has}, and all of that is in use"
         for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
             why = f"'{each.label}' begins at {instant(each.held_from)}"

@@ -9033,7 +9033,7 @@ def test_a_mark_that_names_no_resource_lets_nobody_boot(world):
 def test_as_many_machines_boot_as_were_reserved_and_no_more(world):
     guarded(world, vms=2)
     assert [boots_there(world, f's{n}') for n in range(4)] == [True, True, False, False]
-    assert boots(world, 's9')[1] == "'lab' has 2 VMs, 0 vCPUs, 0 MiB of RAM, and all of that is in use"
+    assert boots(world, 's9')[1] == "'lab' has 2 VMs, and all of that is in use"
 
 
 @pytest.mark.parametrize('need, allowed', [
@@ -27979,7 +27979,7 @@ def test_only_hosts_of_a_marked_aggregate_are_asked_about(scheduler, world, capl
     assert passing(scheduler, HOSTS, spec_of()) == ['gpu-1', 'gpu-2', 'plain', 'bare']
     with caplog.at_level('INFO'):
         assert passing(scheduler, HOSTS, spec_of('s2')) == ['plain', 'bare']
-    assert "s2 may not start on gpu: 'lab' has 1 VM, 0 vCPUs, 0 MiB of RAM, and all of that is in use" in caplog.text
+    assert "s2 may not start on gpu: 'lab' has 1 VM, and all of that is in use" in caplog.text
     assert passing(scheduler, HOSTS, spec_of('s3', project='chem')) == ['plain', 'bare']
     scheduler.conf['url'] = ['http://127.0.0.1:9']
     assert passing(scheduler, HOSTS[2:], spec_of('s4')) == ['plain', 'bare']
@@ -28503,6 +28503,16 @@ def test_a_server_that_was_moved_beside_one_that_is_resized_is_followed_once_tha
         assert planned('lab') == [{f'h{n}': 1 for n in there}]
 
 
+def test_what_is_not_settled_may_be_on_any_host_wherever_nova_shows_it(world, monkeypatch):
+    rack(world, monkeypatch, {f'h{n}': 8 for n in range(1, 4)})
+    seated(monkeypatch, {'s1': cmres.Seat('h2')})  # of a Nova that tells no sizes, or while its owner makes an image of it
+    gpus(world, 'lab', 'g4', 3, start=0, end=9, affinity='apart')
+    assert claimed(world, 's1', hosts=['h1']) == ['h1'] and claimed(world, 's1', 'g3', hosts=['h2']) == ['h2']
+    world.now += 100
+    world.cycle.settle()
+    assert claimed(world, 's2', hosts=['h1']).startswith('no host')
+
+
 def test_what_is_gone_makes_room_at_once_also_among_very_many(racks, monkeypatch):
     monkeypatch.setitem(cmres.Simulated.FLAVORS, 'g0', cmres.Flavor(0, 1))
     gpus(racks, 'many', 'g0', 110, start=0)
@@ -28540,6 +28550,23 @@ def test_what_goes_on_after_its_end_counts_once_for_guests(world, monkeypatch, s
         world.service.resource_sync('simulated')
     assert claimed(world, 'w1', 'g8', 'maths') == ['h2'] and claimed(world, 'w2', 'g4', 'maths') == ['h1']
     assert claimed(world, 'w3', 'g1', 'maths') == "'gpu' is not free for 1h"
+
+
+@pytest.mark.parametrize('seen', [False, True], ids=['before it is synced', 'synced'])
+def test_who_has_reserved_finds_another_host_than_one_where_others_are_still(world, monkeypatch, seen):
+    """What goes on after its end, say; where there is no other host, Nova tries the one that is planned."""
+    rack(world, monkeypatch, {'h1': 8, 'h2': 8}, user_started='keep')
+    seated(monkeypatch, {'s1': cmres.Seat('h1', cmres.Simulated.FLAVORS['g1'])})
+    gpus(world, 'lab', 'g1', 1, start=0, end=1)
+    gpus(world, 'next', 'g8', 1, start=1, end=2)
+    assert claimed(world, 's1', 'g1') == ['h1'] and planned('next') == [{'h1': 1}]
+    world.at(1.01)
+    if seen:
+        told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': {'s1': cmres.Amount(0, 16, 2**17, (('CUSTOM_GPU', 1),))}}})
+        world.service.resource_sync('simulated', force=True)
+    assert claimed(world, 'n1', 'g8', label='next', hosts=['h1'], dry_run=True) == ['h1']
+    assert claimed(world, 'n1', 'g8', label='next') == ['h2'] and planned('next') == [{'h2': 1}]
+    assert world.service.check()['differences'] == 0
 
 
 def stopped_on(racks, monkeypatch, **more):
@@ -28658,8 +28685,8 @@ def test_a_question_of_a_guest_costs_as_much_where_very_many_have_reserved(world
     for n in range(20):
         gpus(world, f'lab{n}', 'g1', 1, start=0)
         assert claimed(world, f's{n}', 'g1', label=f'lab{n}')
-        counts.append(len(statements(lambda: claimed(world, f'w{n}', 'g1', 'maths'))))  # noqa: B023
-    assert counts[-1] - 1 <= counts[1] <= 25
+        counts.append(len(statements(lambda: claimed(world, 'w1', 'g1', 'maths', dry_run=True))))
+    assert counts[-1] == counts[0] <= 25
 
 
 def test_a_resize_to_a_flavor_of_the_same_size_is_no_migration(racks, monkeypatch):
