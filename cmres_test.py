@@ -28301,6 +28301,22 @@ def test_what_is_deleted_makes_room_at_once_and_a_look_of_before_tells_nothing(r
     assert seats['s2'] and claimed(racks, 's3', 'g4').endswith('in use')
 
 
+def test_a_look_that_ends_after_a_later_one_tells_nothing(racks, monkeypatch):
+    seats = [cmres.Seat('h1'), cmres.Seat('h2')]
+
+    def look(self, uids):
+        seen = seats.pop(0)
+        if seats:  # an admin moves it, and who is refused meanwhile looks again
+            assert claimed(racks, 's2').endswith('in use') and planned('lab') == [{'h2': 1}]
+        return dict.fromkeys(uids, seen)
+    gpus(racks, 'lab', 'g4', 1, start=0)
+    assert claimed(racks, 's1') == ['h1']
+    racks.now += 1000
+    monkeypatch.setattr(cmres.Simulated, 'hosts', look)
+    racks.cycle.settle()
+    assert not seats and planned('lab') == [{'h2': 1}]
+
+
 def test_a_server_that_is_resized_onto_another_host_takes_no_room_of_others(racks, monkeypatch):
     """Nova holds both sides until it is confirmed: a VM that is not there yet makes room, or it is refused."""
     gpus(racks, 'lab', 'g2', 3, start=0)
