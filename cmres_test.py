@@ -28564,6 +28564,7 @@ def test_what_goes_on_after_its_end_counts_once_for_guests(world, monkeypatch, s
     if seen:
         told_hosts(monkeypatch, {'h1': 8, 'h2': 8}, {'h1': {'others': {'s1': cmres.Amount(0, 64, 2**19, (('CUSTOM_GPU', 4),))}}})
         world.service.resource_sync('simulated')
+        assert world.service.resource_show('gpu')['classes']['CUSTOM_GPU'] == 12
     assert claimed(world, 'w1', 'g8', 'maths') == ['h2'] and claimed(world, 'w2', 'g4', 'maths') == ['h1']
     assert claimed(world, 'w3', 'g1', 'maths') == "'gpu' is not free for 1h"
 
