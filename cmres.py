@@ -16183,7 +16183,7 @@ class Claims(Operations):
         pause = self.config.poll_running if runs else self.config.poll_changing
         change(Claim, claim.id, due=now + pause, host=host, asked=claim.asked + 1e-5,
                **takes)  # what looks saw that began before is older
-        return host != claim.host or bool(claim.twice and takes)
+        return host != claim.host
 
     def follow_seats(self, id: int | None, changed: list[int], now: float) -> None:
         """Plans VMs of an occurrence where Nova has them. Where that is too much, the life cycle
