@@ -16088,6 +16088,59 @@ def has_room_now(one: Need, host: int, besides: Amount) -> bool:
                for _, room in rooms(now, [host], least=WHATEVER))
 
 
+class Question(NamedTuple):
+    """What Nova asks about a server."""
+    server: str
+    flavor: Flavor
+    project: str
+    user: str
+    projects: list[str]  # what cmres calls these
+    users: list[str]
+    label: str
+    hosts: list[str]  # that are left to Nova
+    moves: bool
+    migrates: bool = False  # an operator moves it
+
+
+class Sides(NamedTuple):
+    """What a server is to take of a resource, and its host by now, where what it was stays until
+    Nova has settled which of both it is."""
+    need: Amount
+    before: str = ''
+    stays: Amount = NOTHING
+
+    @property
+    def twice(self) -> bool:
+        return self.stays != NOTHING
+
+    @property
+    def counts(self) -> Amount:
+        return (self.stays + self.need)._replace(vms=1)
+
+
+def sides_of(asked: Question, claim, place) -> Sides:
+    """What a server takes, of which a claim counts already, or None."""
+    need = takes_of(asked.flavor, place)
+    if not claim:
+        return Sides(need)
+    had = amount_of(claim)._replace(vms=1)
+    # what was so before may be settled, or not
+    return Sides(need, claim.host, had if asked.moves or had != need else NOTHING)
+
+
+def claim_answer(why: str, passes: bool = False, hosts: list[str] | None = None) -> dict:
+    return {'passes': passes, 'why': why, 'hosts': hosts}
+
+
+def without_host(place, found) -> str:
+    """Why a server may boot on no host, although what is reserved has room for it."""
+    if not found or not found.host:
+        return f"no host of '{place.name}' has room for it until then"
+    if found.host in json.loads(place.hosts):
+        return f"the host '{found.host}' takes no VMs now"
+    return f"'{found.host}' is no longer a host of '{place.name}'"
+
+
 class Claims(Operations):
     """What may be booked through Nova."""
 
@@ -16108,33 +16161,32 @@ class Claims(Operations):
             raise NotFound(f'these resources are of the cmres {store}; this is '
                            f'{self.clouds.store}')
         some = sorted(each for each in (classes or {}).items() if each[1] > 0)
-        flavor = Flavor(vcpus, ram, tuple(some), disk)
-        projects, users = self.names_of(project), self.names_of(user)
+        asked = Question(server, Flavor(vcpus, ram, tuple(some), disk), project, user,
+                         self.names_of(project), self.names_of(user), label, hosts, moves)
 
-        def decide(names: list[str], migrates: bool = False) -> dict[str, dict]:
+        def decide(names: list[str], asked: Question) -> dict[str, dict]:
             with self.writing(dry_run) as now:
-                return {name: {'resource': name} | self.claim_on(
-                    name, server, projects, users, flavor, label, project, user, hosts, moves,
-                    migrates, now) for name in names}
-        answers = decide(resources)
+                return {name: {'resource': name} | self.claim_on(asked, name, now)
+                        for name in names}
+        answers = decide(resources, asked)
         in_use = [name for name, each in answers.items()
                   if any(said in each['why'] for said in PASSING)]
-        seen = {} if dry_run else self.look_at_claims(in_use, server if moves else '', project)
+        seen = {} if dry_run else self.look_at_claims(in_use, asked)
         if seen:
-            answers |= decide(in_use, {*seen.values()} == {True})
+            answers |= decide(in_use, asked._replace(migrates={*seen.values()} == {True}))
         return [*answers.values()]
 
-    def look_at_claims(self, resources: list[str], server: str, project: str) -> dict[str, bool]:
-        """Looks at once whether servers are still there that count, those of a project first; by
-        cloud that told, whether an operator moves one `server` there. What that one takes is
+    def look_at_claims(self, resources: list[str], asked: Question) -> dict[str, bool]:
+        """Looks at once whether servers are still there that count, those of the project first; by
+        cloud that told, whether an operator moves the one that moves there. What that one takes is
         settled: Nova moves none that is being moved.
         """
-        found = {}
+        found, server = {}, asked.server if asked.moves else ''
         for name in resources:
             place = self.look.resource_row(name)
             claims = rows('SELECT id, server, asked FROM claim WHERE resource_id = ? AND due IS '
                           'NOT NULL AND asked < ? ORDER BY server <> ?, project <> ?, due LIMIT '
-                          '100', place.id, self.clock(), server, project)
+                          '100', place.id, self.clock(), server, asked.project)
             opened, uids = self.clouds.open(place.cloud), [each.server for each in claims]
             try:
                 seats, migrates = self.shares.ask(f'the cloud {place.cloud}', lambda: (
@@ -16227,97 +16279,92 @@ class Claims(Operations):
         known = self.config.read_again().identities
         return [name for name, id in known.items() if id == identity] or [identity]
 
-    def claim_on(self, name: str, server: str, projects: list[str], users: list[str],
-                 flavor: Flavor, label: str, project: str, user: str, hosts: list[str], moves: bool,
-                 migrates: bool, now: float) -> dict:
+    def claim_on(self, asked: Question, name: str, now: float) -> dict:
         """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
-        if not place or not place.mode:
-            why = f"'{name}' is open to everybody" if place else f"there is no resource '{name}'"
-            return {'passes': bool(place), 'why': why, 'hosts': None}
+        if not place:
+            return claim_answer(f"there is no resource '{name}'")
+        if not place.mode:
+            return claim_answer(f"'{name}' is open to everybody", True)
         known = row('SELECT 1 AS vms, * FROM claim WHERE resource_id = ? AND server = ?', place.id,
-                    server)
-        there = known and known.due is not None and known
-        need = takes_of(flavor, place)
-        if moves and not there:
-            return {'passes': False, 'why': OUTSIDE, 'hosts': None}
-        had, both = amount_of(there)._replace(vms=1) if there else need, None
-        if there and (moves or had != need):
-            # Until that is settled, Nova holds both; what was so before may be settled, or not.
-            both = (had + need)._replace(vms=1)
-        found, why = self.may_boot(place, server, projects, users, both or need, label, now)
-        if not found and both and migrates:  # an operator must be able to move it also then
-            both = None
-            found, why = self.may_boot(place, server, projects, users, need, label, now)
-        walks_in = False
-        if not found and not label and place.mode == 'shared':
-            walks_in, why = self.walk_in(place, server, both or need, now), (
-                f"'{name}' is not free for {format_duration(place.hold)}")
-        if not (found or walks_in):
-            return {'passes': False, 'why': why, 'hosts': None}
-        chosen = self.host_for(place, found, server, need, hosts, there.host if there else '',
-                               had if both else NOTHING, now)
-        if chosen == []:
-            why = f"no host of '{name}' has room for it until then"
-            if found and found.host:
-                gone = found.host not in json.loads(place.hosts)
-                why = (f"'{found.host}' is no longer a host of '{name}'" if gone else
-                       f"the host '{found.host}' takes no VMs now")
-            return {'passes': False, 'why': why, 'hosts': None}
-        host = chosen[0] if chosen and not chosen[1:] else ''
-        columns = stored(both or need) | {
-            'twice': bool(both), 'occurrence': found.id if found else None,
+                    asked.server)
+        there = known if known and known.due is not None else None
+        if asked.moves and not there:
+            return claim_answer(OUTSIDE)
+        sides = sides_of(asked, there, place)
+        found, why = self.may_boot(asked, place, sides, now)
+        if not found and sides.twice and asked.migrates:  # operators must be able to, also then
+            sides = sides._replace(stays=NOTHING)
+            found, why = self.may_boot(asked, place, sides, now)
+        walks_in = not found and not asked.label and place.mode == 'shared'
+        if walks_in and not self.walk_in(place, asked.server, sides.counts, now):
+            return claim_answer(f"'{name}' is not free for {format_duration(place.hold)}")
+        if not found and not walks_in:
+            return claim_answer(why)
+        hosts = self.host_for(asked, place, found, sides, now)
+        if hosts == []:
+            return claim_answer(without_host(place, found))
+        if not rehearsal.on:
+            host = hosts[0] if hosts and not hosts[1:] else ''
+            self.note_claim(asked, place, known, found, sides, host, now)
+        return claim_answer('reserved' if found else 'free', True, hosts)
+
+    def note_claim(self, asked: Question, place, known, found, sides: Sides, host: str,
+                   now: float) -> None:
+        """Counts a server from now on, in an occurrence or in none; `known`: its claim so far."""
+        columns = stored(sides.counts) | {
+            'twice': sides.twice, 'occurrence': found.id if found else None,
             'asked': max(now, known.asked + 1e-5) if known else now,
             'due': now + self.config.lost_answer_wait,
-            'host': host if not both or host == there.host else ''}
+            'host': host if not sides.twice or host == sides.before else ''}
         del columns['vms']
-        if not there:
-            columns |= {'project': project, 'user': user, 'at': now, 'gone': None}
-        if known and not rehearsal.on:
+        if not known or known.due is None:
+            columns |= {'project': asked.project, 'user': asked.user, 'at': now, 'gone': None}
+        if known:
             change(Claim, known.id, **columns)
-        elif not rehearsal.on:
-            insert(Claim, resource=place.id, server=server, **columns)
-        return {'passes': True, 'why': 'reserved' if found else 'free', 'hosts': chosen}
+        else:
+            insert(Claim, resource=place.id, server=asked.server, **columns)
 
-    def host_for(self, place, found, server: str, need: Amount, hosts: list[str], before: str,
-                 stays: Amount, now: float) -> list[str] | None:
+    def host_for(self, asked: Question, place, found, sides: Sides,
+                 now: float) -> list[str] | None:
         """The host on which a server may boot, [] if there is none, None for any. Where Nova may
         use none of those that are planned, another that has room until the end is planned instead.
-
-        Args:
-          before, stays: where it is by now, and what it holds there until it has moved for good
         """
         if not planned_by_host(place.id):
             return self.hosts_left(place, found, now)
-        shut = {host for _, closed, host in closings(place.id, now) if closed.begin <= now}
-        names = {host: each for host, each in run(
-            'SELECT id, name FROM host WHERE resource_id = ? AND until > ? AND name IN names(?)',
-            place.id, int(now), json.dumps(hosts or json.loads(place.hosts))) if host not in shut}
+        names = self.open_hosts(place, asked.hosts, now)
         if found and found.host:
             return [name for name in names.values() if name == found.host]
         placed = read_placed(found.placed) if found else {}
-        each = amount_of(found) // found.vms if placed else need
-        taken = self.claimed(OF_OTHERS, found.id, server) if placed else {}
+        each = amount_of(found) // found.vms if placed else sides.need
+        taken = self.claimed(OF_OTHERS, found.id, asked.server) if placed else {}
         if placed:
-            taken[before] += stays
+            taken[sides.before] += sides.stays
         # what Nova holds twice may be here, or there
-        loose = taken.get('', NOTHING) + need
+        loose = taken.get('', NOTHING) + sides.need
         planned = {host: names[host] for host in placed if host in names
                    and (taken[names[host]] + loose).within(limit_of(each * placed[host]))}
-        if before in planned.values():
-            return [before]
+        if sides.before in planned.values():
+            return [sides.before]
         besides = self.loose(f"{OF_RESOURCE} AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.id "
                              f"= c.occurrence AND o.placed <> '' AND o.held_until > {int(now)})",
-                             place.id, server)
-        besides[before] += NOTHING if placed else stays
+                             place.id, asked.server)
+        besides[sides.before] += NOTHING if placed else sides.stays
         until = found.held_until if found else int(now + max(place.hold, 1))
         able = able_hosts(place.id, found.where) if placed and found.where else None
         one = Need(place.id, int(now), until, each, 1, able=able)
         free = next(([name] for host, name in planned.items()
                      if has_room_now(one, host, besides[name])), [])
-        if not free and need.within(limit_of(each)):
+        if not free and sides.need.within(limit_of(each)):
             free = self.other_host(one, found if placed else None, names, besides, taken, now)
         return free or [*planned.values()][:1]
+
+    def open_hosts(self, place, among: list[str], now: float) -> dict[int, str]:
+        """The hosts of a resource, all or some, on which VMs may start now, by id."""
+        shut = {host for _, closed, host in closings(place.id, now) if closed.begin <= now}
+        found = run('SELECT id, name FROM host WHERE resource_id = ? AND until > ? AND name IN '
+                    'names(?)', place.id, int(now), json.dumps(among or json.loads(place.hosts)))
+        return {host: name for host, name in found if host not in shut}
 
     def other_host(self, one: Need, found, names: dict[int, str], besides: dict[str, Amount],
                    taken: dict[str, Amount], now: float) -> list[str]:
@@ -16346,30 +16393,29 @@ class Claims(Operations):
             'o.held_from', place.id, until, until, now)} if place.named else ()
         return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
-    def may_boot(self, place, server: str, projects: list[str], users: list[str], need: Amount,
-                 label: str, now: float) -> tuple[Any, str]:
+    def may_boot(self, asked: Question, place, sides: Sides, now: float) -> tuple[Any, str]:
         """The occurrence on which a server may boot, or None and why there is none."""
-        named = f'{shown(label)} ' if label else ''
-        why = f"project {projects[0]} has no active reservation {named}on '{place.name}'"
-        mine = self.booked_by(projects, label, place, 0, now)
+        mine = self.booked_by(asked, place, 0, now)
+        named, why = f'{shown(asked.label)} ' if asked.label else '', ''
         for each in mine:
             if now >= each.end:
                 why = f"'{each.label}' ended at {self.config.told_time(each.end)}"
-            elif each.personal and each.user not in users:
+            elif each.personal and each.user not in asked.users:
                 why = f"'{each.label}' is only for {each.user}"
-            elif self.has_left(place, each, server, need, now):
+            elif self.has_left(place, each, asked.server, sides.counts, now):
                 return each, ''
             else:
                 has = amount_in_words(amount_of(each))
                 why = f"'{each.label}' has {has}, and all of that is in use"
-        for each in [] if mine else self.booked_by(projects, label, place, now, now + 86400)[:1]:
+        for each in [] if mine else self.booked_by(asked, place, now, now + 86400)[:1]:
             why = f"'{each.label}' begins at {instant(each.held_from)}"
-        return None, why
+        return None, why or (f'project {asked.projects[0]} has no active reservation {named}on '
+                             f"'{place.name}'")
 
-    def booked_by(self, projects: list[str], label: str, place, after: float, until: float) -> list:
-        """What projects have booked on a resource that is held from (after, until] on."""
+    def booked_by(self, asked: Question, place, after: float, until: float) -> list:
+        """What a project has booked on a resource that is held from (after, until] on."""
         after, until = int(after), int(until)  # beside a fraction PostgreSQL uses no index
-        marks = ', '.join('?' * len(projects))
+        marks, label = ', '.join('?' * len(asked.projects)), asked.label
         # CROSS JOIN and +: SQLite is to begin with what is held there then, not with all that
         # anybody has reserved.
         return rows('SELECT o.*, r.label, r.user, r.personal, r.flavor, r.host, r.affinity, '
@@ -16379,7 +16425,8 @@ class Claims(Operations):
                     'o.held_from > ? AND o.held_from <= ? AND o.cancelled IS NULL AND r.waiting IS '
                     'NULL AND r.pending IS NULL AND r.project IN '
                     f"({marks}){NAMED_SO if label else ''} ORDER BY +o.start",
-                    place.id, after, until, after, until, *projects, *2 * [label] * bool(label))
+                    place.id, after, until, after, until, *asked.projects,
+                    *2 * [label] * bool(label))
 
     def has_left(self, place, found, server: str, need: Amount, now: float) -> bool:
         """Whether of what an occurrence has reserved there is still enough for one more server."""
