@@ -44,7 +44,7 @@ $(VENV)/psycopg: | $(BIN)/python   # for a database in PostgreSQL alone
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'psycopg[binary]>=3.2,<4' && touch $@
 
 $(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled once
-	@printf '#!%s\nimport sys\nsys.path.insert(0, "%s")\nfrom cmres import run_program\nrun_program()\n' \
+	@printf '#!%s\nimport gc, sys\ngc.disable()\nsys.path.insert(0, "%s")\nfrom cmres import run_program\nrun_program()\n' \
 	  '$(abspath $(BIN))/python' '$(CURDIR)' > $@ && chmod +x $@
 
 $(VENV)-clients/done: | $(BIN)/python   # an environment of their own; the suite needs no tempest

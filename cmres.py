@@ -3861,7 +3861,7 @@ def decide_on(*names: tuple[int, int | str], also: Iterable[tuple[int, int | str
         raise Lacking(lacks)
 
 
-def persist(deed: Callable[[frozenset | None], Any], on: Callable[[], Iterable] | None) -> Any:
+def persist(deed: Callable[[frozenset | None], object], on: Callable[[], Iterable] | None):
     """Does something in a transaction; again where it lacked locks, or lost its connection."""
     if db.in_files or db.in_transaction():
         return deed(None)
@@ -3979,7 +3979,29 @@ def acting_for(name: str) -> Iterator[None]:
         WRITER.name = ''
 
 
-class Table(peewee.Model):
+class Late(type):
+    """A class of which peewee makes a model when it is first used: `list` uses none, and to make
+    all is a twentieth of it."""
+    making = threading.RLock()
+
+    def __new__(cls, name: str, bases: tuple, body: dict):
+        return super().__new__(cls, name, bases, {'body': body})
+
+    def model(cls) -> type[peewee.Model]:
+        with Late.making:
+            if 'made' not in vars(cls):
+                for each in cls.body.values():
+                    if isinstance(each, peewee.ForeignKeyField):
+                        each.rel_model = each.rel_model.model()
+                bases = tuple(each.model() for each in cls.__bases__ if isinstance(each, Late))
+                cls.made = type(peewee.Model)(cls.__name__, bases or (peewee.Model,), cls.body)
+            return cls.made
+
+    def __getattr__(cls, name: str):
+        return getattr(cls.model(), name)
+
+
+class Table(metaclass=Late):
     class Meta:
         database = db
         legacy_table_names = False
@@ -4773,7 +4795,7 @@ def make_tables() -> None:
     """Makes the tables of an empty database, unless another process was faster."""
     with transaction():
         if not db.version():
-            db.create_tables(TABLES)
+            db.create_tables(map(Late.model, TABLES))
             finish_tables()
             insert(Fact, name='store', value=secrets.token_hex(4))
 
@@ -4947,7 +4969,7 @@ def refuse_version(path: str) -> None:
 def fill_tables(read: Callable, watch: Callable) -> int:
     """Makes the tables of an empty database, with the rows of another one; how many these are."""
     total = 0
-    db.create_tables(TABLES)
+    db.create_tables(map(Late.model, TABLES))
     for model in watch(TABLES):
         fields = {each.column_name: each for each in model._meta.sorted_fields}
         table = model._meta.table_name
@@ -6030,7 +6052,7 @@ def rows(sql: str, *values) -> list:
     """All rows of a query, as named tuples."""
     cursor = run(sql, *values)
     try:
-        return list(map((ROW_TYPES.get(sql) or row_type(sql, cursor))._make, cursor))
+        return list(map(ROW_TYPES.get(sql) or row_type(sql, cursor), cursor))
     except sqlite3.Error as error:  # a later row may be on a damaged page
         raise of_peewee(error) from error
 
@@ -6076,18 +6098,22 @@ MEMORIES.append(remembered)
 SELDOM = ('resource', 'host', 'limits', 'wait')
 STANDING = """SELECT EXISTS (SELECT 1 FROM wait) AS waits,
                      EXISTS (SELECT 1 FROM limits) AS limits"""
-RESOURCE = f"""{STANDING}, EXISTS (SELECT 1 FROM host WHERE resource_id = s.id) AS by_host, s.*
-                 FROM resource s WHERE s.id = ?"""
+RESOURCE = f"""{STANDING}, EXISTS (SELECT 1 FROM host WHERE resource_id = s.id) AS by_host,
+                     EXISTS (SELECT 1 FROM step WHERE resource_id = s.id AND track = '!') AS closes,
+                     s.* FROM resource s WHERE s.id = ?"""
 
 
 def once(sql: str, *values) -> list:
     """All rows of a query on SELDOM, which a transaction asks once until it writes there."""
-    if not db.in_transaction():
-        return rows(sql, *values)
     key = sql, values
-    if key not in remembered.found:
-        remembered.found[key] = rows(sql, *values)
-    return remembered.found[key]
+    found = remembered.found.get(key)
+    if found is None:
+        found = rows(sql, *values)
+        if db.in_transaction():
+            remembered.found[key] = found
+            if sql is RESOURCE:  # which tells what stands as well
+                remembered.found[STANDING, ()] = found
+    return found
 
 
 def standing():
@@ -6099,12 +6125,11 @@ def standing():
 def resource_of(id: int, removed: bool = False):
     """The row of a resource, with what stands; None if it was removed."""
     found = once(RESOURCE, id)[0]
-    if db.in_transaction():
-        remembered.found[STANDING, ()] = [found]
     return found if removed or found.removed is None else None
 
 
-def row_type(sql: str, cursor):
+def row_type(sql: str, cursor) -> Callable:
+    """What makes rows of a query of its columns."""
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
     ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
@@ -6112,9 +6137,9 @@ def row_type(sql: str, cursor):
 
 
 @functools.cache
-def row_of(names: tuple[str, ...]) -> type:
-    """The type of rows with some columns: many queries have the same ones."""
-    return namedtuple('Row', names)
+def row_of(names: tuple[str, ...]) -> Callable:
+    """What makes rows with some columns, of one type: many queries have the same ones."""
+    return functools.partial(tuple.__new__, namedtuple('Row', names))
 
 
 def insert(model: type[Table], **values) -> int:
@@ -6150,7 +6175,7 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
     if many:
         fields = model._meta.fields
         many = [{fields[name].column_name: each[name] for name in each} for each in many]
-        names = dict.fromkeys(name for each in many for name in each)
+        names = dict.fromkeys(itertools.chain.from_iterable(many))
         execute(db.many(table + instead, (*names,)), (json.dumps(many),))
 
 
@@ -6422,24 +6447,24 @@ class Amount(NamedTuple):
     # (name, figure) of Placement's other resource classes, by name; none with nothing
     classes: tuple = ()
 
-    def __add__(self, other): return Amount(*(a + b for a, b in zip(self[:3], other)),
+    def __add__(self, other): return Amount(*map(operator.add, self[:3], other),
                                             added(self, other, 1))
 
-    def __sub__(self, other): return Amount(*(a - b for a, b in zip(self[:3], other)),
+    def __sub__(self, other): return Amount(*map(operator.sub, self[:3], other),
                                             added(self, other, -1))
 
     def __mul__(self, factor: int):
-        return Amount(*(each * factor for each in self[:3]),
-                      tuple((name, n * factor) for name, n in self.classes if n * factor))
+        return Amount(*[each * factor for each in self[:3]],
+                      tuple([(name, n * factor) for name, n in self.classes if n * factor]))
 
     def __floordiv__(self, parts: int):
         return Amount(*(each // parts for each in self[:3]),
                       tuple((name, n // parts) for name, n in self.classes if n // parts))
 
     def within(self, capacity) -> bool:
-        return all(most is None or each <= most for each, most in zip(self[:3], capacity)) and all(
-            capacity.most(name) is None or each <= capacity.most(name)
-            for name, each in self.classes)
+        mosts = *capacity[:3], *[capacity.most(name) for name, _ in self.classes]
+        figures = *self[:3], *[each for _, each in self.classes]
+        return all([most is None or each <= most for each, most in zip(figures, mosts)])
 
     def most(self, name: str) -> int | None:
         """Of a capacity, a class; what isn't told is unlimited, each host is there once."""
@@ -6551,6 +6576,7 @@ def of_columns(columns: dict) -> Amount:
                   tuple(json.loads(columns['classes'] or '{}').items()))
 
 
+@functools.lru_cache(typed=True)  # rows of two kinds may be equal
 def capacity(resource) -> Amount:
     """What the row of a resource holds; of what Placement has not told for its hosts, nothing."""
     most = amount_of(resource)
@@ -6674,30 +6700,35 @@ class Ledger(threading.local):
         """Reads what `step` has of windows, (resource, track, begin, until), that were not read."""
         if len(self.peaks) > MOST_WINDOWS:
             self.peaks, self.cuts = {}, {}
-        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.peaks]
+        missing = {piece: None for piece in pieces if piece not in self.peaks}
         if not missing:
             return
         # steps are at whole seconds
         whole = [(*of, math.floor(begin), math.ceil(until)) for *of, begin, until in missing]
         for piece, found in zip(missing, run(PEAKS, json.dumps(whole)).fetchall()):
-            at, before, inside, *ended = map(step_of, found)
+            at, before, inside, *ended = [each and step_of(each) for each in found]
             resource, track, begin, until = piece
             self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
             self.cuts[resource, track, begin] = at, before
             self.cuts[resource, track, until] = ended
 
-    def peak(self, resource: int, track: str, begin: float, until: float) -> tuple:
-        """The peak of a track in a window that was read, with what this transaction holds."""
-        held = [plus(level, more)
-                for first, last, more in self.within(resource, track, begin, until)
-                for level in self.peaks[resource, track, first, last]]
-        return tuple(map(max, *held)) if len(held) > 1 else held[0]
+    def peaks_in(self, windows: list[tuple]) -> list[tuple]:
+        """The peaks in windows, (resource, track, begin, until), with what this transaction holds.
+        """
+        cut = [[((*window[:2], first, last), more) for first, last, more in self.within(*window)]
+               for window in windows]
+        self.read([piece for pieces in cut for piece, _ in pieces])
+        held = [[plus(level, more) for piece, more in pieces for level in self.peaks[piece]]
+                for pieces in cut]
+        return [tuple(map(max, *levels)) if len(levels) > 1 else levels[0] for levels in held]
 
     def write(self) -> None:
         """Writes the net of what was held and given back."""
         pieces = [(*of, *piece) for of, each in self.profiles.items() for piece in each.pieces()]
         if pieces:
             write_steps(pieces)
+        if any(track == CLOSED for _, track in self.profiles):
+            remembered.change()
         self.written, self.profiles, self.peaks, self.cuts = len(self.entries), {}, {}, {}
 
 
@@ -6739,9 +6770,9 @@ DROP_STEPS = of_list('''
     FROM p)''', 'resource', 'track', 'at')  # by itself, the last condition does not choose rows
 
 
-def step_of(text: str | None) -> tuple | None:
+def step_of(text: str) -> tuple:
     """The figures of a step that was read as JSON."""
-    return tuple(json.loads(text)) if text else None
+    return tuple(json.loads(text))
 
 
 def write_steps(pieces: list[tuple]) -> None:
@@ -6751,7 +6782,7 @@ def write_steps(pieces: list[tuple]) -> None:
     cuts = sorted(begun.keys() | ended.keys())
     unknown = [cut for cut in cuts if cut not in ledger.cuts]
     found = run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()
-    ledger.cuts |= zip(unknown, ([*map(step_of, each)] for each in found))
+    ledger.cuts |= zip(unknown, ([each and step_of(each) for each in pair] for pair in found))
     put, gone = [], []
     for cut in cuts:
         at, before = ledger.cuts[cut]
@@ -6785,21 +6816,24 @@ def written_level(resource: int, track: str, at: float) -> tuple[int, ...]:
 def peak(resource: int, begin: float, until: float, classes: Iterable[str] = (),
          host: int = 0) -> Amount:
     """(2), each figure on its own; with CLOSED, where a resource is closed."""
-    tracks = {name: on_host(host, name) for name in ('', CLOSED, *classes)}
-    ledger.read((resource, track, *piece[:2]) for track in tracks.values()
-                for piece in ledger.within(resource, track, begin, until))
-    found = {name: ledger.peak(resource, track, begin, until) for name, track in tracks.items()}
-    closed = found[CLOSED][0]
+    tracks = tracks_of(resource, classes)
+    found = ledger.peaks_in([(resource, on_host(host, each), begin, until) for each in tracks])
     if not db.in_transaction():
         ledger.forget()
-    return Amount(*found[''], (*(((CLOSED, closed),) if closed else ()),
-                               *((name, found[name][0]) for name in classes)))
+    return Amount(*found[0], tuple([(name, each) for name, (each, _, _) in zip(tracks, found)
+                                    if name and (each or name != CLOSED)]))
+
+
+def tracks_of(resource: int, classes: Iterable[str]) -> list[str]:
+    """The tracks that tell whether there is room: CLOSED only where it is ever held."""
+    closes = resource_of(resource, removed=True).closes or (resource, CLOSED) in ledger.profiles
+    return ['', *([CLOSED] if closes else []), *classes]
 
 
 def read_windows(holds: Iterable[Hold], now: float) -> None:
     """Reads at once what is held where some holds would be taken."""
     ledger.read((each.resource, track, *piece[:2]) for each in holds if each.until > now
-                for track in ('', CLOSED, *each.amount.names)
+                for track in tracks_of(each.resource, each.amount.names)
                 for piece in ledger.within(each.resource, track, max(each.begin, int(now)),
                                            each.until))
 
@@ -6811,7 +6845,7 @@ def hold(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -
     for track, figures in tracks:
         ledger.add(resource, on_host(host, track), begin, until, figures)
     # At once: who is first of those that wait must not be passed in this very transaction.
-    if any(each < 0 for _, figures in tracks for each in figures):
+    if any(min(figures) < 0 for _, figures in tracks):
         call_waiting(resource, begin, until)
     if not db.in_transaction():
         ledger.write()
@@ -6902,18 +6936,17 @@ def peaks(resource: int, begin: int, width: int, number: int,
           classes: Iterable[str] = ()) -> list[Amount]:
     """The peaks of so many spans of so many seconds, one after the other."""
     spans = [(at, at + width) for at in range(begin, begin + number * width, width)]
-    ledger.read((resource, track, *span) for span in spans for track in ('', *classes))
-    found = [{track: ledger.peak(resource, track, *span) for track in ('', *classes)}
-             for span in spans]
+    tracks = '', *classes
+    found = iter(ledger.peaks_in([(resource, track, *span) for span in spans for track in tracks]))
     if not db.in_transaction():
         ledger.forget()
-    return [amount_of_tracks(each) for each in found]
+    return [amount_of_tracks(dict(zip(tracks, found))) for _ in spans]
 
 
 def amount_of_tracks(levels: dict[str, tuple]) -> Amount:
     """The levels of tracks as an amount."""
-    return Amount(*levels[''], tuple((name, each) for name, (each, _, _) in levels.items()
-                                     if name and each))
+    return Amount(*levels[''], tuple([(name, each) for name, (each, _, _) in levels.items()
+                                      if name and each]))
 
 
 def free_windows(resource, amount: Amount, after: float,
@@ -10773,9 +10806,8 @@ MOST_WAYS = 200  # that are merged, each of one or two halves; SQLite takes 500
 BATCH = 500      # occurrences that are looked at together
 MOST_BYTES = 2**20  # of text in a page of a list, which then ends before its last line
 #: Those of its texts that may be long.
-LONG_IN_BRIEF = operator.attrgetter(
-    *(JSON & ReservationAnswer.fields.keys()), 'description', 'series', 'repeat', 'where', 'fault',
-    'change')
+LONG_IN_BRIEF = (*(JSON & ReservationAnswer.fields.keys()), 'description', 'series', 'repeat',
+                 'where', 'fault', 'change')
 MOST_INVITED = 200  # people to one reservation
 MAIL_ADDRESS = Pattern(r'(?=.{3,254}$)[^@\s,<>:;"\\]+@[^@\s,<>:;"\\]+')
 MOST_TRIED = 200  # of those that wait, in one transaction
@@ -10859,7 +10891,8 @@ def shown_fields(kind: type) -> tuple[list, Callable, list, list]:
     """Of the fields that rows show: their names, what picks them from one, and which of them are
     stored as seconds and which as JSON."""
     names = [name for name in kind._fields if name not in HIDDEN]
-    return (names, operator.attrgetter(*names), [each for each in names if each in INSTANTS],
+    pick = operator.itemgetter(*map(kind._fields.index, names))
+    return (names, pick, [each for each in names if each in INSTANTS],
             [each for each in names if each in JSON])
 
 
@@ -10870,7 +10903,8 @@ def read_json(text: str):
 
 def within_bytes(found: list) -> list:
     """The first rows that have no more text together than a page may have; one at least."""
-    sizes = itertools.accumulate(sum(map(len, map(str, LONG_IN_BRIEF(each)))) for each in found)
+    texts, text = operator.attrgetter(*LONG_IN_BRIEF), '%s' * len(LONG_IN_BRIEF)
+    sizes = itertools.accumulate([len(text % texts(each)) for each in found])
     return [line for number, (line, size) in enumerate(zip(found, sizes)) if size <= MOST_BYTES
             or not number]
 
@@ -12264,6 +12298,8 @@ class Limits:
                       own: int = 0, handed: bool = False) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it; what else
         it is given says Bounded."""
+        if not standing().limits:
+            return
         decide_on(also=self.counted_for(wish))
         config = self.service.config
         for limit in self.limits_for(wish):
@@ -12505,12 +12541,14 @@ class Policy:
 
     def refuse_never_fitting(self, change: Change, view: View) -> None:
         """Refuses to wait for what there will never be."""
-        if not change.wants and not change.after.amount.within(self.most_ever(change.after)):
-            raise NoCapacity('')
         wish = change.after
+        if change.wants:
+            return
+        if not wish.amount.within(self.most_ever(wish)):
+            raise NoCapacity('')
         need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish)
-        waits = not change.wants and planned_by_host(need.resource) and need.takes
-        if waits and most_on_hosts(need) < need.number:
+        if (planned_by_host(need.resource) and need.takes
+                and most_on_hosts(need) < need.number):
             raise self.reasons.without_hosts(need, wish)
 
     def refuse_overtaking(self, change: Change, view: View) -> None:
@@ -12815,17 +12853,18 @@ class Bookings:
         """Holds what a deal's changes want: of each what became of it, its row, its columns."""
         old, wish, decided, refused = deal.old, deal.wish, [], []
         own = old.reservation if old else 0
-        others = (self.others_of(own, {each.before.id for each in deal.changes if each.before}, now)
-                  if len(deal.changes) > 1 else None)
+        several = len(deal.changes) > 1
+        changing = {each.before.id for each in deal.changes if each.before}
+        others = self.others_of(own, changing, now) if several and standing().limits else None
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
         view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
             if others and each.after:
                 others.put(each.key, each.kept, each.after.start)
-        if others:
+        if several:
             read_windows((piece for each in deal.changes for piece in each.growth), now)
-        for each in self.service.progress(deal.changes) if others else deal.changes:
+        for each in self.service.progress(deal.changes) if several else deal.changes:
             try:
                 decided.append(self.decide(each, view, deal.clash))
             except NoCapacity as error:
@@ -12937,10 +12976,9 @@ class Bookings:
     def others_of(self, reservation: int, changing: set[int], now: float) -> Others:
         """What counts against limits of the occurrences that don't change now."""
         others = Others(reservation, now)
-        there = standing().limits and reservation and rows(
-            'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
-            'AND held_until > held_from', reservation)
-        for each in there or ():
+        for each in reservation and rows(
+                'SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
+                'AND held_until > held_from', reservation) or ():
             if each.id not in changing:
                 others.put(each.slot, [hold_of(each)], each.start)
         return others
@@ -13405,7 +13443,7 @@ class Spent(NoCapacity):
     """No way was found for all parts of a request in as many tries as are made."""
 
 
-def choose(parts: list[list], book: Callable[[Any, list], Any], kind: Callable[[list], Any]):
+def choose(parts: list[list], book: Callable, kind: Callable[[list], object]):
     """Takes of each part the first choice that lets the others be taken as well; what that gave.
 
     Parts of one kind are taken one after the other, each from the choice of the one before it on:
@@ -29826,6 +29864,7 @@ def run_program() -> None:
     os._exit(code)
 
 
+gc.freeze()  # nor is it looked through later
 gc.enable()
 if __name__ == '__main__':
     run_program()

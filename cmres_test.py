@@ -17410,7 +17410,7 @@ def test_openapi_points_only_to_what_it_has_and_names_every_kind_once(app):
     routes = {(each.method.lower(), re.sub(r'<(\w+)[^>]*>', r'{\1}', each.rule)) for each in app.web.app.routes}
     assert routes == {(verb, path) for path, verbs in described['paths'].items() for verb in verbs}
     assert described['paths'][BASE + '/reservation']['post']['requestBody']['content']['application/json'][
-        'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2026-12-01T09:00', 'end': '+2h', 'vms': '3',
+        'example'] == {'label': 'lab', 'resource': 'demo', 'start': '2027-01-11T09:00', 'end': '+2h', 'vms': '3',
                        'flavor': 'm1.small', 'image': 'cirros'}
 
 
@@ -20539,6 +20539,19 @@ def test_a_time_line_is_in_order_also_where_clocks_change(view, zone, at):
     assert 0 <= line.minute(line.begin) <= 60 and line.minute(line.end) >= line.length  # midnight may not exist
 
 
+def test_what_a_transaction_closes_is_closed_for_the_rest_of_it(world):
+    id = cmres.row("SELECT id FROM resource WHERE name = 'demo'").id
+    closed = Amount(classes=((cmres.CLOSED, 1),))
+    with cmres.transaction():
+        assert cmres.peak(id, 0, 100) == Amount()
+        with cmres.transaction():  # whose end writes it
+            cmres.hold(id, 10, 20, closed)
+            assert cmres.peak(id, 0, 100) == closed
+        assert cmres.peak(id, 0, 100) == closed and cmres.peak(id, 20, 100) == Amount()
+        cmres.release(id, 10, 20, closed)
+        assert cmres.peak(id, 0, 100) == Amount()
+
+
 def test_peaks_are_those_of_each_span(world):
     chance, place = random.Random(5), world.service.look.resource_row('demo')
     for _ in range(60):
@@ -22810,16 +22823,36 @@ def test_a_place_without_resources_has_no_reservations(world, when):
 
 def test_a_list_imports_only_what_it_uses(tmp_path, empty):
     new_store(tmp_path, empty)
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
-            "print(*sorted({name.partition('.')[0] for name in sys.modules})); sys.exit(code)")
+    code = ("import gc, sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
+            "print(*sorted({name.partition('.')[0] for name in sys.modules})); "
+            "print(sum('made' in vars(each) for each in cmres.TABLES), gc.get_freeze_count() > 1000); sys.exit(code)")
     ended = subprocess.run([sys.executable, '-c', code, str(MODULE.parent)], cwd=tmp_path, env=environment(tmp_path),
                            capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.startswith('nothing found\n')
+    assert ended.stdout.endswith('\n0 True\n'), 'models were made, or what was read is looked through again'
     loaded = set(ended.stdout.split())
     assert not loaded & {'fire', 'openstack', 'bottle', 'waitress', 'schedule', 'yaml', 'rich', 'configparser', 'urllib3',
                          'keystoneauth1', 'difflib'}
     if not importlib.util.find_spec('psycopg'):  # peewee imports it where it is, and it imports these
         assert not loaded & {'csv', 'concurrent', 'signal', 'shutil'}
+
+
+def test_threads_that_are_the_first_to_use_a_table_share_its_model(monkeypatch):
+    class One(cmres.Table):
+        pass
+
+    class Two(cmres.Table):
+        one = peewee.ForeignKeyField(One)
+    both, bind = threading.Barrier(2), peewee.ForeignKeyField.bind
+
+    def late(field, *args, **kwargs):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # for the other thread, which must not come so far
+        bind(field, *args, **kwargs)
+    monkeypatch.setattr(peewee.ForeignKeyField, 'bind', late)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: Two._meta, range(2))
+    assert first is second and first.refs[Two.one] is One.model()
 
 
 def on_terminal(tmp_path, *argv, columns=80, **env):
