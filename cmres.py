@@ -19061,6 +19061,7 @@ class HostWatch:
         self.service, self.leader, self.workers = service, leader, workers
         self.told: list[Job] = []  # what clouds have told and nobody has looked at
         self.synced: dict = {}  # which sync was the last before a cloud was asked something
+        self.traced = False  # whether claims may have changed hosts since the last pass
 
     def ask(self, verb: str) -> None:
         """Asks the clouds on the hosts of which VMs are planned: 'hosts' for all that there is of
@@ -19080,6 +19081,7 @@ class HostWatch:
     def follow(self, now: float) -> None:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
         told, self.told = self.told, []
+        traced, self.traced = self.traced, False
         for each in told:
             if each.target not in self.leader.held:
                 continue
@@ -19090,7 +19092,8 @@ class HostWatch:
                 follow[each.verb](each.target, each.answer)
             else:
                 self.follow_states(each.target, each.answer, now)
-        self.service.make_way(self.leader.held)
+        if told or traced:
+            self.service.make_way(self.leader.held)
 
     def follow_states(self, cloud: str, told: dict[str, tuple[str, list]], now: float) -> None:
         if any(told.get(host.name, (host.state,))[0] != host.state
@@ -19132,6 +19135,7 @@ class Reconciler:
                  health: Health, post: Post, lender: Lender, watch: HostWatch):
         self.config, self.clouds, self.service = service.config, service.clouds, service
         self.leader, self.workers, self.health = leader, workers, health
+        self.watch = watch
         # Since when servers were seen to boot, by account.
         self.building: dict[str, dict] = defaultdict(dict)
         self.reported: set[str] = set()  # orphans that wait for an admin
@@ -19269,6 +19273,7 @@ class Reconciler:
                 json.dumps([each.id for each in result.target]))
             return
         self.service.note_seats(result.target, result.answer, now)
+        self.watch.traced = True
 
     def record_poll(self, result: Job, now: float) -> None:
         """Notes what a look at somebody's calendar gave; what it books is booked already."""
