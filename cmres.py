@@ -7292,17 +7292,23 @@ HOST_CUTS = """SELECT DISTINCT s.at FROM host h CROSS JOIN step s ON s.resource_
 
 # Planning anew. A VM without a host pushes others out of one, and these look for hosts in their
 # turn. It may push out what is planned in its window, on the hosts where it lacks least, and has
-# not begun; that, in its turn, what is in its own way. Each search begins with the plan as it is,
-# on few hosts, the last on more: as often as a VM is without a host, it pushes out those that have
-# failed least to find one; whoever fails is in the way the less, and has to be placed the more.
+# not begun; that, in its turn, what is in its own way. Each turn begins with the plan as it is, on
+# few hosts, the last ones on more: as often as a VM is without a host, it pushes out those that
+# have failed least to find one; whoever fails is in the way the less, and has to be placed the
+# more, in later turns as well: what earlier ones have learnt so finds thrice as many hard plans.
+#
+# What is free on a host is one number, and so is what a VM takes: a field for each span between two
+# cuts and each figure. So one subtraction says where a VM finds too little. A field's highest bit
+# is set as long as it is not negative, and no field is ever so negative that it borrows.
 #
 # Ties go by order, and by dice that the request seeds, and it ends after so many looks at a VM on a
 # host, never by a clock: so the same store and request give the same answer on every machine.
 
-SEARCHED = (12, 12_000), (32, 3_000)  # so many hosts, and looks at them
-TURNS = 6  # so often it begins, if it has looks left
-PUSHES = 400
+SEARCHED = (12, 24_000), (32, 6_000)  # so many hosts, and looks; half, if there are more hosts
+TURNS = 40  # so often it begins, if it has looks left
+PUSHES = 100  # of a turn
 MOST_SEEN = 8_000  # rows
+MOST_WIDENED = 200
 SEARCHES = 20  # of one request, which may be a series
 FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
 
@@ -7310,9 +7316,11 @@ FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
 class Unit:
     """One VM, while a plan is looked for."""
 
-    def __init__(self, owner: int, need: Need, figures: tuple, host: int | None, share: float):
-        self.owner, self.figures, self.host, self.was = owner, figures, host, host
+    def __init__(self, owner: int, need: Need, host: int | None, share: float, window: int,
+                 takes: int, marks: int):
+        self.owner, self.host, self.was = owner, host, host
         self.apart, self.share = need.affinity == APART, share  # of the largest host
+        self.window, self.takes, self.marks = window, takes, marks
         # the less it takes, and for the shorter, the sooner it is pushed out
         self.worth = share / (share * (need.until - need.begin)) ** 0.5 if share else 0.0
         self.failures = 1  # how often it found no host
@@ -7329,9 +7337,9 @@ class Scene:
         self.rows = {each.id: each for each, _ in others}
         needs = [need, *(other for _, other in others)]
         self.names = sorted({name for each in needs for name in each.each.names})
-        self.most = [max(each) or 1 for each in zip(*(
-            in_order(amount_of_host(host), self.names) for host in hosts))]
-        self.read_free(need.resource, {at for each in needs for at in (each.begin, each.until)})
+        self.has = {each.id: in_order(amount_of_host(each), self.names) for each in hosts}
+        self.most = [max(each) or 1 for each in zip(*self.has.values())]
+        self.pack(needs, self.read_free(needs))
         self.on: dict[int, dict[Unit, bool]] = {host: {} for host in self.hosts}
         self.may: dict[Unit, set[int]] = {}
         for found, other in others:
@@ -7358,102 +7366,116 @@ class Scene:
         for unit in self.may:
             if unit.host != unit.was:
                 self.put(unit, unit.was)
-            unit.failures = 1
 
-    def read_free(self, resource: int, cuts: set[int]) -> None:
-        """Reads what is free on the hosts, a row a figure, between any two cuts."""
-        tracks = [on_host(host, name) for host in self.hosts for name in ('', *self.names)]
-        levels = dict(steps_of(resource, tracks, min(cuts), max(cuts)))
-        self.cuts, held, columns = sorted(cuts | levels.keys()), {}, defaultdict(list)
-        has = {host: in_order(amount_of_host(each), self.names)
-               for host, each in self.hosts.items()}
+    def read_free(self, needs: list[Need]) -> dict[int, list]:
+        """Reads what is free on the hosts from each cut on; after the last, all that they have."""
+        cuts = {at for each in needs for at in each[1:3]}
+        tracks = {host: [on_host(host, name) for name in (*self.names, '')] for host in self.hosts}
+        levels = dict(steps_of(needs[0].resource, [*itertools.chain(*tracks.values())],
+                               min(cuts), max(cuts)))
+        self.cuts, held, free = sorted(cuts | levels.keys()), {}, defaultdict(list)
         for at in self.cuts[:-1]:
             held = levels.get(at, held)
-            for host in self.hosts:
-                taken = (*(held[on_host(host, name)][0] for name in self.names),
-                         *held[on_host(host, '')][1:])
-                columns[host].append(map(operator.sub, has[host], taken))
-        self.free = {host: [*map(list, zip(*columns[host]))] for host in self.hosts}
+            for host, has in self.has.items():
+                *classes, (_, *rest) = [held[track] for track in tracks[host]]
+                taken = [each[0] for each in classes] + rest
+                free[host].append([*map(operator.sub, has, taken)])
+        return {host: [*free[host], has] for host, has in self.has.items()}
+
+    def pack(self, needs: list[Need], free: dict[int, list]) -> None:
+        """Makes one number a host of what is free, in units of which all take whole ones; without
+        figures of which all take as much as of another that is nowhere less scarce.
+        """
+        takes = zip(*(in_order(each.each, self.names) for each in needs))
+        self.grains, columns = {}, []
+        for n, each in enumerate(zip(takes, zip(*itertools.chain(*free.values())))):
+            grain = math.gcd(*each[0]) or 1
+            taken, left = ([figure // grain for figure in figures] for figures in each)
+            if not any(taken == other and all(map(operator.le, less, left))
+                       for other, less in columns):
+                self.grains[n] = grain
+                columns.append((taken, left))
+        most = max(max(map(abs, figures)) for each in columns for figures in each)
+        self.width = most.bit_length() + 2
+        self.fine, self.size = 1 << self.width - 1, self.width * len(columns)
+        rows = [''.join([f'{figure + self.fine:0{self.width}b}' for figure in row[::-1]])
+                for row in zip(*(left for _, left in columns))]
+        spans = len(self.cuts)
+        self.ones = ((1 << spans * self.size) - 1) // ((1 << self.size) - 1)  # one in each span
+        self.free = {host: int(''.join(rows[n * spans:][:spans][::-1]), 2)
+                     for n, host in enumerate(free)}
 
     def add(self, owner: int, need: Need, host: int | None, number: int) -> list[Unit]:
         """Adds so many VMs of an occurrence, on a host or on none yet."""
         figures = in_order(need.each, self.names)
         share = max(map(operator.truediv, figures, self.most))
-        made = [Unit(owner, need, figures, host, share) for _ in range(number)]
-        for unit in made:
-            unit.first, unit.last = (bisect_left(self.cuts, at) for at in need[1:3])
-            self.may[unit] = {id for id, each in self.hosts.items() if suits(id, each.units, need)}
-            if host:
-                self.on[host][unit] = True
+        first, last = (bisect_left(self.cuts, at) * self.size for at in need[1:3])
+        window = self.ones & (1 << last) - (1 << first)
+        fields = [(figures[n] // grain, k * self.width)
+                  for k, (n, grain) in enumerate(self.grains.items())]
+        takes = window * sum(figure << place for figure, place in fields)
+        marks = window * sum(self.fine << place for figure, place in fields if figure)
+        made = [Unit(owner, need, host, share, window, takes, marks) for _ in range(number)]
+        may = {id for id, each in self.hosts.items() if suits(id, each.units, need)}
+        self.may |= dict.fromkeys(made, may)
+        if host:
+            self.on[host] |= dict.fromkeys(made, True)
         return made
 
     def put(self, unit: Unit, host: int | None) -> None:
         """Puts a VM on another host, or on none."""
         if unit.host:
-            self.give(self.free[unit.host], unit, 1)
+            self.free[unit.host] += unit.takes
             del self.on[unit.host][unit]
         if host:
-            self.give(self.free[host], unit, -1)
+            self.free[host] -= unit.takes
             self.on[host][unit] = True
         unit.host = host
 
-    def give(self, free: list[list], unit: Unit, sign: int, first: int = 0) -> None:
-        """Frees what a VM takes, or takes it, in rows that begin with the cut `first`."""
-        begin, end = max(unit.first - first, 0), max(unit.last - first, 0)
-        for row, figure in zip(free, unit.figures):
-            if figure:
-                row[begin:end] = [each + sign * figure for each in row[begin:end]]
-
     def fits(self, unit: Unit, host: int) -> bool:
         self.looks -= 1
-        return not self.siblings(unit, host) and all(
-            min(row[unit.first:unit.last]) >= figure
-            for row, figure in zip(self.free[host], unit.figures) if figure)
+        return (not unit.marks & ~(self.free[host] - unit.takes)
+                and not self.siblings(unit, host))
 
     def siblings(self, unit: Unit, host: int) -> list[Unit]:
         """The others on a host from which a VM is to be apart."""
         return [other for other in self.on[host] if other.owner == unit.owner] if unit.apart else []
 
     def best(self, unit: Unit) -> int | None:
-        """The host that has least left of what is scarcest, at the tightest and then in all."""
-        left = {host: self.free[host][0][unit.first:unit.last] for host in self.may[unit]
-                if self.fits(unit, host)}
-        return min(left, key=lambda host: (min(left[host]), sum(left[host]), host), default=None)
+        """The host that has least left of what is scarcest, at the tightest."""
+        return min((host for host in self.may[unit] if self.fits(unit, host)),
+                   key=lambda host: (self.least(unit, host), host), default=None)
+
+    def least(self, unit: Unit, host: int) -> int:
+        """What is left of the first figure on a host at the tightest, once it has a VM."""
+        free, marks, found = self.free[host] - unit.takes, unit.window * self.fine, 0
+        for bit in reversed(range(self.width - 2)):
+            if not marks & ~(free - unit.window * (found | 1 << bit)):
+                found |= 1 << bit
+        return found
 
     def blockers(self, unit: Unit, host: int) -> list[Unit] | None:
         """A few VMs without which another would fit on a host; None if they are not enough."""
         self.looks -= 1
-        free = [row[unit.first:unit.last] for row in self.free[host]]
         pushed = self.siblings(unit, host)
-        left = [each for each in self.on[host] if each not in pushed
-                and each.first < unit.last and each.last > unit.first]
-        for each in pushed:
-            self.give(free, each, 1, unit.first)
-        lack = self.lack(free, unit, range(unit.first, unit.last))
+        free = self.free[host] - unit.takes + sum(each.takes for each in pushed)
+        lack = unit.marks & ~free
+        left = [each for each in self.on[host] if each.marks & lack and each not in pushed]
         while lack:
-            if not left:
-                return None
             # it covers much of the lack, is small, and has seldom failed
-            each = max(left, key=lambda each: each.worth / each.failures * (
-                bisect_left(lack, each.last) - bisect_left(lack, each.first)))
+            each = max(left, default=None, key=lambda each: each.worth / each.failures
+                       * (each.marks & lack).bit_count())
+            if not each or not each.marks & lack:
+                return None
             left.remove(each)
             pushed.append(each)
-            self.give(free, each, 1, unit.first)
-            lack = self.lack(free, unit, lack)
+            free += each.takes
+            lack &= ~free
         return pushed
-
-    def lack(self, free: list[list], unit: Unit, among: Iterable[int]) -> list[int]:
-        """Of some cuts, in order, those after which a VM finds too little."""
-        found, first = [], unit.first
-        for row, figure in zip(free, unit.figures):
-            if figure and min(row) < figure:
-                found += [n for n in among if row[n - first] < figure]
-                among = [n for n in among if row[n - first] >= figure]
-        return sorted(found)
 
     def solve(self, turn: int) -> bool:
         """Whether the new VMs find hosts, with the looks that are left."""
-        dice = random.Random(f'{turn} {self.new[0].figures} {self.cuts}')
+        dice = random.Random(f'{turn} {self.new[0].takes} {self.cuts}')
         out, left = [*self.new], {}
         self.reset()
         for _ in range(PUSHES):
@@ -7493,12 +7515,15 @@ class Scene:
 
 def in_the_way(need: Need, hosts: Iterable[int], now: float,
                own: int) -> tuple[list[tuple[Any, Need]], int]:
-    """What is planned on hosts in a window, or in that of what is there, and may move: what has not
-    begun, and is not of the reservation `own`; and among how many on all hosts that was found.
+    """What is planned on hosts in a window, or in that of what is there, and so on while these are
+    few, and may move: what has not begun, and is not of the reservation `own`; and among how many
+    on all hosts that was found.
     """
     begin, until, found = need.begin, need.until, []
     is_there = re.compile('"(%s)":' % '|'.join(map(str, hosts))).search
-    for _ in range(2):
+    for ring in range(4):
+        if ring > 1 and len(planned) > MOST_WIDENED:
+            break
         there = (f' AND o.due IS NOT NULL AND o.resource_id = {need.resource} '
                  f'AND o.start > {int(now)} AND o.start < {until} + {LONGEST_LEAD}')
         near = ids_by(overlapping([('place_live', f'TRUE{there}')], begin, there))
@@ -7546,7 +7571,7 @@ def replan(need: Need, had: dict[int, int], now: float,
         others, seen = in_the_way(need, chosen, now, own)
         scene = Scene(need, rows('SELECT * FROM host WHERE id IN numbers(?)', json.dumps(chosen)),
                       had, others)
-        scene.looks = looks
+        scene.looks = looks if len(nearest) <= width else looks // 2
         if any(scene.solve(turn) for turn in range(TURNS)):
             return dict(Counter(unit.host for unit in scene.new)), scene.moves()
     return None

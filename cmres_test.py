@@ -13314,6 +13314,43 @@ def test_a_search_ends_after_a_number_of_looks_and_asks_no_clock(racks, monkeypa
     assert 'time.' not in text
 
 
+def test_one_number_a_host_says_what_fits_there(monkeypatch):
+    """Also on hosts that are closed, unlike or too full, and of VMs that take nothing of what others take."""
+    dice, seen, gpu = random.Random(1), collections.Counter(), ['CUSTOM_GPU']
+
+    def need(sizes, always):
+        begin, (gpus, *rest) = dice.randrange(1, 9), dice.choice(sizes)
+        window = (1, 17) if always else (begin, begin + dice.randrange(1, 9))
+        return cmres.Need(1, *window, cmres.Amount(1, *rest, (('CUSTOM_GPU', gpus),) if gpus else ()), 1)
+    for _ in range(at_length(300)):
+        sizes = dice.choice(([(1, 16, 128), (2, 32, 256), (4, 64, 512)], [(1, 8, 320), (2, 60, 128), (0, 3, 7)])), dice.random() < 0.3
+        hosts = [types.SimpleNamespace(id=n, units='', vcpus=128, ram=dice.choice((1000, 1024)),
+                                       classes=json.dumps({'CUSTOM_GPU': dice.choice((0, 4, 8))})) for n in (1, 2, 3)]
+        others = [(types.SimpleNamespace(id=n, placed=json.dumps({dice.choice((1, 2, 3)): 1})), need(*sizes)) for n in range(1, 12)]
+        closed, much, taken = dice.randrange(1, 17), dice.choice((0, 5 * 10**8)), collections.defaultdict(lambda: (0, 0, 0))
+        for found, each in [*others, (types.SimpleNamespace(placed='{"2": 1}'), cmres.Need(1, closed, 17, cmres.Amount(0, much, much), 1))]:
+            for at in range(each.begin, each.until):
+                key = at, *cmres.read_placed(found.placed)
+                taken[key] = tuple(map(operator.add, taken[key], cmres.in_order(each.each, gpu)))
+        monkeypatch.setattr(cmres, 'steps_of', lambda *args: [(at, {cmres.on_host(host, name): (
+            taken[at, host][0], 0, 0) if name else (0, *taken[at, host][1:]) for host in (1, 2, 3) for name in ('', *gpu)})
+            for at in range(1, 17)])
+        scene = cmres.Scene(one := need(*sizes), hosts, {}, others)
+        unit, = scene.new
+        for host in hosts:
+            fits = all(held + figure <= most or not figure for at in range(one.begin, one.until) for held, figure, most in zip(
+                taken[at, host.id], cmres.in_order(one.each, gpu), cmres.in_order(cmres.amount_of_host(host), gpu)))
+            assert scene.fits(unit, host.id) == fits
+            seen[fits] += 1
+            if not fits and host.id in scene.may[unit]:
+                for each in scene.blockers(unit, host.id):
+                    scene.put(each, None)
+                assert scene.fits(unit, host.id)
+                seen['freed'] += 1
+                scene.reset()
+    assert all(seen[each] > 20 for each in (True, False, 'freed')), seen
+
+
 def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
     rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 4}, told={'h2': {'properties': {'HW_CPU_X86_AVX2': 'yes', 'arch': 'x86_64'}}})
     world.service.host_set('h3', {'gpu_count': '2', 'arch': 'x86_64'})
