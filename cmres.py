@@ -3439,9 +3439,9 @@ class SQLite(peewee.SqliteDatabase):
     def make_trigger(self, text: str) -> None:
         run(text)
 
-    def has_stage(self) -> bool:
-        """Whether this connection has what rehearsals write to."""
-        return bool(run('PRAGMA temp.table_info(texts_now)').fetchone())
+    def views(self) -> Iterable[tuple[str]]:
+        """The names of the views of this connection alone."""
+        return run("SELECT name FROM temp.sqlite_master WHERE type = 'view'")
 
     def columns_like(self, table: str) -> str:
         """The columns of a table that is made like another one."""
@@ -3642,14 +3642,17 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             raise of_peewee(error) from error
 
-    def has_stage(self) -> bool:
-        """Whether this connection has what rehearsals write to."""
-        return run("SELECT to_regclass('pg_temp.texts_now') IS NOT NULL").fetchone()[0]
+    def views(self) -> Iterable[tuple[str]]:
+        """The names of the views of this connection alone."""
+        return run("SELECT relname FROM pg_class WHERE relkind = 'v' AND relnamespace = "
+                   'pg_my_temp_schema()')
 
     def sweep(self) -> None:
         """Frees, now and then, what rehearsals wrote to: the server does so in no such table."""
         if next(self.rehearsals) % SWEPT_AFTER == 0:
-            run('VACUUM ' + ', '.join(f'{table}_new, {table}_gone' for table in REHEARSED))
+            there = {name for name, in self.views()}
+            run('VACUUM ' + ', '.join(f'{table}_new, {table}_gone' for table in REHEARSED
+                                      if f'{table}_now' in there))
 
     def make_trigger(self, text: str) -> None:
         """Makes of a trigger of SQLite a function and what calls it."""
@@ -5886,9 +5889,11 @@ def forget_memories() -> None:
 
 
 class Rehearsal(threading.local):
-    """What this thread rehearses: to which tables it has written, and the next ids there."""
+    """What this thread rehearses: to which tables it has written, the next ids there, and which
+    views there are."""
     tables: frozenset | None = None
     ids: dict = {}
+    stage: frozenset = frozenset()
 
     @property
     def on(self) -> bool:
@@ -5934,18 +5939,22 @@ def rehearsing() -> Iterator[None]:
         raise of_store(error)
 
 
+#: The tables to which rehearsals of this process have written: each connection stages them once.
+ON_STAGE = {'reservation', 'occurrence'}
+
+
 def set_stage() -> None:
-    """Makes, once on each connection, what rehearsals write to."""
-    if db.has_stage():
-        return
-    with db.atomic(db.snapshot):
-        for model in TABLES:
-            if (table := model._meta.table_name) in REHEARSED:
-                set_stage_of(table, [each.column_name for each in model._meta.sorted_fields])
-        run(TEXTS_NOW)
+    """Makes on this connection what rehearsals write to, as far as that is known."""
+    rehearsal.stage = frozenset(name for name, in db.views())
+    if missing := [table for table in ON_STAGE if f'{table}_now' not in rehearsal.stage]:
+        with db.atomic(db.snapshot):
+            for table in sorted(missing):
+                set_stage_of(table)
 
 
-def set_stage_of(table: str, columns: list[str]) -> None:
+def set_stage_of(table: str) -> None:
+    model, = (each for each in TABLES if each._meta.table_name == table)
+    columns = [each.column_name for each in model._meta.sorted_fields]
     names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
     gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING;'
     owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
@@ -5963,6 +5972,10 @@ def set_stage_of(table: str, columns: list[str]) -> None:
       {owner if table == 'reservation' else ''} END""")
     db.make_trigger(f"""CREATE TEMP TRIGGER {table}_dropped INSTEAD OF DELETE ON {table}_now BEGIN
       DELETE FROM {table}_new WHERE id = OLD.id; {gone} END""")
+    if table == 'reservation':
+        run(TEXTS_NOW)
+    rehearsal.stage |= {f'{table}_now'}
+    ON_STAGE.add(table)
 
 
 TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
@@ -5984,6 +5997,8 @@ def note_written(table: str) -> None:
     """From now on what this thread's rehearsal has of a table is not what the store has."""
     if table not in REHEARSED:
         raise RuntimeError(f'{table} would be written to in a rehearsal')
+    if f'{table}_now' not in rehearsal.stage:
+        set_stage_of(table)  # it goes with this transaction, but not those of later ones
     rehearsal.tables |= {table, *REHEARSED[table]}
 
 
@@ -6006,12 +6021,14 @@ class Attempt:
 
     def __enter__(self):
         self.marks, self.ids = [memory.mark() for memory in MEMORIES], {**rehearsal.ids}
+        self.tables, self.stage = rehearsal.tables, rehearsal.stage
         run('SAVEPOINT attempt')
         return self
 
     def undo(self) -> None:
         """Makes all as it was before; what comes then is a part of the attempt as well."""
         run('ROLLBACK TO attempt')
+        rehearsal.tables, rehearsal.stage = self.tables, self.stage
         if db.in_files:  # PostgreSQL gives no id twice
             rehearsal.ids = self.ids.copy()
         for memory, mark in zip(MEMORIES, self.marks):
