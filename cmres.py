@@ -3441,7 +3441,7 @@ class SQLite(peewee.SqliteDatabase):
 
     def views(self) -> Iterable[tuple[str]]:
         """The names of the views of this connection alone."""
-        return run("SELECT name FROM temp.sqlite_master WHERE type = 'view'")
+        return ((name,) for _, name, kind, *_ in run('PRAGMA temp.table_list') if kind == 'view')
 
     def columns_like(self, table: str) -> str:
         """The columns of a table that is made like another one."""
