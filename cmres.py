@@ -3439,9 +3439,9 @@ class SQLite(peewee.SqliteDatabase):
     def make_trigger(self, text: str) -> None:
         run(text)
 
-    def views(self) -> Iterable[tuple[str]]:
-        """The names of the views of this connection alone."""
-        return ((name,) for _, name, kind, *_ in run('PRAGMA temp.table_list') if kind == 'view')
+    def views(self, names: Iterable[str]) -> set[str]:
+        """Which of some views this connection has for itself."""
+        return {name for name in names if run(f'PRAGMA temp.table_info({name})').fetchone()}
 
     def columns_like(self, table: str) -> str:
         """The columns of a table that is made like another one."""
@@ -3642,17 +3642,17 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             raise of_peewee(error) from error
 
-    def views(self) -> Iterable[tuple[str]]:
-        """The names of the views of this connection alone."""
-        return run("SELECT relname FROM pg_class WHERE relkind = 'v' AND relnamespace = "
-                   'pg_my_temp_schema()')
+    def views(self, names: Iterable[str]) -> set[str]:
+        """Which of some views this connection has for itself."""
+        there = run("SELECT relname FROM pg_class WHERE relkind = 'v' AND relnamespace = "
+                    'pg_my_temp_schema()')
+        return {name for name, in there} & {*names}
 
     def sweep(self) -> None:
         """Frees, now and then, what rehearsals wrote to: the server does so in no such table."""
         if next(self.rehearsals) % SWEPT_AFTER == 0:
-            there = {name for name, in self.views()}
-            run('VACUUM ' + ', '.join(f'{table}_new, {table}_gone' for table in REHEARSED
-                                      if f'{table}_now' in there))
+            there = sorted(self.views(map('{}_now'.format, REHEARSED)))
+            run('VACUUM ' + ', '.join(f'{name[:-4]}_new, {name[:-4]}_gone' for name in there))
 
     def make_trigger(self, text: str) -> None:
         """Makes of a trigger of SQLite a function and what calls it."""
@@ -5945,10 +5945,11 @@ ON_STAGE = {'reservation', 'occurrence'}
 
 def set_stage() -> None:
     """Makes on this connection what rehearsals write to, as far as that is known."""
-    rehearsal.stage = frozenset(name for name, in db.views())
-    if missing := [table for table in ON_STAGE if f'{table}_now' not in rehearsal.stage]:
+    known = sorted(ON_STAGE)
+    rehearsal.stage = frozenset(db.views(map('{}_now'.format, known)))
+    if missing := [table for table in known if f'{table}_now' not in rehearsal.stage]:
         with db.atomic(db.snapshot):
-            for table in sorted(missing):
+            for table in missing:
                 set_stage_of(table)
 
 
