@@ -132,7 +132,6 @@ parse_qsl, quote, unquote, urlencode, urljoin, urlsplit = map(Function, map(
     'urllib.parse.{}'.format, 'parse_qsl quote unquote urlencode urljoin urlsplit'.split()))
 
 
-
 class MadeOfFields(type):
     """What makes tuples with names of classes that list fields."""
 
@@ -1270,6 +1269,7 @@ def rule_from(stretches: list[Stretch], key: str) -> str:
 
 
 def ending_later(rule: str, seconds: int) -> str:
+    """An RRULE whose UNTIL, if it has one, is so many seconds later."""
     return re.sub('UNTIL=([^;]*)', lambda last: 'UNTIL={:%Y%m%dT%H%M%S}'.format(
         read_until(last[1]) + timedelta(seconds=seconds)), rule)
 
@@ -3991,6 +3991,7 @@ class Late(type):
         return super().__new__(cls, name, bases, {'body': body})
 
     def model(cls) -> type[peewee.Model]:
+        """The model of a table and those that it refers to, the same for all threads."""
         with Late.making:
             if 'made' not in vars(cls):
                 for each in cls.body.values():
@@ -5954,6 +5955,7 @@ def set_stage() -> None:
 
 
 def set_stage_of(table: str) -> None:
+    """Makes on this connection what rehearsals that write to a table need."""
     model, = (each for each in TABLES if each._meta.table_name == table)
     columns = [each.column_name for each in model._meta.sorted_fields]
     names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
@@ -11742,12 +11744,14 @@ class Wishes:
     def refuse_unsure(self, place, asked: dict, error: CloudError) -> None:
         """CloudError where only a cloud that can't be asked could tell what is needed."""
         said = f"{str(error).rstrip('.')}. cmres"
+        then = ('An admin must name it there.' if isinstance(error, UnknownCloud) else
+                'Try again later.')
         if asked.get('flavor') and (place.vcpus, place.ram) != (None, None):
             raise CloudError(f"{said} needs the size of flavor '{asked['flavor']}' to check the "
-                             f"capacity of '{place.name}'. Try again later.") from None
+                             f"capacity of '{place.name}'. {then}") from None
         if asked.get('server'):
-            raise CloudError(f"{said} must find the server '{asked['server']}' first. "
-                             'Try again later.') from None
+            raise CloudError(f"{said} must find the server '{asked['server']}' first. {then}"
+                             ) from None
 
     def trusted(self, asked: dict, kept: list, changes: set) -> list[str]:
         """The names that an admin gave a reservation, now or before, as KIND:NAME."""
@@ -16431,9 +16435,9 @@ class Claims(Operations):
                    and (taken[names[host]] + loose).within(limit_of(each * placed[host]))}
         if sides.before in planned.values():
             return [sides.before]
-        besides = self.loose(f"{OF_RESOURCE} AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.id "
-                             f"= c.occurrence AND o.placed <> '' AND o.held_until > {int(now)})",
-                             place.id, asked.server)
+        besides = self.loose(f'{OF_RESOURCE} AND NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.id '
+                             "= c.occurrence AND o.placed <> '' AND o.held_until > ?)",
+                             place.id, asked.server, int(now))
         besides[sides.before] += NOTHING if placed else sides.stays
         until = found.held_until if found else int(now + max(place.hold, 1))
         able = able_hosts(place.id, found.where) if placed and found.where else None
