@@ -1321,6 +1321,14 @@ def skipped_slots(stretch: Stretch, skip: str) -> list[str]:
     return [wall.isoformat() for wall in found if wall >= begin]
 
 
+def lost_end(stretches: list[Stretch], rule: str) -> list[str]:
+    """What to tell where a series that is to repeat by another rule has no last date any more."""
+    had = stretches[-1].rule if stretches else ''
+    if endless(had) == had or endless(rule) != rule:
+        return []
+    return [f'The series has no last date any more. Before, it was {rule_in_words(had)}.']
+
+
 def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
     """What to tell of dates to leave out on which a series has nothing anyway."""
     told = []
@@ -11554,6 +11562,14 @@ def network_behind(place) -> tuple[str, str, str]:
     return tuple(there)
 
 
+def refuse_without_repeat(asked: dict) -> None:
+    """Invalid where something is asked for that only a series has."""
+    if not asked['repeat']:
+        field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
+        raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
+                      hint='--repeat')
+
+
 class Wishes:
     """Reads what is asked: resources, clouds, repetitions."""
 
@@ -11823,18 +11839,12 @@ class Wishes:
         if stretches and 'start' not in changes:
             first = self.planned(old, stretches)[1]
         skips = self.read_skips(asked, zone, wish.start)
-        if not asked['repeat']:
-            field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
-            raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
-                          hint='--repeat')
+        refuse_without_repeat(asked)
         rule = local_rule(self.ended_rule(asked, zone), zone)
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
                           exact=exact)
         wish.warnings.extend(unmet_skips([stretch], skips))
-        had = stretches[-1].rule if stretches else ''
-        if endless(had) != had and endless(rule) == rule:
-            wish.warnings.append('The series has no last date any more. Before, it was '
-                                 f'{rule_in_words(had)}.')
+        wish.warnings.extend(lost_end(stretches, rule))
         days = self.holidays(asked.get('holidays'), zone, wish.start, wish.warnings)
         stretch = stretch._replace(skips=(*skips, *days))
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
