@@ -6598,6 +6598,7 @@ def test_a_rehearsal_stages_what_it_writes_to_also_where_that_is_undone(tmp_path
         cmres.ON_STAGE = before
 
 
+@pytest.mark.sqlite  # by its plans
 def test_no_dry_run_looks_through_a_table_that_grows(tmp_path, monkeypatch):
     """What a rehearsal asks after it has written there, by the plans of the views that stand for tables then."""
     world = furnished(World(tmp_path, private_addresses=True))
@@ -21020,6 +21021,8 @@ def test_a_cloud_that_does_not_answer_holds_up_nobody(world, monkeypatch):
     done, waited = threading.Event(), []
 
     class Mute(cmres.Cloud):
+        account = 'far'
+
         def things(self, kind, name=''):
             waited.append(done.wait(60))
             raise cmres.CloudError('the cloud far does not answer')
@@ -26869,10 +26872,11 @@ def test_two_projects_use_one_resource_with_their_own_credentials(tmp_path):
 class StandIn(Proxy):
     """A cloud with a project for each user, where `faults` go wrong as with a Proxy; an admin is shown everything.
 
-    `made` counts the servers that were ever made, by name; `untagged` is for how many lists a server has no tags yet.
+    `made` counts the servers that were ever made, by name; `untagged` is for how many lists a server has no tags yet;
+    `asked` is the version of an API that is asked for; when `hung`, no host answers though Nova thinks that it is up.
     """
 
-    ADMIN = 'admin'
+    ADMIN, asked, hung = 'admin', '', False
 
     def __init__(self):
         super().__init__(handler=Answering)
@@ -27131,6 +27135,8 @@ class StandIn(Proxy):
             403, self.refusal(403, "Policy doesn't allow os_compute_api:os-aggregates:index to be performed."))
 
     def list_hypervisors(self, user, query, said):
+        if self.hung and float(self.asked.rpartition('.')[2]) >= 88:  # it asks each how long it is up
+            return 500, self.refusal(500, 'Unexpected API Error. <class \'oslo_messaging.exceptions.MessagingTimeout\'>')
         return 200, {'hypervisors': [{'id': host, 'hypervisor_hostname': f'{host}.example', 'service': {'host': host}} | dict(
             zip(('state', 'status'), self.states.get(host, ('up', 'enabled')))) for host in self.inventories if host.count('-') == 1]}
 
@@ -27249,6 +27255,7 @@ class Answering(Relay):
         if not user and method not in (StandIn.log_in, StandIn.versions):
             return 401, [], b'{}'
         with cloud.lock:
+            cloud.asked = self.headers.get('OpenStack-API-Version', 'compute 2.1')
             status, answer, *headers = method(cloud, user, dict(parse_qsl(query)), said, *match.groups())
             content = b'' if answer is None else json.dumps(answer).encode()
         return status, [('Content-Type', 'application/json'), *(headers[0] if headers else [])], content
@@ -27780,6 +27787,11 @@ def test_hosts_are_read_through_their_hypervisors_with_all_that_is_said_of_them(
     nova.aggregates[0]['metadata']['cmres_store'] = 'cmres-another'
     with pytest.raises(Conflict, match='belongs to another cmres'):
         far.service.resource_sync('admin', ['renamed'])
+
+
+def test_a_host_that_hangs_hides_no_other(far, nova):
+    nova.hung = True
+    assert far.clouds.open('admin').states() == {'gpu-1': ('', [])}
 
 
 def test_aggregates_are_read_with_what_placement_gives_and_marked(far, nova):
