@@ -26114,12 +26114,16 @@ QUICK = WISH | {'network': 'none'}  # a boot without a port takes half as long
 
 @pytest.fixture(autouse=True)
 def hosts_answer(request):
-    """Each test of the lab finds all its hosts up: one whose nova-compute hangs, or was left dead, is started anew."""
+    """Each test of the lab finds all its hosts up and enabled, however a test before it, or a run, was cut off."""
     if request.node.get_closest_marker('openstack') and os.path.exists(SVC):
-        for each in computes():
-            if each['state'] != 'up':
-                print(each['host'], 'was', each['state'])
-                svc('restart', f"nova-compute-{each['host'].rpartition('-')[2]}")
+        admin = sdk('lab-admin').compute
+        for each in admin.services(binary='nova-compute'):
+            if each.status != 'enabled':
+                print(each.host, 'was', each.status)
+                admin.enable_service(each, each.host, 'nova-compute')
+            if each.state != 'up':
+                print(each.host, 'was', each.state)
+                svc('restart', f"nova-compute-{each.host.rpartition('-')[2]}")
 
 
 def computes():
