@@ -3458,13 +3458,15 @@ class SQLite(peewee.SqliteDatabase):
                          for _, name, kind, needed, default, key
                          in run(f'PRAGMA main.table_info({table})'))
 
-    def many(self, table: str, names: tuple) -> str:
-        """The statement that writes rows, one parameter in JSON: a list of objects."""
-        values = ', '.join(f"json_extract(value, '$.{name}')" for name in names)
-        return (f'INSERT INTO {table} ({quoted(names)}) '
-                f'SELECT {values} FROM json_each(?) ORDER BY key')
+    def write_many(self, table: str, names: list[str], many: list[tuple]) -> None:
+        """Writes rows in order, with values for the columns of these names."""
+        marks = f"({', '.join('?' * len(names))})"
+        for part in (many[n:n + AT_ONCE] for n in range(0, len(many), AT_ONCE)):
+            self.run(f"INSERT INTO {table} ({quoted(names)}) VALUES {', '.join([marks] * len(part))}",
+                     [*itertools.chain.from_iterable(part)])
 
 
+AT_ONCE = 64  # rows that one statement writes; its text is compiled for each number of them
 MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
@@ -3678,11 +3680,12 @@ class PostgreSQL(PooledPostgresqlDatabase):
         """The columns of a table that is made like another one."""
         return f'LIKE {table} INCLUDING DEFAULTS'
 
-    def many(self, table: str, names: tuple) -> str:
-        """The statement that writes rows, one parameter in JSON: a list of objects."""
-        columns = quoted(names)
-        return (f'INSERT INTO {table} ({columns}) SELECT {columns} '
-                f'FROM json_populate_recordset(NULL::{table}, CAST(? AS json))')
+    def write_many(self, table: str, names: list[str], many: list[tuple]) -> None:
+        """Writes rows in order, with values for the columns of these names."""
+        columns, lines = quoted(names), [dict(zip(names, each)) for each in many]
+        self.run(f'INSERT INTO {table} ({columns}) SELECT {columns} '
+                 f'FROM json_populate_recordset(NULL::{table}, CAST(? AS json))',
+                 (json.dumps(lines),))
 
 
 class Rowset:
@@ -4987,8 +4990,7 @@ def fill_tables(read: Callable, watch: Callable) -> int:
         table = model._meta.table_name
         cursor = read(f'SELECT {quoted(fields)} FROM {table}')
         while many := cursor.fetchmany(1000):
-            execute(db.many(table, (*fields,)), (json.dumps([dict(zip(fields, each))
-                                                             for each in many]),))
+            db.write_many(table, [*fields], many)
             total += len(many)
         wrote, = run(f'SELECT count(*) FROM {table}').fetchone()
         there, = read(f'SELECT count(*) FROM {table}').fetchone()
@@ -6201,10 +6203,9 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
         note_written(table)
         many, instead = [{'id': rehearsed_id(table), **each} for each in many], '_new'
     if many:
-        fields = model._meta.fields
-        many = [{fields[name].column_name: each[name] for name in each} for each in many]
         names = dict.fromkeys(itertools.chain.from_iterable(many))
-        execute(db.many(table + instead, (*names,)), (json.dumps(many),))
+        columns = [model._meta.fields[name].column_name for name in names]
+        db.write_many(table + instead, columns, [tuple(map(each.get, names)) for each in many])
 
 
 def change(model: type[Table], id: int, **values) -> None:
@@ -6798,6 +6799,7 @@ DROP_STEPS = of_list('''
     FROM p)''', 'resource', 'track', 'at')  # by itself, the last condition does not choose rows
 
 
+@functools.lru_cache(10_000)  # the same few levels, again and again
 def step_of(text: str) -> tuple:
     """The figures of a step that was read as JSON."""
     return tuple(json.loads(text))
