@@ -28705,8 +28705,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     if not (config.keystone or config.oidc or service.token_list()):
         told.append('Nobody can sign in yet. Create the first token: cmres token add NAME --role '
                     'admin')
-    print(f'cmres {__version__} serves {url} from {without_password(config.database)}', *told,
-          sep='\n', flush=True)
+    serves = f'cmres {__version__} serves {url} from {without_password(config.database)}'
+    print('\n'.join([serves, *told]), flush=True)  # at once, for those who wait for it
     note_start(service, 'serve')
     with running(acts, Housekeeper(service, acts, front), front.leave):
         front.run()

@@ -1364,6 +1364,19 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     assert "Created the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
 
 
+def test_what_serve_says_at_its_start_comes_at_once(tmp_path):
+    """Who waits for the first line has the token then."""
+    variables = environment(tmp_path) | {'HOME': str(tmp_path), 'PYTHONUNBUFFERED': '1'}
+    process = subprocess.Popen([*PROGRAM, 'serve', '--port', '0'], cwd=tmp_path, env=variables, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    try:
+        said = os.read(process.stdout.fileno(), 4096).decode()
+        assert 'serves http' in said and 'curl -H' in said, said
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
 @pytest.mark.sqlite  # there is no file; on PostgreSQL, no tables
 @pytest.mark.parametrize('command', [
     'list', 'show lab', 'add lab demo +1h +1h', 'resource list', 'check', 'tick', 'scheduler',
