@@ -3250,9 +3250,21 @@ class StoreFile:
         """What became of the files, as people read it; logged once."""
         side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
         what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
-        if side == 1 and not found[1] and not self.lost:  # what the log alone holds is saved
-            self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)')
+        if side == 1:
+            self.save_lost_log()
         return self.told_of(SIDES[side], what, RESTART if side else PUT_BACK)
+
+    def save_lost_log(self) -> None:
+        """Copies what only the lost log has, which the guard has open; maybe not all, for readers.
+
+        Who has connected since may have made another one. Once that has anything, the index tells
+        of it.
+        """
+        state, other = read_log(self.index), stat_of(self.path + SIDES[1])
+        known = state and (state.salt, state.copied < state.frames) == (self.log.salt, True)
+        if known and not (other and other.st_size):
+            with suppress(sqlite3.Error):
+                self.guard.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
 
     def told_of(self, side: str, what: str, then: str) -> str:
         """The sentence about a loss; it is logged when it is a new one."""
@@ -27876,6 +27888,7 @@ def web(service: Reservations):
 EVERY = 5            # seconds between two rounds of the housekeeper
 SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
+SETTLE_EVERY = 60    # seconds; what SQLite's log alone has is lost with it
 MOST_ADDRESSES = 10  # that one such event names
 #: What is read once: sockets, threads, files and what hangs on them.
 NEEDS_RESTART = frozenset(
@@ -28186,7 +28199,7 @@ class Housekeeper(threading.Thread):
         super().__init__(name='housekeeper', daemon=True)
         self.service, self.cycle, self.front = service, cycle, front
         self.wake, self.stop, self.again = threading.Event(), False, False
-        self.audited = time.monotonic()
+        self.audited, self.settled = time.monotonic(), -math.inf
         self.pause = min(EVERY, watchdog_pause() / 3 or EVERY)
 
     def end(self) -> None:
@@ -28218,6 +28231,9 @@ class Housekeeper(threading.Thread):
         if shares.wrong and time.monotonic() >= self.audited + AUDIT_EVERY:
             self.audited = time.monotonic()
             self.guarded(self.audit)
+        if time.monotonic() >= self.settled + SETTLE_EVERY:
+            self.settled = time.monotonic()
+            store_file.settle()
         if self.is_well():
             tell_systemd('WATCHDOG=1')
 

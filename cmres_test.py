@@ -1716,6 +1716,34 @@ def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     assert serve.names() == {'demo', 'early'}
 
 
+def test_what_was_acknowledged_survives_also_when_another_log_is_there_at_once(serving, tmp_path):
+    """Whoever connects makes an empty one."""
+    serve = serving()
+    assert serve.add('early')[0] == 201
+    (tmp_path / 'cmres.db-wal').unlink()
+    with contextlib.closing(sqlite3.connect(tmp_path / 'cmres.db')) as other:
+        with contextlib.suppress(sqlite3.Error):  # it reads the index of the log that is gone
+            other.execute('SELECT count(*) FROM resource').fetchone()
+        assert (tmp_path / 'cmres.db-wal').stat().st_size == 0
+        lost(serve, 'cmres.db-wal', 'was replaced')
+    serve.stop()
+    assert serve.names() == {'demo', 'early'}
+
+
+def test_what_was_acknowledged_survives_though_somebody_reads_while_the_log_is_lost(serving, tmp_path):
+    """What is newer than what somebody reads is copied when he has read it."""
+    serve = serving()
+    assert serve.add('early')[0] == 201
+    with contextlib.closing(sqlite3.connect(tmp_path / 'cmres.db', isolation_level=None)) as reader:
+        reader.execute('BEGIN')
+        assert reader.execute('SELECT count(*) FROM resource').fetchone() == (2,)
+        assert serve.add('later')[0] == 201
+        (tmp_path / 'cmres.db-wal').unlink()
+        lost(serve, 'cmres.db-wal', 'was (removed|replaced)')
+    serve.stop()
+    assert serve.names() == {'demo', 'early', 'later'}
+
+
 @pytest.mark.sqlite  # another file in its place
 def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run, tmp_path):
     run('resource', 'add', 'demo')
@@ -22218,6 +22246,19 @@ def test_a_housekeeper_that_has_nothing_to_write_opens_no_connection(world, monk
     world.service.shares.wrong['127.0.0.1'] += 1
     keeper.round()
     assert rounds == [world.service.shares.uses.write, keeper.audit]
+
+
+@pytest.mark.sqlite  # what only its log has
+def test_once_a_minute_the_file_alone_has_everything(world, tmp_path):
+    """Who loses the log, or copies the file without it, loses a minute at most."""
+    keeper, found = cmres.Housekeeper(world.service), []
+    for label in 'first', 'second', 'third':
+        keeper.settled -= 40
+        book(world.service, label, resource='demo', start=len(found), end=len(found) + 1)
+        keeper.round()
+        shutil.copy(world.config.database, tmp_path / 'copied')
+        found.append(labels_in(tmp_path / 'copied', 'SELECT label FROM reservation'))
+    assert found == [{'first'}, {'first'}, {'first', 'second', 'third'}]
 
 
 def test_systemd_is_told_that_the_service_is_well_and_only_then(world, tmp_path, monkeypatch):
