@@ -195,7 +195,11 @@ class TooLarge(Error): status = 413      # noqa: E701
 class TooMany(Error): status = 429       # noqa: E701
 class BadCalendar(Error): status = 422   # noqa: E701
 class KeyReused(Error): status = 422     # noqa: E701
-class Unavailable(Error): status = 503   # noqa: E701
+
+
+class Unavailable(Error):
+    """It is not done now; unless `in_doubt`: nobody knows whether it was."""
+    status, in_doubt = 503, False
 
 
 class NoCapacity(Conflict):
@@ -3614,7 +3618,9 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except (peewee.OperationalError, peewee.InterfaceError) as error:
             if not is_lost(error):
                 raise
-            raise Unavailable(UNSURE.format(first_line(error))) from error
+            refusal = Unavailable(UNSURE.format(first_line(error)))
+            refusal.in_doubt = True
+            raise refusal from error
 
     def rollback(self) -> None:
         """Undoes a transaction; the server did so where the connection is lost."""
@@ -20527,7 +20533,8 @@ class Once:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error and not self.text and self.row():  # else it may be done
+        may_be_done = self.text or getattr(error, 'in_doubt', False)
+        if error and not may_be_done and self.row():
             self.run('DELETE FROM once')
 
     def row(self):

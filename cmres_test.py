@@ -4107,6 +4107,19 @@ def test_where_nobody_knows_whether_postgresql_saved_it_a_key_tells(house, losin
     assert len(house.list()) == 1 and house.check()['differences'] == 0
 
 
+def test_where_nobody_knows_whether_postgresql_saved_it_nothing_is_done_twice(house, losing):
+    """Also where the answer is made after that, and is not kept: the repeated request is told so."""
+    app = Rest(types.SimpleNamespace(service=house), house.token_add('root', 'default', 'admin')['token'])
+    losing.when = 'saved'
+    app.call('POST', '/limit/', {'user': 'bob', 'max_vms': 3}, 503, Idempotency_Key='k')
+    refusal = app.call('POST', '/limit/', {'user': 'bob', 'max_vms': 3}, 409, Idempotency_Key='k')
+    assert 'was done' in refusal.json['error'] and len(house.limit_list()) == 1
+    losing.when = 'COMMIT'
+    app.call('POST', '/calendar/feed', {}, 503, Idempotency_Key='l')
+    assert app.call('POST', '/calendar/feed', {}, 201, Idempotency_Key='l').json['feed']
+    assert cmres.row('SELECT count(*) AS number FROM feed').number == 1
+
+
 def test_who_opened_a_connection_that_postgresql_lost_closes_the_new_one(house, server):
     with cmres.db.connection_context():
         end_connections(server)
