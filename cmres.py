@@ -3629,6 +3629,13 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except (peewee.OperationalError, peewee.InterfaceError):
             self.leave_lost()
 
+    def create_tables(self, models: Iterable, **options) -> None:
+        """Makes tables, where they can hold all that people write."""
+        encoding, = run('SHOW server_encoding').fetchone()
+        if encoding != 'UTF8':
+            raise Unavailable(NOT_UTF8.format(encoding))
+        super().create_tables(models, **options)
+
     def execute_sql(self, sql: str, params: tuple = ()):
         """Runs a statement that peewee has made: of the schema."""
         for pattern, text in OF_SCHEMA:
@@ -3780,8 +3787,14 @@ MOST_CONNECTIONS = 40  # to PostgreSQL, of one process
 RESTARTS = 5  # seconds that it may be away while it is started again
 UNSURE = ('The connection to the database was lost while it saved: {}. Look whether it was done '
           'before you repeat it. With an Idempotency-Key, repeat it: it is done once.')
-OF_CONNECTIONS = {'application_name': 'cmres', 'connect_timeout': 5, 'keepalives_idle': 10,
-                  'prepare_threshold': None}  # who prepares also forgets: with each ROLLBACK
+OF_CONNECTIONS = {
+    'application_name': 'cmres', 'connect_timeout': 5, 'client_encoding': 'utf8',
+    # a machine that is gone says nothing: without these, that is noticed after a quarter of an hour
+    'keepalives_idle': 10, 'keepalives_interval': 5, 'keepalives_count': 2,
+    'tcp_user_timeout': 20_000,
+    'prepare_threshold': None}  # who prepares also forgets: with each ROLLBACK
+NOT_UTF8 = ("The encoding of the database is {}, which has not all letters. Create one with "
+            '`createdb -E UTF8 -T template0`.')
 
 
 @functools.cache
@@ -4975,9 +4988,7 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
         make_private(part)
     try:
         with reading(source) as read, opened(part), transaction():
-            if db.version() or told_by_server()[1] is None:
-                raise Conflict(f"The database '{without_password(target)}' is not empty. Choose "
-                               'another one.')
+            refuse_full(target)
             number = fill_tables(read, watch)
         if part != target:
             leave_wal(part)
@@ -4990,6 +5001,13 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
             with suppress(FileNotFoundError):
                 os.remove(part + side)
     return {'rows': number}
+
+
+def refuse_full(target: str) -> None:
+    """Conflict if the database that is open has tables, of cmres or others."""
+    if db.version() or told_by_server()[1] is None:
+        raise Conflict(f"The database '{without_password(target)}' is not empty. Choose another "
+                       'one.')
 
 
 def refuse_version(path: str) -> None:
@@ -5195,13 +5213,15 @@ def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
     if found['version'] != latest_version():
         raise Unavailable(STORE_OLDER.format(copy, found['version'], latest_version()))
     aside = f'before_{stamp().replace(".", "_").lower()}'
-    with alone_on_server(url):
+    # all of it or nothing: what fails midway leaves what was there, where it was
+    with alone_on_server(url), reading(copy) as read, transaction():
         there = db.version()
         if there:
-            run(f'ALTER SCHEMA public RENAME TO {aside}')
-            run('CREATE SCHEMA public')
-    copy_rows(copy, url)
-    with opened(url):
+            schema = quoted(run('SELECT current_schema()').fetchone())
+            run(f'ALTER SCHEMA {schema} RENAME TO {aside}')
+            run(f'CREATE SCHEMA {schema}')
+        refuse_full(url)
+        fill_tables(read, iter)
         note_restored(execute)
     remember(key, found['store'])
     answer = {'database': without_password(url), 'from': copy,
@@ -5701,6 +5721,8 @@ SERVER_TROUBLES = {
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
     READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
+    '42501': 'The database does not allow it: {}. Nothing was changed. An operator must grant it to '
+             'the role of cmres.',
     '28': 'The database does not let cmres in: {}. An operator must look at its settings.'}
 
 

@@ -3652,6 +3652,76 @@ def test_a_backup_of_postgresql_is_a_file_that_is_verified_and_restored(server_r
     assert cmres.next_server() >= 1_000_000
 
 
+@pytest.mark.parametrize('failing', ['finish_tables', 'note_restored'])
+def test_a_restore_on_postgresql_that_fails_leaves_what_was_there(server_run, monkeypatch, failing):
+    server_run('resource', 'add', 'demo')
+    assert server_run('store', 'backup', 'monday.db')[0] == 0
+    server_run('resource', 'add', 'more')
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(cmres, failing, lambda *_: 1 / 0)
+        cmres.restore_store(os.environ['CMRES_DATABASE'], 'monday.db', os.environ['CMRES_KEY'])
+    cmres.close_store()
+    assert 'more' in server_run('resource', 'list')[1]
+    assert cmres.run("SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'before%'").fetchone() == (0,)
+
+
+def test_a_store_in_a_schema_of_its_own_is_restored(server_run, server, monkeypatch):
+    name = server.make()
+    server.tell('CREATE SCHEMA "Own"', name)
+    monkeypatch.setenv('CMRES_DATABASE', server.url(name) + '&options=-csearch_path%3D%22Own%22')
+    server_run('resource', 'add', 'demo')
+    server_run('store', 'backup', 'monday.db')
+    server_run('resource', 'add', 'more')
+    cmres.close_store()
+    code, out, err = server_run('store', 'restore', 'monday.db')
+    assert code == 0 and 'schema before_' in out, err
+    listed = server_run('resource', 'list')[1]
+    assert 'demo' in listed and 'more' not in listed
+    assert server.tell("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'", name).fetchone() == (0,)
+
+
+@pytest.mark.parametrize('encoding', ['SQL_ASCII', 'LATIN1'])
+def test_a_database_that_has_not_all_letters_is_refused(server_run, server, tmp_path, monkeypatch, encoding):
+    server.tell(f"CREATE DATABASE {encoding} ENCODING '{encoding}' TEMPLATE template0")
+    try:
+        monkeypatch.setenv('CMRES_DATABASE', url := server.url(encoding.lower()))
+        code, _, err = server_run('resource', 'add', 'demo')
+        assert code == 1 and f'is {encoding}' in err and 'createdb -E UTF8' in err
+        cmres.open_store('first.db')
+        cmres.close_store()
+        with pytest.raises(Unavailable, match='createdb -E UTF8'):
+            cmres.copy_rows('first.db', url)
+        assert server.tell('SELECT count(*) FROM pg_class WHERE relnamespace = CAST(\'public\' AS regnamespace)',
+                           encoding.lower()).fetchone() == (0,)
+    finally:
+        cmres.close_store()
+        server.tell(f'DROP DATABASE {encoding} WITH (FORCE)')
+
+
+def test_on_postgresql_all_letters_are_kept_whatever_the_encoding_of_the_client(server_run, monkeypatch):
+    monkeypatch.setenv('PGCLIENTENCODING', 'LATIN1')
+    server_run('resource', 'add', 'demo')
+    code, _, err = server_run('add', 'lab', 'demo', '+1h', '+2h', '--description', 'ÄÖ 数学 \U0001f600')
+    assert code == 0 and 'ÄÖ 数学 \U0001f600' in server_run('show', 'lab')[1], err
+
+
+def test_on_postgresql_what_a_role_may_not_do_is_said(server_run, server, monkeypatch):
+    server_run('resource', 'add', 'demo')
+    cmres.close_store()
+    name = urlsplit(url := os.environ['CMRES_DATABASE']).path[1:]
+    server.tell('CREATE ROLE guest LOGIN')
+    try:
+        server.tell('GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO guest', name)
+        server.tell(f'REVOKE TEMP ON DATABASE {name} FROM PUBLIC')
+        monkeypatch.setenv('CMRES_DATABASE', url.replace('cmres@', 'guest@'))
+        code, _, err = server_run('add', 'lab', 'demo', '+1h', '+2h', '--dry-run')
+        assert code == 1 and 'An operator must grant it' in err and 'Traceback' not in err
+    finally:
+        cmres.close_store()
+        server.tell('DROP OWNED BY guest', name)
+        server.tell('DROP ROLE guest')
+
+
 def test_a_database_of_another_program_or_without_its_key_is_refused(server_run, server, tmp_path, monkeypatch):
     for command in ('list', 'add lab demo +1h +1h', 'check', 'tick', 'scheduler', 'store orphans', 'store migrate',
                     'resource add demo --dry-run'):
@@ -4118,6 +4188,12 @@ def test_where_nobody_knows_whether_postgresql_saved_it_nothing_is_done_twice(ho
     app.call('POST', '/calendar/feed', {}, 503, Idempotency_Key='l')
     assert app.call('POST', '/calendar/feed', {}, 201, Idempotency_Key='l').json['feed']
     assert cmres.row('SELECT count(*) AS number FROM feed').number == 1
+
+
+def test_a_machine_of_postgresql_that_is_gone_is_given_up_within_seconds():
+    """It closes no connection: without an end of its own, a request would wait for a quarter of an hour."""
+    said = cmres.OF_CONNECTIONS
+    assert said['keepalives_idle'] + said['keepalives_interval'] * said['keepalives_count'] <= 20 and said['tcp_user_timeout'] <= 20_000
 
 
 def test_who_opened_a_connection_that_postgresql_lost_closes_the_new_one(house, server):
