@@ -5712,10 +5712,12 @@ TROUBLES = {
 
 
 LOST, LACKING, READ_ONLY = '08', '53', '25006'
+TOO_LONG = '25P03'  # a transaction was idle, of a process that was frozen: its connection is lost
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
     LOST: 'The connection to the database was lost: {}. Try again.',
     '57P': 'The database stops or starts: {}. Try again in a minute.',
+    TOO_LONG: 'The database has ended what took too long: {}. Nothing was changed. Try again.',
     LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
           'look at the server.',
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
@@ -5746,7 +5748,7 @@ def engine_error(error: BaseException) -> BaseException | None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
-    return str(code_of(engine_error(error))).startswith((LOST, '57P'))
+    return str(code_of(engine_error(error))).startswith((LOST, '57P', TOO_LONG))
 
 
 def code_of(cause: BaseException | None) -> int | str | None:
@@ -5976,8 +5978,11 @@ def rehearsing() -> Iterator[None]:
     store_file.check()
     try:
         set_stage()
+        staged = db.connection()
         with suppress(Unmade), db.atomic(db.snapshot):
             rehearsal.tables, rehearsal.ids = frozenset(), {}
+            if db.connection() is not staged:  # it was lost just now
+                rehearsal.stage = frozenset()
             try:
                 yield
             finally:
@@ -11177,13 +11182,14 @@ class Service:
           on: gives the locks that it needs, as far as that is known; None: the whole store
         """
         def done(locks: frozenset | None) -> Any:
-            with self.writing(on=locks) as now:
-                self.answered(answer := deed(now))
+            with self.writing(dry_run, locks) as now:
+                answer = deed(now)
+                if not dry_run:
+                    self.answered(answer)
                 return answer
         replans.found, replans.searches = {}, SEARCHES
         if dry_run:
-            with self.writing(dry_run) as now:
-                return deed(now)
+            return persist(done, None)
         for _ in range(3):
             try:
                 return persist(done, on)

@@ -4162,6 +4162,37 @@ def test_what_postgresql_lost_before_it_was_saved_is_done_again(house, losing, w
     assert losing.lost == 3 and len(house.events('lab')) == 3 and house.check()['differences'] == 0
 
 
+def test_on_postgresql_a_process_that_was_frozen_in_a_transaction_does_it_again(house, server, monkeypatch):
+    """Where the server ends transactions that are idle for too long."""
+    name, rule, frozen = urlsplit(os.environ['CMRES_DATABASE']).path[1:], cmres.Policy.refuse_overbooking, [1, 1]
+    server.tell(f"ALTER DATABASE {name} SET idle_in_transaction_session_timeout = '200ms'")
+    end_connections(server)
+
+    def slow_rule(*args):
+        time.sleep(0.5 if frozen and frozen.pop() else 0)
+        return rule(*args)
+    monkeypatch.setattr(cmres.Policy, 'refuse_overbooking', slow_rule)
+    assert house.reserve_there('lab', 'a')['state'] == 'reserved'
+    assert not frozen and len(house.events('lab')) == 1
+    frozen.append(1)
+    assert house.reserve_there('try', 'b', dry_run=True)['state'] == 'reserved' and not frozen
+    with pytest.raises(peewee.PeeweeException) as ended, cmres.transaction():
+        time.sleep(0.5)
+        cmres.note_fact('late', 'x')
+    assert 'took too long' in str(cmres.trouble(ended.value)) and not cmres.fact('late')
+
+
+def test_a_dry_run_on_postgresql_goes_on_with_another_connection(house, server, monkeypatch):
+    """Also where it is lost between what it makes there and its first statement."""
+    house.reserve_there('first', 'a', dry_run=True)
+    set_stage = cmres.set_stage
+    monkeypatch.setattr(cmres, 'set_stage', lambda: (set_stage(), end_connections(server)))
+    for _ in range(2):
+        assert house.reserve_there('lab', 'a', dry_run=True)['state'] == 'reserved'
+    monkeypatch.undo()
+    assert house.reserve_there('lab', 'a')['state'] == 'reserved' and house.check()['differences'] == 0
+
+
 @pytest.mark.parametrize('when', ['COMMIT', 'saved'])
 def test_where_nobody_knows_whether_postgresql_saved_it_a_key_tells(house, losing, when):
     """With the key of the first attempt, the second gets its answer, or does it."""
