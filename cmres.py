@@ -3544,7 +3544,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
             time.sleep(0.1)
 
     def leave_lost(self) -> None:
-        """Forgets a connection that is lost, and those at rest, which were lost with it."""
+        """Forgets a connection that is of no use, and those at rest, which are like it."""
         users = self._state.ctx
         self.manual_close()
         self.close_idle()
@@ -5917,9 +5917,11 @@ COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
 def of_store(error: Exception) -> Exception:
     """The first cause of an error, after which this thread may go on."""
     cause = first_cause(error)
-    # A connection that was opened while nothing could be written stays so: the next is a new one.
-    if code_of(engine_error(cause)) == sqlite3.SQLITE_READONLY and not db.in_transaction():
-        db.close()
+    # A connection that was opened while nothing could be written stays so: the next is a new one,
+    # which may lead to the server that can be written to now.
+    code = code_of(engine_error(cause))
+    if code in (sqlite3.SQLITE_READONLY, READ_ONLY) and not db.in_transaction():
+        db.close() if db.in_files else db.leave_lost()
     return cause
 
 

@@ -4182,6 +4182,18 @@ def test_on_postgresql_a_process_that_was_frozen_in_a_transaction_does_it_again(
     assert 'took too long' in str(cmres.trouble(ended.value)) and not cmres.fact('late')
 
 
+def test_on_postgresql_a_connection_that_became_read_only_is_left(house):
+    """Another server may be the primary now; connections to the old one stay as they are."""
+    with cmres.db.connection_context():
+        cmres.db.execute_sql('SET default_transaction_read_only = on')
+        assert house.list() == []
+        with pytest.raises(peewee.PeeweeException) as refusal:
+            house.reserve_there('lab', 'a')
+        assert 'read-only' in str(cmres.trouble(refusal.value))
+        assert house.reserve_there('lab', 'a')['state'] == 'reserved'
+    assert cmres.db.is_closed()
+
+
 def test_a_dry_run_on_postgresql_goes_on_with_another_connection(house, server, monkeypatch):
     """Also where it is lost between what it makes there and its first statement."""
     house.reserve_there('first', 'a', dry_run=True)
