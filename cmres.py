@@ -3512,6 +3512,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     # each by itself in that order, no more than are asked for
     one_of_several = 'SELECT * FROM ({} {}) one'
     until: float | None = 0.0  # when it is away for too long; None: it is there
+    first: tuple = ()  # which server is asked first, by host and port
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3540,8 +3541,26 @@ class PostgreSQL(PooledPostgresqlDatabase):
                     raise
             else:
                 self.until, self._state.ctx = None, users
+                self.ask_first(self._state.conn.info)
                 return found
             time.sleep(0.1)
+
+    def ask_first(self, found) -> None:
+        """Lets the server that was found, of several, be asked before the others from now on: one
+        that is gone says nothing, and each connection would wait for it.
+        """
+        there = found.host, f'{found.port}'
+        if ',' not in self.database or self.first == there:
+            return
+        said = psycopg().conninfo.conninfo_to_dict(self.database)
+        hosts, ports = (said.get(name, '').split(',') for name in ('host', 'port'))
+        servers = zip(hosts, ports if len(ports) == len(hosts) else ports * len(hosts))
+        servers = sorted(((host, port or '5432') for host, port in servers),
+                         key=lambda each: each != there)
+        if servers[0] == there and 'hostaddr' not in said:
+            hosts, ports = map(','.join, zip(*servers))
+            self.connect_params = self.connect_params | {'host': hosts, 'port': ports}
+        self.first = there
 
     def leave_lost(self) -> None:
         """Forgets a connection that is of no use, and those at rest, which are like it."""

@@ -4194,6 +4194,24 @@ def test_on_postgresql_a_connection_that_became_read_only_is_left(house):
     assert cmres.db.is_closed()
 
 
+def test_of_several_servers_of_postgresql_the_one_that_answers_is_asked_first(server, tmp_path, monkeypatch):
+    """One that is gone says nothing; whoever waited for it with each connection would wait for minutes."""
+    monkeypatch.setitem(cmres.OF_CONNECTIONS, 'connect_timeout', 2)
+    name = server.make()
+    with contextlib.closing(socket.create_server(('127.0.0.1', 0))) as gone, ThreadPoolExecutor(3) as threads:
+        there = f'host=127.0.0.1,{server.folder}&port={gone.getsockname()[1]},5432'
+        cmres.open_store(f'postgresql://cmres@/{name}?{there}', str(tmp_path / 'key'))
+        began, all_there = time.monotonic(), threading.Barrier(3)
+
+        def ask(_):
+            with cmres.db.connection_context():
+                all_there.wait(30)
+                return cmres.fact('version')
+        assert {*threads.map(ask, range(3))} == {f'{cmres.latest_version()}'}
+        assert time.monotonic() - began < 2
+        cmres.close_store()
+
+
 def test_a_dry_run_on_postgresql_goes_on_with_another_connection(house, server, monkeypatch):
     """Also where it is lost between what it makes there and its first statement."""
     house.reserve_there('first', 'a', dry_run=True)
