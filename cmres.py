@@ -3477,12 +3477,13 @@ class SQLite(peewee.SqliteDatabase):
     def write_many(self, table: str, names: list[str], many: list[tuple]) -> None:
         """Writes rows in order, with values for the columns of these names."""
         marks = f"({', '.join('?' * len(names))})"
-        for part in (many[n:n + AT_ONCE] for n in range(0, len(many), AT_ONCE)):
-            self.run(f"INSERT INTO {table} ({quoted(names)}) VALUES {', '.join([marks] * len(part))}",
+        for part in (many[n:n + ROWS] for n in range(0, len(many), ROWS)):
+            values = ', '.join([marks] * len(part))
+            self.run(f'INSERT INTO {table} ({quoted(names)}) VALUES {values}',
                      [*itertools.chain.from_iterable(part)])
 
 
-AT_ONCE = 64  # rows that one statement writes; its text is compiled for each number of them
+ROWS = 64  # rows that one statement writes; its text is compiled for each number of them
 MODIFIED = 2  # what inotify tells of
 
 #: What PostgreSQL says otherwise. Booleans are of a type of their own there, and so are lists.
@@ -5731,19 +5732,20 @@ TROUBLES = {
 
 
 LOST, LACKING, READ_ONLY = '08', '53', '25006'
-TOO_LONG = '25P03'  # a transaction was idle, of a process that was frozen: its connection is lost
+IDLE_TOO_LONG = '25P03'  # somebody was frozen in a transaction: the connection is lost
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
     LOST: 'The connection to the database was lost: {}. Try again.',
     '57P': 'The database stops or starts: {}. Try again in a minute.',
-    TOO_LONG: 'The database has ended what took too long: {}. Nothing was changed. Try again.',
+    IDLE_TOO_LONG: 'The database has ended what took too long: {}. Nothing was changed. Try '
+                   'again.',
     LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
           'look at the server.',
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
     READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
-    '42501': 'The database does not allow it: {}. Nothing was changed. An operator must grant it to '
-             'the role of cmres.',
+    '42501': 'The database does not allow it: {}. Nothing was changed. An operator must grant it '
+             'to the role of cmres.',
     '28': 'The database does not let cmres in: {}. An operator must look at its settings.'}
 
 
@@ -5767,7 +5769,7 @@ def engine_error(error: BaseException) -> BaseException | None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
-    return str(code_of(engine_error(error))).startswith((LOST, '57P', TOO_LONG))
+    return str(code_of(engine_error(error))).startswith((LOST, '57P', IDLE_TOO_LONG))
 
 
 def code_of(cause: BaseException | None) -> int | str | None:
