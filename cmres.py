@@ -1673,6 +1673,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                           f"'{name}'{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', template)
     values = {name: read_setting(name, text) for name, text in settings.items()}
+    values['database'] = followed(values.get('database', Config.database))
     sources = {renamed.get(name, name): where for name, where in said.items()}
     config = Config(**values, texts=TEXTS | sections['texts'], path=path, stamp=stamp,
                     credentials=sections['credentials'], identities=sections['identities'],
@@ -1683,6 +1684,12 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
+
+
+def followed(path: str) -> str:
+    """The file that a link leads to: beside that, by its name, are log, lock and key of a database.
+    """
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def check_template(where: str, template: str) -> None:
@@ -3164,7 +3171,7 @@ class StoreFile:
             return
         before, known = self.log, self.known
         state, stats = read_log(self.index), stats_of(self.path)
-        if (found := identity_of(stats)) != self.identity:
+        if (found := identity_of(stats)) != self.identity or None in found:
             raise Unavailable(self.loss(found))
         if state:
             self.refuse_shorter(before, state, stats[1].st_size)
@@ -3248,7 +3255,7 @@ class StoreFile:
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
-        side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
+        side = next(n for n in range(len(SIDES)) if not found[n] or found[n] != self.identity[n])
         what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
         if side == 1:
             self.save_lost_log()
@@ -4878,11 +4885,16 @@ def read_keys(file: str, ended: bool = False) -> list[bytes]:
     """The key, and those before it that are still good: whose cookies have not ended yet; or
     all that the file still has.
     """
-    with open(file, encoding='ascii') as lines:
-        older = [line.split() for line in lines.read().splitlines()[2:]]
-    good = [bytes.fromhex(key) for key, until in older
-            if ended or int(until) > time.time()]
-    return [read_key(file), *good]
+    first = read_key(file)
+    try:
+        with open(file, encoding='ascii') as lines:
+            older = [line.split() for line in lines.read().splitlines()[2:]]
+        return [first, *(bytes.fromhex(key) for key, until in older
+                         if ended or int(until) > time.time())]
+    except ValueError:
+        raise Unavailable(f"'{file}' is damaged: each line after its second must be an older key "
+                          'and until when it is good. Put the file back, or remove these lines; '
+                          'then all must sign in to the page again.') from None
 
 
 def rotate_key(file: str, until: int) -> int:
@@ -4903,12 +4915,17 @@ def remember(file: str, store: str) -> None:
 def write_key(file: str, *said: str) -> None:
     """Writes a key, all of it or nothing."""
     part = f'{file}.{secrets.token_hex(4)}'
-    make_private(part)
-    with open(part, 'w', encoding='ascii') as lines:
-        lines.write('\n'.join([*said, '']))
-        lines.flush()
-        os.fsync(lines.fileno())
-    os.replace(part, file)
+    try:
+        make_private(part)
+        with open(part, 'w', encoding='ascii') as lines:
+            lines.write('\n'.join([*said, '']))
+            lines.flush()
+            os.fsync(lines.fileno())
+        os.replace(part, file)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(part)
+        raise Unavailable(f"Cannot write the key '{file}': {first_line(error)}") from None
 
 
 def make_private(path: str) -> None:
@@ -4966,8 +4983,9 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
         if os.path.exists(target):
             raise Conflict(f"'{target}' already exists. Choose another name.")
         part = f'{target}.{secrets.token_hex(4)}'
-        make_private(part)
     try:
+        if part != target:
+            make_private(part)
         with reading(source) as read, opened(part), transaction():
             if db.version() or told_by_server()[1] is None:
                 raise Conflict(f"The database '{without_password(target)}' is not empty. Choose "
@@ -4976,7 +4994,7 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
         if part != target:
             leave_wal(part)
             os.replace(part, target)
-    except STORE_ERRORS + ((psycopg().Error,) if is_server(source) else ()) as error:
+    except (OSError, *STORE_ERRORS, *([psycopg().Error] if is_server(source) else [])) as error:
         raise Unavailable(f"Cannot copy '{without_password(source)}' to "
                           f"'{without_password(target)}': {first_line(error)}") from None
     finally:
@@ -5024,7 +5042,8 @@ def alone_with(path: str) -> Iterator[None]:
     lock = lock_store(path, alone=True)
     try:
         if os.path.exists(path):
-            leave_wal(path)
+            with suppress(sqlite3.Error):  # what is damaged may be replaced
+                leave_wal(path)
         yield
     finally:
         os.close(lock)
@@ -5071,6 +5090,7 @@ def leave_wal(path: str) -> None:
     except sqlite3.Error as error:
         if error.sqlite_errorcode & 0xff == sqlite3.SQLITE_BUSY:
             raise Unavailable(IN_USE.format(path)) from None
+        raise
 
 
 def migrate_store(path: str) -> dict | None:
@@ -5092,7 +5112,8 @@ def migrate_store(path: str) -> dict | None:
             run_migrations(before)
         finally:
             db.close()
-        os.chmod(path, 0o600)  # older programs let everybody read it
+        with suppress(PermissionError):  # of another user's file, who can do it himself
+            os.chmod(path, 0o600)  # older programs let everybody read it
     return {'database': path, 'before': before, 'after': latest_version(), 'copy': copy}
 
 
@@ -5112,8 +5133,10 @@ def version_of(path: str) -> int:
     try:
         with closing(connect(path)) as connection:
             return told_by(connection)[1] or 0
-    except sqlite3.Error:
-        return 0
+    except sqlite3.Error as error:
+        if code_of(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB):
+            return 0
+        raise
 
 
 def stamp() -> str:
@@ -5174,11 +5197,18 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
         return restore_on_server(path, copy, key_file(path, key), found)
     with alone_with(path):
         part = f'{path}.restored-{stamp()}'
-        copy_store(copy, part)
-        with closing(connect(part)) as connection:
-            note_restored(connection.execute)
-        aside = set_aside(path)
-        os.rename(part, path)
+        try:
+            copy_store(copy, part)
+            with closing(connect(part)) as connection:
+                note_restored(connection.execute)
+            aside = set_aside(path)
+            os.rename(part, path)
+        except OSError as error:
+            raise Unavailable(f"Cannot put '{copy}' in the place of '{path}': "
+                              f'{first_line(error)}') from None
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(part)
         remember(key_file(path, key), found['store'])
     answer = {'database': path, 'from': copy, 'reservations': found['reservations']}
     return answer | ({'before': aside} if os.path.exists(aside) else {})
@@ -26383,7 +26413,7 @@ class Pages:
     def keys(self) -> list[bytes]:
         """What we sign with, the newest first; another process may have made a new one."""
         stamp = file_stamp(self.key_file)
-        if stamp and stamp != self.read[0]:
+        if stamp and stamp != self.read[0] or not self.read[1]:
             self.read = stamp, read_keys(self.key_file)
         return self.read[1]
 
