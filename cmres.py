@@ -28038,7 +28038,7 @@ class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
     def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
-        allow_files(config.connections + 500)
+        allow_connections(config)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
@@ -28092,13 +28092,26 @@ class Front:
         return sum(not each.will_close for each in found)
 
 
-def allow_files(number: int) -> None:
-    """Lets this process open so many files, as far as it may."""
+def allow_connections(config: Config) -> None:
+    """Lets this process open a file for each connection, and some; or takes fewer connections."""
+    wanted = config.connections + 500
+    may = allow_files(wanted)
+    if may < wanted:
+        fewer = max(may // 2, may - 500)  # who has no file left can't read the database either
+        log.warning('At most %d connections are open at the same time, not %d, since only %d files '
+                    'may be. Raise that limit (LimitNOFILE= of systemd, ulimit -Hn)',
+                    fewer, config.connections, may)
+        config.take(connections=fewer)
+
+
+def allow_files(number: int) -> int:
+    """Lets this process open so many files, as far as it may; how many that is, at most."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 #: Rules of Prometheus: when one holds for so long, somebody is told.

@@ -22284,6 +22284,18 @@ def test_of_too_many_connections_of_an_address_the_oldest_idle_ones_are_closed(f
         assert b'200 OK' in line.recv(1000)
 
 
+def test_where_few_files_may_be_open_there_are_fewer_connections(serving, monkeypatch):
+    """Else nothing could be accepted nor read, which was logged thousands of times in a second."""
+    monkeypatch.setattr(sys.modules[__name__], 'PROGRAM', ['prlimit', '--nofile=100:100', *PROGRAM])
+    serve = serving()
+    address = serve.url.removeprefix('http://').split(':')
+    idle = [socket.create_connection(address) for _ in range(120)]
+    assert serve.add('other')[0] == 201 and serve.ask('GET', '/readyz')[0] == 200
+    assert 'At most 50 connections are open' in serve.said() and 'Too many open files' not in serve.said()
+    for each in idle:
+        each.close()
+
+
 def test_of_all_connections_there_are_as_many_as_may_be(world):
     class Channel:
         def __init__(self, *requests):
