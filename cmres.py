@@ -3256,6 +3256,8 @@ class StoreFile:
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
         side = next(n for n in range(len(SIDES)) if not found[n] or found[n] != self.identity[n])
+        if why := unreachable(self.path + SIDES[side]):
+            return self.told_of(SIDES[side], f'cannot be reached ({why})', LOOK_AT_FOLDER)
         what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
         if side == 1:
             self.save_lost_log()
@@ -3286,6 +3288,7 @@ class StoreFile:
 RESTART = 'Stop all processes of cmres and start them again'
 PUT_BACK = ('Put the first file back; or stop cmres, restore a backup with `store restore FILE`, '
             'and start it again')
+LOOK_AT_FOLDER = 'An operator must look at its folder and its permissions'
 OVERWRITTEN = 'was overwritten by another program while cmres used it, so it is damaged'
 MOST_DIGESTED = 16 << 20  # bytes of a database file, which is read whole each time it has changed
 store_file = StoreFile()
@@ -3301,6 +3304,17 @@ def stat_of(path: str) -> os.stat_result | None:
         return os.stat(path)
     except OSError:
         return None
+
+
+def unreachable(path: str) -> str:
+    """Why the system does not tell whether there is a file; '' if it tells."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return ''
+    except OSError as error:
+        return first_line(error)
+    return ''
 
 
 def identity_of(stats: tuple) -> tuple:

@@ -1716,6 +1716,19 @@ def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     assert serve.names() == {'demo', 'early'}
 
 
+@pytest.mark.sqlite  # files
+def test_a_folder_that_cannot_be_entered_is_told_of_and_no_backup_is_asked_for(serving, tmp_path):
+    (folder := tmp_path / 'deep').mkdir()
+    serve = serving(folder=folder)
+    folder.rename(tmp_path / 'away')
+    folder.symlink_to(folder)  # for root there is no permission that lacks
+    status, answer = serve.add('early')
+    assert status == 503 and 'cannot be reached (Too many levels' in answer['error'] and 'backup' not in answer['error']
+    folder.unlink()
+    (tmp_path / 'away').rename(folder)
+    assert serve.add('later')[0] == 201
+
+
 def test_what_was_acknowledged_survives_also_when_another_log_is_there_at_once(serving, tmp_path):
     """Whoever connects makes an empty one."""
     serve = serving()
