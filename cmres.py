@@ -5250,7 +5250,7 @@ def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
 def set_aside(path: str) -> str:
     """Gives the files of a database another name, and tells it."""
     aside = f'{path}.before-{stamp()}'
-    for side in SIDES:
+    for side in (*SIDES, '-journal'):  # SQLite would undo in the new file what the last tells of
         if os.path.exists(path + side):
             os.rename(path + side, aside + side)
     return aside

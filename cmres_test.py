@@ -2083,6 +2083,32 @@ def test_a_copy_replaces_nothing_and_a_damaged_one_is_not_restored(run, tmp_path
     assert 'damaged or not a database' in run('store', 'verify', 'text')[2]
 
 
+KILLED = '''
+import os, sqlite3, sys
+other = sqlite3.connect(sys.argv[1], isolation_level=None)
+other.execute('PRAGMA journal_mode = DELETE')
+other.execute('PRAGMA cache_size = 1')
+other.execute('BEGIN')
+other.execute("UPDATE resource SET name = 'changed'")
+other.execute('CREATE TABLE large AS SELECT randomblob(1000000) AS one')
+os.kill(os.getpid(), 9)
+'''
+
+
+@pytest.mark.sqlite  # its journal is a file
+def test_what_somebody_who_was_killed_left_to_be_undone_is_not_undone_in_a_restored_copy(run):
+    assert run('resource', 'add', 'demo')[0] == 0
+    cmres.close_store()
+    subprocess.run([sys.executable, '-c', KILLED, 'cmres.db'])
+    shutil.copy('cmres.db-journal', 'journal')
+    assert run('resource', 'add', 'later')[0] == run('store', 'backup', 'copy.db')[0] == 0
+    cmres.close_store()
+    os.remove('cmres.db')
+    shutil.copy('journal', 'cmres.db-journal')
+    assert run('store', 'restore', 'copy.db')[0] == 0
+    assert 'later' in run('resource', 'list')[1]
+
+
 @pytest.mark.sqlite  # on PostgreSQL nothing is renamed
 def test_what_cannot_be_put_in_the_place_of_a_database_leaves_nothing_behind(run, monkeypatch):
     assert run('resource', 'add', 'demo')[0] == run('store', 'backup', 'copy.db')[0] == 0
