@@ -3349,7 +3349,7 @@ def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[in
 def file_uri(path: str) -> str:
     """The name under which SQLite opens a file that must be there (sqlite.org/uri.html, 3.1)."""
     apart = {ord(each): f'%{ord(each):02x}' for each in '%?#'}
-    return f'file:{os.path.abspath(path).translate(apart)}?mode=rw'
+    return f'file://{os.path.abspath(path).translate(apart)}?mode=rw'
 
 
 def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
@@ -29593,9 +29593,11 @@ def make(call: Call, config: Config, options: dict) -> str | None:
 def reached_for(operation: Operation, bound: dict, config: Config) -> Reservations | Client:
     """The service that a call works with; what an operator begins with may make its database."""
     begins = operation.name in BEGINS and not bound.get('dry_run')
-    if begins and not config.url and is_missing(config.database):
+    made = begins and not config.url and is_missing(config.database)
+    service = reached(config, begins)
+    if made:
         print(told_made(config), file=sys.stderr)
-    return reached(config, begins)
+    return service
 
 
 def tell_ending(service: Reservations | Client, zone: ZoneInfo) -> None:

@@ -1773,6 +1773,22 @@ def test_a_log_that_is_lost_while_a_command_begins_is_told_of(run, monkeypatch, 
     assert code == 1 and f"'cmres.db{side}' was removed while cmres used it" in err
 
 
+@pytest.mark.sqlite  # names of files
+@pytest.mark.parametrize('name', ['//{}/cmres.db', '{}/a b%20?#\u00e9\n.db', './../{}/x'])
+def test_a_database_can_have_any_name(run, tmp_path, monkeypatch, name):
+    monkeypatch.setenv('CMRES_DATABASE', name.format(tmp_path.name if name[0] == '.' else str(tmp_path)[1:] if name[0] == '/' else tmp_path))
+    assert run('resource', 'add', 'demo')[0] == run('store', 'backup', 'copy.db')[0] == 0
+    cmres.close_store()
+    assert run('store', 'restore', 'copy.db')[0] == 0 and 'demo' in run('resource', 'list')[1]
+
+
+@pytest.mark.sqlite  # a file
+def test_a_database_that_could_not_be_made_is_not_said_to_be_there(run, monkeypatch):
+    monkeypatch.setenv('CMRES_DATABASE', 'none/cmres.db')
+    code, _, err = run('resource', 'add', 'demo')
+    assert code == 1 and 'No such file or directory' in err and 'Created' not in err
+
+
 @pytest.mark.sqlite  # a link to a file
 def test_a_database_can_be_a_link_and_is_the_same_by_each_of_its_names(run, tmp_path):
     assert run('resource', 'add', 'demo')[0] == 0
