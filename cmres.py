@@ -8847,10 +8847,13 @@ def cipher(config: Config):
 
 
 def decrypted(config: Config, secret: str) -> str:
-    """A secret as it was given; CloudError if it was encrypted with another key."""
+    """A secret as it was given; CloudError if there is no key, or it was encrypted with another."""
     from cryptography.fernet import InvalidToken
     try:
         return cipher(config).decrypt(secret.encode()).decode()
+    except Unavailable as error:
+        raise CloudError(f'the secret of this credential cannot be read: {error}',
+                         sure=True) from None
     except InvalidToken:
         raise CloudError('the secret of this credential was encrypted with a key that is gone: add '
                          'it again', sure=True) from None

@@ -22462,6 +22462,9 @@ def test_what_is_no_key_is_told_of_and_not_a_mistake_of_ours(world, spoil):
         with pytest.raises(Unavailable, match='key'):
             deed()
     assert 'key' in web.get('/sign-in', status=503).text
+    with pytest.raises(cmres.CloudError, match='key') as refused:  # nothing was asked of the cloud
+        cmres.decrypted(world.config, 'secret')
+    assert refused.value.sure
 
 
 def test_a_new_key_leaves_those_signed_in_who_are_and_then_no_more(world):
