@@ -1677,6 +1677,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                           f"'{name}'{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', template)
     values = {name: read_setting(name, text) for name, text in settings.items()}
+    values['database'] = followed(values.get('database', Config.database))
     sources = {renamed.get(name, name): where for name, where in said.items()}
     config = Config(**values, texts=TEXTS | sections['texts'], path=path, stamp=stamp,
                     credentials=sections['credentials'], identities=sections['identities'],
@@ -1687,6 +1688,12 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
         read_networks(getattr(config, name), name)
     config.take(read=dataclasses.replace(config))
     return config
+
+
+def followed(path: str) -> str:
+    """The file that a link leads to: beside that, by its name, are log, lock and key of a database.
+    """
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def check_template(where: str, template: str) -> None:
@@ -3168,7 +3175,7 @@ class StoreFile:
             return
         before, known = self.log, self.known
         state, stats = read_log(self.index), stats_of(self.path)
-        if (found := identity_of(stats)) != self.identity:
+        if (found := identity_of(stats)) != self.identity or None in found:
             raise Unavailable(self.loss(found))
         if state:
             self.refuse_shorter(before, state, stats[1].st_size)
@@ -3252,7 +3259,9 @@ class StoreFile:
 
     def loss(self, found: tuple) -> str:
         """What became of the files, as people read it; logged once."""
-        side = next(n for n in range(len(SIDES)) if found[n] != self.identity[n])
+        side = next(n for n in range(len(SIDES)) if not found[n] or found[n] != self.identity[n])
+        if why := unreachable(self.path + SIDES[side]):
+            return self.told_of(SIDES[side], f'cannot be reached ({why})', LOOK_AT_FOLDER)
         what = f"was {'replaced by another file' if found[side] else 'removed'} while cmres used it"
         if side == 1:
             self.save_lost_log()
@@ -3283,6 +3292,7 @@ class StoreFile:
 RESTART = 'Stop all processes of cmres and start them again'
 PUT_BACK = ('Put the first file back; or stop cmres, restore a backup with `store restore FILE`, '
             'and start it again')
+LOOK_AT_FOLDER = 'An operator must look at its folder and its permissions'
 OVERWRITTEN = 'was overwritten by another program while cmres used it, so it is damaged'
 MOST_DIGESTED = 16 << 20  # bytes of a database file, which is read whole each time it has changed
 store_file = StoreFile()
@@ -3298,6 +3308,17 @@ def stat_of(path: str) -> os.stat_result | None:
         return os.stat(path)
     except OSError:
         return None
+
+
+def unreachable(path: str) -> str:
+    """Why the system does not tell whether there is a file; '' if it tells."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return ''
+    except OSError as error:
+        return first_line(error)
+    return ''
 
 
 def identity_of(stats: tuple) -> tuple:
@@ -3332,7 +3353,7 @@ def contents_of(path: str, file: int, size: int, number: int | None) -> tuple[in
 def file_uri(path: str) -> str:
     """The name under which SQLite opens a file that must be there (sqlite.org/uri.html, 3.1)."""
     apart = {ord(each): f'%{ord(each):02x}' for each in '%?#'}
-    return f'file:{os.path.abspath(path).translate(apart)}?mode=rw'
+    return f'file://{os.path.abspath(path).translate(apart)}?mode=rw'
 
 
 def connect(path: str, timeout: float = PATIENT) -> sqlite3.Connection:
@@ -4917,11 +4938,16 @@ def read_keys(file: str, ended: bool = False) -> list[bytes]:
     """The key, and those before it that are still good: whose cookies have not ended yet; or
     all that the file still has.
     """
-    with open(file, encoding='ascii') as lines:
-        older = [line.split() for line in lines.read().splitlines()[2:]]
-    good = [bytes.fromhex(key) for key, until in older
-            if ended or int(until) > time.time()]
-    return [read_key(file), *good]
+    first = read_key(file)
+    try:
+        with open(file, encoding='ascii') as lines:
+            older = [line.split() for line in lines.read().splitlines()[2:]]
+        return [first, *(bytes.fromhex(key) for key, until in older
+                         if ended or int(until) > time.time())]
+    except ValueError:
+        raise Unavailable(f"'{file}' is damaged: each line after its second must be an older key "
+                          'and until when it is good. Put the file back, or remove these lines; '
+                          'then all must sign in to the page again.') from None
 
 
 def rotate_key(file: str, until: int) -> int:
@@ -4942,12 +4968,17 @@ def remember(file: str, store: str) -> None:
 def write_key(file: str, *said: str) -> None:
     """Writes a key, all of it or nothing."""
     part = f'{file}.{secrets.token_hex(4)}'
-    make_private(part)
-    with open(part, 'w', encoding='ascii') as lines:
-        lines.write('\n'.join([*said, '']))
-        lines.flush()
-        os.fsync(lines.fileno())
-    os.replace(part, file)
+    try:
+        make_private(part)
+        with open(part, 'w', encoding='ascii') as lines:
+            lines.write('\n'.join([*said, '']))
+            lines.flush()
+            os.fsync(lines.fileno())
+        os.replace(part, file)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(part)
+        raise Unavailable(f"Cannot write the key '{file}': {first_line(error)}") from None
 
 
 def make_private(path: str) -> None:
@@ -5005,15 +5036,16 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
         if os.path.exists(target):
             raise Conflict(f"'{target}' already exists. Choose another name.")
         part = f'{target}.{secrets.token_hex(4)}'
-        make_private(part)
     try:
+        if part != target:
+            make_private(part)
         with reading(source) as read, opened(part), transaction():
             refuse_full(target)
             number = fill_tables(read, watch)
         if part != target:
             leave_wal(part)
             os.replace(part, target)
-    except STORE_ERRORS + ((psycopg().Error,) if is_server(source) else ()) as error:
+    except (OSError, *STORE_ERRORS, *([psycopg().Error] if is_server(source) else [])) as error:
         raise Unavailable(f"Cannot copy '{without_password(source)}' to "
                           f"'{without_password(target)}': {first_line(error)}") from None
     finally:
@@ -5068,7 +5100,8 @@ def alone_with(path: str) -> Iterator[None]:
     lock = lock_store(path, alone=True)
     try:
         if os.path.exists(path):
-            leave_wal(path)
+            with suppress(sqlite3.Error):  # what is damaged may be replaced
+                leave_wal(path)
         yield
     finally:
         os.close(lock)
@@ -5115,6 +5148,7 @@ def leave_wal(path: str) -> None:
     except sqlite3.Error as error:
         if error.sqlite_errorcode & 0xff == sqlite3.SQLITE_BUSY:
             raise Unavailable(IN_USE.format(path)) from None
+        raise
 
 
 def migrate_store(path: str) -> dict | None:
@@ -5136,7 +5170,8 @@ def migrate_store(path: str) -> dict | None:
             run_migrations(before)
         finally:
             db.close()
-        os.chmod(path, 0o600)  # older programs let everybody read it
+        with suppress(PermissionError):  # of another user's file, who can do it himself
+            os.chmod(path, 0o600)  # older programs let everybody read it
     return {'database': path, 'before': before, 'after': latest_version(), 'copy': copy}
 
 
@@ -5156,8 +5191,10 @@ def version_of(path: str) -> int:
     try:
         with closing(connect(path)) as connection:
             return told_by(connection)[1] or 0
-    except sqlite3.Error:
-        return 0
+    except sqlite3.Error as error:
+        if code_of(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB):
+            return 0
+        raise
 
 
 def stamp() -> str:
@@ -5218,11 +5255,18 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
         return restore_on_server(path, copy, key_file(path, key), found)
     with alone_with(path):
         part = f'{path}.restored-{stamp()}'
-        copy_store(copy, part)
-        with closing(connect(part)) as connection:
-            note_restored(connection.execute)
-        aside = set_aside(path)
-        os.rename(part, path)
+        try:
+            copy_store(copy, part)
+            with closing(connect(part)) as connection:
+                note_restored(connection.execute)
+            aside = set_aside(path)
+            os.rename(part, path)
+        except OSError as error:
+            raise Unavailable(f"Cannot put '{copy}' in the place of '{path}': "
+                              f'{first_line(error)}') from None
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(part)
         remember(key_file(path, key), found['store'])
     answer = {'database': path, 'from': copy, 'reservations': found['reservations']}
     return answer | ({'before': aside} if os.path.exists(aside) else {})
@@ -5252,7 +5296,7 @@ def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
 def set_aside(path: str) -> str:
     """Gives the files of a database another name, and tells it."""
     aside = f'{path}.before-{stamp()}'
-    for side in SIDES:
+    for side in (*SIDES, '-journal'):  # SQLite would undo in the new file what the last tells of
         if os.path.exists(path + side):
             os.rename(path + side, aside + side)
     return aside
@@ -8859,10 +8903,13 @@ def cipher(config: Config):
 
 
 def decrypted(config: Config, secret: str) -> str:
-    """A secret as it was given; CloudError if it was encrypted with another key."""
+    """A secret as it was given; CloudError if there is no key, or it was encrypted with another."""
     from cryptography.fernet import InvalidToken
     try:
         return cipher(config).decrypt(secret.encode()).decode()
+    except Unavailable as error:
+        raise CloudError(f'the secret of this credential cannot be read: {error}',
+                         sure=True) from None
     except InvalidToken:
         raise CloudError('the secret of this credential was encrypted with a key that is gone: add '
                          'it again', sure=True) from None
@@ -26441,7 +26488,7 @@ class Pages:
     def keys(self) -> list[bytes]:
         """What we sign with, the newest first; another process may have made a new one."""
         stamp = file_stamp(self.key_file)
-        if stamp and stamp != self.read[0]:
+        if stamp and stamp != self.read[0] or not self.read[1]:
             self.read = stamp, read_keys(self.key_file)
         return self.read[1]
 
@@ -28066,7 +28113,7 @@ class Front:
     """The sockets of a server, from its first turn until the last answer is sent."""
 
     def __init__(self, app: Callable, config: Config, is_new: Callable = lambda token: False):
-        allow_files(config.connections + 500)
+        allow_connections(config)
         self.config, self.turned = config, time.monotonic()
         self.leaving = threading.Event()
         self.server = waitress.create_server(
@@ -28120,13 +28167,26 @@ class Front:
         return sum(not each.will_close for each in found)
 
 
-def allow_files(number: int) -> None:
-    """Lets this process open so many files, as far as it may."""
+def allow_connections(config: Config) -> None:
+    """Lets this process open a file for each connection, and some; or takes fewer connections."""
+    wanted = config.connections + 500
+    may = allow_files(wanted)
+    if may < wanted:
+        fewer = max(may // 2, may - 500)  # who has no file left can't read the database either
+        log.warning('At most %d connections are open at the same time, not %d, since only %d files '
+                    'may be. Raise that limit (LimitNOFILE= of systemd, ulimit -Hn)',
+                    fewer, config.connections, may)
+        config.take(connections=fewer)
+
+
+def allow_files(number: int) -> int:
+    """Lets this process open so many files, as far as it may; how many that is, at most."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 #: Rules of Prometheus: when one holds for so long, somebody is told.
@@ -29594,9 +29654,11 @@ def make(call: Call, config: Config, options: dict) -> str | None:
 def reached_for(operation: Operation, bound: dict, config: Config) -> Reservations | Client:
     """The service that a call works with; what an operator begins with may make its database."""
     begins = operation.name in BEGINS and not bound.get('dry_run')
-    if begins and not config.url and is_missing(config.database):
+    made = begins and not config.url and is_missing(config.database)
+    service = reached(config, begins)
+    if made:
         print(told_made(config), file=sys.stderr)
-    return reached(config, begins)
+    return service
 
 
 def tell_ending(service: Reservations | Client, zone: ZoneInfo) -> None:

@@ -1716,6 +1716,19 @@ def test_what_was_acknowledged_survives_the_loss_of_the_log(serving, tmp_path):
     assert serve.names() == {'demo', 'early'}
 
 
+@pytest.mark.sqlite  # files
+def test_a_folder_that_cannot_be_entered_is_told_of_and_no_backup_is_asked_for(serving, tmp_path):
+    (folder := tmp_path / 'deep').mkdir()
+    serve = serving(folder=folder)
+    folder.rename(tmp_path / 'away')
+    folder.symlink_to(folder)  # for root there is no permission that lacks
+    status, answer = serve.add('early')
+    assert status == 503 and 'cannot be reached (Too many levels' in answer['error'] and 'backup' not in answer['error']
+    folder.unlink()
+    (tmp_path / 'away').rename(folder)
+    assert serve.add('later')[0] == 201
+
+
 def test_what_was_acknowledged_survives_also_when_another_log_is_there_at_once(serving, tmp_path):
     """Whoever connects makes an empty one."""
     serve = serving()
@@ -1742,6 +1755,55 @@ def test_what_was_acknowledged_survives_though_somebody_reads_while_the_log_is_l
         lost(serve, 'cmres.db-wal', 'was (removed|replaced)')
     serve.stop()
     assert serve.names() == {'demo', 'early', 'later'}
+
+
+@pytest.mark.sqlite  # its log is a file
+@pytest.mark.parametrize('side', ['-wal', '-shm'])
+def test_a_log_that_is_lost_while_a_command_begins_is_told_of(run, monkeypatch, side):
+    assert run('resource', 'add', 'demo')[0] == 0
+    cmres.close_store()
+    known, stats_of = len(side), cmres.stats_of
+
+    def lose(path):
+        monkeypatch.setattr(cmres, 'stats_of', stats_of)
+        os.remove(path + side)
+        return stats_of(path)
+    monkeypatch.setattr(cmres, 'stats_of', lose)
+    code, _, err = run('list')
+    assert code == 1 and f"'cmres.db{side}' was removed while cmres used it" in err
+
+
+@pytest.mark.sqlite  # names of files
+@pytest.mark.parametrize('name', ['//{}/cmres.db', '{}/a b%20?#\u00e9\n.db', './../{}/x'])
+def test_a_database_can_have_any_name(run, tmp_path, monkeypatch, name):
+    monkeypatch.setenv('CMRES_DATABASE', name.format(tmp_path.name if name[0] == '.' else str(tmp_path)[1:] if name[0] == '/' else tmp_path))
+    assert run('resource', 'add', 'demo')[0] == run('store', 'backup', 'copy.db')[0] == 0
+    cmres.close_store()
+    assert run('store', 'restore', 'copy.db')[0] == 0 and 'demo' in run('resource', 'list')[1]
+
+
+@pytest.mark.sqlite  # a file
+def test_a_database_that_could_not_be_made_is_not_said_to_be_there(run, monkeypatch):
+    monkeypatch.setenv('CMRES_DATABASE', 'none/cmres.db')
+    code, _, err = run('resource', 'add', 'demo')
+    assert code == 1 and 'No such file or directory' in err and 'Created' not in err
+
+
+@pytest.mark.sqlite  # a link to a file
+def test_a_database_can_be_a_link_and_is_the_same_by_each_of_its_names(run, tmp_path):
+    assert run('resource', 'add', 'demo')[0] == 0
+    cmres.close_store()
+    (tmp_path / 'deep').mkdir()
+    for each in tmp_path.glob('cmres.db*'):
+        each.rename(tmp_path / 'deep' / each.name)
+    Path('cmres.db').symlink_to('deep/cmres.db')
+    assert run('resource', 'add', 'more')[0] == 0
+    with pytest.raises(Unavailable, match='Other processes use'):
+        cmres.lock_store('deep/cmres.db', alone=True)
+    cmres.close_store()
+    assert run('store', 'backup', 'copy.db')[0] == run('store', 'restore', 'copy.db')[0] == 0
+    assert Path('cmres.db').is_symlink() and 'more' in run('resource', 'list')[1]
+    assert not [*tmp_path.glob('cmres.db?*')]
 
 
 @pytest.mark.sqlite  # another file in its place
@@ -1798,6 +1860,25 @@ def fill_up(serve, refusal: int = 503) -> tuple[set[str], dict]:
             return done, answer
         done.add(label)
     raise AssertionError('it was never refused')
+
+
+def test_a_copy_that_a_full_disk_cuts_off_is_no_copy(run, tmp_path):
+    """At the end, what was written to a log is copied into the file."""
+    assert run('resource', 'add', 'demo')[0] == 0
+    cmres.close_store()
+    size = Path('cmres.db').stat().st_size
+    with small_disk(tmp_path / 'disk') as disk:
+        subprocess.run(['mount', '-o', f'remount,size={3 * size}', disk], check=True)
+        for more in range(4096, 2 * size, 8 * 4096):
+            (disk / 'ballast').write_bytes(bytes(3 * size - more))
+            code, _, err = run('store', 'copy', f'{disk}/copy.db')
+            (disk / 'ballast').unlink()
+            assert code == 0 or 'full' in err or 'No space left' in err or 'disk I/O error' in err, err
+            assert code or cmres.verify_store(f'{disk}/copy.db')['store']
+            cmres.close_store()
+            assert code == 0 or not {*os.listdir(disk)} - {'copy.db.lock'}, more
+            for each in disk.iterdir():
+                each.unlink()
 
 
 def test_a_full_disk_is_named_and_what_was_acknowledged_is_there(serving, tmp_path):
@@ -2016,6 +2097,45 @@ def test_a_copy_replaces_nothing_and_a_damaged_one_is_not_restored(run, tmp_path
     assert "There is no file 'none.db'" in run('store', 'restore', 'none.db')[2]
     Path('text').write_text('this is no database ' * 300)
     assert 'damaged or not a database' in run('store', 'verify', 'text')[2]
+
+
+KILLED = '''
+import os, sqlite3, sys
+other = sqlite3.connect(sys.argv[1], isolation_level=None)
+other.execute('PRAGMA journal_mode = DELETE')
+other.execute('PRAGMA cache_size = 1')
+other.execute('BEGIN')
+other.execute("UPDATE resource SET name = 'changed'")
+other.execute('CREATE TABLE large AS SELECT randomblob(1000000) AS one')
+os.kill(os.getpid(), 9)
+'''
+
+
+@pytest.mark.sqlite  # its journal is a file
+def test_what_somebody_who_was_killed_left_to_be_undone_is_not_undone_in_a_restored_copy(run):
+    assert run('resource', 'add', 'demo')[0] == 0
+    cmres.close_store()
+    subprocess.run([sys.executable, '-c', KILLED, 'cmres.db'])
+    shutil.copy('cmres.db-journal', 'journal')
+    assert run('resource', 'add', 'later')[0] == run('store', 'backup', 'copy.db')[0] == 0
+    cmres.close_store()
+    os.remove('cmres.db')
+    shutil.copy('journal', 'cmres.db-journal')
+    assert run('store', 'restore', 'copy.db')[0] == 0
+    assert 'later' in run('resource', 'list')[1]
+
+
+@pytest.mark.sqlite  # on PostgreSQL nothing is renamed
+def test_what_cannot_be_put_in_the_place_of_a_database_leaves_nothing_behind(run, monkeypatch):
+    assert run('resource', 'add', 'demo')[0] == run('store', 'backup', 'copy.db')[0] == 0
+
+    def rename(*_):
+        raise PermissionError(1, 'Operation not permitted')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'rename', rename)
+        code, _, err = run('store', 'restore', 'copy.db')
+    assert code == 1 and "Cannot put 'copy.db' in the place of 'cmres.db': Operation not permitted" in err
+    assert not [*Path().glob('*.restored-*')] and run('resource', 'list')[0] == 0
 
 
 def test_a_store_that_is_served_is_not_restored_over(serving, tmp_path):
@@ -22369,6 +22489,18 @@ def test_of_too_many_connections_of_an_address_the_oldest_idle_ones_are_closed(f
         assert b'200 OK' in line.recv(1000)
 
 
+def test_where_few_files_may_be_open_there_are_fewer_connections(serving, monkeypatch):
+    """Else nothing could be accepted nor read, which was logged thousands of times in a second."""
+    monkeypatch.setattr(sys.modules[__name__], 'PROGRAM', ['prlimit', '--nofile=100:100', *PROGRAM])
+    serve = serving()
+    address = serve.url.removeprefix('http://').split(':')
+    idle = [socket.create_connection(address) for _ in range(120)]
+    assert serve.add('other')[0] == 201 and serve.ask('GET', '/readyz')[0] == 200
+    assert 'At most 50 connections are open' in serve.said() and 'Too many open files' not in serve.said()
+    for each in idle:
+        each.close()
+
+
 def test_of_all_connections_there_are_as_many_as_may_be(world):
     class Channel:
         def __init__(self, *requests):
@@ -22468,6 +22600,21 @@ def test_the_event_log_tells_where_wrong_tokens_came_from_and_that_and_how_it_wa
 def test_who_signs_in_is_in_the_event_log_with_the_address(world):
     as_visitor(world)
     assert world.service.events()[-1]['sentence'].startswith('eva in biology signed in from ')
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda file: file.unlink(), lambda file: file.write_bytes(b'\xff\xfe'),
+    lambda file: file.write_text(file.read_text() + 'short\n'), lambda file: file.unlink() or file.mkdir()])
+def test_what_is_no_key_is_told_of_and_not_a_mistake_of_ours(world, spoil):
+    web = webtest.TestApp(cmres.web(world.service))
+    spoil(Path(file := world.config.key or world.config.database + '.key'))
+    for deed in lambda: cmres.key_rotate(world.config), lambda: cmres.read_keys(file), lambda: cmres.cipher(world.config):
+        with pytest.raises(Unavailable, match='key'):
+            deed()
+    assert 'key' in web.get('/sign-in', status=503).text
+    with pytest.raises(cmres.CloudError, match='key') as refused:  # nothing was asked of the cloud
+        cmres.decrypted(world.config, 'secret')
+    assert refused.value.sure
 
 
 def test_a_new_key_leaves_those_signed_in_who_are_and_then_no_more(world):
