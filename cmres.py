@@ -1677,7 +1677,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
                           f"'{name}'{nearest(name, TEXTS)}")
         check_template(f'{path}: [texts] {name}', template)
     values = {name: read_setting(name, text) for name, text in settings.items()}
-    values['database'] = followed(values.get('database', Config.database))
+    values['database'] = behind_link(values.get('database', Config.database))
     sources = {renamed.get(name, name): where for name, where in said.items()}
     config = Config(**values, texts=TEXTS | sections['texts'], path=path, stamp=stamp,
                     credentials=sections['credentials'], identities=sections['identities'],
@@ -1690,7 +1690,7 @@ def load_config(path: str | None = None, environ: dict = os.environ) -> Config:
     return config
 
 
-def followed(path: str) -> str:
+def behind_link(path: str) -> str:
     """The file that a link leads to: beside that, by its name, are log, lock and key of a database.
     """
     return os.path.realpath(path) if os.path.islink(path) else path
