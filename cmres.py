@@ -5208,6 +5208,7 @@ def verify_store(path: str) -> dict:
         with opened(path):
             _, version, store = told_by_server()
             count = row('SELECT count(*) AS number FROM reservation').number if version else 0
+        refuse_no_store(without_password(path), version)
         return {'file': without_password(path), 'version': version, 'store': store,
                 'reservations': count, 'result': 'ok'}
     if not os.path.exists(path):
@@ -5222,9 +5223,15 @@ def verify_store(path: str) -> dict:
         raise Unavailable(f"'{path}' is damaged or not a database: {error}") from None
     if faults:
         raise Unavailable(f"'{path}' is damaged: {faults}")
-    if version is None:
-        raise Unavailable(f"'{path}' is not a database of cmres.")
+    refuse_no_store(path, version)
     return {'file': path} | found | {'result': 'ok'}
+
+
+def refuse_no_store(path: str, version: int | None) -> None:
+    """Unavailable for the version of what is no store."""
+    if not version:
+        what = 'not a database of cmres' if version is None else 'empty'
+        raise Unavailable(f"'{path}' is {what}. Name a database or a backup of cmres.")
 
 
 def loose_row(connection: sqlite3.Connection) -> str:
@@ -5247,8 +5254,6 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
     mark is used twice.
     """
     found = verify_store(copy)
-    if not found['version']:
-        raise Unavailable(f"'{copy}' is empty")
     if found['version'] > latest_version():
         raise Unavailable(STORE_NEWER.format(copy, found['version'], latest_version()))
     if is_server(path):
@@ -5262,7 +5267,7 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
             aside = set_aside(path)
             os.rename(part, path)
         except OSError as error:
-            raise Unavailable(f"Cannot put '{copy}' in the place of '{path}': "
+            raise Unavailable(f"Cannot put '{copy}' where '{path}' is: "
                               f'{first_line(error)}') from None
         finally:
             with suppress(FileNotFoundError):

@@ -1813,6 +1813,9 @@ def test_an_empty_file_or_another_store_in_its_place_is_refused_at_the_start(run
     os.rename('cmres.db', 'first')
     Path('cmres.db').touch()
     assert "'cmres.db' is empty, but its key is of store" in run('list')[2]
+    for command in (['store', 'verify'], ['store', 'restore', 'cmres.db']):
+        code, out, err = run(*command)
+        assert code == 1 and not out and "'cmres.db' is empty. Name a database or a backup" in err, err
     os.remove('cmres.db')
     cmres.open_store('other.db')
     cmres.close_store()
@@ -2134,7 +2137,7 @@ def test_what_cannot_be_put_in_the_place_of_a_database_leaves_nothing_behind(run
     with monkeypatch.context() as patch:
         patch.setattr(os, 'rename', rename)
         code, _, err = run('store', 'restore', 'copy.db')
-    assert code == 1 and "Cannot put 'copy.db' in the place of 'cmres.db': Operation not permitted" in err
+    assert code == 1 and "Cannot put 'copy.db' where 'cmres.db' is: Operation not permitted" in err
     assert not [*Path().glob('*.restored-*')] and run('resource', 'list')[0] == 0
 
 
