@@ -3371,11 +3371,12 @@ def lock_store(path: str, alone: bool) -> int:
     import fcntl
     try:
         file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
-    except OSError as error:
-        raise Unavailable(f"Cannot open the lock '{path}.lock': {error.strerror}") from None
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(file, 0)
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, 0)
+    except OSError as error:  # for want of a right, or where files can't be locked
+        raise Unavailable(f"Cannot lock '{path}.lock': {error.strerror}. The database must be in a "
+                          'folder of this machine that cmres can write to.') from None
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
     while True:

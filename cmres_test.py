@@ -32,6 +32,7 @@ import csv
 import dataclasses
 import email.policy
 import email.utils
+import errno
 import functools
 import gc
 import gzip
@@ -1804,6 +1805,22 @@ def test_a_database_can_be_a_link_and_is_the_same_by_each_of_its_names(run, tmp_
     assert run('store', 'backup', 'copy.db')[0] == run('store', 'restore', 'copy.db')[0] == 0
     assert Path('cmres.db').is_symlink() and 'more' in run('resource', 'list')[1]
     assert not [*tmp_path.glob('cmres.db?*')]
+
+
+@pytest.mark.sqlite  # whose file is locked
+@pytest.mark.parametrize('command', ['list', 'tick', 'store migrate', 'store restore copy.db'])
+def test_where_files_cannot_be_locked_no_database_is_opened(run, monkeypatch, command):
+    """As on some file systems of networks."""
+    import fcntl
+
+    def unable(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    assert run('resource', 'add', 'demo')[0] == run('store', 'backup', 'copy.db')[0] == 0
+    cmres.close_store()
+    monkeypatch.setattr(fcntl, 'flock', unable)
+    code, out, err = run(*command.split())
+    assert code == 1 and not out and "Cannot lock 'cmres.db.lock': No locks available. The database must be" in err.replace(
+        f'{os.getcwd()}/', ''), err
 
 
 @pytest.mark.sqlite  # another file in its place
