@@ -1882,6 +1882,7 @@ def fill_up(serve, refusal: int = 503) -> tuple[set[str], dict]:
     raise AssertionError('it was never refused')
 
 
+@pytest.mark.sqlite  # the size of its file
 def test_a_copy_that_a_full_disk_cuts_off_is_no_copy(run, tmp_path):
     """At the end, what was written to a log is copied into the file."""
     assert run('resource', 'add', 'demo')[0] == 0
