@@ -3376,7 +3376,7 @@ def lock_store(path: str, alone: bool) -> int:
             os.ftruncate(file, 0)
     except OSError as error:  # for want of a right, or where files can't be locked
         raise Unavailable(f"Cannot lock '{path}.lock': {error.strerror}. The database must be in a "
-                          'folder of this machine that cmres can write to.') from None
+                          'local folder that cmres can write to.') from None
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
     while True:

@@ -29189,7 +29189,8 @@ def test_a_question_of_a_guest_costs_as_much_where_very_many_have_reserved(world
     for n in range(20):
         gpus(world, f'lab{n}', 'g1', 1, start=0)
         assert claimed(world, f's{n}', 'g1', label=f'lab{n}')
-        claimed(world, 'w1', 'g1', 'maths', dry_run=True)  # the first makes ready what rehearsals write to
+        for _ in range(2):  # the first ones make ready what rehearsals write to
+            claimed(world, 'w1', 'g1', 'maths', dry_run=True)
         counts.append(len(statements(lambda: claimed(world, 'w1', 'g1', 'maths', dry_run=True))))
     assert counts[-1] == counts[0] <= 25
 
