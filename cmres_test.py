@@ -29185,6 +29185,7 @@ def test_a_question_of_nova_can_be_tried_also_about_what_counts(racks):
 
 def test_a_question_of_a_guest_costs_as_much_where_very_many_have_reserved(world, monkeypatch):
     rack(world, monkeypatch, {f'h{n}': 8 for n in range(9)}, mode='shared', min_free_time=hours(1))
+    monkeypatch.setattr(cmres, 'ON_STAGE', {'occurrence', 'reservation'})  # not what other tests rehearsed
     counts = []
     for n in range(20):
         gpus(world, f'lab{n}', 'g1', 1, start=0)
