@@ -8039,7 +8039,7 @@ def measured(call: Callable) -> Callable:
         labels = {'cloud': cloud_of(self.account), 'verb': call.__name__, 'result': 'ok'}
         try:
             return call(self, *args, **options)
-        except Exception as error:
+        except Exception as error:  # of any kind: it is raised on
             labels['result'] = result_of(error)
             raise
         finally:
@@ -19363,7 +19363,7 @@ class Reconciler:
                 self.record_one(result, now)
         except (*STORE_ERRORS, LostLease):
             raise
-        except Exception:
+        except Exception:  # of any kind: the results of others come still
             log.exception('the result of %s for %s could not be recorded', result.verb,
                           result.account)
 
@@ -19948,7 +19948,7 @@ class LifeCycle:
         # that is wrong with the store, or with all
         except (peewee.OperationalError, Unavailable, LostLease):
             raise
-        except Exception as error:
+        except Exception as error:  # of any kind: others are carried on
             log.warning('the series of reservation %s could not be continued: %s', reservation,
                         error, exc_info=not isinstance(error, Error))
             with self.leader.acting():
@@ -20776,7 +20776,7 @@ def answering(handle: Callable) -> Callable:
             return handle(*args, **path)
         except bottle.HTTPResponse:
             raise
-        except Exception as error:
+        except Exception as error:  # of any kind: a mistake of ours is 500
             refusal = error if isinstance(error, Error) else trouble(error)
             refusal = refusal or mistake(error, bottle.request)
             return bottle.HTTPError(refusal.status, refusal)
@@ -28846,10 +28846,15 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         told.append('Nobody can sign in yet. Create the first token: cmres token add NAME --role '
                     'admin')
     serves = f'cmres {__version__} serves {url} from {without_password(config.database)}'
-    print('\n'.join([serves, *told]), flush=True)  # at once, for those who wait for it
+    tell_start(serves, *told)
     note_start(service, 'serve')
     with running(acts, Housekeeper(service, acts, front), front.leave):
         front.run()
+
+
+def tell_start(*lines: str) -> None:
+    """Prints all lines at once: who waits for the first has the others then."""
+    print('\n'.join(lines), flush=True)
 
 
 def listening(app: Gate, config: Config) -> Front:
@@ -28878,7 +28883,7 @@ def scheduler(config: Config, port: int = None) -> None:
         front = listening(Gate(health_of(service), service, cycle), config)
         told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
     first = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
-    print(first, *told, sep='\n', flush=True)
+    tell_start(first, *told)
     note_start(service, 'scheduler')
     with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
         front.run() if front else stop.wait()

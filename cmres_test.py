@@ -1365,14 +1365,16 @@ def test_serve_makes_a_store_and_what_to_try_in_an_empty_folder_only(serving, tm
     assert "Created the resource 'demo'" in shown.said() and shown.ask('GET', '/resource/')[0] == 200
 
 
-def test_what_serve_says_at_its_start_comes_at_once(tmp_path):
+@pytest.mark.parametrize('command, last', [('serve', 'curl -H'), ('scheduler', 'metrics are at')])
+def test_what_is_said_at_the_start_comes_at_once(tmp_path, command, last):
     """Who waits for the first line has the token then."""
     variables = environment(tmp_path) | {'HOME': str(tmp_path), 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen([*PROGRAM, 'serve', '--port', '0'], cwd=tmp_path, env=variables, stdout=subprocess.PIPE,
+    assert command == 'serve' or cli(tmp_path, 'resource', 'add', 'demo', **variables).returncode == 0
+    process = subprocess.Popen([*PROGRAM, command, '--port', '0'], cwd=tmp_path, env=variables, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
     try:
         said = os.read(process.stdout.fileno(), 4096).decode()
-        assert 'serves http' in said and 'curl -H' in said, said
+        assert said.startswith('cmres ') and last in said, said
     finally:
         process.terminate()
         process.communicate(timeout=30)
