@@ -2235,9 +2235,11 @@ def guarded_by_role(method):
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
         kwargs = with_new_names(method.__name__, kwargs)
-        if args or kwargs.keys() - takes().keys():  # what is unknown, that refuses
-            kwargs = signature_of(method).bind_partial(self, *args, **kwargs).arguments
-            del kwargs['self']
+        named = dict(zip(takes(), args))
+        too_many = len(args) >= method.__code__.co_argcount  # which counts self
+        if too_many or named.keys() & kwargs or kwargs.keys() - takes().keys():
+            signature_of(method).bind_partial(self, *args, **kwargs)  # says what is wrong
+        kwargs = named | kwargs
         if 'asked' in takes():
             usual = {name: default for name, default in takes().items() if name != 'asked'}
             kwargs['asked'] = usual | kwargs
@@ -3405,7 +3407,7 @@ def mode_of(path: str) -> int:
 
 # Engines. All SQL is written once, in what SQLite and PostgreSQL both understand and a few words
 # that each spells in its own way: `?` and `?1` for values, `numbers(?)` and `names(?)` for a list
-# in JSON, `of_list`, INDEXED BY, `main.`. An engine is peewee's database with what else differs:
+# in JSON, `for_each`, INDEXED BY, `main.`. An engine is peewee's database with what else differs:
 # how a transaction begins, what its errors mean, what tells that something was written. Nothing
 # outside this section knows which of them the store is on.
 
@@ -3414,6 +3416,7 @@ class SQLite(peewee.SqliteDatabase):
     """SQLite whose connections all lead to the same file, and whose errors tell the first cause."""
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
+    few = 2  # statements that take less time than one with lists
     time = staticmethod(time.time)  # by the one clock of all who use the store
     last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
@@ -3530,7 +3533,7 @@ class PostgreSQL(PooledPostgresqlDatabase):
     """PostgreSQL, by a pool of connections that are all alike."""
     field_types = PooledPostgresqlDatabase.field_types | {'AUTO': 'BIGSERIAL', 'INT': 'BIGINT'}
     snapshot, param = 'REPEATABLE READ', '?'
-    in_files, returning = False, ' RETURNING id'
+    in_files, returning, few = False, ' RETURNING id', 1
     last_id = 'SELECT last_value - CAST(NOT is_called AS int) FROM {}_id_seq'
     # each by itself in that order, no more than are asked for
     one_of_several = 'SELECT * FROM ({} {}) one'
@@ -6852,7 +6855,7 @@ class Ledger(threading.local):
             return
         # steps are at whole seconds
         whole = [(*of, math.floor(begin), math.ceil(until)) for *of, begin, until in missing]
-        for piece, found in zip(missing, run(PEAKS, json.dumps(whole)).fetchall()):
+        for piece, found in zip(missing, PEAKS.run(whole)):
             at, before, inside, *ended = [each and step_of(each) for each in found]
             resource, track, begin, until = piece
             self.peaks[piece] = [at or before or ZERO, *([inside] if inside else [])]
@@ -6884,10 +6887,27 @@ MOST_WINDOWS = 5000  # windows of which a transaction remembers what is held
 
 ledger = Ledger()
 MEMORIES.append(ledger)
-def of_list(query: str, *names: str) -> str:
-    """A query that uses lists, its one parameter in JSON, as the rows of a table p."""
+
+
+class Each(NamedTuple):
+    """A statement that is run for each of some lines of values."""
+    one: str  # for one of them
+    all: str  # for all at once, which are one value, a list in JSON
+
+    def run(self, lines: list) -> list[tuple]:
+        """The first rows of what it answers; None for each that it answers nothing to."""
+        if len(lines) <= db.few:
+            return [run(self.one, *line).fetchone() for line in lines]
+        return run(self.all, json.dumps(lines)).fetchall()
+
+
+def for_each(names: str, query: str) -> Each:
+    """What a query does with the values of these names, which it takes FROM p, for each p."""
+    names = names.split()
     columns = ', '.join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(names))
-    return f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}'
+    one = re.sub(r'\bp\.(\w+)', lambda found: f'?{names.index(found[1]) + 1}', query)
+    return Each(re.sub(r'\s+FROM p\b( ORDER BY key)?', '', one),
+                f'WITH p AS MATERIALIZED (SELECT key, {columns} FROM json_each(?)) {query}')
 
 
 OF_ITS = 'step.resource_id = p.resource AND step.track = p.track'  # steps of the step function of p
@@ -6896,25 +6916,24 @@ AROUND = f"""(SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at
              (SELECT json_array(vms, vcpus, ram) FROM step WHERE {OF_ITS} AND at < p.{{0}}
                ORDER BY at DESC LIMIT 1)"""
 INSIDE = f'FROM step WHERE {OF_ITS} AND at > p.begun AND at < p.until'
-STEPS_AT = of_list(f"SELECT {AROUND.format('at')} FROM p ORDER BY key", 'resource', 'track', 'at')
-PEAKS = of_list(f"""
+STEPS_AT = for_each('resource track at', f"SELECT {AROUND.format('at')} FROM p ORDER BY key")
+PEAKS = for_each('resource track begun until', f"""
   SELECT {AROUND.format('begun')},
          (SELECT iif(max(vms) IS NULL, NULL, json_array(max(vms), max(vcpus), max(ram))) {INSIDE}),
-         {AROUND.format('until')} FROM p ORDER BY key""", 'resource', 'track', 'begun', 'until')
-PUT_STEPS = of_list("""
+         {AROUND.format('until')} FROM p ORDER BY key""")
+PUT_STEPS = for_each('resource track at a b c', """
   INSERT INTO step (resource_id, track, at, vms, vcpus, ram)
-  SELECT resource, track, at, a, b, c FROM p WHERE TRUE
+  SELECT p.resource, p.track, p.at, p.a, p.b, p.c FROM p WHERE TRUE
       ON CONFLICT (resource_id, track, at) DO UPDATE
-        SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""",
-                    'resource', 'track', 'at', 'a', 'b', 'c')
-RAISE_STEPS = of_list(f"""
+        SET vms = excluded.vms, vcpus = excluded.vcpus, ram = excluded.ram""")
+RAISE_STEPS = for_each('resource track begun until a b c', f"""
   UPDATE step SET vms = vms + p.a, vcpus = vcpus + p.b, ram = ram + p.c FROM p
-   WHERE {OF_ITS} AND at > p.begun AND at < p.until""",
-                      'resource', 'track', 'begun', 'until', 'a', 'b', 'c')
-DROP_STEPS = of_list('''
-  DELETE FROM step WHERE resource_id IN (SELECT resource FROM p) AND track IN (SELECT track FROM p)
-     AND at IN (SELECT at FROM p) AND (resource_id, track, at) IN (SELECT resource, track, at
-    FROM p)''', 'resource', 'track', 'at')  # by itself, the last condition does not choose rows
+   WHERE {OF_ITS} AND at > p.begun AND at < p.until""")
+DROP_STEPS = for_each('resource track at', """
+  DELETE FROM step WHERE resource_id IN (SELECT p.resource FROM p)
+     AND track IN (SELECT p.track FROM p) AND at IN (SELECT p.at FROM p)
+     AND (resource_id, track, at) IN (SELECT p.resource, p.track, p.at FROM p)""")
+# by itself, the last condition of it does not choose rows
 
 
 @functools.lru_cache(10_000)  # the same few levels, again and again
@@ -6929,7 +6948,7 @@ def write_steps(pieces: list[tuple]) -> None:
     ended = {(resource, track, until): figures for resource, track, _, until, figures in pieces}
     cuts = sorted(begun.keys() | ended.keys())
     unknown = [cut for cut in cuts if cut not in ledger.cuts]
-    found = run(STEPS_AT, json.dumps(unknown)).fetchall() if unknown else ()
+    found = STEPS_AT.run(unknown) if unknown else ()
     ledger.cuts |= zip(unknown, ([each and step_of(each) for each in pair] for pair in found))
     put, gone = [], []
     for cut in cuts:
@@ -6943,7 +6962,7 @@ def write_steps(pieces: list[tuple]) -> None:
               if len(ledger.peaks.get(piece[:4], (0, 0))) > 1]
     for statement, values in (RAISE_STEPS, inside), (PUT_STEPS, put), (DROP_STEPS, gone):
         if values:
-            run(statement, json.dumps(values))
+            statement.run(values)
 
 
 def level(resource: int, at: float, classes: Iterable[str] = ()) -> Amount:

@@ -3677,7 +3677,8 @@ SAME = [  # statements with their values, and what both engines answer
     ('SELECT json_array(size, 2, NULL) FROM texts WHERE size = 3', (), [3, 2, None]),
     ('UPDATE texts SET size = size + ? WHERE project = ? RETURNING size', (1, 'small'), 4),
     ('SELECT count(*) FROM occurrence o INDEXED BY occurrence_failed WHERE o.told & 128', (), 0),
-    (cmres.of_list('SELECT p.track || sum(p.at) FROM p GROUP BY p.track', 'track', 'at'), ([['g', 3], ['g', 4]],), 'g7')]
+    (cmres.for_each('track at', 'SELECT p.track || sum(p.at) FROM p GROUP BY p.track').all, ([['g', 3], ['g', 4]],), 'g7'),
+    (cmres.for_each('track at', 'SELECT p.track || p.at FROM p ORDER BY key').one, ('g', 3), 'g3')]
 
 
 def test_a_statement_means_the_same_on_both_engines(both):
@@ -3697,7 +3698,7 @@ def test_a_statement_means_the_same_on_both_engines(both):
 
 
 #: What SQLite alone understands, and what both do instead.
-OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), of_list', r'\bINSERT OR\b': 'ON CONFLICT',
+OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), for_each', r'\bINSERT OR\b': 'ON CONFLICT',
              r'\bIS (NOT )?NULL\) = [01]': '= FALSE', r'\bWHERE 1\b': 'WHERE TRUE', r'\b1 << \d\d': 'the number itself',
              r'\bPRAGMA\b|sqlite_|\browid\b': 'a method of both engines', r'ON CONFLICT DO UPDATE': 'the columns in conflict',
              r'\bAS REAL\b': 'DOUBLE PRECISION', r'\b(?:ifnull|group_concat|strftime|printf|typeof|total|unixepoch)\(': 'what both have'}
@@ -3705,9 +3706,9 @@ OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), of_list', r'\bINS
 
 def test_no_statement_outside_the_store_is_in_the_words_of_one_engine():
     text = MODULE.read_text()
-    text = text[text.index('# Capacity ####'):].replace(inspect.getsource(cmres.of_list), '')
+    text = text[text.index('# Capacity ####'):].replace(inspect.getsource(cmres.for_each), '')
     below = [each for each in syntax().body if each.lineno > len(MODULE.read_text()[:-len(text)].splitlines())
-             and getattr(each, 'name', '') != 'of_list']
+             and getattr(each, 'name', '') != 'for_each']
     texts = [each.value for part in below for each in ast.walk(part)
              if isinstance(each, ast.Constant) and isinstance(each.value, str)]
     sql = [each for each in texts if re.search(r'\b(SELECT|WHERE|UPDATE|INSERT INTO|DELETE FROM|IN) ', each)]
