@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 MARKERS = "markers=openstack: needs a cloud, named by OS_CLOUD$$(printf '\n%s' 'clients: needs programs of others' 'sqlite: asks for what only a file has')"
-PYTEST  = $(BIN)/python -m pytest -q -o $(MARKERS)
+# compiled once, also where Python is told to keep nothing, and not by each program that is tested
+PYTEST  = $(BIN)/python -m py_compile cmres.py cmres_test.py && $(BIN)/python -m pytest -q -o $(MARKERS)
 
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
@@ -16,13 +17,13 @@ test: $(VENV)/cmres_test   ## run all tests that need no cloud
 	$(PYTEST) --assert=plain -n 6 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
 
 test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on PostgreSQL, which they start themselves
-	STORE_ENGINE=postgresql $(PYTEST) --assert=plain -n $(or $(WORKERS),4) --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
+	export STORE_ENGINE=postgresql; $(PYTEST) --assert=plain -n $(or $(WORKERS),4) --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
 
 test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done $(VENV)-clients/tempest/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
-	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -p no:warnings --tb short --maxfail 8 -m openstack cmres_test.py  # one host that is dead fails them all
+	export CLIENTS=$(abspath $(VENV)-clients)/bin; $(PYTEST) -p no:warnings --tb short --maxfail 8 -m openstack cmres_test.py  # one host that is dead fails them all
 
 test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
-	CLIENTS=$(abspath $(VENV)-clients)/bin $(PYTEST) -m clients cmres_test.py
+	export CLIENTS=$(abspath $(VENV)-clients)/bin; $(PYTEST) -m clients cmres_test.py
 
 stress: $(VENV)/cmres_test $(VENV)/psycopg   ## on both engines, let 64 clients reserve 100000 times, and kill what can be killed 100 times
 	$(BIN)/python cmres_test.py stress ruin
