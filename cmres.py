@@ -5147,7 +5147,7 @@ def leave_wal(path: str) -> None:
         with closing(connect(path, timeout=1)) as connection:
             connection.execute('PRAGMA journal_mode = DELETE').fetchone()
     except sqlite3.Error as error:
-        if error.sqlite_errorcode & 0xff == sqlite3.SQLITE_BUSY:
+        if code_of(error) == sqlite3.SQLITE_BUSY:
             raise Unavailable(IN_USE.format(path)) from None
         raise
 
@@ -5763,7 +5763,7 @@ MIGRATIONS: list[Callable | str] = [
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
 DAMAGED = 'The database is damaged: {}. Stop cmres and restore a backup with `store restore FILE`.'
-#: What SQLite's errors mean to people. Any other is a mistake of ours.
+#: What errors mean to people, by SQLite's codes. Any other is a mistake of ours.
 TROUBLES = {
     sqlite3.SQLITE_BUSY: f'The database was busy for {PATIENT} seconds. Nothing was changed. Try '
                          'again.',
@@ -5781,12 +5781,12 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
-LOST, LACKING, READ_ONLY = '08', '53', '25006'
+LOST, STOPPED, LACKING, READ_ONLY = '08', '57P', '53', '25006'
 IDLE_TOO_LONG = '25P03'  # somebody was frozen in a transaction: the connection is lost
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
     LOST: 'The connection to the database was lost: {}. Try again.',
-    '57P': 'The database stops or starts: {}. Try again in a minute.',
+    STOPPED: 'The database stops or starts: {}. Try again in a minute.',
     IDLE_TOO_LONG: 'The database has ended what took too long: {}. Nothing was changed. Try '
                    'again.',
     LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
@@ -5797,6 +5797,10 @@ SERVER_TROUBLES = {
     '42501': 'The database does not allow it: {}. Nothing was changed. An operator must grant it '
              'to the role of cmres.',
     '28': 'The database does not let cmres in: {}. An operator must look at its settings.'}
+TROUBLES |= SERVER_TROUBLES
+#: After these, no write will do for a while.
+LASTING = (sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
+           sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, LACKING, READ_ONLY)
 
 
 def trouble(error: BaseException) -> Unavailable | None:
@@ -5819,42 +5823,29 @@ def engine_error(error: BaseException) -> BaseException | None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
-    return str(code_of(engine_error(error))).startswith((LOST, '57P', IDLE_TOO_LONG))
+    return code_of(error) in (LOST, STOPPED, IDLE_TOO_LONG)
 
 
-def code_of(cause: BaseException | None) -> int | str | None:
-    """The code of the engine's own error; of SQLite's, the rest of it is for experts."""
-    if cause is None or hasattr(cause, 'sqlstate'):
-        return cause and (cause.sqlstate or LOST)
-    return cause.sqlite_errorcode & 0xff
+def code_of(error: BaseException) -> int | str | None:
+    """The code of the engine's own error, as TROUBLES has it; the rest of it is for experts."""
+    cause = engine_error(error)
+    if hasattr(cause, 'sqlite_errorcode'):
+        return cause.sqlite_errorcode & 0xff
+    state = cause and (cause.sqlstate or LOST) or ''
+    return next((each for each in SERVER_TROUBLES if state.startswith(each)), None)
 
 
 def in_trouble(error: BaseException) -> Unavailable | None:
     """What the engine's own error says of the store."""
-    cause = engine_error(error)
-    code = code_of(cause)
-    if isinstance(code, str):
-        return server_in_trouble(cause, code)
+    cause, code = engine_error(error), code_of(error)
     if code not in TROUBLES:
         return None
     store_file.troubles += 1
-    sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
+    name = getattr(cause, 'sqlite_errorname', '') or cause.sqlstate or 'no connection'
+    sentence = TROUBLES[code].format(f'{first_line(cause)} ({name})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
-    elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        store_file.failed = sentence, time.monotonic()
-    return Unavailable(sentence)
-
-
-def server_in_trouble(cause: BaseException, state: str) -> Unavailable | None:
-    """The same of PostgreSQL's error, by its code."""
-    code = next((each for each in SERVER_TROUBLES if state.startswith(each)), None)
-    if not code:
-        return None
-    store_file.troubles += 1
-    name = cause.sqlstate or 'no connection'
-    sentence = SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})')
-    if code in (LACKING, READ_ONLY):
+    if code in LASTING:
         store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
@@ -5868,7 +5859,7 @@ def look_for_damage(path: str) -> str:
         with closing(connect(path)) as connection:
             return damage_of(connection)
     except sqlite3.Error as error:
-        if error.sqlite_errorcode & 0xff not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if code_of(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
         return f'{error}'
 
@@ -5990,8 +5981,7 @@ def of_store(error: Exception) -> Exception:
     cause = first_cause(error)
     # A connection that was opened while nothing could be written stays so: the next is a new one,
     # which may lead to the server that can be written to now.
-    code = code_of(engine_error(cause))
-    if code in (sqlite3.SQLITE_READONLY, READ_ONLY) and not db.in_transaction():
+    if code_of(cause) in (sqlite3.SQLITE_READONLY, READ_ONLY) and not db.in_transaction():
         db.close() if db.in_files else db.leave_lost()
     return cause
 
