@@ -3450,10 +3450,6 @@ class SQLite(peewee.SqliteDatabase):
         except sqlite3.Error as error:
             raise of_peewee(error) from error
 
-    def version(self) -> int:
-        """Of the tables; 0: there are none."""
-        return self.user_version
-
     def note_version(self) -> None:
         """The tables are those of today."""
         self.user_version, self.application_id = latest_version(), OURS
@@ -3612,11 +3608,6 @@ class PostgreSQL(PooledPostgresqlDatabase):
                 raise of_peewee(error) from error
         self.leave_lost()
         return self.ask(text, values)
-
-    def version(self) -> int:
-        """Of the tables; 0: there are none."""
-        there = run("SELECT to_regclass('fact') IS NOT NULL").fetchone()[0]
-        return int(there and fact('version') or 0)
 
     def note_version(self) -> None:
         """The tables are those of today."""
@@ -4768,7 +4759,7 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
 def take_server(url: str, file: str, known: str, make: bool) -> None:
     """Takes a database of PostgreSQL into use, and makes its tables if it has none."""
     db.initialize(PostgreSQL(url))
-    version = refuse_other(without_password(url), known, told_by_server())
+    version = refuse_other(without_password(url), known, told_by(run, True))
     if version and not known:
         raise Unavailable(NO_KEY.format(without_password(url), file))
     if not version and not make:
@@ -4785,7 +4776,7 @@ def take_file(path: str, known: str) -> None:
         make_private(path)
     db.initialize(SQLITE)
     store_file.hold(path)
-    version = refuse_other(path, known, told_by(store_file.guard))
+    version = refuse_other(path, known, told_by(store_file.guard.execute))
     db.init(file_uri(path), timeout=PATIENT, uri=True)
     if not version:
         make_tables()
@@ -4829,44 +4820,51 @@ def latest_version() -> int:
     return len(MIGRATIONS) + 1
 
 
-def refuse_other(path: str, known: str, found: tuple) -> int:
+def refuse_other(path: str, known: str, found: tuple[int | None, str]) -> int:
     """The version of a database, 0 of an empty one; refuses what is not the store of this key.
 
     Args:
       found: what it tells of itself
     """
-    application, version, store = found
-    latest = latest_version()
-    if application != OURS and version is None:
+    version, store = found
+    if version is None:
         raise Unavailable(f"'{path}' is not a database of cmres. Choose another file name.")
     if known and store != known:
         raise Unavailable(OTHER_KEY.format(path, f'store {store}' if store else 'empty', known))
-    if version and version != latest:
-        refusal = STORE_OLDER if version < latest else STORE_NEWER
-        raise Unavailable(refusal.format(path, version, latest))
+    if version:
+        refuse_version(path, version)
     return version
 
 
-def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
-    """Of a database: application id; version, None if not ours, 0 if empty; id of the store."""
-    application, version = (connection.execute(f'PRAGMA {each}').fetchone()[0]
-                            for each in ('application_id', 'user_version'))
-    tables = {each[0] for each in connection.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'table'")}
+def refuse_version(path: str, version: int) -> None:
+    """Unavailable if a database is not of this version: what it has is not known."""
+    if version != latest_version():
+        refusal = STORE_OLDER if version < latest_version() else STORE_NEWER
+        raise Unavailable(refusal.format(without_password(path), version, latest_version()))
+
+
+def told_by(read: Callable, server: bool = False) -> tuple[int | None, str]:
+    """The version of a database, None if it is not ours, 0 if it is empty; the id of the store.
+
+    Args:
+      read: runs one statement
+      server: whether it is PostgreSQL's
+    """
+    tables = {name for name, in read(TABLES_OF_SERVER if server else TABLES_OF_FILE)}
     if not tables:
-        return OURS, 0, ''
-    if not {'fact', 'reservation', 'occurrence'} <= tables or application not in (0, OURS):
-        return application, None, ''
-    found = connection.execute("SELECT value FROM fact WHERE name = 'store'").fetchone()
-    return OURS, version, found[0] if found else ''
+        return 0, ''
+    if not {'fact', 'reservation', 'occurrence'} <= tables:
+        return None, ''
+    facts = dict(read('SELECT name, value FROM fact'))
+    version = facts.get('version')
+    if not server:
+        (application,), (version,) = *read('PRAGMA application_id'), *read('PRAGMA user_version')
+        version = version if application in (0, OURS) else None
+    return version and int(version), facts.get('store', '')
 
 
-def told_by_server() -> tuple[int, int | None, str]:
-    """The same of a database of PostgreSQL."""
-    version = db.version()
-    if version:
-        return OURS, version, fact('store')
-    return (0, None, '') if db.get_tables() else (OURS, 0, '')
+TABLES_OF_FILE = "SELECT name FROM sqlite_master WHERE type = 'table'"
+TABLES_OF_SERVER = 'SELECT tablename FROM pg_tables WHERE schemaname = ANY (current_schemas(FALSE))'
 
 
 def close_store() -> None:
@@ -4882,7 +4880,7 @@ def close_store() -> None:
 def make_tables() -> None:
     """Makes the tables of an empty database, unless another process was faster."""
     with transaction():
-        if not db.version():
+        if not told_by(run, not db.in_files)[0]:
             db.create_tables(map(Late.model, TABLES))
             finish_tables()
             insert(Fact, name='store', value=secrets.token_hex(4))
@@ -4968,23 +4966,32 @@ def remember(file: str, store: str) -> None:
 
 def write_key(file: str, *said: str) -> None:
     """Writes a key, all of it or nothing."""
-    part = f'{file}.{secrets.token_hex(4)}'
     try:
-        make_private(part)
-        with open(part, 'w', encoding='ascii') as lines:
+        with whole_file(file) as part, open(part, 'w', encoding='ascii') as lines:
             lines.write('\n'.join([*said, '']))
             lines.flush()
             os.fsync(lines.fileno())
-        os.replace(part, file)
     except OSError as error:
-        with suppress(OSError):
-            os.remove(part)
         raise Unavailable(f"Cannot write the key '{file}': {first_line(error)}") from None
 
 
 def make_private(path: str) -> None:
     """Makes an empty file that only its owner can read; FileExistsError if there is one."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """An empty file that takes the place of another one when it is complete, or is gone."""
+    part = f'{path}.{secrets.token_hex(4)}'
+    try:
+        make_private(part)
+        yield part
+        os.replace(part, path)
+    finally:
+        for side in SIDES:
+            with suppress(OSError):
+                os.remove(part + side)
 
 
 # Copies, migrations and restored stores.
@@ -4995,34 +5002,43 @@ def copy_store(source: str, target: str) -> None:
     if is_server(source):
         copy_rows(source, target)
         return
-    if os.path.exists(target):
+    with (place_of_copy(source, target) as part,
+          closing(connect(source)) as old, closing(connect(part)) as new):
+        old.backup(new)
+        new.execute('PRAGMA journal_mode = DELETE')  # a copy is one file
+
+
+@contextmanager
+def place_of_copy(source: str, target: str) -> Iterator[str]:
+    """Where a copy is written, which is whole or not at all; Conflict if the target is there."""
+    if not is_server(target) and os.path.exists(target):
         raise Conflict(f"'{target}' already exists. Choose another name.")
-    part = f'{target}.{secrets.token_hex(4)}'
     try:
-        make_private(part)
-        with closing(connect(source)) as old, closing(connect(part)) as new:
-            old.backup(new)
-            new.execute('PRAGMA journal_mode = DELETE')  # a copy is one file
-        os.replace(part, target)
-    except (OSError, sqlite3.Error) as error:
-        raise Unavailable(f"Cannot copy '{source}' to '{target}': {first_line(error)}") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+        with nullcontext(target) if is_server(target) else whole_file(target) as part:
+            yield part
+    except (OSError, *STORE_ERRORS) as error:
+        raise Unavailable(f"Cannot copy '{without_password(source)}' to "
+                          f"'{without_password(target)}': {first_line(error)}") from None
 
 
 @contextmanager
 def reading(path: str) -> Iterator[Callable]:
     """Reads a database of any engine as it is at one instant, beside the one that is open."""
-    if is_server(path):
-        with closing(psycopg().connect(path, autocommit=True, **OF_CONNECTIONS)) as source:
-            source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
-            # a cursor with a name leaves the rows on the server until they are fetched
-            yield lambda sql: source.cursor(f'read_{secrets.token_hex(4)}').execute(sql)
-    else:
+    if not is_server(path):
         with closing(connect(path)) as source:
             source.execute('BEGIN')
             yield source.execute
+        return
+    engine = PostgreSQL(path)
+    try:
+        source = engine.connection()
+        source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
+        # a cursor with a name leaves the rows on the server until they are fetched
+        yield lambda sql: source.cursor(f'read_{secrets.token_hex(4)}').execute(sql)
+    except (psycopg().Error, *STORE_ERRORS) as error:
+        raise in_trouble(error) or of_peewee(error) from error
+    finally:
+        engine.close_all()
 
 
 def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
@@ -5031,43 +5047,21 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
     Args:
       watch: shows to people how far it is, of a list that it goes through
     """
-    refuse_version(source)
-    part = target
-    if not is_server(target):
-        if os.path.exists(target):
-            raise Conflict(f"'{target}' already exists. Choose another name.")
-        part = f'{target}.{secrets.token_hex(4)}'
-    try:
-        if part != target:
-            make_private(part)
+    refuse_version(source, version_of(source))
+    with place_of_copy(source, target) as part:
         with reading(source) as read, opened(part), transaction():
             refuse_full(target)
             number = fill_tables(read, watch)
-        if part != target:
+        if not is_server(target):
             leave_wal(part)
-            os.replace(part, target)
-    except (OSError, *STORE_ERRORS, *([psycopg().Error] if is_server(source) else [])) as error:
-        raise Unavailable(f"Cannot copy '{without_password(source)}' to "
-                          f"'{without_password(target)}': {first_line(error)}") from None
-    finally:
-        for side in SIDES if part != target else ():
-            with suppress(FileNotFoundError):
-                os.remove(part + side)
     return {'rows': number}
 
 
 def refuse_full(target: str) -> None:
     """Conflict if the database that is open has tables, of cmres or others."""
-    if db.version() or told_by_server()[1] is None:
+    if told_by(run, not db.in_files)[0] != 0:
         raise Conflict(f"The database '{without_password(target)}' is not empty. Choose another "
                        'one.')
-
-
-def refuse_version(path: str) -> None:
-    """Unavailable if a database is not of this version: what would be copied is not known."""
-    if (version := version_of(path)) != latest_version():
-        refusal = STORE_OLDER if version < latest_version() else STORE_NEWER
-        raise Unavailable(refusal.format(without_password(path), version, latest_version()))
 
 
 def fill_tables(read: Callable, watch: Callable) -> int:
@@ -5098,6 +5092,11 @@ def fill_tables(read: Callable, watch: Callable) -> int:
 def alone_with(path: str) -> Iterator[None]:
     """Holds a database for this process alone, also against older programs, which know no lock."""
     close_store()
+    if is_server(path):
+        with opened(path):
+            wait_for_others(path)
+            yield
+        return
     lock = lock_store(path, alone=True)
     try:
         if os.path.exists(path):
@@ -5127,18 +5126,15 @@ def opened(path: str) -> Iterator[None]:
         db.initialize(before)
 
 
-@contextmanager
-def alone_on_server(url: str) -> Iterator[None]:
-    """The same, while no other process of cmres is connected to it."""
-    close_store()
-    with opened(url):
-        until = time.monotonic() + 1  # who has left just now may be there for a moment
-        while run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
-                  "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
-            if time.monotonic() >= until:
-                raise Unavailable(IN_USE.format(without_password(url)))
-            time.sleep(0.02)
-        yield
+def wait_for_others(url: str) -> None:
+    """Unavailable if another process of cmres is connected to the server's database that is open.
+    """
+    until = time.monotonic() + 1  # who has left just now may be there for a moment
+    while run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
+              "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
+        if time.monotonic() >= until:
+            raise Unavailable(IN_USE.format(without_password(url)))
+        time.sleep(0.02)
 
 
 def leave_wal(path: str) -> None:
@@ -5159,21 +5155,17 @@ def migrate_store(path: str) -> dict | None:
     before = version_of(path)
     if not 0 < before < latest_version():
         return None
-    if is_server(path):
-        with alone_on_server(path):
-            run_migrations(before)
-        return {'database': without_password(path), 'before': before, 'after': latest_version()}
+    answer = {'database': without_password(path), 'before': before, 'after': latest_version()}
     with alone_with(path):
-        copy = f'{path}.version-{before}-{stamp()}'
-        copy_store(path, copy)
-        db.init(file_uri(path), timeout=PATIENT, uri=True)
-        try:
+        if not is_server(path):
+            answer['copy'] = f'{path}.version-{before}-{stamp()}'
+            copy_store(path, answer['copy'])
+        with opened(path):
             run_migrations(before)
-        finally:
-            db.close()
+    if not is_server(path):
         with suppress(PermissionError):  # of another user's file, who can do it himself
             os.chmod(path, 0o600)  # older programs let everybody read it
-    return {'database': path, 'before': before, 'after': latest_version(), 'copy': copy}
+    return answer
 
 
 def run_migrations(before: int) -> None:
@@ -5186,12 +5178,9 @@ def run_migrations(before: int) -> None:
 
 def version_of(path: str) -> int:
     """The version of a database of ours; 0 of any other file, and of none."""
-    if is_server(path):
-        with opened(path):
-            return told_by_server()[1] or 0
     try:
-        with closing(connect(path)) as connection:
-            return told_by(connection)[1] or 0
+        with reading(path) as read:
+            return told_by(read, is_server(path))[0] or 0
     except sqlite3.Error as error:
         if code_of(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB):
             return 0
@@ -5205,45 +5194,35 @@ def stamp() -> str:
 
 def verify_store(path: str) -> dict:
     """Reads all of a database file: its version and number of reservations, or Unavailable."""
-    if is_server(path):
-        with opened(path):
-            _, version, store = told_by_server()
-            count = row('SELECT count(*) AS number FROM reservation').number if version else 0
-        refuse_no_store(without_password(path), version)
-        return {'file': without_password(path), 'version': version, 'store': store,
-                'reservations': count, 'result': 'ok'}
-    if not os.path.exists(path):
+    if is_missing(path):
         raise NotFound(f"There is no file '{path}'.")
+    name = without_password(path)
     try:
-        with closing(connect(path)) as connection:
-            faults = damage_of(connection, 'integrity_check') or loose_row(connection)
-            _, version, store = told_by(connection)
-            count = connection.execute('SELECT count(*) FROM reservation') if version else [(0,)]
-            found = {'version': version, 'store': store, 'reservations': next(iter(count))[0]}
+        with reading(path) as read:
+            faults = '' if is_server(path) else (damage_of(read, 'integrity_check')
+                                                 or loose_row(read))
+            version, store = told_by(read, is_server(path))
+            count, = read('SELECT count(*) FROM reservation').fetchone() if version else (0,)
     except sqlite3.Error as error:
         raise Unavailable(f"'{path}' is damaged or not a database: {error}") from None
     if faults:
         raise Unavailable(f"'{path}' is damaged: {faults}")
-    refuse_no_store(path, version)
-    return {'file': path} | found | {'result': 'ok'}
-
-
-def refuse_no_store(path: str, version: int | None) -> None:
-    """Unavailable for the version of what is no store."""
     if not version:
         what = 'not a database of cmres' if version is None else 'empty'
-        raise Unavailable(f"'{path}' is {what}. Name a database or a backup of cmres.")
+        raise Unavailable(f"'{name}' is {what}. Name a database or a backup of cmres.")
+    return {'file': name, 'version': version, 'store': store, 'reservations': count,
+            'result': 'ok'}
 
 
-def loose_row(connection: sqlite3.Connection) -> str:
+def loose_row(read: Callable) -> str:
     """Which table has a row that points to one that is not there; '' if none has."""
-    found = connection.execute('PRAGMA foreign_key_check').fetchone()
+    found = read('PRAGMA foreign_key_check').fetchone()
     return f'a row of {found[0]} points to one that is not there' if found else ''
 
 
-def damage_of(connection: sqlite3.Connection, check: str = 'quick_check') -> str:
+def damage_of(read: Callable, check: str = 'quick_check') -> str:
     """What SQLite finds wrong with a file; '' if nothing."""
-    found = [each[0] for each in connection.execute(f'PRAGMA {check}(3)')]
+    found = [each for each, in read(f'PRAGMA {check}(3)')]
     return '' if found == ['ok'] else shown('; '.join(found))
 
 
@@ -5255,37 +5234,40 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
     mark is used twice.
     """
     found = verify_store(copy)
-    if found['version'] > latest_version():
-        raise Unavailable(STORE_NEWER.format(copy, found['version'], latest_version()))
-    if is_server(path):
-        return restore_on_server(path, copy, key_file(path, key), found)
+    if is_server(path) or found['version'] > latest_version():
+        refuse_version(copy, found['version'])
     with alone_with(path):
-        part = f'{path}.restored-{stamp()}'
-        try:
-            copy_store(copy, part)
-            with closing(connect(part)) as connection:
-                note_restored(connection.execute)
-            aside = set_aside(path)
-            os.rename(part, path)
-        except OSError as error:
-            raise Unavailable(f"Cannot put '{copy}' where '{path}' is: "
-                              f'{first_line(error)}') from None
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(part)
+        aside = restore_rows(path, copy) if is_server(path) else restore_file(path, copy)
         remember(key_file(path, key), found['store'])
-    answer = {'database': path, 'from': copy, 'reservations': found['reservations']}
-    return answer | ({'before': aside} if os.path.exists(aside) else {})
+    answer = {'database': without_password(path), 'from': copy,
+              'reservations': found['reservations']}
+    return answer | ({'before': aside} if aside else {})
 
 
-def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
-    """The same on PostgreSQL; what was there is kept in a schema beside it."""
-    if found['version'] != latest_version():
-        raise Unavailable(STORE_OLDER.format(copy, found['version'], latest_version()))
+def restore_file(path: str, copy: str) -> str:
+    """Puts a copy in the place of a file; the name of that one now, '' if there was none."""
+    part = f'{path}.restored-{stamp()}'
+    try:
+        copy_store(copy, part)
+        with closing(connect(part)) as connection:
+            note_restored(connection.execute)
+        aside = set_aside(path)
+        os.rename(part, path)
+    except OSError as error:
+        raise Unavailable(f"Cannot put '{copy}' where '{path}' is: {first_line(error)}") from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
+    return aside if os.path.exists(aside) else ''
+
+
+def restore_rows(url: str, copy: str) -> str:
+    """Puts the rows of a copy in the place of those on PostgreSQL, in one transaction; in which
+    schema these are now, '' if there were none.
+    """
     aside = f'before_{stamp().replace(".", "_").lower()}'
-    # all of it or nothing: what fails midway leaves what was there, where it was
-    with alone_on_server(url), reading(copy) as read, transaction():
-        there = db.version()
+    with reading(copy) as read, transaction():
+        there, _ = told_by(run, True)
         if there:
             schema = quoted(run('SELECT current_schema()').fetchone())
             run(f'ALTER SCHEMA {schema} RENAME TO {aside}')
@@ -5293,10 +5275,7 @@ def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
         refuse_full(url)
         fill_tables(read, iter)
         note_restored(execute)
-    remember(key, found['store'])
-    answer = {'database': without_password(url), 'from': copy,
-              'reservations': found['reservations']}
-    return answer | ({'before': f'schema {aside}'} if there else {})
+    return f'schema {aside}' if there else ''
 
 
 def set_aside(path: str) -> str:
@@ -5312,8 +5291,7 @@ def note_restored(execute: Callable) -> None:
     """Notes it by what runs a statement."""
     last = execute('SELECT coalesce(max(id), 0) FROM server', ()).fetchone()[0]
     for fact in ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}'):
-        execute('INSERT INTO fact (name, value) VALUES (?, ?) '
-                'ON CONFLICT (name) DO UPDATE SET value = excluded.value', fact)
+        execute(NOTE_FACT, fact)
 
 
 def next_server() -> int:
@@ -5330,8 +5308,11 @@ def fact(name: str) -> str:
 
 def note_fact(name: str, value: str) -> None:
     """Notes a fact, in the place of what it was before."""
-    run('INSERT INTO fact (name, value) VALUES (?, ?) '
-        'ON CONFLICT (name) DO UPDATE SET value = excluded.value', name, value)
+    run(NOTE_FACT, name, value)
+
+
+NOTE_FACT = ('INSERT INTO fact (name, value) VALUES (?, ?) '
+             'ON CONFLICT (name) DO UPDATE SET value = excluded.value')
 
 
 #: The columns that the store got while its version was 1, by their types.
@@ -5857,7 +5838,7 @@ def look_for_damage(path: str) -> str:
     store_file.check()
     try:
         with closing(connect(path)) as connection:
-            return damage_of(connection)
+            return damage_of(connection.execute)
     except sqlite3.Error as error:
         if code_of(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
