@@ -3418,6 +3418,7 @@ class SQLite(peewee.SqliteDatabase):
     last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
     one_of_several = '{}'  # of queries that are merged in order
+    own_views = "SELECT name FROM sqlite_temp_master WHERE type = 'view'"  # of this connection
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3481,10 +3482,6 @@ class SQLite(peewee.SqliteDatabase):
     def make_trigger(self, text: str) -> None:
         run(text)
 
-    def views(self, names: Iterable[str]) -> set[str]:
-        """Which of some views this connection has for itself."""
-        return {name for name in names if run(f'PRAGMA temp.table_info({name})').fetchone()}
-
     def columns_like(self, table: str) -> str:
         """The columns of a table that is made like another one."""
         return ', '.join(f'"{name}" {kind} {"NOT NULL" if needed else ""}'
@@ -3530,6 +3527,8 @@ class PostgreSQL(PooledPostgresqlDatabase):
     last_id = 'SELECT last_value - CAST(NOT is_called AS int) FROM {}_id_seq'
     # each by itself in that order, no more than are asked for
     one_of_several = 'SELECT * FROM ({} {}) one'
+    own_views = ("SELECT relname FROM pg_class WHERE relkind = 'v' AND "
+                 'relnamespace = pg_my_temp_schema()')
     until: float | None = 0.0  # when it is away for too long; None: it is there
     first: tuple = ()  # which server is asked first, by host and port
 
@@ -3710,17 +3709,11 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             raise of_peewee(error) from error
 
-    def views(self, names: Iterable[str]) -> set[str]:
-        """Which of some views this connection has for itself."""
-        there = run("SELECT relname FROM pg_class WHERE relkind = 'v' AND relnamespace = "
-                    'pg_my_temp_schema()')
-        return {name for name, in there} & {*names}
-
     def sweep(self) -> None:
         """Frees, now and then, what rehearsals wrote to: the server does so in no such table."""
         if next(self.rehearsals) % SWEPT_AFTER == 0:
-            there = sorted(self.views(map('{}_now'.format, REHEARSED)))
-            run('VACUUM ' + ', '.join(f'{name[:-4]}_new, {name[:-4]}_gone' for name in there))
+            there = sorted(stage_there() & {*REHEARSED})
+            run('VACUUM ' + ', '.join(f'{table}_new, {table}_gone' for table in there))
 
     def make_trigger(self, text: str) -> None:
         """Makes of a trigger of SQLite a function and what calls it."""
@@ -4086,6 +4079,11 @@ class Table(metaclass=Late):
         legacy_table_names = False
 
 
+def came_later(kind: type[peewee.Field], default: str | int) -> peewee.Field:
+    """A column that was added to a table: the rows that were there before have a default."""
+    return kind(constraints=[peewee.SQL(f'DEFAULT {default!r}')])
+
+
 class Resource(Table):
     name = peewee.CharField()
     cell = peewee.CharField()
@@ -4095,28 +4093,25 @@ class Resource(Table):
     vms = peewee.IntegerField(null=True)  # NULL in these three is unlimited
     vcpus = peewee.IntegerField(null=True)
     ram = peewee.IntegerField(null=True)  # MiB
-    mode = peewee.CharField(default='')   # '' or one of MODES
-    hold = peewee.IntegerField(default=0)  # seconds
-    approval = peewee.IntegerField(default=0)  # seconds that an admin has to approve; 0: no need
-    no_show = peewee.IntegerField(default=0)   # seconds until what nobody uses goes; 0: never
-    # seconds before a start from which on only admins change what is reserved
-    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
-    classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
-    hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
-    named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
+    mode = peewee.CharField()  # '' or one of MODES
+    hold = peewee.IntegerField()  # seconds
+    approval = peewee.IntegerField()  # seconds that an admin has to approve; 0: no need
+    no_show = peewee.IntegerField()  # seconds until what nobody uses goes; 0: never
+    lock = came_later(peewee.IntegerField, 0)  # seconds before a start: only admins change it then
+    classes = peewee.TextField()  # JSON: of other resource classes of Placement; '': none
+    hosts = peewee.TextField()  # JSON: of its aggregate, as `sync` saw them
+    named = peewee.TextField()  # JSON: what each holds, if reserved by name
     # Nova's id of its aggregate, which may get another name; '' where no cloud has told it
-    aggregate_id = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # so many hosts are kept for when others fail
-    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
-    # whether Nova has a flavor for each lease that is active there
-    flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
+    aggregate_id = came_later(peewee.CharField, '')
+    spare = came_later(peewee.IntegerField, 0)  # so many hosts are kept for when others fail
+    flavors = came_later(peewee.BooleanField, 0)  # whether Nova has one for each active lease
     # what becomes of VMs that people started at the end of their reservation: delete or keep; '':
     # as the setting `delete_user_started` says
-    user_started = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    user_started = came_later(peewee.CharField, '')
     # what an event of a calendar program gets that says nothing; without any, no calendar
-    default_flavor = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    default_image = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    default_vms = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    default_flavor = came_later(peewee.CharField, '')
+    default_image = came_later(peewee.CharField, '')
+    default_vms = came_later(peewee.IntegerField, 0)
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -4135,29 +4130,26 @@ class Reservation(Table):
     server = peewee.CharField()  # the id of a machine that its owner has, in place of an image
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
-    # JSON: mail addresses that get it as an event for their calendars
-    invite = peewee.TextField(default='[]', constraints=[peewee.SQL("DEFAULT '[]'")])
+    invite = came_later(peewee.TextField, '[]')  # JSON: mail addresses that get calendar events
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
-    repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
-    tz = peewee.CharField(default='')            # whose wall times it goes by
-    series = peewee.TextField(default='')        # JSON: its stretches
-    request = peewee.CharField(default='')       # the label of the request of which this is a part
-    host = peewee.CharField(default='')          # all of it is reserved, by its name
-    choices = peewee.TextField(default='')       # JSON: the resources for one of which it waits
+    repeat = peewee.CharField()  # the RRULE of a series as it was asked for
+    tz = peewee.CharField()  # whose wall times it goes by
+    series = peewee.TextField()  # JSON: its stretches
+    request = peewee.CharField()  # the label of the request of which this is a part
+    host = peewee.CharField()  # all of it is reserved, by its name
+    choices = peewee.TextField()  # JSON: the resources for one of which it waits
     waiting = peewee.IntegerField(null=True)     # since when it waits for room
-    priority = peewee.IntegerField(default=0)
-    confirm = peewee.IntegerField(default=0)     # seconds that its owner has to accept it
+    priority = peewee.IntegerField()
+    confirm = peewee.IntegerField()  # seconds that its owner has to accept it
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
-    personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
-    # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
-    affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # what their hosts must be like, as it was typed
-    where = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
-    trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
+    personal = peewee.BooleanField()  # only its user may boot on it through Nova
+    affinity = came_later(peewee.CharField, '')  # of its VMs on hosts: '', APART or TOGETHER
+    where = came_later(peewee.TextField, '')  # what their hosts must be like, as it was typed
+    on_conflict = peewee.CharField()  # what becomes of an occurrence that has no room
+    trusted = peewee.TextField()  # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
-    origin = peewee.CharField(default='')        # a digest of that event
+    origin = peewee.CharField()  # a digest of that event
     uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
     subscription = peewee.IntegerField(null=True)  # the calendar that brought it
     added = peewee.IntegerField()
@@ -4171,10 +4163,10 @@ class Reservation(Table):
 
 class Occurrence(Table):
     reservation = peewee.ForeignKeyField(Reservation, index=False)
-    slot = peewee.CharField(default='')  # the wall time at which a series has it; '': it has none
-    altered = peewee.BooleanField(default=False)  # it was changed on its own: the series lets it be
-    revision = peewee.IntegerField(default=0)  # how often something about it was told
-    revised = peewee.IntegerField(default=0)   # when that was last
+    slot = peewee.CharField()  # the wall time at which a series has it; '': it has none
+    altered = peewee.BooleanField()  # it was changed on its own: the series lets it be
+    revision = peewee.IntegerField()  # how often something about it was told
+    revised = peewee.IntegerField()  # when that was last
     resource = peewee.ForeignKeyField(Resource, index=False)
     start = peewee.IntegerField()
     end = peewee.IntegerField()
@@ -4183,17 +4175,16 @@ class Occurrence(Table):
     vms = peewee.IntegerField()
     vcpus = peewee.IntegerField()  # of all its machines
     ram = peewee.IntegerField()    # of all its machines, MiB
-    classes = peewee.TextField(default='')  # of all its machines, JSON
-    # JSON: how many of its machines are planned on which host, by id; '': on none
-    placed = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    classes = peewee.TextField()  # of all its machines, JSON
+    placed = came_later(peewee.TextField, '')  # JSON: how many VMs on which host, by id; '': none
     cancelled = peewee.IntegerField(null=True)
-    told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
+    told = peewee.IntegerField()  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle looks at it next; NULL: never again
     up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
     up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
     # These two are as its reservation has them, so that indexes know them; triggers keep them so.
-    of_project = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    of_user = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    of_project = came_later(peewee.CharField, '')
+    of_user = came_later(peewee.CharField, '')
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
@@ -4230,11 +4221,9 @@ class Host(Table):
     units = peewee.TextField()    # JSON: least, most and step of one amount, by class; '': any
     until = peewee.IntegerField()  # FOREVER, or since when nothing is planned there any more
     # why: DISABLED or FAILING, as Nova says, or GONE_AWAY from the aggregate
-    state = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # 1: it is one of those that are kept for when others fail
-    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
-    # JSON: what its cloud says of it, by name
-    properties = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])
+    state = came_later(peewee.CharField, '')
+    spare = came_later(peewee.IntegerField, 0)  # 1: it is kept for when others fail
+    properties = came_later(peewee.TextField, '{}')  # JSON: what its cloud says of it, by name
 
 
 class Capacity(Table):
@@ -4248,10 +4237,9 @@ class Capacity(Table):
     held_vms = peewee.IntegerField()  # what it holds; less than nothing for a loan
     held_vcpus = peewee.IntegerField()
     held_ram = peewee.IntegerField()
-    classes = peewee.TextField(default='')
-    held_classes = peewee.TextField(default='')
-    # of one host only, which is closed then; it holds nothing of the sum
-    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    classes = peewee.TextField()
+    held_classes = peewee.TextField()
+    host = came_later(peewee.CharField, '')  # it alone is closed then, and no sum is held
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
@@ -4292,7 +4280,7 @@ class Wait(Table):
     held_from = peewee.IntegerField()
     until = peewee.IntegerField()  # the end of its window
     since = peewee.IntegerField()
-    limited = peewee.BooleanField(default=False)  # it is not room that it lacks
+    limited = peewee.BooleanField()  # it is not room that it lacks
     due = peewee.DoubleField()
 
 
@@ -4301,9 +4289,9 @@ class Limit(Table):
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all together
-    figures = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])  # JSON
+    figures = came_later(peewee.TextField, '{}')  # JSON
     exempt = peewee.IntegerField()  # seconds
-    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    lock = came_later(peewee.IntegerField, 0)
     added = peewee.IntegerField()
 
     class Meta:
@@ -4354,17 +4342,16 @@ class Claim(Table):
     occurrence = peewee.IntegerField(null=True)  # it boots on; NULL: on what nobody has reserved
     server = peewee.CharField()   # Nova's id
     # where it is; '': not known, or, if it takes that twice, on any two hosts
-    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # until a resize is confirmed, what it takes before and after it
-    twice = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
+    host = came_later(peewee.CharField, '')
+    twice = came_later(peewee.BooleanField, 0)  # until a resize is confirmed: before and after it
     project = peewee.CharField()  # Nova's ids
     user = peewee.CharField()
     vcpus = peewee.IntegerField()
     ram = peewee.IntegerField()  # MiB
-    classes = peewee.TextField(default='')
+    classes = peewee.TextField()
     at = peewee.DoubleField()
     # when Nova's scheduler asked last, a little more with each look: what began before is older
-    asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    asked = came_later(peewee.DoubleField, 0)
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
 
@@ -4393,10 +4380,10 @@ class Token(Table):
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
-    purpose = peewee.CharField(default='')
+    purpose = peewee.CharField()
     ends = peewee.IntegerField(null=True)
     last_used = peewee.IntegerField(null=True)  # to about a minute
-    scopes = peewee.CharField(default='')       # with commas between; '': all that its role may
+    scopes = peewee.CharField()  # with commas between; '': all that its role may
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # the only one
 
 
@@ -4449,13 +4436,13 @@ class Subscription(Table):
     url = peewee.CharField()       # a secret
     defaults = peewee.TextField()  # JSON: what its events don't say; the resource by its id, or 0
     notify = peewee.TextField()    # JSON
-    etag = peewee.CharField(default='')
-    modified = peewee.CharField(default='')
-    fault = peewee.TextField(default='')
-    refused = peewee.TextField(default='{}')  # JSON: by UID, why it could not be booked
-    held = peewee.TextField(default='')  # what waits for its owner's word
-    confirmed = peewee.BooleanField(default=False)
-    tries = peewee.IntegerField(default=0)
+    etag = peewee.CharField()
+    modified = peewee.CharField()
+    fault = peewee.TextField()
+    refused = peewee.TextField()  # JSON: by UID, why it could not be booked
+    held = peewee.TextField()  # what waits for its owner's word
+    confirmed = peewee.BooleanField()
+    tries = peewee.IntegerField()
     polled = peewee.DoubleField(null=True)
     due = peewee.DoubleField(null=True)  # NULL: it is not looked at any more
     added = peewee.IntegerField()
@@ -4501,7 +4488,7 @@ class Event(Table):
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
     # of the reservation then, or of what was refused, which is none
-    project = peewee.CharField(default='')
+    project = peewee.CharField()
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # of what was refused
 
 
@@ -4509,12 +4496,11 @@ class Outbox(Table):
     """A notice on its way: sent when it is written down with its event, until it has arrived."""
     event = peewee.ForeignKeyField(Event, index=False)
     target = peewee.CharField()
-    owner = peewee.CharField(default='')  # who wants it told, PROJECT/USER; '': the operator
-    tries = peewee.IntegerField(default=0)
+    owner = peewee.CharField()  # who wants it told, PROJECT/USER; '': the operator
+    tries = peewee.IntegerField()
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
-    fault = peewee.TextField(default='')
-    # it is a calendar event for somebody who may have no account; a trigger wrote it
-    invites = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
+    fault = peewee.TextField()
+    invites = came_later(peewee.BooleanField, 0)  # a calendar event, which a trigger wrote
 
 
 class Mailed(Table):
@@ -4596,7 +4582,7 @@ class SimulatedServer(Table):
     mark = peewee.CharField()
     made = peewee.DoubleField()
     boots = peewee.DoubleField()  # seconds that its boot takes
-    power = peewee.CharField(default='active')
+    power = peewee.CharField()
     saved = peewee.DoubleField(null=True)  # when the image of it is complete
     fault = peewee.TextField()
     gone = peewee.DoubleField(null=True)
@@ -5987,7 +5973,7 @@ def forget_memories() -> None:
 
 class Rehearsal(threading.local):
     """What this thread rehearses: to which tables it has written, the next ids there, and which
-    views there are."""
+    have a view there."""
     tables: frozenset | None = None
     ids: dict = {}
     stage: frozenset = frozenset()
@@ -6043,11 +6029,15 @@ def rehearsing() -> Iterator[None]:
 ON_STAGE = {'reservation', 'occurrence'}
 
 
+def stage_there() -> frozenset[str]:
+    """The tables for which this connection has a view of its own."""
+    return frozenset(name.removesuffix('_now') for name, in run(db.own_views))
+
+
 def set_stage() -> None:
     """Makes on this connection what rehearsals write to, as far as that is known."""
-    known = sorted(ON_STAGE)
-    rehearsal.stage = frozenset(db.views(map('{}_now'.format, known)))
-    if missing := [table for table in known if f'{table}_now' not in rehearsal.stage]:
+    rehearsal.stage = stage_there()
+    if missing := sorted(ON_STAGE - rehearsal.stage):
         with db.atomic(db.snapshot):
             for table in missing:
                 set_stage_of(table)
@@ -6076,7 +6066,7 @@ def set_stage_of(table: str) -> None:
       DELETE FROM {table}_new WHERE id = OLD.id; {gone} END""")
     if table == 'reservation':
         run(TEXTS_NOW)
-    rehearsal.stage |= {f'{table}_now'}
+    rehearsal.stage |= {table}
     ON_STAGE.add(table)
 
 
@@ -6099,7 +6089,7 @@ def note_written(table: str) -> None:
     """From now on what this thread's rehearsal has of a table is not what the store has."""
     if table not in REHEARSED:
         raise RuntimeError(f'{table} would be written to in a rehearsal')
-    if f'{table}_now' not in rehearsal.stage:
+    if table not in rehearsal.stage:
         set_stage_of(table)  # it goes with this transaction, but not those of later ones
     rehearsal.tables |= {table, *REHEARSED[table]}
 
